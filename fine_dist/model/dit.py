@@ -1,0 +1,175 @@
+"""The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748), written from the paper.
+
+Shapes: B batch, C latent channels, H latent height = width, p patch side, T tokens = (H/p)^2, D width, A heads.
+A block's five matrices are reached by kind (`zoo.KINDS`); a factory makes them, so that the dense model and every
+factored one share all of this file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fine_dist.model.zoo import KINDS, Arch
+
+LinearFactory = Callable[[str, int], nn.Module]
+"""(kind, layer) -> the module that multiplies by this matrix and adds its bias."""
+
+TIME_FREQUENCIES = 256
+
+
+class DiT(nn.Module):
+    """`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`.
+
+    The label `arch.num_classes` is the null label of classifier-free guidance. With `arch.learn_sigma` the second half
+    of the channels is the variance's interpolation (Improved DDPM, arXiv 2102.09672, eq. 15).
+
+    linear:    makes the blocks' matrices; `nn.Linear` by default.
+    generator: seeds the initialisation; none uses torch's global one.
+    """
+
+    def __init__(self, arch: Arch, linear: LinearFactory | None = None, generator: torch.Generator | None = None):
+        super().__init__()
+        self.arch = arch
+        d, p = arch.hidden_size, arch.patch_size
+
+        def dense(kind: str, layer: int) -> nn.Module:
+            out_features, in_features = arch.matrix(kind)
+            return nn.Linear(in_features, out_features)
+
+        self.patch = nn.Linear(arch.in_channels * p * p, d)
+        self.time = TimeEmbedder(d)
+        self.label = nn.Embedding(arch.num_classes + 1, d)
+        self.blocks = nn.ModuleList([Block(arch, layer, linear or dense) for layer in range(arch.num_layers)])
+        self.final = FinalLayer(d, p * p * arch.out_channels)
+        self.register_buffer("pos", position_table(d, arch.input_size // p), persistent=False)
+        self.recompute = "none"
+        self.initialise(generator)
+
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Xavier everywhere, then what the paper sets apart: embedders at std 0.02; modulation and output at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for weight in (self.label.weight, self.time.hidden.weight, self.time.out.weight):
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        for block in self.blocks:
+            adaln = block.get_submodule("adaln")
+            if isinstance(adaln, nn.Linear):
+                nn.init.zeros_(adaln.weight)
+        for linear in (self.final.adaln, self.final.linear):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, c = self.embed(z, t, y)
+        for layer, block in enumerate(self.blocks):
+            if torch.is_grad_enabled() and (
+                self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
+            ):
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)  #                                                                         [B, T, D]
+        return self.unpatchify(self.final(x, c))
+
+    def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, T, D] and conditioning [B, D]."""
+        x = self.patch(self.patchify(z)) + self.pos  #                                                     [B, T, D]
+        c = self.time(t) + self.label(y)  #                                                                [B, D]
+        return x, c
+
+    def patchify(self, z: Tensor) -> Tensor:
+        b, c, h, _ = z.shape
+        p = self.arch.patch_size
+        z = z.reshape(b, c, h // p, p, h // p, p)  #                                               [B, C, h, p, w, p]
+        return z.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) ** 2, c * p * p)  #                        [B, T, Cpp]
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        p, side, c = self.arch.patch_size, self.arch.input_size // self.arch.patch_size, self.arch.out_channels
+        x = x.reshape(-1, side, side, p, p, c)  #                                                  [B, h, w, p, p, C]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, side * p, side * p)  #                       [B, C, H, H]
+
+
+class Block(nn.Module):
+    """One adaLN-zero block (section 3.2). Its children are the five matrices, by kind."""
+
+    def __init__(self, arch: Arch, layer: int, linear: LinearFactory):
+        super().__init__()
+        self.num_heads = arch.num_heads
+        for kind in KINDS:
+            self.add_module(kind, linear(kind, layer))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return block_forward(x, c, lambda kind, h: self.get_submodule(kind)(h), self.num_heads)
+
+
+def block_forward(x: Tensor, c: Tensor, linear: Callable[[str, Tensor], Tensor], num_heads: int) -> Tensor:
+    """A block as a function of what multiplies by its matrices: `x [B, T, D], c [B, D] -> [B, T, D]`."""
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+        linear("adaln", F.silu(c)).unsqueeze(1).chunk(6, dim=2)
+    )  #                                                                                              6 x [B, 1, D]
+    h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
+    x = x + gate_a * linear("o", attention(linear("qkv", h), num_heads))  #                                [B, T, D]
+    h = modulate(x, shift_m, scale_m)  #                                                                   [B, T, D]
+    return x + gate_m * linear("out", F.gelu(linear("in", h), approximate="tanh"))  #                      [B, T, D]
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Multi-head self-attention without its projections: `[B, T, 3D] -> [B, T, D]`."""
+    b, t, d3 = qkv.shape
+    q, k, v = qkv.reshape(b, t, 3, num_heads, d3 // 3 // num_heads).permute(2, 0, 3, 1, 4)  #       3 x [B, A, T, D/A]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d3 // 3)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine parameters, then the conditioning's own scale and shift."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class TimeEmbedder(nn.Module):
+    """`t [B] -> [B, D]`: sinusoids of 256 frequencies, then an MLP."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.hidden = nn.Linear(TIME_FREQUENCIES, d)
+        self.out = nn.Linear(d, d)
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = TIME_FREQUENCIES // 2
+        frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        angle = t.float()[:, None] * frequency  #                                                          [B, 128]
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.hidden.weight.dtype)  #                [B, 256]
+        return self.out(F.silu(self.hidden(wave)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the projection to patches."""
+
+    def __init__(self, d: int, out_features: int):
+        super().__init__()
+        self.adaln = nn.Linear(d, 2 * d)
+        self.linear = nn.Linear(d, out_features)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaln(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  #                           2 x [B, 1, D]
+        return self.linear(modulate(x, shift, scale))  #                                                [B, T, ppC]
+
+
+def position_table(d: int, side: int) -> Tensor:
+    """Fixed 2-d sin-cos table [T, D], float32: the first half of D encodes the column, the second the row."""
+    frequency = 1.0 / 10000 ** (torch.arange(d // 4, dtype=torch.float64) / (d // 4))
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  #                             [side, D/4]
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  #                                              [side, D/2]
+    column = axis[None, :, :].expand(side, side, -1)
+    row = axis[:, None, :].expand(side, side, -1)
+    return torch.cat([column, row], dim=2).reshape(side * side, d).float()
+
+
+def outside_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict that is neither in a block nor a gene: embedders and final layer."""
+    return {name: tensor for name, tensor in state.items() if not name.startswith(("blocks.", "genes."))}
