@@ -1,8 +1,8 @@
 """FINE's form as a tensor decomposition: a kind's weights, stacked over layers, in CP (PARAFAC) form.
 
-`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`, L layers, m x n a matrix, R components. Alternating least squares, each
-step a product of two m x n matrices and a solve with an R x R Gram matrix. Khatri-Rao products are never formed: for a
-DiT-XL's adaLN and R = D they alone would take 37 GB, while these steps need what the weights need.
+`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`, L layers, m x n a matrix, R components. Alternating least squares:
+each step is a product with the weights and a solve with an R x R Gram matrix. Khatri-Rao products are never formed: for
+a DiT-XL's adaLN and R = D they alone would take 37 GB, while these steps need what the weights need.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def decompose(
 ) -> Fit:
     """CP-ALS of `weights` [L, m, n] at `rank`, in float32 with Gram matrices solved in float64.
 
-    Starts from the leading singular vectors of the stack along each side, and random directions beyond them. Stops after
-    `sweeps`, or once a sweep improves the relative error by less than `tolerance`.
+    Starts from the leading singular vectors of the stack along each side, and random directions beyond them. Stops
+    after `sweeps`, or once a sweep improves the relative error by less than `tolerance`.
     """
     weights = weights.float()
     norm = weights.norm().clamp_min(1e-30)
@@ -59,7 +59,7 @@ def compose(u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 
 
 def solve_side(product: Tensor, other: Tensor, sigma: Tensor) -> Tensor:
-    """The least-squares factor of one side, given the other's and sigma: `product (other^T other * sigma^T sigma)^-1`."""
+    """The least-squares factor of one side given the rest: `product (other^T other * sigma^T sigma)^-1`."""
     gram = (other.T @ other) * (sigma.T @ sigma)
     return _solve(gram, product.T).T
 

@@ -1,0 +1,34 @@
+"""Training from scratch: DiT's own initialisation (arXiv 2212.09748), the baseline of every table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from fine_dist.methods.base import Method, MethodConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.model.dit import DiT
+    from fine_dist.model.zoo import Arch
+
+
+class HeConfig(MethodConfig):
+    """Scratch: DiT's own initialisation."""
+
+    name: Literal["he"] = "he"
+    """Scratch."""
+
+
+class He(Method[HeConfig]):
+    """Nothing is inherited."""
+
+    Config: ClassVar[type[MethodConfig]] = HeConfig
+    paper: ClassVar[str] = "DiT, arXiv 2212.09748"
+    summary: ClassVar[str] = "from scratch"
+
+    def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> DiT:
+        from fine_dist.model.dit import DiT
+
+        return DiT(target, generator=generator)
