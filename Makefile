@@ -1,0 +1,47 @@
+# `make install`, `make demo`, `make test`: each makes .venv when it is missing. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
+TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+FAST   := not slow and not cluster and not benchmark
+
+.PHONY: help install demo test test-all test-cluster check format benchmark slurm-cluster ray-cluster clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+install: $(STAMP)  ## make .venv and install, pinned by constraints.txt
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+demo: install  ## the whole method on the embedded data set (about 5 minutes on 2 cores)
+	$(BIN)/python -m fine_dist demo
+
+test: install  ## the test suite, clusters where this machine has them
+	$(TESTS) -n 2 --dist loadfile -m "not slow and not benchmark"
+
+test-all: install  ## everything, slow tests and benchmarks' bars included
+	$(TESTS) -m "not benchmark"
+
+check: install  ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fine_dist launchers
+	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
+
+format: install  ## rewrite with ruff
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmark: install  ## every benchmark, to benchmarks.json
+	$(BIN)/python -m fine_dist.benchmark speed --json runs/benchmark/speed.json
+	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
+	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
+
+clean:  ## remove what the demo and the benchmarks wrote
+	rm -rf runs data

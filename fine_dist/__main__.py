@@ -1,0 +1,46 @@
+"""`python -m fine_dist` (also `fine-dist`): lists the commands and runs one: `fine-dist condense --help`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "encode": "images or the embedded digits -> latent shards; --inspect and --verify them",
+    "condense": "stage 1: train a learngene from an ancestor's architecture or weights",
+    "init": "stage 2: initialise a family of targets by training sigma alone",
+    "train": "stage 3: train a model, from an initialised target or from scratch",
+    "sample": "draw images from a model",
+    "evaluate": "held-out loss and Fréchet distance of a model",
+    "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
+    "status": "the tasks of a fan-out: pending, running, done, failed",
+    "export": "merge an initialised target into an ordinary dense model",
+    "benchmark": "speed, data and fan-out, measured",
+    "demo": "the whole method on the embedded data set, with a report",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m fine_dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
+        for name, what in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        print("\n`python -m fine_dist.COMMAND --help` documents every setting of a command.")
+        return 0
+    if argv[0] == "--version":
+        from fine_dist import __version__
+
+        print(f"fine_dist {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        from fine_dist.errors import EXIT_USER_ERROR, nearest
+
+        print(f"error: no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    command = importlib.import_module(f"fine_dist.{argv[0]}")
+    return int(command.main(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
