@@ -1,0 +1,202 @@
+"""Sampling latents through diffusers' schedulers, with noise that belongs to the image and not to the batch.
+
+Shapes: N images of this call, B of one batch, C latent channels, H, W latent pixels.
+
+Three schedulers (`SamplerConfig.scheduler`), all over the linear schedule of `DiffusionConfig`:
+
+ddpm  ancestral (arXiv 2006.11239, eq. 11); timesteps are DiT's: `steps` integers spread evenly over 0..T-1. With
+      `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else it is the posterior's.
+ddim  deterministic, eta = 0 (2010.02502, eq. 12). Timesteps end at T-1, where the latent is noise, so `steps` must
+      divide T: diffusers steps by T // steps, and any other number would skip noise levels silently.
+dpm   DPM-Solver++, second order, multistep (2211.01095).
+
+Guidance is `null + scale * (label - null)` on all noise channels; a learned variance is the labelled half's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.config import DiffusionConfig, SamplerConfig
+from fine_dist.errors import ConfigError
+from fine_dist.model.zoo import Arch
+
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""`model(z [B,C,H,W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`; a `DiT`, or any function."""
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    *,
+    labels: Tensor,
+    arch: Arch,
+    config: SamplerConfig,
+    diffusion: DiffusionConfig,
+    seed: int,
+    indices: Tensor | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | str = False,
+) -> Tensor:
+    """Latents [N, C, H, W] float32 on the CPU, in the scale the model was trained on.
+
+    model:    a `Denoiser`; an `nn.Module` is put in eval mode and back.
+    labels:   [N] int64, 0..num_classes-1, or num_classes for the null label.
+    indices:  [N] int64, each image's own number (None: 0..N-1). An image's noise depends on `(seed, index)` and
+              the step alone: give rank r of W the labels and indices of its images, and the union over ranks is what one
+              process makes. The noise is then equal bit for bit; the latents are equal within 1e-5 in fp32 (times
+              `2 guidance - 1`), because matrix products sum in another order when the batch has another size.
+    device:   where to compute (None: where the model is).
+    progress: show a bar on stderr; a text is its title.
+
+    Raises `ConfigError` when `steps` does not fit the chain, or labels and indices do not fit each other or the model.
+    """
+    indices = torch.arange(len(labels)) if indices is None else indices.cpu()
+    _check(labels, indices, arch)
+    device = torch.device(device) if device is not None else _device_of(model)
+    was_training = isinstance(model, nn.Module) and model.training
+    if isinstance(model, nn.Module):
+        model.eval()
+    bar = _bar(progress, len(labels))
+    try:
+        parts = []
+        for start in range(0, len(labels), config.batch):
+            part = slice(start, start + config.batch)
+            z = _sample_batch(model, labels[part].to(device), indices[part], arch, config, diffusion, seed, device)
+            parts.append(z.float().cpu())
+            bar.update(len(z))
+    finally:
+        bar.close()
+        if isinstance(model, nn.Module):
+            model.train(was_training)
+    return torch.cat(parts) if parts else torch.empty(0, *arch.latent_shape)
+
+
+def _sample_batch(
+    model: Denoiser,
+    labels: Tensor,
+    indices: Tensor,
+    arch: Arch,
+    config: SamplerConfig,
+    diffusion: DiffusionConfig,
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    scheduler = build_scheduler(config, diffusion, arch.learn_sigma)  # a fresh one: multistep solvers keep a history
+    scheduler.set_timesteps(config.steps)
+    generators = [image_generator(seed, int(index)) for index in indices]
+    z = torch.cat([torch.randn(1, *arch.latent_shape, generator=g) for g in generators]).to(device)  # B,C,H,W
+    takes_variance = config.scheduler == "ddpm" and arch.learn_sigma
+    noisy = {"generator": generators} if config.scheduler == "ddpm" else {}
+    for step in scheduler.timesteps.tolist():
+        t = torch.full((len(z),), step, dtype=torch.int64, device=device)
+        out = guided(model, z, t, labels, arch.num_classes, config.guidance, arch.in_channels).float()
+        out = out if takes_variance else out[:, : arch.in_channels]
+        z = scheduler.step(out, step, z, return_dict=False, **noisy)[0]
+    return z
+
+
+def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, scale: float, channels: int) -> Tensor:
+    """The model's output [B, C or 2C, H, W] under classifier-free guidance; both halves go through it at once."""
+    if scale == 1.0:
+        return model(z, t, labels)
+    nulls = torch.full_like(labels, null)
+    labelled, free = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([labels, nulls])).chunk(2)
+    eps = free[:, :channels] + scale * (labelled[:, :channels] - free[:, :channels])
+    return torch.cat([eps, labelled[:, channels:]], dim=1)
+
+
+def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sigma: bool) -> Any:
+    """The diffusers scheduler of these settings. `ConfigError` when `steps` does not fit the chain."""
+    import diffusers
+
+    total, steps = diffusion.num_timesteps, config.steps
+    if steps > total:
+        raise ConfigError(f"sampler.steps {steps}: at most diffusion.num_timesteps, {total}")
+    chain = {
+        "num_train_timesteps": total,
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "beta_schedule": "linear",
+    }
+    if config.scheduler == "ddpm":
+        if steps < 2:
+            raise ConfigError(f"sampler.steps {steps}: ddpm needs at least 2 (the first is T-1, the last is 0)")
+        variance = "learned_range" if learn_sigma else "fixed_small"
+        return diffusers.DDPMScheduler(**chain, variance_type=variance, clip_sample=False, timestep_spacing="linspace")
+    if config.scheduler == "ddim":
+        if total % steps:
+            legal = [n for n in range(1, total + 1) if total % n == 0]
+            near = sorted(sorted(legal, key=lambda n: abs(n - steps))[:3])
+            raise ConfigError(
+                f"sampler.steps {steps}: ddim needs a divisor of {total} timesteps; nearest legal: {near}"
+            )
+        return diffusers.DDIMScheduler(**chain, clip_sample=False, timestep_spacing="trailing")
+    return diffusers.DPMSolverMultistepScheduler(
+        **chain, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
+    )
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random stream of one image: first its initial noise, then one draw a step. Always on the CPU.
+
+    A CPU generator keeps only 32 bits of its seed. The mapping below is one-to-one in `index` for each `seed`, so
+    that two images of a run never share their noise (random 32-bit seeds would: 50,000 images, one pair in four runs).
+    """
+    offset = int.from_bytes(hashlib.blake2b(f"fine_dist.sample {seed}".encode(), digest_size=4).digest(), "little")
+    x = (index + offset) & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3, a bijection
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    generator = torch.Generator()
+    generator.manual_seed(x ^ (x >> 16))
+    return generator
+
+
+def grid(images: Tensor, columns: int, *, low: float = -1.0, high: float = 1.0, gap: int = 1, zoom: int = 1) -> Tensor:
+    """One picture [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row.
+
+    low, high: the values that become black and white. Of 3 channels or more the first three are shown, of fewer one.
+    gap:       white pixels between images (after the zoom).  zoom: each pixel becomes zoom x zoom.
+    """
+    images = images.detach().float().cpu()
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [N, C, H, W] with N > 0, not {list(images.shape)}")
+    images = images[:, : 3 if images.shape[1] >= 3 else 1]
+    images = ((images - low) / (high - low)).clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[:, y : y + height, x : x + width] = image
+    return canvas
+
+
+def _check(labels: Tensor, indices: Tensor, arch: Arch) -> None:
+    if labels.ndim != 1 or labels.shape != indices.shape:
+        raise ConfigError(
+            f"labels and indices must be two lists of one length, not {list(labels.shape)} and {list(indices.shape)}"
+        )
+    wrong = labels[(labels < 0) | (labels > arch.num_classes)]
+    if len(wrong):
+        raise ConfigError(
+            f"label {int(wrong[0])} is out of range; legal: 0..{arch.num_classes - 1}, or {arch.num_classes} (null)"
+        )
+
+
+def _device_of(model: Denoiser) -> torch.device:
+    first = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    return torch.device("cpu") if first is None else first.device
+
+
+def _bar(progress: bool | str, total: int) -> Any:
+    from tqdm import tqdm
+
+    title = progress if isinstance(progress, str) else "sample"
+    return tqdm(total=total, desc=title, unit="image", disable=not progress, leave=False)

@@ -1,0 +1,222 @@
+"""Sampling against textbook loops, and noise that belongs to the image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fine_dist.config import DiffusionConfig, SamplerConfig
+from fine_dist.diffusion.sample import grid, guided, image_generator, sample
+from fine_dist.errors import ConfigError
+from fine_dist.model.dit import DiT
+from fine_dist.model.zoo import Arch
+
+DIFFUSION = DiffusionConfig()
+
+
+def tiny(learn_sigma: bool = False) -> Arch:
+    return Arch(
+        hidden_size=32,
+        num_layers=2,
+        num_heads=2,
+        patch_size=2,
+        in_channels=1,
+        input_size=8,
+        num_classes=10,
+        learn_sigma=learn_sigma,
+    )
+
+
+def lively(arch: Arch) -> DiT:
+    """A DiT whose zero-initialised layers are not zero, so that its output depends on everything."""
+    torch.manual_seed(0)
+    model = DiT(arch)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def toy(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A smooth stand-in for a model: its output depends on latent, timestep and label."""
+    return torch.tanh(z) * (0.5 + t[:, None, None, None] / 2000) + 0.02 * y[:, None, None, None]
+
+
+def draw(labels: list[int], model=toy, arch: Arch | None = None, **settings) -> torch.Tensor:
+    indices = settings.pop("indices", None)
+    return sample(
+        model,
+        labels=torch.tensor(labels),
+        arch=arch or tiny(),
+        config=SamplerConfig(**settings),
+        diffusion=DIFFUSION,
+        seed=settings.pop("seed", 7),
+        indices=None if indices is None else torch.tensor(indices),
+    )
+
+
+def alpha_bars() -> torch.Tensor:
+    beta = torch.linspace(DIFFUSION.beta_start, DIFFUSION.beta_end, DIFFUSION.num_timesteps, dtype=torch.float64)
+    return torch.cumprod(1 - beta, dim=0)
+
+
+def naive_ddim(label: int, index: int, steps: int) -> torch.Tensor:
+    """DDIM (2010.02502, eq. 12) with eta 0, one image, float64."""
+    a = alpha_bars()
+    z = torch.randn(1, 1, 8, 8, generator=image_generator(7, index)).double()
+    stride = DIFFUSION.num_timesteps // steps
+    for t in range(DIFFUSION.num_timesteps - 1, -1, -stride):
+        eps = toy(z, torch.tensor([t]), torch.tensor([label]))
+        start = (z - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
+        before = a[t - stride] if t - stride >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        z = before.sqrt() * start + (1 - before).sqrt() * eps
+    return z
+
+
+def naive_ddpm(label: int, index: int, timesteps: list[int], fraction: float | None) -> torch.Tensor:
+    """DDPM (2006.11239, eq. 11) on a respaced chain; `fraction` interpolates log variances (2102.09672, eq. 15)."""
+    a = alpha_bars()
+    generator = image_generator(7, index)
+    z = torch.randn(1, 1, 8, 8, generator=generator).double()
+    for t, before in zip(timesteps, [*timesteps[1:], -1]):
+        a_prev = a[before] if before >= 0 else torch.tensor(1.0, dtype=torch.float64)
+        beta = 1 - a[t] / a_prev
+        eps = toy(z, torch.tensor([t]), torch.tensor([label]))
+        mean = (z - beta / (1 - a[t]).sqrt() * eps) / (1 - beta).sqrt()
+        if t == 0:
+            return mean
+        log_var = (beta * (1 - a_prev) / (1 - a[t])).log()
+        if fraction is not None:
+            log_var = fraction * beta.log() + (1 - fraction) * log_var
+        z = mean + (0.5 * log_var).exp() * torch.randn(1, 1, 8, 8, generator=generator)
+    raise AssertionError("the last timestep is 0")
+
+
+# fp32 against float64 over tens of steps: 1e-3 relative at the noisiest step, where the prediction is divided by 6e-3
+TOLERANCE = {"atol": 2e-3, "rtol": 2e-3}
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_ddim_is_the_papers_equation(steps):
+    out = draw([3, 8], scheduler="ddim", steps=steps)
+    expected = torch.cat([naive_ddim(3, 0, steps), naive_ddim(8, 1, steps)])
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+def test_ddpm_walks_the_respaced_chain_of_the_paper():
+    timesteps = torch.linspace(999, 0, 40).round().int().tolist()
+    out = draw([3], scheduler="ddpm", steps=40, indices=[5])
+    torch.testing.assert_close(out.double(), naive_ddpm(3, 5, timesteps, None), **TOLERANCE)
+
+
+def test_a_learned_variance_sets_the_ancestral_noise():
+    def with_variance(z, t, y):
+        return torch.cat([toy(z, t, y), torch.full_like(z, 0.4)], dim=1)  # -1..1 is read as 0..1: 0.7
+
+    timesteps = torch.linspace(999, 0, 40).round().int().tolist()
+    out = draw([3], with_variance, tiny(learn_sigma=True), scheduler="ddpm", steps=40)
+    torch.testing.assert_close(out.double(), naive_ddpm(3, 0, timesteps, 0.7), **TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+def test_deterministic_schedulers_leave_a_learned_variance_aside(scheduler):
+    def with_variance(z, t, y):
+        return torch.cat([toy(z, t, y), torch.randn_like(z)], dim=1)
+
+    plain = draw([3, 4], scheduler=scheduler, steps=10)
+    learned = draw([3, 4], with_variance, tiny(learn_sigma=True), scheduler=scheduler, steps=10)
+    assert torch.equal(plain, learned)
+
+
+def test_dpm_solver_comes_nearer_than_ddim_to_the_exact_solution_at_equal_steps():
+    exact = draw([1, 2, 3], scheduler="ddim", steps=1000)
+    error = {s: (draw([1, 2, 3], scheduler=s, steps=20) - exact).abs().mean() for s in ("ddim", "dpm")}
+    assert error["dpm"] < error["ddim"]
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_batch_size_changes_no_image(scheduler, guidance):
+    """The noise is bit-equal; matrix products of another batch size sum in another order: 1e-5 in fp32, and guidance
+    multiplies the error of a prediction by up to `2 guidance - 1`."""
+    tolerance = 1e-5 * (2 * guidance - 1)
+    arch, labels = tiny(), [i % 10 for i in range(7)]
+    model = lively(arch)
+    one = draw(labels, model, arch, scheduler=scheduler, steps=20, guidance=guidance, batch=1)
+    all_ = draw(labels, model, arch, scheduler=scheduler, steps=20, guidance=guidance, batch=64)
+    torch.testing.assert_close(one, all_, atol=tolerance, rtol=tolerance)
+
+
+def test_two_processes_with_half_the_indices_make_the_same_images():
+    arch, labels = tiny(learn_sigma=True), [i % 10 for i in range(6)]
+    model = lively(arch)
+    whole = draw(labels, model, arch, scheduler="ddpm", steps=10)
+    for rank in (0, 1):
+        mine = list(range(rank, 6, 2))
+        half = draw([labels[i] for i in mine], model, arch, scheduler="ddpm", steps=10, indices=mine)
+        torch.testing.assert_close(half, whole[rank::2], atol=1e-5, rtol=1e-5)
+
+
+def test_no_two_of_fifty_thousand_images_start_from_the_same_noise():
+    first = {torch.randint(0, 2**62, (1,), generator=image_generator(0, i)).item() for i in range(50_000)}
+    assert len(first) == 50_000
+
+
+def test_seeds_give_other_images():
+    a, b = (torch.randn(8, generator=image_generator(seed, 0)) for seed in (0, 1))
+    assert (a - b).abs().min() > 0
+
+
+def test_guidance_extrapolates_from_the_null_label_and_keeps_the_labelled_variance():
+    def model(z, t, y):
+        level = y.float()[:, None, None, None].expand_as(z)
+        return torch.cat([level, -level], dim=1)
+
+    z, t, y = torch.zeros(2, 1, 2, 2), torch.zeros(2).long(), torch.tensor([3, 4])
+    out = guided(model, z, t, y, null=10, scale=1.5, channels=1)
+    assert out[:, 0, 0, 0].tolist() == [10 + 1.5 * (3 - 10), 10 + 1.5 * (4 - 10)]
+    assert out[:, 1, 0, 0].tolist() == [-3, -4]
+
+
+def test_guidance_zero_is_the_unconditional_model():
+    assert torch.equal(draw([3], steps=5, guidance=0.0), draw([10], steps=5, guidance=1.0))
+
+
+def test_sampling_leaves_the_model_in_the_mode_it_had():
+    arch = tiny()
+    model = lively(arch).train()
+    draw([1], model, arch, steps=2)
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "labels", "words"),
+    [
+        ({"scheduler": "ddim", "steps": 30}, [1], ["30", "divisor of 1000", "25, 40"]),
+        ({"scheduler": "ddpm", "steps": 1}, [1], ["at least 2"]),
+        ({"scheduler": "dpm", "steps": 1001}, [1], ["1001", "1000"]),
+        ({"steps": 10}, [11], ["label 11", "0..9"]),
+        ({"steps": 10}, [-1], ["label -1"]),
+        ({"steps": 10, "indices": [0, 1]}, [1], ["one length"]),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, labels, words):
+    with pytest.raises(ConfigError) as error:
+        draw(labels, **settings)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_no_images_are_an_empty_tensor():
+    assert draw([], steps=5).shape == (0, 1, 8, 8)
+
+
+def test_a_grid_lays_images_out_row_by_row_between_white_lines():
+    images = torch.stack([torch.full((1, 2, 2), v) for v in (-1.0, 0.0, 1.0)])
+    picture = grid(images, columns=2)
+    assert picture.shape == (1, 5, 5)
+    assert picture[0, 0].tolist() == [0, 0, 1, 0.5, 0.5]
+    assert picture[0, 3].tolist() == [1, 1, 1, 1, 1]
+
+
+def test_a_grid_of_four_channel_latents_shows_the_first_three():
+    assert grid(torch.zeros(2, 4, 3, 3), columns=8, zoom=2, gap=0).shape == (3, 6, 12)
