@@ -5,7 +5,7 @@ Shapes: N images of this call, B of one batch, C latent channels, H, W latent pi
 Three schedulers (`SamplerConfig.scheduler`), all over the linear schedule of `DiffusionConfig`:
 
 ddpm  ancestral (arXiv 2006.11239, eq. 11); timesteps are DiT's: `steps` integers spread evenly over 0..T-1. With
-      `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else it is the posterior's.
+      `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else the posterior's.
 ddim  deterministic, eta = 0 (2010.02502, eq. 12). Timesteps end at T-1, where the latent is noise, so `steps` must
       divide T: diffusers steps by T // steps, and any other number would skip noise levels silently.
 dpm   DPM-Solver++, second order, multistep (2211.01095).
@@ -48,8 +48,8 @@ def sample(
     model:    a `Denoiser`; an `nn.Module` is put in eval mode and back.
     labels:   [N] int64, 0..num_classes-1, or num_classes for the null label.
     indices:  [N] int64, each image's own number (None: 0..N-1). An image's noise depends on `(seed, index)` and
-              the step alone: give rank r of W the labels and indices of its images, and the union over ranks is what one
-              process makes. The noise is then equal bit for bit; the latents are equal within 1e-5 in fp32 (times
+              the step alone: give rank r of W the labels and indices of its images, and the ranks together make what
+              one process makes. The noise is then equal bit for bit; the latents are equal within 1e-5 in fp32 (times
               `2 guidance - 1`), because matrix products sum in another order when the batch has another size.
     device:   where to compute (None: where the model is).
     progress: show a bar on stderr; a text is its title.

@@ -71,7 +71,8 @@ def train_classifier(
     """Train on images [N, 1, 8, 8] in [-1, 1] and labels [N] int64; a few seconds on one core.
 
     Deterministic by seed: weights, order and jitter come from one generator, and it runs on one thread, because
-    sums over threads round differently. Each image is turned, stretched and moved a little every time, or 1,500 digits are learned by heart.
+    sums over threads round differently. Each image is turned, stretched and moved a little every time, or 1,500 digits
+    are learned by heart.
     """
     if images.shape[1:] != (1, 8, 8):
         raise DataError(f"the digits classifier takes images of 1x8x8, not {'x'.join(map(str, images.shape[1:]))}")
