@@ -1,0 +1,216 @@
+"""From a config to job files: the resolved config, a copy of the code, one `JobSpec` per task, all on disk.
+
+    python -m fine_dist.submit prepare fine_dist.condense --config FILE [--KEY VALUE ...]
+
+prints what the sbatch scripts need (`slurm/env.sh`): the job file of one job, or of every task of a fan-out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fine_dist
+from fine_dist.config import Config, LaunchConfig, dump_yaml
+from fine_dist.errors import ConfigError, LaunchError, guard
+from fine_dist.jobs import JobSpec, StateTable, Task, write_atomic
+from fine_dist.worker import config_class, import_module
+
+SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg")
+"""Kinds of files that a copy of the code holds."""
+
+
+def run_dir_of(config: Config) -> Path:
+    """The absolute run directory of a stage's config. `ConfigError` when it has none."""
+    run_dir = getattr(config, "run_dir", None)
+    if not run_dir:
+        raise ConfigError("run_dir: a job needs a run directory; give --run-dir PATH")
+    return Path(os.path.expandvars(os.path.expanduser(str(run_dir)))).absolute()
+
+
+def launch_of(config: Config) -> LaunchConfig:
+    """The launch settings of a stage's config; defaults when it has none."""
+    launch = getattr(config, "launch", None)
+    return launch if isinstance(launch, LaunchConfig) else LaunchConfig()
+
+
+def tasks_of(module: str, config: Config) -> list[Task] | None:
+    """The tasks of a fan-out, or None when the module is one job. Raises `LaunchError` when two tasks share a name."""
+    make = getattr(import_module(module), "tasks", None)
+    tasks: list[Task] | None = make(config) if callable(make) else None
+    if tasks is None:
+        return None
+    names = [row for task in tasks for row in (task.rows or (task.name,))]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise LaunchError(f"{module}: two tasks are named {twice[0]!r}")
+    return tasks
+
+
+def make_spec(
+    module: str, config: Config, name: str | None = None, *, code: str | None = None, table: Path | None = None,
+    rows: Sequence[str] = (),
+) -> JobSpec:  # fmt: skip
+    """The job of one config, whose resolved YAML is written into the run directory.
+
+    File names carry a hash of what they hold: a second submission never changes the files of the first.
+    """
+    launch = launch_of(config)
+    run_dir = run_dir_of(config)
+    name = name or module.rpartition(".")[2]
+    text = dump_yaml(config)
+    home = table or run_dir
+    path = home / "jobs" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"
+    write_atomic(path, text)
+    return JobSpec(
+        name=name,
+        module=module,
+        config=str(path),
+        run_dir=str(run_dir),
+        cwd=os.getcwd(),
+        code=code,
+        table=str(table) if table else None,
+        tasks=tuple(rows),
+        nodes=launch.nodes,
+        processes_per_node=launch.processes,
+        accelerators_per_node=launch.gpus * launch.processes,
+        cpus_per_process=launch.cpus,
+        memory_gb=launch.memory_gb,
+        minutes=launch.minutes,
+        env=launch.env,
+        extras={"slurm": dict(launch.slurm), "ray": dict(launch.ray)},
+    )
+
+
+def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str | None = None) -> list[JobSpec]:
+    """The jobs of a fan-out, and their pending rows in the state table."""
+    home = run_dir_of(config)
+    launch = launch_of(config)
+    specs = []
+    run_dirs = {}
+    for task in tasks:
+        part = task.config
+        if "launch" in type(part).model_fields:
+            part = part.model_copy(update={"launch": launch})
+        spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows)
+        run_dirs |= dict.fromkeys(spec.rows, spec.run_dir)
+        specs.append(spec)
+    StateTable(home).add([row for spec in specs for row in spec.rows], run_dirs)
+    return specs
+
+
+# --- the copy of the code ------------------------------------------------------------------------------------------
+
+
+def code_root(module: str) -> str:
+    """The folder that `module` is imported from, for workers that run the code where it lies."""
+    file = import_module(module).__file__
+    if not file:
+        raise LaunchError(f"module {module} has no file; a worker cannot import it")
+    return str(Path(file).resolve().parents[module.count(".")])
+
+
+def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
+    """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder.
+
+    Copied are the packages `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module`.
+    """
+    root = Path(fine_dist.__file__).resolve().parents[1]
+    tops = {"fine_dist", "launchers", "slurm"}
+    places = {root / top for top in tops if (root / top).is_dir()}
+    top = module.partition(".")[0]
+    if top not in tops:
+        package = Path(code_root(module), top)
+        places.add(package if package.is_dir() else package.with_suffix(".py"))
+    files = sorted(file for place in places for file in _sources(place))
+    names = {file: file.relative_to(_base(file, places)).as_posix() for file in files}
+    contents = {file: file.read_bytes() for file in files}
+    digest = hashlib.sha256()
+    for file in sorted(files, key=names.__getitem__):
+        digest.update(names[file].encode() + b"\0" + hashlib.sha256(contents[file]).digest())
+    target = run_dir / "code" / digest.hexdigest()[:12]
+    if target.is_dir():
+        return target
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
+    for file in files:
+        copy = draft / names[file]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(contents[file])
+        shutil.copymode(file, copy)
+    (draft / "SNAPSHOT.json").write_text(json.dumps({"git": _git(root), "version": fine_dist.__version__}) + "\n")
+    try:
+        os.rename(draft, target)
+    except OSError:  # somebody else was faster with the same content
+        shutil.rmtree(draft)
+        if not target.is_dir():
+            raise
+    return target
+
+
+def _base(file: Path, places: set[Path]) -> Path:
+    return next(place.parent for place in places if place == file or place in file.parents)
+
+
+def _sources(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    found = []
+    for folder, inner, files in os.walk(place):
+        inner[:] = [name for name in inner if not name.startswith((".", "__pycache__"))]
+        found += [Path(folder, name) for name in files if name.endswith(SOURCES)]
+    return found
+
+
+def _git(root: Path) -> str | None:
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    said = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return said.stdout.strip() or None
+
+
+# --- for the sbatch scripts ----------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command."""
+    return guard(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
+    if len(argv) < 2 or argv[0] != "prepare":
+        print(__doc__)
+        return 0 if "--help" in argv or "-h" in argv else 2
+    for key, value in prepare(argv[1], argv[2:]).items():
+        print(f"{key}={value}")
+    return 0
+
+
+def prepare(module: str, argv: list[str]) -> dict[str, Any]:
+    """Write the job files of a command line; what a script needs to run them, as KEY -> value."""
+    from fine_dist.cli import parse
+
+    call = parse(config_class(import_module(module)), argv, prog=f"python -m {module}")
+    run_dir = run_dir_of(call.config)
+    code = str(snapshot(run_dir, module)) if launch_of(call.config).snapshot else None
+    tasks = tasks_of(module, call.config)
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    if tasks is None:
+        from launchers.base import job_file
+
+        spec = make_spec(module, call.config, code=code)
+        return {"JOB": spec.save(job_file(spec)), "RUN_DIR": run_dir, "CODE": code or ""}
+    return {}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

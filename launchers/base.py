@@ -1,0 +1,243 @@
+"""What all launchers share: a job's handle, the queue of a fan-out, retries, and the choice by `--launcher`."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, nearest
+from fine_dist.jobs import JobSpec
+from fine_dist.worker import EXIT_BUSY
+
+JobState = Literal["pending", "running", "done", "failed", "cancelled"]
+ENDED = ("done", "failed", "cancelled")
+NAMES = ("auto", "local", "slurm", "ray", "here")
+
+
+@dataclass(eq=False)
+class Job:
+    """Handle of one submitted job; the launcher that made it keeps it up to date."""
+
+    spec: JobSpec
+    file: Path
+    """Its JSON on disk."""
+    state: JobState = "pending"
+    id: str | None = None
+    """The scheduler's name of it."""
+    code: int | None = None
+    """Exit code once it has ended; negative: ended by that signal; None: it was lost."""
+    reason: str | None = None
+    """Why it failed, in the scheduler's words where there are any."""
+    attempts: int = 0
+    retries: int = 0
+    """Further attempts it may have."""
+    restarts: int = 0
+    """Times it asked to be started again (exit code 75)."""
+    handle: Any = field(default=None, repr=False)
+    """The launcher's own."""
+
+    @property
+    def log(self) -> Path:
+        """Its output."""
+        return Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in ENDED
+
+
+class Launcher(ABC):
+    """Submits jobs and follows them. A subclass starts, checks and cancels one; the queue is here.
+
+    Use as a context manager: leaving it cancels what it still runs.
+    """
+
+    name: str
+    max_restarts = 20
+
+    def __init__(self) -> None:
+        self._queue: deque[Job] = deque()
+        self._live: list[Job] = []
+        self._width = 1
+
+    # --- what users of a launcher call
+
+    def submit(self, spec: JobSpec, retries: int = 0) -> Job:
+        """Start one job now."""
+        job = self._job(spec, retries)
+        self._begin(job)
+        return job
+
+    def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
+        """Hand in many jobs, of which at most `max_parallel` run at once (None: as many as fit)."""
+        jobs = [self._job(spec, retries) for spec in specs]
+        self._queue.extend(jobs)
+        self._width = max_parallel or (self.fits(specs[0]) if specs else 1)
+        self.poll()
+        return jobs
+
+    def status(self, job: Job) -> JobState:
+        """What became of a job."""
+        if not job.ended:
+            self.poll()
+        return job.state
+
+    def cancel(self, job: Job) -> None:
+        """Stop a job; one that has ended is left alone."""
+        if job in self._queue:
+            self._queue.remove(job)
+        if not job.ended:
+            if job in self._live:
+                self._live.remove(job)
+                self._stop(job)
+            job.state = "cancelled"
+
+    def logs(self, job: Job) -> str:
+        """What a job has printed so far."""
+        return job.log.read_text(encoding="utf-8", errors="replace") if job.log.exists() else ""
+
+    def wait(self, jobs: Sequence[Job], tick: Callable[[], None] | None = None, every_s: float = 0.02) -> list[Job]:
+        """Stay until all jobs have ended; `tick` is called about every 0.5 s. An interrupt cancels them."""
+        last = 0.0
+        try:
+            while True:
+                self.poll()
+                if tick and time.monotonic() - last > 0.5:
+                    last = time.monotonic()
+                    tick()
+                if all(job.ended for job in jobs):
+                    return list(jobs)
+                time.sleep(every_s)
+        except BaseException:
+            for job in jobs:
+                self.cancel(job)
+            raise
+
+    def poll(self) -> None:
+        """Look after running jobs, try again what may be tried again, start what waits."""
+        for job in list(self._live):
+            if self._check(job):
+                self._live.remove(job)
+                self._ended(job)
+        while self._queue and len(self._live) < self._width:
+            self._begin(self._queue.popleft())
+
+    def close(self) -> None:
+        """Cancel what still runs and free what the launcher holds."""
+        for job in [*self._queue, *self._live]:
+            self.cancel(job)
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- what a launcher must say
+
+    @abstractmethod
+    def fits(self, spec: JobSpec) -> int:
+        """How many such jobs can run at once."""
+
+    @abstractmethod
+    def _start(self, job: Job) -> None:
+        """Start it; set `handle` and `id`."""
+
+    @abstractmethod
+    def _check(self, job: Job) -> bool:
+        """Whether it has ended; then `code` (and `reason`) are set."""
+
+    @abstractmethod
+    def _stop(self, job: Job) -> None:
+        """End it."""
+
+    # --- the queue
+
+    def _job(self, spec: JobSpec, retries: int) -> Job:
+        file = spec.save(job_file(spec))
+        return Job(spec, file, retries=retries)
+
+    def _begin(self, job: Job) -> None:
+        job.attempts += 1
+        job.state, job.code, job.reason = "running", None, None
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        self._start(job)
+        self._live.append(job)
+
+    def _ended(self, job: Job) -> None:
+        if job.code == 0:
+            job.state = "done"
+            return
+        job.reason = job.reason or explain(job.code)
+        if job.code == EXIT_RESUME and job.restarts < self.max_restarts:
+            job.restarts += 1
+            job.attempts -= 1
+            self._again(job)
+        elif job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY) and job.attempts <= job.retries:
+            self._again(job)
+        else:
+            job.state = "failed"
+
+    def _again(self, job: Job) -> None:
+        job.state = "pending"
+        self._queue.append(job)
+
+
+def job_file(spec: JobSpec) -> Path:
+    """Where a job's JSON lies."""
+    return Path(spec.table or spec.run_dir) / "jobs" / f"{spec.name}.json"
+
+
+def explain(code: int | None) -> str:
+    """An exit code in words."""
+    if code is None:
+        return "lost: the process or its node is gone"
+    if code < 0:
+        return f"killed by signal {-code}"
+    words = {
+        EXIT_RESUME: "stopped early; the same command continues it",
+        EXIT_BUSY: "another live process runs this task",
+        EXIT_USER_ERROR: "refused (see its log)",
+        EXIT_TASKS_FAILED: "some tasks failed",
+    }
+    return words.get(code, f"exit code {code}")
+
+
+def joint_code(codes: Sequence[int]) -> int:
+    """The exit code of a job of several processes: its first real failure, else 75 if any said so, else 0."""
+    real = [code for code in codes if code not in (0, EXIT_RESUME)]
+    return real[0] if real else max(codes, default=0)
+
+
+def choose(name: str) -> str:
+    """What `--launcher auto` means here: Ray in a Ray job or with RAY_ADDRESS, SLURM in an allocation, else local."""
+    if name != "auto":
+        return name
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return "ray"
+    return "slurm" if os.environ.get("SLURM_JOB_ID") else "local"
+
+
+def get_launcher(name: str, **settings: Any) -> Launcher:
+    """The launcher of a name: `local`, `slurm`, `ray`, or `auto` for what fits here."""
+    kind = choose(name)
+    if kind == "local":
+        from launchers.local import LocalLauncher
+
+        return LocalLauncher(**settings)
+    if kind == "slurm":
+        from launchers.slurm_submitit import slurm_launcher
+
+        return slurm_launcher(**settings)
+    if kind == "ray":
+        from launchers.ray_train import RayLauncher
+
+        return RayLauncher(**settings)
+    raise LaunchError(f"launcher {name!r}: no such launcher; {nearest(name, NAMES)}")

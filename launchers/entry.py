@@ -1,0 +1,98 @@
+"""`launch`: the one function every command calls to run its stage here, locally, on SLURM or on Ray."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from fine_dist.config import Config, LaunchConfig
+from fine_dist.errors import EXIT_TASKS_FAILED
+from fine_dist.jobs import JobSpec, Row, StateTable, Task
+from fine_dist.submit import code_root, launch_of, make_spec, make_specs, run_dir_of, snapshot, tasks_of
+from fine_dist.worker import EXIT_BUSY, import_module, inside
+from launchers.base import Launcher, choose, get_launcher
+
+
+def launch(module: str, config: Config, launcher: str = "auto") -> int:
+    """Run `module.run(config)` where `launcher` says; the exit code.
+
+    module:   importable name with `run(config)`; the first parameter of `run` is annotated with the config class.
+              With `tasks(config) -> list[jobs.Task] | None` it is a fan-out: each task is `run(task.config)`, kept in
+              the state table of `config.run_dir`; a task that is done is not run again. None: one ordinary job.
+    config:   has `run_dir`, and `launch: LaunchConfig` for what the job needs.
+    launcher: `here` (this process), `local`, `slurm`, `ray`, or `auto`. Inside a job it is always `here`.
+
+    Codes: 0 done (or submitted), 3 some tasks failed, 75 stopped early and to be started again, else what the job ended
+    with. Raises `LaunchError` when it cannot run there, with the remedy.
+    """
+    if launcher == "here" or inside():
+        return _here(module, config)
+    kind = choose(launcher)
+    tasks = tasks_of(module, config)
+    needs = launch_of(config)
+    if kind == "local" and tasks is None and needs.nodes == needs.processes == 1:
+        return _here(module, config)
+    return _one(kind, module, config) if tasks is None else _fan_out(kind, module, config, tasks)
+
+
+def _here(module: str, config: Config) -> int:
+    result = import_module(module).run(config)
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def _one(kind: str, module: str, config: Config) -> int:
+    with get_launcher(kind, **_settings(kind, launch_of(config), show=True)) as runner:
+        code = _code(kind, module, config)
+        [job] = runner.wait([runner.submit(make_spec(module, config, code=code), retries=0)])
+        if job.code:
+            print(f"{job.spec.name}: {job.reason}; log: {job.log}", file=sys.stderr)
+        return 1 if job.code is None or job.code < 0 else job.code
+
+
+def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
+    needs = launch_of(config)
+    table = StateTable(run_dir_of(config))
+    with table.driver(f"{kind} fan-out"):
+        specs = make_specs(module, config, tasks, code=_code(kind, module, config))
+        todo = [spec for spec in specs if not _done(table, spec)]
+        print(f"{module}: {len(specs)} tasks, {len(specs) - len(todo)} done before, {len(todo)} to run", flush=True)
+        with get_launcher(kind, **_settings(kind, needs)) as runner:
+            follow(runner, table, todo, needs)
+    return report(table, specs)
+
+
+def _done(table: StateTable, spec: JobSpec) -> bool:
+    return all((row := table.get(name)) is not None and row.state == "done" for name in spec.rows)
+
+
+def follow(runner: Launcher, table: StateTable, specs: list[JobSpec], needs: LaunchConfig) -> None:
+    """Run the jobs of a fan-out to their ends, and write down those that died without a word of their own."""
+    for job in runner.wait(runner.submit_many(specs, needs.max_parallel, needs.retries)):
+        if job.code in (0, EXIT_BUSY):
+            continue
+        for name in job.spec.rows:
+            row = table.get(name) or Row(name=name)
+            if row.state == "pending" or table.lost(row):
+                table.finish(name, "failed", job.reason)
+
+
+def report(table: StateTable, specs: list[JobSpec]) -> int:
+    """Say what became of a fan-out; its exit code."""
+    wanted = {name for spec in specs for name in spec.rows}
+    rows = [row for row in table.rows() if row.name in wanted]
+    failed = [row for row in rows if row.state == "failed"]
+    print(f"{sum(row.state == 'done' for row in rows)} of {len(rows)} tasks done, {len(failed)} failed", flush=True)
+    for row in failed[:20]:
+        print(f"  {row.name}: {row.reason} (attempts: {row.attempts})", file=sys.stderr)
+    return 0 if all(row.state == "done" for row in rows) else EXIT_TASKS_FAILED
+
+
+def _code(kind: str, module: str, config: Config) -> str:
+    wanted = launch_of(config).snapshot and kind != "local"
+    return str(snapshot(run_dir_of(config), module)) if wanted else code_root(module)
+
+
+def _settings(kind: str, needs: LaunchConfig, show: bool = False) -> dict[str, Any]:
+    if kind == "local":
+        return {"show": show}
+    return {"needs": needs}

@@ -1,0 +1,222 @@
+"""A pool of processes on this machine.
+
+A small server (`fine_dist.worker --pool`) imports torch and the job's module once and forks a clean process per job, so
+a task of a fan-out costs milliseconds, not an interpreter's start. A job of several processes gets torchrun's words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from fine_dist.errors import LaunchError
+from fine_dist.jobs import JobSpec
+from fine_dist.worker import LIFELINE
+from launchers.base import Job, Launcher, joint_code
+
+GRACE_S = 30.0
+"""Seconds a job has to save after SIGTERM before it is killed."""
+
+
+class LocalLauncher(Launcher):
+    """Jobs on this machine.
+
+    show:    a job's output goes to this terminal instead of its log.
+    threads: CPU threads of a process; None: the job's `cpus_per_process`.
+    """
+
+    name = "local"
+
+    def __init__(self, *, show: bool = False, threads: int | None = None) -> None:
+        super().__init__()
+        self._show = show
+        self._threads = threads
+        self._pools: dict[str | None, _Pool] = {}
+        self._devices = visible_devices()
+        self._load = dict.fromkeys(self._devices, 0.0)
+
+    def fits(self, spec: JobSpec) -> int:
+        by_cpu = (os.cpu_count() or 1) // (spec.processes_per_node * spec.cpus_per_process)
+        if spec.accelerators_per_node and self._devices:
+            by_cpu = min(by_cpu, int(len(self._devices) / spec.accelerators_per_node))
+        return max(1, by_cpu)
+
+    def _start(self, job: Job) -> None:
+        spec = job.spec
+        if spec.nodes > 1:
+            raise LaunchError(f"{spec.name} wants {spec.nodes} nodes; local has one: use --launcher slurm or ray")
+        pool = self._pool(spec)
+        size = spec.processes_per_node
+        words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
+        devices = self._take(spec.accelerators_per_node)
+        job.handle = running = _Running(pool, devices)
+        for rank in range(size):
+            env = dict(words)
+            if size > 1:
+                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+                env |= {key: str(value) for key, value in places.items()} | {"LOCAL_SIZE": str(size)}
+            if devices:
+                env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            running.ids.append(pool.start(job.file, env, None if self._show else job.log))
+        job.id = f"local {os.getpid()}.{running.ids[0]}"
+
+    def _check(self, job: Job) -> bool:
+        running: _Running = job.handle
+        running.pool.read()
+        codes = [running.pool.codes.get(i) for i in running.ids]
+        failed = any(code not in (None, 0) for code in codes)
+        if failed and None in codes:  # a rank is gone, the others would wait for it for ever
+            running.end_rest()
+        if None in codes:
+            return False
+        self._give_back(job)
+        job.code = joint_code([code for code in codes if code is not None])
+        return True
+
+    def _stop(self, job: Job) -> None:
+        running: _Running = job.handle
+        running.end_rest()
+        while any(running.pool.codes.get(i) is None for i in running.ids):
+            running.end_rest()
+            running.pool.read()
+            time.sleep(0.01)
+        self._give_back(job)
+
+    def close(self) -> None:
+        super().close()
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def _pool(self, spec: JobSpec) -> _Pool:
+        pool = self._pools.get(spec.code)
+        if pool is None or not pool.alive:
+            pool = self._pools[spec.code] = _Pool(spec, self._threads or spec.cpus_per_process)
+        return pool
+
+    def _take(self, amount: float) -> list[str]:
+        if not amount or not self._devices:
+            return []
+        count = max(1, round(amount))
+        chosen = sorted(self._devices, key=lambda device: self._load[device])[:count]
+        if len(chosen) < count:
+            raise LaunchError(f"{count} accelerators wanted, {len(chosen)} here; lower launch.gpus or launch.processes")
+        for device in chosen:
+            self._load[device] += amount / count
+        return chosen
+
+    def _give_back(self, job: Job) -> None:
+        for device in job.handle.devices:
+            self._load[device] -= job.spec.accelerators_per_node / len(job.handle.devices)
+
+
+class _Running:
+    """The processes of one job."""
+
+    def __init__(self, pool: _Pool, devices: Sequence[str]) -> None:
+        self.pool = pool
+        self.devices = devices
+        self.ids: list[int] = []
+        self._told: dict[int, float] = {}
+
+    def end_rest(self) -> None:
+        """Every process gets SIGTERM once, and SIGKILL after the grace."""
+        now = time.monotonic()
+        for i in self.ids:
+            if i not in self._told:
+                if self.pool.signal(i, signal.SIGTERM):
+                    self._told[i] = now
+            elif now - self._told[i] > GRACE_S:
+                self.pool.signal(i, signal.SIGKILL)
+
+
+class _Pool:
+    """Our end of `python -m fine_dist.worker --pool`."""
+
+    def __init__(self, spec: JobSpec, threads: int) -> None:
+        commands_in, self._commands = os.pipe()
+        self._replies, replies_out = os.pipe()
+        command = [sys.executable, "-m", "fine_dist.worker", "--pool", str(commands_in), str(replies_out)]
+        env = {**os.environ, **spec.env, LIFELINE: str(os.getpid())}
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+        if spec.code:
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            command, pass_fds=(commands_in, replies_out), env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL
+        )
+        os.close(commands_in)
+        os.close(replies_out)
+        self._rest = b""
+        self._next = 0
+        self._pids: dict[int, int] = {}
+        self.codes: dict[int, int] = {}
+        self.alive = True
+
+    def start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
+        self._next += 1
+        request = {"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None}
+        with contextlib.suppress(BrokenPipeError):  # read() then finds the pool dead and the job lost
+            os.write(self._commands, json.dumps(request).encode() + b"\n")
+        return self._next
+
+    def read(self) -> None:
+        """Take in what the server has said; if it is gone, so are its jobs."""
+        while self.alive and select.select([self._replies], [], [], 0)[0]:
+            chunk = os.read(self._replies, 1 << 16)
+            if not chunk:
+                self.alive = False
+                break
+            *lines, self._rest = (self._rest + chunk).split(b"\n")
+            for line in lines:
+                reply = json.loads(line)
+                if "pid" in reply:
+                    self._pids[reply["id"]] = reply["pid"]
+                else:
+                    self.codes[reply["id"]] = reply["rc"]
+        if not self.alive:
+            for i in range(1, self._next + 1):
+                self.codes.setdefault(i, -signal.SIGKILL)
+
+    def signal(self, i: int, number: int) -> bool:
+        """Signal a process and its children; False while it is not there yet (or any more)."""
+        self.read()
+        if i in self.codes or i not in self._pids:
+            return False
+        try:
+            os.killpg(self._pids[i], number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self._commands)
+        self._process.wait()
+        os.close(self._replies)
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def visible_devices() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, without importing torch or touching a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]

@@ -1,0 +1,80 @@
+"""A stage small enough to test launchers with: it writes what it saw, and can fail, wait, die or stop early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from fine_dist.config import Config, LaunchConfig
+from fine_dist.errors import DataError, ResumeLater
+from fine_dist.jobs import Task
+
+PRELOAD = ()
+VERSION = "as submitted"
+
+
+class ToyConfig(Config):
+    """What the toy does."""
+
+    run_dir: str = "run"
+    """Where it writes."""
+    launch: LaunchConfig = LaunchConfig()
+    """What it needs."""
+    value: int = 0
+    """Written to the result."""
+    sleep_s: float = 0.0
+    """Seconds of work."""
+    fail: str = ""
+    """`user`, `crash` or `kill`: every attempt does so; `first`: the first one is killed."""
+    stop_times: int = 0
+    """Times it asks to be started again."""
+    tasks: int = 0
+    """Above zero: a fan-out of so many."""
+    bad: tuple[int, ...] = ()
+    """Tasks of the fan-out that always fail."""
+
+
+def tasks(config: ToyConfig) -> list[Task] | None:
+    if not config.tasks:
+        return None
+    return [
+        Task(f"task{i}", config.model_copy(update={
+            "tasks": 0, "bad": (), "value": i, "run_dir": f"{config.run_dir}/out/task{i}",
+            "fail": "user" if i in config.bad else config.fail,
+        }))
+        for i in range(config.tasks)
+    ]  # fmt: skip
+
+
+def run(config: ToyConfig) -> Path:
+    out = Path(config.run_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    starts = out / f"starts-{rank}"
+    with open(starts, "a") as file:
+        print(os.getpid(), file=file)
+    times = len(starts.read_text().splitlines())
+    print(f"toy rank {rank} start {times}", flush=True)
+    stop = []
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    deadline = time.monotonic() + config.sleep_s
+    while time.monotonic() < deadline and not stop:
+        time.sleep(0.02)
+    if stop:
+        raise ResumeLater(f"signal {stop[0]}")
+    if times <= config.stop_times:
+        raise ResumeLater(f"stop {times}")
+    if config.fail == "user":
+        raise DataError("this task always fails")
+    if config.fail == "crash":
+        raise ZeroDivisionError("crashed")
+    if config.fail == "kill" or (config.fail == "first" and times == 1):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seen = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    result = {"value": config.value, "version": VERSION, "starts": times, "rank": rank, "seen": seen}
+    (out / f"result-{rank}.json").write_text(json.dumps(result))
+    return out
