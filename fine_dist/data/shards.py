@@ -1,0 +1,270 @@
+"""Latent shards on disk: plain webdataset tars and the `manifest.json` beside them.
+
+A shard holds `KEY.cls` (the label, decimal text) and `KEY.latent.npy` (float16 or float32, unscaled) per sample and
+can be read by any webdataset user. The manifest says how many samples each shard has, its size and sha256, and what
+the latents are; training reads the manifest first and the shards through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fine_dist.data.records import LABEL, LATENT, layout_of, npy_bytes, record_key, shard_prefix, tar_writer
+from fine_dist.errors import DataError
+
+MANIFEST = "manifest.json"
+SHARD_NAME = "latents-{:06d}.tar"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ShardInfo(_Model):
+    """One tar file."""
+
+    name: str
+    """File name, beside the manifest."""
+    count: int = Field(ge=0)
+    """Samples in it."""
+    bytes: int = Field(ge=0)
+    """Size of the file."""
+    sha256: str
+    """Of the file."""
+    key_prefix: str | None = None
+    """What its keys begin with when all its records have one size; none: written by another program."""
+
+
+class BadInput(_Model):
+    """An input that could not be encoded and is not in the shards."""
+
+    source: str
+    error: str
+
+
+class Manifest(_Model):
+    """What a set of shards holds. `latent_shape` is (channels, height, width) of what the stream gives."""
+
+    format: Literal["fine_dist/latents/1"] = "fine_dist/latents/1"
+    count: int = Field(ge=0)
+    """Samples in all shards."""
+    latent_shape: tuple[int, int, int]
+    """Channels, height, width of a latent; stored `moments` have twice the channels."""
+    kind: Literal["sample", "moments"] = "sample"
+    """`sample`: the latent itself; `moments`: its mean, then its standard deviation."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the stored numbers."""
+    scaling_factor: float = Field(1.0, gt=0)
+    """The stream multiplies by it; shards hold what the codec gave."""
+    num_classes: int = Field(ge=1)
+    """Labels are 0 .. num_classes - 1."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, in the order of labels, where known."""
+    flips: bool = False
+    """Every image is there twice: itself, then its mirror image."""
+    codec: str = "identity"
+    """What made the latents: `identity`, or the autoencoder's name."""
+    source: str = ""
+    """What was encoded."""
+    made_by: dict[str, Any] = {}
+    """The settings of the encoding that made it."""
+    shards: tuple[ShardInfo, ...]
+    bad: tuple[BadInput, ...] = ()
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """Shape of the array in a shard."""
+        channels, height, width = self.latent_shape
+        return (channels * (2 if self.kind == "moments" else 1), height, width)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the content: what must be the same when a run is resumed."""
+        parts = [
+            self.latent_shape,
+            self.kind,
+            self.dtype,
+            self.scaling_factor,
+            self.num_classes,
+            [(s.count, s.sha256) for s in self.shards],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `folder/manifest.json` in one step."""
+        return write_atomic(Path(folder) / MANIFEST, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str) -> Manifest:
+        """A manifest from its JSON. `DataError` names what is wrong."""
+        try:
+            manifest = cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise DataError(f"{where}: not a manifest of latent shards: {place}: {first['msg']}") from None
+        total = sum(shard.count for shard in manifest.shards)
+        if total != manifest.count:
+            raise DataError(f"{where}: count is {manifest.count}, but its shards add up to {total}")
+        for shard in manifest.shards:
+            if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
+                raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
+        if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
+            raise DataError(f"{where}: a shard is listed twice")
+        return manifest
+
+
+def write_atomic(path: Path, content: bytes) -> Path:
+    """Write a file so that a reader sees all of it or nothing."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, path)
+    return path
+
+
+class ShardWriter:
+    """Writes one shard; it appears under its name only when it is complete.
+
+    with ShardWriter(folder, number=3, shape=(4, 32, 32)) as shard:
+        shard.add(latent, label)          # [C, H, W] array, int
+    shard.info                            # ShardInfo, once closed
+
+    An exception inside the `with` leaves nothing behind. `DataError` for a latent of another shape or one that is not
+    finite in the stored dtype.
+    """
+
+    def __init__(self, folder: str | Path, number: int, shape: tuple[int, ...], dtype: str = "float16") -> None:
+        self.path = Path(folder) / SHARD_NAME.format(number)
+        self.prefix = shard_prefix(number)
+        self.layout = layout_of(tuple(shape), dtype)
+        self.count = 0
+        self.info: ShardInfo | None = None
+        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = _Hashing(self._part)
+        self._tar = tar_writer(self._stream)
+
+    def add(self, latent: np.ndarray, label: int) -> str:
+        """Append a sample and return its key."""
+        key = record_key(self.prefix, self.count)
+        if tuple(latent.shape) != self.layout.shape:
+            raise DataError(f"{self.path}: {key}: latent of shape {tuple(latent.shape)}, not {self.layout.shape}")
+        if label < 0:
+            raise DataError(f"{self.path}: {key}: label {label} is negative")
+        with np.errstate(over="ignore"):
+            stored = np.asarray(latent).astype(self.layout.dtype)
+        if not np.isfinite(stored).all():
+            raise DataError(f"{self.path}: {key}: the latent has NaN or Inf as {self.layout.dtype}")
+        self._tar.write({"__key__": key, LABEL: str(int(label)).encode(), LATENT: npy_bytes(stored)})
+        self.count += 1
+        return key
+
+    def close(self) -> ShardInfo:
+        """Finish the file and give it its name."""
+        self._tar.close()
+        size, digest = self._stream.finish()
+        os.replace(self._part, self.path)
+        self.info = ShardInfo(name=self.path.name, count=self.count, bytes=size, sha256=digest, key_prefix=self.prefix)
+        return self.info
+
+    def abandon(self) -> None:
+        """Drop the unfinished file."""
+        self._stream.close()
+        self._part.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+class _Hashing:
+    """A file that is written in order and knows its size and sha256."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        self._size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def finish(self) -> tuple[int, str]:
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        return self._size, self._hash.hexdigest()
+
+
+def write_shards(
+    folder: str | Path,
+    latents: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    shard_samples: int = 1024,
+    dtype: str = "float16",
+    **fields: Any,
+) -> Manifest:
+    """Write arrays as shards with their manifest: latents [N, C, H, W] unscaled, labels [N] integers.
+
+    `fields` go to the manifest (`scaling_factor`, `codec`, `class_names`, ...). For small data sets and tests; `encode`
+    is the way for large ones.
+    """
+    shape = tuple(latents.shape[1:])
+    infos = []
+    for number, start in enumerate(range(0, len(latents), shard_samples)):
+        with ShardWriter(folder, number, shape, dtype) as writer:
+            for latent, label in zip(latents[start : start + shard_samples], labels[start : start + shard_samples]):
+                writer.add(latent, int(label))
+        if writer.info is not None:
+            infos.append(writer.info)
+    channels = shape[0] // (2 if fields.get("kind") == "moments" else 1)
+    manifest = Manifest(
+        count=len(latents),
+        latent_shape=(channels, *shape[1:]),
+        dtype=dtype,
+        num_classes=num_classes,
+        shards=tuple(infos),
+        **fields,
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def file_sha256(path: str | Path) -> str:
+    """sha256 of a file, read in pieces."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(stream)
+
+
+def _slow(stream: Any) -> str:
+    """`hashlib.file_digest` for Python 3.10."""
+    digest = hashlib.sha256()
+    while piece := stream.read(1 << 20):
+        digest.update(piece)
+    return digest.hexdigest()

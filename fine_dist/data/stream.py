@@ -1,0 +1,272 @@
+"""Latents as an endless, seeded sequence of batches.
+
+    stream = LatentStream(config, seed=0, global_batch=256, rank=rank, world_size=world_size)
+    for batch in stream.batches(start_step):      # the step is the whole state
+        ...
+
+The order of samples depends on (shards, seed, global batch, streams, window) and on nothing else (`order.py`). A
+process reads only the positions of the global batch that are its own: rank r of W has r B/W .. (r + 1) B/W.
+
+B samples of a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fine_dist.config import DataConfig
+from fine_dist.data.order import Order
+from fine_dist.data.reader import Rows, ShardSet
+from fine_dist.data.shards import Manifest
+from fine_dist.errors import DataError
+from fine_dist.model.zoo import Arch
+
+_PLAN_SAMPLES = 4096
+"""Samples whose places are looked up at once; it changes speed only."""
+_NOISE = 0x6D6F6D656E7473
+"""Keeps the noise of moments apart from every other use of (seed, step, position)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A process's part of a global batch.
+
+    latents:   float32 [B, C, H, W], multiplied by the manifest's scaling factor.
+    labels:    int64 [B].
+    positions: int64 [B], places in the global batch; seed whatever is random by (seed, step, position).
+    """
+
+    step: int
+    epoch: int
+    latents: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+
+
+class LatentStream:
+    """The latents of a set of shards, in a seeded order that no number of processes or workers changes.
+
+    `.manifest`  what the shards hold.
+    `.waited_s`  seconds the consumer has waited for batches.
+    `.bad`       samples that were damaged and skipped (by this process; each counted once).
+
+    `DataError`: no shards; they do not fit `expect`; the batch does not divide by the world size; too many damaged
+    samples (raised by `batches`).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        seed: int,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shards: str | None = None,
+        expect: Arch | None = None,
+    ) -> None:
+        where = shards or config.shards
+        if not where:
+            raise DataError("no shards: set data.shards to a folder, URL or brace pattern of latent shards")
+        if global_batch < 1 or global_batch % world_size:
+            near = max(world_size, round(global_batch / world_size) * world_size)
+            raise DataError(
+                f"a global batch of {global_batch} cannot be divided over {world_size} processes; "
+                f"use a multiple of {world_size}, such as {near}"
+            )
+        self._set = ShardSet(where, config)
+        self.manifest: Manifest = self._set.manifest
+        if expect is not None:
+            check_fit(self.manifest, expect, where)
+        self._order = Order(
+            [shard.count for shard in self.manifest.shards],
+            seed=seed,
+            global_batch=global_batch,
+            streams=config.streams,
+            window=config.window,
+        )
+        self._seed, self._workers = seed, config.workers
+        share = global_batch // world_size
+        self._low, self._high = rank * share, (rank + 1) * share
+        self._positions = torch.arange(self._low, self._high)
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pool: ThreadPoolExecutor | None = None
+        self.waited_s = 0.0
+
+    @property
+    def bad(self) -> int:
+        return self._set.bad
+
+    @property
+    def streams(self) -> int:
+        """Canonical streams in use: the most that the config allows, that have a shard each and divide the batch."""
+        return self._order.streams
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from `start_step` on, without end. Starting anywhere costs the same."""
+        plans = self._plans(start_step)
+        if not self._workers:
+            for plan in plans:
+                started = time.perf_counter()
+                batch = self._read(*plan)
+                self.waited_s += time.perf_counter() - started
+                yield batch
+        self._pool = self._pool or ThreadPoolExecutor(self._workers, thread_name_prefix="latents")
+        ahead: deque[Future[Batch]] = deque()
+        try:
+            for plan in plans:
+                ahead.append(self._pool.submit(self._read, *plan))
+                if len(ahead) <= 2 * self._workers:
+                    continue
+                started = time.perf_counter()
+                batch = ahead.popleft().result()
+                self.waited_s += time.perf_counter() - started
+                yield batch
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        """Stop reading ahead and close all shards. The stream gives nothing after this."""
+        self._closed = True
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._set.close()
+
+    def __enter__(self) -> LatentStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # --- what to read ----------------------------------------------------------------------------------------------
+
+    def _plans(self, step: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(step, shard [B], index [B]) of this process's positions, one step after the other."""
+        num_steps = max(1, _PLAN_SAMPLES // (self._high - self._low))
+        while not self._closed:
+            shard, index = self._plan(step, num_steps)
+            for i in range(num_steps):
+                yield step + i, shard[i], index[i]
+            step += num_steps
+
+    def _plan(self, step: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and index [num_steps, B] of this process's positions."""
+        per = self._order.per_stream
+        shards, indices, ahead, live = [], [], [], set()
+        with self._lock:
+            for stream in range(self._low // per, -(-self._high // per)):
+                start = step * per
+                shard, index = self._order.take(stream, start, num_steps * per)
+                low, high = max(self._low - stream * per, 0), min(self._high - stream * per, per)
+                shards.append(shard.reshape(num_steps, per)[:, low:high])
+                indices.append(index.reshape(num_steps, per)[:, low:high])
+                last = self._order.window_at(stream, start + num_steps * per - 1)
+                live.update(np.unique(shard).tolist(), last.shards)
+                ahead.append((stream, last.stop))
+            following = [self._order.window_at(stream, j).shards for stream, j in ahead] if self._set.remote else []
+        self._set.keep(live, [shard for shards_of in following for shard in shards_of])
+        return np.concatenate(shards, 1), np.concatenate(indices, 1)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, step: int, shard: np.ndarray, index: np.ndarray) -> Batch:
+        rows = self._set.read(shard, index)
+        for row, fault in rows.faults.items():
+            self._set.count_bad(int(shard[row]), int(index[row]), fault)
+            self._replace(step, row, rows)
+        latents = rows.latents
+        if self.manifest.kind == "moments":
+            latents = draw_moments(latents, self._seed, step, self._low)
+        if self.manifest.scaling_factor != 1.0:
+            latents.mul_(self.manifest.scaling_factor)
+        return Batch(step, self._order.epoch(step), latents, torch.from_numpy(rows.labels), self._positions)
+
+    def _replace(self, step: int, row: int, rows: Rows) -> None:
+        """Put the stream's next good sample into a damaged one's place: the same on every world size, with no state."""
+        position = self._low + row
+        stream, k = divmod(position, self._order.per_stream)
+        j = step * self._order.per_stream + k
+        for shard, index in self._candidates(stream, j):
+            found = self._set.read(shard, index)
+            if not found.faults:
+                rows.latents[row], rows.labels[row] = found.latents[0], found.labels[0]
+                return
+            self._set.count_bad(int(shard[0]), int(index[0]), found.faults[0])
+        raise DataError(f"{self._set.base}: no readable sample is left in canonical stream {stream}")
+
+    def _candidates(self, stream: int, j: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What may stand in for sample j: the rest of its window, cyclically, then what follows for one epoch."""
+        with self._lock:
+            window = self._order.window_at(stream, j)
+        size, at = len(window.shard), j - window.start
+        for step in range(1, size):
+            i = (at + step) % size
+            yield window.shard[i : i + 1], window.index[i : i + 1]
+        for later in range(window.stop, window.stop + self._order.total):
+            with self._lock:
+                yield self._order.take(stream, later, 1)
+
+
+def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
+    """Sample latents from their moments [B, 2C, H, W] (mean, then standard deviation): [B, C, H, W], unscaled.
+
+    The noise of a sample is seeded by (seed, step, position), so it is the same on every world size.
+    """
+    mean, std = moments.chunk(2, dim=1)
+    noise = np.empty(mean.shape, np.float32)
+    for row in range(len(noise)):
+        rng = np.random.Generator(np.random.Philox(key=[seed, _NOISE], counter=[0, 0, first + row, step]))
+        rng.standard_normal(dtype=np.float32, out=noise[row])
+    return torch.addcmul(mean, std, torch.from_numpy(noise))
+
+
+def check_fit(manifest: Manifest, arch: Arch, where: str) -> None:
+    """`DataError` when a model of this shape cannot be trained on these shards."""
+    if manifest.latent_shape != arch.latent_shape:
+        raise DataError(
+            f"{where}: latents are {_by(manifest.latent_shape)}, but the model takes {_by(arch.latent_shape)}; "
+            "set the model's in_channels and input_size, or choose other shards"
+        )
+    if manifest.num_classes > arch.num_classes:
+        raise DataError(
+            f"{where}: labels have {manifest.num_classes} classes, but the model has {arch.num_classes}; "
+            f"set the model's num_classes to {manifest.num_classes}"
+        )
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape)
+
+
+def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """All latents of a small set of shards, in the order of the manifest: for held-out sets.
+
+    limit: at most so many samples, from the beginning.
+
+    Returns (latents float32 [N, C, H, W] multiplied by the scaling factor, labels int64 [N]). Moments give their mean.
+    `DataError` for any damaged sample.
+    """
+    shard_set = ShardSet(shards, DataConfig())
+    manifest = shard_set.manifest
+    shard = np.repeat(np.arange(len(manifest.shards)), [info.count for info in manifest.shards])[:limit]
+    index = np.concatenate([np.arange(info.count) for info in manifest.shards])[:limit]
+    latents, labels = [], []
+    for start in range(0, len(shard), _PLAN_SAMPLES):
+        part = slice(start, start + _PLAN_SAMPLES)
+        rows = shard_set.read(shard[part], index[part])
+        for row, fault in rows.faults.items():
+            shard_set.count_bad(int(shard[part][row]), int(index[part][row]), fault)
+        latents.append(rows.latents[:, : manifest.latent_shape[0]] * manifest.scaling_factor)
+        labels.append(torch.from_numpy(rows.labels))
+    shard_set.close()
+    return torch.cat(latents), torch.cat(labels)
