@@ -1,0 +1,143 @@
+"""The diffusion loss against naive formulas, and its randomness against its promise."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fine_dist.config import DiffusionConfig
+from fine_dist.diffusion.loss import HeldOut, NoiseSchedule, Objective, draw, mix, per_sample, variance_bound
+from tests.conftest import tiny_arch
+
+CONFIG = DiffusionConfig()
+
+
+def test_the_schedule_is_the_linear_one_of_a_thousand_steps():
+    schedule = NoiseSchedule(CONFIG)
+    alpha_bar, products = 1.0, []
+    for i in range(1000):
+        alpha_bar *= 1 - (1e-4 + (2e-2 - 1e-4) * i / 999)
+        products.append(alpha_bar)
+    expected = torch.tensor(products, dtype=torch.float64)
+    torch.testing.assert_close(schedule.signal.double() ** 2, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(schedule.noise.double() ** 2, 1 - expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_draw_depends_on_seed_step_and_position_alone():
+    shape = (1, 4, 4)
+    whole = draw(3, 7, torch.arange(8), shape, num_timesteps=1000, label_drop=0.5)
+    part = draw(3, 7, torch.tensor([5, 2]), shape, num_timesteps=1000, label_drop=0.5)
+    assert torch.equal(part.noise, whole.noise[[5, 2]])
+    assert torch.equal(part.t, whole.t[[5, 2]]) and torch.equal(part.drop, whole.drop[[5, 2]])
+    for seed, step in ((4, 7), (3, 8)):
+        other = draw(seed, step, torch.arange(8), shape, num_timesteps=1000, label_drop=0.5)
+        assert not (other.noise == whole.noise).any()
+
+
+def test_draws_are_uniform_in_time_gaussian_in_noise_and_drop_at_their_rate():
+    n = 4000
+    draws = draw(0, 0, torch.arange(n), (1, 4, 4), num_timesteps=1000, label_drop=0.1)
+    assert draws.t.min() >= 0 and draws.t.max() <= 999
+    # Five standard errors: sqrt(1/12/n) of the range, 1/sqrt(16 n) of the noise, sqrt(.09/n) of the rate.
+    assert abs(draws.t.double().mean() - 499.5) < 5 * 1000 / math.sqrt(12 * n)
+    assert abs(float(draws.noise.mean())) < 5 / math.sqrt(16 * n)
+    assert abs(float(draws.noise.var()) - 1) < 5 * math.sqrt(2 / (16 * n))
+    assert abs(float(draws.drop.double().mean()) - 0.1) < 5 * math.sqrt(0.09 / n)
+
+
+def test_neighbouring_seeds_do_not_collide():
+    assert len({mix(s, t, p) for s in range(20) for t in range(20) for p in range(20)}) == 8000
+
+
+def test_the_noise_loss_is_the_mean_square_over_each_sample(generator):
+    schedule = NoiseSchedule(CONFIG)
+    z, eps, out = (torch.randn(3, 1, 4, 4, generator=generator) for _ in range(3))
+    t = torch.tensor([0, 10, 999])
+    got = per_sample(schedule, out, z, schedule.add_noise(z, t, eps), t, eps)
+    for b in range(3):
+        assert float(got[b]) == pytest.approx(float(((out[b] - eps[b]) ** 2).mean()), rel=1e-5)
+
+
+def test_the_variance_bound_is_the_kl_divergence_of_two_gaussians_in_bits(generator):
+    schedule = NoiseSchedule(CONFIG)
+    z, eps = (torch.randn(4, 2, 4, 4, generator=generator).double() for _ in range(2))
+    t = torch.tensor([1, 30, 500, 999])
+    beta = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
+    bar = torch.cumprod(1 - beta, 0)
+    z_t = bar[t].sqrt()[:, None, None, None] * z + (1 - bar[t]).sqrt()[:, None, None, None] * eps
+    out = torch.randn(4, 4, 4, 4, generator=generator).double()
+    got = variance_bound(schedule, out.float(), z.float(), z_t.float(), t)
+    for b, step in enumerate(t.tolist()):
+        previous = bar[step - 1]
+        posterior = beta[step] * (1 - previous) / (1 - bar[step])
+        start = (z_t[b] - (1 - bar[step]).sqrt() * out[b, :2]) / bar[step].sqrt()
+
+        def mean_of(start, step=step, previous=previous, b=b):
+            return (previous.sqrt() * beta[step] * start + (1 - beta[step]).sqrt() * (1 - previous) * z_t[b]) / (
+                1 - bar[step]
+            )
+
+        f = (out[b, 2:] + 1) / 2
+        predicted = torch.exp(f * beta[step].log() + (1 - f) * posterior.log())
+        q = torch.distributions.Normal(mean_of(z[b]), posterior.sqrt())
+        p = torch.distributions.Normal(mean_of(start), predicted.sqrt())
+        expected = torch.distributions.kl_divergence(q, p).mean() / math.log(2)
+        # float32 tables: differences of logarithms near t = 1 lose up to 1e-3 relative.
+        assert float(got[b]) == pytest.approx(float(expected), rel=5e-3)
+
+
+def test_the_bound_trains_the_variance_and_never_the_noise(generator):
+    schedule = NoiseSchedule(CONFIG)
+    z, eps = torch.randn(2, 1, 4, 4, generator=generator), torch.randn(2, 1, 4, 4, generator=generator)
+    t = torch.tensor([0, 400])
+    out = torch.randn(2, 2, 4, 4, generator=generator).requires_grad_()
+    variance_bound(schedule, out, z, schedule.add_noise(z, t, eps), t).sum().backward()
+    assert out.grad[:, 0].abs().max() == 0 and (out.grad[:, 1].abs() > 0).any()
+
+
+def test_the_objective_sees_null_labels_at_the_drop_rate_and_splits_over_ranks():
+    arch = tiny_arch()
+    seen = []
+
+    def model(z, t, y):
+        seen.append(y)
+        return torch.zeros_like(z)
+
+    n = 2000
+    batch = SimpleNamespace(
+        step=3,
+        latents=torch.zeros(n, 1, 8, 8),
+        labels=torch.arange(n) % 10,
+        positions=torch.arange(n),
+    )
+    objective = Objective(CONFIG, arch, seed=1)
+    whole = objective(model, batch)
+    assert abs(float((seen[0] == 10).double().mean()) - 0.1) < 0.035  # five standard errors
+    half = SimpleNamespace(
+        step=3, latents=batch.latents[1::2], labels=batch.labels[1::2], positions=batch.positions[1::2]
+    )
+    assert torch.equal(objective(model, half), whole[1::2])
+
+
+def test_distilling_adds_the_distance_to_the_ancestors_output():
+    arch = tiny_arch()
+    batch = SimpleNamespace(
+        step=0, latents=torch.zeros(4, 1, 8, 8), labels=torch.zeros(4, dtype=torch.int64), positions=torch.arange(4)
+    )
+    plain = Objective(CONFIG, arch, 0)(lambda z, t, y: torch.zeros_like(z), batch)
+    taught = Objective(CONFIG, arch, 0, teacher=lambda z, t, y: torch.full_like(z, 2.0), distill=0.5)
+    torch.testing.assert_close(taught(lambda z, t, y: torch.zeros_like(z), batch), plain + 0.5 * 4.0)
+
+
+def test_the_held_out_loss_asks_every_model_the_same_questions():
+    z = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(20) % 10
+    one, two = (HeldOut(z, y, CONFIG) for _ in range(2))
+    assert torch.equal(one.eps, two.eps) and torch.equal(one.t, two.t)
+    assert len(one.t) == 80 and one.t.min() < 20 and one.t.max() > 980
+    zero = one(lambda z, t, y: torch.zeros_like(z))["held_out_loss"]
+    assert zero == pytest.approx(float(one.eps.square().mean()), rel=1e-6)
+    assert one(lambda z, t, y: torch.zeros_like(z), batch=7)["held_out_loss"] == pytest.approx(zero, rel=1e-6)

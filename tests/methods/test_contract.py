@@ -1,0 +1,149 @@
+"""Every registered method over tiny targets: one contract, whatever its rule."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.methods import METHODS, build, from_manifest
+from fine_dist.methods.fine import Fine, FineConfig
+from fine_dist.methods.sigma_start import STARTS, relative_depth
+from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.dit import DiT
+from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.zoo import KINDS
+from tests.conftest import inputs, lively, tiny_arch
+
+DEPTHS = (1, 2, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def learngene(tmp_path_factory):
+    model = lively(FactoredDiT(tiny_arch(), 24), std=0.15)
+    folder = tmp_path_factory.mktemp("artifacts") / "learngene"
+    method = FineConfig(rank=24).model_dump()
+    save_artifact(folder, kind="learngene", method=method, arch=model.arch, tensors=model.state_dict())
+    return load_artifact(folder)
+
+
+def descend(name, learngene, depth, seed=0):
+    method = build(METHODS[name].Config())
+    return method, method.descend(learngene, tiny_arch(num_layers=depth), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_target_of_any_depth_is_finite_and_the_same_for_the_same_seed(name, depth, learngene):
+    _, one = descend(name, learngene, depth)
+    _, two = descend(name, learngene, depth)
+    a = tiny_arch(num_layers=depth)
+    assert one.arch == a and len(one.blocks) == depth
+    out = one(*inputs(a))
+    assert out.shape == (3, 1, 8, 8) and out.isfinite().all()
+    for (key, left), right in zip(one.state_dict().items(), two.state_dict().values()):
+        assert torch.equal(left, right), key
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_merging_gives_an_ordinary_model_with_the_same_outputs(name, learngene):
+    method, model = descend(name, learngene, 3)
+    dense = DiT(model.arch)
+    dense.load_state_dict(method.merge(model))  # strict: names and shapes are those of a dense DiT
+    batch = inputs(model.arch)
+    torch.testing.assert_close(dense(*batch), model(*batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_step_moves_only_what_may_move(name, learngene):
+    _, model = descend(name, learngene, 2)
+    with torch.no_grad():
+        model.final.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+    before = copy.deepcopy(model.state_dict())
+    may = {n for n, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    (model(*inputs(model.arch)) - 1).square().mean().backward()
+    optimiser.step()
+    moved = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
+    assert moved and moved <= may
+    if isinstance(model, FactoredDiT):
+        assert {n.rsplit(".", 1)[1] for n in may} == {"sigma"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_survive_the_manifest(name):
+    config = METHODS[name].Config()
+    assert from_manifest(config.model_dump()).config == config
+    assert METHODS[name].summary and METHODS[name].paper
+
+
+def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(learngene):
+    _, model = descend("fine", learngene, 7)
+    for kind in KINDS:
+        assert torch.equal(model.factor(kind).U, learngene.tensors[f"genes.{kind}.U"])
+        table = torch.stack([learngene.tensors[f"blocks.{i}.{kind}.sigma"] for i in range(4)])
+        got = model.sigma_table(kind)
+        torch.testing.assert_close(got[0::2], table)  # 7 layers over 4: every other one lies on a source layer
+        torch.testing.assert_close(got[1::2], (table[1:] + table[:-1]) / 2)
+
+
+def test_relative_depth_joins_ends_to_ends_and_takes_the_middle_for_one_layer():
+    table = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    assert relative_depth(table, 2).flatten().tolist() == [0, 3]
+    assert relative_depth(table, 4).flatten().tolist() == [0, 1, 2, 3]
+    assert relative_depth(table, 1).flatten().tolist() == [1.5]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_has_the_targets_shape_and_its_meaning(start, generator):
+    table = torch.randn(8, 500, generator=generator) * 2 + 1
+    got = STARTS[start](table, 5, generator)
+    assert got.shape == (5, 500) and got.isfinite().all()
+    if start == "identical":
+        torch.testing.assert_close(got, table.mean(0).expand(5, 500))
+    if start == "random":
+        assert float(got.mean()) == pytest.approx(float(table.mean()), abs=0.2)
+        assert float(got.std()) == pytest.approx(float(table.std()), rel=0.1)
+
+
+def test_decomposing_an_ancestor_of_the_form_recovers_it(generator):
+    method = Fine(FineConfig(rank=12, sweeps=400))
+    source = lively(FactoredDiT(tiny_arch(num_layers=6), 12))
+    ancestor = DiT(source.arch)
+    ancestor.load_state_dict(source.merge())
+    learngene = method.learngene(source.arch, generator)
+    report = method.fit(learngene, ancestor, generator)
+    assert set(report.error) == set(KINDS) and all(len(e) == 6 for e in report.error.values())
+    assert max(max(e) for e in report.error.values()) < 0.02
+    batch = inputs(source.arch)
+    expected = ancestor(*batch)
+    assert float((learngene(*batch) - expected).norm() / expected.norm()) < 0.05
+    assert any("qkv" in line for line in report.lines())
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_size": 64}, "width 64 is larger than the factors' 32"),
+        ({"hidden_size": 16}, "hidden_size"),
+        ({"num_classes": 12}, "num_classes is 10 in the learngene, 12"),
+        ({"in_channels": 4}, "in_channels"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused(fields, words, learngene):
+    method = build(FineConfig())
+    with pytest.raises(ArtifactError, match=words):
+        method.descend(learngene, tiny_arch(**fields), torch.Generator())
+
+
+def test_a_missing_learngene_or_method_is_said(learngene):
+    with pytest.raises(ArtifactError, match="starts from a learngene"):
+        build(FineConfig()).descend(None, tiny_arch(), torch.Generator())
+    with pytest.raises(ArtifactError, match="did you mean 'fine'"):
+        from_manifest({"name": "fin"})
+    with pytest.raises(ConfigError, match="rank"):
+        from_manifest({"name": "fine", "rank": 0})
+    with pytest.raises(ArtifactError, match="no closed-form start"):
+        build(METHODS["he"].Config()).fit(DiT(tiny_arch()), DiT(tiny_arch()), torch.Generator())
