@@ -1,0 +1,125 @@
+"""`python -m fine_dist.benchmark NAME`: measure speed and memory on this machine, beside the figures to reach."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.errors import guard
+
+if TYPE_CHECKING:
+    from fine_dist.benchmarks.rows import Row
+
+NAMES = {
+    "speed": "a training step: throughput, memory, overhead of the loop",
+    "data": "the latent stream and encoding, against plain webdataset and one file a sample",
+    "fanout": "many targets at once, against one after the other",
+}
+_PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns 0 when everything was measured, whether or not a bar was reached."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fine_dist.benchmark",
+        description=__doc__,
+        epilog="\n".join(f"{name:8} {what}" for name, what in NAMES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=NAMES, help="what to measure")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows, machine and versions here")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: a smoke test")
+    options = parser.parse_args(argv)
+    return guard(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    module = importlib.import_module(f"fine_dist.benchmarks.{options.name}")
+    started = time.perf_counter()
+    rows: list[Row] = module.run(options.quick)
+    about = {
+        "benchmark": options.name,
+        "quick": options.quick,
+        "seconds": round(time.perf_counter() - started, 1),
+        **machine(),
+    }
+    show(rows, about)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**about, "rows": [row.as_json() for row in rows]}, indent=1)
+        options.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def show(rows: list[Row], about: dict[str, Any]) -> None:
+    """Print the rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measure", "value", "bar", "")
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for row in rows:
+        bar = "" if row.bar is None else f"{'≥' if row.better == 'higher' else '≤'} {_figure(row.bar)}"
+        mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[row.passed]
+        table.add_row(row.measure, f"{_figure(row.value)} {row.unit}", bar, mark)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(
+        f"{about['machine']}: {about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}", soft_wrap=True
+    )
+    console.print(f"{versions}; {about['seconds']} s" + (" (quick)" if about["quick"] else ""), soft_wrap=True)
+
+
+def _figure(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.2e}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on: machine, processor, cores, GPU, versions."""
+    versions = {"python": platform.python_version()}
+    for package in ("fine_dist", *_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": platform.node(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": _gpu(),
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

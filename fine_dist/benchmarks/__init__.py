@@ -1,0 +1,1 @@
+"""What `python -m fine_dist.benchmark` measures; each module has `run(quick) -> list[Row]`."""

@@ -1,0 +1,72 @@
+"""A measured figure beside the figure it should reach, and ways of measuring that a busy machine disturbs least."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark.
+
+    measure: what was measured, in words.
+    value:   the figure.
+    unit:    its unit (`x` for a ratio).
+    bar:     the figure it should reach; none: for information.
+    better:  which side of the bar is the good one.
+    """
+
+    measure: str
+    value: float
+    unit: str
+    bar: float | None = None
+    better: Literal["higher", "lower"] = "higher"
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the bar is reached; none without a bar."""
+        if self.bar is None:
+            return None
+        return self.value >= self.bar if self.better == "higher" else self.value <= self.bar
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def seconds(body: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    body()
+    return time.perf_counter() - started
+
+
+def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Measure several variants in turn, `rounds` times each, so that a slow minute of the machine falls on all.
+
+    variants: name -> a function that runs once and returns its figure (such as `lambda: seconds(step)`).
+    warmup:   rounds that are run first and not kept.
+
+    Returns name -> its figures, in order: the i-th of each belong together.
+    """
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(warmup + rounds):
+        # every other round in reverse, so that nobody always runs in another's wake
+        for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
+            figure = variants[name]()
+            if turn >= warmup:
+                figures[name].append(figure)
+    return figures
+
+
+def median_of_ratios(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median of over[i] / under[i]: pairs measured next to each other share the machine's mood."""
+    return statistics.median(a / b for a, b in zip(over, under))
+
+
+def median(figures: Sequence[float]) -> float:
+    """The median, as a float."""
+    return float(statistics.median(figures))
