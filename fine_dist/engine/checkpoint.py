@@ -1,0 +1,324 @@
+"""Checkpoints of what trains: weights, AdamW's moments and EMA as named flat ranges, written whole or not at all.
+
+    checkpoints/LATEST                    the newest one's folder name, written last
+    checkpoints/step_00001000/rank0.safetensors ...    one file a rank that owns something: `PART:NAME@START`, flat fp32
+    checkpoints/step_00001000/manifest.json            step, identity, shapes, update counts, sha256 of every file
+
+Because a tensor is stored as ranges of a named parameter, any backend, ZeRO stage and world size reads what any other
+wrote. Frozen weights are not stored: the program rebuilds them, and `identity` says that it rebuilds the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from fine_dist.engine.backends import MOMENTS, Backend, Piece
+from fine_dist.engine.dist import World, broadcast_object
+from fine_dist.engine.ema import Ema
+from fine_dist.engine.run_dir import write_atomic
+from fine_dist.engine.tensor_file import fsync_folder, write_tensors
+from fine_dist.errors import CheckpointError
+
+FORMAT = 1
+PARTS_TIMEOUT_S = 600
+"""Rank 0 waits so long for the other ranks' files of one checkpoint."""
+_NAME = re.compile(r"^step_(\d{8,})$")
+
+
+class Saved:
+    """An open checkpoint. Tensors are read by range, so a rank reads only what it owns."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if self.manifest.get("format") != FORMAT:
+            raise ValueError(f"format {self.manifest.get('format')!r} is not {FORMAT}, the one that is read here")
+        self.step: int = self.manifest["step"]
+        self.identity: dict[str, Any] = self.manifest["identity"]
+        self.extra: dict[str, Any] = self.manifest["extra"]
+        self.shapes: dict[str, list[int]] = self.manifest["shapes"]
+        self.optimizer_steps: dict[str, int] = self.manifest["optimizer_steps"]
+        self._files: dict[str, Any] = {}
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+
+    def verify(self) -> None:
+        """Raise ValueError or OSError, saying what is wrong, unless every file is what was written."""
+        for name, about in self.manifest["files"].items():
+            path = self.folder / name
+            if path.stat().st_size != about["bytes"]:
+                raise ValueError(f"{name} has {path.stat().st_size} bytes, {about['bytes']} were written")
+            if sha256_of(path) != about["sha256"]:
+                raise ValueError(f"{name} is not what was written (sha256)")
+
+    def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
+        """Values [start, stop) of a saved tensor, flat; part is `weight`, `exp_avg`, `exp_avg_sq` or `ema`."""
+        if not self._ranges:
+            self._index()
+        result = torch.empty(stop - start)
+        filled = 0
+        for lo, hi, file, key in self._ranges.get((part, name), ()):
+            first, last = max(lo, start), min(hi, stop)
+            if first < last:
+                result[first - start : last - start] = self._files[file].get_slice(key)[first - lo : last - lo]
+                filled += last - first
+        if filled != stop - start:
+            raise CheckpointError(f"checkpoint {self.folder}: {part} of {name!r} is stored in part only")
+        return result
+
+    def whole(self, part: str, name: str) -> Tensor:
+        """A saved tensor, flat."""
+        return self.read(part, name, 0, _numel(self.shapes[name]))
+
+    def _index(self) -> None:
+        for file in self.manifest["files"]:
+            self._files[file] = safe_open(self.folder / file, framework="pt")
+            for key in self._files[file].keys():  # noqa: SIM118 - not a dict
+                part, _, rest = key.partition(":")
+                name, _, start = rest.rpartition("@")
+                size = self._files[file].get_slice(key).get_shape()[0]
+                self._ranges.setdefault((part, name), []).append((int(start), int(start) + size, file, key))
+
+    def close(self) -> None:
+        """Let the files go (they are mapped into memory)."""
+        self._files.clear()
+        self._ranges.clear()
+
+
+class Checkpoints:
+    """The checkpoints of one run directory: all ranks make one of these and call it alike."""
+
+    def __init__(self, folder: Path, world: World, identity: dict[str, Any], keep: int) -> None:
+        self.folder, self.world, self.keep = folder, world, keep
+        self.identity = json.loads(json.dumps(identity))  # as it will be read: tuples are lists, keys are strings
+        self.last_saved = -1
+        self.stall_s = 0.0
+        """Seconds that the last `save` held the training up."""
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._staging: dict[str, Tensor] = {}
+        # What an earlier start left half-written is not confused with this start's, even at the same step.
+        self._token: str = broadcast_object(f"{os.getpid()}-{time.time_ns():x}", world)
+        if world.is_main:
+            for stale in folder.glob(".writing-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def newest(self) -> Saved | None:
+        """The newest undamaged checkpoint, the same on every rank; none when there is none.
+
+        A damaged one is named in a warning, set aside as `damaged-…`, and the one before is taken. Raises
+        `CheckpointError` when all are damaged, or when the one found belongs to another run, saying what differs.
+        """
+        answer: dict[str, Any] = {}
+        if self.world.is_main:
+            try:
+                answer["name"] = self._find_newest()
+            except CheckpointError as error:
+                answer["error"] = str(error)
+        answer = broadcast_object(answer, self.world)
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        if answer["name"] is None:
+            return None
+        saved = Saved(self.folder / answer["name"])
+        self.last_saved = saved.step
+        return saved
+
+    def _find_newest(self) -> str | None:
+        found = self._folders()
+        for folder in reversed(found):
+            try:
+                saved = Saved(folder)
+                saved.verify()
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
+                os.replace(folder, aside)
+                warnings.warn(
+                    f"checkpoint {folder} is damaged ({error}); it is set aside as {aside.name} and the one before it "
+                    "is used",
+                    stacklevel=2,
+                )
+                continue
+            self._refuse_other_run(saved)
+            return folder.name
+        if found:
+            raise CheckpointError(
+                f"all {len(found)} checkpoints in {self.folder} are damaged; start again in another run directory, or "
+                "remove this folder to start again here"
+            )
+        return None
+
+    def _refuse_other_run(self, saved: Saved) -> None:
+        theirs, ours = _flatten(saved.identity), _flatten(self.identity)
+        differing = [
+            f"{key}: {theirs.get(key, 'absent')!r} in the checkpoint, {ours.get(key, 'absent')!r} now"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"checkpoint {saved.folder} belongs to another run:\n  "
+                + "\n  ".join(differing)
+                + "\nuse another run directory, or give what this run was started with"
+            )
+
+    def _folders(self) -> list[Path]:
+        """Folders of complete checkpoints, oldest first."""
+        if not self.folder.exists():
+            return []
+        return sorted((p for p in self.folder.iterdir() if _NAME.match(p.name)), key=lambda p: int(p.name[5:]))
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, backend: Backend, ema: Ema, extra: dict[str, Any]) -> None:
+        """Copy the state and write it in the background; training goes on when the copy is made.
+
+        An error of an earlier write (a full disk) is raised here or by `check` and `finish`.
+        """
+        if step == self.last_saved:
+            return
+        begun = time.perf_counter()
+        self._join()
+        self.check()
+        tensors: dict[str, Tensor] = {}
+        pieces = backend.pieces()
+        for piece in pieces:
+            parts = {"weight": piece.weight, "ema": ema.values[piece.name], **backend.moments(piece)}
+            for part, value in parts.items():
+                tensors[f"{part}:{piece.name}@{piece.start}"] = self._copy(f"{part}:{piece.name}", value)
+        about = {
+            "shapes": {piece.name: list(piece.shape) for piece in pieces},
+            "optimizer_steps": backend.optimizer_steps(),
+        }
+        header = {"format": FORMAT, "step": step, "identity": self.identity, "extra": extra}
+        self._thread = threading.Thread(
+            target=self._write, args=(step, tensors, about, header), name="fine-dist-checkpoint", daemon=True
+        )
+        self._thread.start()
+        self.last_saved = step
+        self.stall_s = time.perf_counter() - begun
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed, if any."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            self.last_saved = -1
+            raise error
+
+    def finish(self) -> None:
+        """Wait until every rank's last save is on disk, and raise what went wrong with it."""
+        self._join()
+        self.check()
+        broadcast_object(None, self.world)  # rank 0 has put the parts together when it comes here
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copy(self, key: str, value: Tensor) -> Tensor:
+        """The value in host memory that is kept for it: after the first save no page is touched for the first time."""
+        kept = self._staging.get(key)
+        if kept is None or kept.shape != value.shape:
+            kept = self._staging[key] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        return kept.copy_(value)
+
+    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any], header: dict[str, Any]) -> None:
+        name = f"step_{step:08d}"
+        folder = self.folder / f".writing-{name}-{self._token}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if tensors:
+                file = f"rank{self.world.rank}.safetensors"
+                about["files"] = {file: write_tensors(folder / file, tensors)}
+            write_atomic(folder / f"part{self.world.rank}.json", json.dumps(about))
+            if self.world.is_main:
+                self._put_together(folder, name, header)
+        except BaseException as error:
+            self._error = error
+            if self.world.is_main:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _put_together(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
+        """Rank 0: when all parts are there, the manifest, the folder's final name, and last the pointer."""
+        manifest = {**manifest, "world_size": self.world.world_size, "files": {}, "shapes": {}, "optimizer_steps": {}}
+        until = time.monotonic() + PARTS_TIMEOUT_S
+        for rank in range(self.world.world_size):
+            path = folder / f"part{rank}.json"
+            while not path.exists():
+                if time.monotonic() > until:
+                    raise CheckpointError(
+                        f"rank {rank} did not write its part of {self.folder / name} within {PARTS_TIMEOUT_S} s; the "
+                        "run directory must be on a file system that all nodes share"
+                    )
+                time.sleep(0.02)
+                os.listdir(folder)  # makes a network file system look again
+            part = json.loads(path.read_text(encoding="utf-8"))
+            for key in ("files", "shapes", "optimizer_steps"):
+                manifest[key].update(part.get(key, {}))
+            path.unlink()
+        write_atomic(folder / "manifest.json", json.dumps(manifest))
+        fsync_folder(folder)
+        final = self.folder / name
+        if final.exists():
+            os.replace(final, folder.with_name(f".writing-old-{name}-{self._token}"))
+        os.replace(folder, final)
+        fsync_folder(self.folder)
+        write_atomic(self.folder / "LATEST", name)
+        self._prune()
+
+    def _prune(self) -> None:
+        for folder in self._folders()[: -self.keep]:
+            shutil.rmtree(folder)
+        for folder in self.folder.glob(f".writing-old-*-{self._token}"):
+            shutil.rmtree(folder)
+
+
+def restore_ema(saved: Saved, ema: Ema, pieces: list[Piece]) -> None:
+    """Set the averages of this rank's pieces."""
+    for piece in pieces:
+        ema.values[piece.name].copy_(saved.read("ema", piece.name, piece.start, piece.stop))
+
+
+def restore_moments(saved: Saved, piece: Piece) -> dict[str, Tensor]:
+    """AdamW's moments of a piece, flat, in host memory; zeros when it had no update yet."""
+    if not saved.optimizer_steps.get(piece.name, 0):
+        return {key: torch.zeros(piece.stop - piece.start) for key in MOMENTS}
+    return {key: saved.read(key, piece.name, piece.start, piece.stop) for key in MOMENTS}
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _numel(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

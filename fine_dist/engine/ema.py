@@ -1,0 +1,31 @@
+"""The exponential moving average of the trainable weights, in fp32, kept as the weights are: in pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fine_dist.engine.backends import Backend
+
+
+class Ema:
+    """`ema <- decay * ema + (1 - decay) * weight` after each update, for the pieces that this rank owns.
+
+    Under ZeRO each rank averages its own shard, so nothing is gathered and nothing is kept twice.
+    """
+
+    def __init__(self, backend: Backend, decay: float) -> None:
+        self.decay = decay
+        self._backend = backend
+        self.values: dict[str, Tensor] = {piece.name: piece.weight.clone() for piece in backend.pieces()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the average, towards the weights as they are now."""
+        weights = [piece.weight for piece in self._backend.pieces()]
+        if weights:
+            torch._foreach_lerp_(list(self.values.values()), weights, 1.0 - self.decay)
+
+    def gather(self) -> dict[str, Tensor]:
+        """The averages as whole tensors (fp32, host memory) on rank 0; empty on the other ranks."""
+        return self._backend.gather(self.values)

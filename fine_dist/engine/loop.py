@@ -1,0 +1,402 @@
+"""The training loop, the same for every method, backend and world size.
+
+Everything random is a function of (seed, step, position in the global batch), so neither the number of processes nor a
+restart changes what is computed. Starting the same command again continues from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.engine import dist, flops, stopping
+from fine_dist.engine.backends import Backend, learning_rate, make_backend, precision, trainable
+from fine_dist.engine.checkpoint import Checkpoints, restore_ema
+from fine_dist.engine.dist import World
+from fine_dist.engine.ema import Ema
+from fine_dist.engine.monitor import Monitor
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.watch import Watch
+from fine_dist.errors import ConfigError, ResumeLater, TrainingError
+
+
+class Stream(Protocol):
+    """An endless stream of batches, each this rank's part of a global batch (`fine_dist.data.stream`)."""
+
+    def batches(self, start_step: int = 0) -> Iterator[Any]: ...
+
+
+@dataclass
+class Program:
+    """What is trained on what, and how it is looked at.
+
+    The parameters of `model` with `requires_grad` train; the others must be there again, rebuilt, when a run resumes.
+    """
+
+    model: nn.Module
+    objective: Callable[[Callable[..., Tensor], Any], Tensor]
+    """(model, batch) -> losses [b], fp32, one a sample."""
+    stream: Stream
+    """Batches with step, latents [b, ...], labels [b] and positions [b] in the global batch."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What must match to resume (JSON values): architecture, method, rank, the data's hash, ..."""
+    held_out: Callable[[nn.Module], dict[str, float]] | None = None
+    """Measured on the EMA weights, on rank 0."""
+    pictures: Callable[[nn.Module, int], dict[str, Tensor]] | None = None
+    """(EMA model, step) -> pictures [3 or 1, H, W] in 0..1."""
+    histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    """(EMA model) -> tensors to show as histograms."""
+    flops_per_sample: float = 0.0
+    """Forward and backward, in FLOPs (`engine.flops.train_flops`)."""
+    tokens_per_sample: int = 1
+    """Tokens of one sample."""
+
+
+@dataclass
+class Fitted:
+    """A finished run. `model` and `ema` are whole on rank 0; on other ranks of a sharded run they are not."""
+
+    model: nn.Module
+    """The trained model, dense on its device; under ZeRO-3 a gathered copy in host memory."""
+    ema: dict[str, Tensor]
+    """EMA of every trainable parameter, fp32, host memory; frozen parameters are not in it. Empty but on rank 0."""
+    step: int
+    losses: dict[str, float]
+    """The last held-out measurement, and `loss`, the last row's training loss."""
+    rows: list[dict[str, Any]]
+    """All rows of metrics.jsonl."""
+    seconds: float
+    """Wall-clock seconds of this start."""
+    world: World
+
+
+def fit(
+    program: Program,
+    *,
+    steps: int,
+    global_batch: int,
+    optim: OptimConfig,
+    engine: EngineConfig,
+    run_dir: RunDir,
+    seed: int,
+    title: str,
+    world: World | None = None,
+) -> Fitted:
+    """Train `program` to `steps` updates, from the newest checkpoint in `run_dir` if there is one.
+
+    global_batch: samples an update, over all ranks and accumulation steps.
+    seed:         part of the identity; the program's own randomness is seeded by its maker.
+    title:        what the progress bar says.
+
+    Raises `ResumeLater` after saving when asked to stop (signal, time limit, STOP file), `TrainingError` for losses
+    that are not finite or a rank that died, `CheckpointError` when the checkpoint belongs to another run, `ConfigError`
+    when the batch cannot be divided.
+    """
+    world = world or dist.world(engine.device)
+    with Watch(world), Stopper(run_dir, engine.time_limit_min, world.is_main) as stopper:
+        run = _Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, stopper)
+        try:
+            return run.train()
+        finally:
+            run.monitor.close()
+
+
+class _Run:
+    """One start of a run: the parts, put together, and the loop over them."""
+
+    def __init__(
+        self,
+        program: Program,
+        steps: int,
+        global_batch: int,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        run_dir: RunDir,
+        seed: int,
+        title: str,
+        world: World,
+        stopper: Stopper,
+    ) -> None:
+        self.program, self.steps, self.global_batch = program, steps, global_batch
+        self.optim, self.engine, self.world, self.stopper = optim, engine, world, stopper
+        self.micro, self.accumulation = divide_batch(global_batch, engine.micro_batch, world.world_size)
+        if engine.threads:
+            torch.set_num_threads(engine.threads)
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a no-op on CPU
+        self.shown = self._copy_for_showing()
+        prepare_model(program.model, engine)
+        identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
+        self.backend: Backend = make_backend(program.model, optim, engine, world, self.accumulation)
+        self.ema = Ema(self.backend, engine.ema_decay)
+        self.checkpoints = Checkpoints(run_dir.checkpoints, world, identity, engine.keep_checkpoints)
+        self.monitor = Monitor(
+            run_dir,
+            world,
+            title=title,
+            steps=steps,
+            global_batch=global_batch,
+            tokens_per_sample=program.tokens_per_sample,
+            flops_per_sample=program.flops_per_sample,
+            peak=flops.peak_flops(world.device, engine.precision, engine.peak_tflops) if world.device else None,
+            log_every=engine.log_every,
+        )
+        self.held_out: dict[str, float] = {}
+        self.bad_steps = 0
+        self.overhead_s = 0.0
+
+    def train(self) -> Fitted:
+        begun = time.perf_counter()
+        step = self.resume()
+        batches = self.program.stream.batches(step)
+        while step < self.steps:
+            batch, waited_s = self.next_batch(batches)
+            lr = learning_rate(self.optim, step, self.steps)
+            loss, grad_norm, wish = self.update(batch, lr, step)
+            step += 1
+            if math.isfinite(loss):
+                self.ema.update()
+                self.monitor.step(step, loss=loss, grad_norm=grad_norm, lr=lr, waited_s=waited_s)
+            if step % self.engine.eval_every == 0 or step == self.steps:
+                self.evaluate(step)
+            if step % self.engine.picture_every == 0 or step == self.steps:
+                self.show(step)
+            if step % self.engine.checkpoint_every == 0 or step == self.steps or wish:
+                self.save(step)
+            if wish == stopping.STOP and step < self.steps:
+                self.stop(step)
+            self.checkpoints.check()
+        self.checkpoints.finish()
+        return self.fitted(step, time.perf_counter() - begun)
+
+    # --- the parts of a step ----------------------------------------------------------------------------------------
+
+    def next_batch(self, batches: Iterator[Any]) -> tuple[Any, float]:
+        """This rank's part of the next global batch, on its device, and the seconds it took to come."""
+        begun = time.perf_counter()
+        batch = next(batches)
+        waited_s = time.perf_counter() - begun
+        if len(batch.labels) != self.micro * self.accumulation:
+            raise ConfigError(
+                f"the stream gave rank {self.world.rank} {len(batch.labels)} samples where {self.micro} x "
+                f"{self.accumulation} are due; make it with the same global batch, rank and world size"
+            )
+        return move(batch, self.world.device), waited_s
+
+    def update(self, batch: Any, lr: float, step: int) -> tuple[float, float, int]:
+        """One update: (loss over all ranks, gradient norm, greatest wish). A bad loss updates nothing."""
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for index in range(self.accumulation):
+            micro = part(batch, index * self.micro, self.micro)
+            with precision(self.engine, self.world.device):
+                losses = self.program.objective(self.backend.model, micro)
+            total += losses.detach().sum(dtype=torch.float64)
+            last = index == self.accumulation - 1
+            self.backend.backward(losses, global_batch=self.global_batch, last=last)
+        loss, wish, bad_ranks = self.agree(float(total))
+        if not math.isfinite(loss):
+            self.backend.discard()
+            self.bad_step(step, f"the loss is {loss} on rank {', '.join(map(str, bad_ranks))}")
+            return loss, math.nan, wish
+        grad_norm = self.backend.step(lr)
+        if not math.isfinite(grad_norm):
+            self.bad_step(step, f"the gradient norm is {grad_norm}")
+            return math.nan, grad_norm, wish
+        return loss, grad_norm, wish
+
+    def agree(self, total: float) -> tuple[float, int, list[int]]:
+        """One small all-reduce a step: the mean loss over all ranks' samples, the greatest wish, and who is bad."""
+        wish = self.stopper.wish(2 * self.checkpoints.stall_s)
+        words = torch.zeros(2 + 2 * self.world.world_size, dtype=torch.float64)
+        words[0] = total
+        words[2 + self.world.rank] = 0.0 if math.isfinite(total) else 1.0
+        words[2 + self.world.world_size + self.world.rank] = wish
+        dist.all_reduce_sum(words, self.world)
+        bad = words[2 : 2 + self.world.world_size].nonzero().flatten().tolist()
+        return float(words[0]) / self.global_batch, int(words[2 + self.world.world_size :].max()), bad
+
+    def bad_step(self, step: int, what: str) -> None:
+        """Stop, or count and go on, as configured."""
+        self.bad_steps += 1
+        self.monitor.skipped()
+        where = f"step {step + 1}: {what}"
+        if self.engine.on_bad_loss == "stop":
+            raise TrainingError(
+                f"{where}; nothing was updated and the last good checkpoint is kept. Lower optim.lr, or set "
+                "engine.on_bad_loss to skip"
+            )
+        if self.bad_steps > self.engine.max_bad_steps:
+            raise TrainingError(
+                f"{where}; {self.bad_steps} steps were bad and engine.max_bad_steps is {self.engine.max_bad_steps}. "
+                "The last good checkpoint is kept"
+            )
+        self.monitor.note(f"{where}; the step is skipped ({self.bad_steps} of at most {self.engine.max_bad_steps})")
+
+    # --- between steps ----------------------------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Load the newest checkpoint, if any, and open the logs: the step to go on from."""
+        saved = self.checkpoints.newest()
+        if saved is None:
+            self.monitor.start(0, None)
+            return 0
+        if saved.step > self.steps:
+            raise ConfigError(
+                f"the checkpoint {saved.folder} is at step {saved.step}, beyond the {self.steps} asked for"
+            )
+        self.backend.load(saved)
+        restore_ema(saved, self.ema, self.backend.pieces())
+        self.bad_steps = saved.extra["bad_steps"]
+        self.held_out = saved.extra["held_out"]
+        saved.close()
+        self.monitor.start(saved.step, saved.extra["monitor"])
+        return saved.step
+
+    def save(self, step: int) -> None:
+        extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.held_out}
+        self.checkpoints.save(step, self.backend, self.ema, extra)
+
+    def stop(self, step: int) -> None:
+        self.checkpoints.finish()
+        reasons = dist.gather_objects(self.stopper.reason, self.world)
+        reason = next((text for text in reasons if "another rank" not in text), reasons[0])
+        raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")
+
+    def evaluate(self, step: int) -> None:
+        """Measure the held-out loss, and show histograms, of the EMA weights on rank 0."""
+        if self.program.held_out is None and self.program.histograms is None:
+            return
+        model = self.ema_model()
+        if model is None:
+            return
+        if self.program.held_out is not None:
+            self.held_out = {key: float(value) for key, value in self.program.held_out(model).items()}
+            self.monitor.scalars(step, self.held_out)
+        if self.program.histograms is not None:
+            self.monitor.histograms(step, self.program.histograms(model))
+
+    def show(self, step: int) -> None:
+        """Pictures made with the EMA weights, on rank 0."""
+        if self.program.pictures is None:
+            return
+        model = self.ema_model()
+        if model is not None:
+            self.monitor.pictures(step, self.program.pictures(model, step))
+
+    def ema_model(self) -> nn.Module | None:
+        """A model with the EMA weights, in eval mode, on rank 0; none on the others (all of them take part)."""
+        values = self.ema.gather()
+        if self.shown is None:
+            return None
+        set_parameters(self.shown, values)
+        return self.shown.to(self.world.device)
+
+    def _copy_for_showing(self) -> nn.Module | None:
+        """Rank 0's second model: looking at the EMA never touches the weights that train."""
+        program = self.program
+        wanted = program.held_out or program.pictures or program.histograms or self.engine.backend == "deepspeed"
+        if not (self.world.is_main and wanted):
+            return None
+        return copy.deepcopy(program.model).eval().requires_grad_(False)
+
+    def fitted(self, step: int, seconds: float) -> Fitted:
+        rows = self.monitor.rows if self.world.is_main else []
+        last = next((row["loss"] for row in reversed(rows) if "loss" in row), math.nan)
+        ema = self.ema.gather()
+        model = self.program.model
+        if self.engine.backend == "deepspeed":
+            weights = self.backend.weights()
+            if self.shown is not None:
+                model = copy.deepcopy(self.shown)
+                set_parameters(model, weights)
+                for name, p in model.named_parameters():
+                    p.requires_grad_(name in weights)
+        return Fitted(model, ema, step, {"loss": last, **self.held_out}, rows, seconds, self.world)
+
+
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) with `global = micro x accumulation x world size`; `ConfigError` if none."""
+    local, rest = divmod(global_batch, world_size)
+    if rest or not local:
+        near = max(1, round(global_batch / world_size)) * world_size
+        raise ConfigError(
+            f"global batch {global_batch} cannot be divided over {world_size} processes; the nearest that can: {near}"
+        )
+    micro = micro_batch or local
+    if local % micro:
+        legal = [n for n in range(1, local + 1) if local % n == 0]
+        raise ConfigError(
+            f"engine.micro_batch: {micro} does not divide the {local} samples a process has (global batch "
+            f"{global_batch} over {world_size} processes); legal: {', '.join(map(str, legal))}"
+        )
+    return micro, local // micro
+
+
+def prepare_model(model: nn.Module, engine: EngineConfig) -> None:
+    """Activation checkpointing and compilation, a block at a time. `ConfigError` when the model has no blocks."""
+    if engine.activation_checkpointing != "none" and not hasattr(model, "recompute"):
+        raise ConfigError(
+            f"engine.activation_checkpointing: {type(model).__name__} cannot recompute its blocks; legal: none"
+        )
+    if hasattr(model, "recompute"):
+        model.recompute = engine.activation_checkpointing
+    if engine.compile:
+        for block in getattr(model, "blocks", [model]):
+            compile_or_fall_back(block)
+
+
+def compile_or_fall_back(block: nn.Module) -> None:
+    """Replace a module's forward by its compiled form; the first failure warns once and goes back to eager."""
+    eager = block.forward
+    compiled = torch.compile(eager)
+    chosen = [compiled]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return chosen[0](*args, **kwargs)
+        except Exception as error:  # whatever a compiler throws, eager mode can still say what is really wrong
+            if chosen[0] is eager:
+                raise
+            chosen[0] = eager
+            warnings.warn(f"torch.compile failed, running without it: {str(error).splitlines()[0]}", stacklevel=2)
+            return eager(*args, **kwargs)
+
+    block.forward = forward  # type: ignore[method-assign]
+
+
+def move(batch: Any, device: torch.device | None) -> Any:
+    """A batch with its tensors on the device (positions stay: randomness is drawn in host memory)."""
+    if device is None or device.type == "cpu":
+        return batch
+    latents, labels = (x.to(device, non_blocking=True) for x in (batch.latents, batch.labels))
+    return replace(batch, latents=latents, labels=labels)
+
+
+def part(batch: Any, start: int, size: int) -> Any:
+    """A micro-batch: some samples of a batch."""
+    rows = slice(start, start + size)
+    return replace(batch, latents=batch.latents[rows], labels=batch.labels[rows], positions=batch.positions[rows])
+
+
+@torch.no_grad()
+def set_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy values into a model's parameters, by name."""
+    for name, p in model.named_parameters():
+        if name in values:
+            p.copy_(values[name])
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in trainable(model).items()}

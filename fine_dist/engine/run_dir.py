@@ -1,0 +1,247 @@
+"""A run directory: one run's config, environment, checkpoints, logs and end, owned by one live process at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fine_dist.config import Config, dump_yaml
+from fine_dist.engine.dist import World, broadcast_object, read_environment
+from fine_dist.errors import EXIT_USER_ERROR, RunDirError
+
+FREE_KEYS = (
+    "engine",
+    "data.workers",
+    "data.verify",
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.retries",
+    "data.timeout_s",
+)
+"""Keys that may differ when a run goes on: they do not change what is computed."""
+BOUND_KEYS = ("engine.ema_decay", "engine.precision", "engine.on_bad_loss")
+"""Keys under a free one that do."""
+
+_held: dict[str, Any] = {}  # POSIX locks do not exclude a process from itself, so it remembers what it holds
+
+
+class RunDir:
+    """Paths and ownership of a run directory. `open` it before anything is written; `close` (or `with`) frees it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.metrics = self.path / "metrics.jsonl"
+        self._lock: str | None = None
+
+    def open(self, config: Config, kind: str, world: World | None = None) -> RunDir:
+        """Take the directory for this process, or go on with the run that is in it.
+
+        config: the resolved config; written to config.yaml, and equal to what is there (but for `FREE_KEYS`).
+        kind:   what runs here (`condense`, `train`, ...); a directory holds one kind.
+        world:  given, rank 0 opens and every rank learns how it went; else only this process's rank counts.
+
+        Raises `RunDirError` when another live process owns it or it belongs to another config, naming both values.
+        """
+        rank = world.rank if world else read_environment().rank
+        failure: RunDirError | OSError | None = None
+        if rank == 0:
+            try:
+                self._open(config, kind)
+            except (RunDirError, OSError) as error:
+                failure = error
+        if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
+            raise SystemExit(EXIT_USER_ERROR)  # rank 0 says why
+        if failure:
+            raise failure
+        return self
+
+    def _open(self, config: Config, kind: str) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+        except OSError as error:
+            raise RunDirError(f"run directory {self.path}: {error.strerror}; choose a place you may write to") from None
+        try:
+            self._check_config(config, kind)
+            for folder in (self.checkpoints, self.tensorboard):
+                folder.mkdir(exist_ok=True)
+            write_atomic(self.path / "config.yaml", f"# kind: {kind}\n{dump_yaml(config)}")
+            self._write_environment(kind)
+        except BaseException:
+            self.close()
+            raise
+
+    # --- ownership --------------------------------------------------------------------------------------------------
+
+    def _take_lock(self) -> None:
+        """A POSIX lock: gone with the process however it ends, not inherited by its readers, and seen over NFS."""
+        path = str((self.path / "lock").resolve())
+        if path in _held:
+            raise RunDirError(f"run directory {self.path} is in use by this very process (pid {os.getpid()})")
+        handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run lives
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            handle.close()
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise RunDirError(
+                f"run directory {self.path} is in use by another live process ({owner}); wait for it, stop it, or "
+                "choose another directory"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        _held[path], self._lock = handle, path
+
+    def close(self) -> None:
+        """Free the directory for another process."""
+        if self._lock is not None:
+            _held.pop(self._lock).close()
+            self._lock = None
+
+    def __enter__(self) -> RunDir:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- what it says about itself ----------------------------------------------------------------------------------
+
+    def _check_config(self, config: Config, kind: str) -> None:
+        try:
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return
+        there = text.partition("\n")[0].removeprefix("# kind: ")
+        if there != kind:
+            raise RunDirError(
+                f"run directory {self.path} holds a {there!r} run, not {kind!r}; choose another directory"
+            )
+        old, new = (_flatten(yaml.safe_load(part) or {}) for part in (text, dump_yaml(config)))
+        differing = [
+            f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and not _is_free(key)
+        ]
+        if differing:
+            raise RunDirError(
+                f"run directory {self.path} belongs to another config:\n  "
+                + "\n  ".join(differing)
+                + "\nchoose another directory, or give the same config to continue that run"
+            )
+
+    def _write_environment(self, kind: str) -> None:
+        path = self.path / "environment.json"
+        starts: list[dict[str, Any]] = []
+        if path.exists():
+            starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+        found = read_environment()
+        starts.append(
+            {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "world_size": found.world_size,
+                "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("RAY_JOB_ID"),
+            }
+        )
+        about = {"kind": kind, **describe_environment(), "starts": starts[-100:]}
+        write_atomic(path, json.dumps(about, indent=1))
+
+    @property
+    def done(self) -> dict[str, Any] | None:
+        """What DONE.json says, or none while the run is not finished."""
+        try:
+            return json.loads((self.path / "DONE.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+
+    def finish(self, **facts: Any) -> None:
+        """Write DONE.json (JSON values): this run need not be started again."""
+        write_atomic(self.path / "DONE.json", json.dumps(facts, indent=1))
+
+    def take_word(self, word: str) -> bool:
+        """True once if someone put a file of this name (`STOP`, `SAVE`) into the directory; it is removed."""
+        try:
+            (self.path / word).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small text file as a whole: a reader, or a crash, sees the old or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def describe_environment() -> dict[str, Any]:
+    """Machine, versions and git commit, for run directories and benchmarks."""
+    versions = {}
+    for name in ("fine_dist", "torch", "numpy", "deepspeed", "ray", "safetensors", "webdataset", "diffusers"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "versions": versions,
+        "git": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree (with `+` when it has changes), or none outside of one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + str(key)] = value
+    return flat
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS) and key not in BOUND_KEYS

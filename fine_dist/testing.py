@@ -1,0 +1,152 @@
+"""The test tool for several processes: `run_distributed(fn, world_size)` runs a function on real ranks (gloo).
+
+Ranks are forked from a small server that has imported torch and the engine once, so that a world of four starts in a
+fraction of a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
+
+
+class Ranks:
+    """Running ranks; `processes[r].pid` is there to be killed. Use as a context, or call `results`."""
+
+    def __init__(self, fn: Callable[..., Any], world_size: int, *args: Any, env: dict[str, str] | None = None) -> None:
+        context = _server()
+        port = free_port()
+        self.processes = []
+        self._pipes: list[Connection] = []
+        for rank in range(world_size):
+            words = {
+                "RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": world_size,
+                "LOCAL_SIZE": world_size,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            ours, theirs = context.Pipe(duplex=False)
+            variables = {**_QUIET, **{key: str(value) for key, value in words.items()}, **(env or {})}
+            process = context.Process(target=_rank, args=(fn, args, variables, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self._pipes.append(ours)
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Exit codes in rank order, negative for a signal. `TimeoutError` when a rank still runs."""
+        until = time.monotonic() + timeout_s
+        for rank, process in enumerate(self.processes):
+            process.join(max(0.0, until - time.monotonic()))
+            if process.exitcode is None:
+                self.kill()
+                raise TimeoutError(f"rank {rank} of {len(self.processes)} still ran after {timeout_s:g} s")
+        return [process.exitcode or 0 for process in self.processes]
+
+    def results(self, timeout_s: float = 120) -> list[Any]:
+        """What each rank's function returned. `RuntimeError` with the first failing rank's traceback."""
+        found: dict[int, Any] = {}
+        until = time.monotonic() + timeout_s
+        while len(found) < len(self._pipes):
+            left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+            ready = wait(list(left), max(0.0, until - time.monotonic()))
+            if not ready:
+                self.kill()
+                raise TimeoutError(f"ranks {sorted(left.values())} gave no result within {timeout_s:g} s")
+            for pipe in ready:
+                rank = left[pipe]  # type: ignore[index]
+                try:
+                    good, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    self.kill()
+                    self.processes[rank].join()
+                    raise RuntimeError(f"rank {rank} ended with exit code {self.processes[rank].exitcode}") from None
+                if not good:
+                    self.kill()
+                    raise RuntimeError(f"rank {rank} failed:\n{value}")
+                found[rank] = value
+        self.wait(max(1.0, until - time.monotonic()))
+        return [found[rank] for rank in range(len(self._pipes))]
+
+    def kill(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+
+
+def run_distributed(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120,
+    env: dict[str, str] | None = None,
+) -> list[Any]:
+    """Call `fn(*args)` in `world_size` processes that find themselves through torchrun's words; their results.
+
+    fn: importable at the top level of a module; it calls `engine.dist.world()` itself.
+    env: more environment variables.
+
+    Raises RuntimeError with a failing rank's traceback, TimeoutError when they take too long.
+    """
+    ranks = Ranks(fn, world_size, *args, env=env)
+    try:
+        return ranks.results(timeout_s)
+    finally:
+        ranks.kill()
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fine_dist.engine.preload"])
+    # The server reads these when it imports torch; its children inherit what it read.
+    before = {key: os.environ.get(key) for key in _QUIET}
+    os.environ.update(_QUIET)
+    try:
+        from multiprocessing import forkserver
+
+        forkserver.ensure_running()
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key)
+            else:
+                os.environ[key] = value
+    return context
+
+
+def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe: Connection) -> None:
+    os.environ.update(env)
+    try:
+        value = fn(*args)
+    except SystemExit:
+        raise
+    except BaseException:
+        _send(pipe, (False, traceback.format_exc()))
+        raise
+    _send(pipe, (True, value))
+    pipe.close()
+
+
+def _send(pipe: Connection, value: Any) -> None:
+    """By value: a connection's own `send` would share a tensor's memory with a process that is about to end."""
+    pipe.send_bytes(pickle.dumps(value))
