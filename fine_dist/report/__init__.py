@@ -1,0 +1,67 @@
+"""The report of a run: `results.json`, a self-contained `report.html`, and the same table in the terminal.
+
+    from fine_dist.report import Ancestor, Picture, Results, summary_png, write_report
+
+`Results` says how it is filled. Nothing here trains or samples; every number shown is computed from its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_dist.report.orderings import Verdict, verdicts
+from fine_dist.report.results import Ancestor, Mean, Picture, Results, Row, read_results
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def write_report(folder: str | Path, results: Results, *, echo: bool = True, console: Console | None = None) -> Path:
+    """Write `results.json`, `report.html` and `pictures/*.png` into `folder`; returns the path of the page.
+
+    echo:    print the table and the verdicts as well.
+    console: where to print (None: stdout).
+    Raises `OSError` when the folder cannot be written.
+    """
+    from fine_dist.report.figures import picture_png
+    from fine_dist.report.page import page
+    from fine_dist.report.terminal import print_report
+
+    folder = Path(folder)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(results.pictures):
+        words = [picture.series if picture.method else "real"]
+        words += [f"L{picture.target}"] if picture.target is not None else []
+        words += [f"step{picture.step}"] if picture.step is not None else []
+        picture.file = f"pictures/{i:02d}-{'-'.join(words).replace(':', '-')}.png"
+        (folder / picture.file).write_bytes(picture_png(picture, width=1))
+    data = results.model_dump(mode="json")
+    data["orderings"] = [verdict.as_json() for verdict in verdicts(results)]
+    (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    if echo:
+        print_report(results, console)
+    return folder / "report.html"
+
+
+def summary_png(results: Results, path: str | Path) -> Path:
+    """One picture for a README: curves of FINE and scratch for every depth, and samples; returns its path."""
+    from fine_dist.report.figures import summary_png as draw
+
+    return draw(results, path)
+
+
+__all__ = [
+    "Ancestor",
+    "Mean",
+    "Picture",
+    "Results",
+    "Row",
+    "Verdict",
+    "read_results",
+    "summary_png",
+    "verdicts",
+    "write_report",
+]

@@ -1,0 +1,346 @@
+"""The report's pictures, drawn by matplotlib from rows: curves, bars, sigma over depth, and the README's summary."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fine_dist.report.orderings import linearity, number, step_of
+from fine_dist.report.results import Picture, Results, label
+
+INK, FAINT, LINES = "#1f2933", "#7b8794", "#e4e7eb"
+COLOURS = {"fine": "#0b7285", "he": "#e8590c"}
+_OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
+_STYLE = {
+    "font.size": 10,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": "#cbd2d9",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "grid.color": LINES,
+    "grid.linewidth": 0.8,
+    "svg.fonttype": "none",
+    "legend.frameon": False,
+}
+
+
+def colour(series: str, results: Results) -> str:
+    """The same colour for a series in every picture."""
+    others = [s for s in results.series if s not in COLOURS]
+    return COLOURS[series] if series in COLOURS else _OTHERS[others.index(series) % len(_OTHERS)]
+
+
+def curves_svg(results: Results) -> str | None:
+    """Held-out loss against training steps, a panel a depth. None when no target was trained."""
+    targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
+    if not targets:
+        return None
+    with _figure(len(targets), 3.9, 3.5) as (figure, axes):
+        _curve_panels(axes, results, targets)
+        return _svg(figure, "curves", "Held-out loss against training steps, FINE and scratch, by depth")
+
+
+def bars_svg(results: Results) -> str | None:
+    """Fréchet distance at N and 3N, bars by series, a group a depth. None when none was measured."""
+    groups = {t: _bars(results, t) for t in results.targets}
+    groups = {t: bars for t, bars in groups.items() if bars}
+    if not groups:
+        return None
+    with _figure(1, 9.4, 0.9 + 0.31 * sum(len(b) + 1.1 for b in groups.values())) as (figure, axes):
+        axis, y, ticks = axes[0], 0.0, []
+        for target, bars in groups.items():
+            axis.text(0, y - 0.72, f"{target} layers", weight="bold", size=10, va="center")
+            for series, name, mean, main in bars:
+                axis.barh(y, mean.mean, height=0.74, color=colour(series, results), alpha=1 if main else 0.45)
+                if mean.num > 1:
+                    axis.errorbar(mean.mean, y, xerr=mean.spread, color=INK, lw=1, capsize=2.5)
+                end = (mean.mean + mean.spread, y)
+                axis.annotate(number(mean.mean), end, (6, 0), textcoords="offset points", va="center", size=9)
+                ticks.append((y, name))
+                y += 1
+            y += 1.1
+        axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks], color=INK)
+        axis.tick_params(axis="y", length=0)
+        axis.spines["left"].set_visible(False)
+        axis.grid(axis="x")
+        axis.set_axisbelow(True)
+        axis.set_ylim(y - 1.3, -1.2)
+        axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
+        axis.set_xlabel("Fréchet distance (lower is better)")
+        if results.frechet_floor is not None:
+            axis.axvline(results.frechet_floor, color=INK, lw=1, ls=(0, (4, 3)))
+            at = (results.frechet_floor, y - 1.3)
+            axis.annotate("held-out real data", at, (4, 3), textcoords="offset points", size=8.5, va="bottom")
+        return _svg(figure, "bars", "Fréchet distance of samples, by method and depth")
+
+
+def sigma_svg(results: Results) -> str | None:
+    """Sigma over depth: above, every component by layer; below, its first principal component, with the targets'."""
+    tables = {k: np.asarray(v) for k, v in results.sigmas.get("learngene", {}).items()}
+    tables = {k: v for k, v in tables.items() if len(v) > 1}
+    if not tables:
+        return None
+    with _figure(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
+        for column, (kind, table) in enumerate(tables.items()):
+            _sigma_map(axes[column], kind, table, first=column == 0)
+            _sigma_score(axes[len(tables) + column], kind, table, results, first=column == 0)
+        return _svg(figure, "sigma", "Sigma over depth, by kind of matrix")
+
+
+def summary_png(results: Results, path: str | Path) -> Path:
+    """One picture for a README: the curves of every depth, and below them real data and samples at one depth.
+
+    Writes a PNG of about 1600 pixels' width and returns its path. Needs a row with a curve; pictures are optional.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
+    if not targets:
+        raise ValueError("no target has two measurements: there is no curve to draw")
+    shown = _summary_pictures(results)
+    with _style():
+        figure = _new_figure(3.9 * len(targets), 3.5 + (2.1 if shown else 0))
+        parts = figure.subfigures(2 if shown else 1, 1, height_ratios=(3.5, 2.1) if shown else None, squeeze=False)
+        _curve_panels(list(parts[0, 0].subplots(1, len(targets), squeeze=False).flat), results, targets)
+        if shown:
+            axes = parts[1, 0].subplots(1, len(shown), squeeze=False).flat
+            for axis, (title, picture) in zip(axes, shown):
+                axis.imshow(_pixels(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axis.set_title(title, size=10, pad=8)
+                axis.set_axis_off()
+        figure.savefig(path, dpi=140, facecolor="white", metadata={"Software": None})
+    return path
+
+
+# --- curves --------------------------------------------------------------------------------------------------------
+
+
+def _curve_panels(axes: list[Any], results: Results, targets: list[int]) -> None:
+    top, bottom = _loss_range(results, targets)
+    for axis, target in zip(axes, targets):
+        for series in reversed(results.series):
+            _curve(axis, results, series, target)
+        _mark_budget(axis, results, target)
+        axis.set_title(f"{target} layers")
+        axis.set_ylim(bottom, top)
+        axis.set_xlim(left=0)
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        axis.set_xlabel("training steps after initialisation")
+        axis.locator_params(axis="x", nbins=5)
+    axes[0].set_ylabel("held-out loss")
+    handles, names = axes[0].get_legend_handles_labels()
+    axes[0].legend(handles[::-1], names[::-1], loc="upper right", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+
+
+def _curve(axis: Any, results: Results, series: str, target: int) -> None:
+    points = results.points(series, target)
+    if not points:
+        return
+    steps = list(points)
+    means = np.array([np.mean(v) for v in points.values()])
+    spreads = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in points.values()])
+    shade, name = colour(series, results), label(series)
+    axis.fill_between(steps, means - spreads, means + spreads, color=shade, alpha=0.18, lw=0)
+    marker = {"marker": "o", "ms": 5} if len(steps) == 1 else {"marker": "o", "ms": 2.6}
+    axis.plot(steps, means, color=shade, lw=2.2 if series in COLOURS else 1.4, label=name, **marker)
+
+
+def _mark_budget(axis: Any, results: Results, target: int) -> None:
+    """A dashed level at FINE's loss after N steps: where scratch crosses it is what FINE saves."""
+    budget = results.budget(target)
+    ours = results.mean("fine", target, budget) if budget else None
+    if budget is None or ours is None:
+        return
+    axis.axhline(ours.mean, color=COLOURS["fine"], lw=1, ls=(0, (4, 3)), alpha=0.8)
+    for factor in (1, 3):
+        at = step_of("N" if factor == 1 else "3N", budget, 0)
+        if at <= max(step for s in results.series for step in results.points(s, target) or [0]):
+            axis.axvline(at, color=LINES, lw=1, zorder=0)
+            axis.annotate("N" if factor == 1 else "3N", (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
+                          textcoords="offset points", color=FAINT, size=8.5)  # fmt: skip
+
+
+def _loss_range(results: Results, targets: list[int]) -> tuple[float, float]:
+    """Down to the least value; up to what shows FINE whole and scratch from a third of its first milestone on.
+
+    An untrained model predicts no noise at all (a loss of 1), and a scale that shows that hides all differences.
+    """
+    values, tops = [], []
+    for target in targets:
+        budget = results.budget(target) or max(
+            s for name in results.series for s in results.points(name, target) or [1]
+        )
+        for series in results.series:
+            points = results.points(series, target)
+            values += [np.mean(v) for v in points.values()]
+            tops += [np.mean(v) for s, v in points.items() if series == "fine" or s >= budget / 3]
+    low, high = min(values), max(tops or values)
+    return high + 0.12 * (high - low) + 1e-9, low - 0.10 * (high - low) - 1e-9
+
+
+# --- bars ----------------------------------------------------------------------------------------------------------
+
+
+def _bars(results: Results, target: int) -> list[tuple[str, str, Any, bool]]:
+    """(series, what it is called, its mean, at N) for all that has a Fréchet distance at N or at 3N."""
+    budget = results.budget(target)
+    steps = {budget: True, 3 * budget: False} if budget else {}
+    found = []
+    for series in results.series:
+        for step, main in steps.items():
+            mean = results.mean(series, target, step, "frechet")
+            if mean:
+                found.append((series, f"{label(series)}, {step:,} steps", mean, main))
+    return found
+
+
+# --- sigma ---------------------------------------------------------------------------------------------------------
+
+
+def _sigma_map(axis: Any, kind: str, table: np.ndarray, first: bool) -> None:
+    centred = table - table.mean(axis=0)
+    order = np.argsort(np.linspace(-1, 1, len(table)) @ centred)
+    limit = np.quantile(np.abs(centred), 0.98) or 1.0
+    axis.imshow(centred[:, order].T, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    axis.set_title(kind)
+    layers = np.linspace(0, len(table) - 1, min(3, len(table))).round().astype(int)
+    axis.set_xticks(layers, [str(layer + 1) for layer in layers])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    axis.set_xlabel("layer")
+    if first:
+        axis.set_ylabel("components")
+
+
+def _sigma_score(axis: Any, kind: str, table: np.ndarray, results: Results, first: bool) -> None:
+    fit = linearity(table)
+    axis.set_xlim(-0.06, 1.06)
+    axis.set_xlabel("relative depth")
+    axis.set_yticks([])
+    axis.set_xticks([0, 0.5, 1])
+    if first:
+        axis.set_ylabel("first component")
+    if fit is None:
+        axis.text(0.5, 0.5, "does not move", transform=axis.transAxes, ha="center", color=FAINT, size=9)
+        return
+    depth = np.linspace(0, 1, len(table))
+    axis.plot(depth, np.polyval(np.polyfit(depth, fit.score, 1), depth), color=LINES, lw=3, zorder=1)
+    axis.plot(depth, fit.score, color=INK, lw=1.4, marker="o", ms=3.4, zorder=3, label="learngene")
+    targets = {who: t[kind] for who, t in results.sigmas.items() if who != "learngene" and kind in t}
+    for i, (who, sigma) in enumerate(sorted(targets.items(), key=lambda item: len(item[1]))):
+        projected = (np.asarray(sigma) - fit.mean) @ fit.direction
+        at = np.linspace(0, 1, len(projected)) if len(projected) > 1 else np.array([0.5])
+        shade = 0.35 + 0.5 * i / max(1, len(targets) - 1)
+        axis.plot(at, projected, color=_mix(COLOURS["fine"], shade), lw=1.2, marker="o", ms=2.6, zorder=2, label=who)
+    axis.set_title(f"r = {fit.correlation:.2f}", size=9, weight="normal", color=FAINT)
+    if first:
+        axis.legend(fontsize=7.5, loc="upper left", handlelength=1.0, labelspacing=0.25, borderaxespad=0.2)
+
+
+def _mix(colour_: str, weight: float) -> tuple[float, ...]:
+    rgb = [int(colour_[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return tuple(1 - weight * (1 - c) for c in rgb)
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
+    """Real data, then FINE and scratch at N for the middle depth that has both; fewer where there are fewer."""
+    shown = [("real data", p) for p in results.pictures if p.method is None][:1]
+    for target in sorted(results.targets, key=lambda t: abs(t - float(np.median(results.targets)))):
+        budget = results.budget(target)
+        pair = [
+            (f"{label(s)}, {target} layers, {p.step} steps", p)
+            for s in ("fine", "he")
+            for p in [p for p in results.pictures if (p.series, p.target, p.step) == (s, target, budget)][:1]
+        ]
+        if len(pair) == 2:
+            return shown + pair
+    return shown
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    """[H, W] or [H, W, 3], as an image library wants it."""
+    return picture.image[0] if picture.image.shape[0] == 1 else picture.image.transpose(1, 2, 0)
+
+
+def picture_png(picture: Picture, width: int = 480) -> bytes:
+    """The PNG of a picture; whole-number zoom up to about `width` pixels, because browsers blur small images."""
+    from PIL import Image
+
+    pixels = (np.clip(_pixels(picture), 0, 1) * 255).round().astype(np.uint8)
+    zoom = max(1, math.ceil(width / pixels.shape[1]))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+# --- matplotlib ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _figure(
+    columns: int, width: float, height: float, rows: int = 1, heights: tuple[float, ...] = (1.0,)
+) -> Iterator[tuple[Any, list[Any]]]:
+    """A figure with its axes row by row; inches a column, and in all."""
+    with _style():
+        figure = _new_figure(width * columns, height)
+        yield figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE):
+        yield
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """Without pyplot, which keeps every figure and looks for a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _svg(figure: Any, name: str, title: str) -> str:
+    """The figure as an inline SVG that takes the page's font and width; ids are its own (`name` salts them)."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(
+        r'(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', rf'\1role="img" aria-label="{title}"', svg, count=1
+    )
+    svg = re.sub(r'height="[\d.]+pt"|width="[\d.]+pt"', "", svg)
+    svg = re.sub(
+        r'id="((?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|Poly|Line|image)[\w.]*)"', "", svg
+    )
+    return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
