@@ -25,7 +25,7 @@ def write_report(folder: str | Path, results: Results, *, echo: bool = True, con
     console: where to print (None: stdout).
     Raises `OSError` when the folder cannot be written.
     """
-    from fine_dist.report.figures import picture_png
+    from fine_dist.report.canvas import picture_png
     from fine_dist.report.page import page
     from fine_dist.report.terminal import print_report
 

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import math
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, new_figure, pixels_of, style, svg_of
 from fine_dist.report.orderings import linearity, number, step_of
 from fine_dist.report.results import Picture, Results, label
 
-INK, FAINT, LINES = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = {"fine": "#0b7285", "he": "#e8590c"}
 _OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
-_STYLE = {
-    "font.size": 10,
-    "font.family": "DejaVu Sans",
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.edgecolor": "#cbd2d9",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "grid.color": LINES,
-    "grid.linewidth": 0.8,
-    "svg.fonttype": "none",
-    "legend.frameon": False,
-}
 
 
 def colour(series: str, results: Results) -> str:
@@ -52,9 +26,9 @@ def curves_svg(results: Results) -> str | None:
     targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
     if not targets:
         return None
-    with _figure(len(targets), 3.9, 3.5) as (figure, axes):
+    with figure_of(len(targets), 3.9, 3.5) as (figure, axes):
         _curve_panels(axes, results, targets)
-        return _svg(figure, "curves", "Held-out loss against training steps, FINE and scratch, by depth")
+        return svg_of(figure, "curves", "Held-out loss against training steps, FINE and scratch, by depth")
 
 
 def bars_svg(results: Results) -> str | None:
@@ -63,7 +37,7 @@ def bars_svg(results: Results) -> str | None:
     groups = {t: bars for t, bars in groups.items() if bars}
     if not groups:
         return None
-    with _figure(1, 9.4, 0.9 + 0.31 * sum(len(b) + 1.1 for b in groups.values())) as (figure, axes):
+    with figure_of(1, 9.4, 0.9 + 0.31 * sum(len(b) + 1.1 for b in groups.values())) as (figure, axes):
         axis, y, ticks = axes[0], 0.0, []
         for target, bars in groups.items():
             axis.text(0, y - 0.72, f"{target} layers", weight="bold", size=10, va="center")
@@ -88,7 +62,7 @@ def bars_svg(results: Results) -> str | None:
             axis.axvline(results.frechet_floor, color=INK, lw=1, ls=(0, (4, 3)))
             at = (results.frechet_floor, y - 1.3)
             axis.annotate("held-out real data", at, (4, 3), textcoords="offset points", size=8.5, va="bottom")
-        return _svg(figure, "bars", "Fréchet distance of samples, by method and depth")
+        return svg_of(figure, "bars", "Fréchet distance of samples, by method and depth")
 
 
 def sigma_svg(results: Results) -> str | None:
@@ -97,11 +71,11 @@ def sigma_svg(results: Results) -> str | None:
     tables = {k: v for k, v in tables.items() if len(v) > 1}
     if not tables:
         return None
-    with _figure(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
+    with figure_of(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
         for column, (kind, table) in enumerate(tables.items()):
             _sigma_map(axes[column], kind, table, first=column == 0)
             _sigma_score(axes[len(tables) + column], kind, table, results, first=column == 0)
-        return _svg(figure, "sigma", "Sigma over depth, by kind of matrix")
+        return svg_of(figure, "sigma", "Sigma over depth, by kind of matrix")
 
 
 def summary_png(results: Results, path: str | Path) -> Path:
@@ -115,14 +89,14 @@ def summary_png(results: Results, path: str | Path) -> Path:
     if not targets:
         raise ValueError("no target has two measurements: there is no curve to draw")
     shown = _summary_pictures(results)
-    with _style():
-        figure = _new_figure(3.9 * len(targets), 3.5 + (2.1 if shown else 0))
+    with style():
+        figure = new_figure(3.9 * len(targets), 3.5 + (2.1 if shown else 0))
         parts = figure.subfigures(2 if shown else 1, 1, height_ratios=(3.5, 2.1) if shown else None, squeeze=False)
         _curve_panels(list(parts[0, 0].subplots(1, len(targets), squeeze=False).flat), results, targets)
         if shown:
             axes = parts[1, 0].subplots(1, len(shown), squeeze=False).flat
             for axis, (title, picture) in zip(axes, shown):
-                axis.imshow(_pixels(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axis.imshow(pixels_of(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
                 axis.set_title(title, size=10, pad=8)
                 axis.set_axis_off()
         figure.savefig(path, dpi=140, facecolor="white", metadata={"Software": None})
@@ -261,7 +235,7 @@ def _mix(colour_: str, weight: float) -> tuple[float, ...]:
     return tuple(1 - weight * (1 - c) for c in rgb)
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------
+# --- the summary ------------------------------------------------------------------------------------------------------
 
 
 def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
@@ -277,70 +251,3 @@ def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
         if len(pair) == 2:
             return shown + pair
     return shown
-
-
-def _pixels(picture: Picture) -> np.ndarray:
-    """[H, W] or [H, W, 3], as an image library wants it."""
-    return picture.image[0] if picture.image.shape[0] == 1 else picture.image.transpose(1, 2, 0)
-
-
-def picture_png(picture: Picture, width: int = 480) -> bytes:
-    """The PNG of a picture; whole-number zoom up to about `width` pixels, because browsers blur small images."""
-    from PIL import Image
-
-    pixels = (np.clip(_pixels(picture), 0, 1) * 255).round().astype(np.uint8)
-    zoom = max(1, math.ceil(width / pixels.shape[1]))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.repeat(zoom, 0).repeat(zoom, 1)).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
-
-
-# --- matplotlib ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _figure(
-    columns: int, width: float, height: float, rows: int = 1, heights: tuple[float, ...] = (1.0,)
-) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with its axes row by row; inches a column, and in all."""
-    with _style():
-        figure = _new_figure(width * columns, height)
-        yield figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
-        yield
-
-
-def _new_figure(width: float, height: float) -> Any:
-    """Without pyplot, which keeps every figure and looks for a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.03)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _svg(figure: Any, name: str, title: str) -> str:
-    """The figure as an inline SVG that takes the page's font and width; ids are its own (`name` salts them)."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(
-        r'(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', rf'\1role="img" aria-label="{title}"', svg, count=1
-    )
-    svg = re.sub(r'height="[\d.]+pt"|width="[\d.]+pt"', "", svg)
-    svg = re.sub(
-        r'id="((?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|Poly|Line|image)[\w.]*)"', "", svg
-    )
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)

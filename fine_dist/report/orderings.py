@@ -63,7 +63,9 @@ class Verdict:
     claim: str
     source: str
     comparisons: list[Comparison] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    """(what, value) where a claim is no comparison of two means."""
+    note: str = ""
     decided: bool | None = None
 
     def of(self, measure: str) -> list[Comparison]:
@@ -108,7 +110,8 @@ class Verdict:
             "source": self.source,
             "verdict": self.word,
             "comparisons": rows,
-            "notes": self.notes,
+            "facts": dict(self.facts),
+            "note": self.note,
         }
 
 
@@ -166,16 +169,21 @@ def _compare(claim: _Claim, results: Results) -> list[Comparison]:
     found = []
     for measure in MEASURES:
         for target in results.targets:
-            budget = results.budget(target)
             for (left, left_at), (right, right_at) in zip(claim.chain, claim.chain[1:]):
-                values: list[Mean | None] = [None, None]
-                names = [f"{label(left)} at {left_at}", f"{label(right)} at {right_at}"]
-                if budget is not None:
-                    steps = [step_of(at, budget, results.init_steps(target)) for at in (left_at, right_at)]
-                    values = [results.mean(s, target, n, measure) for s, n in zip((left, right), steps)]
-                    names = [f"{label(s)} at {n} steps" for s, n in zip((left, right), steps)]
-                found.append(Comparison(target, measure, *names, *values, or_equal=claim.or_equal))
+                a, b = (
+                    _end(results, series, at, target, measure) for series, at in ((left, left_at), (right, right_at))
+                )
+                found.append(Comparison(target, measure, a[0], b[0], a[1], b[1], claim.or_equal))
     return found
+
+
+def _end(results: Results, series: str, at: str, target: int, measure: str) -> tuple[str, Mean | None]:
+    """One side of a comparison: what it is called, and its mean if it was measured."""
+    budget = results.budget(target)
+    if budget is None:
+        return f"{label(series)} at {at}", None
+    step = step_of(at, budget, results.init_steps(target))
+    return f"{label(series)} at {step:,} steps", results.mean(series, target, step, measure)
 
 
 # --- sigma over depth ----------------------------------------------------------------------------------------------
@@ -221,16 +229,15 @@ def _linear_verdict(results: Results) -> Verdict:
     found = {kind: linearity(table) for kind, table in results.sigmas.get("learngene", {}).items()}
     known = {kind: fit for kind, fit in found.items() if fit is not None}
     if not known:
-        return Verdict(_LINEAR, "ordering 5", notes=["no sigma of a learngene with 3 layers or more"])
-    notes = [
-        f"{kind}: correlation of the first component with depth {fit.correlation:.2f}, variance explained by a straight "
-        f"line {fit.r_squared:.0%}"
-        for kind, fit in known.items()
-    ]
-    notes.append(
-        f"held when every correlation is at least {NEAR_LINEAR} (a bound of this report; the paper names none)"
+        return Verdict(_LINEAR, "ordering 5", note="no sigma of a learngene with 3 layers or more")
+    facts = [(kind, f"r {fit.correlation:.2f}, line {fit.r_squared:.0%}") for kind, fit in known.items()]
+    note = (
+        "r: correlation of sigma’s first principal component with depth; line: share of sigma’s variance over layers "
+        f"that a straight line explains. Held when every r is at least {NEAR_LINEAR}, a bound of this report: the "
+        "paper shows a picture and names none."
     )
-    return Verdict(_LINEAR, "ordering 5", [], notes, all(fit.correlation >= NEAR_LINEAR for fit in known.values()))
+    decided = all(fit.correlation >= NEAR_LINEAR for fit in known.values())
+    return Verdict(_LINEAR, "ordering 5", facts=facts, note=note, decided=decided)
 
 
 # --- the arithmetic of cost ----------------------------------------------------------------------------------------

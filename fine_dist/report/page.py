@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 from html import escape
 
-from fine_dist.report.figures import bars_svg, colour, curves_svg, picture_png, sigma_svg
+from fine_dist.report.canvas import picture_png
+from fine_dist.report.css import CSS
+from fine_dist.report.figures import bars_svg, colour, curves_svg, sigma_svg
 from fine_dist.report.orderings import MEASURES, Comparison, Verdict, arithmetic, number, verdicts
 from fine_dist.report.results import Picture, Results, label
 from fine_dist.report.table import table
@@ -25,9 +27,12 @@ def page(results: Results) -> str:
     body = "\n".join(part for part in sections if part)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(results.title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
         f"<body><main>\n{body}\n</main></body></html>\n"
     )
+
+
+_BANDS = ", bands one standard deviation"
 
 
 def _section(title: str, content: str, intro: str = "") -> str:
@@ -133,10 +138,11 @@ def _promises(results: Results) -> str:
     costs = "".join(
         f"<p class=cost><b>{what.capitalize()}.</b> {escape(text)}</p>" for what, text in arithmetic(results)
     )
-    intro = (
-        f"Each comparison is of means over {_seeds(results)}, at exactly the steps named; “±” marks a difference "
-        "smaller than the seeds’ own spread."
-    )
+    intro = f"Each comparison is of means over {_seeds(results)}, at exactly the steps named."
+    if len(results.seeds) > 1:
+        intro += " A chip ending in ± is a difference smaller than the seeds’ own spread."
+    if len(results.seeds) < 3:
+        intro += " The paper’s orderings want three seeds or more: read these with care."
     return _section("What the method promises, and what held", content + costs, intro)
 
 
@@ -147,11 +153,13 @@ def _promise(verdict: Verdict) -> str:
         chips = "".join(_chip(c) for c in verdict.of(measure) if c.held is not None)
         if chips:
             lines.append(f"<div class=measure><span>{name}</span>{chips}</div>")
-    notes = "".join(f"<li>{escape(note)}</li>" for note in verdict.notes)
-    notes = f"<ul>{notes}</ul>" if notes else ""
+    if verdict.facts:
+        chips = "".join(f'<span class="chip {state}"><i>{escape(a)}</i>{escape(b)}</span>' for a, b in verdict.facts)
+        lines.append(f"<div class=measure><span>by kind</span>{chips}</div>")
+    note = f"<p class=meta>{escape(verdict.note)}</p>" if verdict.note else ""
     return (
         f'<div class="promise {state}"><div class=claim><b>{escape(verdict.claim)}<small>{verdict.source}</small></b>'
-        f"<span class=verdict>{verdict.word}</span></div>{''.join(lines)}{notes}</div>"
+        f"<span class=verdict>{verdict.word}</span></div>{''.join(lines)}{note}</div>"
     )
 
 
@@ -168,7 +176,7 @@ def _chip(c: Comparison) -> str:
 def _curves_caption(results: Results) -> str:
     caption = (
         "Mean squared error of the predicted noise on data never trained on, at fixed timesteps and noise. Lines are "
-        f"means over {_seeds(results)}, bands one standard deviation. The dashed level is FINE’s loss after N steps. "
+        f"means over {_seeds(results)}{_BANDS if len(results.seeds) > 1 else ''}. The dashed level is FINE’s loss after N steps. "
     )
     init = {results.init_steps(t) for t in results.targets}
     if len(init) == 1 and 0 not in init:
@@ -181,7 +189,8 @@ def _curves_caption(results: Results) -> str:
 
 def _bars_caption(results: Results) -> str:
     caption = (
-        "Lower is better. Pale bars have had three times the training steps; whiskers are one standard deviation. "
+        "Lower is better. Pale bars have had three times the training steps. "
+    caption += "Whiskers are one standard deviation over seeds. " if len(results.seeds) > 1 else ""
     )
     if results.frechet_samples:
         caption += f"{results.frechet_samples:,} samples each. "
@@ -195,7 +204,8 @@ def _bars_caption(results: Results) -> str:
 def _table(results: Results) -> str:
     made = table(results)
     heads = "".join(f"<th{' class=t' if i == 1 else ''}>{escape(h)}</th>" for i, h in enumerate(made.heads))
-    body, before = [], (None, "")
+    body: list[str] = []
+    before: tuple[int | None, str] = (None, "")
     for line in made.lines:
         same = (line.target, line.series) == before
         dot = f'<i class=dot style="background:{colour(line.series, results)}"></i>'
@@ -208,9 +218,10 @@ def _table(results: Results) -> str:
         kind = " class=first" if line.target != before[0] else "" if same else " class=next"
         body.append(f"<tr{kind}>{row}</tr>")
         before = (line.target, line.series)
+    spread = "Mean ± standard deviation over seeds" if len(results.seeds) > 1 else "One seed"
     caption = (
-        "Steps are training steps after initialisation. Mean ± standard deviation over seeds; seconds are wall time of "
-        "one target’s own stages until then, without the ancestor’s."
+        f"Steps are training steps after initialisation. {spread}; seconds are wall time of one target’s own stages until "
+        "then, without the ancestor’s."
     )
     return _figure(
         f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>", caption
@@ -282,51 +293,3 @@ def _plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-_CSS = """
-:root{--sans:"Inter","Segoe UI","Helvetica Neue",Arial,"Liberation Sans",sans-serif;--ink:#1f2933;--soft:#52606d;
---faint:#7b8794;--line:#e4e7eb;--yes:#0b7285;--yes-bg:#e6f5f7;--no:#c92a2a;--no-bg:#fdeeee}
-*{box-sizing:border-box}
-body{margin:0;background:#fbfbfa;color:var(--ink);font:16px/1.55 var(--sans);-webkit-font-smoothing:antialiased}
-main{max-width:1080px;margin:0 auto;padding:56px 28px 80px}
-h1{font-size:34px;line-height:1.2;letter-spacing:-.02em;margin:0 0 14px}
-h2{font-size:21px;letter-spacing:-.01em;margin:0 0 10px}h3{font-size:15px;margin:22px 0 8px}
-p{margin:0 0 14px;max-width:76ch}.lead{font-size:19px;color:var(--soft);max-width:68ch}
-.meta,small,figcaption{color:var(--faint);font-size:13.5px;line-height:1.5}
-section{margin-top:54px}figure{margin:0}figcaption{margin-top:10px;max-width:92ch}
-svg,img{display:block;width:100%;height:auto}section>figure>svg{background:#fff;border:1px solid var(--line);
-border-radius:10px;padding:14px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(180px,1fr));gap:12px;margin-top:30px}
-.tiles div{background:#fff;border:1px solid var(--line);border-radius:10px;padding:16px 18px;display:flex;
-flex-direction:column}.tiles b{font-size:26px;letter-spacing:-.02em;line-height:1.2;font-variant-numeric:tabular-nums}
-.tiles span{font-size:14px;color:var(--soft);margin-top:2px}.tiles small{margin-top:6px;font-size:12.5px}
-.promises{display:grid;gap:10px}
-.promise{background:#fff;border:1px solid var(--line);border-left:4px solid var(--yes);
-border-radius:8px;padding:13px 18px}
-.promise.no{border-left-color:var(--no)}.claim{display:flex;justify-content:space-between;gap:20px;align-items:baseline}
-.verdict{white-space:nowrap;font-size:14px;font-weight:600;color:var(--yes)}.no .verdict{color:var(--no)}
-.measure{display:flex;flex-wrap:wrap;gap:7px;align-items:center;margin-top:8px;font-size:13.5px}
-.measure>span:first-child{width:128px;color:var(--faint)}
-.chip{background:var(--yes-bg);color:#084c58;border-radius:6px;padding:2px 10px;font-variant-numeric:tabular-nums}
-.chip.no{background:var(--no-bg);color:#8a1c1c}.chip i{font-style:normal;opacity:.65;margin-right:8px}
-.promise ul{margin:8px 0 4px;padding-left:18px;font-size:13.5px;color:var(--soft)}
-.claim small{font-weight:400;margin-left:12px}
-.missing{margin-top:16px;font-size:14.5px;color:var(--soft);max-width:none}
-.missing em{color:var(--faint);font-style:normal}
-.cost{font-size:14.5px;color:var(--soft);max-width:none;margin-bottom:6px}
-.scroll{overflow-x:auto;background:#fff;border:1px solid var(--line);border-radius:10px}
-table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
-th{font-weight:600;color:var(--faint);font-size:12.5px;line-height:1.3;vertical-align:bottom}
-th,td{padding:6px 18px;text-align:right;white-space:nowrap}th{white-space:normal}.t{text-align:left}
-tbody tr.first td{border-top:1px solid var(--line)}tbody tr.first td:first-child{font-weight:700}
-tbody tr.next td:nth-child(n+2){border-top:1px dotted var(--line)}
-.dot{display:inline-block;width:9px;height:9px;border-radius:50%;margin-right:8px}
-.plain td{padding:4px 14px 4px 0;white-space:normal;vertical-align:top}.plain td:first-child{color:var(--faint)}
-.two{display:grid;grid-template-columns:1fr 1fr;gap:36px}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:16px}
-.card{background:#fff;border:1px solid var(--line);border-radius:10px;padding:12px}
-.card img{image-rendering:pixelated;border-radius:4px}.card figcaption{margin-top:8px}
-@media (max-width:720px){.two{grid-template-columns:1fr}.claim{flex-direction:column;gap:2px}h1{font-size:27px}}
-@media print{body{background:#fff}section{break-inside:avoid}}
-"""

@@ -28,8 +28,7 @@ def print_report(results: Results, console: Console | None = None) -> None:
         title_style="bold",
         header_style="dim",
         box=SIMPLE_HEAD,
-        padding=(0, 1),
-        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for i, head in enumerate(made.heads):
         shown.add_column(head, justify="left" if i == 1 else "right", no_wrap=True)
@@ -64,5 +63,7 @@ def _print_verdict(console: Console, verdict: Verdict) -> None:
             if c.held is not None:
                 spread = " (less than the seeds' spread)" if c.within_spread else ""
                 console.print(f"    {_MARKS[c.held]} {c.target} layers, {name}: {c.text()}{spread}", highlight=False)
-    for note in verdict.notes:
-        console.print(f"    [dim]{note}[/]", highlight=False)
+    if verdict.facts:
+        console.print("    " + "; ".join(f"{what}: {value}" for what, value in verdict.facts), highlight=False)
+    if verdict.note:
+        console.print(f"    [dim]{verdict.note}[/]", highlight=False)

@@ -75,3 +75,35 @@ def test_a_covariance_of_one_sample_is_an_error():
 def test_other_numbers_of_features_do_not_merge():
     with pytest.raises(ValueError, match="6 and 4"):
         Moments.empty(6).merge(Moments.empty(4))
+
+
+def _rank_moments(rank_counts: list[int]) -> Moments:
+    import torch.distributed as dist
+
+    cuts = np.cumsum([0, *rank_counts])
+    rank = dist.get_rank()
+    return Moments.of(features()[cuts[rank] : cuts[rank + 1]]).all_reduce()
+
+
+def _start_and_reduce(rank_counts: list[int]) -> Moments:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        return _rank_moments(rank_counts)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("counts", [[100, 100], [150, 0, 50]])
+def test_processes_with_unequal_shares_agree_on_the_moments_of_the_whole(counts):
+    from fine_dist.testing import run_distributed
+
+    for moments in run_distributed(_start_and_reduce, len(counts), counts):
+        assert_same(moments, features())
+
+
+def test_without_processes_a_reduction_changes_nothing():
+    moments = Moments.of(features())
+    assert moments.all_reduce() is moments
