@@ -55,12 +55,12 @@ def bars_svg(results: Results) -> str | None:
         axis.spines["left"].set_visible(False)
         axis.grid(axis="x")
         axis.set_axisbelow(True)
-        axis.set_ylim(y - 1.3, -1.2)
+        axis.set_ylim(y - 0.9, -1.2)
         axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
         axis.set_xlabel("Fréchet distance (lower is better)")
         if results.frechet_floor is not None:
             axis.axvline(results.frechet_floor, color=INK, lw=1, ls=(0, (4, 3)))
-            at = (results.frechet_floor, y - 1.3)
+            at = (results.frechet_floor, y - 0.9)
             axis.annotate("held-out real data", at, (4, 3), textcoords="offset points", size=8.5, va="bottom")
         return svg_of(figure, "bars", "Fréchet distance of samples, by method and depth")
 

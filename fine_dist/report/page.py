@@ -32,9 +32,6 @@ def page(results: Results) -> str:
     )
 
 
-_BANDS = ", bands one standard deviation"
-
-
 def _section(title: str, content: str, intro: str = "") -> str:
     intro = f"<p>{intro}</p>" if intro else ""
     return f"<section><h2>{escape(title)}</h2>{intro}{content}</section>"
@@ -174,9 +171,10 @@ def _chip(c: Comparison) -> str:
 
 
 def _curves_caption(results: Results) -> str:
+    bands = ", bands one standard deviation" if len(results.seeds) > 1 else ""
     caption = (
         "Mean squared error of the predicted noise on data never trained on, at fixed timesteps and noise. Lines are "
-        f"means over {_seeds(results)}{_BANDS if len(results.seeds) > 1 else ''}. The dashed level is FINE’s loss after N steps. "
+        f"means over {_seeds(results)}{bands}. The dashed level is FINE’s loss after N steps. "
     )
     init = {results.init_steps(t) for t in results.targets}
     if len(init) == 1 and 0 not in init:
@@ -188,10 +186,8 @@ def _curves_caption(results: Results) -> str:
 
 
 def _bars_caption(results: Results) -> str:
-    caption = (
-        "Lower is better. Pale bars have had three times the training steps. "
+    caption = "Lower is better. Pale bars have had three times the training steps. "
     caption += "Whiskers are one standard deviation over seeds. " if len(results.seeds) > 1 else ""
-    )
     if results.frechet_samples:
         caption += f"{results.frechet_samples:,} samples each. "
     if results.classifier_accuracy is not None:
@@ -220,8 +216,8 @@ def _table(results: Results) -> str:
         before = (line.target, line.series)
     spread = "Mean ± standard deviation over seeds" if len(results.seeds) > 1 else "One seed"
     caption = (
-        f"Steps are training steps after initialisation. {spread}; seconds are wall time of one target’s own stages until "
-        "then, without the ancestor’s."
+        f"Steps are training steps after initialisation. {spread}; seconds are wall time of one target’s own stages "
+        "until then, without the ancestor’s."
     )
     return _figure(
         f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>", caption
