@@ -5,24 +5,30 @@ Letters: B rows of a read, S shards.
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import resource
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from fine_dist.config import DataConfig
-from fine_dist.data.records import PREFIX_BYTES, Layout, layout_of, record_key
+from fine_dist.data.records import PREFIX_BYTES, layout_of, record_key
 from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
-from fine_dist.data.sources import copy, is_remote, locate
+from fine_dist.data.sources import is_remote, locate, open_shard
+from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
 from fine_dist.errors import DataError
 
-_FETCHERS = 4
-"""Threads that bring shards."""
+_CHUNK = 64
+"""Records that are read, checked and converted together: they should fit into the processor's cache."""
+_FETCHERS = 8
+"""Threads that bring remote shards."""
+_SHORT, _NOT_FINITE = "the file ends within this sample", "the latent has NaN or Inf"
 
 
 @dataclass
@@ -35,45 +41,71 @@ class Rows:
 
 
 class Shard:
-    """One shard, opened when it is first needed. `fault` says why it cannot be used, if it cannot."""
+    """One shard, opened when it is first needed.
 
-    def __init__(self, info: ShardInfo, base: str, config: DataConfig, layout: Layout) -> None:
-        self.info, self.url = info, f"{base}/{info.name}"
+    `fault`: why none of it can be used. `index`: where its samples are, when they are not at regular places.
+    """
+
+    def __init__(self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig) -> None:
+        self.url, self.info = url, info
         self.fault: str | None = None
+        self.index: ShardIndex | None = None
         self.fd = -1
-        self._config, self._layout = config, layout
+        self._manifest, self._config = manifest, config
         self._lock = threading.Lock()
         self._opened = False
 
     def ready(self) -> Shard:
-        """Open the shard, once; threads that come later wait."""
+        """Open the shard, once; threads that come later wait. `DataError` when a remote one cannot be had."""
         if not self._opened:
             with self._lock:
                 if not self._opened:
-                    self._open()
+                    self.fault = self._open()
                     self._opened = True
         return self
 
-    def _open(self) -> None:
+    def _open(self) -> str | None:
+        """Open the file and return what is wrong with it."""
         try:
-            self.fd = self._fetch() if is_remote(self.url) else os.open(self.url, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            self.fault = "the manifest lists this shard, but it is absent"
-            return
-        except DataError as error:
-            self.fault = str(error)
-            return
+            self.fd = open_shard(self.url, self.info, self._config)
+        except (FileNotFoundError, NotADirectoryError):
+            return "the manifest lists this shard, but it is absent"
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                return f"it cannot be opened: {error.strerror}"
+            raise DataError(
+                f"{self.url}: too many open files; raise the limit (ulimit -n) or lower data.window or data.streams"
+            ) from None
         size = os.fstat(self.fd).st_size
         if self._config.verify != "none" and size != self.info.bytes:
-            self.fault = f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
-        elif self._config.verify == "sha256" and file_sha256(f"/dev/fd/{self.fd}") != self.info.sha256:
-            self.fault = "its sha256 is not the manifest's: damaged or replaced"
+            return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
+        if self._config.verify == "sha256" and file_sha256(f"/dev/fd/{self.fd}") != self.info.sha256:
+            return "its sha256 is not the manifest's: damaged or replaced"
+        # ask the system to bring the file in one sweep: the reads that follow are in random order
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        if self.info.key_prefix is not None:
+            layout = layout_of(self._manifest.stored_shape, self._manifest.dtype)
+            room = size // layout.stride
+            return None if room >= self.info.count else f"the manifest says {self.info.count} samples; it has {room}"
+        return self._find(size)
 
-    def _fetch(self) -> int:
-        with tempfile.TemporaryFile(prefix="fine_dist-") as stream:
-            copy(self.url, stream, self._config)
-            return os.dup(stream.fileno())
+    def _find(self, size: int) -> str | None:
+        """Look for the samples of a tar that another program wrote."""
+        manifest = self._manifest
+        try:
+            with open(self.fd, "rb", buffering=1 << 18, closefd=False) as stream:
+                self.index = index_tar(stream, size, manifest.stored_shape, manifest.dtype, manifest.num_classes)
+        except TarFault as error:
+            return str(error)
+        if len(self.index.keys) != self.info.count:
+            return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"
+        return None
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        if self.index is not None:
+            return self.index.keys[number]
+        return record_key(self.info.key_prefix or "", number)
 
     def __del__(self) -> None:
         # readers hold the object while they read, so the file is closed under nobody
@@ -114,71 +146,111 @@ class ShardSet:
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = Shard(self.manifest.shards[number], self.base, self._config, self._layout)
+            info = self.manifest.shards[number]
+            self._shards[number] = Shard(f"{self.base}/{info.name}", info, self.manifest, self._config)
         return self._shards[number]
 
-    def read(self, shard_B: np.ndarray, index_B: np.ndarray) -> Rows:
-        """The records at (shard, index), unscaled float32, with the faults of those that are not good."""
+    def read(self, shard_B: np.ndarray, index_B: np.ndarray, scale: float = 1.0) -> Rows:
+        """The records at (shard, index), as float32 times `scale`, with the faults of those that are not good."""
         numbers = shard_B.tolist()
         with self._lock:
             shards = {number: self._shard(number) for number in set(numbers)}
-        files = {number: shard.ready().fd for number, shard in shards.items()}
-        faults = {row: shards[n].fault or "" for row, n in enumerate(numbers) if shards[n].fault}
-        layout, size = self._layout, self._layout.size
-        buffer, rows = self._buffer(len(numbers))
-        read = os.preadv
-        for row, (view, number, offset) in enumerate(zip(rows, numbers, (index_B * layout.stride).tolist())):
-            if faults and row in faults:
-                continue
-            if read(files[number], view, offset) != size:
-                faults[row] = "the file ends within this record"
-        good, labels = layout.check(buffer[:, : layout.head], self._prefixes_SP[shard_B], index_B)
-        latents = self._convert(buffer)
-        good &= labels < self.manifest.num_classes
-        if not good.all() or not bool(torch.isfinite(latents.sum())):
-            for row in range(len(numbers)):
-                if row not in faults and not (good[row] and bool(torch.isfinite(latents[row]).all())):
-                    faults[row] = self._explain(buffer[row], int(labels[row]), latents[row])
-        return Rows(latents, labels, faults)
+        regular = True
+        for shard in shards.values():
+            shard.ready()
+            regular = regular and shard.fault is None and shard.index is None
+        latents = torch.empty((len(numbers), *self._layout.shape), dtype=torch.float32)
+        rows = Rows(latents, np.empty(len(numbers), np.int64))
+        for start in range(0, len(numbers), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            if regular:
+                self._read_regular(shards, numbers[part], shard_B[part], index_B[part], scale, rows, start)
+            else:
+                self._read_any(shards, numbers[part], index_B[part], scale, rows, start)
+        return rows
 
-    def _convert(self, buffer: np.ndarray) -> torch.Tensor:
-        """The payloads of a buffer of records, as float32."""
-        layout = self._layout
-        inner = np.empty(layout.shape, layout.dtype).strides
-        payload = np.ndarray(
-            (len(buffer), *layout.shape), layout.dtype, buffer, layout.head, (buffer.strides[0], *inner)
-        )
-        return torch.empty(payload.shape, dtype=torch.float32).copy_(torch.from_numpy(payload))
+    def _read_regular(
+        self,
+        shards: dict[int, Shard],
+        numbers: list[int],
+        shard_N: np.ndarray,
+        index_N: np.ndarray,
+        scale: float,
+        rows: Rows,
+        start: int,
+    ) -> None:
+        """Read records of shards in which all have one size: whole records, label and headers included."""
+        layout, size, read = self._layout, self._layout.size, os.preadv
+        buffer_NB, views, payload = self._scratch_for(len(numbers))
+        unread: dict[int, str] = {}
+        for row, (view, number, offset) in enumerate(zip(views, numbers, (index_N * layout.stride).tolist())):
+            try:
+                if read(shards[number].fd, view, offset) != size:
+                    unread[row] = _SHORT
+            except OSError as error:
+                unread[row] = f"it cannot be read: {error.strerror}"
+        good_N, labels_N = layout.check(buffer_NB, self._prefixes_SP[shard_N], index_N)
+        good_N &= labels_N < self.manifest.num_classes
+        rows.labels[start : start + len(numbers)] = labels_N
+        latents = rows.latents[start : start + len(numbers)].copy_(payload).mul_(scale)
+        # the sum is finite when all are (and no sum of so many float16 can overflow), and it is cheap
+        if not unread and good_N.all() and math.isfinite(float(latents.sum())):
+            return
+        for row, number in enumerate(numbers):
+            if row in unread:
+                rows.faults[start + row] = unread[row]
+            elif not good_N[row]:
+                key = shards[number].key(int(index_N[row]))
+                rows.faults[start + row] = layout.explain(buffer_NB[row], key, self.manifest.num_classes)
+            elif not bool(torch.isfinite(latents[row]).all()):
+                rows.faults[start + row] = _NOT_FINITE
 
-    def _buffer(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]]]:
-        """This thread's scratch memory for so many records, and a view of each."""
-        kept = getattr(self._scratch, "kept", None)
-        if kept is None or len(kept[0]) != count:
-            width = -(-self._layout.size // 64) * 64
-            array = np.empty((count, width), np.uint8)
-            kept = self._scratch.kept = (array, [(memoryview(row)[: self._layout.size],) for row in array])
-        return kept
+    def _read_any(
+        self, shards: dict[int, Shard], numbers: list[int], index_N: np.ndarray, scale: float, rows: Rows, start: int
+    ) -> None:
+        """Read samples of which some are in shards that another program wrote, or in damaged ones."""
+        for row, (number, index) in enumerate(zip(numbers, index_N.tolist()), start):
+            shard = shards[number]
+            if shard.fault is not None:
+                rows.faults[row] = shard.fault
+            elif shard.index is None:
+                one = slice(row - start, row - start + 1)
+                self._read_regular(shards, [number], np.asarray([number]), index_N[one], scale, rows, row)
+            elif index in shard.index.faults:
+                rows.faults[row] = shard.index.faults[index]
+            else:
+                latent = np.empty(self._layout.shape, self._layout.dtype)
+                got = os.preadv(shard.fd, (latent.data,), int(shard.index.offsets[index]))
+                rows.labels[row] = shard.index.labels[index]
+                rows.latents[row].copy_(torch.from_numpy(latent)).mul_(scale)
+                if got != latent.nbytes:
+                    rows.faults[row] = _SHORT
+                elif not np.isfinite(latent).all():
+                    rows.faults[row] = _NOT_FINITE
 
-    def _explain(self, record: np.ndarray, label: int, latent: torch.Tensor) -> str:
-        if not bool(torch.isfinite(latent).all()):
-            return "the latent has NaN or Inf"
-        if label >= self.manifest.num_classes:
-            return f"label {label}, but the manifest has {self.manifest.num_classes} classes"
-        return "not the record that the manifest promises"
+    def _scratch_for(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]], torch.Tensor]:
+        """This thread's scratch memory for so many records: the buffer, a view of each, and their payloads."""
+        kept: dict[Any, Any] = self._scratch.__dict__
+        if count not in kept:
+            buffer = self._layout.buffer(count)
+            views = [(memoryview(row)[: self._layout.size],) for row in buffer]
+            kept[count] = (buffer, views, torch.from_numpy(self._layout.payload(buffer)))
+        return kept[count]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:
         """Count a damaged sample, or a whole damaged shard, once. `DataError` above `max_bad_fraction`."""
         info = self.manifest.shards[shard]
-        whole = self._shards[shard].fault is not None
-        mark = (shard, -1 if whole else index)
         with self._lock:
+            holder = self._shard(shard)
+            whole = holder.fault is not None
+            mark = (shard, -1 if whole else index)
             if mark not in self._counted:
                 self._counted.add(mark)
                 self.bad += info.count if whole else 1
         if self.bad > self._config.max_bad_fraction * self.manifest.count:
-            key = "" if whole else f" {record_key(info.key_prefix or '', index)}:"
+            key = "" if whole else f" {holder.key(index)}:"
             raise DataError(
-                f"{self.base}/{info.name}:{key} {fault} ({self.bad} of {self.manifest.count} samples are damaged; "
+                f"{holder.url}:{key} {fault} ({self.bad} of {self.manifest.count} samples are damaged; "
                 f"data.max_bad_fraction allows {self._config.max_bad_fraction:g} to be skipped)"
             )
 

@@ -24,6 +24,9 @@ PREFIX_BYTES = 7
 LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
+_KEY = PREFIX_BYTES + KEY_DIGITS
+_LATENT = 2 * BLOCK
+"""Where the latent's entry begins in a record: after the label's header and content."""
 
 
 def shard_prefix(number: int) -> str:
@@ -67,38 +70,59 @@ class Layout:
         self.head = 3 * BLOCK + len(latent) - payload
         self.size = self.head + payload
         self.stride = 3 * BLOCK + -(-len(latent) // BLOCK) * BLOCK
-        self._template = np.frombuffer(record[: self.head], np.uint8)
-        # what must equal the template in every record: all but keys, checksums, and the label with its length
-        key = PREFIX_BYTES + KEY_DIGITS
-        self._same = [
-            (key, 124),
-            (136, 148),
-            (156, BLOCK),
-            (2 * BLOCK + key, 2 * BLOCK + 148),
-            (2 * BLOCK + 156, self.head),
-        ]
-        self._units = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
+        self._npy = latent[: len(latent) - payload]
+        # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the sizes, what tar
+        # calls the types, and the whole .npy header. Keys and the label are looked at apart.
+        want = np.zeros(-(-self.head // 8) * 8, np.uint8)
+        want[: self.head] = np.frombuffer(record[: self.head], np.uint8)
+        mask = np.zeros_like(want)
+        for start, stop in (
+            (_KEY, _KEY + len(LABEL) + 2),
+            (156, 157),
+            (257, 265),
+            (345, 346),
+            (_LATENT + _KEY, _LATENT + _KEY + len(LATENT) + 2),
+            (_LATENT + 124, _LATENT + 136),
+            (_LATENT + 156, _LATENT + 157),
+            (_LATENT + 257, _LATENT + 265),
+            (_LATENT + 345, _LATENT + 346),
+            (_LATENT + BLOCK, self.head),
+        ):
+            mask[start:stop] = 255
+        self._words = np.flatnonzero(mask.view(np.uint64))
+        self._mask = mask.view(np.uint64)[self._words]
+        self._want = want.view(np.uint64)[self._words] & self._mask
+        self._tens = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
 
-    def check(self, heads_NH: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
+    def buffer(self, count: int) -> np.ndarray:
+        """Scratch memory for so many records: uint8 [count, size and some]."""
+        return np.zeros((count, -(-self.size // 64) * 64), np.uint8)
+
+    def payload(self, buffer: np.ndarray) -> np.ndarray:
+        """The latents in a buffer of records: [N, *shape], a view."""
+        inner = np.empty(self.shape, self.dtype).strides
+        return np.ndarray((len(buffer), *self.shape), self.dtype, buffer, self.head, (buffer.strides[0], *inner))
+
+    def check(self, buffer_NB: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """Which records are what they should be, and their labels.
 
-        heads_NH:    uint8, the first `head` bytes of each record.
+        buffer_NB:   uint8, the records, as `buffer` makes room for them.
         prefixes_NP: uint8, the key prefix of each record's shard.
         index_N:     int64, each record's number in its shard.
 
         Returns (good bool [N], labels int64 [N]); a bad record's label is meaningless.
         """
-        good_N = np.ones(len(heads_NH), bool)
-        for start, stop in self._same:
-            good_N &= (heads_NH[:, start:stop] == self._template[start:stop]).all(1)
-        digits_ND = (index_N[:, None] // self._units % 10 + ord("0")).astype(np.uint8)
-        for at in (0, 2 * BLOCK):
-            good_N &= (heads_NH[:, at : at + PREFIX_BYTES] == prefixes_NP).all(1)
-            good_N &= (heads_NH[:, at + PREFIX_BYTES : at + PREFIX_BYTES + KEY_DIGITS] == digits_ND).all(1)
-        labels_N = np.zeros(len(heads_NH), np.int64)
-        more_N = np.ones(len(heads_NH), bool)
+        words = buffer_NB.view(np.uint64)[:, self._words]
+        good_N = ((words & self._mask) == self._want).all(1)
+        keys_NK = np.empty((len(index_N), _KEY), np.uint8)
+        keys_NK[:, :PREFIX_BYTES] = prefixes_NP
+        keys_NK[:, PREFIX_BYTES:] = index_N[:, None] // self._tens % 10 + ord("0")
+        good_N &= (buffer_NB[:, :_KEY] == keys_NK).all(1)
+        good_N &= (buffer_NB[:, _LATENT : _LATENT + _KEY] == keys_NK).all(1)
+        labels_N = np.zeros(len(index_N), np.int64)
+        more_N = np.ones(len(index_N), bool)
         for column in range(LABEL_DIGITS):
-            char_N = heads_NH[:, BLOCK + column]
+            char_N = buffer_NB[:, BLOCK + column]
             digit_N = (char_N >= ord("0")) & (char_N <= ord("9"))
             good_N &= digit_N | (char_N == 0) if column else digit_N
             more_N &= digit_N
@@ -106,6 +130,22 @@ class Layout:
                 break
             labels_N = np.where(more_N, labels_N * 10 + char_N - ord("0"), labels_N)
         return good_N, labels_N
+
+    def explain(self, record: np.ndarray, key: str, num_classes: int) -> str:
+        """What is wrong with a record that is not good (uint8 [size or more])."""
+        raw = record[: self.size].tobytes()
+        for at, ending in ((0, LABEL), (_LATENT, LATENT)):
+            name = raw[at : at + 100].split(b"\0")[0].decode("utf-8", "replace")
+            if name != f"{key}.{ending}":
+                return f"entry {name!r} where {key}.{ending} belongs: duplicate, missing, refused or out of place"
+        if raw[_LATENT + BLOCK : self.head] != self._npy:
+            return f"the latent is not {self.dtype} {'x'.join(map(str, self.shape))} as the manifest says"
+        label = raw[BLOCK : BLOCK + LABEL_DIGITS].split(b"\0")[0]
+        if not label.isdigit():
+            return f"the label is {label.decode('ascii', 'replace')!r}, not a whole number"
+        if int(label) >= num_classes:
+            return f"label {int(label)}, but there are {num_classes} classes"
+        return "its tar headers are damaged"
 
 
 @lru_cache(maxsize=16)

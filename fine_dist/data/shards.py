@@ -8,6 +8,7 @@ the latents are; training reads the manifest first and the shards through it.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
@@ -173,9 +174,17 @@ class ShardWriter:
     def close(self) -> ShardInfo:
         """Finish the file and give it its name."""
         self._tar.close()
-        size, digest = self._stream.finish()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
         os.replace(self._part, self.path)
-        self.info = ShardInfo(name=self.path.name, count=self.count, bytes=size, sha256=digest, key_prefix=self.prefix)
+        self.info = ShardInfo(
+            name=self.path.name,
+            count=self.count,
+            bytes=self._stream.size,
+            sha256=self._stream.sha256.hexdigest(),
+            key_prefix=self.prefix,
+        )
         return self.info
 
     def abandon(self) -> None:
@@ -193,31 +202,18 @@ class ShardWriter:
             self.abandon()
 
 
-class _Hashing:
+class _Hashing(io.BufferedWriter):
     """A file that is written in order and knows its size and sha256."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")
-        self._hash = hashlib.sha256()
-        self._size = 0
+        super().__init__(io.FileIO(path, "wb"), 1 << 20)
+        self.sha256 = hashlib.sha256()
+        self.size = 0
 
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self._size += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def finish(self) -> tuple[int, str]:
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        return self._size, self._hash.hexdigest()
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return super().write(data)
 
 
 def write_shards(

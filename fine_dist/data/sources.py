@@ -1,22 +1,33 @@
 """Where shards come from: local paths, and through webdataset's openers everything else (http, s3, gs, hf, pipe).
 
-A remote shard is copied whole into an unnamed temporary file before it is read, so that a shuffle window costs disk and
-not memory, and a process that is killed leaves nothing behind.
+A remote shard is copied whole before it is read: into the cache if there is one, else into an unnamed temporary file.
+So a shuffle window costs disk and not memory, and a process that is killed leaves nothing behind. A copy that stalls,
+breaks off or has the wrong size is tried again.
 """
 
 from __future__ import annotations
 
 import os
+import select
+import shlex
 import tempfile
-from typing import BinaryIO
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import webdataset as wds
+from webdataset.gopen import gopen_schemes
 
 from fine_dist.config import DataConfig, expand_path
-from fine_dist.data.shards import MANIFEST, Manifest
+from fine_dist.data.cache import Cache
+from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo, file_sha256
 from fine_dist.errors import DataError
 
 _PIECE = 1 << 20
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
+"""Pauses before another attempt: doubled each time."""
 
 
 def is_remote(url: str) -> bool:
@@ -76,22 +87,118 @@ def _no_manifest(base: str) -> str:
 
 
 def read_bytes(url: str, config: DataConfig) -> bytes:
-    """A small remote file as bytes."""
+    """A small remote file as bytes, with the same retries as a shard."""
     with tempfile.TemporaryFile() as stream:
         copy(url, stream, config)
         stream.seek(0)
         return stream.read()
 
 
-def copy(url: str, to: BinaryIO, config: DataConfig) -> int:
-    """Copy a remote file into an open one; returns its size. `DataError` when it cannot be had."""
+def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
+    """A file descriptor of a shard's bytes, wherever it is; the caller closes it.
+
+    `FileNotFoundError` when it is absent; `DataError` when a remote one cannot be had after all attempts.
+    """
+    if not is_remote(url):
+        return os.open(url, os.O_RDONLY | os.O_CLOEXEC)
+    size = info.bytes if config.verify != "none" else None
+
+    def check(stream: BinaryIO) -> str | None:
+        stream.flush()
+        if config.verify == "sha256" and file_sha256(f"/dev/fd/{stream.fileno()}") != info.sha256:
+            return "its sha256 is not the manifest's"
+        return None
+
+    if config.cache_dir:
+        cache = Cache(expand_path(config.cache_dir), config.cache_bytes)
+        name = f"{info.sha256[:16]}-{info.name}"
+        fd = cache.open(name, info.bytes, lambda stream: copy(url, stream, config, size, check))
+        if fd is not None:
+            return fd
+    with tempfile.TemporaryFile(prefix="fine_dist-") as stream:
+        copy(url, stream, config, size, check)
+        return os.dup(stream.fileno())
+
+
+def copy(
+    url: str,
+    to: BinaryIO,
+    config: DataConfig,
+    size: int | None = None,
+    check: Callable[[BinaryIO], str | None] | None = None,
+) -> None:
+    """Copy a remote file into an open one, with `config.retries` further attempts after the first.
+
+    size: bytes it must have. check: says what is wrong with the copy.
+
+    `FileNotFoundError` when the server says that it is not there; `DataError` when every attempt failed.
+    """
+    pause, problem = _FIRST_PAUSE_S, ""
+    for attempt in range(1 + config.retries):
+        if attempt:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        to.seek(0)
+        try:
+            got = _copy_once(url, to, config.timeout_s)
+        except OSError as error:
+            problem = str(error)
+            if _is_absent(url):
+                raise FileNotFoundError(f"{url}: the server says that it is not there") from None
+            continue
+        to.truncate(got)
+        wrong = f"{got} bytes came, not {size}" if size is not None and got != size else check and check(to)
+        if not wrong:
+            return
+        problem = wrong
+    raise DataError(
+        f"{url}: cannot be read after {1 + config.retries} attempts: {problem} "
+        "(data.retries and data.timeout_s say how long to try)"
+    )
+
+
+def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
+    """One attempt; returns the bytes copied. `OSError` (`TimeoutError` after `timeout_s` without a byte)."""
+    scheme = url.partition("://")[0]
+    if scheme == "s3" and "s3" not in gopen_schemes:
+        url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
+    elif scheme not in gopen_schemes and not url.startswith("pipe:"):
+        raise DataError(f"{url}: no opener for {scheme!r}; legal: {', '.join(sorted({*gopen_schemes, 's3'}))}")
+    stream = wds.gopen(url)
+    process = getattr(stream, "proc", None)
     size = 0
     try:
-        with wds.gopen(url) as stream:
-            while piece := stream.read(_PIECE):
-                to.write(piece)
-                size += len(piece)
-    except OSError as error:
-        raise DataError(f"{url}: cannot be read: {error}") from None
-    to.flush()
+        while piece := _piece(stream, process is not None, timeout_s):
+            to.write(piece)
+            size += len(piece)
+    except BaseException:
+        if process is not None:
+            process.kill()
+            stream.ignore_errors = True
+        stream.close()
+        raise
+    stream.close()
     return size
+
+
+def _piece(stream: Any, is_pipe: bool, timeout_s: float) -> bytes:
+    """The next bytes, as they come; an opener that is not a pipe keeps time by itself."""
+    if not is_pipe:
+        return stream.read(_PIECE)
+    fd = stream.stream.fileno()
+    if not select.select([fd], [], [], timeout_s)[0]:
+        raise TimeoutError(f"no byte for {timeout_s:g} s")
+    return os.read(fd, _PIECE)
+
+
+def _is_absent(url: str) -> bool:
+    """Whether an http server answers that there is no such file (the opener does not say why it failed)."""
+    if not url.startswith(("http://", "https://")):
+        return False
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
+            return False
+    except urllib.error.HTTPError as error:
+        return error.code in (404, 410)
+    except OSError:
+        return False

@@ -93,6 +93,7 @@ class LatentStream:
             streams=config.streams,
             window=config.window,
         )
+        self._scale = self.manifest.scaling_factor
         self._seed, self._workers = seed, config.workers
         share = global_batch // world_size
         self._low, self._high = rank * share, (rank + 1) * share
@@ -162,7 +163,8 @@ class LatentStream:
     def _plan(self, step: int, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
         """Shard and index [num_steps, B] of this process's positions."""
         per = self._order.per_stream
-        shards, indices, ahead, live = [], [], [], set()
+        shards, indices, ahead = [], [], []
+        live: set[int] = set()
         with self._lock:
             for stream in range(self._low // per, -(-self._high // per)):
                 start = step * per
@@ -180,15 +182,13 @@ class LatentStream:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, step: int, shard: np.ndarray, index: np.ndarray) -> Batch:
-        rows = self._set.read(shard, index)
+        rows = self._set.read(shard, index, self._scale)
         for row, fault in rows.faults.items():
             self._set.count_bad(int(shard[row]), int(index[row]), fault)
             self._replace(step, row, rows)
         latents = rows.latents
-        if self.manifest.kind == "moments":
+        if self.manifest.kind == "moments":  # scaling the mean and the deviation scales the sample
             latents = draw_moments(latents, self._seed, step, self._low)
-        if self.manifest.scaling_factor != 1.0:
-            latents.mul_(self.manifest.scaling_factor)
         return Batch(step, self._order.epoch(step), latents, torch.from_numpy(rows.labels), self._positions)
 
     def _replace(self, step: int, row: int, rows: Rows) -> None:
@@ -197,7 +197,7 @@ class LatentStream:
         stream, k = divmod(position, self._order.per_stream)
         j = step * self._order.per_stream + k
         for shard, index in self._candidates(stream, j):
-            found = self._set.read(shard, index)
+            found = self._set.read(shard, index, self._scale)
             if not found.faults:
                 rows.latents[row], rows.labels[row] = found.latents[0], found.labels[0]
                 return
@@ -218,7 +218,7 @@ class LatentStream:
 
 
 def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
-    """Sample latents from their moments [B, 2C, H, W] (mean, then standard deviation): [B, C, H, W], unscaled.
+    """Sample latents from their moments [B, 2C, H, W] (mean, then standard deviation): [B, C, H, W].
 
     The noise of a sample is seeded by (seed, step, position), so it is the same on every world size.
     """
@@ -263,10 +263,10 @@ def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch
     latents, labels = [], []
     for start in range(0, len(shard), _PLAN_SAMPLES):
         part = slice(start, start + _PLAN_SAMPLES)
-        rows = shard_set.read(shard[part], index[part])
+        rows = shard_set.read(shard[part], index[part], manifest.scaling_factor)
         for row, fault in rows.faults.items():
             shard_set.count_bad(int(shard[part][row]), int(index[part][row]), fault)
-        latents.append(rows.latents[:, : manifest.latent_shape[0]] * manifest.scaling_factor)
+        latents.append(rows.latents[:, : manifest.latent_shape[0]])
         labels.append(torch.from_numpy(rows.labels))
     shard_set.close()
     return torch.cat(latents), torch.cat(labels)

@@ -1,0 +1,117 @@
+"""A bounded folder of copies of remote files, shared by any number of processes on a machine.
+
+A file has its name only when it is complete. Whoever fetches one holds a lock on its `.part`; others that want the
+same file wait for it. Space is reserved before a fetch begins, so that the folder never exceeds its cap.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+_PART = ".part"
+
+
+class Cache:
+    """Files in `folder`, at most `cap_bytes` of them; those used longest ago go first."""
+
+    def __init__(self, folder: str | Path, cap_bytes: int) -> None:
+        self.folder, self.cap_bytes = Path(folder), cap_bytes
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int | None:
+        """A descriptor of the file, fetched if it is not here; None when it has no room.
+
+        size:  its bytes; a file of another size is fetched again.
+        fetch: writes it into an open file.
+        """
+        fd = self._hit(name, size)
+        if fd is not None:
+            return fd
+        with self._own_part(name) as part:
+            fd = self._hit(name, size)  # another process brought it while this one waited
+            if fd is not None:
+                return fd
+            if not self._reserve(part, size):
+                return None
+            fetch(part)
+            part.flush()
+            if os.fstat(part.fileno()).st_size != size:
+                return None
+            os.replace(self.folder / (name + _PART), self.folder / name)
+            return os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _hit(self, name: str, size: int) -> int | None:
+        try:
+            fd = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        if os.fstat(fd).st_size != size:
+            os.close(fd)
+            return None
+        os.utime(fd)
+        return fd
+
+    @contextmanager
+    def _own_part(self, name: str) -> Iterator[BinaryIO]:
+        """The unfinished file, locked. It is removed when it has not been given its name."""
+        path = self.folder / (name + _PART)
+        while True:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b") as part:
+                fcntl.flock(part, fcntl.LOCK_EX)
+                if not _is_still(path, part):
+                    continue  # the one before finished or gave up, and this file is no longer at its path
+                try:
+                    yield part
+                finally:
+                    if _is_still(path, part):
+                        path.unlink()
+                return
+
+    def _reserve(self, part: BinaryIO, size: int) -> bool:
+        """Make room for `size` bytes and claim it by the length of the part."""
+        with open(self.folder / ".lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.ftruncate(part.fileno(), 0)
+            files, total = [], 0
+            for entry in os.scandir(self.folder):
+                if entry.name.endswith(_PART) and _is_dead(entry.path, part):
+                    os.unlink(entry.path)
+                    continue
+                stat = entry.stat()
+                total += stat.st_size
+                if not entry.name.endswith(_PART) and entry.name != ".lock":
+                    files.append((stat.st_mtime_ns, stat.st_size, entry.path))
+            for _, held, path in sorted(files):
+                if total + size <= self.cap_bytes:
+                    break
+                os.unlink(path)
+                total -= held
+            if total + size > self.cap_bytes:
+                return False
+            os.ftruncate(part.fileno(), size)
+            return True
+
+
+def _is_still(path: Path, part: BinaryIO) -> bool:
+    """Whether this open file is the one at that path."""
+    try:
+        return os.stat(path).st_ino == os.fstat(part.fileno()).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _is_dead(path: str, own: BinaryIO) -> bool:
+    """Whether a part belongs to no living process: nobody holds its lock."""
+    try:
+        with open(path, "rb") as part:
+            if os.fstat(part.fileno()).st_ino == os.fstat(own.fileno()).st_ino:
+                return False
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False

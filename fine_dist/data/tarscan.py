@@ -1,0 +1,255 @@
+"""What is in a tar of samples, found by walking its headers: for shards that another program wrote, and for checking.
+
+Nothing is extracted and nothing is unpickled: an entry is a name, a place and a size, and a latent is accepted only
+with the exact dtype and shape that the manifest promises.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from fine_dist.data.records import BLOCK, LABEL, LATENT
+
+PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")
+"""Endings that some readers unpickle; a sample with such an entry is refused."""
+_MAX_HEADER = 1 << 12
+"""A longer `.npy` header, or label, is nothing that belongs in a shard."""
+
+
+class TarFault(Exception):
+    """The tar itself is damaged."""
+
+
+class Entry(NamedTuple):
+    """A file in a tar: its name, and where its content lies."""
+
+    name: str
+    offset: int
+    size: int
+
+
+@dataclass
+class ShardIndex:
+    """The samples of a tar in the order in which they lie there, N of them.
+
+    offsets: int64 [N], where each latent's numbers begin (past the `.npy` header).
+    labels:  int64 [N].
+    keys:    what webdataset calls `__key__`.
+    faults:  number -> what is wrong with that sample (its offset and label are then void).
+    """
+
+    offsets: np.ndarray
+    labels: np.ndarray
+    keys: list[str]
+    faults: dict[int, str] = field(default_factory=dict)
+
+
+def walk(stream: BinaryIO, size: int) -> Iterator[Entry]:
+    """The files of a tar (ustar, pax or GNU) of `size` bytes. `TarFault` when it is damaged or ends too early."""
+    at = 0
+    override: dict[str, str] = {}
+    while at + BLOCK <= size:
+        stream.seek(at)
+        header = stream.read(BLOCK)
+        if header.count(0) == BLOCK:
+            return
+        if len(header) < BLOCK or not _checksum_is_right(header):
+            raise TarFault(f"no tar header at byte {at}: truncated or damaged")
+        length = int(override.pop("size", 0)) or _number(header[124:136])
+        name = _text(header[:100])
+        if header[257:262] == b"ustar" and header[345]:
+            name = f"{_text(header[345:500])}/{name}"
+        begin, kind = at + BLOCK, header[156:157]
+        at = begin + -(-length // BLOCK) * BLOCK
+        if begin + length > size:
+            raise TarFault(f"truncated: {name} ends at byte {begin + length}, the file at {size}")
+        if kind == b"L":
+            override["path"] = stream.read(length).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == b"x":
+            override.update(_pax(stream.read(length)))
+        elif kind in (b"0", b"\0"):
+            yield Entry(override.pop("path", name), begin, length)
+            override = {}
+        elif kind != b"g":
+            override = {}
+    if size:
+        raise TarFault(f"truncated: no end of archive within {size} bytes")
+
+
+def index_tar(
+    stream: BinaryIO, size: int, shape: tuple[int, ...] | None, dtype: str | None, num_classes: int | None
+) -> ShardIndex:
+    """Find the samples of a tar and check each. `TarFault` when the tar itself is damaged.
+
+    shape, dtype: what each latent must be; None: what the first is. num_classes: labels are below it; None: any.
+    """
+    offsets: list[int] = []
+    labels: list[int] = []
+    keys: list[str] = []
+    faults: dict[int, str] = {}
+    seen: set[str] = set()
+    headers: dict[bytes, tuple[tuple[int, ...], str] | str] = {}
+    want = (tuple(shape), str(np.dtype(dtype))) if shape is not None and dtype is not None else None
+    for key, entries in _samples(stream, size):
+        number = len(keys)
+        offset, label, fault, found = _check(stream, entries, headers, want, num_classes)
+        if key in seen:
+            fault = f"key {key!r} is there twice"
+        elif fault is None and want is None:
+            want = found
+        seen.add(key)
+        keys.append(key)
+        offsets.append(offset)
+        labels.append(label)
+        if fault:
+            faults[number] = fault
+    return ShardIndex(np.asarray(offsets, np.int64), np.asarray(labels, np.int64), keys, faults)
+
+
+def latent_type(stream: BinaryIO, size: int) -> tuple[tuple[int, ...], str] | None:
+    """Shape and dtype of the first readable latent of a tar; None when there is none."""
+    for _, entries in _samples(stream, size):
+        found = _check(stream, entries, {}, None, None)[3]
+        if found is not None:
+            return found
+    return None
+
+
+def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str, Entry]]]]:
+    """Neighbouring entries of one key, as webdataset groups them: key, then (extension, entry) pairs."""
+    key: str | None = None
+    entries: list[tuple[str, Entry]] = []
+    for entry in walk(stream, size):
+        folder, _, base = entry.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if not dot or not stem:
+            if ".." in entry.name.split("/"):
+                stem, extension = base, ""
+            else:
+                continue
+        this = f"{folder}/{stem}" if folder else stem
+        repeated = any(extension.lower() == known for known, _ in entries)
+        if key is not None and (this != key or repeated):
+            yield key, entries
+            entries = []
+        key = this
+        entries.append((extension.lower(), entry))
+    if key is not None:
+        yield key, entries
+
+
+def _check(
+    stream: BinaryIO,
+    entries: list[tuple[str, Entry]],
+    headers: dict[bytes, tuple[tuple[int, ...], str] | str],
+    want: tuple[tuple[int, ...], str] | None,
+    num_classes: int | None,
+) -> tuple[int, int, str | None, tuple[tuple[int, ...], str] | None]:
+    """(offset, label, fault, (shape, dtype)) of one sample."""
+    parts = dict(entries)
+    for extension, entry in entries:
+        if ".." in entry.name.split("/") or entry.name.startswith("/"):
+            return 0, -1, f"the entry's name {entry.name!r} leads outside the shard", None
+        if extension.rpartition(".")[2] in PICKLES:
+            return 0, -1, f"entry {entry.name!r} is a pickle, which is never read; store the latent as .{LATENT}", None
+    for needed in (LATENT, LABEL):
+        if needed not in parts:
+            return 0, -1, f"no .{needed} (it has: {', '.join(sorted(parts)) or 'nothing'})", None
+    label, fault = _label(stream, parts[LABEL], num_classes)
+    entry = parts[LATENT]
+    stream.seek(entry.offset)
+    found, length = _npy_header(stream.read(min(entry.size, 12)), stream, entry, headers)
+    if isinstance(found, str):
+        return 0, label, fault or found, None
+    payload = int(np.prod(found[0], dtype=np.int64)) * np.dtype(found[1]).itemsize
+    if want is not None and found != want:
+        fault = fault or f"the latent is {describe(*found)}, not {describe(*want)}"
+    elif entry.size != length + payload:
+        fault = fault or f"the latent has {entry.size - length} bytes of numbers, not {payload}"
+    return entry.offset + length, label, fault, found
+
+
+def _label(stream: BinaryIO, entry: Entry, num_classes: int | None) -> tuple[int, str | None]:
+    stream.seek(entry.offset)
+    text = stream.read(min(entry.size, _MAX_HEADER)).decode("ascii", "replace").strip()
+    if not text.isdigit():
+        return -1, f"the label is {text[:20]!r}, not a whole number"
+    label = int(text)
+    if num_classes is not None and label >= num_classes:
+        return label, f"label {label}, but there are {num_classes} classes"
+    return label, None
+
+
+def _npy_header(
+    start: bytes, stream: BinaryIO, entry: Entry, headers: dict[bytes, tuple[tuple[int, ...], str] | str]
+) -> tuple[tuple[tuple[int, ...], str] | str, int]:
+    """Shape and dtype of a `.npy`, or what is wrong with it; and the length of its header."""
+    if start[:6] != b"\x93NUMPY" or len(start) < 12:
+        return "the latent is not a .npy file", 0
+    wide = start[6] >= 2
+    length = int.from_bytes(start[8 : 12 if wide else 10], "little") + (12 if wide else 10)
+    if length > min(entry.size, _MAX_HEADER):
+        return "the latent's .npy header is damaged", 0
+    stream.seek(entry.offset + (12 if wide else 10))
+    header = stream.read(length - (12 if wide else 10))
+    if header not in headers:
+        headers[header] = _parse_npy(header)
+    return headers[header], length
+
+
+def _parse_npy(header: bytes) -> tuple[tuple[int, ...], str] | str:
+    try:
+        fields = ast.literal_eval(header.decode("latin1").strip())
+        descr, shape, fortran = fields["descr"], tuple(int(n) for n in fields["shape"]), fields["fortran_order"]
+        dtype = np.dtype(descr)
+    except (ValueError, SyntaxError, KeyError, TypeError):
+        return "the latent's .npy header is damaged"
+    if dtype.hasobject:
+        return "the latent is a pickled object array, which is never read"
+    if fortran and len(shape) > 1:
+        return "the latent is in Fortran order; store it in C order"
+    if dtype.byteorder == ">":
+        return "the latent is big-endian; store it little-endian"
+    return shape, str(dtype)
+
+
+def describe(shape: tuple[int, ...], dtype: str) -> str:
+    """`float16 4x32x32`."""
+    return f"{dtype} {'x'.join(str(n) for n in shape) or 'scalar'}"
+
+
+def _checksum_is_right(header: bytes) -> bool:
+    # the checksum is taken with its own field read as blanks
+    return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
+
+
+def _number(octal: bytes) -> int:
+    if octal[:1] in (b"\x80", b"\xff"):
+        return int.from_bytes(octal[1:], "big")
+    try:
+        return int(octal.split(b"\0")[0].strip() or b"0", 8)
+    except ValueError:
+        return -1
+
+
+def _text(raw: bytes) -> str:
+    return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _pax(content: bytes) -> dict[str, str]:
+    """The `path` and `size` that a pax header gives to the next entry."""
+    found = {}
+    while content:
+        length, _, _ = content.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(content):
+            raise TarFault("a pax header is damaged")
+        record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
+        word, _, value = record.partition(b"=")
+        if word in (b"path", b"size"):
+            found[word.decode()] = value.decode("utf-8", "replace")
+    return found
