@@ -5,9 +5,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-FAST   := not slow and not cluster and not benchmark
 
-.PHONY: help install demo test test-all test-cluster check format benchmark slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -28,10 +27,12 @@ test: install  ## the test suite, clusters where this machine has them
 test-all: install  ## everything, slow tests and benchmarks' bars included
 	$(TESTS) -m "not benchmark"
 
-check: install  ## format, lint, types, fast tests
+lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy fine_dist launchers
+
+check: lint  ## lint, and the fast tests
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
 
 format: install  ## rewrite with ruff
