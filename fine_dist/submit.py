@@ -2,20 +2,21 @@
 
     python -m fine_dist.submit prepare fine_dist.condense --config FILE [--KEY VALUE ...]
 
-prints what the sbatch scripts need (`slurm/env.sh`): the job file of one job, or of every task of a fan-out.
+writes the job file of one job, or of every task of a fan-out, and prints the ticket that `slurm/env.sh` reads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import fine_dist
 from fine_dist.config import Config, LaunchConfig, dump_yaml
@@ -67,7 +68,7 @@ def make_spec(
     name = name or module.rpartition(".")[2]
     text = dump_yaml(config)
     home = table or run_dir
-    path = home / "jobs" / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.yaml"
+    path = home / "jobs" / f"{name}-{_hash(text)}.yaml"
     write_atomic(path, text)
     return JobSpec(
         name=name,
@@ -190,26 +191,70 @@ def _main(argv: list[str]) -> int:
     if len(argv) < 2 or argv[0] != "prepare":
         print(__doc__)
         return 0 if "--help" in argv or "-h" in argv else 2
-    for key, value in prepare(argv[1], argv[2:]).items():
-        print(f"{key}={value}")
+    print(prepare(argv[1], argv[2:]))
     return 0
 
 
-def prepare(module: str, argv: list[str]) -> dict[str, Any]:
-    """Write the job files of a command line; what a script needs to run them, as KEY -> value."""
+def prepare(module: str, argv: list[str]) -> Path:
+    """Write all that the jobs of a command line need; the ticket, a file of shell words that a script sources.
+
+    JOB is one job's file; or TASKS files are listed in LIST, one a line. FLAGS are the sbatch options it asks for.
+    """
     from fine_dist.cli import parse
 
-    call = parse(config_class(import_module(module)), argv, prog=f"python -m {module}")
-    run_dir = run_dir_of(call.config)
-    code = str(snapshot(run_dir, module)) if launch_of(call.config).snapshot else None
-    tasks = tasks_of(module, call.config)
+    config = parse(config_class(import_module(module)), argv, prog=f"python -m {module}").config
+    needs = launch_of(config)
+    run_dir = run_dir_of(config)
+    tasks = tasks_of(module, config)
+    code = str(snapshot(run_dir, module)) if needs.snapshot else code_root(module)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    name = module.rpartition(".")[2]
     if tasks is None:
-        from launchers.base import job_file
+        spec = make_spec(module, config, code=code)
+        words = {"JOB": str(spec.save(job_file(spec))), "TASKS": "0", "LIST": ""}
+    else:
+        table = StateTable(run_dir)
+        with table.driver("sbatch"):
+            specs = [spec for spec in make_specs(module, config, tasks, code=code) if not is_done(table, spec)]
+        files = "".join(f"{spec.save(job_file(spec))}\n" for spec in specs)
+        listed = run_dir / "jobs" / f"{name}-{_hash(files)}.list"
+        write_atomic(listed, files)
+        words = {"JOB": "", "TASKS": str(len(specs)), "LIST": str(listed)}
+        spec = make_spec(module, config, code=code)
+    words |= {"NAME": name, "RUN_DIR": str(run_dir), "CODE": code, "PARALLEL": str(needs.max_parallel or "")}
+    words |= {"WANT_NODES": str(spec.nodes), "PROCS": str(spec.processes_per_node)}
+    lines = [f"{key}={shlex.quote(value)}" for key, value in words.items()]
+    lines.append(f"FLAGS=({shlex.join(sbatch_flags(spec, needs))})")
+    text = "\n".join(lines) + "\n"
+    return write_atomic(run_dir / "jobs" / f"{name}-{_hash(text)}.sh", text)
 
-        spec = make_spec(module, call.config, code=code)
-        return {"JOB": spec.save(job_file(spec)), "RUN_DIR": run_dir, "CODE": code or ""}
-    return {}
+
+def sbatch_flags(spec: JobSpec, needs: LaunchConfig) -> list[str]:
+    """What a job needs as options of sbatch, for one torchrun a node."""
+    flags = [f"--nodes={spec.nodes}", "--ntasks-per-node=1"]
+    flags.append(f"--cpus-per-task={spec.processes_per_node * spec.cpus_per_process}")
+    if spec.accelerators_per_node:
+        flags.append(f"--gpus-per-node={math.ceil(spec.accelerators_per_node)}")
+    if spec.memory_gb:
+        flags.append(f"--mem={math.ceil(spec.memory_gb * 1024)}M")
+    if spec.minutes:
+        flags.append(f"--time={spec.minutes}")
+    flags += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(needs, key))]
+    return [*flags, *(f"--{key.replace('_', '-')}={value}" for key, value in needs.slurm.items())]
+
+
+def is_done(table: StateTable, spec: JobSpec) -> bool:
+    """Whether all rows of a job are done."""
+    return all((row := table.get(name)) is not None and row.state == "done" for name in spec.rows)
+
+
+def job_file(spec: JobSpec) -> Path:
+    """Where a job's JSON lies: named by its content, so that no submission changes the files of another."""
+    return Path(spec.table or spec.run_dir) / "jobs" / f"{spec.name}-{_hash(spec.model_dump_json())}.json"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 if __name__ == "__main__":

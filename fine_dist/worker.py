@@ -33,6 +33,8 @@ from fine_dist.jobs import FINAL, JobSpec, StateTable
 
 EXIT_BUSY = 76
 """Another live process runs the task."""
+NOTE = "FINE_DIST_EXIT_FILE"
+"""A file that takes exit code 75 under torchrun, which itself ends with 1 whatever its workers end with."""
 MARK = "FINE_DIST_JOB"
 """Environment variable that holds the job file inside a worker: commands run here instead of submitting again."""
 LIFELINE = "FINE_DIST_DIE_WITH_PARENT"
@@ -50,7 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: python -m fine_dist.worker JOB.json", file=sys.stderr)
         return 0 if argv in (["-h"], ["--help"]) else errors.EXIT_USER_ERROR
-    return run_job(argv[0])
+    code = run_job(argv[0])
+    note = os.environ.get(NOTE)
+    if code == errors.EXIT_RESUME and note:
+        Path(note).write_text(f"{code}\n")
+        return 0
+    return code
 
 
 def inside() -> bool:

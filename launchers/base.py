@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, nearest
 from fine_dist.jobs import JobSpec
+from fine_dist.submit import job_file
 from fine_dist.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
@@ -188,11 +189,6 @@ class Launcher(ABC):
     def _again(self, job: Job) -> None:
         job.state = "pending"
         self._queue.append(job)
-
-
-def job_file(spec: JobSpec) -> Path:
-    """Where a job's JSON lies."""
-    return Path(spec.table or spec.run_dir) / "jobs" / f"{spec.name}.json"
 
 
 def explain(code: int | None) -> str:

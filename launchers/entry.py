@@ -8,7 +8,7 @@ from typing import Any
 from fine_dist.config import Config, LaunchConfig
 from fine_dist.errors import EXIT_TASKS_FAILED
 from fine_dist.jobs import JobSpec, Row, StateTable, Task
-from fine_dist.submit import code_root, launch_of, make_spec, make_specs, run_dir_of, snapshot, tasks_of
+from fine_dist.submit import code_root, is_done, launch_of, make_spec, make_specs, run_dir_of, snapshot, tasks_of
 from fine_dist.worker import EXIT_BUSY, import_module, inside
 from launchers.base import Launcher, choose, get_launcher
 
@@ -54,15 +54,11 @@ def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
     table = StateTable(run_dir_of(config))
     with table.driver(f"{kind} fan-out"):
         specs = make_specs(module, config, tasks, code=_code(kind, module, config))
-        todo = [spec for spec in specs if not _done(table, spec)]
+        todo = [spec for spec in specs if not is_done(table, spec)]
         print(f"{module}: {len(specs)} tasks, {len(specs) - len(todo)} done before, {len(todo)} to run", flush=True)
         with get_launcher(kind, **_settings(kind, needs)) as runner:
             follow(runner, table, todo, needs)
     return report(table, specs)
-
-
-def _done(table: StateTable, spec: JobSpec) -> bool:
-    return all((row := table.get(name)) is not None and row.state == "done" for name in spec.rows)
 
 
 def follow(runner: Launcher, table: StateTable, specs: list[JobSpec], needs: LaunchConfig) -> None:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Encode images into latent shards: [CONFIG=FILE] [NODES=N] sbatch slurm/encode.sh [--key value ...]; see env.sh for all settings.
+#SBATCH --job-name=encode
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+# shellcheck source=slurm/env.sh
+source "${FINE_DIST_CODE:-${SLURM_SUBMIT_DIR:-.}}/slurm/env.sh"
+stage "$0" "${MODULE:-fine_dist.encode}" "${CONFIG:-configs/encode/imagenet256.yaml}" "$@"

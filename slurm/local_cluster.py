@@ -1,0 +1,320 @@
+"""A real SLURM cluster of virtual nodes on this machine, for tests and for trying things out.
+
+    python slurm/local_cluster.py              four nodes until Ctrl-C; prints what to export in another terminal
+
+It needs root and Debian's packages `slurm-wlm slurmdbd munge mariadb-server-core`; it uses neither systemd nor cgroups.
+Every node is a `slurmd` in its own PID and host-name namespace, so killing that one process is a power cut. Everything
+is bound to loopback, lives in one folder and ends with this program, however it ends; the only trace outside that
+folder is a few tagged lines in /etc/hosts while it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare")
+HOSTS = Path("/etc/hosts")
+CPUS = 8
+MEMORY_MB = 8000
+_PATH = os.pathsep.join(dict.fromkeys([*os.environ.get("PATH", "").split(os.pathsep), "/usr/sbin", "/sbin"]))
+
+
+def missing() -> str | None:
+    """Why no cluster can start here, or None."""
+    absent = [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
+    if absent:
+        packages = "apt-get install slurm-wlm slurmdbd munge mariadb-server-core"
+        return f"SLURM is not installed ({', '.join(absent)} not found): {packages}"
+    if os.geteuid() != 0:
+        return "a local SLURM cluster needs root (namespaces and /etc/hosts)"
+    probe = subprocess.run(
+        ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True, check=False
+    )
+    return f"namespaces are not allowed here: {probe.stderr.strip()}" if probe.returncode else None
+
+
+class LocalSlurm:
+    """One cluster. Use as a context manager, from the process that will end it.
+
+    nodes:  number of virtual nodes, n1, n2, ...
+    folder: where it lives; None: a new one, removed at the end.
+    """
+
+    def __init__(self, nodes: int = 4, folder: str | None = None) -> None:
+        self.nodes = [f"n{i + 1}" for i in range(nodes)]
+        self._own_folder = folder is None
+        self.folder = Path(folder or tempfile.mkdtemp(prefix="slurm-"))
+        self.conf = self.folder / "slurm.conf"
+        self._tag = f"# local slurm {self.folder}"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._ports = _free_ports(2 + nodes)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What SLURM's commands need to find this cluster."""
+        return {"SLURM_CONF": str(self.conf), "PATH": _PATH}
+
+    def start(self) -> LocalSlurm:
+        """Start all; returns when every node is idle. `RuntimeError` with the logs when one does not come up."""
+        try:
+            self._write()
+            _edit_hosts(self._tag, [f"127.0.0.1 {name}" for name in self.nodes])
+            self._start_database()
+            self.start_controller()
+            for node in self.nodes:
+                self.start_node(node)
+            self._await(lambda: self._idle() == len(self.nodes), "nodes to be idle")
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        """End every process, remove every trace. Safe to call twice."""
+        for name in reversed(list(self._processes)):
+            self.kill(name)
+        _edit_hosts(self._tag, [])
+        if self._own_folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> LocalSlurm:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    # --- faults
+
+    def kill(self, name: str) -> None:
+        """SIGKILL one of its processes: a node (a power cut), `slurmctld`, `slurmdbd`, `mariadbd`, `munged`."""
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def start_node(self, name: str) -> None:
+        """Start a node that is not running."""
+        command = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec slurmd -D -N {name} -f {self.conf}"
+        boxed = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "bash", "-c", command]
+        self._spawn(name, boxed)
+
+    def start_controller(self) -> None:
+        """Start slurmctld and wait until it answers."""
+        self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
+        self._await(lambda: self.run("scontrol", "ping").returncode == 0, "slurmctld")
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """One of SLURM's commands on this cluster."""
+        env = {**os.environ, **self.env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
+
+    # --- parts
+
+    def _spawn(self, name: str, command: list[str], **env: str) -> None:
+        def tie() -> None:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no daemon outlives this program
+
+        with open(self.folder / f"{name}.out", "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                command, env={**os.environ, **self.env, **env}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                cwd=self.folder, preexec_fn=tie, start_new_session=True,
+            )  # fmt: skip
+
+    def _await(self, ready: object, what: str, seconds: float = 20.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():  # type: ignore[operator]
+            dead = [name for name, process in self._processes.items() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                logs = "\n".join(f"== {path.name}\n{_tail(path)}" for path in sorted(self.folder.glob("*.out")))
+                raise RuntimeError(f"waited for {what}; ended: {dead or 'none'}\n{logs}")
+            time.sleep(0.03)
+
+    def _idle(self) -> int:
+        return self.run("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N").stdout.count("\n")
+
+    def _start_database(self) -> None:
+        data = self.folder / "mysql"
+        (data / "mysql").mkdir(parents=True)  # no system tables: nobody but root reaches the socket, nobody logs in
+        common = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--innodb-flush-log-at-trx-commit=0"]
+        common += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--innodb-doublewrite=0"]
+        door = self.folder / "mysql.sock"
+        self._spawn("mariadbd", [*common, f"--socket={door}", "--skip-networking", "--skip-grant-tables",
+                                 f"--pid-file={self.folder}/mysql.pid"])  # fmt: skip
+        self._spawn("munged", ["munged", "--foreground", f"--key-file={self.folder}/munge.key",
+                               f"--socket={self.folder}/munge.sock", f"--pid-file={self.folder}/munge.pid",
+                               f"--log-file={self.folder}/munge.log", f"--seed-file={self.folder}/munge.seed"])  # fmt: skip
+        self._await(lambda: door.exists() and (self.folder / "munge.sock").exists(), "mariadbd and munged")
+        self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(door))
+        self._await(lambda: _listening(self._ports[1]), "slurmdbd")
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        for name in ("state", *(f"spool/{node}" for node in self.nodes)):
+            (self.folder / name).mkdir(parents=True)
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o600)
+        folder, (ctld, dbd, *ports), host = self.folder, self._ports, socket.gethostname().partition(".")[0]
+        socket_path = f"socket={folder}/munge.sock"
+        (folder / "slurmdbd.conf").write_text(f"""\
+AuthType=auth/munge
+AuthInfo={socket_path}
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+""")
+        (folder / "slurmdbd.conf").chmod(0o600)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (folder / "gres.conf").write_text("AutoDetect=off\nName=gpu File=/dev/null\nName=gpu File=/dev/zero\n")
+        nodes = "\n".join(
+            f"NodeName={name} NodeHostname={name} NodeAddr=127.0.0.1 Port={ports[i]} CPUs={CPUS} "
+            f"RealMemory={MEMORY_MB} Gres=gpu:2 State=UNKNOWN"
+            for i, name in enumerate(self.nodes)
+        )
+        self.conf.write_text(f"""\
+ClusterName=laptop
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ctld}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo={socket_path},cred_expire=5
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmctldParameters=preempt_send_user_signal
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1,default_queue_depth=1000,bf_max_job_test=1000
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=500
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+MaxArraySize=1001
+MinJobAge=3600
+KillWait=10
+OverTimeLimit=0
+SlurmctldTimeout=10
+SlurmdTimeout=10
+MessageTimeout=10
+TCPTimeout=5
+InactiveLimit=0
+GresTypes=gpu
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={folder}/munge.sock
+JobAcctGatherType=jobacct_gather/none
+JobRequeue=1
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 MaxTime=120 DefaultTime=30 GraceTime=20
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=120 DefaultTime=30
+""")
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace")[-1500:]
+
+
+def _listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _edit_hosts(tag: str, lines: list[str]) -> None:
+    """Replace the lines of one cluster; in place, because /etc/hosts is often a mount that cannot be renamed."""
+    with _locked(), open(HOSTS, "r+") as file:
+        kept = [line for line in file.read().splitlines() if not line.endswith(tag)]
+        text = "".join(f"{line}\n" for line in [*kept, *(f"{line} {tag}" for line in lines)])
+        file.seek(0)
+        file.write(text)
+        file.truncate()
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    with open(HOSTS) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=4, help="number of virtual nodes (default: 4)")
+    parser.add_argument("--folder", help="where it lives (default: a new folder, removed at the end)")
+    parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
+    args = parser.parse_args()
+    reason = missing()
+    if reason:
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begun = time.monotonic()
+    with LocalSlurm(args.nodes, args.folder) as cluster:
+        if args.pipe:
+            return _serve(cluster, begun)
+        print(f"SLURM with {args.nodes} nodes is up after {time.monotonic() - begun:.1f} s; in another terminal:\n")
+        print(f"  export SLURM_CONF={cluster.conf}\n  sinfo\n\nCtrl-C ends it and its jobs.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    return 0
+
+
+def _serve(cluster: LocalSlurm, begun: float) -> int:
+    """Obey lines such as `kill n2` until the input ends, which it does however the parent ends."""
+    ready = {"env": cluster.env, "folder": str(cluster.folder), "seconds": time.monotonic() - begun}
+    print(json.dumps(ready), flush=True)
+    for line in sys.stdin:
+        verb, name = line.split()
+        if verb == "kill":
+            cluster.kill(name)
+        elif verb == "start":
+            cluster.start_controller() if name == "slurmctld" else cluster.start_node(name)
+        print(json.dumps({"ok": line.strip()}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

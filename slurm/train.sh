@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train a target: [CONFIG=FILE] [NODES=N] sbatch slurm/train.sh [--key value ...]; see env.sh for all settings.
+#SBATCH --job-name=train
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+# shellcheck source=slurm/env.sh
+source "${FINE_DIST_CODE:-${SLURM_SUBMIT_DIR:-.}}/slurm/env.sh"
+stage "$0" "${MODULE:-fine_dist.train}" "${CONFIG:-configs/train/dit_b.yaml}" "$@"
