@@ -123,9 +123,13 @@ class PlainBackend(Backend):
         (losses.sum() / global_batch).backward()
 
     def step(self, lr: float) -> float:
+        # A parameter that no sample used has a zero gradient, not none: the same arithmetic as under ZeRO.
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.world.world_size > 1:
-            self._sum_over_ranks()
+            self._sum_over_ranks(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         value = norm.item()
         if math.isfinite(value):
@@ -136,12 +140,8 @@ class PlainBackend(Backend):
         self.discard()
         return value
 
-    def _sum_over_ranks(self) -> None:
-        """One all-reduce of all gradients; a parameter that no sample of this rank used adds zero."""
-        for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
+        """One all-reduce of all gradients."""
         flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients]), self.world)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
@@ -184,10 +184,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return named
 
 
-def adamw(parameters: list[nn.Parameter], optim: OptimConfig, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over one group; fused wherever torch has it (CPU and GPU)."""
-    return torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=fused
+def adamw(
+    parameters: list[nn.Parameter], optim: OptimConfig, kind: type[torch.optim.AdamW] | None = None
+) -> torch.optim.AdamW:
+    """AdamW (or a kind of it) over one group, fused."""
+    return (kind or torch.optim.AdamW)(
+        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
 
 
@@ -218,11 +220,11 @@ def precision(engine: EngineConfig, device: torch.device) -> Iterator[None]:
 
 
 def make_backend(
-    model: nn.Module, optim: OptimConfig, engine: EngineConfig, world: World, accumulation: int
+    model: nn.Module, optim: OptimConfig, engine: EngineConfig, world: World, micro: int, accumulation: int
 ) -> Backend:
     """The backend of a config, holding `model` (moved to the world's device)."""
     if engine.backend == "plain":
         return PlainBackend(model, optim, world)
     from fine_dist.engine.backend_deepspeed import DeepSpeedBackend
 
-    return DeepSpeedBackend(model, optim, engine, world, accumulation)
+    return DeepSpeedBackend(model, optim, engine, world, micro, accumulation)

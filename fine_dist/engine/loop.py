@@ -136,7 +136,7 @@ class _Run:
         self.shown = self._copy_for_showing()
         prepare_model(program.model, engine)
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
-        self.backend: Backend = make_backend(program.model, optim, engine, world, self.accumulation)
+        self.backend: Backend = make_backend(program.model, optim, engine, world, self.micro, self.accumulation)
         self.ema = Ema(self.backend, engine.ema_decay)
         self.checkpoints = Checkpoints(run_dir.checkpoints, world, identity, engine.keep_checkpoints)
         self.monitor = Monitor(

@@ -1,0 +1,315 @@
+"""DeepSpeed's ZeRO behind the loop's interface: stages 0 to 3, offload, fp32 master weights, our own checkpoints.
+
+DeepSpeed is told what our config says (`deepspeed_json`) and given our AdamW. What each rank keeps is shown to EMA and
+checkpoints as pieces: under stages 1 and 2 the ranges of the flat fp32 partition, under stage 3 the rank's share of
+each parameter, under stage 0 (nothing sharded) everything on rank 0. No file of DeepSpeed's is written or read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.engine.backends import MOMENTS, Backend, Piece, adamw, set_lr, trainable
+from fine_dist.engine.checkpoint import restore_moments
+from fine_dist.engine.dist import World, gather_objects, join_alone
+from fine_dist.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fine_dist.engine.checkpoint import Saved
+
+SEND_VALUES = 1 << 24
+"""Values (fp32) in one message when shards are gathered: 64 MiB."""
+
+
+class DeepSpeedBackend(Backend):
+    """A ZeRO engine. `ConfigError` when DeepSpeed is missing or an extra JSON contradicts the config."""
+
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, engine: EngineConfig, world: World, micro: int, accumulation: int
+    ) -> None:
+        assert world.device is not None
+        self.world = world
+        self.stage = engine.deepspeed.stage
+        settings = deepspeed_json(optim, engine, world.world_size, micro, accumulation)
+        deepspeed = import_deepspeed(world)
+        self.named = trainable(model)
+        self.shapes = {name: tuple(p.shape) for name, p in self.named.items()}
+        for p in model.parameters():
+            p.data = p.data.contiguous()
+        self.optimizer = adamw(list(self.named.values()), optim, kind=_ClippingAdamW if self.stage == 0 else None)
+        if isinstance(self.optimizer, _ClippingAdamW):
+            self.optimizer.clip_norm = optim.clip_norm
+        engine_, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
+        self.engine: Any = engine_
+        self.zero: Any = engine_.optimizer
+        self.model = engine_
+        self._pieces = self._find_pieces()
+        self._layout: list[list[tuple[str, int, int]]] = gather_objects(
+            [[piece.name, piece.start, piece.stop] for piece in self._pieces], world
+        )
+
+    # --- a step -----------------------------------------------------------------------------------------------------
+
+    def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
+        # DeepSpeed averages over ranks; the sum over all samples is divided once, here.
+        loss = losses.sum() * (self.world.world_size / global_batch)
+        # Whatever made a loss not finite, its gradients are made NaN on every rank: a norm that is not finite is what
+        # DeepSpeed discards a step for, in all stages.
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()  # not at the boundary yet: it counts the micro-batch
+
+    def step(self, lr: float) -> float:
+        set_lr(self.optimizer, lr)
+        self.engine.step()
+        if self.stage == 0:
+            return self.optimizer.norm
+        if self.zero.overflow:
+            return math.inf
+        return float(self.engine.get_global_grad_norm())
+
+    def discard(self) -> None:
+        self.step(0.0)  # its gradients are NaN: see `backward`
+
+    # --- pieces -----------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[Piece]:
+        return self._pieces
+
+    def _find_pieces(self) -> list[Piece]:
+        found = []
+        for name, p in self.named.items():
+            start, weight = self._range_of(p)
+            if weight is not None and weight.numel():
+                found.append(Piece(name, self.shapes[name], start, weight))
+        return found
+
+    def _range_of(self, p: nn.Parameter) -> tuple[int, Tensor | None]:
+        """(start, live fp32 values) of what this rank owns of a parameter."""
+        if self.stage == 0:
+            return 0, p.data.view(-1) if self.world.is_main else None
+        if self.stage == 3:
+            group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
+            start = size * self.world.rank
+            own = max(0, min(size, p.ds_numel - start))  # the last ranks' shares are padded
+            return start, self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, own)
+        mapping = p._hp_mapping
+        if mapping is None:
+            return 0, None
+        return mapping.lp_fragment_address.start, mapping.hp_fragment
+
+    def _flat_of(self, p: nn.Parameter) -> tuple[Tensor, int]:
+        """The tensor that the optimiser holds this rank's share of `p` in, and where in it."""
+        if self.stage == 0:
+            return p, 0
+        if self.stage == 3:
+            group, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
+            return self.zero.fp32_partitioned_groups_flat[group], offset
+        return self.zero.single_partition_of_fp32_groups[0], p._hp_mapping.hp_fragment_address.start
+
+    def moments(self, piece: Piece) -> dict[str, Tensor]:
+        flat, offset = self._flat_of(self.named[piece.name])
+        state = self.optimizer.state.get(flat, {})
+        size = piece.stop - piece.start
+        return {key: state[key].view(-1).narrow(0, offset, size) for key in MOMENTS if key in state}
+
+    def optimizer_steps(self) -> dict[str, int]:
+        found = {}
+        for piece in self._pieces:
+            state = self.optimizer.state.get(self._flat_of(self.named[piece.name])[0], {})
+            if "step" in state:
+                found[piece.name] = int(state["step"])
+        return found
+
+    @torch.no_grad()
+    def load(self, saved: Saved) -> None:
+        for name, p in self.named.items():
+            self._load_model_copy(p, saved, name)
+        for piece in self._pieces:
+            piece.weight.copy_(saved.read("weight", piece.name, piece.start, piece.stop))
+            flat, offset = self._flat_of(self.named[piece.name])
+            steps = saved.optimizer_steps.get(piece.name, 0)
+            if not steps and not self.optimizer.state.get(flat):
+                continue
+            state = self.optimizer.state[flat]
+            if not state:
+                state.update({key: torch.zeros_like(flat) for key in MOMENTS})
+            fused = bool(self.optimizer.defaults.get("fused"))
+            state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
+            for key, values in restore_moments(saved, piece).items():
+                state[key].view(-1).narrow(0, offset, piece.stop - piece.start).copy_(values)
+
+    def _load_model_copy(self, p: nn.Parameter, saved: Saved, name: str) -> None:
+        """The weights that the forward pass reads, which ZeRO keeps beside the fp32 ones it updates."""
+        if self.stage == 3:
+            start = p.ds_tensor.numel() * self.world.rank
+            stop = min(start + p.ds_tensor.numel(), p.ds_numel)
+            if start < stop:
+                p.ds_tensor.data[: stop - start].copy_(saved.read("weight", name, start, stop))
+            if p.data.numel() != p.ds_numel:
+                return
+        p.data.copy_(saved.whole("weight", name).view(self.shapes[name]))
+
+    def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each rank sends its pieces, in order, as one flat tensor; rank 0 puts them where they belong."""
+        import torch.distributed as dist
+
+        mine = [values[piece.name].detach().reshape(-1).cpu() for piece in self._pieces]
+        if not self.world.is_main:
+            if mine:
+                for part in torch.cat(mine).split(SEND_VALUES):
+                    dist.send(part, 0)
+            return {}
+        whole = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
+        for rank, layout in enumerate(self._layout):
+            sizes = [stop - start for _, start, stop in layout]
+            if rank == 0:
+                parts = mine
+            else:
+                flat = torch.empty(sum(sizes))
+                for part in flat.split(SEND_VALUES) if layout else ():
+                    dist.recv(part, rank)
+                parts = list(flat.split(sizes)) if layout else []
+            for (name, start, stop), part in zip(layout, parts):
+                whole[name][start:stop] = part
+        return {name: tensor.view(self.shapes[name]) for name, tensor in whole.items()}
+
+
+class _ClippingAdamW(torch.optim.AdamW):
+    """For stage 0, where DeepSpeed calls the client's optimiser as it is: AdamW that clips by global norm, and leaves
+    weights and moments alone when the norm is not finite, as ZeRO's optimisers do."""
+
+    clip_norm: float | None = None
+    norm = math.nan
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.norm = norm.item()
+        if math.isfinite(self.norm):
+            if self.clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+            super().step(closure)
+
+
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed, told which device it runs on, quiet, and not compiling what is not used."""
+    assert world.device is not None
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(f"engine.backend: deepspeed cannot be imported ({error}); legal here: plain") from None
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # DeepSpeed's own calls of collectives that torch has renamed: nothing a user of ours can do about.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+    # gloo does this work; the shared-memory reductions would be compiled first, for half a minute, on every machine.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if world.world_size == 1:
+        join_alone(world.device)
+    return deepspeed
+
+
+# --- the JSON -------------------------------------------------------------------------------------------------------
+
+
+def deepspeed_json(
+    optim: OptimConfig, engine: EngineConfig, world_size: int, micro: int, accumulation: int
+) -> dict[str, Any]:
+    """DeepSpeed's config for ours, with the keys of `engine.deepspeed.extra` added.
+
+    Raises `ConfigError` naming every key of the file that says something else than our config, and every section that
+    we do not leave to DeepSpeed. A value "auto" in the file means ours.
+    """
+    choice = engine.deepspeed
+    if choice.offload_params and choice.stage != 3:
+        raise ConfigError(f"engine.deepspeed.offload_params needs stage 3 (stage is {choice.stage})")
+    if choice.offload_optimizer and choice.stage == 0:
+        raise ConfigError("engine.deepspeed.offload_optimizer needs stage 1, 2 or 3 (stage is 0)")
+    zero: dict[str, Any] = {"stage": choice.stage}
+    if choice.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if choice.offload_params:
+        zero["offload_param"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": (optim.clip_norm or 0.0) if choice.stage else 0.0,  # stage 0: `_ClippingAdamW` does
+        "zero_optimization": zero,
+        # Ours is AdamW from torch, fused where it can be; DeepSpeed's own would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "fp16": {"enabled": False},
+        # bf16 is autocast here, so that weights and their sums stay fp32 (an empty list: gradients travel as fp32).
+        "bf16": {"enabled": False},
+        "torch_autocast": {
+            "enabled": engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }
+    if choice.extra is None:
+        return ours
+    try:
+        with open(choice.extra, encoding="utf-8") as handle:
+            extra = json.load(handle)
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra} is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: an object of DeepSpeed's keys is needed")
+    conflicts = [
+        f"{key}: {key} is set by our config (optim, engine), not by DeepSpeed's; remove it"
+        for key in (
+            "optimizer",
+            "scheduler",
+            "universal_checkpoint",
+            "checkpoint",
+            "tensorboard",
+            "csv_monitor",
+            "wandb",
+        )
+        if key in extra
+    ]
+    merged = _merge(
+        ours, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
+    )
+    if conflicts:
+        raise ConfigError(
+            f"engine.deepspeed.extra: {choice.extra} contradicts this config:\n  "
+            + "\n  ".join(conflicts)
+            + '\nremove these keys, write "auto" for them, or change the config'
+        )
+    return merged
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any], conflicts: list[str], path: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        here = path + key
+        if key not in ours:
+            merged[key] = value
+        elif isinstance(ours[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(ours[key], value, conflicts, here + ".")
+        elif value not in ("auto", ours[key]):
+            conflicts.append(f"{here}: {value!r} in the file, {ours[key]!r} by our config")
+    return merged
