@@ -1,0 +1,248 @@
+"""Many sigma-initialisations as one program: U and V once, every sample carrying its own job's sigma.
+
+A pack is J targets of one width that share their frozen genes. Their batches lie behind one another, deepest job
+first, so the jobs that are still deep enough at a layer are a prefix of the batch and the others leave through a slice.
+Nothing couples two jobs: a row of a product, a layer's normalisation and a sample's attention belong to one sample, and
+every sum over samples is a sum within one job. A job's trajectory is therefore its solo run's, up to rounding.
+
+Shapes: J jobs, B samples a job, N = J B, T tokens, D width, K = 5 kinds of matrix, L layers of the deepest job, R rank,
+m out and n in features, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fine_dist.errors import ArtifactError
+from fine_dist.model.dit import DiT, block_forward, outside_blocks
+from fine_dist.model.factors import FactoredDiT, cheaper_path
+from fine_dist.model.zoo import KINDS
+
+_KEPT_SELECTIONS = 64
+"""Selections of jobs whose biases are kept stacked."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What J jobs see in a step, by *feed*: jobs of one data set, seed and step share a feed, so F <= J.
+
+    z: noised latents [F, B, C, H, H].  t: timesteps [F, B].  y: labels, null where dropped [F, B].
+    """
+
+    z: Tensor
+    t: Tensor
+    y: Tensor
+
+
+class PackedDiT(nn.Module):
+    """J factored DiTs of one width and any depths, as one module.
+
+    models: the targets, as `Method.descend` gives them; equal genes and equal parts outside the blocks, except label
+            embedders that train. They are read one at a time and not kept: an iterator costs one model's memory.
+
+    Trained are `sigma [J, L K R]` (a shallower job's rows beyond its depth are zero, and stay so) and, when the jobs
+    train their label embedders, `labels [J, C+1, D]`. Jobs keep the order in which they are given; inside, they are
+    sorted by depth. `ArtifactError` when two jobs cannot share a pack.
+    """
+
+    def __init__(self, models: Sequence[FactoredDiT] | Iterator[FactoredDiT]):
+        super().__init__()
+        depths: list[int] = []
+        sigmas: list[Tensor] = []
+        biases: list[list[dict[str, Tensor]]] = []
+        tables: list[Tensor] = []
+        for model in models:
+            if not depths:
+                self._adopt(model)
+            elif identity(model) != self.identity:
+                raise ArtifactError(
+                    f"a target of {model.arch.num_layers} layers does not share the pack's genes; plan it apart"
+                )
+            depth = model.arch.num_layers
+            depths.append(depth)
+            rows = [model.sigma(kind, layer).detach().float() for layer in range(depth) for kind in KINDS]
+            sigmas.append(torch.cat(rows))
+            biases.append(
+                [{k: model.get_parameter(f"blocks.{i}.{k}.bias").detach() for k in KINDS} for i in range(depth)]
+            )
+            if self.trains_labels:
+                tables.append(model.label.weight.detach())
+        self.depths = tuple(depths)
+        width = max(len(s) for s in sigmas)
+        self.sigma = nn.Parameter(torch.stack([F.pad(s, (0, width - len(s))) for s in sigmas]))
+        self.labels = nn.Parameter(torch.stack(tables)) if tables else None
+        self._biases = biases
+        self._stacked: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
+
+    def trained(self) -> list[Tensor]:
+        """What stage 2 trains, each with a row a job."""
+        return [self.sigma] if self.labels is None else [self.sigma, self.labels]
+
+    def _adopt(self, model: FactoredDiT) -> None:
+        """Take what all jobs share from the first."""
+        self.identity = identity(model)
+        self.arch, self.rank = model.arch, model.rank
+        self.trains_labels = model.label.weight.requires_grad
+        shell = DiT(model.arch.with_depth(1))
+        shell.blocks = nn.ModuleList()
+        shell.load_state_dict(outside_blocks(model.state_dict()))
+        self.shell = shell.requires_grad_(False)
+        for kind in KINDS:
+            genes = model.factor(kind)
+            self.register_buffer(f"U_{kind}", genes.U.detach(), persistent=False)
+            self.register_buffer(f"V_{kind}", genes.V.detach(), persistent=False)
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Inputs, feeds: Sequence[int], jobs: Sequence[int] | None = None) -> Tensor:
+        """Outputs [J', B, C or 2C, H, H] of some jobs, in the order in which they are named.
+
+        feeds: for each of the jobs, which of `inputs` it sees.  jobs: indices into the pack; all when none.
+        """
+        named = list(range(len(self.depths))) if jobs is None else list(jobs)
+        order = sorted(range(len(named)), key=lambda i: -self.depths[named[i]])
+        inner = [named[i] for i in order]
+        out = self._forward_sorted(inputs, [feeds[i] for i in order], inner)
+        back = sorted(range(len(order)), key=lambda i: order[i])
+        return out if back == list(range(len(back))) else out[back]
+
+    def _forward_sorted(self, inputs: Inputs, feeds: list[int], jobs: list[int]) -> Tensor:
+        batch = inputs.t.shape[1]
+        x, c = self._embed(inputs, feeds, jobs)  #                                              [N, T, D], [N, D]
+        # adaLN's input is the same at every layer, so its product with V is made once.
+        gate = F.silu(c) @ self.V_adaln  #                                                                 [N, R]
+        layers = self.sigma[jobs].unflatten(1, (-1, len(KINDS), self.rank)).unbind(1)  #         L x [J', K, R]
+        finished: list[Tensor] = []
+        alive = len(jobs)
+        biases = self._stacked_biases(jobs)
+        for layer in range(self.depths[jobs[0]]):
+            deep = sum(self.depths[j] > layer for j in jobs)
+            if deep < alive:
+                x, done = x.split([deep * batch, (alive - deep) * batch])
+                finished.append(done)
+                alive = deep
+            sigma = dict(zip(KINDS, layers[layer][:alive].unbind(1)))  #                             K x [J', R]
+            linear = _Linear(self, sigma, biases[layer], gate[: alive * batch], batch)
+            x = block_forward(x, c[: alive * batch], linear, self.arch.num_heads)  #                     [N, T, D]
+        x = torch.cat([x, *reversed(finished)]) if finished else x
+        return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
+
+    def _embed(self, inputs: Inputs, feeds: list[int], jobs: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens [N, T, D] and conditioning [N, D]; what jobs share is computed once a feed."""
+        f, b = inputs.t.shape
+        x = self.shell.patch(self.shell.patchify(inputs.z.flatten(0, 1))) + self.shell.pos
+        c = self.shell.time(inputs.t.flatten()).unflatten(0, (f, b))
+        if self.labels is None:
+            c = (c + self.shell.label(inputs.y))[feeds]
+        else:
+            rows = torch.arange(len(jobs), device=inputs.y.device)[:, None]
+            c = c[feeds] + self.labels[jobs][rows, inputs.y[feeds]]
+        return x.unflatten(0, (f, b))[feeds].flatten(0, 1), c.flatten(0, 1)
+
+    def _stacked_biases(self, jobs: list[int]) -> list[dict[str, Tensor]]:
+        """Per layer, `{kind: [J', m]}` of the jobs that reach it; made once for each selection of jobs."""
+        if tuple(jobs) not in self._stacked:
+            if len(self._stacked) >= _KEPT_SELECTIONS:
+                self._stacked.clear()
+            self._stacked[tuple(jobs)] = [
+                {
+                    kind: torch.stack([self._biases[j][layer][kind] for j in jobs if self.depths[j] > layer]).to(
+                        self.sigma.device
+                    )
+                    for kind in KINDS
+                }
+                for layer in range(self.depths[jobs[0]])
+            ]
+        return self._stacked[tuple(jobs)]
+
+    # --- a job alone ------------------------------------------------------------------------------------------------
+
+    def scalers(self, job: int) -> dict[str, Tensor]:
+        """What a job trained, by the names of its own model's state dict (copies, on the CPU)."""
+        rows = self.sigma[job].detach().cpu().unflatten(0, (-1, len(KINDS), self.rank))
+        state = {
+            f"blocks.{layer}.{kind}.sigma": rows[layer, k].clone()
+            for layer in range(self.depths[job])
+            for k, kind in enumerate(KINDS)
+        }
+        if self.labels is not None:
+            state["label.weight"] = self.labels[job].detach().cpu().clone()
+        return state
+
+
+class Single(nn.Module):
+    """One model of any kind as a pack of one: for methods whose stage 2 trains something else than shared genes' sigma.
+
+    `model(z, t, y)` is called as it is; whatever has `requires_grad` trains.
+    """
+
+    def __init__(self, model: DiT):
+        super().__init__()
+        self.model, self.arch = model, model.arch
+        self.depths = (model.arch.num_layers,)
+
+    def trained(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def forward(self, inputs: Inputs, feeds: Sequence[int], jobs: Sequence[int] | None = None) -> Tensor:
+        feed = feeds[0]
+        return self.model(inputs.z[feed], inputs.t[feed], inputs.y[feed])[None]
+
+    def scalers(self, job: int) -> dict[str, Tensor]:
+        return {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+
+class JobView(nn.Module):
+    """One job of a pack as a model of its own, `(z, t, y) -> out`, for measuring it."""
+
+    def __init__(self, pack: PackedDiT | Single, job: int):
+        super().__init__()
+        self.pack, self.job = pack, job
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.pack(Inputs(z[None], t[None], y[None]), [0], [self.job])[0]
+
+
+class _Linear:
+    """`linear(kind, h)` of one virtual layer: shared factors, a vector sigma and a bias a job."""
+
+    def __init__(self, pack: PackedDiT, sigma: dict[str, Tensor], bias: dict[str, Tensor], gate: Tensor, batch: int):
+        self.pack, self.sigma, self.bias, self.gate, self.batch = pack, sigma, bias, gate, batch
+
+    def __call__(self, kind: str, h: Tensor) -> Tensor:
+        u, v = self.pack.get_buffer(f"U_{kind}"), self.pack.get_buffer(f"V_{kind}")
+        sigma, bias = self.sigma[kind], self.bias[kind]
+        jobs, rows = len(sigma), h.shape[:-1].numel() // len(sigma)
+        if kind == "adaln":
+            thin = self.gate.unflatten(0, (jobs, rows))
+        elif self._path(kind, rows) == "composed":
+            weight = (u * sigma[:, None, :]) @ v.T  #                                                      [J, m, n]
+            x = h.reshape(jobs, rows, -1)
+            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)).reshape(*h.shape[:-1], -1)
+        else:
+            thin = (h @ v).reshape(jobs, rows, -1)
+        y = (thin * sigma[:, None]) @ u.T + bias[:, None]  #                                            [J, B T, m]
+        return y.reshape(*h.shape[:-1], -1)
+
+    def _path(self, kind: str, rows: int) -> str:
+        m, n = self.pack.arch.matrix(kind)
+        return cheaper_path(
+            rows, m, n, self.pack.rank, train_factors=False, train_scalers=True, backward=torch.is_grad_enabled()
+        )
+
+
+def identity(model: FactoredDiT) -> str:
+    """A hash of what jobs of one pack share: genes, parts outside the blocks, and whether labels train."""
+    digest = hashlib.sha256(f"{model.arch.with_depth(1)} {model.rank} {model.label.weight.requires_grad}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        own = name.startswith("blocks.") or (name == "label.weight" and model.label.weight.requires_grad)
+        if not own:
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""A family at a glance: the table of its targets, its storage, and a figure of loss against depth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.errors import RunDirError
+
+if TYPE_CHECKING:
+    from fine_dist.family import Member
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What a target's DONE.json says; none while it is not done or its artifact is gone."""
+    try:
+        done: dict[str, Any] = json.loads((folder / "DONE.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    kept = any((folder / kind / "manifest.json").is_file() for kind in ("sigma", "model"))
+    return done if kept else None
+
+
+def last_row(folder: Path) -> dict[str, Any] | None:
+    """The newest whole row of a target's metrics.jsonl."""
+    try:
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            return row
+        except ValueError:  # the line that is being written now
+            continue
+    return None
+
+
+def list_family(run_dir: Path) -> list[str]:
+    """Lines of a table: every target with its sizes and losses, then the storage. `RunDirError` where there is none."""
+    from fine_dist.jobs import StateTable
+
+    table = StateTable(run_dir)
+    rows = table.rows() if table.folder.is_dir() else []
+    if not rows:
+        raise RunDirError(f"{run_dir} holds no family: give the run_dir of an init")
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'target':{width}}  depth    numbers      bytes  steps     loss  held-out  seconds  state"]
+    stored = 0
+    for row in rows:
+        folder = run_dir / row.name
+        done, now = result_of(folder) or {}, last_row(folder) or {}
+        stored += done.get("bytes", 0)
+        state = row.state if row.state != "running" or not table.lost(row) else "lost"
+        lines.append(
+            f"{row.name:{width}}  {_cell(done.get('depth'), '5')}  {_cell(done.get('numbers'), '9,')}  "
+            f"{_cell(done.get('bytes'), '9,')}  {_cell(done.get('steps', now.get('step')), '5')}  "
+            f"{_cell(done.get('loss', now.get('loss')), '7.4f')}  {_cell(done.get('held_out_loss'), '8.4f')}  "
+            f"{_cell(done.get('seconds'), '7.1f')}  {state}" + (f": {row.reason}" if row.reason else "")
+        )
+    lines += storage(run_dir, [row.name for row in rows], stored)
+    return lines
+
+
+def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
+    """The family's storage beside that of as many dense models."""
+    dense, learngenes = 0, {}
+    for name in names:
+        path = run_dir / name / "sigma" / "manifest.json"
+        if not path.is_file():
+            continue
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        dense += 4 * dense_numbers(manifest["arch"])
+        named = manifest["extra"]["learngene"]
+        gene = Path(named["path"]) / "manifest.json"
+        learngenes[named["hash"]] = json.loads(gene.read_text(encoding="utf-8"))["bytes"] if gene.is_file() else 0
+    if not learngenes:
+        return []
+    gene_bytes = sum(learngenes.values())
+    return [
+        f"stored: learngene {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
+        f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)"
+    ]
+
+
+def dense_numbers(arch: dict[str, Any]) -> int:
+    """Numbers of a dense DiT of this shape (without its fixed position table)."""
+    d, p = arch["hidden_size"], arch["patch_size"]
+    out = arch["in_channels"] * (2 if arch["learn_sigma"] else 1) * p * p
+    block = 18 * d * d + 15 * d
+    patch = arch["in_channels"] * p * p * d + d
+    time = 256 * d + d + d * d + d
+    label = (arch["num_classes"] + 1) * d
+    final = 2 * d * d + 2 * d + d * out + out
+    return int(arch["num_layers"] * block + patch + time + label + final)
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def _cell(value: Any, form: str) -> str:
+    width = int("".join(c for c in form.split(".")[0] if c.isdigit()))
+    return f"{value:{form}}" if value is not None else " " * (width - 1) + "-"
+
+
+def draw_family(run_dir: Path, members: Sequence[Member]) -> Path | None:
+    """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
+
+    Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
+    newest training loss.
+    """
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines: dict[str, dict[int, list[float]]] = {}
+    open_points: list[tuple[int, float]] = []
+    steps = 0
+    for member in members:
+        done, now = result_of(member.folder), last_row(member.folder)
+        value = done.get("held_out_loss", done.get("loss")) if done else None
+        if value is not None:
+            label = " ".join(filter(None, [member.domain, f"lr {member.lr:g}", member.start]))
+            lines.setdefault(label, {}).setdefault(member.depth, []).append(value)
+        elif now is not None:
+            open_points.append((member.depth, now["loss"]))
+        steps += (now or {}).get("step", 0)
+    if not lines and not open_points:
+        return None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in sorted(lines.items()):
+        depths = sorted(points)
+        axes.plot(depths, [sum(points[d]) / len(points[d]) for d in depths], marker="o", label=label)
+    if open_points:
+        axes.scatter(*zip(*open_points), facecolors="none", edgecolors="gray", label="still training")
+    axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
+    axes.legend(fontsize="small")
+    canvas.draw()
+    path = run_dir / "family.png"
+    figure.savefig(path, dpi=120)
+    picture = np.asarray(canvas.buffer_rgba())[:, :, :3]
+    # A writer of its own each time: the packs of a family run in several processes and share this folder.
+    with SummaryWriter(str(run_dir / "tensorboard")) as board:
+        board.add_image("family/loss_against_depth", picture, steps, dataformats="HWC")
+    return path
