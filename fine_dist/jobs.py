@@ -307,24 +307,6 @@ class StateTable:
         finally:
             os.close(file)
 
-    # Submissions are kept apart from rows: the scheduler may start a task before its id can be written down.
-
-    def submitted(self, job: str, names: Sequence[str]) -> None:
-        """Remember that the scheduler's job `job` will run these tasks."""
-        folder = self.folder / ".submitted"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            folder / f"{re.sub('[^A-Za-z0-9_.-]', '_', job)}.json", json.dumps({"job": job, "names": [*names]})
-        )
-
-    def submissions(self) -> dict[str, list[str]]:
-        """Scheduler's job -> names of the tasks it was given."""
-        found = {}
-        for path in sorted((self.folder / ".submitted").glob("*.json")):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            found[entry["job"]] = entry["names"]
-        return found
-
     def _row_path(self, name: str) -> Path:
         return self.folder / f"{check_name(name)}.json"
 
@@ -336,6 +318,29 @@ class StateTable:
             return Row.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunDirError(f"{path} is damaged ({error}); delete it to have the task run again") from None
+
+
+class Submissions:
+    """What was handed to a scheduler from a run directory: `RUN_DIR/jobs/.submitted`, one file a submission.
+
+    Kept apart from the rows: a scheduler may start a task before the id it was given can be written down.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.folder = Path(run_dir) / "jobs" / ".submitted"
+
+    def add(self, jobs: Mapping[str, Sequence[str]]) -> None:
+        """Remember which tasks each of the scheduler's jobs was given."""
+        if jobs:
+            file = re.sub("[^A-Za-z0-9_.-]", "_", next(iter(jobs))) + ".json"
+            write_atomic(self.folder / file, json.dumps({job: [*names] for job, names in jobs.items()}) + "\n")
+
+    def all(self) -> dict[str, list[str]]:
+        """Scheduler's job -> names of its tasks."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            found |= json.loads(path.read_text(encoding="utf-8"))
+        return found
 
 
 def _try_lock(file: int, where: Path) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fine_dist
-from fine_dist.config import Config, LaunchConfig, dump_yaml
+from fine_dist.config import Config, LaunchConfig, dump_yaml, expand_path
 from fine_dist.errors import ConfigError, LaunchError, guard
 from fine_dist.jobs import JobSpec, StateTable, Task, write_atomic
 from fine_dist.worker import config_class, import_module
@@ -33,7 +33,7 @@ def run_dir_of(config: Config) -> Path:
     run_dir = getattr(config, "run_dir", None)
     if not run_dir:
         raise ConfigError("run_dir: a job needs a run directory; give --run-dir PATH")
-    return Path(os.path.expandvars(os.path.expanduser(str(run_dir)))).absolute()
+    return Path(expand_path(str(run_dir))).absolute()
 
 
 def launch_of(config: Config) -> LaunchConfig:
@@ -95,7 +95,7 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
     home = run_dir_of(config)
     launch = launch_of(config)
     specs = []
-    run_dirs = {}
+    run_dirs: dict[str, str] = {}
     for task in tasks:
         part = task.config
         if "launch" in type(part).model_fields:

@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,11 +42,13 @@ class Job:
     """Times it asked to be started again (exit code 75)."""
     handle: Any = field(default=None, repr=False)
     """The launcher's own."""
+    own_log: Path | None = None
+    """Where its output goes when the scheduler names the file."""
 
     @property
     def log(self) -> Path:
         """Its output."""
-        return Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
+        return self.own_log or Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
 
     @property
     def ended(self) -> bool:
@@ -62,6 +64,8 @@ class Launcher(ABC):
 
     name: str
     max_restarts = 20
+    detached = False
+    """Whether its jobs live on when this process ends."""
 
     def __init__(self) -> None:
         self._queue: deque[Job] = deque()
@@ -129,6 +133,10 @@ class Launcher(ABC):
                 self._ended(job)
         while self._queue and len(self._live) < self._width:
             self._begin(self._queue.popleft())
+
+    def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """Those of earlier submissions that still wait or run."""
+        return {}
 
     def close(self) -> None:
         """Cancel what still runs and free what the launcher holds."""

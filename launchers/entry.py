@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from fine_dist.config import Config, LaunchConfig
-from fine_dist.errors import EXIT_TASKS_FAILED
-from fine_dist.jobs import JobSpec, Row, StateTable, Task
+from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError
+from fine_dist.jobs import JobSpec, Row, StateTable, Submissions, Task
 from fine_dist.submit import code_root, is_done, launch_of, make_spec, make_specs, run_dir_of, snapshot, tasks_of
 from fine_dist.worker import EXIT_BUSY, import_module, inside
-from launchers.base import Launcher, choose, get_launcher
+from launchers.base import Job, Launcher, choose, get_launcher
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:
@@ -41,9 +42,17 @@ def _here(module: str, config: Config) -> int:
 
 
 def _one(kind: str, module: str, config: Config) -> int:
-    with get_launcher(kind, **_settings(kind, launch_of(config), show=True)) as runner:
-        code = _code(kind, module, config)
-        [job] = runner.wait([runner.submit(make_spec(module, config, code=code), retries=0)])
+    needs = launch_of(config)
+    run_dir = run_dir_of(config)
+    with get_launcher(kind, **_settings(kind, needs, show=True)) as runner:
+        _refuse_second(runner, run_dir)
+        job = runner.submit(make_spec(module, config, code=_code(kind, module, config)))
+        if runner.detached:
+            Submissions(run_dir).add({str(job.id): [job.spec.name]})
+            print(f"submitted {job.spec.name} as {runner.name} job {job.id}; log: {job.log}", flush=True)
+            if not needs.wait:
+                return 0
+        runner.wait([job])
         if job.code:
             print(f"{job.spec.name}: {job.reason}; log: {job.log}", file=sys.stderr)
         return 1 if job.code is None or job.code < 0 else job.code
@@ -51,19 +60,39 @@ def _one(kind: str, module: str, config: Config) -> int:
 
 def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
     needs = launch_of(config)
-    table = StateTable(run_dir_of(config))
-    with table.driver(f"{kind} fan-out"):
+    run_dir = run_dir_of(config)
+    table = StateTable(run_dir)
+    with get_launcher(kind, **_settings(kind, needs)) as runner, table.driver(f"{kind} fan-out"):
         specs = make_specs(module, config, tasks, code=_code(kind, module, config))
-        todo = [spec for spec in specs if not is_done(table, spec)]
-        print(f"{module}: {len(specs)} tasks, {len(specs) - len(todo)} done before, {len(todo)} to run", flush=True)
-        with get_launcher(kind, **_settings(kind, needs)) as runner:
-            follow(runner, table, todo, needs)
+        queued = runner.alive(Submissions(run_dir).all())
+        taken = {name for names in queued.values() for name in names}
+        todo = [spec for spec in specs if not is_done(table, spec) and not taken.intersection(spec.rows)]
+        done = sum(is_done(table, spec) for spec in specs)
+        waiting = f", {len(specs) - done - len(todo)} in the queue already" if taken else ""
+        print(f"{module}: {len(specs)} tasks, {done} done before{waiting}, {len(todo)} to run", flush=True)
+        if runner.detached:
+            jobs = runner.submit_many(todo, needs.max_parallel, needs.retries) if todo else []
+            Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
+            if jobs:
+                print(f"submitted as {runner.name} jobs {jobs[0].id} to {jobs[-1].id}; "
+                      f"follow: python -m fine_dist.status {run_dir}", flush=True)  # fmt: skip
+            if not needs.wait:
+                return 0
+            follow(runner, table, jobs)
+        elif todo:
+            follow(runner, table, runner.submit_many(todo, needs.max_parallel, needs.retries))
     return report(table, specs)
 
 
-def follow(runner: Launcher, table: StateTable, specs: list[JobSpec], needs: LaunchConfig) -> None:
-    """Run the jobs of a fan-out to their ends, and write down those that died without a word of their own."""
-    for job in runner.wait(runner.submit_many(specs, needs.max_parallel, needs.retries)):
+def _refuse_second(runner: Launcher, run_dir: Path) -> None:
+    alive = runner.alive(Submissions(run_dir).all())
+    if alive:
+        raise LaunchError(f"{run_dir}: {runner.name} job {next(iter(alive))} works on it already; cancel it or wait")
+
+
+def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
+    """Stay with the jobs of a fan-out to their ends, and write down those that died without a word of their own."""
+    for job in runner.wait(jobs):
         if job.code in (0, EXIT_BUSY):
             continue
         for name in job.spec.rows:

@@ -60,7 +60,7 @@ class LocalSlurm:
         self._own_folder = folder is None
         self.folder = Path(folder or tempfile.mkdtemp(prefix="slurm-"))
         self.conf = self.folder / "slurm.conf"
-        self._tag = f"# local slurm {self.folder}"
+        self._tag = f"# local slurm {self.folder} {os.getpid()}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._ports = _free_ports(2 + nodes)
 
@@ -110,7 +110,18 @@ class LocalSlurm:
     def start_node(self, name: str) -> None:
         """Start a node that is not running."""
         command = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec slurmd -D -N {name} -f {self.conf}"
-        boxed = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "bash", "-c", command]
+        boxed = [
+            "unshare",
+            "--uts",
+            "--pid",
+            "--mount",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            "bash",
+            "-c",
+            command,
+        ]
         self._spawn(name, boxed)
 
     def start_controller(self) -> None:
@@ -153,11 +164,11 @@ class LocalSlurm:
         common = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--innodb-flush-log-at-trx-commit=0"]
         common += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--innodb-doublewrite=0"]
         door = self.folder / "mysql.sock"
-        self._spawn("mariadbd", [*common, f"--socket={door}", "--skip-networking", "--skip-grant-tables",
-                                 f"--pid-file={self.folder}/mysql.pid"])  # fmt: skip
-        self._spawn("munged", ["munged", "--foreground", f"--key-file={self.folder}/munge.key",
-                               f"--socket={self.folder}/munge.sock", f"--pid-file={self.folder}/munge.pid",
-                               f"--log-file={self.folder}/munge.log", f"--seed-file={self.folder}/munge.seed"])  # fmt: skip
+        closed = [f"--socket={door}", "--skip-networking", "--skip-grant-tables", f"--pid-file={self.folder}/mysql.pid"]
+        self._spawn("mariadbd", [*common, *closed])
+        files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        places = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in files.items()]
+        self._spawn("munged", ["munged", "--foreground", *places])
         self._await(lambda: door.exists() and (self.folder / "munge.sock").exists(), "mariadbd and munged")
         self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(door))
         self._await(lambda: _listening(self._ports[1]), "slurmdbd")
@@ -265,11 +276,22 @@ def _free_ports(count: int) -> list[int]:
 def _edit_hosts(tag: str, lines: list[str]) -> None:
     """Replace the lines of one cluster; in place, because /etc/hosts is often a mount that cannot be renamed."""
     with _locked(), open(HOSTS, "r+") as file:
-        kept = [line for line in file.read().splitlines() if not line.endswith(tag)]
+        kept = [line for line in file.read().splitlines() if not line.endswith(tag) and not _stale(line)]
         text = "".join(f"{line}\n" for line in [*kept, *(f"{line} {tag}" for line in lines)])
         file.seek(0)
         file.write(text)
         file.truncate()
+
+
+def _stale(line: str) -> bool:
+    """Whether the line belongs to a cluster whose program was killed without a chance to clean up; its folder goes."""
+    _, mark, rest = line.partition("# local slurm ")
+    folder, _, pid = rest.rpartition(" ")
+    if not mark or Path("/proc", pid).exists():
+        return False
+    if Path(folder).name.startswith("slurm-"):
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
 
 
 @contextlib.contextmanager

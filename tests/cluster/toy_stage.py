@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from fine_dist.config import Config, LaunchConfig
-from fine_dist.errors import DataError, ResumeLater
+from fine_dist.errors import DataError, ResumeLater, guard
 from fine_dist.jobs import Task
 
 PRELOAD = ()
@@ -78,3 +78,18 @@ def run(config: ToyConfig) -> Path:
     result = {"value": config.value, "version": VERSION, "starts": times, "rank": rank, "seen": seen}
     (out / f"result-{rank}.json").write_text(json.dumps(result))
     return out
+
+
+def main() -> int:
+    def body() -> int:
+        from fine_dist.cli import parse
+        from launchers import launch
+
+        call = parse(ToyConfig, None, "toy")
+        return launch("tests.cluster.toy_stage", call.config, call.launcher)
+
+    return guard(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""Real clusters on this machine, one a session: SLURM's from `slurm/local_cluster.py`, Ray's from `launchers/local_ray.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOY = "tests.cluster.toy_stage"
+
+
+def absent(reason: str) -> None:
+    """Skip for want of a cluster, or fail where clusters are required."""
+    if os.environ.get("FINE_DIST_REQUIRE_CLUSTERS") == "1":
+        pytest.fail(f"FINE_DIST_REQUIRE_CLUSTERS=1 and {reason}")
+    pytest.skip(reason)
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str = "") -> Any:
+    """The first true answer; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s for {what or condition}")
+        time.sleep(0.1)
+
+
+class Cluster:
+    """A cluster that another program keeps; it ends when its input closes, so even a killed test run leaves nothing."""
+
+    def __init__(self, *command: str) -> None:
+        begun = time.monotonic()
+        self._server = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self._server.stdin and self._server.stdout
+        line = self._server.stdout.readline()
+        if not line:
+            pytest.fail(f"{' '.join(command)} did not start a cluster (exit code {self._server.wait()})")
+        self.about = json.loads(line)
+        self.start_s = time.monotonic() - begun
+        self.folder = Path(self.about["folder"])
+        self.env = {**os.environ, **self.about["env"], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+        self.env = {k: v for k, v in self.env.items() if k not in ("RANK", "WORLD_SIZE", "PYTEST_CURRENT_TEST")}
+
+    def tell(self, verb: str, name: str) -> dict[str, Any]:
+        assert self._server.stdin and self._server.stdout
+        print(verb, name, file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
+
+    def close(self) -> None:
+        assert self._server.stdin
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
+    def run(self, *command: str, check: bool = True, timeout: float = 120, **env: str) -> subprocess.CompletedProcess:
+        """A command as a user types it in the project's folder."""
+        done = subprocess.run(
+            command, env={**self.env, **env}, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def python(self, module: str, *args: object, **options: Any) -> subprocess.CompletedProcess:
+        return self.run(sys.executable, "-m", module, *map(str, args), **options)
+
+    def popen(self, module: str, *args: object, **env: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)], env={**self.env, **env}, cwd=ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+
+class Slurm(Cluster):
+    """The SLURM cluster, in words of tests."""
+
+    def __init__(self) -> None:
+        super().__init__("slurm/local_cluster.py", "--pipe")
+
+    def state(self, job: str) -> str:
+        """The scheduler's word for a job, such as RUNNING or COMPLETED."""
+        return self.run("squeue", "-h", "-r", "-t", "all", "-j", job, "-o", "%T").stdout.split("\n")[0]
+
+    def field(self, job: str, name: str) -> str:
+        said = self.run("scontrol", "show", "job", "-o", job).stdout
+        return next(word.split("=", 1)[1] for word in said.split() if word.startswith(f"{name}="))
+
+    def ends(self, job: str, seconds: float = 60) -> str:
+        """Wait until a job (all of an array) is out of the queue; the last state."""
+        until(lambda: not self.run("squeue", "-h", "-j", job, check=False).stdout.strip(), seconds, f"job {job} to end")
+        return self.state(job)
+
+    def restore(self) -> None:
+        """An idle cluster again, whatever a test did."""
+        self.run("scancel", "-u", "root", "--full", check=False)
+        for name in ("n1", "n2", "n3", "n4"):
+            self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+        until(lambda: not self.run("squeue", "-h", check=False).stdout.strip(), 60, "an empty queue")
+        until(
+            lambda: self.run("sinfo", "-h", "-N", "-p", "batch", "-t", "idle").stdout.count("\n") == 4, 60, "idle nodes"
+        )
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Slurm]:
+    probe = subprocess.run(
+        [sys.executable, "-c", "import local_cluster; print(local_cluster.missing() or '')"],
+        cwd=ROOT / "slurm", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if probe.stdout.strip():
+        absent(probe.stdout.strip())
+    cluster = Slurm()
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture
+def slurm(slurm_cluster: Slurm) -> Iterator[Slurm]:
+    yield slurm_cluster
+    slurm_cluster.restore()
+
+
+def results(run_dir: Path) -> list[dict[str, Any]]:
+    """What the toy's ranks have written."""
+    return [json.loads(path.read_text()) for path in sorted(run_dir.glob("result-*.json"))]
+
+
+def starts(run_dir: Path, rank: int = 0) -> int:
+    """How often the toy's rank was started."""
+    path = run_dir / f"starts-{rank}"
+    return len(path.read_text().splitlines()) if path.exists() else 0

@@ -1,0 +1,132 @@
+"""A real SLURM cluster: what users type, end to end."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import TOY, Slurm, results, starts, until
+
+pytestmark = pytest.mark.cluster
+
+
+def jobs_of(text: str) -> list[str]:
+    return re.findall(r"job (\d+)", text) or re.findall(r"jobs (\d+)", text)
+
+
+def sbatch(slurm: Slurm, script: str, tmp_path: Path, *flags: str, options: tuple[str, ...] = (), **env: str) -> str:
+    """`sbatch slurm/SCRIPT` with the toy in place of the stage; the job id."""
+    config = tmp_path / "toy.yaml"
+    config.write_text("value: 7\n")
+    words = ["sbatch", "--parsable", f"--output={tmp_path}/slurm-%j.out", *options, f"slurm/{script}", *flags]
+    return slurm.run(*words, CONFIG=str(config), MODULE=TOY, **env).stdout.strip()
+
+
+def test_a_job_that_submits_itself_runs_on_a_node_and_leaves_its_log_in_the_run_directory(slurm, tmp_path):
+    said = slurm.python(TOY, "--launcher", "slurm", "--run-dir", tmp_path / "run", "--value", 3).stdout
+    [job] = jobs_of(said)
+    assert slurm.ends(job) == "COMPLETED"
+    assert [r["value"] for r in results(tmp_path / "run")] == [3]
+    [log] = (tmp_path / "run" / "logs" / "slurm").glob(f"{job}_0_log.out")
+    assert "toy rank 0 start 1" in log.read_text()
+
+
+def test_waiting_for_a_job_gives_its_exit_code(slurm, tmp_path):
+    words = ("--launcher", "slurm", "--launch.wait", "--run-dir", tmp_path, "--fail")
+    assert slurm.python(TOY, *words, "user", check=False).returncode == 2
+    assert slurm.python(TOY, *words, "crash", check=False).returncode == 1
+
+
+def test_the_processes_of_a_job_on_two_nodes_find_each_other(slurm, tmp_path):
+    words = ("--launch.nodes", 2, "--launch.processes", 2, "--launch.wait", "--launcher", "slurm")
+    slurm.python(TOY, *words, "--run-dir", tmp_path)
+    assert [r["rank"] for r in results(tmp_path)] == ["0", "1", "2", "3"]
+
+
+def test_a_fan_out_becomes_arrays_within_the_clusters_limit_and_runs_only_what_is_not_done(
+    slurm, tmp_path, monkeypatch
+):
+    words = ("--launcher", "slurm", "--launch.wait", "--run-dir", tmp_path, "--tasks", 6, "--launch.max-parallel", 3)
+    done = slurm.python(TOY, *words, "--bad", 4, check=False)
+    assert done.returncode == 3
+    assert "task4: this task always fails" in done.stderr
+    before = {i: starts(tmp_path / "out" / f"task{i}") for i in range(6)}
+    assert slurm.python(TOY, *words).returncode == 0
+    after = {i: starts(tmp_path / "out" / f"task{i}") for i in range(6)}
+    assert {i for i in range(6) if after[i] > before[i]} == {4}
+
+
+def test_a_submitted_job_runs_the_code_and_config_of_the_moment_it_was_submitted(slurm, tmp_path):
+    code = tmp_path / "code"
+    code.mkdir()
+    toy = Path(__file__).with_name("toy_stage.py").read_text().replace("tests.cluster.toy_stage", "edited_toy")
+    (code / "edited_toy.py").write_text(toy)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"run_dir: {tmp_path}/run\nvalue: 5\n")
+    words = ("--config", config, "--launcher", "slurm", "--launch.slurm", "begin", "now+4")
+    said = slurm.python("edited_toy", *words, PYTHONPATH=str(code)).stdout
+    (code / "edited_toy.py").write_text(toy.replace("as submitted", "edited afterwards"))
+    config.write_text(f"run_dir: {tmp_path}/run\nvalue: 6\n")
+    assert slurm.ends(*jobs_of(said)) == "COMPLETED"
+    [result] = results(tmp_path / "run")
+    assert (result["version"], result["value"]) == ("as submitted", 5)
+
+
+def test_sbatch_of_a_script_runs_its_stage(slurm, tmp_path):
+    job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(tmp_path / "run"))
+    assert slurm.ends(job) == "COMPLETED"
+    assert [r["value"] for r in results(tmp_path / "run")] == [7]
+    assert "toy rank 0" in (tmp_path / "run" / "logs" / f"toy_stage-{job}.log").read_text()
+    assert f"logs/toy_stage-{job}.log" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_a_script_asked_for_more_nodes_than_sbatch_gave_it_hands_over_to_a_job_that_has_them(slurm, tmp_path):
+    job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(tmp_path / "run"), NODES="2", PROCS="2")
+    slurm.ends(job)
+    [second] = jobs_of((tmp_path / f"slurm-{job}.out").read_text())
+    assert slurm.ends(second) == "COMPLETED"
+    seen = [r["seen"] for r in results(tmp_path / "run")]
+    assert [s["WORLD_SIZE"] for s in seen] == ["4"] * 4
+    assert len({(s["MASTER_ADDR"], s["MASTER_PORT"]) for s in seen}) == 1
+
+
+def test_a_mistake_in_the_config_is_told_in_the_scripts_output(slurm, tmp_path):
+    job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(tmp_path / "run"), "--no-such-key", "1")
+    assert slurm.ends(job) == "FAILED"
+    assert "no-such-key" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
+def test_init_as_a_script_is_an_array_of_its_tasks(slurm, tmp_path):
+    run_dir = tmp_path / "run"
+    job = sbatch(slurm, "init.sh", tmp_path, "--run-dir", str(run_dir), "--tasks", "5", "--launch.max-parallel", "2")
+    slurm.ends(job)
+    [array] = jobs_of((tmp_path / f"slurm-{job}.out").read_text())
+    slurm.ends(array)
+    assert [results(run_dir / "out" / f"task{i}")[0]["value"] for i in range(5)] == [0, 1, 2, 3, 4]
+    rows = json.loads(slurm.python("fine_dist.status", run_dir, "--json").stdout)["tasks"]
+    assert [row["state"] for row in rows] == ["done"] * 5
+    assert rows[1]["job"].startswith(f"slurm {array}_")
+
+
+def test_inside_an_allocation_a_fan_out_runs_as_steps_of_it(slurm, tmp_path):
+    command = f'"$PYTHON" -m {TOY} --run-dir {tmp_path}/run --tasks 4 --launch.max-parallel 2'
+    job = slurm.run("sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path}/out", "--wrap", command)
+    assert slurm.ends(job.stdout.strip()) == "COMPLETED", (tmp_path / "out").read_text()
+    assert "4 of 4 tasks done" in (tmp_path / "out").read_text()
+
+
+@pytest.mark.benchmark
+def test_fifty_trivial_tasks_take_at_most_twenty_seconds_as_an_array(slurm, tmp_path, capsys):
+    begun = time.monotonic()
+    slurm.python(TOY, "--launcher", "slurm", "--launch.wait", "--run-dir", tmp_path, "--tasks", 50)
+    seconds = time.monotonic() - begun
+    with capsys.disabled():
+        print(
+            f"\n50 trivial tasks as a SLURM array: {seconds:.1f} s (bar 20); cluster start {slurm.start_s:.1f} s (bar 5)"
+        )
+    assert seconds < 40 and slurm.start_s < 10
+    assert until(lambda: all(results(tmp_path / "out" / f"task{i}") for i in range(50)), 1)
