@@ -42,6 +42,10 @@ class TrainingError(FineDistError):
     """Training cannot go on: a loss that is not finite, a rank that died."""
 
 
+class ToldElsewhere(FineDistError):
+    """Another rank says what is wrong; this one ends with the same exit code and no message of its own."""
+
+
 class LaunchError(FineDistError):
     """A job cannot be submitted, or a scheduler refused it."""
 
@@ -70,6 +74,8 @@ def guard(main: Callable[[], int | None]) -> int:
     except ResumeLater as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return EXIT_RESUME
+    except ToldElsewhere:
+        return EXIT_USER_ERROR
     except FineDistError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR

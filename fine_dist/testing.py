@@ -14,15 +14,23 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
 
 
 class Ranks:
-    """Running ranks; `processes[r].pid` is there to be killed. Use as a context, or call `results`."""
+    """Running ranks; `processes[r].pid` is there to be killed, `logs/rankN.log` gets what rank N prints."""
 
-    def __init__(self, fn: Callable[..., Any], world_size: int, *args: Any, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        world_size: int,
+        *args: Any,
+        env: dict[str, str] | None = None,
+        logs: Path | None = None,
+    ) -> None:
         context = _server()
         port = free_port()
         self.processes = []
@@ -39,7 +47,8 @@ class Ranks:
             }
             ours, theirs = context.Pipe(duplex=False)
             variables = {**_QUIET, **{key: str(value) for key, value in words.items()}, **(env or {})}
-            process = context.Process(target=_rank, args=(fn, args, variables, theirs), daemon=True)
+            log = str(logs / f"rank{rank}.log") if logs else None
+            process = context.Process(target=_rank, args=(fn, args, variables, theirs, log), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -134,8 +143,12 @@ def _server() -> Any:
     return context
 
 
-def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe: Connection) -> None:
+def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe: Connection, log: str | None) -> None:
     os.environ.update(env)
+    if log:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
     try:
         value = fn(*args)
     except SystemExit:

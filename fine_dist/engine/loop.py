@@ -27,7 +27,7 @@ from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.watch import Watch
-from fine_dist.errors import ConfigError, ResumeLater, TrainingError
+from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 
 
 class Stream(Protocol):
@@ -229,16 +229,19 @@ class _Run:
         self.bad_steps += 1
         self.monitor.skipped()
         where = f"step {step + 1}: {what}"
+        why = None
         if self.engine.on_bad_loss == "stop":
-            raise TrainingError(
+            why = (
                 f"{where}; nothing was updated and the last good checkpoint is kept. Lower optim.lr, or set "
                 "engine.on_bad_loss to skip"
             )
-        if self.bad_steps > self.engine.max_bad_steps:
-            raise TrainingError(
+        elif self.bad_steps > self.engine.max_bad_steps:
+            why = (
                 f"{where}; {self.bad_steps} steps were bad and engine.max_bad_steps is {self.engine.max_bad_steps}. "
                 "The last good checkpoint is kept"
             )
+        if why:  # all ranks know, one says it
+            raise TrainingError(why) if self.world.is_main else ToldElsewhere(why)
         self.monitor.note(f"{where}; the step is skipped ({self.bad_steps} of at most {self.engine.max_bad_steps})")
 
     # --- between steps ----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import yaml
 
 from fine_dist.config import Config, dump_yaml
 from fine_dist.engine.dist import World, broadcast_object, read_environment
-from fine_dist.errors import EXIT_USER_ERROR, RunDirError
+from fine_dist.errors import RunDirError, ToldElsewhere
 
 FREE_KEYS = (
     "engine",
@@ -63,7 +63,7 @@ class RunDir:
             except (RunDirError, OSError) as error:
                 failure = error
         if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
-            raise SystemExit(EXIT_USER_ERROR)  # rank 0 says why
+            raise ToldElsewhere(f"rank 0 could not open the run directory {self.path}")
         if failure:
             raise failure
         return self

@@ -2,7 +2,7 @@
 
 A collective with a rank that was killed fails at once under gloo and hangs under NCCL; with a rank that is stopped or
 cut off it hangs under both. So each rank has a thread that beats in a small store of rank 0's and looks at the other
-hearts. When one stops, the lowest living rank prints one message and all of them end.
+hearts. When one stops, the lowest living rank says so in one message and all of them end.
 """
 
 from __future__ import annotations
@@ -12,31 +12,45 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
+from typing import NamedTuple
 
 from fine_dist.engine.dist import World, barrier, broadcast_object
-from fine_dist.errors import EXIT_USER_ERROR, FineDistError, ResumeLater, TrainingError
+from fine_dist.errors import EXIT_USER_ERROR, FineDistError, ResumeLater, ToldElsewhere, TrainingError
 
 BEAT_S = 1.0
 """Seconds between two beats."""
 DEAD_AFTER_S = 60.0
 """A heart that has not beaten for so long is dead; FINE_DIST_DEAD_AFTER_S overrides it."""
+PATIENCE_S = 5.0
+"""Seconds that a rank's main thread has to end by itself, once the trouble is known."""
+
+
+class Trouble(NamedTuple):
+    """A rank that is gone. `told`: it ended with an error and says so itself."""
+
+    rank: int
+    what: str
+    told: bool
 
 
 class Watch:
     """A context around the training of several ranks. In a world of one it does nothing.
 
-    Errors that a broken connection raises leave it as one `TrainingError` on the lowest living rank, which names the
-    dead one; the other ranks exit with the same code and print nothing.
+    What a broken connection raises leaves it as one `TrainingError` on the lowest living rank, which names the dead
+    one; the other ranks raise `ToldElsewhere`.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
         self.dead_after_s = float(os.environ.get("FINE_DIST_DEAD_AFTER_S", DEAD_AFTER_S))
-        self._stop = threading.Event()
+        self._keys = [f"beat/{rank}" for rank in range(world.world_size)]
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._state = "beating"
+        self._trouble: Trouble | None = None
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watch:
@@ -44,12 +58,11 @@ class Watch:
             return self
         from torch.distributed import TCPStore
 
-        options = {"wait_for_workers": False, "timeout": timedelta(seconds=self.dead_after_s)}
+        limit = timedelta(seconds=self.dead_after_s)
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        store = TCPStore(host, 0, None, True, **options) if self.world.is_main else None
-        port = broadcast_object(store.port if store else 0, self.world)
-        self._store = store or TCPStore(host, port, None, False, **options)
-        self._names = f"on {socket.gethostname()}, pid {os.getpid()}"
+        mine = TCPStore(host, 0, None, True, limit, wait_for_workers=False) if self.world.is_main else None
+        port = broadcast_object(mine.port if mine else 0, self.world)
+        self._store = mine or TCPStore(host, port, None, False, limit)
         self._beat()
         barrier(self.world)  # every heart has beaten once before anyone looks
         self._thread = threading.Thread(target=self._run, name="fine-dist-watch", daemon=True)
@@ -60,14 +73,16 @@ class Watch:
         if self._thread is None:
             return
         if error is None or isinstance(error, ResumeLater):
-            barrier(self.world)  # rank 0 keeps the store: it leaves last
-            self._close("left")
+            barrier(self.world)  # rank 0 keeps the store: no one looks any more when it goes
+            self._stop.set()
             return
+        self._stop.set()
+        self._thread.join()
         if isinstance(error, RuntimeError) and _is_lost_connection(error):
             self._explain(error)
-        self._close("failed: " + (str(error) or type(error).__name__).splitlines()[0])
-        if self.world.is_main and isinstance(error, FineDistError):
-            time.sleep(2 * BEAT_S)  # let the others read why before the store goes
+        self._say("failed " + (str(error) or type(error).__name__).splitlines()[0])
+        if self.world.is_main and isinstance(error, FineDistError) and not isinstance(error, ToldElsewhere):
+            time.sleep(2 * BEAT_S)  # the others read that this rank tells, before its store goes
 
     # --- the thread -------------------------------------------------------------------------------------------------
 
@@ -75,96 +90,82 @@ class Watch:
         while not self._stop.wait(BEAT_S):
             try:
                 self._beat()
-                found = self._look()
+                self._trouble = self._look(self.dead_after_s)
             except RuntimeError:
-                found = (0, "its store is gone")
-            if found and not self._stop.wait(self._patience()):
-                self._end(*found)
-
-    def _patience(self) -> float:
-        """Time for the main thread to fail by itself, with a better traceback than this thread's."""
-        return 3.0 + self.world.rank * 0.2
+                self._trouble = Trouble(0, "died, and its store with it", told=False)
+            if self._trouble and not self._stop.wait(PATIENCE_S):
+                self._end(self._trouble)
 
     def _beat(self) -> None:
-        self._store.set(f"beat/{self.world.rank}", f"{time.time()} {self._state} {self._names}")
+        words = f"{time.time():.3f} {socket.gethostname()}, pid {os.getpid()}|{self._state}"
+        self._store.set(self._keys[self.world.rank], words)
 
-    def _look(self) -> tuple[int, str] | None:
-        """(rank, what happened) of the first rank that died or failed."""
+    def _look(self, dead_after_s: float) -> Trouble | None:
+        """The first rank that failed, or whose heart has stood still for so long."""
         now = time.monotonic()
-        keys = [f"beat/{rank}" for rank in range(self.world.world_size)]
-        for rank, beat in enumerate(self._store.multi_get(keys)):
+        for rank, beat in enumerate(self._store.multi_get(self._keys)):
             last, since = self._seen.get(rank, (b"", now))
-            self._seen[rank] = (beat, since if beat == last else now)
-            _, state, name = beat.decode().split(" ", 2)
-            if rank == self.world.rank or state == "left":
+            since = since if beat == last else now
+            self._seen[rank] = (beat, since)
+            where, _, state = beat.decode().partition(" ")[2].partition("|")
+            if rank == self.world.rank:
                 continue
             if state.startswith("failed"):
-                return rank, f"({name.partition('|')[0]}) {name.partition('|')[2] or 'failed'}"
-            if beat == last and now - since > self.dead_after_s:
-                return rank, f"({name}) has not been heard of for {now - since:.0f} s"
+                return Trouble(rank, f"({where}) {state}", told=True)
+            if now - since > dead_after_s:
+                return Trouble(rank, f"({where}) has not been heard of for {now - since:.0f} s", told=False)
         return None
 
-    def _close(self, state: str) -> None:
-        self._stop.set()
-        head, _, why = state.partition(": ")
-        self._state = head
-        if why:
-            self._names += "|failed: " + why
-        try:
-            self._beat()
-        except RuntimeError:
-            return  # the store went with rank 0, and with it anyone to tell
-
-    def _explain(self, error: RuntimeError) -> None:
-        """Raise what the loss of a connection means, on one rank; end the others quietly."""
-        dead = self._find_dead()
-        others = [rank for rank, _ in dead]
-        if self.world.rank != min(set(range(self.world.world_size)) - set(others)):
-            self._close("failed: lost the others")
-            sys.stderr.flush()
-            raise SystemExit(EXIT_USER_ERROR) from error
-        what = "; ".join(f"rank {rank} {why}" for rank, why in dead) or "a rank is gone, and none can be told"
-        self._close("failed: " + what)
-        raise TrainingError(_message(what)) from error
-
-    def _find_dead(self) -> list[tuple[int, str]]:
-        """Ranks whose heart stands still over a few beats, found after a connection broke."""
-        try:
-            keys = [f"beat/{rank}" for rank in range(self.world.world_size)]
-            before = self._store.multi_get(keys)
-            time.sleep(2.5 * BEAT_S)
-            after = self._store.multi_get(keys)
-        except RuntimeError:
-            return [(0, "died")]
-        dead = []
-        for rank, (old, new) in enumerate(zip(before, after)):
-            name = new.decode().split(" ", 2)[2]
-            if rank != self.world.rank and old == new:
-                where, _, why = name.partition("|")
-                dead.append((rank, f"({where}) {why or 'died'}"))
-        return dead
-
-    def _end(self, rank: int, why: str) -> None:
+    def _end(self, trouble: Trouble) -> None:
         """End this process from the watching thread: the main one hangs in a collective that cannot finish."""
-        if self.world.rank == (1 if rank == 0 else 0):
-            print("error: " + _message(f"rank {rank} {why}"), file=sys.stderr, flush=True)
+        if not trouble.told and self.world.rank == (1 if trouble.rank == 0 else 0):
+            print("error: " + _message(trouble), file=sys.stderr, flush=True)
         os._exit(EXIT_USER_ERROR)
 
+    # --- the main thread --------------------------------------------------------------------------------------------
 
-def _message(what: str) -> str:
-    return f"{what}; every rank stops. The last checkpoint is intact: the same command continues from it"
+    def _say(self, state: str) -> None:
+        self._state = state
+        with suppress(RuntimeError):  # the store may be gone with rank 0, and with it anyone to tell
+            self._beat()
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raise what a broken connection means."""
+        trouble = self._trouble or self._find()
+        if trouble.told or self.world.rank != (1 if trouble.rank == 0 else 0):
+            self._say("lost the others")
+            raise ToldElsewhere(_message(trouble)) from error
+        self._say("failed " + _message(trouble))
+        raise TrainingError(_message(trouble)) from error
+
+    def _find(self) -> Trouble:
+        """Who is gone, looked for over a few beats after a connection broke."""
+        until = time.monotonic() + 6 * BEAT_S
+        self._seen.clear()
+        while time.monotonic() < until:
+            try:
+                self._beat()
+                trouble = self._look(2.5 * BEAT_S)
+            except RuntimeError:
+                return Trouble(0, "died, and its store with it", told=False)
+            if trouble:
+                if not trouble.told:
+                    where = trouble.what.partition(" has not")[0]
+                    return Trouble(trouble.rank, f"{where} died", told=False)
+                return trouble
+            time.sleep(BEAT_S / 4)
+        return Trouble(0, "or another lost its connection", told=False)
+
+
+def _message(trouble: Trouble) -> str:
+    return (
+        f"rank {trouble.rank} {trouble.what}; every rank stops. The last checkpoint is intact: the same command "
+        "continues from it"
+    )
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
     import torch.distributed as dist
 
-    words = (
-        "Connection closed by peer",
-        "Connection reset",
-        "gloo",
-        "NCCL",
-        "Timed out waiting",
-        "Socket",
-        "Broken pipe",
-    )
+    words = ("onnection", "gloo", "NCCL", "Timed out waiting", "ocket", "Broken pipe")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
