@@ -142,9 +142,10 @@ class ShardSet:
             self._fetchers = self._fetchers or ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shards")
             for number in [*live, *(n for n in ahead if n not in live)]:
                 if number not in self._shards:
-                    self._fetchers.submit(self._shard(number).ready)
+                    self._fetchers.submit(self.shard(number).ready)
 
-    def _shard(self, number: int) -> Shard:
+    def shard(self, number: int) -> Shard:
+        """A shard by its number, not yet opened."""
         if number not in self._shards:
             info = self.manifest.shards[number]
             self._shards[number] = Shard(f"{self.base}/{info.name}", info, self.manifest, self._config)
@@ -154,7 +155,7 @@ class ShardSet:
         """The records at (shard, index), as float32 times `scale`, with the faults of those that are not good."""
         numbers = shard_B.tolist()
         with self._lock:
-            shards = {number: self._shard(number) for number in set(numbers)}
+            shards = {number: self.shard(number) for number in set(numbers)}
         regular = True
         for shard in shards.values():
             shard.ready()
@@ -241,7 +242,7 @@ class ShardSet:
         """Count a damaged sample, or a whole damaged shard, once. `DataError` above `max_bad_fraction`."""
         info = self.manifest.shards[shard]
         with self._lock:
-            holder = self._shard(shard)
+            holder = self.shard(shard)
             whole = holder.fault is not None
             mark = (shard, -1 if whole else index)
             if mark not in self._counted:

@@ -1,0 +1,192 @@
+"""Looking at shards that are there: check every byte, describe what is in them, write a manifest for foreign ones."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fine_dist.config import DataConfig
+from fine_dist.data.reader import ShardSet
+from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
+from fine_dist.data.tarscan import TarFault, index_tar, latent_type
+from fine_dist.errors import DataError
+
+_PIECE = 1024
+
+
+def verify(where: str) -> tuple[Manifest, list[str]]:
+    """Check shards against their manifest: sizes, sha256, structure, keys, labels, every number.
+
+    Returns the manifest and what is wrong, each with its shard and key; an empty list when nothing is.
+    """
+    shard_set = ShardSet(where, DataConfig(verify="sha256"))
+    manifest = shard_set.manifest
+    problems: list[str] = []
+    keys: dict[str, str] = {}
+    for number, info in enumerate(manifest.shards):
+        shard = shard_set.shard(number).ready()
+        if shard.fault:
+            problems.append(f"{info.name}: {shard.fault}")
+            continue
+        try:
+            with open(shard.fd, "rb", buffering=1 << 18, closefd=False) as stream:
+                found = index_tar(
+                    stream, os.fstat(shard.fd).st_size, manifest.stored_shape, manifest.dtype, manifest.num_classes
+                )
+        except TarFault as fault:
+            problems.append(f"{info.name}: {fault}")
+            continue
+        for index, fault_text in found.faults.items():
+            problems.append(f"{info.name}: {found.keys[index]}: {fault_text}")
+        for key in found.keys:
+            if keys.setdefault(key, info.name) != info.name:
+                problems.append(f"{info.name}: {key}: this key is also in {keys[key]}")
+        if len(found.keys) != info.count:
+            problems.append(f"{info.name}: the manifest says {info.count} samples; it has {len(found.keys)}")
+            continue
+        for start in range(0, info.count, _PIECE):
+            index_N = np.arange(start, min(start + _PIECE, info.count))
+            rows = shard_set.read(np.full(len(index_N), number), index_N)
+            for row, text in rows.faults.items():
+                if int(index_N[row]) not in found.faults:
+                    problems.append(f"{info.name}: {shard.key(int(index_N[row]))}: {text}")
+        shard_set.keep(set(), [])
+    shard_set.close()
+    return manifest, problems
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What shards hold. mean, std: of the unscaled latents (of the sample, for moments), over all channels."""
+
+    manifest: Manifest
+    base: str
+    histogram: np.ndarray
+    """Samples of each class, int64 [num_classes]."""
+    mean: float
+    std: float
+    channel_mean: np.ndarray
+    channel_std: np.ndarray
+    bytes: int
+
+    @property
+    def scaled_std(self) -> float:
+        """Standard deviation of what a model sees; near 1 when the scaling factor is right."""
+        return self.std * self.manifest.scaling_factor
+
+    @property
+    def warnings(self) -> list[str]:
+        """What looks wrong."""
+        found = []
+        factor = self.manifest.scaling_factor
+        if factor != 1 and 0.5 < self.std < 2 and not 0.5 < self.scaled_std < 2:
+            found.append(
+                f"the stored latents have standard deviation {self.std:.3g}, and {self.scaled_std:.3g} scaled by "
+                f"{factor:g}: the scaling factor seems to be applied twice (store unscaled latents)"
+            )
+        elif factor != 1 and not 0.4 < self.scaled_std < 2.5:
+            found.append(
+                f"scaled by {factor:g}, the latents have standard deviation {self.scaled_std:.3g}, far from 1: "
+                "is this the factor of their VAE?"
+            )
+        elif factor == 1 and self.manifest.codec != "identity" and not 0.4 < self.std < 2.5:
+            found.append(
+                f"the scaling factor is 1 but the latents have standard deviation {self.std:.3g}: "
+                f"it seems not to be applied at all (a factor near {1 / max(self.std, 1e-9):.3g} would give 1)"
+            )
+        empty = int((self.histogram == 0).sum())
+        if empty:
+            found.append(f"{empty} of {len(self.histogram)} classes have no sample")
+        return found
+
+
+def inspect(where: str) -> Summary:
+    """Read all shards once and describe them. `DataError` for any damage."""
+    shard_set = ShardSet(where, DataConfig())
+    manifest = shard_set.manifest
+    channels = manifest.latent_shape[0]
+    histogram = np.zeros(manifest.num_classes, np.int64)
+    total_C, square_C, numbers = np.zeros(channels), np.zeros(channels), 0
+    for number, index_N in _pieces(manifest):
+        rows = shard_set.read(np.full(len(index_N), number), index_N)
+        for row, fault in rows.faults.items():
+            shard_set.count_bad(number, int(index_N[row]), fault)
+        histogram += np.bincount(rows.labels, minlength=manifest.num_classes)
+        values = rows.latents[:, :channels].double()
+        total_C += values.sum((0, 2, 3)).numpy()
+        square_C += values.square().sum((0, 2, 3)).numpy()
+        if manifest.kind == "moments":
+            square_C += rows.latents[:, channels:].double().square().sum((0, 2, 3)).numpy()
+        numbers += values[:, 0].numel()
+        if index_N[-1] == manifest.shards[number].count - 1:
+            shard_set.keep(set(), [])
+    shard_set.close()
+    mean_C, square_mean_C = total_C / numbers, square_C / numbers
+    mean = float(mean_C.mean())
+    return Summary(
+        manifest=manifest,
+        base=shard_set.base,
+        histogram=histogram,
+        mean=mean,
+        std=math.sqrt(max(0.0, float(square_mean_C.mean()) - mean**2)),
+        channel_mean=mean_C,
+        channel_std=np.sqrt(np.maximum(square_mean_C - mean_C**2, 0)),
+        bytes=sum(info.bytes for info in manifest.shards),
+    )
+
+
+def _pieces(manifest: Manifest) -> Iterator[tuple[int, np.ndarray]]:
+    for number, info in enumerate(manifest.shards):
+        for start in range(0, info.count, _PIECE):
+            yield number, np.arange(start, min(start + _PIECE, info.count))
+
+
+def index_folder(
+    folder: str | Path, *, num_classes: int | None, scaling_factor: float | None, kind: str, codec: str = "unknown"
+) -> Manifest:
+    """Write manifest.json beside tars of another program (`KEY.latent.npy`, `KEY.cls`), which stay as they are.
+
+    num_classes: None takes the largest label. `DataError`: no tars, or damage (each with its shard and key).
+    """
+    folder = Path(folder)
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise DataError(f"{folder}: no .tar files")
+    want: tuple[tuple[int, ...], str] | None = None
+    infos, largest, problems = [], -1, []
+    for path in tars:
+        size = path.stat().st_size
+        try:
+            with open(path, "rb", buffering=1 << 18) as stream:
+                want = want or latent_type(stream, size)
+                shape, dtype = want or (None, None)
+                found = index_tar(stream, size, shape, dtype, num_classes)
+        except TarFault as fault:
+            problems.append(f"{path.name}: {fault}")
+            continue
+        problems += [f"{path.name}: {found.keys[i]}: {text}" for i, text in found.faults.items()]
+        largest = max(largest, int(found.labels.max(initial=-1)))
+        infos.append(ShardInfo(name=path.name, count=len(found.keys), bytes=size, sha256=file_sha256(path)))
+    if problems or want is None:
+        listed = "\n  ".join(problems[:10]) or "no latents in any tar"
+        raise DataError(f"{folder}: no manifest written; {len(problems)} problems:\n  {listed}")
+    shape, dtype = want
+    if len(shape) != 3 or dtype not in ("float16", "float32") or (kind == "moments" and shape[0] % 2):
+        raise DataError(f"{folder}: latents are {dtype} {shape}; three dimensions in float16 or float32 are needed")
+    manifest = Manifest(
+        count=sum(info.count for info in infos),
+        latent_shape=(shape[0] // (2 if kind == "moments" else 1), shape[1], shape[2]),
+        kind=kind,
+        dtype=dtype,
+        scaling_factor=1.0 if scaling_factor is None else scaling_factor,
+        num_classes=num_classes or largest + 1,
+        codec=codec,
+        shards=tuple(infos),
+    )
+    manifest.save(folder)
+    return manifest

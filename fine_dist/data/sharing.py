@@ -1,0 +1,206 @@
+"""What several encoding processes share, which is only the folder they write to.
+
+Who encodes a unit holds a lock on it; a unit that is done has a small file that says so; whoever finishes last writes
+the manifest and removes those files. A process that is killed leaves a free lock, and another begins its unit again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fine_dist.data.images import Source
+from fine_dist.data.shards import MANIFEST, SHARD_NAME, BadInput, Manifest, ShardInfo, write_atomic
+from fine_dist.errors import DataError
+
+_SETTINGS, _MERGING = ".encode.json", ".merge.lock"
+
+
+@dataclass(frozen=True)
+class Job:
+    """How to encode. `settings` is what must be the same when an interrupted encoding is continued."""
+
+    folder: Path
+    settings: dict[str, Any]
+    kind: str = "sample"
+    flips: bool = False
+    dtype: str = "float16"
+    seed: int = 0
+    batch: int = 32
+    workers: int = 4
+    max_bad_fraction: float = 0.001
+
+
+def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest of an encoding that is complete. `DataError` when it is one of other settings."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    manifest = Manifest.parse(path.read_bytes(), str(path))
+    made_by = {key: value for key, value in manifest.made_by.items() if key != "fingerprint"}
+    _same(made_by, json.loads(json.dumps(settings)), folder)
+    return manifest
+
+
+def agree(folder: Path, settings: dict[str, Any]) -> None:
+    """The first process writes what is being encoded here; all others must mean the same."""
+    path = folder / _SETTINGS
+    own = folder / f"{_SETTINGS}.{os.getpid()}"
+    own.write_text(json.dumps(settings, indent=1))
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        _same(json.loads(path.read_text()), json.loads(json.dumps(settings)), folder)
+    finally:
+        own.unlink()
+
+
+def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    different = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
+    if different:
+        key = different[0]
+        raise DataError(
+            f"{folder} holds latents made with other settings: {', '.join(different)} "
+            f"({key} was {there.get(key)!r}, now {wanted.get(key)!r}); choose another out, or delete that folder"
+        )
+
+
+def mark_done(
+    folder: Path, unit: int, shard: ShardInfo | None, shape: tuple[int, ...] | None, bad: list[BadInput], largest: int
+) -> None:
+    """Say that a unit is done: its shard (None: no image of it could be read), latent shape, bad images, labels."""
+    done = {
+        "shard": shard.model_dump() if shard else None,
+        "bad": [each.model_dump() for each in bad],
+        "largest_label": largest,
+        "shape": shape,
+    }
+    write_atomic(_done_path(folder, unit), json.dumps(done).encode())
+
+
+def is_done(folder: Path, unit: int) -> bool:
+    """Whether a unit needs no more work (in this order: the manifest is there before the marks go)."""
+    return _done_path(folder, unit).exists() or (folder / MANIFEST).exists()
+
+
+def _done_path(folder: Path, unit: int) -> Path:
+    return folder / f".{SHARD_NAME.format(unit)}.json"
+
+
+class Claims:
+    """Units that nobody has done, each locked until it is released: first those that are free, then, waiting for
+    whoever holds them, those that were in others' hands. A None comes before each wait."""
+
+    def __init__(self, folder: Path, units: int) -> None:
+        self.folder, self.units = folder, units
+        self._held: dict[int, int] = {}
+
+    def __iter__(self) -> Iterator[int | None]:
+        busy = []
+        for unit in range(self.units):
+            if is_done(self.folder, unit):
+                continue
+            if not self._lock(unit, fcntl.LOCK_NB):
+                busy.append(unit)
+            elif self._is_open(unit):
+                yield unit
+        for unit in busy:
+            yield None
+            self._lock(unit, 0)
+            if self._is_open(unit):
+                yield unit
+
+    def _lock(self, unit: int, flags: int) -> bool:
+        fd = os.open(self._path(unit), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | flags)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except OSError as error:
+            os.close(fd)
+            raise DataError(
+                f"{self.folder}: this file system has no locks ({error.strerror}); choose an out on one that has"
+            ) from None
+        self._held[unit] = fd
+        return True
+
+    def _is_open(self, unit: int) -> bool:
+        """Whether a unit that was just locked is still to be done; if so, what a dead process left of it goes."""
+        if is_done(self.folder, unit):
+            self.release(unit)
+            return False
+        for leftover in self.folder.glob(f".{SHARD_NAME.format(unit)}.*.part"):
+            leftover.unlink()
+        return True
+
+    def _path(self, unit: int) -> Path:
+        return self.folder / f".{SHARD_NAME.format(unit)}.lock"
+
+    def release(self, unit: int) -> None:
+        """Let go of a unit; its lock file goes too once the unit is done."""
+        if is_done(self.folder, unit):
+            self._path(unit).unlink(missing_ok=True)
+        os.close(self._held.pop(unit))
+
+    def close(self) -> None:
+        """Let go of everything."""
+        for unit in list(self._held):
+            self.release(unit)
+
+
+def merge(source: Source, codec_name: str, scaling_factor: float, job: Job) -> Manifest:
+    """Write the manifest from what the units left, once; `DataError` when too many images were bad in all."""
+    with open(job.folder / _MERGING, "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = job.folder / MANIFEST
+        if path.exists():
+            manifest = Manifest.parse(path.read_bytes(), str(path))
+            _tidy(job.folder, 0)
+            return manifest
+        parts = [json.loads(_done_path(job.folder, unit).read_text()) for unit in range(source.units)]
+        bad = [BadInput(**each) for part in parts for each in part["bad"]]
+        shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
+        count = sum(shard.count for shard in shards)
+        images = len(bad) + count // (2 if job.flips else 1)
+        if not count or len(bad) > job.max_bad_fraction * images:
+            raise DataError(too_many(job, len(bad), images, bad[-1] if bad else None))
+        channels, height, width = next(part["shape"] for part in parts if part["shape"])
+        manifest = Manifest(
+            count=count,
+            latent_shape=(channels // 2 if job.kind == "moments" else channels, height, width),
+            kind=job.kind,
+            dtype=job.dtype,
+            scaling_factor=scaling_factor,
+            num_classes=source.num_classes or 1 + max(part["largest_label"] for part in parts),
+            class_names=source.class_names,
+            flips=job.flips,
+            codec=codec_name,
+            source=str(job.settings.get("source", "")),
+            made_by={**job.settings, "fingerprint": source.fingerprint},
+            shards=shards,
+            bad=tuple(bad),
+        )
+        manifest.save(job.folder)
+        _tidy(job.folder, source.units)
+        return manifest
+
+
+def _tidy(folder: Path, units: int) -> None:
+    for unit in range(units):
+        _done_path(folder, unit).unlink(missing_ok=True)
+    for name in (_SETTINGS, _MERGING):
+        (folder / name).unlink(missing_ok=True)
+
+
+def too_many(job: Job, bad: int, count: int, last: BadInput | None) -> str:
+    example = f"; the last: {last.source}: {last.error}" if last else ""
+    return (
+        f"{bad} of {count} images cannot be read, more than max_bad_fraction {job.max_bad_fraction:g} allows{example} "
+        f"(the shards that are done stay in {job.folder})"
+    )
