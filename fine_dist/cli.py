@@ -58,10 +58,26 @@ def parse(
         tyro.cli(kind, args=["--help"], prog=prog, default=kind(), config=(tyro.conf.AvoidSubcommands,))
     known, rest = common.parse_known_args(argv)
     values = load_yaml(known.config) if known.config else {}
+    values, rest = _take_names(kind, values, rest)
     values = _pick_variants(kind, values, rest)
     base = validate(kind, values, known.config or "config")
     config = tyro.cli(kind, args=rest, prog=prog, default=base, config=(tyro.conf.AvoidSubcommands,))
     return Call(config, known.dry_run, known.launcher, known)
+
+
+def _take_names(kind: type[Config], values: dict[str, Any], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """`--arch DiT-B/2-L6`: a group of keys that may be written as one name in YAML may be so on the command line."""
+    values, rest = dict(values), []
+    words = iter(argv)
+    for word in words:
+        key, _, value = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        group = word.startswith("--") and key in kind.model_fields and models_in(kind.model_fields[key].annotation)
+        if group:
+            values[key] = value or next(words, "")
+        else:
+            rest.append(word)
+    return values, rest
 
 
 def _pick_variants(kind: type[Config], values: dict[str, Any], argv: list[str]) -> dict[str, Any]:

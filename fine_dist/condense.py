@@ -13,7 +13,7 @@ from fine_dist.config import expand_path
 from fine_dist.errors import ConfigError, guard
 from fine_dist.methods import AnyMethod, FineConfig, build
 from fine_dist.model.zoo import Arch
-from fine_dist.stages import StageConfig, dry_run, final_state, load_model, train_stage
+from fine_dist.stages import PRELOAD, StageConfig, dry_run, final_state, load_model, train_stage
 
 if TYPE_CHECKING:
     from fine_dist.engine.dist import World
@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> int:
 
     return guard(body)
 
+
+__all__ = ["PRELOAD", "main", "run"]
 
 if __name__ == "__main__":
     sys.exit(main())

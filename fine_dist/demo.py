@@ -74,7 +74,15 @@ class Plan:
     works: list[Work] = field(default_factory=list)
 
     def add(self, name: str, stage: str, steps: int, after: tuple[str, ...] = (), **changes: Any) -> None:
-        self.works.append(Work(name, f"fine_dist.{stage}", stage_config(self.config, stage, name, changes), steps, after))
+        self.works.append(
+            Work(
+                name,
+                f"fine_dist.{stage}",
+                stage_config(self.config, stage, name, {"steps": steps, **changes}),
+                steps,
+                after,
+            )
+        )
 
 
 def plan(config: DemoConfig) -> Plan:
@@ -82,31 +90,34 @@ def plan(config: DemoConfig) -> Plan:
     p, n = Plan(config), config.train_steps
     root = Path(config.run_dir)
     for seed in range(config.seeds):
-        p.add(f"condense-s{seed}", "condense", config.condense_steps, seed=seed, steps=config.condense_steps)
+        p.add(f"condense-s{seed}", "condense", config.condense_steps, seed=seed)
         for depth in sorted(config.depths, reverse=True):
             for steps in (3 * n, n):
-                p.add(f"he-L{depth}-n{steps}-s{seed}", "train", steps, seed=seed, steps=steps, arch={"num_layers": depth})
+                p.add(f"he-L{depth}-n{steps}-s{seed}", "train", steps, seed=seed, arch={"num_layers": depth})
     for seed in range(config.seeds):
         learngene = str(root / f"condense-s{seed}" / "learngene")
         first = (f"condense-s{seed}",)
         p.add(
             f"init-s{seed}", "init", config.init_steps, first,
-            learngene=learngene, depths=list(config.depths), seeds=[seed], steps=config.init_steps,
+            learngene=learngene, depths=list(config.depths), seeds=[seed],
         )  # fmt: skip
         for depth in sorted(config.depths, reverse=True):
-            start = str(root / f"init-s{seed}" / target_name(depth, seed))
-            p.add(f"fine-L{depth}-s{seed}", "train", n, (f"init-s{seed}",), seed=seed, steps=n, start=start, arch=None)
+            start = str(target_folder(config, depth, seed))
+            p.add(f"fine-L{depth}-s{seed}", "train", n, (f"init-s{seed}",), seed=seed, start=start, arch=None)
             if config.controls:
                 p.add(
-                    f"outside-L{depth}-s{seed}", "train", n, first, seed=seed, steps=n,
+                    f"outside-L{depth}-s{seed}", "train", n, first, seed=seed,
                     arch={"num_layers": depth}, method={"name": "outside"}, learngene=learngene,
                 )  # fmt: skip
     return p
 
 
-def target_name(depth: int, seed: int) -> str:
-    """The name that `init` gives the demo's task of this depth."""
-    return f"L{depth}-s{seed}"
+def target_folder(demo: DemoConfig, depth: int, seed: int) -> Path:
+    """Where `init` puts the target of this depth and seed."""
+    from fine_dist.family import expand
+
+    config: Any = stage_config(demo, "init", f"init-s{seed}", {"depths": demo.depths, "seeds": (seed,)})
+    return next(member.folder for member in expand(config) if member.depth == depth)
 
 
 def stage_config(demo: DemoConfig, stage: str, name: str, changes: dict[str, Any]) -> Config:
@@ -184,11 +195,18 @@ class Bars:
     """One progress bar a running job, read from its metrics.jsonl: step, loss, rate and time left."""
 
     def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.progress = Progress(
-            TextColumn("{task.description:18}"), BarColumn(28), MofNCompleteColumn(), TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            TextColumn("{task.description:18}"), BarColumn(28), MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         self.all = self.progress.add_task("all jobs", total=None, facts="")
 
@@ -229,7 +247,9 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(DemoConfig, argv, "python -m fine_dist demo")
         if call.dry_run:
             for work in plan(call.config).works:
-                print(f"{work.name:18} {work.module:20} {work.steps:5} steps after {', '.join(work.after) or 'nothing'}")
+                print(
+                    f"{work.name:18} {work.module:20} {work.steps:5} steps after {', '.join(work.after) or 'nothing'}"
+                )
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0
         run(call.config)

@@ -32,11 +32,11 @@ def metrics(file: Path) -> list[dict[str, Any]]:
 
 def train_features(root: Path) -> float:
     """The digits classifier in ROOT/features, trained once; its held-out accuracy."""
+    import torch
+
     from fine_dist.data.digits import digits
     from fine_dist.errors import ArtifactError
     from fine_dist.metrics.features import load_classifier, save_classifier, train_classifier
-
-    import torch
 
     folder = root / "features"
     try:
@@ -86,13 +86,13 @@ def collect(plan: Plan, accuracy: float) -> Results:
 
 
 def _ancestor(plan: Plan, measure: Measures, results: Results) -> None:
+    import torch
+
     from fine_dist.model.artifact import load_artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import KINDS
     from fine_dist.report import Ancestor
     from fine_dist.stages import load_model
-
-    import torch
 
     works = [work for work in plan.works if work.module.endswith("condense")]
     facts = [json.loads((work.run_dir / "DONE.json").read_text()) for work in works]
@@ -119,22 +119,22 @@ def _ancestor(plan: Plan, measure: Measures, results: Results) -> None:
 
 def _initialised(plan: Plan, measure: Measures, results: Results, depth: int, seed: int) -> None:
     """The target after sigma was trained, before any other training."""
-    from fine_dist.demo import target_name
-    from fine_dist.stages import load_model, sigma_tables  # noqa: F401
+    from fine_dist.demo import target_folder
+    from fine_dist.stages import load_model
 
-    folder = Path(plan.config.run_dir) / f"init-s{seed}" / target_name(depth, seed)
-    model, about = load_model(folder)
+    folder = target_folder(plan.config, depth, seed)
+    model, _ = load_model(folder)
     numbers = measure(model, f"initialised L{depth}")
     results.add(
         method="fine", target=depth, seed=seed, stage="init", step=0, steps_init=plan.config.init_steps,
         seconds=init_seconds(folder), **numbers,
     )  # fmt: skip
     if seed == 0:
+        import torch
+
         from fine_dist.model.artifact import load_artifact
         from fine_dist.model.zoo import KINDS
         from fine_dist.stages import find_artifact
-
-        import torch
 
         tensors = load_artifact(find_artifact(folder)).tensors
         for kind in KINDS:
@@ -145,11 +145,11 @@ def _initialised(plan: Plan, measure: Measures, results: Results, depth: int, se
 
 def _starts(plan: Plan, measure: Measures, results: Results, depth: int, seed: int) -> None:
     """What each start of sigma is worth without any training."""
+    import torch
+
     from fine_dist.methods import FineConfig, build
     from fine_dist.methods.sigma_start import STARTS
     from fine_dist.model.artifact import load_artifact
-
-    import torch
 
     artifact = load_artifact(Path(plan.config.run_dir) / f"condense-s{seed}" / "learngene")
     for start in STARTS:
@@ -161,14 +161,14 @@ def _starts(plan: Plan, measure: Measures, results: Results, depth: int, seed: i
 
 def _trained(plan: Plan, work: Work, measure: Measures, results: Results) -> None:
     """The curve of one training job, and the distance of the model it ended with."""
-    from fine_dist.demo import target_name
+    from fine_dist.demo import target_folder
     from fine_dist.stages import load_model
 
     method, depth, seed = (work.name.split("-")[0], int(work.name.split("-L")[1].split("-")[0]), int(work.name[-1]))
     n = plan.config.train_steps
     before, spent = 0.0, 0
     if method == "fine":
-        folder = Path(plan.config.run_dir) / f"init-s{seed}" / target_name(depth, seed)
+        folder = target_folder(plan.config, depth, seed)
         before, spent = init_seconds(folder), plan.config.init_steps
     seconds = json.loads((work.run_dir / "DONE.json").read_text())["seconds"]
     model, _ = load_model(work.run_dir)
@@ -202,11 +202,11 @@ def _picture(results: Results, measure: Measures, model: Any, caption: str, seed
 
 
 def _real_images(root: Path, results: Results) -> None:
+    import torch
+
     from fine_dist.data.stream import read_all
     from fine_dist.diffusion.sample import grid
     from fine_dist.report import Picture
-
-    import torch
 
     images, labels = read_all(str(root / "data" / "held_out"))
     order = torch.cat([(labels == digit).nonzero().flatten()[: SHOWN // 10] for digit in range(10)])

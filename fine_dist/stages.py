@@ -31,6 +31,16 @@ if TYPE_CHECKING:
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
 
+PRELOAD = (
+    "torch.utils.tensorboard",
+    "fine_dist.engine.loop",
+    "fine_dist.data.stream",
+    "fine_dist.diffusion.sample",
+    "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+)
+"""What a local pool imports once for all jobs of a stage that trains."""
 ASSUMED_TFLOPS = 120.0
 """What `--dry-run` supposes of an accelerator: 40% of an A100's bf16 peak. `fine_dist.plan` takes a measured rate."""
 HELD_OUT_LIMIT = 2048

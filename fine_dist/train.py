@@ -11,7 +11,7 @@ from fine_dist.config import expand_path
 from fine_dist.errors import ConfigError, guard
 from fine_dist.methods import AnyMethod, HeConfig, build
 from fine_dist.model.zoo import Arch
-from fine_dist.stages import StageConfig, dry_run, final_state, load_model, train_stage
+from fine_dist.stages import PRELOAD, StageConfig, dry_run, final_state, load_model, train_stage
 
 if TYPE_CHECKING:
     from fine_dist.engine.dist import World
@@ -135,6 +135,8 @@ def _shape_only(config: TrainConfig, fallback: Arch) -> DiT:
     with torch.device("meta"):
         return DiT(arch or fallback)
 
+
+__all__ = ["PRELOAD", "main", "run"]
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -46,3 +46,16 @@ def inputs(arch: Arch, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, tor
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+DIGITS = {"in_channels": 1, "input_size": 8, "num_classes": 10, "learn_sigma": False}
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory):
+    """The embedded digits as shards: a folder with `train` and `held_out`. Read only."""
+    from fine_dist import encode
+
+    out = tmp_path_factory.mktemp("digits")
+    encode.run(encode.EncodeConfig(source="digits", out=str(out)))
+    return out

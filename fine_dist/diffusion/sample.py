@@ -96,7 +96,10 @@ def _sample_batch(
     for step in scheduler.timesteps.tolist():
         t = torch.full((len(z),), step, dtype=torch.int64, device=device)
         out = guided(model, z, t, labels, arch.num_classes, config.guidance, arch.in_channels).float()
-        out = out if takes_variance else out[:, : arch.in_channels]
+        eps = out[:, : arch.in_channels]
+        if config.clip is not None:
+            eps = clip_start(z, eps, float(scheduler.alphas_cumprod[step]), config.clip)
+        out = torch.cat([eps, out[:, arch.in_channels :]], dim=1) if takes_variance else eps
         z = scheduler.step(out, step, z, return_dict=False, **noisy)[0]
     return z
 
@@ -109,6 +112,17 @@ def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, sca
     labelled, free = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([labels, nulls])).chunk(2)
     eps = free[:, :channels] + scale * (labelled[:, :channels] - free[:, :channels])
     return torch.cat([eps, labelled[:, channels:]], dim=1)
+
+
+def clip_start(z: Tensor, eps: Tensor, alpha_bar: float, limit: float) -> Tensor:
+    """The noise whose clean latent is the predicted one, clamped to [-limit, limit]; z and eps are [B, C, H, W].
+
+    Near t = T a clean latent is eps's error times 1 / sqrt(alpha_bar), about 160: small models wander off without it.
+    Rewriting eps does the same to every scheduler; diffusers' own clipping differs between them.
+    """
+    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    start = ((z - noise * eps) / signal).clamp(-limit, limit)
+    return (z - signal * start) / noise
 
 
 def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sigma: bool) -> Any:
@@ -199,4 +213,4 @@ def _bar(progress: bool | str, total: int) -> Any:
     from tqdm import tqdm
 
     title = progress if isinstance(progress, str) else "sample"
-    return tqdm(total=total, desc=title, unit="image", disable=not progress, leave=False)
+    return tqdm(total=total, desc=title, unit="image", disable=None if progress else True, leave=False)

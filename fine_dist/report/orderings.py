@@ -140,6 +140,11 @@ CLAIMS = (
         (("fine", "N"), ("fine:linear", "N"), ("fine:identical", "N"), ("fine:random", "N")),
     ),
     _Claim(
+        "The same before any further training: sigma trained, linear, identical, random",
+        "ordering 2, at step 0",
+        (("fine", "0"), ("fine:linear", "0"), ("fine:identical", "0"), ("fine:random", "0")),
+    ),
+    _Claim(
         "Shared factors are better than per-layer SVD, and that than scratch",
         "ordering 3",
         (("fine", "N"), ("svd", "N"), ("he", "N")),
@@ -158,11 +163,11 @@ _LINEAR = "Learned sigma is close to linear in depth"
 def verdicts(results: Results) -> list[Verdict]:
     """Every claim, decided from the rows alone."""
     found = [Verdict(c.text, c.source, _compare(c, results)) for c in CLAIMS]
-    return [*found[:5], _linear_verdict(results), *found[5:]]
+    return [*found[:6], _linear_verdict(results), *found[6:]]
 
 
 def step_of(formula: str, budget: int, init: int) -> int:
-    return {"N": budget, "3N": 3 * budget, "N+I": budget + init}[formula]
+    return {"0": 0, "N": budget, "3N": 3 * budget, "N+I": budget + init}[formula]
 
 
 def _compare(claim: _Claim, results: Results) -> list[Comparison]:
