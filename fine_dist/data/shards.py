@@ -7,6 +7,7 @@ the latents are; training reads the manifest first and the shards through it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -189,8 +190,10 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Drop the unfinished file."""
-        self._stream.close()
         self._part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a full disk, perhaps; there is nothing left to lose
+            self._tar.close()
+            self._stream.close()
 
     def __enter__(self) -> ShardWriter:
         return self

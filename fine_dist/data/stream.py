@@ -202,7 +202,7 @@ class LatentStream:
                 rows.latents[row], rows.labels[row] = found.latents[0], found.labels[0]
                 return
             self._set.count_bad(int(shard[0]), int(index[0]), found.faults[0])
-        raise DataError(f"{self._set.base}: no readable sample is left in canonical stream {stream}")
+        raise DataError(f"{self._set.base}: no sample of canonical stream {stream} can be read: {rows.faults[row]}")
 
     def _candidates(self, stream: int, j: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """What may stand in for sample j: the rest of its window, cyclically, then what follows for one epoch."""
