@@ -18,6 +18,7 @@ from fine_dist.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
+EXIT_INTERRUPTED = 130
 NAMES = ("auto", "local", "slurm", "ray", "here")
 
 
@@ -185,11 +186,15 @@ class Launcher(ABC):
             job.state = "done"
             return
         job.reason = job.reason or explain(job.code)
-        if job.code == EXIT_RESUME and job.restarts < self.max_restarts:
+        # Told to stop, lost with its node, or another process is about to let go of the task: no failure of the task.
+        if job.code in (None, EXIT_RESUME, EXIT_BUSY) and job.restarts < self.max_restarts:
             job.restarts += 1
             job.attempts -= 1
             self._again(job)
-        elif job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY) and job.attempts <= job.retries:
+        elif (
+            job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY, EXIT_INTERRUPTED)
+            and job.attempts <= job.retries
+        ):
             self._again(job)
         else:
             job.state = "failed"
@@ -210,6 +215,7 @@ def explain(code: int | None) -> str:
         EXIT_BUSY: "another live process runs this task",
         EXIT_USER_ERROR: "refused (see its log)",
         EXIT_TASKS_FAILED: "some tasks failed",
+        EXIT_INTERRUPTED: "cancelled",
     }
     return words.get(code, f"exit code {code}")
 

@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from fine_dist.errors import LaunchError
@@ -41,7 +40,7 @@ class LocalLauncher(Launcher):
         super().__init__()
         self._show = show
         self._threads = threads
-        self._pools: dict[str | None, _Pool] = {}
+        self._servers: dict[str | None, ForkServer] = {}
         self._devices = visible_devices()
         self._load = dict.fromkeys(self._devices, 0.0)
 
@@ -55,54 +54,38 @@ class LocalLauncher(Launcher):
         spec = job.spec
         if spec.nodes > 1:
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes; local has one: use --launcher slurm or ray")
-        pool = self._pool(spec)
-        size = spec.processes_per_node
-        words = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if size > 1 else {}
         devices = self._take(spec.accelerators_per_node)
-        job.handle = running = _Running(pool, devices)
-        for rank in range(size):
-            env = dict(words)
-            if size > 1:
-                places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-                env |= {key: str(value) for key, value in places.items()} | {"LOCAL_SIZE": str(size)}
-            if devices:
-                env["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
-            running.ids.append(pool.start(job.file, env, None if self._show else job.log))
-        job.id = f"local {os.getpid()}.{running.ids[0]}"
+        env = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
+        job.handle = self._server(spec).group(spec, job.file, None if self._show else job.log, env)
+        job.handle.devices = devices
+        job.id = f"local {os.getpid()}.{job.handle.ids[0]}"
 
     def _check(self, job: Job) -> bool:
-        running: _Running = job.handle
-        running.pool.read()
-        codes = [running.pool.codes.get(i) for i in running.ids]
-        failed = any(code not in (None, 0) for code in codes)
-        if failed and None in codes:  # a rank is gone, the others would wait for it for ever
-            running.end_rest()
-        if None in codes:
+        group: ProcessGroup = job.handle
+        if not group.ended():
             return False
         self._give_back(job)
-        job.code = joint_code([code for code in codes if code is not None])
+        job.code = group.code
         return True
 
     def _stop(self, job: Job) -> None:
-        running: _Running = job.handle
-        running.end_rest()
-        while any(running.pool.codes.get(i) is None for i in running.ids):
-            running.end_rest()
-            running.pool.read()
+        group: ProcessGroup = job.handle
+        while not group.ended():
+            group.end()
             time.sleep(0.01)
         self._give_back(job)
 
     def close(self) -> None:
         super().close()
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
 
-    def _pool(self, spec: JobSpec) -> _Pool:
-        pool = self._pools.get(spec.code)
-        if pool is None or not pool.alive:
-            pool = self._pools[spec.code] = _Pool(spec, self._threads or spec.cpus_per_process)
-        return pool
+    def _server(self, spec: JobSpec) -> ForkServer:
+        server = self._servers.get(spec.code)
+        if server is None or not server.alive:
+            server = self._servers[spec.code] = ForkServer(spec, self._threads or spec.cpus_per_process)
+        return server
 
     def _take(self, amount: float) -> list[str]:
         if not amount or not self._devices:
@@ -120,28 +103,45 @@ class LocalLauncher(Launcher):
             self._load[device] -= job.spec.accelerators_per_node / len(job.handle.devices)
 
 
-class _Running:
-    """The processes of one job."""
+class ProcessGroup:
+    """The processes of one job on this machine."""
 
-    def __init__(self, pool: _Pool, devices: Sequence[str]) -> None:
-        self.pool = pool
-        self.devices = devices
-        self.ids: list[int] = []
+    def __init__(self, server: ForkServer, ids: list[int]) -> None:
+        self.ids = ids
+        self.devices: list[str] = []
+        self._server = server
         self._told: dict[int, float] = {}
 
-    def end_rest(self) -> None:
-        """Every process gets SIGTERM once, and SIGKILL after the grace."""
+    def ended(self) -> bool:
+        """Whether all processes have; when one has failed, the others, which would wait for it for ever, are ended."""
+        self._server.read()
+        codes = [self._server.codes.get(i) for i in self.ids]
+        if None in codes and any(code not in (None, 0) for code in codes):
+            self.end()
+        return None not in codes
+
+    @property
+    def code(self) -> int:
+        """The joint exit code of processes that have ended."""
+        return joint_code([self._server.codes[i] for i in self.ids])
+
+    def end(self) -> None:
+        """Every process gets SIGTERM once, and SIGKILL after the grace. To be called until all have ended."""
         now = time.monotonic()
         for i in self.ids:
             if i not in self._told:
-                if self.pool.signal(i, signal.SIGTERM):
+                if self._server.signal(i, signal.SIGTERM):
                     self._told[i] = now
             elif now - self._told[i] > GRACE_S:
-                self.pool.signal(i, signal.SIGKILL)
+                self._server.signal(i, signal.SIGKILL)
 
 
-class _Pool:
-    """Our end of `python -m fine_dist.worker --pool`."""
+class ForkServer:
+    """Our end of `python -m fine_dist.worker --pool`, which ends with this process.
+
+    spec:    the first job: its code, environment and directory are the server's.
+    threads: CPU threads of a process.
+    """
 
     def __init__(self, spec: JobSpec, threads: int) -> None:
         commands_in, self._commands = os.pipe()
@@ -162,7 +162,17 @@ class _Pool:
         self.codes: dict[int, int] = {}
         self.alive = True
 
-    def start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
+    def group(self, spec: JobSpec, file: Path, log: Path | None, env: dict[str, str]) -> ProcessGroup:
+        """Start a job's processes, with torchrun's words when there are several."""
+        size = spec.processes_per_node
+        if size == 1:
+            return ProcessGroup(self, [self._start(file, env, log)])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+        shared |= {"LOCAL_WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), **env}
+        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        return ProcessGroup(self, [self._start(file, words, log) for words in ranks])
+
+    def _start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
         self._next += 1
         request = {"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None}
         with contextlib.suppress(BrokenPipeError):  # read() then finds the pool dead and the job lost

@@ -23,7 +23,7 @@ from fine_dist import worker
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, LaunchError
 from fine_dist.jobs import JobSpec
-from launchers.base import Job, JobState, Launcher
+from launchers.base import EXIT_INTERRUPTED, Job, JobState, Launcher
 
 SIGNAL_S = 120
 """Seconds before the time limit at which a job is told to save."""
@@ -291,6 +291,8 @@ def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, s
         return "done", 0, ""
     if word == "FAILED" and code:
         return "failed", code, ""
+    if word == "CANCELLED":
+        return "cancelled", EXIT_INTERRUPTED, ""
     return "failed", -number if number else None, f"SLURM says {word}"
 
 

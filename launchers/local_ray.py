@@ -1,0 +1,195 @@
+"""A real Ray cluster of several nodes on this machine, for tests and for trying things out.
+
+    python -m launchers.local_ray              a head and one more node until Ctrl-C
+
+Everything is bound to loopback and lives in one folder; its processes end with this program, however it ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+from launchers.local import free_port
+
+SETTINGS = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory is not this cluster's
+}
+HEAD = "127.0.0.2"
+"""Ray replaces 127.0.0.1 by an address of the machine; other loopback addresses it takes as they are."""
+
+
+class LocalRay:
+    """One cluster. Use as a context manager, from the process that will end it.
+
+    nodes: number of nodes, the head included; each with its own CPUs and object store.
+    cpus:  CPUs that a node claims to have.
+    """
+
+    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
+        self._nodes, self._cpus = nodes, cpus
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Unix sockets live in it
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.port, self.dashboard = free_port(), free_port()
+        self._boxed = _may_box()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client needs to find this cluster; `RAY_ADDRESS` makes `--launcher auto` choose it."""
+        return {**SETTINGS, "RAY_ADDRESS": f"{HEAD}:{self.port}"}
+
+    @property
+    def api(self) -> str:
+        """Address of Ray Jobs."""
+        return f"http://{HEAD}:{self.dashboard}"
+
+    def start(self) -> LocalRay:
+        """Start all; returns when every node is there. `RuntimeError` with the logs when one does not come up."""
+        try:
+            self.start_node("head")
+            for i in range(1, self._nodes):
+                self.start_node(f"node{i}")
+            self._await(self._nodes)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def start_node(self, name: str) -> None:
+        """Start a node; `head` first."""
+        address = HEAD if name == "head" else f"127.0.0.{int(name.removeprefix('node')) + 2}"
+        ray = str(Path(sysconfig.get_path("scripts"), "ray"))
+        command = [
+            ray,
+            "start",
+            "--block",
+            f"--node-ip-address={address}",
+            f"--num-cpus={self._cpus}",
+            "--disable-usage-stats",
+        ]
+        command += [
+            f"--temp-dir={self.folder / name}",
+            "--object-store-memory=100000000",
+            f"--resources={json.dumps({name: 100})}",
+        ]
+        if name == "head":
+            command += ["--head", f"--port={self.port}", "--include-dashboard=true"]
+            command += [f"--dashboard-host={HEAD}", f"--dashboard-port={self.dashboard}"]
+        else:
+            command += [f"--address={HEAD}:{self.port}"]
+        if self._boxed:  # with a PID namespace, killing one process is a power cut
+            command = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", *command]
+
+        def tie() -> None:
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+        env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+        with open(self.folder / f"{name}.out", "ab") as log:
+            self._processes[name] = subprocess.Popen(
+                command, env={**env, **SETTINGS}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                cwd=self.folder, preexec_fn=tie, start_new_session=True,
+            )  # fmt: skip
+        if name == "head":
+            self._await(0)
+
+    def kill(self, name: str) -> None:
+        """A power cut of one node."""
+        process = self._processes.pop(name, None)
+        if process is None:
+            return
+        descendants = [] if self._boxed else _descendants(process.pid)
+        process.kill()
+        process.wait()
+        for pid in descendants:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End every process, remove every file. Safe to call twice."""
+        for name in reversed(list(self._processes)):
+            self.kill(name)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> LocalRay:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def _await(self, wanted: int, seconds: float = 60.0) -> None:
+        """Until GCS answers, and knows so many nodes."""
+        from ray._raylet import GcsClient
+
+        deadline = time.monotonic() + seconds
+        while True:
+            dead = [name for name, process in self._processes.items() if process.poll() is not None]
+            with contextlib.suppress(Exception):  # not up yet
+                known = GcsClient(address=f"{HEAD}:{self.port}").get_all_node_info()
+                if len(known) >= wanted:
+                    return
+            if dead or time.monotonic() > deadline:
+                logs = "\n".join(
+                    f"== {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in self.folder.glob("*.out")
+                )
+                raise RuntimeError(f"Ray did not start; ended: {dead or 'none'}\n{logs}")
+            time.sleep(0.1)
+
+
+def _may_box() -> bool:
+    words = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "true"]
+    return bool(shutil.which("unshare")) and subprocess.run(words, capture_output=True, check=False).returncode == 0
+
+
+def _descendants(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nodes", type=int, default=2, help="number of nodes, the head included (default: 2)")
+    parser.add_argument("--cpus", type=int, default=4, help="CPUs that each node claims to have (default: 4)")
+    parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    begun = time.monotonic()
+    with LocalRay(args.nodes, args.cpus) as cluster:
+        seconds = time.monotonic() - begun
+        if args.pipe:
+            about = {"env": cluster.env, "folder": str(cluster.folder), "seconds": seconds, "api": cluster.api}
+            print(json.dumps(about), flush=True)
+            for line in sys.stdin:
+                verb, name = line.split()
+                cluster.kill(name) if verb == "kill" else cluster.start_node(name)
+                print(json.dumps({"ok": line.strip()}), flush=True)
+            return 0
+        print(
+            f"Ray with {args.nodes} nodes is up after {seconds:.1f} s, dashboard {cluster.api}; in another terminal:\n"
+        )
+        print("\n".join(f"  export {key}={value}" for key, value in cluster.env.items()))
+        print("  ray status\n\nCtrl-C ends it and its jobs.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,378 @@
+"""Ray: one job as a `TorchTrainer`, a fan-out as tasks of one Ray job.
+
+Ray places processes, notices lost ones and starts them again; the work itself is always `fine_dist.worker` in a process
+of its own, tied to Ray's worker: signals reach it, its environment is clean, and it dies with the worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fine_dist.config import LaunchConfig
+from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
+from fine_dist.jobs import JobSpec
+from fine_dist.worker import LIFELINE
+from launchers.base import Job, Launcher
+from launchers.local import ForkServer, free_port
+
+QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
+"""Exit codes that starting the workers again would not change; others count as failures of the worker group."""
+LOOK_EVERY_S = 2.0
+"""Seconds between looks at the child and at Ray's news of preemption."""
+
+
+class RayLauncher(Launcher):
+    """Jobs on the Ray cluster at `needs.address`, at RAY_ADDRESS, or of the Ray job this process is in.
+
+    Raises `LaunchError` when there is none.
+    """
+
+    name = "ray"
+
+    def __init__(self, needs: LaunchConfig | None = None) -> None:
+        super().__init__()
+        self._needs = needs or LaunchConfig()
+        self._checked: set[str] = set()
+        self._ours = connect(self._needs.address)
+        self._wanted: int | None = None
+        self._next_look = 0.0
+
+    def fits(self, spec: JobSpec) -> int:
+        """As many as the cluster's nodes can hold, and two more, so that an autoscaler sees the demand."""
+        return sum(copies(node, demand(spec)) for node in nodes()) + 2
+
+    def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
+        for run_dir in {spec.table or spec.run_dir for spec in specs}:
+            check_storage(Path(run_dir))
+        self._wanted = max_parallel
+        self._many = True
+        return super().submit_many(specs, max_parallel, retries)
+
+    def poll(self) -> None:
+        if time.monotonic() > self._next_look and (self._queue or self._live):  # the cluster may grow or shrink
+            self._next_look = time.monotonic() + 5.0
+            spec = (self._queue or self._live)[0].spec
+            self._width = min(self._wanted or sys.maxsize, self.fits(spec))
+        super().poll()
+
+    def close(self) -> None:
+        import ray
+
+        super().close()
+        if self._ours and ray.is_initialized():
+            ray.shutdown()
+
+    _many = False
+
+    def _start(self, job: Job) -> None:
+        job.id = f"ray {job.spec.name}"
+        if not self._many:
+            job.handle = _Training(job, self._needs)
+            return
+        import ray
+
+        run = ray.remote(run_task).options(**demand(job.spec), max_retries=0, name=job.spec.name)
+        job.handle = run.remote(str(job.file), str(job.log))
+
+    def _check(self, job: Job) -> bool:
+        if isinstance(job.handle, _Training):
+            return job.handle.check(job)
+        import ray
+
+        if not ray.wait([job.handle], timeout=0)[0]:
+            return False
+        try:
+            job.code = ray.get(job.handle)
+        except ray.exceptions.OutOfMemoryError:
+            job.code, job.reason = 137, "ended by Ray because its node ran out of memory; raise launch.memory_gb"
+        except ray.exceptions.RayTaskError as error:
+            job.code, job.reason = 1, str(error).strip().splitlines()[-1]
+        except ray.exceptions.RayError as error:
+            job.code, job.reason = None, f"lost: {type(error).__name__}"
+        return True
+
+    def _stop(self, job: Job) -> None:
+        import ray
+
+        if isinstance(job.handle, _Training):
+            job.handle.stop()
+        elif ray.is_initialized():
+            ray.cancel(job.handle, force=True)
+
+
+# --- the cluster ---------------------------------------------------------------------------------------------------
+
+
+def connect(address: str | None) -> bool:
+    """Connect this process to a Ray cluster; whether it was not connected before."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    try:
+        ray.init(address or "auto", log_to_driver=True, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+        raise LaunchError(
+            f"no Ray cluster at {where} ({str(error).splitlines()[0]}); start one with `ray start --head`, or give "
+            "--launch.address HOST:6379 (connect) or http://HOST:8265 (submit a Ray job)"
+        ) from None
+    return True
+
+
+def nodes() -> list[dict[str, float]]:
+    """Resources of every node that is alive."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def demand(spec: JobSpec) -> dict[str, Any]:
+    """What one task of a fan-out asks of Ray; its processes share a node."""
+    options: dict[str, Any] = {"num_cpus": spec.processes_per_node * spec.cpus_per_process}
+    if spec.accelerators_per_node:
+        options["num_gpus"] = spec.accelerators_per_node
+    if spec.memory_gb:
+        options["memory"] = int(spec.memory_gb * 2**30)
+    extra = {name: float(amount) for name, amount in spec.extras.get("ray", {}).items()}
+    return {**options, "resources": extra} if extra else options
+
+
+def copies(node: Mapping[str, float], options: Mapping[str, Any]) -> int:
+    """How many tasks with such a demand a node holds."""
+    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
+    wanted = {names[key]: value for key, value in options.items() if key in names} | dict(options.get("resources", {}))
+    return min((int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount), default=1)
+
+
+def check_storage(run_dir: Path) -> None:
+    """`LaunchError` unless every node sees what this process writes into the run directory, and writes there too."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    token = f".storage-{uuid.uuid4().hex}"
+    (run_dir / token).touch()
+    there = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            look = ray.remote(_sees).options(num_cpus=0, max_retries=1, scheduling_strategy=place)
+            there.append(look.remote(str(run_dir / token)))
+    try:
+        said = ray.get(there, timeout=60)
+    except ray.exceptions.RayError as error:
+        raise LaunchError(f"{run_dir}: the nodes could not be asked whether they see it ({error})") from None
+    finally:
+        (run_dir / token).unlink()
+    blind = sorted({host for host, seen in said if not seen})
+    if blind:
+        raise LaunchError(
+            f"run_dir {run_dir} is not shared: {', '.join(blind)} cannot see what this process wrote there; use a path "
+            "on storage that every Ray node mounts"
+        )
+
+
+def _sees(token: str) -> tuple[str, bool]:
+    path = Path(token)
+    if path.exists():
+        mine = path.with_name(f"{path.name}-{os.getpid()}")
+        mine.touch()
+        mine.unlink()
+    return socket.gethostname(), path.exists()
+
+
+# --- one task of a fan-out -----------------------------------------------------------------------------------------
+
+_servers: dict[str | None, ForkServer] = {}
+
+
+def run_task(file: str, log: str) -> int:
+    """Inside a Ray worker: run one job in forked processes of its own; the exit code. Its result is its run directory.
+
+    The fork server stays for the next task that Ray gives this worker, so imports are paid once.
+    """
+    spec = JobSpec.load(file)
+    server = _servers.get(spec.code)
+    if server is None or not server.alive:
+        server = _servers[spec.code] = ForkServer(spec, spec.cpus_per_process)
+    group = server.group(spec, Path(file), Path(log), env={"RAY_JOB_ID": _ray_job()})
+    while not group.ended():
+        time.sleep(0.005)
+    return group.code
+
+
+def _ray_job() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_job_id())
+
+
+# --- one job as a TorchTrainer -------------------------------------------------------------------------------------
+
+
+class _Training:
+    """A `TorchTrainer` that is followed from a thread, so that the launcher can look after it."""
+
+    def __init__(self, job: Job, needs: LaunchConfig) -> None:
+        self._outcome: tuple[int | None, str | None] | None = None
+        self._thread = threading.Thread(target=self._follow, args=(job.spec, str(job.file), needs), daemon=True)
+        self._thread.start()
+
+    def check(self, job: Job) -> bool:
+        if self._thread.is_alive():
+            return False
+        job.code, job.reason = self._outcome or (None, "the trainer ended without a word")
+        return True
+
+    def stop(self) -> None:
+        """Leave the cluster, which ends the trainer's workers and with them our processes."""
+        import ray
+
+        ray.shutdown()
+
+    def _follow(self, spec: JobSpec, file: str, needs: LaunchConfig) -> None:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        share = spec.accelerators_per_node / spec.processes_per_node
+        resources: dict[str, float] = {"CPU": spec.cpus_per_process}
+        resources |= {name: float(amount) for name, amount in spec.extras.get("ray", {}).items()}
+        if share:
+            resources["GPU"] = share
+        if spec.memory_gb:
+            resources["memory"] = spec.memory_gb * 2**30 / spec.processes_per_node
+        storage = Path(spec.run_dir) / "ray"
+        storage.mkdir(parents=True, exist_ok=True)
+        token = storage / f".storage-{uuid.uuid4().hex}"
+        token.touch()
+        try:
+            trainer = TorchTrainer(
+                train_worker,
+                train_loop_config={"file": file, "token": str(token)},
+                torch_config=TorchConfig(backend="gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=spec.world_size, use_gpu=bool(share), resources_per_worker=resources,
+                    placement_strategy="PACK",
+                ),
+                run_config=RunConfig(
+                    name=f"{spec.name}-{token.name[-8:]}", storage_path=str(storage),
+                    failure_config=FailureConfig(max_failures=needs.retries),
+                    checkpoint_config=CheckpointConfig(num_to_keep=1),
+                ),
+            )  # fmt: skip
+            result = trainer.fit()
+            self._outcome = (int((result.metrics or {}).get("code", 0)), None)
+        except Exception as error:
+            self._outcome = (1, _last_line(error))
+        finally:
+            token.unlink(missing_ok=True)
+
+
+def _last_line(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = next(iter(failures.items()))
+        return f"rank {rank}: {_last_line(first)}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def train_worker(config: dict[str, str]) -> None:
+    """Inside Ray Train, one rank: run the job's process to its end and report a pointer to its checkpoint.
+
+    The engine saves every rank's part in the run directory and resumes from it by itself; what Ray keeps is a pointer,
+    so that its `Result` and its own restarts name the right place.
+    """
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    spec = JobSpec.load(config["file"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    _prove_storage(Path(config["token"]), rank, context.get_world_size())
+    meet = {"addr": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": free_port()} if rank == 0 else None
+    meet = broadcast_from_rank_zero(meet)
+    words = {
+        "RANK": rank,
+        "WORLD_SIZE": context.get_world_size(),
+        "LOCAL_RANK": context.get_local_rank(),
+        "LOCAL_WORLD_SIZE": context.get_local_world_size(),
+        "LOCAL_SIZE": context.get_local_world_size(),
+        "MASTER_ADDR": meet["addr"],
+        "MASTER_PORT": meet["port"],
+        LIFELINE: os.getpid(),
+    }
+    env = {**os.environ, **{key: str(value) for key, value in words.items()}}
+    env.setdefault("OMP_NUM_THREADS", str(spec.cpus_per_process))
+    if spec.code:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
+    command = [sys.executable, "-u", "-m", "fine_dist.worker", config["file"]]
+    child = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
+    try:
+        code = _attend(child, rank, Path(spec.run_dir))
+    finally:
+        child.kill()
+        child.wait()
+    if code not in QUIET_CODES:
+        raise RuntimeError(f"rank {rank} on {socket.gethostname()} ended with code {code}")
+    with tempfile.TemporaryDirectory() as folder:
+        pointer = {"run_dir": spec.run_dir, "rank": rank, "code": code}
+        Path(folder, f"rank{rank}.json").write_text(json.dumps(pointer))
+        ray.train.report({"code": code, "run_dir": spec.run_dir}, ray.train.Checkpoint.from_directory(folder))
+
+
+def _attend(child: subprocess.Popen[bytes], rank: int, run_dir: Path) -> int:
+    """Wait for the child. When Ray announces that a node will go, have the engine save.
+
+    The collectives keep all ranks in step: rank 0's process says when it is over, and the engine ends on all ranks
+    together. A rank whose process fails leaves at once, and Ray ends the others.
+    """
+    import ray.train
+    from ray.train.collective import broadcast_from_rank_zero
+
+    told = False
+    over = False
+    while not over:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(LOOK_EVERY_S)
+        if child.returncode not in (None, *QUIET_CODES):
+            break
+        over = broadcast_from_rank_zero(child.returncode is not None)
+        if not over and not told and ray.train.get_preemption_info() is not None:
+            told = True
+            if rank == 0:
+                (run_dir / "SAVE").touch()
+    return child.wait()
+
+
+def _prove_storage(token: Path, rank: int, size: int) -> None:
+    """Every rank must see the driver's mark, and rank 0 every rank's."""
+    from ray.train.collective import barrier
+
+    if not token.exists():
+        raise LaunchError(
+            f"run_dir {token.parents[1]} is not shared: rank {rank} on {socket.gethostname()} does not see it; use a "
+            "path on storage that every Ray node mounts"
+        )
+    mine = token.with_name(f"{token.name}-{rank}")
+    mine.touch()
+    barrier()
+    absent = [r for r in range(size) if not token.with_name(f"{token.name}-{r}").exists()] if rank == 0 else []
+    barrier()
+    mine.unlink(missing_ok=True)
+    if absent:
+        raise LaunchError(f"run_dir {token.parents[1]} is not shared: rank 0 does not see what rank {absent[0]} wrote")
