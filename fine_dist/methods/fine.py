@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fine_dist.errors import ArtifactError
 from fine_dist.methods.base import FitReport, Method, MethodConfig, check_descent
-from fine_dist.methods.sigma_start import STARTS, relative_depth
+from fine_dist.methods.sigma_start import STARTS
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class FineConfig(MethodConfig):
     """Sweeps of alternating least squares at most (start: decompose)."""
     path: Literal["auto", "composed", "factored"] = "auto"
     """How products are computed: by whichever needs fewer multiply-adds, or always one way."""
-    sigma: Literal["linear", "random", "identical"] = "linear"
+    sigma: Literal["linear", "random", "identical", "aligned"] = "linear"
     """Where a target's sigma starts."""
 
 
@@ -100,8 +100,8 @@ class Fine(Method[FineConfig]):
         for kind in KINDS:
             table = torch.stack([tensors[f"blocks.{layer}.{kind}.sigma"] for layer in range(depth)])
             biases = torch.stack([tensors[f"blocks.{layer}.{kind}.bias"] for layer in range(depth)])
-            sigma = STARTS[self.config.sigma](table, target.num_layers, generator)
-            for layer, (s, b) in enumerate(zip(sigma, relative_depth(biases, target.num_layers))):
+            start = STARTS[self.config.sigma].layers(kind, table, biases, target.num_layers, generator)
+            for layer, (s, b) in enumerate(zip(*start)):
                 state[f"blocks.{layer}.{kind}.sigma"] = s
                 state[f"blocks.{layer}.{kind}.bias"] = b
         model.load_state_dict(state)

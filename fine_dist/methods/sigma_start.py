@@ -1,17 +1,24 @@
 """Where a target's sigma starts before it is trained (FINE, arXiv 2409.19289, table of sigma starts).
 
-Shapes: L layers of the learngene, N layers of the target, R components. A start maps a kind's table [L, R] to [N, R].
+Shapes: L layers of the learngene, N layers of the target, R components, m out features.
+
+The paper has `linear`, `random` and `identical`. `aligned` is ours: the paper observes that a small model's layers align
+with segments of a large one, so each layer of the target takes *one* layer of the learngene, the nearest in relative
+depth, and its two residual branches are scaled by what that layer now stands for. A mixture of two layers' sigma, which
+interpolation makes everywhere in between, is a layer that was never trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-Start = Callable[["Tensor", int, "Generator"], "Tensor"]
+RESIDUAL = ("o", "out")
+"""Kinds that end a residual branch."""
 
 
 def relative_depth(table: Tensor, num_layers: int) -> Tensor:
@@ -19,17 +26,20 @@ def relative_depth(table: Tensor, num_layers: int) -> Tensor:
 
     A single layer takes the middle.
     """
-    import torch
-
-    source = len(table)
-    if num_layers == 1:
-        at = torch.tensor([(source - 1) / 2])
-    else:
-        at = torch.linspace(0, source - 1, num_layers)
-    below = at.floor().long().clamp(max=source - 1)
-    above = (below + 1).clamp(max=source - 1)
+    at = _places(len(table), num_layers)
+    below = at.floor().long().clamp(max=len(table) - 1)
+    above = (below + 1).clamp(max=len(table) - 1)
     weight = (at - below)[:, None].to(table)
     return table[below] * (1 - weight) + table[above] * weight
+
+
+def _places(source: int, num_layers: int) -> Tensor:
+    """Where the target's layers lie among `source` layers, [N]: ends on ends, a single one in the middle."""
+    import torch
+
+    if num_layers == 1:
+        return torch.tensor([(source - 1) / 2])
+    return torch.linspace(0, source - 1, num_layers)
 
 
 def linear(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
@@ -50,4 +60,73 @@ def random(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
     return table.mean() + table.std() * noise
 
 
-STARTS: dict[str, Start] = {"linear": linear, "random": random, "identical": identical}
+def aligned(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
+    """The nearest layer in relative depth."""
+    return nearest(table, num_layers)
+
+
+def nearest(table: Tensor, num_layers: int) -> Tensor:
+    """Per-layer vectors [L, K] of the nearest layer in relative depth: [N, K]."""
+    return table[nearest_layers(len(table), num_layers)]
+
+
+def nearest_layers(source: int, num_layers: int) -> Tensor:
+    """Which of `source` layers each layer of the target takes, int64 [N], never falling."""
+    return _places(source, num_layers).round().long()
+
+
+def whole(source: int, num_layers: int) -> Tensor:
+    """Residual branches as they are: ones [N]."""
+    import torch
+
+    return torch.ones(num_layers)
+
+
+def segment_share(source: int, num_layers: int) -> Tensor:
+    """Scale of the residual branches of each aligned layer, [N].
+
+    A layer that is repeated k times takes k steps of 1/k each: the sum of the steps is the learngene's own. One that
+    stands for a segment of k layers moves sqrt(k) times as far as it did, as a sum of k unrelated steps would; k times
+    as far overshoots.
+    """
+    import torch
+
+    taken = nearest_layers(source, num_layers)
+    distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
+    closest = (distance == distance.min(0).values).float()
+    share = (closest / closest.sum(0)).sum(1)  #                           layers that each stands for; below 1: repeated
+    return torch.where(share > 1, share.sqrt(), share)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start: `start(sigma [L, R], N, generator) -> [N, R]` for a kind's table.
+
+    bias:  the same for a kind's biases, `(table [L, m], N) -> [N, m]`.
+    share: what the residual branches are multiplied by, `(L, N) -> [N]`.
+    """
+
+    sigma: Callable[[Tensor, int, Generator], Tensor]
+    bias: Callable[[Tensor, int], Tensor] = relative_depth
+    share: Callable[[int, int], Tensor] = whole
+
+    def __call__(self, table: Tensor, num_layers: int, generator: Generator) -> Tensor:
+        return self.sigma(table, num_layers, generator)
+
+    def layers(
+        self, kind: str, sigma: Tensor, bias: Tensor, num_layers: int, generator: Generator
+    ) -> tuple[Tensor, Tensor]:
+        """A kind's sigma [N, R] and biases [N, m] for the target, from the learngene's [L, R] and [L, m]."""
+        values, biases = self(sigma, num_layers, generator), self.bias(bias, num_layers)
+        if kind in RESIDUAL:
+            share = self.share(len(sigma), num_layers)[:, None].to(sigma)
+            values, biases = values * share, biases * share
+        return values, biases
+
+
+STARTS: dict[str, Start] = {
+    "linear": Start(linear),
+    "random": Start(random),
+    "identical": Start(identical),
+    "aligned": Start(aligned, nearest, segment_share),
+}
