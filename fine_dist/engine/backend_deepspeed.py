@@ -52,7 +52,9 @@ class DeepSpeedBackend(Backend):
         self.engine: Any = engine_
         self.zero: Any = engine_.optimizer
         self.model = engine_
-        self._pieces = self._find_pieces()
+        self._held = self._find_pieces()
+        # Stage 0 holds everything on every rank; rank 0 owns it.
+        self._pieces = self._held if self.stage or world.is_main else []
         self._layout: list[list[tuple[str, int, int]]] = gather_objects(
             [[piece.name, piece.start, piece.stop] for piece in self._pieces], world
         )
@@ -95,9 +97,9 @@ class DeepSpeedBackend(Backend):
         return found
 
     def _range_of(self, p: nn.Parameter) -> tuple[int, Tensor | None]:
-        """(start, live fp32 values) of what this rank owns of a parameter."""
+        """(start, live fp32 values) of what this rank updates of a parameter."""
         if self.stage == 0:
-            return 0, p.data.view(-1) if self.world.is_main else None
+            return 0, p.data.view(-1)
         if self.stage == 3:
             group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
             start = size * self.world.rank
@@ -135,7 +137,7 @@ class DeepSpeedBackend(Backend):
     def load(self, saved: Saved) -> None:
         for name, p in self.named.items():
             self._load_model_copy(p, saved, name)
-        for piece in self._pieces:
+        for piece in self._held:
             piece.weight.copy_(saved.read("weight", piece.name, piece.start, piece.stop))
             flat, offset = self._flat_of(self.named[piece.name])
             steps = saved.optimizer_steps.get(piece.name, 0)

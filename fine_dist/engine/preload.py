@@ -1,7 +1,8 @@
-"""Imported by the test tool's server: what every rank of a test needs, once."""
+"""Imported by the test tool's server (`fine_dist.testing`): what every rank of a test needs, paid for once."""
 
 from __future__ import annotations
 
+import deepspeed  # noqa: F401
 import torch
 import torch.utils.tensorboard
 

@@ -20,7 +20,7 @@ from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import Arch
 
 ARCH = Arch(
-    hidden_size=32, num_layers=3, num_heads=2, patch_size=2, in_channels=1, input_size=8, num_classes=10,
+    hidden_size=32, num_layers=2, num_heads=2, patch_size=2, in_channels=1, input_size=8, num_classes=10,
     learn_sigma=False,
 )  # fmt: skip
 
