@@ -38,10 +38,10 @@ class DataConfig(Config):
     """Shards that are never trained on; the held-out loss is measured on them."""
     streams: int = Field(64, ge=1)
     """Canonical streams C: the order of samples depends on it, never on the number of processes."""
-    window: int = Field(2048, ge=1)
+    window: int = Field(1024, ge=1)
     """Shuffle window of one stream, in samples (rounded up to whole shards)."""
     workers: int = Field(0, ge=0)
-    """Reader threads or processes beside each training process; 0 reads in the training process."""
+    """Reader threads of each training process, which read ahead; 0 reads when a batch is asked for."""
     max_bad_fraction: float = Field(0.0, ge=0.0, lt=1.0)
     """Fraction of damaged samples that is skipped before it becomes an error."""
     verify: Literal["size", "sha256", "none"] = "size"
@@ -151,6 +151,8 @@ class SamplerConfig(Config):
     """Number of denoising steps."""
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale; 1 is no guidance."""
+    clip: float | None = Field(None, gt=0)
+    """Predicted clean latents are clamped to [-clip, clip] at every step: 1 for pixels in [-1, 1]; none for a VAE's."""
     batch: int = Field(64, ge=1)
     """Images at once; changes speed and memory only."""
 

@@ -154,7 +154,7 @@ class TarImages:
         broken: list[str] = []
 
         def stop(error: Exception) -> bool:
-            broken.append(str(error).partition("\n")[0])
+            broken.append(str(error).partition(" @ ")[0])
             return False
 
         samples = wds.WebDataset(

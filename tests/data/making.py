@@ -60,9 +60,7 @@ def make_foreign(folder: Path, shards: list[list[dict[str, Any]]], manifest: boo
         with wds.TarWriter(str(path), encoder=False) as tar:
             for each in samples:
                 tar.write(each)
-        infos.append(
-            ShardInfo(name=path.name, count=len(samples), bytes=path.stat().st_size, sha256=file_sha256(path))
-        )
+        infos.append(ShardInfo(name=path.name, count=len(samples), bytes=path.stat().st_size, sha256=file_sha256(path)))
     if manifest:
         total = sum(info.count for info in infos)
         Manifest(count=total, latent_shape=SHAPE, num_classes=NUM_CLASSES, shards=tuple(infos)).save(folder)

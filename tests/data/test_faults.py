@@ -40,7 +40,10 @@ ONE_SAMPLE = {
     "a label out of range": ({"cls": b"10"}, "label 10, but there are 10 classes"),
     "a negative label": ({"cls": b"-1"}, "label is '-1', not a whole number"),
     "no number as label": ({"cls": b"cat"}, "label is 'cat', not a whole number"),
-    "a pickle beside the latent": ({"extra.pth": pickle.dumps(Trap())}, r"extra\.pth' is a pickle, which is never read"),
+    "a pickle beside the latent": (
+        {"extra.pth": pickle.dumps(Trap())},
+        r"extra\.pth' is a pickle, which is never read",
+    ),
     "a pickle for a latent": ({"latent_npy": None, "pth": pickle.dumps(Trap())}, "is a pickle, which is never read"),
     "pickled objects in the .npy": ({"latent_npy": npy(np.array([Trap()]), True)}, "pickled object array"),
     "no .npy at all": ({"latent_npy": b"latent"}, "not a .npy file"),

@@ -128,7 +128,7 @@ def test_a_server_that_stays_in_trouble_is_named_with_what_it_did(served):
 def test_a_shard_that_the_server_does_not_have_is_damage_and_not_trouble(served):
     folder, url, _ = served
     (folder / "latents-000001.tar").unlink()
-    with pytest.raises(DataError, match="latents-000001.tar: the manifest lists this shard, but it is absent"):
+    with pytest.raises(DataError, match=r"latents-000001\.tar: the manifest lists this shard, but it is absent"):
         take(stream(url), 9)
     started = time.perf_counter()
     source = stream(url, max_bad_fraction=0.5)
