@@ -1,9 +1,10 @@
-"""Real clusters on this machine, one a session: SLURM's from `slurm/local_cluster.py`, Ray's from `launchers/local_ray.py`."""
+"""Real clusters on this machine, one a session: `slurm/local_cluster.py` and `launchers/local_ray.py` keep them."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -129,6 +130,49 @@ def slurm_cluster() -> Iterator[Slurm]:
 def slurm(slurm_cluster: Slurm) -> Iterator[Slurm]:
     yield slurm_cluster
     slurm_cluster.restore()
+
+
+@pytest.fixture(scope="session")
+def condense_config(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A condense that takes some seconds on one core, with a checkpoint several times a second."""
+    config = {
+        "run_dir": "unset",
+        "arch": {"hidden_size": 32, "num_layers": 3, "num_heads": 4, "patch_size": 2, "in_channels": 1, "input_size": 8,
+                 "num_classes": 10, "learn_sigma": False},
+        "method": {"name": "fine"},
+        "steps": 400,
+        "batch": 16,
+        "data": {"shards": str(digit_shards / "train"), "streams": 4},
+        "optim": {"lr": 1e-3},
+        "engine": {"device": "cpu", "ema_decay": 0.9, "checkpoint_every": 20, "log_every": 1, "picture_every": 100000,
+                   "eval_every": 100000, "threads": 1},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("condense") / "condense.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def undisturbed(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the learngene that `condense_config` gives when nothing happens."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    words = [sys.executable, "-m", "fine_dist.condense", "--config", condense_config, "--run-dir", run_dir]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*map(str, words), "--launcher", "here"], cwd=ROOT, env=env, check=True, capture_output=True)
+    return digest(run_dir)
+
+
+def digest(run_dir: Path) -> str:
+    """What a run has made: the hash of its learngene's tensors."""
+    from fine_dist.model.artifact import load_artifact
+
+    return load_artifact(run_dir / "learngene").hash
+
+
+def checkpoints(run_dir: Path) -> int:
+    """The number of updates that a run has kept."""
+    steps = [int(match[0]) for p in (run_dir / "checkpoints").glob("*") if (match := re.findall(r"\d+", p.name))]
+    return max(steps, default=0)
 
 
 def results(run_dir: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,8 @@ class ToyConfig(Config):
     """Written to the result."""
     sleep_s: float = 0.0
     """Seconds of work."""
+    sleep_first_s: float = 0.0
+    """Seconds of work of the first start only."""
     fail: str = ""
     """`user`, `crash` or `kill`: every attempt does so; `first`: the first one is killed."""
     stop_times: int = 0
@@ -61,7 +63,7 @@ def run(config: ToyConfig) -> Path:
     stop = []
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop.append(number))
-    deadline = time.monotonic() + config.sleep_s
+    deadline = time.monotonic() + config.sleep_s + (config.sleep_first_s if times == 1 else 0.0)
     while time.monotonic() < deadline and not stop:
         time.sleep(0.02)
     if stop:
