@@ -22,6 +22,7 @@ from fine_dist.errors import RunDirError, ToldElsewhere
 
 FREE_KEYS = (
     "engine",
+    "launch",
     "data.workers",
     "data.verify",
     "data.cache_dir",
