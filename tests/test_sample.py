@@ -60,14 +60,16 @@ def alpha_bars() -> torch.Tensor:
     return torch.cumprod(1 - beta, dim=0)
 
 
-def naive_ddim(label: int, index: int, steps: int) -> torch.Tensor:
-    """DDIM (2010.02502, eq. 12) with eta 0, one image, float64."""
+def naive_ddim(label: int, index: int, steps: int, limit: float = float("inf")) -> torch.Tensor:
+    """DDIM (2010.02502, eq. 12) with eta 0, one image, float64; a clamped start gives its own noise."""
     a = alpha_bars()
     z = torch.randn(1, 1, 8, 8, generator=image_generator(7, index)).double()
     stride = DIFFUSION.num_timesteps // steps
     for t in range(DIFFUSION.num_timesteps - 1, -1, -stride):
         eps = toy(z, torch.tensor([t]), torch.tensor([label]))
         start = (z - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
+        start = start.clamp(-limit, limit)
+        eps = (z - a[t].sqrt() * start) / (1 - a[t]).sqrt()
         before = a[t - stride] if t - stride >= 0 else torch.tensor(1.0, dtype=torch.float64)
         z = before.sqrt() * start + (1 - before).sqrt() * eps
     return z
@@ -101,6 +103,24 @@ def test_ddim_is_the_papers_equation(steps):
     out = draw([3, 8], scheduler="ddim", steps=steps)
     expected = torch.cat([naive_ddim(3, 0, steps), naive_ddim(8, 1, steps)])
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+def test_a_clip_clamps_the_predicted_start_at_every_step():
+    out = draw([3, 8], scheduler="ddim", steps=20, clip=0.7)
+    expected = torch.cat([naive_ddim(3, 0, 20, limit=0.7), naive_ddim(8, 1, 20, limit=0.7)])
+    torch.testing.assert_close(out.double(), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm"])
+def test_with_a_clip_a_model_that_knows_nothing_stays_within_it(scheduler):
+    """The clean latent of wrong noise is 160 times too large at t = T; the last step returns the clamped start."""
+
+    def ignorant(z, t, y):
+        return torch.zeros_like(z)
+
+    settings = {"scheduler": scheduler, "steps": 10}
+    assert draw([3], ignorant, **settings).abs().max() > 50
+    assert draw([3], ignorant, clip=1.0, **settings).abs().max() <= 1 + 1e-4
 
 
 def test_ddpm_walks_the_respaced_chain_of_the_paper():
