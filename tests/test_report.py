@@ -92,7 +92,7 @@ def test_one_depth_that_fails_is_enough_for_a_claim_not_to_hold():
 
 def test_what_was_not_measured_is_never_decided():
     words = {v.claim.partition(":")[0].split(",")[0]: v.word for v in verdicts(results())}
-    assert words["Sigma"] == words["FINE is better than TLEG"] == "not measured"
+    assert words["After N steps"] == words["FINE is better than TLEG"] == "not measured"
     assert words["FINE is better than scratch at equal total steps"] == "not measured"
     assert words["Learned sigma is close to linear in depth"] == "not measured"
 
@@ -118,11 +118,14 @@ def test_a_difference_smaller_than_the_seeds_spread_is_marked():
     assert not any(c.within_spread for c in of(far, "equal steps").of("held_out_loss"))
 
 
-def test_the_order_of_sigma_starts_is_a_chain_over_variants():
+@pytest.mark.parametrize(("step", "claim"), [(0, "Before any training"), (N, "After N steps")])
+def test_the_order_of_sigma_starts_is_a_chain_over_variants(step, claim):
     made = results(targets=(4,))
-    for variant, loss in (("linear", 0.115), ("identical", 0.12), ("random", 0.118)):
-        made.add(method="fine", variant=variant, target=4, seed=0, stage="train", step=N, held_out_loss=loss)
-    verdict = of(made, "Sigma")
+    base = made.mean("fine", 4, step).mean
+    for variant, more in (("linear", 0.005), ("identical", 0.01), ("random", 0.008)):
+        stage = "train" if step else "init"
+        made.add(method="fine", variant=variant, target=4, seed=0, stage=stage, step=step, held_out_loss=base + more)
+    verdict = of(made, claim)
     assert [c.held for c in verdict.of("held_out_loss")] == [True, True, False]
     assert verdict.word == "did not hold"
 

@@ -107,9 +107,10 @@ def summary_png(results: Results, path: str | Path) -> Path:
 
 
 def _curve_panels(axes: list[Any], results: Results, targets: list[int]) -> None:
-    top, bottom = _loss_range(results, targets)
+    shown = [s for s in results.series if any(len(results.points(s, t)) > 1 for t in targets)]
+    top, bottom = _loss_range(results, targets, shown)
     for axis, target in zip(axes, targets):
-        for series in reversed(results.series):
+        for series in reversed(shown):
             _curve(axis, results, series, target)
         _mark_budget(axis, results, target)
         axis.set_title(f"{target} layers")
@@ -152,17 +153,15 @@ def _mark_budget(axis: Any, results: Results, target: int) -> None:
                           textcoords="offset points", color=FAINT, size=8.5)  # fmt: skip
 
 
-def _loss_range(results: Results, targets: list[int]) -> tuple[float, float]:
+def _loss_range(results: Results, targets: list[int], shown: list[str]) -> tuple[float, float]:
     """Down to the least value; up to what shows FINE whole and scratch from a third of its first milestone on.
 
     An untrained model predicts no noise at all (a loss of 1), and a scale that shows that hides all differences.
     """
     values, tops = [], []
     for target in targets:
-        budget = results.budget(target) or max(
-            s for name in results.series for s in results.points(name, target) or [1]
-        )
-        for series in results.series:
+        budget = results.budget(target) or max(s for name in shown for s in results.points(name, target) or [1])
+        for series in shown:
             points = results.points(series, target)
             values += [np.mean(v) for v in points.values()]
             tops += [np.mean(v) for s, v in points.items() if series == "fine" or s >= budget / 3]
@@ -240,7 +239,7 @@ def _mix(colour_: str, weight: float) -> tuple[float, ...]:
 
 def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
     """Real data, then FINE and scratch at N for the middle depth that has both; fewer where there are fewer."""
-    shown = [("real data", p) for p in results.pictures if p.method is None][:1]
+    shown = [("real data", p) for p in results.pictures if p.method is None and p.target is None][:1]
     for target in sorted(results.targets, key=lambda t: abs(t - float(np.median(results.targets)))):
         budget = results.budget(target)
         pair = [

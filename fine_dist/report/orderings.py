@@ -126,6 +126,10 @@ class _Claim:
     or_equal: bool = False
 
 
+def _sigma_chain(at: str) -> tuple[tuple[str, str], ...]:
+    return tuple((series, at) for series in ("fine", "fine:linear", "fine:identical", "fine:random"))
+
+
 CLAIMS = (
     _Claim(
         "FINE is better than scratch at equal steps after initialisation", "ordering 1", (("fine", "N"), ("he", "N"))
@@ -135,14 +139,14 @@ CLAIMS = (
         "FINE is better than TLEG, and TLEG than scratch", "ordering 1", (("fine", "N"), ("tleg", "N"), ("he", "N"))
     ),
     _Claim(
-        "Sigma: trained is better than linear, linear than identical, identical than random",
+        "Before any training: trained sigma is better than linear, linear than identical, identical than random",
         "ordering 2",
-        (("fine", "N"), ("fine:linear", "N"), ("fine:identical", "N"), ("fine:random", "N")),
+        _sigma_chain("0"),
     ),
     _Claim(
-        "The same before any further training: sigma trained, linear, identical, random",
-        "ordering 2, at step 0",
-        (("fine", "0"), ("fine:linear", "0"), ("fine:identical", "0"), ("fine:random", "0")),
+        "After N steps: trained sigma is better than linear, linear than identical, identical than random",
+        "ordering 2",
+        _sigma_chain("N"),
     ),
     _Claim(
         "Shared factors are better than per-layer SVD, and that than scratch",
@@ -185,9 +189,9 @@ def _compare(claim: _Claim, results: Results) -> list[Comparison]:
 def _end(results: Results, series: str, at: str, target: int, measure: str) -> tuple[str, Mean | None]:
     """One side of a comparison: what it is called, and its mean if it was measured."""
     budget = results.budget(target)
-    if budget is None:
+    if budget is None and at != "0":
         return f"{label(series)} at {at}", None
-    step = step_of(at, budget, results.init_steps(target))
+    step = step_of(at, budget or 0, results.init_steps(target))
     return f"{label(series)} at {step:,} steps", results.mean(series, target, step, measure)
 
 

@@ -245,7 +245,7 @@ def _gallery(results: Results) -> str:
 
 def _card(picture: Picture) -> str:
     name = picture.caption or (label(picture.series) if picture.method else "real data")
-    if picture.step is not None:
+    if picture.step is not None and not picture.caption:
         name += f", {picture.step:,} steps" if picture.step else ", right after initialisation"
     data = base64.b64encode(picture_png(picture)).decode()
     return (

@@ -28,9 +28,10 @@ LABELS = {
     "svd": "per-layer SVD",
     "outside": "copied shell",
     "random_genes": "random genes",
-    "fine:linear": "FINE, sigma linear",
-    "fine:identical": "FINE, sigma identical",
-    "fine:random": "FINE, sigma random",
+    "fine:linear": "sigma linear",
+    "fine:identical": "sigma identical",
+    "fine:random": "sigma random",
+    "fine:aligned": "sigma aligned",
 }
 """How series are called in text and pictures; others go by their own name."""
 
@@ -45,7 +46,7 @@ class Row(_Part):
     method: str
     """A name in `METHODS`: "fine", "he" (scratch), ..."""
     variant: str = ""
-    """Told apart from the method itself: "linear", "identical", "random" for FINE with an untrained sigma."""
+    """Told apart from the method itself; for FINE the start at which sigma was left: "linear", "identical", ..."""
     target: int = Field(ge=1)
     """Depth of the target, in layers."""
     seed: int
