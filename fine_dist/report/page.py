@@ -178,10 +178,7 @@ def _curves_caption(results: Results) -> str:
     )
     init = {results.init_steps(t) for t in results.targets}
     if len(init) == 1 and 0 not in init:
-        caption += (
-            f"FINE’s first point comes after {init.pop():,} steps of training sigma alone, which are not on the axis; "
-        )
-        caption += "the comparison at equal total steps is above."
+        caption += f"FINE’s first point comes after {init.pop():,} steps of training sigma alone, not on the axis."
     return caption
 
 
