@@ -1,0 +1,75 @@
+"""The demo: once in small, and over three seeds at its own settings (slow), with what the method promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fine_dist.demo import DemoConfig, plan
+from fine_dist.report import read_results
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def demo(run_dir: Path, *argv: str, timeout_s: int = 280) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fine_dist", "demo", "--run-dir", str(run_dir), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(tmp_path):
+    small = [
+        "--depths",
+        "1",
+        "2",
+        "--condense-steps",
+        "8",
+        "--init-steps",
+        "4",
+        "--train-steps",
+        "5",
+        "--samples",
+        "20",
+    ]
+    run = tmp_path / "demo"
+    first = demo(run, *small)
+    for word in ("held-out accuracy", "condense-s0", "fine-L2-s0", "report.html", "What the method promises"):
+        assert word in first.stdout, word
+    page = (run / "report" / "report.html").read_text()
+    assert "<svg" in page or "data:image/png" in page
+    assert "http" not in page.replace("http://www.w3.org", "")  # self-contained: nothing is fetched
+    results = read_results(run / "report")
+    assert {(row.method, row.target) for row in results.rows if row.stage == "train"} == {
+        (m, d) for m in ("fine", "he", "outside") for d in (1, 2)
+    }
+    assert results.classifier_accuracy >= 0.95
+    assert results.ancestor.learngene_params < results.ancestor.params
+    models = {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
+    assert len(models) == 8
+    demo(run, *small)
+    assert models == {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
+
+
+def test_the_plan_trains_every_target_after_what_it_starts_from():
+    works = {work.name: work for work in plan(DemoConfig(seeds=2)).works}
+    assert works["fine-L4-s1"].after == ("init-s1",) and works["init-s1"].after == ("condense-s1",)
+    assert works["he-L6-n1200-s0"].steps == 3 * works["fine-L6-s0"].steps and not works["he-L6-n1200-s0"].after
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_over_three_seeds_fine_is_better_than_scratch_and_worth_three_times_its_steps(tmp_path):
+    demo(tmp_path / "demo", "--seeds", "3", timeout_s=2900)
+    found = json.loads((tmp_path / "demo" / "report" / "results.json").read_text())
+    verdicts = {v["claim"]: v for v in found["orderings"]}
+    for claim in (
+        "FINE is better than scratch at equal steps after initialisation",
+        "FINE after N steps is no worse than scratch after 3N",
+    ):
+        held = [c["held"] for c in verdicts[claim]["comparisons"] if c["measure"] == "held_out_loss"]
+        assert len(held) == 3 and all(held), verdicts[claim]
