@@ -119,33 +119,16 @@ def code_root(module: str) -> str:
 
 
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
-    """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder.
-
-    Copied are the packages `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module`.
-    """
-    root = Path(fine_dist.__file__).resolve().parents[1]
-    tops = {"fine_dist", "launchers", "slurm"}
-    places = {root / top for top in tops if (root / top).is_dir()}
-    top = module.partition(".")[0]
-    if top not in tops:
-        package = Path(code_root(module), top)
-        places.add(package if package.is_dir() else package.with_suffix(".py"))
-    files = sorted(file for place in places for file in _sources(place))
-    names = {file: file.relative_to(_base(file, places)).as_posix() for file in files}
-    contents = {file: file.read_bytes() for file in files}
+    """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder."""
+    files = _code_files(module)
     digest = hashlib.sha256()
-    for file in sorted(files, key=names.__getitem__):
-        digest.update(names[file].encode() + b"\0" + hashlib.sha256(contents[file]).digest())
+    for name in sorted(files):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(files[name].read_bytes()).digest())
     target = run_dir / "code" / digest.hexdigest()[:12]
     if target.is_dir():
         return target
     draft = target.with_name(f".{target.name}.{os.getpid()}")
-    for file in files:
-        copy = draft / names[file]
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(contents[file])
-        shutil.copymode(file, copy)
-    (draft / "SNAPSHOT.json").write_text(json.dumps({"git": _git(root), "version": fine_dist.__version__}) + "\n")
+    stage_code(draft, module)
     try:
         os.rename(draft, target)
     except OSError:  # somebody else was faster with the same content
@@ -155,8 +138,26 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
     return target
 
 
-def _base(file: Path, places: set[Path]) -> Path:
-    return next(place.parent for place in places if place == file or place in file.parents)
+def stage_code(folder: Path, module: str) -> None:
+    """Copy `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module` into a folder."""
+    for name, file in _code_files(module).items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    about = {"git": _git(Path(fine_dist.__file__).resolve().parents[1]), "version": fine_dist.__version__}
+    (folder / "SNAPSHOT.json").write_text(json.dumps(about) + "\n")
+
+
+def _code_files(module: str) -> dict[str, Path]:
+    """Name in the copy -> file."""
+    root = Path(fine_dist.__file__).resolve().parents[1]
+    tops = {"fine_dist", "launchers", "slurm"}
+    places = {root / top for top in tops if (root / top).is_dir()}
+    top = module.partition(".")[0]
+    if top not in tops:
+        package = Path(code_root(module), top)
+        places.add(package if package.is_dir() else package.with_suffix(".py"))
+    return {file.relative_to(place.parent).as_posix(): file for place in places for file in _sources(place)}
 
 
 def _sources(place: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     if launcher == "here" or inside():
         return _here(module, config)
     kind = choose(launcher)
+    address = launch_of(config).address or os.environ.get("RAY_ADDRESS") or ""
+    if kind == "ray" and address.startswith("http"):
+        from launchers.ray_jobs import submit_command
+
+        return submit_command(module, config, address)
     tasks = tasks_of(module, config)
     needs = launch_of(config)
     if kind == "local" and tasks is None and needs.nodes == needs.processes == 1:

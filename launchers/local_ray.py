@@ -100,6 +100,7 @@ class LocalRay:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
         env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_ID")}
+        env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])  # a job's `python` is ours
         with open(self.folder / f"{name}.out", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, env={**env, **SETTINGS}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -134,7 +135,7 @@ class LocalRay:
 
     def _await(self, wanted: int, seconds: float = 60.0) -> None:
         """Until GCS answers, and knows so many nodes."""
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
         deadline = time.monotonic() + seconds
         while True:

@@ -125,8 +125,6 @@ def test_fifty_trivial_tasks_take_at_most_twenty_seconds_as_an_array(slurm, tmp_
     slurm.python(TOY, "--launcher", "slurm", "--launch.wait", "--run-dir", tmp_path, "--tasks", 50)
     seconds = time.monotonic() - begun
     with capsys.disabled():
-        print(
-            f"\n50 trivial tasks as a SLURM array: {seconds:.1f} s (bar 20); cluster up in {slurm.start_s:.1f} s (bar 5)"
-        )
+        print(f"\n50 trivial tasks as a SLURM array: {seconds:.1f} s (bar 20); cluster {slurm.start_s:.1f} s (bar 5)")
     assert seconds < 40 and slurm.start_s < 10
     assert until(lambda: all(results(tmp_path / "out" / f"task{i}") for i in range(50)), 1)

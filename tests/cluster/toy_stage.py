@@ -29,6 +29,8 @@ class ToyConfig(Config):
     """Seconds of work."""
     sleep_first_s: float = 0.0
     """Seconds of work of the first start only."""
+    await_save: bool = False
+    """Work ends early when a file SAVE appears, which is answered with a file `saved`."""
     fail: str = ""
     """`user`, `crash` or `kill`: every attempt does so; `first`: the first one is killed."""
     stop_times: int = 0
@@ -66,6 +68,9 @@ def run(config: ToyConfig) -> Path:
     deadline = time.monotonic() + config.sleep_s + (config.sleep_first_s if times == 1 else 0.0)
     while time.monotonic() < deadline and not stop:
         time.sleep(0.02)
+        if config.await_save and (out / "SAVE").exists():
+            (out / "SAVE").rename(out / "saved")
+            break
     if stop:
         raise ResumeLater(f"signal {stop[0]}")
     if times <= config.stop_times:

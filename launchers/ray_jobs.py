@@ -1,0 +1,71 @@
+"""From a laptop to a Ray cluster over HTTP: the command itself becomes one Ray job, with the code it was typed with."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from fine_dist.config import Config, dump_yaml
+from fine_dist.errors import LaunchError
+from fine_dist.submit import launch_of, stage_code
+
+UPLOAD_LIMIT = 100 * 2**20
+"""Bytes: Ray refuses a larger working directory."""
+
+
+def submit_command(module: str, config: Config, address: str) -> int:
+    """Submit `python -m MODULE --launcher ray` with this config to Ray Jobs at `address`; its exit code, 0 or 1.
+
+    Uploaded are the code and the config; data and run_dir must be paths that the cluster knows. Raises `LaunchError`.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    needs = launch_of(config)
+    if not os.path.isabs(os.path.expanduser(str(getattr(config, "run_dir", "")))):
+        raise LaunchError(
+            "run_dir: a Ray job runs in a folder that Ray deletes; give an absolute path on shared storage"
+        )
+    # Inside the job the cluster is at hand: what was the address here is not one there.
+    inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
+    with tempfile.TemporaryDirectory() as folder:
+        stage_code(Path(folder), module)
+        (Path(folder) / "job.yaml").write_text(dump_yaml(inner))
+        refuse_large(Path(folder))
+        try:
+            client = JobSubmissionClient(address)
+            job = client.submit_job(
+                entrypoint=f"python -m {module} --config job.yaml --launcher ray",
+                runtime_env={"working_dir": folder, "env_vars": dict(needs.env)},
+            )
+        except (RuntimeError, ConnectionError, ValueError) as error:
+            raise LaunchError(f"Ray Jobs at {address}: {str(error).strip().splitlines()[0]}") from None
+    print(f"submitted {module} as Ray job {job}; follow: ray job logs --follow --address {address} {job}", flush=True)
+    if not needs.wait:
+        return 0
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        text = client.get_job_logs(job)
+        sys.stdout.write(text[shown:])
+        sys.stdout.flush()
+        shown = len(text)
+        if status.is_terminal():
+            return 0 if status == JobStatus.SUCCEEDED else 1
+        time.sleep(1)
+
+
+def refuse_large(folder: Path, limit: int = UPLOAD_LIMIT) -> None:
+    """`LaunchError` that lists the largest entries when a folder is over what Ray uploads."""
+    sizes = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    total = sum(sizes.values())
+    if total <= limit:
+        return
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
+    lines = "".join(f"\n  {sizes[p] / 2**20:8.1f} MiB  {p.relative_to(folder)}" for p in largest)
+    raise LaunchError(
+        f"the working directory {folder} is {total / 2**20:.0f} MiB and Ray uploads {limit / 2**20:.0f}; "
+        f"keep data out of it. Largest:{lines}"
+    )

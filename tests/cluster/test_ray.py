@@ -1,0 +1,183 @@
+"""A real Ray cluster of two nodes: what users type, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.conftest import ROOT, TOY, Cluster, absent, checkpoints, digest, results, starts, until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[Cluster]:
+    if subprocess.run([sys.executable, "-c", "import ray.train"], capture_output=True, check=False).returncode:
+        absent("Ray is not installed")
+    cluster = Cluster("-m", "launchers.local_ray", "--pipe")
+    yield cluster
+    cluster.close()
+
+
+def task_dirs(run_dir: Path, count: int) -> list[Path]:
+    return [run_dir / "out" / f"task{i}" for i in range(count)]
+
+
+def workers_of(folder: Path) -> list[int]:
+    """Processes of the toy or the engine that work for a run directory."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"fine_dist.worker" in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_a_fan_out_on_ray_runs_every_task_and_names_the_one_that_fails(ray, tmp_path):
+    done = ray.python(TOY, "--run-dir", tmp_path, "--tasks", 6, "--bad", 2, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "5 of 6 tasks done, 1 failed" in done.stdout and "task2: this task always fails" in done.stderr
+    assert ray.python(TOY, "--run-dir", tmp_path, "--tasks", 6).returncode == 0
+    assert [starts(d) for d in task_dirs(tmp_path, 6)] == [1, 1, 2, 1, 1, 1]
+    rows = json.loads(ray.python("fine_dist.status", tmp_path, "--json").stdout)["tasks"]
+    assert all(row["job"].startswith("ray ") for row in rows)
+
+
+def test_a_second_fan_out_on_the_same_directory_is_refused_while_the_first_runs(ray, tmp_path):
+    first = ray.popen(TOY, "--run-dir", tmp_path, "--tasks", 3, "--sleep-s", 4)
+    until(lambda: starts(tmp_path / "out" / "task0"), 60, "the first task")
+    second = ray.python(TOY, "--run-dir", tmp_path, "--tasks", 3, "--sleep-s", 4, check=False)
+    assert second.returncode == 2 and "another fan-out is handing out its tasks" in second.stderr
+    assert first.wait(60) == 0
+    assert [starts(d) for d in task_dirs(tmp_path, 3)] == [1, 1, 1]
+
+
+def test_a_driver_killed_and_started_again_loses_no_finished_task_and_repeats_none(ray, tmp_path):
+    words = ("--run-dir", tmp_path, "--tasks", 5, "--launch.max-parallel", 2)
+    driver = ray.popen(TOY, *words, "--sleep-first-s", 2.5)
+    until(lambda: results(tmp_path / "out" / "task1"), 90, "two tasks")
+    until(lambda: starts(tmp_path / "out" / "task2"), 30, "the third task")
+    driver.kill()
+    driver.wait()
+    finished = [d for d in task_dirs(tmp_path, 5) if results(d)]
+    again = ray.python(TOY, *words, "--sleep-first-s", 2.5)
+    assert again.returncode == 0
+    assert [starts(d) for d in finished] == [1] * len(finished)
+    assert all(results(d) for d in task_dirs(tmp_path, 5))
+
+
+def test_a_lost_node_loses_no_finished_task(ray, tmp_path):
+    words = ("--run-dir", tmp_path, "--tasks", 8, "--sleep-s", 3, "--launch.max-parallel", 6)
+    driver = ray.popen(TOY, *words)
+    until(lambda: sum(starts(d) for d in task_dirs(tmp_path, 8)) >= 6, 90, "six tasks to run")
+    ray.tell("kill", "node1")
+    try:
+        said, _ = driver.communicate(timeout=120)
+        assert driver.returncode == 0, said
+        assert all(results(d) for d in task_dirs(tmp_path, 8))
+    finally:
+        ray.tell("start", "node1")
+
+
+def test_a_rank_killed_while_condensing_under_ray_train_gives_the_same_weights(
+    ray, condense_config, undisturbed, tmp_path
+):
+    driver = ray.popen("fine_dist.condense", "--config", condense_config, "--run-dir", tmp_path)
+    until(lambda: checkpoints(tmp_path) >= 60, 120, "a checkpoint")
+    [pid] = workers_of(tmp_path)
+    os.kill(pid, signal.SIGKILL)
+    said, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0, said
+    assert "ended with code -9" in said
+    assert digest(tmp_path) == undisturbed
+
+
+def test_a_ray_worker_killed_with_its_rank_is_replaced(ray, tmp_path):
+    driver = ray.popen(TOY, "--run-dir", tmp_path, "--launch.processes", 2, "--sleep-first-s", 300)
+    until(lambda: starts(tmp_path, 1), 120, "both ranks")
+    status = Path(f"/proc/{workers_of(tmp_path)[0]}/status").read_text()
+    os.kill(int(re.search(r"PPid:\s*(\d+)", status)[1]), signal.SIGKILL)
+    said, _ = driver.communicate(timeout=180)
+    assert driver.returncode == 0, said
+    assert [starts(tmp_path, r) for r in (0, 1)] == [2, 2]
+    until(lambda: not workers_of(tmp_path), 10, "no process of ours to stay")
+
+
+def test_ray_train_keeps_a_pointer_to_the_run_directory_for_every_rank(ray, tmp_path):
+    ray.python(TOY, "--run-dir", tmp_path, "--launch.processes", 2, "--value", 4)
+    assert [r["value"] for r in results(tmp_path)] == [4, 4]
+    pointers = [json.loads(p.read_text()) for p in sorted((tmp_path / "ray").glob("*/checkpoint_*/rank*.json"))]
+    assert [(p["rank"], p["run_dir"]) for p in pointers] == [(0, str(tmp_path)), (1, str(tmp_path))]
+
+
+def test_a_node_that_ray_will_take_away_makes_the_engine_save(ray, tmp_path):
+    driver = ray.popen(TOY, "--run-dir", tmp_path, "--launch.ray", "node1", "1", "--sleep-first-s", 25, "--await-save")
+    until(lambda: starts(tmp_path), 120, "the rank")
+    drain = (
+        "import ray, sys; from ray._raylet import GcsClient; from ray.core.generated import autoscaler_pb2 as pb\n"
+        "import time; ray.init(address=sys.argv[1], logging_level='ERROR')\n"
+        "node = next(n['NodeID'] for n in ray.nodes() if n['Alive'] and 'node1' in n['Resources'])\n"
+        "why = pb.DrainNodeReason.Value('DRAIN_NODE_REASON_PREEMPTION')\n"
+        "said = GcsClient(address=sys.argv[1]).drain_node(node, why, 'taken away', int((time.time() + 60) * 1000))\n"
+        "print(said)"
+    )
+    said = ray.run(sys.executable, "-c", drain, ray.env["RAY_ADDRESS"], check=False)
+    try:
+        out, _ = driver.communicate(timeout=120)
+        assert (tmp_path / "saved").exists(), (said.stdout, said.stderr, out)
+    finally:
+        ray.tell("kill", "node1")
+        ray.tell("start", "node1")
+
+
+def test_a_ray_job_submitted_from_elsewhere_runs_the_fan_out_in_the_cluster(ray, tmp_path):
+    words = ("--run-dir", tmp_path, "--tasks", 3, "--launch.address", ray.about["api"], "--launch.wait")
+    done = ray.python(TOY, "--launcher", "ray", *words, RAY_ADDRESS="")
+    assert "3 of 3 tasks done" in done.stdout, done.stdout
+    assert all(results(d) for d in task_dirs(tmp_path, 3))
+
+
+def test_inside_ray_job_submit_a_command_finds_its_cluster_by_itself(ray, tmp_path):
+    words = ["ray", "job", "submit", "--address", ray.about["api"], "--", sys.executable, "-m", TOY]
+    words[0] = str(Path(sys.executable).with_name("ray"))
+    done = ray.run(*words, "--run-dir", str(tmp_path), "--tasks", "2", PYTHONPATH=str(ROOT), check=False)
+    assert "2 of 2 tasks done" in done.stdout, done.stdout + done.stderr
+
+
+def test_without_a_cluster_the_message_says_how_to_get_one(tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    words = [
+        sys.executable,
+        "-m",
+        TOY,
+        "--launcher",
+        "ray",
+        "--run-dir",
+        str(tmp_path),
+        "--launch.address",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2 and "no Ray cluster at 127.0.0.1:1" in done.stderr
+
+
+@pytest.mark.benchmark
+def test_fifty_trivial_tasks_take_at_most_fifteen_seconds_on_a_running_ray(ray, tmp_path, capsys):
+    begun = time.monotonic()
+    ray.python(TOY, "--run-dir", tmp_path, "--tasks", 50)
+    seconds = time.monotonic() - begun
+    with capsys.disabled():
+        print(f"\n50 trivial tasks on a running Ray: {seconds:.1f} s (bar 15); cluster {ray.start_s:.1f} s")
+    assert seconds < 40
