@@ -104,14 +104,14 @@ def fit(
     """
     world = world or dist.world(engine.device)
     with Watch(world), Stopper(run_dir, engine.time_limit_min, world.is_main) as stopper:
-        run = _Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, stopper)
+        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, stopper)
         try:
             return run.train()
         finally:
             run.monitor.close()
 
 
-class _Run:
+class Run:
     """One start of a run: the parts, put together, and the loop over them."""
 
     def __init__(
