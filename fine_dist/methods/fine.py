@@ -4,7 +4,7 @@ Stage 1 trains U, V, sigma and what is outside the blocks on the plain diffusion
 (`joint`) or from the CP decomposition of an ancestor's weights (`decompose`). Stage 2 trains a target's sigma alone.
 
 Choices where the paper is silent: R = D; biases are a layer's own, interpolated over relative depth for a target and
-frozen in stage 2; sigma of adaLN starts at zero (adaLN-zero).
+frozen in stage 2; sigma of adaLN starts at zero (adaLN-zero), the others' on a line in depth (`line_in_depth`).
 """
 
 from __future__ import annotations

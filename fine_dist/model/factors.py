@@ -117,10 +117,10 @@ class FactoredDiT(DiT):
         self.genes = genes
         for kind in KINDS:
             if kind != "adaln":  # adaLN-zero: a block starts as the identity
-                for layer in range(arch.num_layers):
-                    nn.init.normal_(
-                        self.sigma(kind, layer), std=sigma_std(*arch.matrix(kind), rank), generator=generator
-                    )
+                std = sigma_std(*arch.matrix(kind), rank)
+                for layer, sigma in enumerate(line_in_depth(arch.num_layers, rank, std, generator)):
+                    with torch.no_grad():
+                        self.sigma(kind, layer).copy_(sigma)
 
     def factor(self, kind: str) -> Genes:
         return self.genes[kind]  # type: ignore[return-value]
@@ -171,6 +171,17 @@ def sigma_std(m: int, n: int, rank: int) -> float:
     With columns of unit norm, `Var(W_ij) = R E[sigma^2] / (m n)`.
     """
     return math.sqrt(2 * m * n / (rank * (m + n)))
+
+
+def line_in_depth(num_layers: int, rank: int, std: float, generator: torch.Generator | None) -> Tensor:
+    """Where sigma starts in stage 1, [L, R]: on a line in depth between two random vectors of variance std^2.
+
+    *Choice*: the paper finds learned sigma close to linear in depth, and a target's sigma is interpolated over depth;
+    layers drawn independently have no depth to interpolate over, and training does not give them one.
+    """
+    ends = torch.randn(2, rank, generator=generator) * std
+    t = torch.linspace(0, 1, num_layers)[:, None]
+    return ((1 - t) * ends[0] + t * ends[1]) / ((1 - t) ** 2 + t**2).sqrt()
 
 
 def spread_columns(rows: int, rank: int, generator: torch.Generator | None) -> Tensor:
