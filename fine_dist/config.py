@@ -182,6 +182,10 @@ class LaunchConfig(Config):
     """Stay until a submitted job has ended, and exit with its code (SLURM; Ray Jobs)."""
     snapshot: bool = True
     """Submitted jobs run a copy of the code as it is now, whatever changes before they start."""
+    preflight: Literal["refuse", "warn", "off"] = "refuse"
+    """What a submission does when the preflight (`fine_dist.plan`) finds that it cannot work."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of one accelerator where the job will run, in GiB, for the preflight; none: this machine's, when local."""
     partition: str | None = None
     """SLURM partition; none: the cluster's default."""
     account: str | None = None

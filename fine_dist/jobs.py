@@ -125,6 +125,17 @@ class Task(NamedTuple):
     """Names of the rows a pack works on; empty: one row, `name`."""
 
 
+class Finding(NamedTuple):
+    """One thing that the preflight looked at."""
+
+    what: str
+    """`memory`, `disk`, `slurm`, ..."""
+    level: Literal["ok", "note", "stop"]
+    """`stop`: it cannot work; `note`: it could not be decided, or is worth knowing."""
+    text: str
+    """What was found and, for a `stop`, the remedy."""
+
+
 class Point(NamedTuple):
     """One point of a grid."""
 

@@ -57,9 +57,9 @@ def tasks_of(module: str, config: Config) -> list[Task] | None:
 
 def make_spec(
     module: str, config: Config, name: str | None = None, *, code: str | None = None, table: Path | None = None,
-    rows: Sequence[str] = (),
+    rows: Sequence[str] = (), write: bool = True,
 ) -> JobSpec:  # fmt: skip
-    """The job of one config, whose resolved YAML is written into the run directory.
+    """The job of one config, whose resolved YAML is written into the run directory (unless `write` is false).
 
     File names carry a hash of what they hold: a second submission never changes the files of the first.
     """
@@ -69,7 +69,8 @@ def make_spec(
     text = dump_yaml(config)
     home = table or run_dir
     path = home / "jobs" / f"{name}-{_hash(text)}.yaml"
-    write_atomic(path, text)
+    if write:
+        write_atomic(path, text)
     return JobSpec(
         name=name,
         module=module,
@@ -120,7 +121,7 @@ def code_root(module: str) -> str:
 
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
     """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder."""
-    files = _code_files(module)
+    files = code_files(module)
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + hashlib.sha256(files[name].read_bytes()).digest())
@@ -140,7 +141,7 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
 
 def stage_code(folder: Path, module: str) -> None:
     """Copy `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module` into a folder."""
-    for name, file in _code_files(module).items():
+    for name, file in code_files(module).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(file, copy)
@@ -148,7 +149,7 @@ def stage_code(folder: Path, module: str) -> None:
     (folder / "SNAPSHOT.json").write_text(json.dumps(about) + "\n")
 
 
-def _code_files(module: str) -> dict[str, Path]:
+def code_files(module: str) -> dict[str, Path]:
     """Name in the copy -> file."""
     root = Path(fine_dist.__file__).resolve().parents[1]
     tops = {"fine_dist", "launchers", "slurm"}
@@ -202,11 +203,16 @@ def prepare(module: str, argv: list[str]) -> Path:
     JOB is one job's file; or TASKS files are listed in LIST, one a line. FLAGS are the sbatch options it asks for.
     """
     from fine_dist.cli import parse
+    from fine_dist.plan import preflight, refuse
+    from launchers.slurm_submitit import slurm_findings
 
     config = parse(config_class(import_module(module)), argv, prog=f"python -m {module}").config
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     tasks = tasks_of(module, config)
+    first = tasks[0].config if tasks else config
+    found = preflight(module, first, make_spec(module, first, write=False), light=tasks is not None)
+    refuse(needs, [*found, *slurm_findings(make_spec(module, config, write=False), needs)])
     code = str(snapshot(run_dir, module)) if needs.snapshot else code_root(module)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     name = module.rpartition(".")[2]

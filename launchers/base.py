@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, nearest
-from fine_dist.jobs import JobSpec
+from fine_dist.jobs import Finding, JobSpec
 from fine_dist.submit import job_file
 from fine_dist.worker import EXIT_BUSY
 
@@ -134,6 +134,10 @@ class Launcher(ABC):
                 self._ended(job)
         while self._queue and len(self._live) < self._width:
             self._begin(self._queue.popleft())
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        """What can be known of a job (one of `many` tasks) before it is submitted here."""
+        return []
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Those of earlier submissions that still wait or run."""

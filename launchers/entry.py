@@ -52,6 +52,7 @@ def _one(kind: str, module: str, config: Config) -> int:
     run_dir = run_dir_of(config)
     with get_launcher(kind, **_settings(kind, needs, show=True)) as runner:
         _refuse_second(runner, run_dir)
+        _preflight(runner, module, config, many=False)
         job = runner.submit(make_spec(module, config, code=_code(kind, module, config)))
         if runner.detached:
             Submissions(run_dir).add({str(job.id): [job.spec.name]})
@@ -69,6 +70,8 @@ def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
     with get_launcher(kind, **_settings(kind, needs)) as runner, table.driver(f"{kind} fan-out"):
+        if tasks:
+            _preflight(runner, module, tasks[0].config, many=True)
         specs = make_specs(module, config, tasks, code=_code(kind, module, config))
         queued = runner.alive(Submissions(run_dir).all())
         taken = {name for names in queued.values() for name in names}
@@ -88,6 +91,16 @@ def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
         elif todo:
             follow(runner, table, runner.submit_many(todo, needs.max_parallel, needs.retries))
     return report(table, specs)
+
+
+def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
+    from fine_dist.plan import preflight, refuse
+
+    needs = launch_of(config)
+    if needs.preflight != "off":
+        spec = make_spec(module, config, write=False)
+        found = preflight(module, config, spec, light=many, here=runner.name == "local")
+        refuse(needs, [*found, *runner.findings(spec, many)])
 
 
 def _refuse_second(runner: Launcher, run_dir: Path) -> None:

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from fine_dist.config import Config, dump_yaml
 from fine_dist.errors import LaunchError
+from fine_dist.plan import refuse, upload
 from fine_dist.submit import launch_of, stage_code
-
-UPLOAD_LIMIT = 100 * 2**20
-"""Bytes: Ray refuses a larger working directory."""
 
 
 def submit_command(module: str, config: Config, address: str) -> int:
@@ -30,10 +28,10 @@ def submit_command(module: str, config: Config, address: str) -> int:
         )
     # Inside the job the cluster is at hand: what was the address here is not one there.
     inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
+    refuse(needs, [upload(module)])
     with tempfile.TemporaryDirectory() as folder:
         stage_code(Path(folder), module)
         (Path(folder) / "job.yaml").write_text(dump_yaml(inner))
-        refuse_large(Path(folder))
         try:
             client = JobSubmissionClient(address)
             job = client.submit_job(
@@ -55,17 +53,3 @@ def submit_command(module: str, config: Config, address: str) -> int:
         if status.is_terminal():
             return 0 if status == JobStatus.SUCCEEDED else 1
         time.sleep(1)
-
-
-def refuse_large(folder: Path, limit: int = UPLOAD_LIMIT) -> None:
-    """`LaunchError` that lists the largest entries when a folder is over what Ray uploads."""
-    sizes = {p: p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    total = sum(sizes.values())
-    if total <= limit:
-        return
-    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:5]
-    lines = "".join(f"\n  {sizes[p] / 2**20:8.1f} MiB  {p.relative_to(folder)}" for p in largest)
-    raise LaunchError(
-        f"the working directory {folder} is {total / 2**20:.0f} MiB and Ray uploads {limit / 2**20:.0f}; "
-        f"keep data out of it. Largest:{lines}"
-    )

@@ -23,7 +23,7 @@ from typing import Any
 
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
-from fine_dist.jobs import JobSpec
+from fine_dist.jobs import Finding, JobSpec
 from fine_dist.worker import LIFELINE
 from launchers.base import Job, Launcher
 from launchers.local import ForkServer, free_port
@@ -53,6 +53,21 @@ class RayLauncher(Launcher):
     def fits(self, spec: JobSpec) -> int:
         """As many as the cluster's nodes can hold, and two more, so that an autoscaler sees the demand."""
         return sum(copies(node, demand(spec)) for node in nodes()) + 2
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        """Whether the nodes can hold it; a cluster that grows by itself may still come to hold what none does now."""
+        wanted = demand(spec) if many else demand(one_rank(spec))
+        room = [copies(node, wanted) for node in nodes()]
+        enough = max(room, default=0) >= 1 if many else sum(room) >= spec.world_size
+        if "/working_dir_files/" in spec.run_dir:
+            text = f"{spec.run_dir} is in a folder that Ray deletes; give an absolute run_dir on shared storage"
+            return [Finding("storage", "stop", text)]
+        asks = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        if enough:
+            return [Finding("ray", "ok", f"{len(room)} nodes hold {sum(room)} at once of ({asks})")]
+        what = "no node holds one task" if many else f"{spec.world_size} processes wanted, the nodes hold {sum(room)}"
+        text = f"{what} of ({asks}); lower launch.cpus, gpus, memory_gb, processes or nodes, or add nodes"
+        return [Finding("ray", "note" if grows() else "stop", text)]
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
         for run_dir in {spec.table or spec.run_dir for spec in specs}:
@@ -138,6 +153,20 @@ def nodes() -> list[dict[str, float]]:
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def grows() -> bool:
+    """Whether an autoscaler looks after this cluster."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    return bool(_internal_kv_get("__autoscaling_status")) or "RAY_CLUSTER_NAME" in os.environ
+
+
+def one_rank(spec: JobSpec) -> JobSpec:
+    """The share of one process of a job."""
+    size = spec.processes_per_node
+    share = {"nodes": 1, "processes_per_node": 1, "accelerators_per_node": spec.accelerators_per_node / size}
+    return spec.model_copy(update={**share, "memory_gb": spec.memory_gb and spec.memory_gb / size})
 
 
 def demand(spec: JobSpec) -> dict[str, Any]:
@@ -248,13 +277,9 @@ class _Training:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        share = spec.accelerators_per_node / spec.processes_per_node
-        resources: dict[str, float] = {"CPU": spec.cpus_per_process}
-        resources |= {name: float(amount) for name, amount in spec.extras.get("ray", {}).items()}
-        if share:
-            resources["GPU"] = share
-        if spec.memory_gb:
-            resources["memory"] = spec.memory_gb * 2**30 / spec.processes_per_node
+        rank = demand(one_rank(spec))
+        resources = {"CPU": rank["num_cpus"], **rank.get("resources", {})}
+        resources |= {name: rank[key] for key, name in (("num_gpus", "GPU"), ("memory", "memory")) if key in rank}
         storage = Path(spec.run_dir) / "ray"
         storage.mkdir(parents=True, exist_ok=True)
         token = storage / f".storage-{uuid.uuid4().hex}"
@@ -265,7 +290,7 @@ class _Training:
                 train_loop_config={"file": file, "token": str(token)},
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=spec.world_size, use_gpu=bool(share), resources_per_worker=resources,
+                    num_workers=spec.world_size, use_gpu="GPU" in resources, resources_per_worker=resources,
                     placement_strategy="PACK",
                 ),
                 run_config=RunConfig(

@@ -22,7 +22,8 @@ from typing import Any
 from fine_dist import worker
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, LaunchError
-from fine_dist.jobs import JobSpec
+from fine_dist.jobs import Finding, JobSpec
+from fine_dist.submit import sbatch_flags
 from launchers.base import EXIT_INTERRUPTED, Job, JobState, Launcher
 
 SIGNAL_S = 120
@@ -87,6 +88,9 @@ class SlurmLauncher(Launcher):
             self._seen = job_states([job.id for job in self._live if job.id])
             super().poll()
             self._next_look = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        return slurm_findings(spec, self._needs)
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         ids = [job for job in submissions if re.fullmatch(r"\d+(_\d+)?", job)]
@@ -233,7 +237,7 @@ class Limits:
 
 
 def limits(partition: str | None = None) -> Limits:
-    """MaxArraySize and a partition's limits. `LaunchError` when there is no such partition."""
+    """MaxArraySize and a partition's limits. The default partition's when there is no such one."""
     said = slurm("scontrol", "show", "config")
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.M)
     known = {}
@@ -241,7 +245,7 @@ def limits(partition: str | None = None) -> Limits:
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if "PartitionName" in words:
             known[words["PartitionName"]] = words
-    if partition is None:
+    if partition is None or partition.split(",")[0] not in known:  # sbatch has the last word on a name
         chosen = next((name for name, words in known.items() if words.get("Default") == "YES"), next(iter(known), ""))
     else:
         chosen = partition.split(",")[0]
@@ -251,6 +255,30 @@ def limits(partition: str | None = None) -> Limits:
     nodes = int(words.get("TotalNodes", "0"))
     # Indices 0 to MaxArraySize - 1 are legal.
     return Limits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
+
+
+def slurm_findings(spec: JobSpec, needs: LaunchConfig) -> list[Finding]:
+    """What the scheduler would say to a job, without submitting it."""
+    found = []
+    known = limits(needs.partition)
+    if spec.minutes and known.max_minutes and spec.minutes > known.max_minutes:
+        text = f"launch.minutes {spec.minutes} is over the {known.max_minutes} of partition {known.partition}; the job "
+        found.append(
+            Finding("slurm", "stop", text + "would wait for ever. Lower it: jobs save and requeue at the limit")
+        )
+    if known.nodes and spec.nodes > known.nodes:
+        text = (
+            f"launch.nodes {spec.nodes}: partition {known.partition} has {known.nodes}; lower it, or another partition"
+        )
+        found.append(Finding("slurm", "stop", text))
+    words = ["sbatch", "--test-only", *sbatch_flags(spec, needs), "--wrap=true"]
+    with _outside_allocation():
+        said = subprocess.run(words, capture_output=True, text=True, check=False)
+    if said.returncode and not found:
+        remedy = f"check launch.partition ({', '.join(known.partitions)}), nodes, gpus, memory_gb and launch.slurm"
+        found.append(Finding("slurm", "stop", f"{_scheduler_words(said.stderr)}; {remedy}"))
+    about = f"partition {known.partition}: {known.nodes} nodes, at most {known.max_minutes or 'unlimited'} minutes"
+    return [*found, Finding("slurm", "ok", f"{about}; arrays of up to {known.array} tasks")]
 
 
 def _minutes(text: str) -> int | None:

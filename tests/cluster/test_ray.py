@@ -150,10 +150,16 @@ def test_a_ray_job_submitted_from_elsewhere_runs_the_fan_out_in_the_cluster(ray,
 
 
 def test_inside_ray_job_submit_a_command_finds_its_cluster_by_itself(ray, tmp_path):
-    words = ["ray", "job", "submit", "--address", ray.about["api"], "--", sys.executable, "-m", TOY]
-    words[0] = str(Path(sys.executable).with_name("ray"))
-    done = ray.run(*words, "--run-dir", str(tmp_path), "--tasks", "2", PYTHONPATH=str(ROOT), check=False)
+    (tmp_path / "upload").mkdir()
+    (tmp_path / "upload" / "config.yaml").write_text("tasks: 2\n")
+    env = json.dumps({"env_vars": {"PYTHONPATH": str(ROOT)}})
+    words = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", ray.about["api"]]
+    words += ["--working-dir", str(tmp_path / "upload"), "--runtime-env-json", env, "--"]
+    words += [sys.executable, "-m", TOY, "--config", "config.yaml", "--run-dir"]
+    done = ray.run(*words, str(tmp_path / "run"), check=False)
     assert "2 of 2 tasks done" in done.stdout, done.stdout + done.stderr
+    lost = ray.run(*words, "relative", check=False)
+    assert lost.returncode and "a folder that Ray deletes" in lost.stdout
 
 
 def test_without_a_cluster_the_message_says_how_to_get_one(tmp_path):
