@@ -11,10 +11,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from fine_dist.cli import parse
-from fine_dist.config import dump_yaml
+from fine_dist.config import dump_yaml, expand_path
 from fine_dist.engine.pack_plan import activation_bytes, state_numbers
 from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, guard
-from fine_dist.family import Family, InitConfig, run_dir_of
+from fine_dist.family import Family, InitConfig, expand, run_dir_of
 from fine_dist.jobs import StateTable, Task
 from fine_dist.worker import inside
 
@@ -74,7 +74,16 @@ def run(config: InitConfig) -> Path:
 
 
 def dry_run(config: InitConfig) -> list[str]:
-    """The resolved config, every target, and the packs they would be trained in."""
+    """The resolved config, every target, and the packs they would be trained in (once there is a learngene)."""
+    if config.learngene and not Path(expand_path(config.learngene)).exists():
+        names = [member.name for member in expand(config)]
+        return [
+            dump_yaml(config).rstrip(),
+            "",
+            f"{len(names)} targets: {', '.join(names)}",
+            f"the learngene {config.learngene} is not there yet: how targets are packed depends on its width",
+            "dry run: nothing was done",
+        ]
     family = Family(config)
     family.check()
     members = {member.name: member for member in family.members}
