@@ -64,16 +64,16 @@ class Autoencoder:
     def __init__(self, name: str, *, subfolder: str | None, device: str, precision: str) -> None:
         from diffusers import AutoencoderKL
 
+        self.device = torch.device(device)
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         try:
-            vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
+            vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True, torch_dtype=self.dtype)
         except (OSError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
             raise DataError(f"vae: {name}: no AutoencoderKL can be loaded: {first}") from None
         if getattr(vae.config, "shift_factor", None):
             raise DataError(f"vae: {name}: shift_factor {vae.config.shift_factor} is not supported; use a VAE without")
-        self.device = torch.device(device)
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.vae = vae.to(self.device, self.dtype).eval().requires_grad_(False)
+        self.vae = vae.to(self.device).eval().requires_grad_(False)
         self.name, self.scaling_factor = name, float(vae.config.scaling_factor)
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ _CHUNK = 64
 """Records that are read, checked and converted together: they should fit into the processor's cache."""
 _FETCHERS = 8
 """Threads that bring remote shards."""
-_SHORT, _NOT_FINITE = "the file ends within this sample", "the latent has NaN or Inf"
+_SHORT, _NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
 
 
 @dataclass
@@ -44,12 +44,14 @@ class Shard:
     """One shard, opened when it is first needed.
 
     `fault`: why none of it can be used. `index`: where its samples are, when they are not at regular places.
+    `regular`: usable, and all its records have one size.
     """
 
     def __init__(self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig) -> None:
         self.url, self.info = url, info
         self.fault: str | None = None
         self.index: ShardIndex | None = None
+        self.regular = False
         self.fd = -1
         self._manifest, self._config = manifest, config
         self._lock = threading.Lock()
@@ -61,6 +63,7 @@ class Shard:
             with self._lock:
                 if not self._opened:
                     self.fault = self._open()
+                    self.regular = self.fault is None and self.index is None
                     self._opened = True
         return self
 
@@ -155,11 +158,8 @@ class ShardSet:
         """The records at (shard, index), as float32 times `scale`, with the faults of those that are not good."""
         numbers = shard_B.tolist()
         with self._lock:
-            shards = {number: self.shard(number) for number in set(numbers)}
-        regular = True
-        for shard in shards.values():
-            shard.ready()
-            regular = regular and shard.fault is None and shard.index is None
+            shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
+        regular = all([shard.ready().regular for shard in shards.values()])
         latents = torch.empty((len(numbers), *self._layout.shape), dtype=torch.float32)
         rows = Rows(latents, np.empty(len(numbers), np.int64))
         for start in range(0, len(numbers), _CHUNK):
@@ -181,25 +181,23 @@ class ShardSet:
         start: int,
     ) -> None:
         """Read records of shards in which all have one size: whole records, label and headers included."""
-        layout, size, read = self._layout, self._layout.size, os.preadv
+        layout = self._layout
         buffer_NB, views, payload = self._scratch_for(len(numbers))
-        unread: dict[int, str] = {}
-        for row, (view, number, offset) in enumerate(zip(views, numbers, (index_N * layout.stride).tolist())):
-            try:
-                if read(shards[number].fd, view, offset) != size:
-                    unread[row] = _SHORT
-            except OSError as error:
-                unread[row] = f"it cannot be read: {error.strerror}"
+        files, offsets = [shards[number].fd for number in numbers], (index_N * layout.stride).tolist()
+        try:
+            sizes = list(map(os.preadv, files, views, offsets))
+        except OSError:
+            sizes = [_try_to_read(file, view, offset) for file, view, offset in zip(files, views, offsets)]
         good_N, labels_N = layout.check(buffer_NB, self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
         rows.labels[start : start + len(numbers)] = labels_N
         latents = rows.latents[start : start + len(numbers)].copy_(payload).mul_(scale)
         # the sum is finite when all are (and no sum of so many float16 can overflow), and it is cheap
-        if not unread and good_N.all() and math.isfinite(float(latents.sum())):
+        if min(sizes) == layout.size and good_N.all() and math.isfinite(float(latents.sum())):
             return
         for row, number in enumerate(numbers):
-            if row in unread:
-                rows.faults[start + row] = unread[row]
+            if sizes[row] < layout.size:
+                rows.faults[start + row] = _SHORT
             elif not good_N[row]:
                 key = shards[number].key(int(index_N[row]))
                 rows.faults[start + row] = layout.explain(buffer_NB[row], key, self.manifest.num_classes)
@@ -260,6 +258,14 @@ class ShardSet:
         if self._fetchers:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._shards.clear()
+
+
+def _try_to_read(file: int, view: tuple[memoryview], offset: int) -> int:
+    """Bytes read; none where the device fails."""
+    try:
+        return os.preadv(file, view, offset)
+    except OSError:
+        return 0
 
 
 def _allow_open_files() -> None:

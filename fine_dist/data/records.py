@@ -25,6 +25,9 @@ LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
 _KEY = PREFIX_BYTES + KEY_DIGITS
+_POWERS = 10 ** np.arange(LABEL_DIGITS - 1, -1, -1)
+_SHORTER = 10 ** np.arange(LABEL_DIGITS, -1, -1)
+"""A label of n digits is its digits times the powers, divided by this."""
 _LATENT = 2 * BLOCK
 """Where the latent's entry begins in a record: after the label's header and content."""
 
@@ -92,7 +95,7 @@ class Layout:
         self._words = np.flatnonzero(mask.view(np.uint64))
         self._mask = mask.view(np.uint64)[self._words]
         self._want = want.view(np.uint64)[self._words] & self._mask
-        self._tens = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
+        self._texts = np.empty((0, KEY_DIGITS), np.uint8)
 
     def buffer(self, count: int) -> np.ndarray:
         """Scratch memory for so many records: uint8 [count, size and some]."""
@@ -114,22 +117,25 @@ class Layout:
         """
         words = buffer_NB.view(np.uint64)[:, self._words]
         good_N = ((words & self._mask) == self._want).all(1)
-        keys_NK = np.empty((len(index_N), _KEY), np.uint8)
-        keys_NK[:, :PREFIX_BYTES] = prefixes_NP
-        keys_NK[:, PREFIX_BYTES:] = index_N[:, None] // self._tens % 10 + ord("0")
+        keys_NK = np.concatenate([prefixes_NP, self._digits(index_N)], 1)
         good_N &= (buffer_NB[:, :_KEY] == keys_NK).all(1)
         good_N &= (buffer_NB[:, _LATENT : _LATENT + _KEY] == keys_NK).all(1)
-        labels_N = np.zeros(len(index_N), np.int64)
-        more_N = np.ones(len(index_N), bool)
-        for column in range(LABEL_DIGITS):
-            char_N = buffer_NB[:, BLOCK + column]
-            digit_N = (char_N >= ord("0")) & (char_N <= ord("9"))
-            good_N &= digit_N | (char_N == 0) if column else digit_N
-            more_N &= digit_N
-            if not more_N.any():
-                break
-            labels_N = np.where(more_N, labels_N * 10 + char_N - ord("0"), labels_N)
+        text_NC = buffer_NB[:, BLOCK : BLOCK + LABEL_DIGITS]
+        values_NC = text_NC - np.uint8(ord("0"))  # what is no digit becomes 10 or more
+        leading_NC = np.logical_and.accumulate(values_NC < 10, axis=1)
+        length_N = leading_NC.sum(1)
+        good_N &= (length_N > 0) & (leading_NC | (text_NC == 0)).all(1)
+        labels_N = (values_NC * leading_NC) @ _POWERS // _SHORTER[length_N]
         return good_N, labels_N
+
+    def _digits(self, index_N: np.ndarray) -> np.ndarray:
+        """The numbers of records as text: uint8 [N, KEY_DIGITS]."""
+        most = int(index_N.max(initial=0))
+        if most >= len(self._texts):
+            numbers = np.arange(max(1024, 2 * most))
+            tens = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
+            self._texts = (numbers[:, None] // tens % 10 + ord("0")).astype(np.uint8)
+        return self._texts[index_N]
 
     def explain(self, record: np.ndarray, key: str, num_classes: int) -> str:
         """What is wrong with a record that is not good (uint8 [size or more])."""

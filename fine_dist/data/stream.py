@@ -29,7 +29,7 @@ from fine_dist.data.shards import Manifest
 from fine_dist.errors import DataError
 from fine_dist.model.zoo import Arch
 
-_PLAN_SAMPLES = 4096
+_PLAN_SAMPLES = 8192
 """Samples whose places are looked up at once; it changes speed only."""
 _NOISE = 0x6D6F6D656E7473
 """Keeps the noise of moments apart from every other use of (seed, step, position)."""
