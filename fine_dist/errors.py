@@ -95,6 +95,7 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only; choose another place",
     errno.ENOSPC: "free some space; what was saved before is intact, and the same command continues",
     errno.EDQUOT: "the quota is used up; what was saved before is intact, and the same command continues",
+    errno.EFBIG: "a limit on the size of files (ulimit -f) is reached; what was saved before is intact",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
 }

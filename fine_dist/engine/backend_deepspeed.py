@@ -292,6 +292,12 @@ def deepspeed_json(
         )
         if key in extra
     ]
+    zero_extra = extra.get("zero_optimization") if isinstance(extra.get("zero_optimization"), dict) else {}
+    conflicts += [
+        f"zero_optimization.{key}: in the file, and engine.deepspeed.{ours_key} is false"
+        for key, ours_key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params"))
+        if key in zero_extra and key not in zero
+    ]
     merged = _merge(
         ours, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
     )

@@ -35,6 +35,8 @@ from fine_dist.errors import CheckpointError
 FORMAT = 1
 PARTS_TIMEOUT_S = 600
 """Rank 0 waits so long for the other ranks' files of one checkpoint."""
+CLOSING_S = 3
+"""The same, when the run has ended with an error."""
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
@@ -108,6 +110,7 @@ class Checkpoints:
         """Seconds that the last `save` held the training up."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._closing = threading.Event()
         self._staging: dict[str, Tensor] = {}
         # What an earlier start left half-written is not confused with this start's, even at the same step.
         self._token: str = broadcast_object(f"{os.getpid()}-{time.time_ns():x}", world)
@@ -225,6 +228,11 @@ class Checkpoints:
         self.check()
         broadcast_object(None, self.world)  # rank 0 has put the parts together when it comes here
 
+    def close(self) -> None:
+        """Let a write that is under way end, whatever became of the run; its parts of dead ranks are not waited for."""
+        self._closing.set()
+        self._join()
+
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
@@ -249,6 +257,8 @@ class Checkpoints:
             if self.world.is_main:
                 self._put_together(folder, name, header)
         except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:
+                error = OSError(error.errno, error.strerror, str(folder))  # a write does not say where
             self._error = error
             if self.world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -260,6 +270,8 @@ class Checkpoints:
         for rank in range(self.world.world_size):
             path = folder / f"part{rank}.json"
             while not path.exists():
+                if self._closing.is_set():
+                    until = min(until, time.monotonic() + CLOSING_S)
                 if time.monotonic() > until:
                     raise CheckpointError(
                         f"rank {rank} did not write its part of {self.folder / name} within {PARTS_TIMEOUT_S} s; the "

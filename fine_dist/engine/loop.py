@@ -108,6 +108,7 @@ def fit(
         try:
             return run.train()
         finally:
+            run.checkpoints.close()
             run.monitor.close()
 
 

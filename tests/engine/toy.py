@@ -137,8 +137,13 @@ class Outcome:
     ema: dict[str, Tensor] = field(default_factory=dict)
 
 
-def toy_outcome(folder: Path | str, config: ToyConfig) -> Outcome:
-    """Run and give what came out (weights and EMA on rank 0 only)."""
+def toy_outcome(folder: Path | str, config: ToyConfig, other_steps: bool = False) -> Outcome:
+    """Run and give what came out (weights and EMA on rank 0 only).
+
+    other_steps: go on to another number of steps than the directory was opened for, which its config would refuse.
+    """
+    if other_steps:
+        Path(folder, "config.yaml").unlink()
     fitted = toy_fit(folder, config)
     if not fitted.world.is_main:
         return Outcome()
