@@ -135,16 +135,14 @@ class ShardSet:
         _allow_open_files()
 
     def keep(self, live: set[int], ahead: list[int]) -> None:
-        """Close all shards but these; begin to bring those that are needed now or soon."""
+        """Close all shards but these; begin to bring those that are needed soon (and remote ones needed now)."""
         with self._lock:
             wanted = live.union(ahead)
             for number in [n for n in self._shards if n not in wanted]:
                 del self._shards[number]
-            if not self.remote:
-                return
-            self._fetchers = self._fetchers or ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shards")
-            for number in [*live, *(n for n in ahead if n not in live)]:
+            for number in [*(live if self.remote else ()), *ahead]:
                 if number not in self._shards:
+                    self._fetchers = self._fetchers or ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shards")
                     self._fetchers.submit(self.shard(number).ready)
 
     def shard(self, number: int) -> Shard:

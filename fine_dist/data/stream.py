@@ -175,7 +175,7 @@ class LatentStream:
                 last = self._order.window_at(stream, start + num_steps * per - 1)
                 live.update(np.unique(shard).tolist(), last.shards)
                 ahead.append((stream, last.stop))
-            following = [self._order.window_at(stream, j).shards for stream, j in ahead] if self._set.remote else []
+            following = [self._order.window_at(stream, j).shards for stream, j in ahead]
         self._set.keep(live, [shard for shards_of in following for shard in shards_of])
         return np.concatenate(shards, 1), np.concatenate(indices, 1)
 

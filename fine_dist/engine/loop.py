@@ -166,7 +166,8 @@ class Run:
             step += 1
             if math.isfinite(loss):
                 self.ema.update()
-                self.monitor.step(step, loss=loss, grad_norm=grad_norm, lr=lr, waited_s=waited_s)
+                bad = getattr(self.program.stream, "bad", 0)
+                self.monitor.step(step, loss=loss, grad_norm=grad_norm, lr=lr, waited_s=waited_s, bad=bad)
             if step % self.engine.eval_every == 0 or step == self.steps:
                 self.evaluate(step)
             if step % self.engine.picture_every == 0 or step == self.steps:

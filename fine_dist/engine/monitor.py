@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_dist.engine.dist import World, all_reduce_max
+from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import RunDir
 
 
@@ -57,6 +57,7 @@ class Monitor:
         self.flops_per_sample, self.peak, self.log_every = flops_per_sample, peak, log_every
         self.window = Window()
         self.waited_s = 0.0
+        self.bad = 0
         self._row_begun = time.perf_counter()
         self._row_first_step = 0
         self._log: Any = None
@@ -100,11 +101,13 @@ class Monitor:
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, waited_s: float) -> None:
+    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, waited_s: float, bad: int = 0) -> None:
         """Count a step (`step` updates are done now) and write a row when one is due.
 
         loss: mean over all samples of the global batch, on all ranks. waited_s: seconds this rank waited for data.
+        bad: damaged samples that this rank's stream has skipped since it was opened.
         """
+        self.bad = bad
         window = self.window
         window.steps += 1
         window.loss += loss
@@ -140,6 +143,7 @@ class Monitor:
             "data_wait_fraction": float(slowest[0]) / seconds,
             "peak_memory_gib": float(slowest[1]) / 2**30,
             "skipped": window.skipped,
+            "damaged_samples": float(all_reduce_sum(torch.tensor([float(self.bad)]), self.world)[0]),
         }
         self.window, self.waited_s = Window(), 0.0
         self._row_begun, self._row_first_step = time.perf_counter(), step

@@ -17,6 +17,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
+from fine_dist.config import load
 from fine_dist.data import images
 from fine_dist.data.audit import inspect
 from fine_dist.data.digits import digits
@@ -374,3 +375,9 @@ def test_a_dry_run_says_what_would_be_made_and_makes_nothing(folder, tmp_path, c
     assert main(flags) == 0
     assert f"{out}/train: 50 samples in 5 shards" in capsys.readouterr().out
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet256"])
+def test_published_configs_are_valid(name):
+    path = Path(__file__).parents[2] / "configs" / "encode" / f"{name}.yaml"
+    assert load(EncodeConfig, path).out == f"data/{name}"

@@ -233,3 +233,22 @@ def test_equal_samples_give_equal_bytes(tmp_path):
         assert tar.getnames()[:2] == ["000000-000000.cls", "000000-000000.latent.npy"]
         member = tar.extractfile("000000-000003.latent.npy")
         assert (np.load(io.BytesIO(member.read()), allow_pickle=False) == 3).all()
+
+
+def test_a_training_run_counts_the_damaged_samples_in_tensorboard_and_its_metrics(tmp_path):
+    """The whole way, through the train command."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from fine_dist import train
+
+    make(tmp_path / "shards", [30, 30])
+    overwrite(5, HEAD + 2, np.float16("nan").tobytes())(tmp_path / "shards")
+    flags = ["--steps", "10", "--batch", "12", "--data.max-bad-fraction", "0.1", "--engine.log-every", "5"]
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        f"run_dir: {tmp_path}/run\ndata: {{shards: {tmp_path}/shards}}\narch: {{hidden_size: 16, num_layers: 1, "
+        "num_heads: 2, patch_size: 2, in_channels: 1, input_size: 4, num_classes: 10, learn_sigma: false}\n"
+    )
+    assert train.main(["--config", str(config), *flags, "--launcher", "here"]) == 0
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("train/damaged_samples")][-1] == 1
