@@ -39,6 +39,8 @@ def parse(
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher adds this to every rank's arguments; the environment says the same.
+    argv = [word for word in argv if not word.startswith("--local_rank=")]
     common = argparse.ArgumentParser(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
     common.add_argument("--config", metavar="FILE", default=default, help=f"YAML file (default: {default})")
     common.add_argument("--dry-run", action="store_true", help="print the resolved config and estimates; do nothing")
