@@ -162,6 +162,37 @@ def undisturbed(condense_config: Path, tmp_path_factory: pytest.TempPathFactory)
     return digest(run_dir)
 
 
+ZERO2 = ("--steps", "20", "--engine.backend", "deepspeed", "--engine.deepspeed.stage", "2")
+"""Over `condense_config`: what two processes do with DeepSpeed."""
+
+
+@pytest.fixture(scope="session")
+def torchrun_losses(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of a ZeRO-2 condense by torchrun's two processes, update by update."""
+    run_dir = tmp_path_factory.mktemp("torchrun") / "run"
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+    ]
+    words += ["--rdzv-endpoint=127.0.0.1:0", "-m", "fine_dist.condense", "--config", str(condense_config)]
+    done = subprocess.run(
+        [*words, "--run-dir", str(run_dir), *ZERO2], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return losses(run_dir)
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every update that a run has logged, to five decimals."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [round(row["loss"], 5) for row in rows if "loss" in row]
+
+
 def digest(run_dir: Path) -> str:
     """What a run has made: the hash of its learngene's tensors."""
     from fine_dist.model.artifact import load_artifact

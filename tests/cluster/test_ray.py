@@ -14,7 +14,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import ROOT, TOY, Cluster, absent, checkpoints, digest, results, starts, until
+from tests.cluster.conftest import (
+    ROOT,
+    TOY,
+    ZERO2,
+    Cluster,
+    absent,
+    checkpoints,
+    digest,
+    losses,
+    results,
+    starts,
+    until,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -177,6 +189,14 @@ def test_without_a_cluster_the_message_says_how_to_get_one(tmp_path):
     ]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2 and "no Ray cluster at 127.0.0.1:1" in done.stderr
+
+
+def test_two_processes_with_zero_2_have_torchruns_losses_under_ray_train(
+    ray, condense_config, torchrun_losses, tmp_path
+):
+    words = ("--config", condense_config, "--run-dir", tmp_path, *ZERO2, "--launch.processes", 2)
+    ray.python("fine_dist.condense", *words, timeout=200)
+    assert losses(tmp_path) == torchrun_losses
 
 
 @pytest.mark.benchmark

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import TOY, Slurm, results, starts, until
+from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, until
 
 pytestmark = pytest.mark.cluster
 
@@ -117,6 +117,24 @@ def test_inside_an_allocation_a_fan_out_runs_as_steps_of_it(slurm, tmp_path):
     job = slurm.run("sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path}/out", "--wrap", command)
     assert slurm.ends(job.stdout.strip()) == "COMPLETED", (tmp_path / "out").read_text()
     assert "4 of 4 tasks done" in (tmp_path / "out").read_text()
+
+
+def test_two_processes_with_zero_2_have_torchruns_losses_when_submitit_starts_them(
+    slurm, condense_config, torchrun_losses, tmp_path
+):
+    words = ("--config", condense_config, "--run-dir", tmp_path, *ZERO2, "--launcher", "slurm", "--launch.wait")
+    slurm.python("fine_dist.condense", *words, "--launch.nodes", 2)
+    assert len(torchrun_losses) == 20
+    assert losses(tmp_path) == torchrun_losses
+
+
+def test_two_processes_with_zero_2_have_torchruns_losses_when_a_script_starts_them(
+    slurm, condense_config, torchrun_losses, tmp_path
+):
+    words = ["sbatch", "--parsable", "--nodes=2", f"--output={tmp_path}/%j.out", "slurm/condense.sh", "--run-dir"]
+    job = slurm.run(*words, f"{tmp_path}/run", *ZERO2, CONFIG=str(condense_config)).stdout.strip()
+    assert slurm.ends(job, 120) == "COMPLETED"
+    assert losses(tmp_path / "run") == torchrun_losses
 
 
 @pytest.mark.benchmark
