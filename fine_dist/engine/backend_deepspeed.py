@@ -17,15 +17,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.config import DeepSpeedConfig, EngineConfig, OptimConfig
 from fine_dist.engine.backends import MOMENTS, Backend, Piece, adamw, set_lr, trainable
 from fine_dist.engine.checkpoint import restore_moments
 from fine_dist.engine.dist import World, gather_objects, join_alone
+from fine_dist.engine.memory import BUCKET, LIVE
 from fine_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from fine_dist.engine.checkpoint import Saved
 
+DEFAULTS: dict[int, dict[str, int]] = {
+    # Buffers of DeepSpeed's own default size (500 million values) are larger than the models here.
+    1: {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+    2: {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+    3: {
+        "reduce_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
+    },
+}
+"""By stage, what we ask for where an extra JSON is silent."""
 SEND_VALUES = 1 << 24
 """Values (fp32) in one message when shards are gathered: 64 MiB."""
 
@@ -268,8 +281,15 @@ def deepspeed_json(
             "lower_precision_safe_modules": [],
         },
     }
-    if choice.extra is None:
-        return ours
+    merged = ours if choice.extra is None else _with_extra(ours, choice)
+    for key, value in DEFAULTS.get(choice.stage, {}).items():
+        merged["zero_optimization"].setdefault(key, value)
+    return merged
+
+
+def _with_extra(ours: dict[str, Any], choice: DeepSpeedConfig) -> dict[str, Any]:
+    """Our JSON with the keys of the extra file."""
+    assert choice.extra is not None
     try:
         with open(choice.extra, encoding="utf-8") as handle:
             extra = json.load(handle)
@@ -296,7 +316,7 @@ def deepspeed_json(
     conflicts += [
         f"zero_optimization.{key}: in the file, and engine.deepspeed.{ours_key} is false"
         for key, ours_key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params"))
-        if key in zero_extra and key not in zero
+        if key in zero_extra and key not in ours["zero_optimization"]
     ]
     merged = _merge(
         ours, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts

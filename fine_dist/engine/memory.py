@@ -1,7 +1,7 @@
 """What a training process needs in memory, estimated from the architecture before anything is started.
 
-Counted: weights, gradients, Adam's moments, the EMA, and the activations the backward pass keeps; each divided over
-processes where ZeRO shards it. Not counted: the allocator's slack, the CUDA context (about 0.5 GiB) and NCCL's buffers.
+Counted: weights, gradients, Adam's moments, the EMA, buffers, and the activations the backward pass keeps; each divided
+over processes where ZeRO shards it. Not counted: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's own.
 """
 
 from __future__ import annotations
@@ -15,24 +15,39 @@ from fine_dist.model.zoo import KINDS, Arch
 GIB = 2**30
 
 
+BUCKET = 50_000_000
+"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise (`backend_deepspeed.DEFAULTS`)."""
+LIVE = 100_000_000
+"""Values that ZeRO-3 keeps gathered at once, likewise."""
+
+
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a process needs on its accelerator (on a CPU: in host memory)."""
+    """Bytes a process needs on its accelerator; `host` beside them in host memory (on a CPU both are one)."""
 
     weights: float
+    masters: float
+    """ZeRO-1 and 2: the process's share of the weights once more, as its optimiser updates it."""
     gradients: float
     optimiser: float
     ema: float
     activations: float
+    buffers: float
+    """What is summed over processes, or gathered, at a time."""
+    second_model: float
+    """Rank 0's copy that wears the EMA for held-out losses and pictures (other ranks do without)."""
+    host: float = 0.0
+    """The copy of the state that a checkpoint is written from, and what is offloaded."""
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return sum(asdict(self).values()) - self.host
 
     def lines(self) -> list[str]:
         """A table to print, in GiB."""
-        rows = [*asdict(self).items(), ("total", self.total)]
-        return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows]
+        rows = [(key.replace("_", " "), value) for key, value in asdict(self).items() if key != "host"]
+        rows += [("total", self.total), ("host memory", self.host)]
+        return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
 
 
 def estimate(
@@ -44,21 +59,36 @@ def estimate(
     num_params: int,
     num_trained: int,
     rank: int | None,
+    shows: bool = True,
 ) -> Memory:
-    """The memory of one process.
+    """The memory of one process (of rank 0, which needs most).
 
     num_params, num_trained: numbers in the model, and those of them that train.
-    rank: components of the factors when blocks are composed from them, else none.
+    rank:  components of the factors when blocks are composed from them, else none.
+    shows: whether held-out losses or pictures are made, which takes a second model.
     """
-    stage = engine.deepspeed.stage if engine.backend == "deepspeed" else 0
-    offload = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
+    sharded = engine.backend == "deepspeed"
+    stage = engine.deepspeed.stage if sharded else 0
     params, trained = 4.0 * num_params, 4.0 * num_trained
+    share = trained / world_size if stage >= 1 else trained
+    kept_on_host = sharded and engine.deepspeed.offload_optimizer
+    weights_on_host = sharded and engine.deepspeed.offload_params
+    state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
+    weights = params / (world_size if stage == 3 else 1)
+    if stage == 3:
+        buffers = min(params, 4.0 * LIVE) + min(trained, 4.0 * BUCKET)
+    elif sharded:
+        buffers = 2 * min(trained, 4.0 * BUCKET)
+    else:
+        buffers = trained * (world_size > 1)
     return Memory(
-        weights=params / (world_size if stage >= 3 else 1),
-        gradients=trained / (world_size if stage >= 2 else 1),
-        optimiser=0.0 if offload else 2 * trained / (world_size if stage >= 1 else 1),
-        ema=trained / (world_size if stage >= 3 else 1),
+        weights=0.0 if weights_on_host else weights,
+        **({key: 0.0 for key in state} if kept_on_host else state),
+        gradients=0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained),
         activations=float(activation_bytes(arch, engine, micro_batch, rank)),
+        buffers=buffers,
+        second_model=params * (shows or sharded),
+        host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
     )
 
 

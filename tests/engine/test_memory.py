@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,3 +66,42 @@ def test_recomputing_blocks_keeps_one_block_and_every_input():
         for mode in ("none", "every_other", "blocks")
     )
     assert none > 1.6 * half > 1.6 * all_blocks and none > 6 * all_blocks
+
+
+MEASURED = """
+import json, sys
+from pathlib import Path
+from fine_dist.benchmarks.speed import Bench, Kind, _kib, made_up_batch
+from fine_dist.config import OptimConfig
+from fine_dist.engine import dist
+from fine_dist.model.zoo import arch
+from tests.engine.toy import ToyConfig, ToyStream, engine, toy_fit, toy_program
+from fine_dist.diffusion.loss import Objective
+from fine_dist.config import DiffusionConfig
+
+status = Path("/proc/self/status")
+here = dist.alone("cpu")
+toy_fit(sys.argv[1] + "/warm", ToyConfig(steps=1))  # imports and allocators
+shape = arch("DiT-S/2", learn_sigma=False)
+before = _kib(status, "VmRSS")
+model = Bench(shape, here.device, 1).model(Kind("dense"))
+program = toy_program(ToyConfig(), here, model=model, objective=Objective(DiffusionConfig(), shape, 0),
+                      stream=ToyStream(8, here, shape))
+toy_fit(sys.argv[1] + "/run", ToyConfig(steps=3, engine=engine(checkpoint_every=2)), program)
+print("PEAK", (_kib(status, "VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters()))
+"""
+
+
+def test_the_whole_estimate_is_what_a_real_run_takes_at_dit_s(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc here")
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+    _, peak, numbers = done.stdout.split()[-3:]
+    a = arch("DiT-S/2", learn_sigma=False)
+    counts = {"micro_batch": 8, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers), "rank": None}
+    promised = estimate(a, EngineConfig(), shows=False, **counts)
+    # On a CPU the accelerator's memory and the host's are one. 15%: the allocator's slack, temporaries of a product.
+    assert int(peak) == pytest.approx(promised.total + promised.host, rel=0.15)
