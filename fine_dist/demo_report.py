@@ -78,7 +78,7 @@ def collect(plan: Plan, accuracy: float) -> Results:
         for depth in config.depths:
             _initialised(plan, measure, results, depth, seed)
             _starts(plan, measure, results, depth, seed)
-    for work in plan.works:
+    for work in sorted(plan.works, key=lambda work: work.name):  # FINE's pictures before scratch's
         if work.module.endswith("train"):
             _trained(plan, work, measure, results)
     _real_images(root, results)
@@ -194,24 +194,29 @@ def init_seconds(folder: Path) -> float:
 
 
 def _picture(results: Results, measure: Measures, model: Any, caption: str, seed: int, **fields: Any) -> None:
-    from fine_dist.diffusion.sample import grid
     from fine_dist.report import Picture
 
     images = measure.draw(model, SHOWN, "pictures")
-    results.pictures.append(Picture(image=grid(images, 10, zoom=4), caption=caption, **{"method": "fine", **fields}))
+    results.pictures.append(Picture(image=ink(images), caption=caption, **{"method": "fine", **fields}))
+
+
+def ink(images: Any) -> Any:
+    """A picture of digits, dark ink on white paper, ten a row."""
+    from fine_dist.diffusion.sample import grid
+
+    return grid(images, 10, low=1.0, high=-1.0, zoom=6, gap=2)
 
 
 def _real_images(root: Path, results: Results) -> None:
     import torch
 
     from fine_dist.data.stream import read_all
-    from fine_dist.diffusion.sample import grid
     from fine_dist.report import Picture
 
     images, labels = read_all(str(root / "data" / "held_out"))
     order = torch.cat([(labels == digit).nonzero().flatten()[: SHOWN // 10] for digit in range(10)])
     order = order.reshape(10, -1).T.flatten()
-    results.pictures.append(Picture(image=grid(images[order], 10, zoom=4), caption="held-out real scans"))
+    results.pictures.append(Picture(image=ink(images[order]), caption="held-out real scans"))
 
 
 def machine() -> dict[str, Any]:
@@ -219,4 +224,5 @@ def machine() -> dict[str, Any]:
     from fine_dist.engine.run_dir import describe_environment
 
     facts = describe_environment()
-    return {"processor": platform.processor() or platform.machine(), **{k: v for k, v in facts.items() if k != "host"}}
+    versions = ", ".join(f"{name} {version}" for name, version in facts.pop("versions").items())
+    return {"processor": platform.machine(), **{k: v for k, v in facts.items() if k != "host"}, "versions": versions}

@@ -243,7 +243,8 @@ def _linear_verdict(results: Results) -> Verdict:
     note = (
         "r: correlation of sigma’s first principal component with depth; line: share of sigma’s variance over layers "
         f"that a straight line explains. Held when every r is at least {NEAR_LINEAR}, a bound of this report: the "
-        "paper shows a picture and names none."
+        "paper shows a picture and names none. Stage 1 starts sigma on a line in depth (all kinds but adaln), so this "
+        "says that training keeps it near one, not that it finds one."
     )
     decided = all(fit.correlation >= NEAR_LINEAR for fit in known.values())
     return Verdict(_LINEAR, "ordering 5", facts=facts, note=note, decided=decided)
