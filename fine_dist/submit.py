@@ -13,14 +13,15 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import fine_dist
-from fine_dist.config import Config, LaunchConfig, dump_yaml, expand_path
-from fine_dist.errors import ConfigError, LaunchError, guard
+from fine_dist.config import Config, LaunchConfig, dump_yaml, expand_path, load
+from fine_dist.errors import ConfigError, LaunchError, ResumeLater, guard
 from fine_dist.jobs import JobSpec, StateTable, Task, write_atomic
 from fine_dist.worker import config_class, import_module
 
@@ -190,28 +191,52 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if len(argv) < 2 or argv[0] != "prepare":
-        print(__doc__)
-        return 0 if "--help" in argv or "-h" in argv else 2
-    print(prepare(argv[1], argv[2:]))
-    return 0
+    whole = "--spread" in argv[:1]
+    argv = argv[whole:]
+    if argv[:1] == ["prepare"] and len(argv) > 1:
+        print(prepare(argv[1], argv[2:], whole))
+        return 0
+    if argv[:1] == ["spread"] and len(argv) == 2:
+        return spread(argv[1])
+    print(__doc__)
+    return 0 if "--help" in argv or "-h" in argv else 2
 
 
-def prepare(module: str, argv: list[str]) -> Path:
+def spread(file: str) -> int:
+    """Inside an allocation: a fan-out as steps of it. A signal has the steps save, and ends with code 75."""
+    from launchers import launch
+
+    def stop(number: int, frame: object) -> None:
+        raise ResumeLater(f"received {signal.Signals(number).name}")
+
+    spec = JobSpec.load(file)
+    os.chdir(spec.cwd)
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)
+    config = load(config_class(import_module(spec.module)), spec.config)
+    if "launch" in type(config).model_fields:  # the nodes are the allocation's; a task has one
+        config = config.model_copy(update={"launch": launch_of(config).model_copy(update={"nodes": 1})})
+    return launch(spec.module, config, "slurm")
+
+
+def prepare(module: str, argv: list[str], whole: bool = False) -> Path:
     """Write all that the jobs of a command line need; the ticket, a file of shell words that a script sources.
 
     JOB is one job's file; or TASKS files are listed in LIST, one a line. FLAGS are the sbatch options it asks for.
+
+    whole: a fan-out is one job (SPREAD is set), whose tasks are found when it starts and run as steps of it.
     """
     from fine_dist.cli import parse
     from fine_dist.plan import preflight, refuse
-    from launchers.slurm_submitit import slurm_findings
+    from launchers.slurm_queue import slurm_findings
 
     config = parse(config_class(import_module(module)), argv, prog=f"python -m {module}").config
     needs = launch_of(config)
     run_dir = run_dir_of(config)
-    tasks = tasks_of(module, config)
+    fans_out = callable(getattr(import_module(module), "tasks", None))
+    tasks = None if whole and fans_out else tasks_of(module, config)
     first = tasks[0].config if tasks else config
-    found = preflight(module, first, make_spec(module, first, write=False), light=tasks is not None)
+    found = preflight(module, first, make_spec(module, first, write=False), light=fans_out)
     refuse(needs, [*found, *slurm_findings(make_spec(module, config, write=False), needs)])
     code = str(snapshot(run_dir, module)) if needs.snapshot else code_root(module)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -230,20 +255,22 @@ def prepare(module: str, argv: list[str]) -> Path:
         spec = make_spec(module, config, code=code)
     words |= {"NAME": name, "RUN_DIR": str(run_dir), "CODE": code, "PARALLEL": str(needs.max_parallel or "")}
     words |= {"WANT_NODES": str(spec.nodes), "PROCS": str(spec.processes_per_node)}
+    words["SPREAD"] = "1" if whole and fans_out else ""
     lines = [f"{key}={shlex.quote(value)}" for key, value in words.items()]
-    lines.append(f"FLAGS=({shlex.join(sbatch_flags(spec, needs))})")
+    slots = math.ceil((needs.max_parallel or spec.nodes) / spec.nodes) if words["SPREAD"] else 1
+    lines.append(f"FLAGS=({shlex.join(sbatch_flags(spec, needs, slots))})")
     text = "\n".join(lines) + "\n"
     return write_atomic(run_dir / "jobs" / f"{name}-{_hash(text)}.sh", text)
 
 
-def sbatch_flags(spec: JobSpec, needs: LaunchConfig) -> list[str]:
-    """What a job needs as options of sbatch, for one torchrun a node."""
-    flags = [f"--nodes={spec.nodes}", "--ntasks-per-node=1"]
+def sbatch_flags(spec: JobSpec, needs: LaunchConfig, slots: int = 1) -> list[str]:
+    """What a job needs as options of sbatch. slots: SLURM tasks a node, each with a torchrun or a step of a fan-out."""
+    flags = [f"--nodes={spec.nodes}", f"--ntasks-per-node={slots}"]
     flags.append(f"--cpus-per-task={spec.processes_per_node * spec.cpus_per_process}")
     if spec.accelerators_per_node:
-        flags.append(f"--gpus-per-node={math.ceil(spec.accelerators_per_node)}")
+        flags.append(f"--gpus-per-node={math.ceil(spec.accelerators_per_node * slots)}")
     if spec.memory_gb:
-        flags.append(f"--mem={math.ceil(spec.memory_gb * 1024)}M")
+        flags.append(f"--mem={math.ceil(spec.memory_gb * 1024 * slots)}M")
     if spec.minutes:
         flags.append(f"--time={spec.minutes}")
     flags += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(needs, key))]

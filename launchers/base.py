@@ -122,6 +122,8 @@ class Launcher(ABC):
                     return list(jobs)
                 time.sleep(every_s)
         except BaseException:
+            for job in self._live:
+                self._tell(job)  # all of them first, so that they save at the same time
             for job in jobs:
                 self.cancel(job)
             raise
@@ -171,6 +173,9 @@ class Launcher(ABC):
     @abstractmethod
     def _stop(self, job: Job) -> None:
         """End it."""
+
+    def _tell(self, job: Job) -> None:  # noqa: B027 (a launcher may have no way to ask)
+        """Ask it to save and end, without waiting."""
 
     # --- the queue
 

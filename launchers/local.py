@@ -68,6 +68,9 @@ class LocalLauncher(Launcher):
         job.code = group.code
         return True
 
+    def _tell(self, job: Job) -> None:
+        job.handle.end()
+
     def _stop(self, job: Job) -> None:
         group: ProcessGroup = job.handle
         while not group.ended():

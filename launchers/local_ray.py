@@ -135,21 +135,16 @@ class LocalRay:
 
     def _await(self, wanted: int, seconds: float = 60.0) -> None:
         """Until GCS answers, and knows so many nodes."""
-        from ray._raylet import GcsClient  # type: ignore[attr-defined]
-
         deadline = time.monotonic() + seconds
         while True:
             dead = [name for name, process in self._processes.items() if process.poll() is not None]
-            with contextlib.suppress(Exception):  # not up yet
-                known = GcsClient(address=f"{HEAD}:{self.port}").get_all_node_info()
-                if len(known) >= wanted:
-                    return
+            if await_nodes(f"{HEAD}:{self.port}", wanted, 0.5):
+                return
             if dead or time.monotonic() > deadline:
                 logs = "\n".join(
                     f"== {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in self.folder.glob("*.out")
                 )
                 raise RuntimeError(f"Ray did not start; ended: {dead or 'none'}\n{logs}")
-            time.sleep(0.1)
 
 
 def _may_box() -> bool:
@@ -163,13 +158,29 @@ def _descendants(pid: int) -> list[int]:
     return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
+def await_nodes(address: str, count: int, seconds: float = 120.0) -> bool:
+    """Whether so many nodes of a cluster are alive within some seconds."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # it may not answer yet
+            if len(GcsClient(address=address).get_all_node_info()) >= count:
+                return True
+        time.sleep(0.2)
+    return False
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2, help="number of nodes, the head included (default: 2)")
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that each node claims to have (default: 4)")
     parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
+    parser.add_argument("--await-nodes", type=int, metavar="N", help="only wait until the cluster at RAY_ADDRESS has N")
     args = parser.parse_args()
+    if args.await_nodes:
+        return 0 if await_nodes(os.environ["RAY_ADDRESS"], args.await_nodes) else 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.monotonic()
     with LocalRay(args.nodes, args.cpus) as cluster:

@@ -50,9 +50,12 @@ class StepLauncher(Launcher):
         job.code = job.handle.poll()
         return job.code is not None
 
+    def _tell(self, job: Job) -> None:
+        job.handle.send_signal(signal.SIGUSR1)  # srun passes it to its tasks, and does not end before them
+
     def _stop(self, job: Job) -> None:
         process: subprocess.Popen[bytes] = job.handle
-        process.send_signal(signal.SIGTERM)
+        self._tell(job)
         deadline = time.monotonic() + GRACE_S
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -6,15 +6,12 @@ job file on disk, with the code that was copied when it was submitted.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +20,11 @@ from fine_dist import worker
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, LaunchError
 from fine_dist.jobs import Finding, JobSpec
-from fine_dist.submit import sbatch_flags
-from launchers.base import EXIT_INTERRUPTED, Job, JobState, Launcher
+from launchers.base import Job, Launcher
+from launchers.slurm_queue import job_states, limits, outside_allocation, scheduler_words, slurm, slurm_findings
 
 SIGNAL_S = 120
 """Seconds before the time limit at which a job is told to save."""
-PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
-RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
 
 
 def slurm_launcher(needs: LaunchConfig | None = None) -> Launcher:
@@ -127,7 +122,7 @@ class SlurmLauncher(Launcher):
         folder = Path(spec.table or spec.run_dir) / "logs" / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
         before = set(folder.iterdir())
-        with _outside_allocation():
+        with outside_allocation():
             try:
                 executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=self._needs.max_restarts)
                 executor.update_parameters(**self._parameters(spec, max_parallel))
@@ -136,7 +131,7 @@ class SlurmLauncher(Launcher):
             except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
                 for stray in set(folder.iterdir()) - before:
                     stray.unlink()
-                raise LaunchError(f"sbatch refused {spec.name}: {_scheduler_words(str(error))}") from None
+                raise LaunchError(f"sbatch refused {spec.name}: {scheduler_words(str(error))}") from None
         for job, handle in zip(jobs, handles):
             job.id = handle.job_id
             job.own_log = folder / f"{handle.job_id}_0_log.out"
@@ -201,142 +196,3 @@ def requeue(max_restarts: int) -> None:
         raise SystemExit(EXIT_RESUME)
     print("saved; back into the queue", file=sys.stderr, flush=True)
     slurm("scontrol", "requeue", job)
-
-
-# --- asking the scheduler ------------------------------------------------------------------------------------------
-
-
-def slurm(*command: str) -> str:
-    """Output of one of SLURM's commands. `LaunchError` with the scheduler's words when it fails."""
-    if not shutil.which(command[0]):
-        raise LaunchError(f"{command[0]} is not on this machine's PATH; submit from a login node of the SLURM cluster")
-    for _ in range(10):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
-            break
-        time.sleep(2)  # the controller is restarting; jobs go on without it
-    if done.returncode:
-        raise LaunchError(f"{command[0]}: {_scheduler_words(done.stderr or done.stdout)}")
-    return done.stdout
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a cluster allows."""
-
-    array: int
-    """Largest number of tasks of one array."""
-    minutes: int
-    """Time limit of a job that states none."""
-    max_minutes: int | None
-    """Longest time limit of the partition; None: unlimited."""
-    nodes: int
-    """Nodes of the partition."""
-    partition: str
-    partitions: tuple[str, ...]
-
-
-def limits(partition: str | None = None) -> Limits:
-    """MaxArraySize and a partition's limits. The default partition's when there is no such one."""
-    said = slurm("scontrol", "show", "config")
-    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.M)
-    known = {}
-    for line in slurm("scontrol", "show", "partition", "-o").splitlines():
-        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        if "PartitionName" in words:
-            known[words["PartitionName"]] = words
-    if partition is None or partition.split(",")[0] not in known:  # sbatch has the last word on a name
-        chosen = next((name for name, words in known.items() if words.get("Default") == "YES"), next(iter(known), ""))
-    else:
-        chosen = partition.split(",")[0]
-    words = known.get(chosen, {})
-    longest = _minutes(words.get("MaxTime", ""))
-    usual = _minutes(words.get("DefaultTime", "")) or longest or 24 * 60
-    nodes = int(words.get("TotalNodes", "0"))
-    # Indices 0 to MaxArraySize - 1 are legal.
-    return Limits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
-
-
-def slurm_findings(spec: JobSpec, needs: LaunchConfig) -> list[Finding]:
-    """What the scheduler would say to a job, without submitting it."""
-    found = []
-    known = limits(needs.partition)
-    if spec.minutes and known.max_minutes and spec.minutes > known.max_minutes:
-        text = f"launch.minutes {spec.minutes} is over the {known.max_minutes} of partition {known.partition}; the job "
-        found.append(
-            Finding("slurm", "stop", text + "would wait for ever. Lower it: jobs save and requeue at the limit")
-        )
-    if known.nodes and spec.nodes > known.nodes:
-        text = (
-            f"launch.nodes {spec.nodes}: partition {known.partition} has {known.nodes}; lower it, or another partition"
-        )
-        found.append(Finding("slurm", "stop", text))
-    words = ["sbatch", "--test-only", *sbatch_flags(spec, needs), "--wrap=true"]
-    with _outside_allocation():
-        said = subprocess.run(words, capture_output=True, text=True, check=False)
-    if said.returncode and not found:
-        remedy = f"check launch.partition ({', '.join(known.partitions)}), nodes, gpus, memory_gb and launch.slurm"
-        found.append(Finding("slurm", "stop", f"{_scheduler_words(said.stderr)}; {remedy}"))
-    about = f"partition {known.partition}: {known.nodes} nodes, at most {known.max_minutes or 'unlimited'} minutes"
-    return [*found, Finding("slurm", "ok", f"{about}; arrays of up to {known.array} tasks")]
-
-
-def _minutes(text: str) -> int | None:
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
-    return (int(match[1] or 0) * 24 + int(match[2])) * 60 + int(match[3]) if match else None
-
-
-def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]]:
-    """State, exit code and the scheduler's word for it, by job id; a job nobody knows any more counts as lost."""
-    found: dict[str, tuple[JobState, int | None, str]] = {}
-    if not ids:
-        return found
-    heads = ",".join(sorted({i.partition("_")[0] for i in ids}))
-    with contextlib.suppress(LaunchError):  # squeue refuses ids that it has forgotten; sacct knows them
-        said = slurm(
-            "squeue", "-h", "-r", "-t", "all", "-j", heads, "-O", "JobArrayID:60,State:30,exit_code:12,Reason:80"
-        )
-        for line in said.splitlines():
-            words = line.split()
-            status = int(words[2]) if words[2].isdecimal() else 0
-            found[words[0]] = _verdict(words[1], status >> 8, status & 127)
-    missing = [i for i in ids if i not in found]
-    if missing:
-        with contextlib.suppress(LaunchError):  # a cluster without accounting
-            for line in slurm("sacct", "-n", "-X", "-P", "-j", heads, "-o", "JobID,State,ExitCode").splitlines():
-                name, state, exit_code = line.split("|")
-                code, _, number = exit_code.partition(":")
-                found.setdefault(name, _verdict(state.split()[0], int(code), int(number or 0)))
-    return {i: found.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
-
-
-def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, str]:
-    if word in PENDING:
-        return "pending", None, ""
-    if word in RUNNING:
-        return "running", None, ""
-    if word == "COMPLETED":
-        return "done", 0, ""
-    if word == "FAILED" and code:
-        return "failed", code, ""
-    if word == "CANCELLED":
-        return "cancelled", EXIT_INTERRUPTED, ""
-    return "failed", -number if number else None, f"SLURM says {word}"
-
-
-def _scheduler_words(text: str) -> str:
-    """The lines that SLURM's commands wrote, without Python's traceback around them."""
-    lines = [
-        line.strip() for line in text.splitlines() if re.match(r"\s*(sbatch|srun|slurm\w*|scontrol|squeue): ", line)
-    ]
-    return "; ".join(dict.fromkeys(lines)) or text.strip()[-500:]
-
-
-@contextlib.contextmanager
-def _outside_allocation() -> Iterator[None]:
-    """Without the words of a job this process may be in: sbatch would take some of them as options."""
-    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("SLURM_") and key != "SLURM_CONF"}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

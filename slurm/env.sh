@@ -57,7 +57,7 @@ prepare() {
         [[ -z $value ]] || set -- "$@" "--launch.${key,,}" "$value"
     done
     [[ -z ${GPUS:-} ]] || set -- "$@" --launch.gpus 1 --launch.processes "$GPUS"
-    "$PYTHON" -m fine_dist.submit prepare "$module" --config "$config" "$@"
+    "$PYTHON" -m fine_dist.submit ${SPREAD:+--spread} prepare "$module" --config "$config" "$@"
 }
 
 # submit SCRIPT TICKET [sbatch options]: prints the job ids, joined by colons. A fan-out becomes arrays, chunked because
@@ -85,7 +85,7 @@ submit() (
     echo "${ids[*]}"
 )
 
-# run: the job in JOB on all nodes of this allocation, one torchrun a node; ends the script.
+# run: the job in JOB on all nodes of this allocation; ends the script.
 run() {
     local code=0 told=0 pid
     export JOB PROCS PYTHON MASTER_ADDR MASTER_PORT FINE_DIST_EXIT_FILE="$RUN_DIR/jobs/.exit-$SLURM_JOB_ID"
@@ -94,16 +94,13 @@ run() {
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # below the ports that the system hands out
     rm -f "$FINE_DIST_EXIT_FILE"
     cd "$CODE" || exit 2
-    # Only this shell gets USR1 (--signal=B:USR1@...); srun passes it to every process of the step, which torchrun must
-    # not die of, so that the workers can save.
+    # Only this shell gets USR1 (--signal=B:USR1@...), and passes it on so that the workers can save.
     trap 'told=1; kill -USR1 "$pid" 2>/dev/null' USR1
-    # shellcheck disable=SC2016 # expanded on the nodes
-    srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
-        if ((SLURM_JOB_NUM_NODES * PROCS == 1)); then exec "$PYTHON" -m fine_dist.worker "$JOB"; fi
-        trap "" USR1
-        exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$PROCS" \
-            --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
-            -m fine_dist.worker "$JOB"' &
+    if [[ -n $SPREAD ]]; then
+        "$PYTHON" -m fine_dist.submit spread "$JOB" &
+    else
+        step &
+    fi
     pid=$!
     while kill -0 "$pid" 2>/dev/null; do
         wait "$pid" && code=0 || code=$?
@@ -113,6 +110,17 @@ run() {
         requeue
     fi
     exit "$code"
+}
+
+# step: one torchrun a node.
+step() {
+    # shellcheck disable=SC2016 # expanded on the nodes
+    exec srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c '
+        if ((SLURM_JOB_NUM_NODES * PROCS == 1)); then exec "$PYTHON" -m fine_dist.worker "$JOB"; fi
+        trap "" USR1 # srun passes it to every process of the step; torchrun would die of it
+        exec "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$PROCS" \
+            --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
+            -m fine_dist.worker "$JOB"'
 }
 
 # requeue: put this job back into the queue, unless it was cancelled or has been put back too often.

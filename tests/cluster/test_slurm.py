@@ -146,3 +146,46 @@ def test_fifty_trivial_tasks_take_at_most_twenty_seconds_as_an_array(slurm, tmp_
         print(f"\n50 trivial tasks as a SLURM array: {seconds:.1f} s (bar 20); cluster {slurm.start_s:.1f} s (bar 5)")
     assert seconds < 40 and slurm.start_s < 10
     assert until(lambda: all(results(tmp_path / "out" / f"task{i}") for i in range(50)), 1)
+
+
+def test_the_pipeline_chains_its_stages_and_prints_their_jobs(slurm, tmp_path):
+    env = {}
+    for number, stage in enumerate(("ENCODE", "CONDENSE", "INIT")):
+        path = tmp_path / f"{stage}.yaml"
+        fan_out = "tasks: 3\nlaunch: {max_parallel: 2}\n" if stage == "INIT" else ""
+        path.write_text(f"run_dir: {tmp_path}/{stage}\nvalue: {number}\nsleep_s: 0.5\n{fan_out}")
+        env[stage] = str(path)
+    said = slurm.run("bash", "slurm/pipeline.sh", MODULE=TOY, TRAIN="", EVALUATE="", **env).stdout
+    ids = dict(line.split() for line in said.splitlines())
+    assert list(ids) == ["encode", "condense", "init"]
+    assert slurm.field(ids["condense"], "Dependency").startswith(f"afterok:{ids['encode']}")
+    assert slurm.ends(ids["init"], 90) == "COMPLETED"
+    begun = [float(path.stat().st_mtime) for path in (tmp_path / s / "starts-0" for s in ("ENCODE", "CONDENSE"))]
+    assert begun == sorted(begun)
+    assert [results(tmp_path / "INIT" / "out" / f"task{i}")[0]["value"] for i in range(3)] == [0, 1, 2]
+
+
+def test_a_stage_that_fails_stops_the_rest_of_the_pipeline(slurm, tmp_path):
+    (tmp_path / "bad.yaml").write_text(f"run_dir: {tmp_path}/bad\nfail: crash\n")
+    (tmp_path / "next.yaml").write_text(f"run_dir: {tmp_path}/next\n")
+    env = {
+        "CONDENSE": f"{tmp_path}/bad.yaml",
+        "TRAIN": f"{tmp_path}/next.yaml",
+        "ENCODE": "",
+        "INIT": "",
+        "EVALUATE": "",
+    }
+    said = slurm.run("bash", "slurm/pipeline.sh", MODULE=TOY, **env).stdout
+    ids = dict(line.split() for line in said.splitlines())
+    assert slurm.ends(ids["condense"]) == "FAILED"
+    assert slurm.ends(ids["train"]) == "CANCELLED"
+    assert not (tmp_path / "next" / "starts-0").exists()
+
+
+def test_a_private_ray_cluster_in_an_allocation_runs_a_command(slurm, tmp_path):
+    command = [slurm.env["PYTHON"], "-m", TOY, "--run-dir", f"{tmp_path}/run", "--tasks", "4"]
+    words = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=2", f"--output={tmp_path}/out"]
+    job = slurm.run(*words, "slurm/ray_on_slurm.sh", *command).stdout.strip()
+    assert slurm.ends(job, 150) == "COMPLETED", (tmp_path / "out").read_text()
+    assert "4 of 4 tasks done" in (tmp_path / "out").read_text()
+    assert not list(Path("/tmp").glob(f"ray-{job}-*"))

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# A private Ray cluster in this allocation, and a command on it:
+#
+#   sbatch --nodes=4 slurm/ray_on_slurm.sh python -m fine_dist.init --config configs/init/dit_b_family.yaml
+#
+# Besides env.sh's settings: NODE_IP, a command that prints a node's address (default: of IFNAME, or the first one).
+#SBATCH --job-name=ray
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
+set -euo pipefail
+# shellcheck source=slurm/env.sh
+source "${SLURM_SUBMIT_DIR:-.}/slurm/env.sh"
+SELF=$SLURM_JOB_ID
+default="hostname -I | cut -d' ' -f1"
+[[ -z ${IFNAME:-} ]] || default="ip -4 -o addr show $IFNAME | awk '{print \$4}' | cut -d/ -f1"
+export NODE_IP=${NODE_IP:-$default} RAY_USAGE_STATS_ENABLED=0 PYTHON
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+PORT=$((10000 + SLURM_JOB_ID % 10000)) # of this job alone, below the ports that the system hands out
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+ADDRESS=$(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" bash -c "$NODE_IP"):$PORT
+pids=()
+
+# start NODES [srun options] -- [ray options]: a Ray node each, in a folder of its own, until the step is ended.
+start() {
+    local nodes=$1 where=()
+    shift
+    while [[ $1 != -- ]]; do where+=("$1") && shift; done
+    # shellcheck disable=SC2016 # expanded on the nodes
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${where[@]}" bash -c '
+        folder=/tmp/ray-$SLURM_JOB_ID-$SLURM_NODEID
+        trap "rm -rf $folder" EXIT
+        mkdir -p "$folder"
+        "$PYTHON" -m ray.scripts.scripts start --block --temp-dir="$folder" --node-ip-address="$(eval "$NODE_IP")" \
+            --num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" "$@" &
+        trap "kill -TERM $!; wait $!" TERM
+        wait $!' start "${@:2}" &
+    pids+=("$!")
+}
+
+# shellcheck disable=SC2317 # called by the trap
+finish() {
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+    wait "${pids[@]}" 2>/dev/null || true
+}
+trap finish EXIT
+
+start 1 --nodelist="$HEAD" -- --head --port="$PORT" --include-dashboard=false
+until (exec 3<>"/dev/tcp/${ADDRESS%:*}/$PORT") 2>/dev/null; do
+    kill -0 "${pids[0]}" && sleep 0.5
+done
+if ((SLURM_JOB_NUM_NODES > 1)); then
+    start $((SLURM_JOB_NUM_NODES - 1)) --exclude="$HEAD" -- --address="$ADDRESS"
+fi
+export RAY_ADDRESS=$ADDRESS
+"$PYTHON" -m launchers.local_ray --await-nodes "$SLURM_JOB_NUM_NODES"
+told=0 code=0
+"$@" &
+command=$!
+# Ray's workers end with the command; what they have saved, the requeued job goes on from.
+trap 'told=1; kill -TERM "$command" 2>/dev/null' USR1
+while kill -0 "$command" 2>/dev/null; do
+    wait "$command" && code=0 || code=$?
+done
+if ((code == 75 || (code != 0 && told))); then
+    requeue
+fi
+exit "$code"
