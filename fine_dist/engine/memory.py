@@ -76,7 +76,7 @@ def estimate(
     state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
     weights = params / (world_size if stage == 3 else 1)
     if stage == 3:
-        buffers = min(params, 4.0 * LIVE) + min(trained, 4.0 * BUCKET)
+        buffers = min(params, 4.0 * LIVE) + 2 * 4.0 * BUCKET  # gathered weights; gradients in, and their sums out
     elif sharded:
         buffers = 2 * min(trained, 4.0 * BUCKET)
     else:
