@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from fine_dist.config import (
     LaunchConfig,
     OptimConfig,
     SamplerConfig,
-    dump_yaml,
     expand_path,
 )
 from fine_dist.errors import ArtifactError, ConfigError
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from fine_dist.engine.dist import World
-    from fine_dist.engine.loop import Fitted, Program
-    from fine_dist.engine.memory import Memory
-    from fine_dist.engine.run_dir import RunDir
+    from fine_dist.engine.loop import Program
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
 
@@ -41,8 +39,6 @@ PRELOAD = (
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
 )
 """What a local pool imports once for all jobs of a stage that trains."""
-ASSUMED_TFLOPS = 120.0
-"""What `--dry-run` supposes of an accelerator: 40% of an A100's bf16 peak. `fine_dist.plan` takes a measured rate."""
 HELD_OUT_LIMIT = 2048
 """Held-out samples that are measured, at most: four timesteps each."""
 
@@ -72,12 +68,26 @@ class StageConfig(Config):
     """What the job needs, where it is submitted."""
 
 
-def train_stage(
-    config: StageConfig, kind: str, build: Callable[[World], tuple[DiT, dict[str, Any]]], **objective: Any
-) -> tuple[Fitted, RunDir, World, dict[str, Any]] | None:
-    """Open the run directory, build the model, train it. None when the run was finished before.
+@dataclass
+class Start:
+    """What a stage trains, as every rank builds it alike."""
 
-    build:     makes the model on every rank alike, and says what must match to resume.
+    model: DiT
+    method: dict[str, Any]
+    """The method's settings, for the manifest."""
+    identity: dict[str, Any]
+    """What else must match to resume (JSON)."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else is worth keeping in the manifest (JSON)."""
+
+
+def train_stage(
+    config: StageConfig, stage: str, artifact: str, build: Callable[[World], Start], **objective: Any
+) -> Path:
+    """Open the run directory, build the model, train it, save it; the artifact's folder. A finished run is left alone.
+
+    stage:     `condense` or `train`.
+    artifact:  `learngene` or `model`: the kind of the artifact, and its folder in the run directory.
     objective: further arguments of the loss (teacher, distill).
     """
     import torch
@@ -85,19 +95,25 @@ def train_stage(
     from fine_dist.engine import dist
     from fine_dist.engine.loop import fit
     from fine_dist.engine.run_dir import RunDir
+    from fine_dist.model.artifact import load_artifact, save_artifact
 
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
-    run_dir = RunDir(expand_path(config.run_dir)).open(config, kind, world)
-    if run_dir.done is not None:
-        run_dir.close()
-        return None
-    try:
-        model, identity = build(world)
-        program = make_program(config, model, world, identity, **objective)
+    folder = Path(expand_path(config.run_dir)) / artifact
+    with RunDir(folder.parent).open(config, stage, world) as run_dir:
+        if run_dir.done is not None:
+            if world.is_main:
+                load_artifact(folder, artifact)
+                print(f"{stage}: finished before; the {artifact} is in {folder}")
+            return folder
+        start = build(world)
+        arch = start.model.arch
+        program = make_program(config, start, world, **objective)
         if world.is_main:
-            print(f"{kind}: {model.arch.name}, {config.steps} steps of {config.batch}; files are in {run_dir.path}")
+            print(
+                f"{stage}: {arch.name}, {config.steps} steps of {config.batch}; files are in {run_dir.path}", flush=True
+            )
         fitted = fit(
             program,
             steps=config.steps,
@@ -106,24 +122,37 @@ def train_stage(
             engine=config.engine,
             run_dir=run_dir,
             seed=config.seed,
-            title=f"{kind} {model.arch.name}",
+            title=f"{stage} {arch.name}",
             world=world,
         )
         program.stream.close()  # type: ignore[attr-defined]
-    except BaseException:
-        run_dir.close()
-        raise
-    return fitted, run_dir, world, identity
+        if world.is_main:
+            facts = {"steps": fitted.step, "losses": fitted.losses}
+            made = {"batch": config.batch, "seed": config.seed, "diffusion": config.diffusion.model_dump()}
+            tensors = {**fitted.model.state_dict(), **fitted.ema}  # the EMA in place of what was trained
+            manifest = save_artifact(
+                folder,
+                kind=artifact,
+                method=start.method,
+                arch=arch,
+                tensors=tensors,
+                extra={**facts, **made, **start.about},
+            )
+            run_dir.finish(**facts, seconds=fitted.seconds)
+            losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in fitted.losses.items())
+            size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
+            print(f"{stage}: {losses}; {size} in {folder}")
+    return folder
 
 
-def make_program(config: StageConfig, model: DiT, world: World, identity: dict[str, Any], **objective: Any) -> Program:
+def make_program(config: StageConfig, start: Start, world: World, **objective: Any) -> Program:
     """What the engine trains, and how it is looked at."""
     from fine_dist.data.stream import LatentStream, read_all
     from fine_dist.diffusion.loss import HeldOut, Objective
     from fine_dist.engine.flops import train_flops
     from fine_dist.engine.loop import Program
 
-    arch = model.arch
+    arch = start.model.arch
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
     stream = LatentStream(
@@ -138,10 +167,10 @@ def make_program(config: StageConfig, model: DiT, world: World, identity: dict[s
     if config.data.held_out and world.is_main:
         held_out = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
     return Program(
-        model=model,
+        model=start.model,
         objective=Objective(config.diffusion, arch, config.seed, **objective),
         stream=stream,
-        identity={"arch": arch.model_dump(), "data": stream.manifest.hash, **identity},
+        identity={"arch": arch.model_dump(), "data": stream.manifest.hash, "method": start.method, **start.identity},
         held_out=held_out,
         pictures=Pictures(config, arch),
         histograms=sigma_histograms,
@@ -163,7 +192,7 @@ class Pictures:
 
         classes = torch.arange(min(self.arch.num_classes, 10)).repeat_interleave(4)
         images = sample(
-            model,  # type: ignore[arg-type]
+            model,
             labels=classes,
             arch=self.arch,
             config=self.config.sampler,
@@ -192,11 +221,6 @@ def sigma_tables(model: nn.Module) -> dict[str, Tensor]:
 def sigma_histograms(model: nn.Module) -> dict[str, Tensor]:
     """sigma by kind, for TensorBoard's histograms."""
     return {f"sigma/{kind}": table for kind, table in sigma_tables(model).items()}
-
-
-def final_state(fitted: Fitted) -> dict[str, Tensor]:
-    """The trained model's whole state with the EMA in place of what was trained (rank 0)."""
-    return {**fitted.model.state_dict(), **fitted.ema}
 
 
 def load_model(path: str | Path) -> tuple[DiT, dict[str, Any]]:
@@ -241,60 +265,4 @@ def find_artifact(path: str | Path) -> Path:
         raise ArtifactError(f"{folder} does not exist; give a folder that condense, init or train wrote")
     raise ArtifactError(
         f"{folder} holds no model, sigma or learngene: not a run's directory, or the run is not finished"
-    )
-
-
-def dry_run(config: StageConfig, arch: Arch, model: DiT, rank: int | None) -> list[str]:
-    """The resolved config, counts and estimates, as lines to print."""
-    from fine_dist.engine.dist import read_environment
-    from fine_dist.engine.flops import train_flops
-    from fine_dist.model.factors import FactoredDiT, role
-
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        counts[role(name)] = counts.get(role(name), 0) + parameter.numel()
-    total = sum(counts.values())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    launch = config.launch
-    world_size = max(read_environment().world_size, launch.nodes * launch.processes)
-    micro = config.engine.micro_batch or max(1, config.batch // world_size)
-    memory = stage_memory(config, arch, total, trained, rank, world_size, micro)
-    flops = train_flops(arch) * config.batch
-    hours = flops * config.steps / (ASSUMED_TFLOPS * 1e12 * world_size) / 3600
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    lines = [
-        dump_yaml(config).rstrip(),
-        "",
-        f"model: {arch.name}, {total:,} numbers ({parts}), {trained:,} of them train",
-    ]
-    if isinstance(model, FactoredDiT):
-        lines.append(
-            f"compute paths at {micro} samples: " + ", ".join(f"{k} {p}" for k, p in model.paths(micro).items())
-        )
-    lines += [
-        f"work: {config.steps:,} steps of {config.batch} samples, {flops / 1e12:.3g} TFLOP a step, "
-        f"{flops * config.steps / 1e15:.3g} PFLOP in all",
-        f"time: {hours:.2g} h, if each of {world_size} processes does {ASSUMED_TFLOPS:g} TFLOP/s",
-        f"memory of a process ({world_size} of them, micro-batch {micro}, {config.engine.backend}, "
-        f"{config.engine.precision}):",
-        *memory.lines(),
-        "dry run: nothing was done",
-    ]
-    return lines
-
-
-def stage_memory(
-    config: StageConfig, arch: Arch, total: int, trained: int, rank: int | None, world_size: int, micro: int
-) -> Memory:
-    """The memory of one process of a stage."""
-    from fine_dist.engine.memory import estimate
-
-    return estimate(
-        arch,
-        config.engine,
-        micro_batch=micro,
-        world_size=world_size,
-        num_params=total,
-        num_trained=trained,
-        rank=rank,
     )

@@ -60,29 +60,31 @@ def compose(u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 
 def solve_side(product: Tensor, other: Tensor, sigma: Tensor) -> Tensor:
     """The least-squares factor of one side given the rest: `product (other^T other * sigma^T sigma)^-1`."""
-    gram = (other.T @ other) * (sigma.T @ sigma)
-    return _solve(gram, product.T).T
+    return _solve(gram(other) * gram(sigma), product.T).T
 
 
 def solve_sigma(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """The least-squares sigma [L, R] of given factors: each layer on its own, all with one Gram matrix."""
-    gram = (u.T @ u) * (v.T @ v)
     right = torch.einsum("ik,lik->lk", u, weights @ v)
-    return _solve(gram, right.T).T
+    return _solve(gram(u) * gram(v), right.T).T
 
 
-def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """`gram^-1 right` with a ridge of 1e-7 of the mean diagonal: overcomplete factors make it singular."""
-    gram = gram.double()
-    ridge = 1e-7 * gram.diagonal().mean().clamp_min(1e-30)
-    factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+def gram(factor: Tensor) -> Tensor:
+    """`factor^T factor` [R, R] in float64: rounded in float32 it need not be positive."""
+    return factor.T.double() @ factor.double()
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """`matrix^-1 right` with a ridge of 1e-7 of the mean diagonal: overcomplete factors make it singular."""
+    ridge = 1e-7 * matrix.diagonal().mean().clamp_min(1e-30)
+    factor = torch.linalg.cholesky(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
     return torch.cholesky_solve(right.double(), factor).float()
 
 
-def leading(gram: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+def leading(matrix: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
     """[size, rank]: eigenvectors of a Gram matrix by falling eigenvalue, then random unit vectors."""
-    vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(1).float()[:, :rank]
-    extra = torch.randn(len(gram), rank - vectors.shape[1], generator=generator).to(vectors)
+    vectors = torch.linalg.eigh(matrix.double()).eigenvectors.flip(1).float()[:, :rank]
+    extra = torch.randn(len(matrix), rank - vectors.shape[1], generator=generator).to(vectors)
     return torch.cat([vectors, unit(extra)[0]], dim=1)
 
 
