@@ -253,7 +253,7 @@ def _encoding(root: Path, count: int) -> list[Row]:
         norm_num_groups=8,
         latent_channels=4,
         sample_size=256,
-    ).save_pretrained(root / "vae")
+    ).save_pretrained(root / "vae")  # type: ignore[attr-defined]
     codec = Autoencoder(str(root / "vae"), subfolder=None, device="cpu", precision="fp32")
     source = FolderImages(str(root / "images"), image_size=256, per_unit=1024, seed=0)
     done = encode(source, codec, Job(folder=root / "encoded", settings={}, batch=16, workers=2))

@@ -42,8 +42,10 @@ class Cache:
             part.flush()
             if os.fstat(part.fileno()).st_size != size:
                 return None
-            os.replace(self.folder / (name + _PART), self.folder / name)
-            return os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
+            with self._alone():
+                os.replace(self.folder / (name + _PART), self.folder / name)
+            part.seek(0)
+            return os.dup(part.fileno())  # by its name another process may have removed it already
 
     def _hit(self, name: str, size: int) -> int | None:
         try:
@@ -68,14 +70,21 @@ class Cache:
                 try:
                     yield part
                 finally:
-                    if _is_still(path, part):
-                        path.unlink()
+                    with self._alone():
+                        if _is_still(path, part):
+                            path.unlink()
                 return
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody else adds, renames or removes a file meanwhile."""
+        with open(self.folder / ".lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _reserve(self, part: BinaryIO, size: int) -> bool:
         """Make room for `size` bytes and claim it by the length of the part."""
-        with open(self.folder / ".lock", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._alone():
             os.ftruncate(part.fileno(), 0)
             files, total = [], 0
             for entry in os.scandir(self.folder):

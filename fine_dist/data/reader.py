@@ -160,59 +160,61 @@ class ShardSet:
         regular = all([shard.ready().regular for shard in shards.values()])
         latents = torch.empty((len(numbers), *self._layout.shape), dtype=torch.float32)
         rows = Rows(latents, np.empty(len(numbers), np.int64))
-        for start in range(0, len(numbers), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            if regular:
-                self._read_regular(shards, numbers[part], shard_B[part], index_B[part], scale, rows, start)
-            else:
-                self._read_any(shards, numbers[part], index_B[part], scale, rows, start)
+        if regular:
+            self._read_regular(shards, shard_B, index_B, scale, rows, 0)
+        else:
+            self._read_any(shards, shard_B, index_B, scale, rows)
         return rows
 
     def _read_regular(
-        self,
-        shards: dict[int, Shard],
-        numbers: list[int],
-        shard_N: np.ndarray,
-        index_N: np.ndarray,
-        scale: float,
-        rows: Rows,
-        start: int,
+        self, shards: dict[int, Shard], shard_N: np.ndarray, index_N: np.ndarray, scale: float, rows: Rows, first: int
     ) -> None:
-        """Read records of shards in which all have one size: whole records, label and headers included."""
-        layout = self._layout
-        buffer_NB, views, payload = self._scratch_for(len(numbers))
-        files, offsets = [shards[number].fd for number in numbers], (index_N * layout.stride).tolist()
-        try:
-            sizes = list(map(os.preadv, files, views, offsets))
-        except OSError:
-            sizes = [_try_to_read(file, view, offset) for file, view, offset in zip(files, views, offsets)]
-        good_N, labels_N = layout.check(buffer_NB, self._prefixes_SP[shard_N], index_N)
+        """Read records of shards in which all have one size, whole, into the rows from `first` on."""
+        layout, count = self._layout, len(index_N)
+        files, offsets = [shards[number].fd for number in shard_N.tolist()], (index_N * layout.stride).tolist()
+        latents, marks, sizes, finite = rows.latents[first : first + count], [], [], True
+        for start in range(0, count, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            buffer_NB, views, payload = self._scratch_for(min(_CHUNK, count - start))
+            try:
+                sizes += map(os.preadv, files[part], views, offsets[part])
+            except OSError:
+                del sizes[start:]
+                sizes += map(_try_to_read, files[part], views, offsets[part])
+            marks.append(layout.marks(buffer_NB))
+            total = latents[part].copy_(payload).mul_(scale).sum()
+            # a sum is finite only if all its terms are (so many float16 cannot overflow it), and it is cheap
+            finite = math.isfinite(float(total)) and finite
+        marks_NW = np.concatenate(marks)
+        good_N, labels_N = layout.check(marks_NW, self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
-        rows.labels[start : start + len(numbers)] = labels_N
-        latents = rows.latents[start : start + len(numbers)].copy_(payload).mul_(scale)
-        # the sum is finite when all are (and no sum of so many float16 can overflow), and it is cheap
-        if min(sizes) == layout.size and good_N.all() and math.isfinite(float(latents.sum())):
+        rows.labels[first : first + count] = labels_N
+        if finite and min(sizes) == layout.size and good_N.all():
             return
-        for row, number in enumerate(numbers):
+        for row in range(count):
             if sizes[row] < layout.size:
-                rows.faults[start + row] = _SHORT
+                rows.faults[first + row] = _SHORT
             elif not good_N[row]:
-                key = shards[number].key(int(index_N[row]))
-                rows.faults[start + row] = layout.explain(buffer_NB[row], key, self.manifest.num_classes)
+                rows.faults[first + row] = self._explain(shards[int(shard_N[row])], int(index_N[row]))
             elif not bool(torch.isfinite(latents[row]).all()):
-                rows.faults[start + row] = _NOT_FINITE
+                rows.faults[first + row] = _NOT_FINITE
+
+    def _explain(self, shard: Shard, index: int) -> str:
+        """What is wrong with a record that the check refused."""
+        layout = self._layout
+        record = os.pread(shard.fd, layout.size, index * layout.stride)
+        return layout.explain(record, shard.key(index), self.manifest.num_classes)
 
     def _read_any(
-        self, shards: dict[int, Shard], numbers: list[int], index_N: np.ndarray, scale: float, rows: Rows, start: int
+        self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, scale: float, rows: Rows
     ) -> None:
         """Read samples of which some are in shards that another program wrote, or in damaged ones."""
-        for row, (number, index) in enumerate(zip(numbers, index_N.tolist()), start):
-            shard = shards[number]
+        for row, (number, index) in enumerate(zip(shard_B.tolist(), index_B.tolist())):
+            shard, one = shards[number], slice(row, row + 1)
             if shard.fault is not None:
                 rows.faults[row] = shard.fault
             elif shard.index is None:
-                one = slice(row - start, row - start + 1)
-                self._read_regular(shards, [number], np.asarray([number]), index_N[one], scale, rows, row)
+                self._read_regular(shards, shard_B[one], index_B[one], scale, rows, row)
             elif index in shard.index.faults:
                 rows.faults[row] = shard.index.faults[index]
             else:

@@ -74,8 +74,8 @@ class Layout:
         self.size = self.head + payload
         self.stride = 3 * BLOCK + -(-len(latent) // BLOCK) * BLOCK
         self._npy = latent[: len(latent) - payload]
-        # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the sizes, what tar
-        # calls the types, and the whole .npy header. Keys and the label are looked at apart.
+        # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the size, what tar
+        # calls the types, and the whole .npy header. Keys and the label differ and are looked at apart.
         want = np.zeros(-(-self.head // 8) * 8, np.uint8)
         want[: self.head] = np.frombuffer(record[: self.head], np.uint8)
         mask = np.zeros_like(want)
@@ -84,6 +84,7 @@ class Layout:
             (156, 157),
             (257, 265),
             (345, 346),
+            (BLOCK + LABEL_DIGITS, BLOCK + LABEL_DIGITS + 1),
             (_LATENT + _KEY, _LATENT + _KEY + len(LATENT) + 2),
             (_LATENT + 124, _LATENT + 136),
             (_LATENT + 156, _LATENT + 157),
@@ -92,9 +93,13 @@ class Layout:
             (_LATENT + BLOCK, self.head),
         ):
             mask[start:stop] = 255
-        self._words = np.flatnonzero(mask.view(np.uint64))
+        needed = mask.copy()
+        for start, length in ((0, _KEY), (BLOCK, LABEL_DIGITS), (_LATENT, _KEY)):
+            needed[start : start + length] = 255
+        self._words = np.flatnonzero(needed.view(np.uint64))
         self._mask = mask.view(np.uint64)[self._words]
         self._want = want.view(np.uint64)[self._words] & self._mask
+        self._label_at, self._latent_at = (8 * int(np.searchsorted(self._words, at // 8)) for at in (BLOCK, _LATENT))
         self._texts = np.empty((0, KEY_DIGITS), np.uint8)
 
     def buffer(self, count: int) -> np.ndarray:
@@ -106,21 +111,25 @@ class Layout:
         inner = np.empty(self.shape, self.dtype).strides
         return np.ndarray((len(buffer), *self.shape), self.dtype, buffer, self.head, (buffer.strides[0], *inner))
 
-    def check(self, buffer_NB: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
+    def marks(self, buffer_NB: np.ndarray) -> np.ndarray:
+        """What `check` looks at, out of a buffer of records: uint64 [N, W]."""
+        return buffer_NB.view(np.uint64).take(self._words, axis=1)
+
+    def check(self, marks_NW: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """Which records are what they should be, and their labels.
 
-        buffer_NB:   uint8, the records, as `buffer` makes room for them.
+        marks_NW:    uint64, `marks` of the records.
         prefixes_NP: uint8, the key prefix of each record's shard.
         index_N:     int64, each record's number in its shard.
 
         Returns (good bool [N], labels int64 [N]); a bad record's label is meaningless.
         """
-        words = buffer_NB.view(np.uint64)[:, self._words]
-        good_N = ((words & self._mask) == self._want).all(1)
+        good_N = ((marks_NW & self._mask) == self._want).all(1)
+        bytes_NM = marks_NW.view(np.uint8)
         keys_NK = np.concatenate([prefixes_NP, self._digits(index_N)], 1)
-        good_N &= (buffer_NB[:, :_KEY] == keys_NK).all(1)
-        good_N &= (buffer_NB[:, _LATENT : _LATENT + _KEY] == keys_NK).all(1)
-        text_NC = buffer_NB[:, BLOCK : BLOCK + LABEL_DIGITS]
+        for at in (0, self._latent_at):
+            good_N &= (bytes_NM[:, at : at + _KEY] == keys_NK).all(1)
+        text_NC = bytes_NM[:, self._label_at : self._label_at + LABEL_DIGITS]
         values_NC = text_NC - np.uint8(ord("0"))  # what is no digit becomes 10 or more
         leading_NC = np.logical_and.accumulate(values_NC < 10, axis=1)
         length_N = leading_NC.sum(1)
@@ -137,9 +146,8 @@ class Layout:
             self._texts = (numbers[:, None] // tens % 10 + ord("0")).astype(np.uint8)
         return self._texts[index_N]
 
-    def explain(self, record: np.ndarray, key: str, num_classes: int) -> str:
-        """What is wrong with a record that is not good (uint8 [size or more])."""
-        raw = record[: self.size].tobytes()
+    def explain(self, raw: bytes, key: str, num_classes: int) -> str:
+        """What is wrong with a record of `size` bytes that is not good."""
         for at, ending in ((0, LABEL), (_LATENT, LATENT)):
             name = raw[at : at + 100].split(b"\0")[0].decode("utf-8", "replace")
             if name != f"{key}.{ending}":

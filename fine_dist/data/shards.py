@@ -19,7 +19,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fine_dist.data.records import LABEL, LATENT, layout_of, npy_bytes, record_key, shard_prefix, tar_writer
+from fine_dist.data.records import (
+    LABEL,
+    LABEL_DIGITS,
+    LATENT,
+    layout_of,
+    npy_bytes,
+    record_key,
+    shard_prefix,
+    tar_writer,
+)
 from fine_dist.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -162,8 +171,8 @@ class ShardWriter:
         key = record_key(self.prefix, self.count)
         if tuple(latent.shape) != self.layout.shape:
             raise DataError(f"{self.path}: {key}: latent of shape {tuple(latent.shape)}, not {self.layout.shape}")
-        if label < 0:
-            raise DataError(f"{self.path}: {key}: label {label} is negative")
+        if not 0 <= label < 10**LABEL_DIGITS:
+            raise DataError(f"{self.path}: {key}: label {label} is not in 0 .. {10**LABEL_DIGITS - 1}")
         with np.errstate(over="ignore"):
             stored = np.asarray(latent).astype(self.layout.dtype)
         if not np.isfinite(stored).all():
