@@ -188,14 +188,18 @@ def _device(config: EncodeConfig) -> str:
 
 
 def dry_run(config: EncodeConfig) -> list[str]:
-    """The resolved config, and what an encoding would make."""
+    """The resolved config, and what an encoding would make; a source that is not there (yet) is only named."""
     lines = [dump_yaml(config)]
     for split in _splits(config):
-        source = _source(config, split)
+        try:
+            source = _source(config, split)
+        except DataError as error:
+            lines.append(f"{_out(config) / split}: {error}")
+            continue
         samples = None if source.count is None else source.count * (2 if config.flips else 1)
         amount = "an unknown number of" if samples is None else f"{samples:,}"
         lines.append(f"{_out(config) / split}: {amount} samples in {source.units:,} shards")
-    return lines
+    return [*lines, "dry run: nothing was done"]
 
 
 def show(summary: Summary) -> list[str]:

@@ -79,8 +79,8 @@ def test_settings_survive_the_manifest(name):
     assert METHODS[name].summary and METHODS[name].paper
 
 
-def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(learngene):
-    _, model = descend("fine", learngene, 7)
+def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(learngene, generator):
+    model = build(FineConfig(sigma="linear")).descend(learngene, tiny_arch(num_layers=7), generator)
     for kind in KINDS:
         assert torch.equal(model.factor(kind).U, learngene.tensors[f"genes.{kind}.U"])
         table = torch.stack([learngene.tensors[f"blocks.{i}.{kind}.sigma"] for i in range(4)])
