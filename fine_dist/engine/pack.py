@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_dist.engine.pack_ops import FactoredProduct, compute_dtype, gelu
 from fine_dist.errors import ArtifactError
-from fine_dist.model.dit import DiT, block_forward, outside_blocks
+from fine_dist.model.dit import DiT, attention, outside_blocks
 from fine_dist.model.factors import FactoredDiT, cheaper_path
 from fine_dist.model.zoo import KINDS
 
@@ -80,6 +81,10 @@ class PackedDiT(nn.Module):
         self._biases = biases
         self._stacked: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
 
+    def factors(self, kind: str) -> tuple[Tensor, Tensor]:
+        """U [m, R] and V [n, R] of a kind."""
+        return self.get_buffer(f"U_{kind}"), self.get_buffer(f"V_{kind}")
+
     def trained(self) -> list[Tensor]:
         """What stage 2 trains, each with a row a job."""
         return [self.sigma] if self.labels is None else [self.sigma, self.labels]
@@ -129,7 +134,7 @@ class PackedDiT(nn.Module):
                 alive = deep
             sigma = dict(zip(KINDS, layers[layer][:alive].unbind(1)))  #                             K x [J', R]
             linear = _Linear(self, sigma, biases[layer], gate[: alive * batch], batch)
-            x = block_forward(x, c[: alive * batch], linear, self.arch.num_heads)  #                     [N, T, D]
+            x = _block(x, linear, self.arch.num_heads)  #                                                 [N, T, D]
         x = torch.cat([x, *reversed(finished)]) if finished else x
         return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
 
@@ -214,27 +219,42 @@ class _Linear:
 
     def __init__(self, pack: PackedDiT, sigma: dict[str, Tensor], bias: dict[str, Tensor], gate: Tensor, batch: int):
         self.pack, self.sigma, self.bias, self.gate, self.batch = pack, sigma, bias, gate, batch
+        self.dtype = compute_dtype(gate)
 
-    def __call__(self, kind: str, h: Tensor) -> Tensor:
-        u, v = self.pack.get_buffer(f"U_{kind}"), self.pack.get_buffer(f"V_{kind}")
+    def __call__(self, kind: str, h: Tensor | None = None) -> Tensor:
+        """`[N, T, n] -> [N, T, m]`; adaLN's input is known: `-> [N, 1, 6 D]`."""
+        x = self.gate[:, None] if h is None else h
         sigma, bias = self.sigma[kind], self.bias[kind]
-        jobs, rows = len(sigma), h.shape[:-1].numel() // len(sigma)
-        if kind == "adaln":
-            thin = self.gate.unflatten(0, (jobs, rows))
+        jobs, rows = len(sigma), x.shape[:-1].numel() // len(sigma)
+        stacked = x.reshape(jobs, rows, -1)
+        u, v = (factor.to(self.dtype) for factor in self.pack.factors(kind))
+        if h is None:
+            y = FactoredProduct.apply(stacked, sigma, bias, u, None, self.dtype)
         elif self._path(kind, rows) == "composed":
             weight = (u * sigma[:, None, :]) @ v.T  #                                                      [J, m, n]
-            x = h.reshape(jobs, rows, -1)
-            return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2)).reshape(*h.shape[:-1], -1)
+            y = torch.baddbmm(bias[:, None], stacked, weight.transpose(1, 2))
         else:
-            thin = (h @ v).reshape(jobs, rows, -1)
-        y = (thin * sigma[:, None]) @ u.T + bias[:, None]  #                                            [J, B T, m]
-        return y.reshape(*h.shape[:-1], -1)
+            y = FactoredProduct.apply(stacked, sigma, bias, u, v, self.dtype)
+        return y.reshape(*x.shape[:-1], -1)
 
     def _path(self, kind: str, rows: int) -> str:
         m, n = self.pack.arch.matrix(kind)
         return cheaper_path(
             rows, m, n, self.pack.rank, train_factors=False, train_scalers=True, backward=torch.is_grad_enabled()
         )
+
+
+def _block(x: Tensor, linear: _Linear, num_heads: int) -> Tensor:
+    """`model.dit.block_forward` with fewer passes over memory: x [N, T, D] -> [N, T, D]."""
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear("adaln").chunk(6, dim=2)  #               6 x [N, 1, D]
+    h = _modulate(x, shift_a, scale_a)
+    x = torch.addcmul(x, gate_a, linear("o", attention(linear("qkv", h), num_heads)))
+    h = _modulate(x, shift_m, scale_m)
+    return torch.addcmul(x, gate_m, linear("out", gelu(linear("in", h))))
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def identity(model: FactoredDiT) -> str:

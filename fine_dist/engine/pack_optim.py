@@ -42,8 +42,11 @@ class PackedAdamW:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The norm of every job's gradient, float32 [J]; what the next `step` clips by."""
-        squares = [self._rows(p.grad).square().sum(1) for p in self.parameters if p.grad is not None]
-        self._norms = torch.stack(squares).sum(0).sqrt()
+        squares = torch.zeros(self.jobs, device=self.parameters[0].device)
+        for p in self.parameters:
+            if p.grad is not None:
+                squares += self._rows(p.grad).square().sum(1)
+        self._norms = squares.sqrt()
         return self._norms
 
     @torch.no_grad()
