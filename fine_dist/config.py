@@ -105,7 +105,7 @@ class EngineConfig(Config):
     """How the loop runs: backend, precision, memory, checkpoints, logs. Nothing here changes the mathematics."""
 
     backend: Literal["plain", "deepspeed"] = "plain"
-    """`plain` is one process; `deepspeed` is any number of them."""
+    """`plain`: every process holds everything, gradients are summed. `deepspeed`: ZeRO shards what it holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU when there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"

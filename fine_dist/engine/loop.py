@@ -148,7 +148,7 @@ class Run:
             global_batch=global_batch,
             tokens_per_sample=program.tokens_per_sample,
             flops_per_sample=program.flops_per_sample,
-            peak=flops.peak_flops(world.device, engine.precision, engine.peak_tflops) if world.device else None,
+            peak=flops.peak_flops(world.device, engine.precision, engine.peak_tflops) if world.is_main else None,
             log_every=engine.log_every,
         )
         self.held_out: dict[str, float] = {}

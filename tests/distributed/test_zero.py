@@ -15,9 +15,10 @@ from fine_dist.config import OptimConfig
 from fine_dist.engine import dist
 from fine_dist.engine.checkpoint import Saved
 from fine_dist.errors import ResumeLater
+from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.testing import run_distributed
 from tests.engine.test_resume import assert_same
-from tests.engine.toy import Outcome, ToyConfig, engine, toy_fit, toy_outcome, toy_program
+from tests.engine.toy import ARCH, Outcome, ToyConfig, engine, toy_fit, toy_outcome, toy_program
 
 pytestmark = pytest.mark.distributed
 
@@ -72,6 +73,7 @@ def test_shared_factors_under_zero_3_have_the_gradients_and_20_updates_of_a_sing
             assert distance(found[name].weights[key], weight) < 1e-5, (name, key)
         for key, value in single.ema.items():
             assert distance(found[name].ema[key], value) < 1e-5, (name, key)
+            assert not torch.equal(value, single.weights[key])  # an average that lags behind what moves
         # The first moment is the average of the gradients of all 20 steps.
         ours = Saved(tmp_path / "sharded" / name / "checkpoints" / "step_00000020")
         theirs = Saved(tmp_path / "single" / name / "checkpoints" / "step_00000020")
@@ -193,6 +195,30 @@ def test_every_backend_and_stage_gathers_the_very_bits_of_one_checkpoint(tmp_pat
             part, _, parameter = key.partition(" ")
             assert torch.equal(tensor.flatten(), checkpoint.whole(parts[part], parameter)), (name, key)
         assert all(not rank[name] for rank in ranks[1:])  # whole tensors live on rank 0 only
+
+
+def artifact_hashes(folder: str, run: str, configs: dict[str, str]) -> list[str]:
+    """The hash of the model that each backend hands out at the end of one finished run."""
+    hashes = []
+    for name, text in configs.items():
+        fitted = toy_fit(run, ToyConfig.model_validate_json(text))  # resumes at its end and trains nothing
+        if fitted.world.is_main:
+            tensors = {**fitted.model.state_dict(), **{f"ema.{key}": value for key, value in fitted.ema.items()}}
+            save_artifact(Path(folder) / name, kind="model", method={}, arch=ARCH, tensors=tensors, extra={})
+            hashes.append(load_artifact(Path(folder) / name).hash)
+    return hashes
+
+
+def test_the_artifact_of_a_run_is_the_same_bytes_from_every_backend_stage_and_world_size(tmp_path: Path) -> None:
+    start = ToyConfig(steps=3, kind="joint", global_batch=12)
+    toy_fit(tmp_path / "run", start)
+    texts = {f"zero{s}": ToyConfig(**{**dict(start), "engine": zero(tmp_path, s)}).model_dump_json() for s in (1, 3)}
+    texts["plain"] = start.model_dump_json()
+    hashes = artifact_hashes(str(tmp_path / "1"), str(tmp_path / "run"), {"plain": texts["plain"]})
+    for world_size in (2, 3):
+        folder = str(tmp_path / str(world_size))
+        hashes += run_distributed(artifact_hashes, world_size, folder, str(tmp_path / "run"), texts)[0]
+    assert len(hashes) == 7 and len(set(hashes)) == 1
 
 
 def test_bf16_and_offload_train_under_zero_as_in_one_process(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from fine_dist.config import OptimConfig
+from fine_dist.engine import dist
 from fine_dist.errors import CheckpointError, RunDirError
-from tests.engine.toy import Outcome, ToyConfig, engine, toy_fit, toy_outcome
+from fine_dist.model.zoo import Arch
+from tests.engine.toy import ARCH, Outcome, ToyConfig, engine, toy_fit, toy_model, toy_outcome, toy_program
 
 CHILD = """
 import sys
@@ -135,5 +137,12 @@ def test_a_checkpoint_of_another_data_set_rank_or_architecture_is_refused_naming
     with pytest.raises(CheckpointError, match=r"data: 'abc' in the checkpoint, 'xyz' now"):
         toy_fit(tmp_path, ToyConfig(steps=2, data_hash="xyz"))
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(CheckpointError, match=r"kind: 'dense' in the checkpoint, 'sigma' now"):
-        toy_fit(tmp_path, ToyConfig(steps=2, kind="sigma"))
+    with pytest.raises(CheckpointError, match=r"rank: 16 in the checkpoint, 8 now"):
+        toy_fit(tmp_path, ToyConfig(steps=2, rank=8))
+    (tmp_path / "config.yaml").unlink()
+    wider = Arch(**{**ARCH.model_dump(), "hidden_size": 64})
+    program = toy_program(ToyConfig(), dist.alone("cpu"), model=toy_model(ToyConfig(), wider))
+    program.identity["arch"] = wider.model_dump()
+    with pytest.raises(CheckpointError, match=r"arch.hidden_size: 32 in the checkpoint, 64 now") as caught:
+        toy_fit(tmp_path, ToyConfig(steps=2), program)
+    assert "trains.blocks.0.o.weight: [32, 32] in the checkpoint, [64, 64] now" in str(caught.value)
