@@ -39,8 +39,8 @@ class FineConfig(MethodConfig):
     """Sweeps of alternating least squares at most (start: decompose)."""
     path: Literal["auto", "composed", "factored"] = "auto"
     """How products are computed: by whichever needs fewer multiply-adds, or always one way."""
-    sigma: Literal["linear", "random", "identical", "aligned"] = "linear"
-    """Where a target's sigma starts."""
+    sigma: Literal["linear", "random", "identical", "segment", "aligned"] | None = None
+    """Where a target's sigma starts; none: `segment`, or `aligned` where factors were decomposed from an ancestor."""
 
 
 class Fine(Method[FineConfig]):
@@ -87,6 +87,11 @@ class Fine(Method[FineConfig]):
                 errors[kind] = fit.error.tolist()
         return FitReport(errors)
 
+    @property
+    def sigma_start(self) -> str:
+        """The start in use. Layers decomposed one by one have no common course over depth that a mean could keep."""
+        return self.config.sigma or ("segment" if self.config.start == "joint" else "aligned")
+
     def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> FactoredDiT:
         import torch
 
@@ -100,7 +105,7 @@ class Fine(Method[FineConfig]):
         for kind in KINDS:
             table = torch.stack([tensors[f"blocks.{layer}.{kind}.sigma"] for layer in range(depth)])
             biases = torch.stack([tensors[f"blocks.{layer}.{kind}.bias"] for layer in range(depth)])
-            start = STARTS[self.config.sigma].layers(kind, table, biases, target.num_layers, generator)
+            start = STARTS[self.sigma_start].layers(kind, table, biases, target.num_layers, generator)
             for layer, (s, b) in enumerate(zip(*start)):
                 state[f"blocks.{layer}.{kind}.sigma"] = s
                 state[f"blocks.{layer}.{kind}.bias"] = b

@@ -2,10 +2,16 @@
 
 Shapes: L layers of the learngene, N layers of the target, R components, m out features.
 
-The paper has `linear`, `random` and `identical`. `aligned` is ours: the paper observes that a small model's layers align
-with segments of a large one, so each layer of the target takes *one* layer of the learngene, the nearest in relative
-depth, and its two residual branches are scaled by what that layer now stands for. A mixture of two layers' sigma, which
-interpolation makes everywhere in between, is a layer that was never trained.
+The paper has `linear`, `random` and `identical`, and observes that a small model's layers align with segments of a
+large one. Two starts of ours say what follows from it for the *residual branches*: a target of fewer layers has to move
+its tokens as far as the learngene does, so a layer that stands for a segment must take longer steps.
+
+`segment`: a layer is the mean of its segment and takes a step L/N times as long. In the language of differential
+equations depth is time, sigma a function of it, the mean its projection onto functions constant on N equal pieces, and
+a layer one Euler step. It needs layers that change slowly over depth, as those of a jointly condensed learngene do.
+
+`aligned`: a layer is *one* of the learngene's, the nearest in relative depth. For learngenes whose neighbouring layers
+have nothing in common (factors decomposed from an ancestor), where the mean of two layers is no layer at all.
 """
 
 from __future__ import annotations
@@ -60,6 +66,35 @@ def random(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
     return table.mean() + table.std() * noise
 
 
+def segment(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
+    """The mean over the target layer's own segment of depth."""
+    return segment_mean(table, num_layers)
+
+
+def segment_mean(table: Tensor, num_layers: int) -> Tensor:
+    """Per-layer vectors [L, K], a function constant on L equal pieces of depth, averaged over N equal pieces: [N, K].
+
+    That is the least-squares fit of such a function by one that is constant on the N pieces.
+    """
+    import torch
+
+    source = len(table)
+    lower = (
+        torch.arange(num_layers)[:, None] * source / num_layers
+    )  #                       pieces in units of 1/L, [N, 1]
+    upper = lower + source / num_layers
+    layer = torch.arange(source)[None]
+    overlap = (torch.minimum(upper, layer + 1.0) - torch.maximum(lower, layer * 1.0)).clamp(min=0)  #           [N, L]
+    return (overlap * num_layers / source).to(table) @ table
+
+
+def longer_steps(source: int, num_layers: int) -> Tensor:
+    """L/N for every layer: N steps of it go as far as L steps, [N]."""
+    import torch
+
+    return torch.full((num_layers,), source / num_layers)
+
+
 def aligned(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
     """The nearest layer in relative depth."""
     return nearest(table, num_layers)
@@ -94,7 +129,9 @@ def segment_share(source: int, num_layers: int) -> Tensor:
     taken = nearest_layers(source, num_layers)
     distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
     closest = (distance == distance.min(0).values).float()
-    share = (closest / closest.sum(0)).sum(1)  #                           layers that each stands for; below 1: repeated
+    share = (closest / closest.sum(0)).sum(
+        1
+    )  #                           layers that each stands for; below 1: repeated
     return torch.where(share > 1, share.sqrt(), share)
 
 
@@ -128,5 +165,6 @@ STARTS: dict[str, Start] = {
     "linear": Start(linear),
     "random": Start(random),
     "identical": Start(identical),
+    "segment": Start(segment, segment_mean, longer_steps),
     "aligned": Start(aligned, nearest, segment_share),
 }
