@@ -175,7 +175,8 @@ def follow(p: Plan) -> None:
                     running.remove(work)
                     bars.end(work)
                     if work.job.state != "done":
-                        raise TrainingError(f"{work.name}: {work.job.reason}; its log: {work.job.log}")
+                        words = "\n  ".join(launcher.logs(work.job).splitlines()[-5:])
+                        raise TrainingError(f"{work.name}: {work.job.reason}; {work.job.log} ends with\n  {words}")
             time.sleep(0.1)
 
 
