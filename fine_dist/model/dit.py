@@ -105,7 +105,8 @@ class Block(nn.Module):
             self.add_module(kind, linear(kind, layer))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        return block_forward(x, c, lambda kind, h: self.get_submodule(kind)(h), self.num_heads)
+        # By key: `in` is no legal attribute in the guards that torch.compile writes.
+        return block_forward(x, c, lambda kind, h: self._modules[kind](h), self.num_heads)  # type: ignore[misc]
 
 
 def block_forward(x: Tensor, c: Tensor, linear: Callable[[str, Tensor], Tensor], num_heads: int) -> Tensor:

@@ -241,3 +241,14 @@ def test_a_cuda_backend_without_a_gpu_says_what_is_legal_here() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match=r"cuda was asked for and no GPU is usable .* legal here: cpu, auto"):
         dist.pick_device("cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dense", "joint"])
+def test_compiled_blocks_compute_what_eager_ones_do_and_nothing_is_warned_of(
+    tmp_path: Path, kind: str, recwarn
+) -> None:
+    compiled = toy_outcome(tmp_path / "compiled", ToyConfig(kind=kind, steps=4, engine=engine(compile=True)))
+    assert not [w for w in recwarn if "torch.compile failed" in str(w.message)]
+    eager = toy_outcome(tmp_path / "eager", ToyConfig(kind=kind, steps=4))
+    assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
