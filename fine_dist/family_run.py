@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -171,7 +172,9 @@ class Keeper:
         print(
             f"init: {len(self.members)} targets in one pack; files are in {run_dir_of(self.family.config)}", flush=True
         )
-        self._bar = tqdm(total=total, initial=done, desc="init", unit="step", mininterval=1.0)
+        # A log file gets a line now and then, a terminal a live bar.
+        quiet = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
+        self._bar = tqdm(total=total, initial=done, desc="init", unit="step", **quiet)
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         """A row of a target's metrics.jsonl and TensorBoard."""
@@ -186,11 +189,10 @@ class Keeper:
     def tick(self, progress: Sequence[Progress]) -> None:
         """The bar, and now and then the family's figure."""
         if self._bar is not None:
-            self._bar.n = sum(p.step for p in progress)
             losses = [v for v in self._last.values() if math.isfinite(v)]
             if losses:
                 self._bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
-            self._bar.update(0)
+            self._bar.update(sum(p.step for p in progress) - self._bar.n)
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._drawn = time.monotonic()
             draw_family(run_dir_of(self.family.config), self.family.members)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,9 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 def last_row(folder: Path) -> dict[str, Any] | None:
     """The newest whole row of a target's metrics.jsonl."""
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 1024))
+            lines = file.read().decode().splitlines()
     except FileNotFoundError:
         return None
     for line in reversed(lines):
@@ -36,6 +40,49 @@ def last_row(folder: Path) -> dict[str, Any] | None:
         except ValueError:  # the line that is being written now
             continue
     return None
+
+
+class FamilyBar:
+    """A context with one progress bar over all targets, read from their folders: other processes train them."""
+
+    def __init__(self, members: Sequence[Member], steps: int, every_s: float = 1.0) -> None:
+        self.members, self.steps, self.every_s = list(members), steps, every_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="family-bar", daemon=True)
+
+    def __enter__(self) -> FamilyBar:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        from tqdm import tqdm
+
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
+        with tqdm(total=self.steps * len(self.members), desc="init", unit="step", **quiet) as bar:
+            bar.initial = bar.n = self._look()[0]
+            while not self._stop.wait(self.every_s):
+                self._show(bar)
+            self._show(bar)
+
+    def _show(self, bar: Any) -> None:
+        done, losses = self._look()
+        if losses:
+            bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
+        bar.update(done - bar.n)
+
+    def _look(self) -> tuple[int, list[float]]:
+        """Steps of all targets together, and their newest losses."""
+        done, losses = 0, []
+        for member in self.members:
+            row = last_row(member.folder)
+            finished = result_of(member.folder) is not None
+            done += self.steps if finished else row["step"] if row else 0
+            losses += [row["loss"]] if row else []
+        return done, losses
 
 
 def list_family(run_dir: Path) -> list[str]:

@@ -6,6 +6,7 @@ python -m fine_dist.init --list RUN_DIR                                  its siz
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -26,14 +27,12 @@ def tasks(config: InitConfig) -> list[Task]:
     """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
     family = Family(config)
     family.check()
+    # A worker keeps the jobs of its pack together; how many go through at once it decides where it runs.
+    alone = config.pack.model_copy(update={"workers": 1})
     return [
-        Task(pack.name, config.model_copy(update={"only": pack.jobs, "pack": _one_pack(config, pack.chunk)}), pack.jobs)
+        Task(pack.name, config.model_copy(update={"only": pack.jobs, "pack": alone}), pack.jobs)
         for pack in family.packs()
     ]
-
-
-def _one_pack(config: InitConfig, chunk: int):  # type: ignore[no-untyped-def]
-    return config.pack.model_copy(update={"workers": 1, "chunk": chunk})
 
 
 def run(config: InitConfig) -> Path:
@@ -102,6 +101,17 @@ def dry_run(config: InitConfig) -> list[str]:
     return lines
 
 
+def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
+    """A bar over the whole family while other processes train it."""
+    from launchers.base import choose
+
+    if launcher == "here" or inside() or choose(launcher) == "slurm":
+        return contextlib.nullcontext()
+    from fine_dist.family_table import FamilyBar
+
+    return FamilyBar(expand(config), config.steps)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
@@ -120,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print("\n".join(dry_run(call.config)))
             return 0
-        code = launch("fine_dist.init", call.config, call.launcher)
+        with _bar(call.config, call.launcher):
+            code = launch("fine_dist.init", call.config, call.launcher)
         if code == 0 and not inside():
             rows = StateTable(run_dir_of(call.config)).rows()
             code = EXIT_TASKS_FAILED if any(row.state == "failed" for row in rows) else 0
