@@ -18,7 +18,7 @@ default="hostname -I | cut -d' ' -f1"
 [[ -z ${IFNAME:-} ]] || default="ip -4 -o addr show $IFNAME | awk '{print \$4}' | cut -d/ -f1"
 export NODE_IP=${NODE_IP:-$default} RAY_USAGE_STATS_ENABLED=0 PYTHON
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-PORT=$((10000 + SLURM_JOB_ID % 10000)) # of this job alone, below the ports that the system hands out
+PORT=$((6000 + SLURM_JOB_ID % 1000 * 4)) # and two more, of this job: below 10002, where Ray puts its workers' ports
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 ADDRESS=$(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" bash -c "$NODE_IP"):$PORT
 pids=()
@@ -30,13 +30,11 @@ start() {
     while [[ $1 != -- ]]; do where+=("$1") && shift; done
     # shellcheck disable=SC2016 # expanded on the nodes
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${where[@]}" bash -c '
-        folder=/tmp/ray-$SLURM_JOB_ID-$SLURM_NODEID
-        trap "rm -rf $folder" EXIT
+        folder=/tmp/ray-$SLURM_JOB_ID-$(hostname -s) # short: Unix sockets live in it
         mkdir -p "$folder"
-        "$PYTHON" -m ray.scripts.scripts start --block --temp-dir="$folder" --node-ip-address="$(eval "$NODE_IP")" \
-            --num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" "$@" &
-        trap "kill -TERM $!; wait $!" TERM
-        wait $!' start "${@:2}" &
+        exec "$PYTHON" -m ray.scripts.scripts start --block --temp-dir="$folder" --node-ip-address="$(eval "$NODE_IP")" \
+            --dashboard-agent-listen-port=0 --num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+            --num-gpus="${SLURM_GPUS_ON_NODE:-0}" "$@"' start "${@:2}" &
     pids+=("$!")
 }
 
@@ -44,12 +42,15 @@ start() {
 finish() {
     kill -TERM "${pids[@]}" 2>/dev/null || true
     wait "${pids[@]}" 2>/dev/null || true
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "rm -rf /tmp/ray-$SLURM_JOB_ID-*" || true
 }
 trap finish EXIT
 
-start 1 --nodelist="$HEAD" -- --head --port="$PORT" --include-dashboard=false
+start 1 --nodelist="$HEAD" -- --head --port="$PORT" --ray-client-server-port=$((PORT + 1)) --include-dashboard=false \
+    --dashboard-port=$((PORT + 2))
 until (exec 3<>"/dev/tcp/${ADDRESS%:*}/$PORT") 2>/dev/null; do
-    kill -0 "${pids[0]}" && sleep 0.5
+    kill -0 "${pids[0]}" 2>/dev/null || exit 1
+    sleep 0.5
 done
 if ((SLURM_JOB_NUM_NODES > 1)); then
     start $((SLURM_JOB_NUM_NODES - 1)) --exclude="$HEAD" -- --address="$ADDRESS"
