@@ -160,7 +160,8 @@ def follow(p: Plan) -> None:
     """Run the jobs, each as soon as what it needs is done, with a progress bar for each that runs."""
     from launchers.local import LocalLauncher
 
-    waiting, running = list(p.works), []
+    waiting = list(p.works)
+    running: list[Work] = []
     with LocalLauncher(threads=1) as launcher, Bars() as bars:
         while waiting or running:
             for work in list(waiting):

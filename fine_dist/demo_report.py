@@ -153,7 +153,7 @@ def _starts(plan: Plan, measure: Measures, results: Results, depth: int, seed: i
 
     artifact = load_artifact(Path(plan.config.run_dir) / f"condense-s{seed}" / "learngene")
     for start in STARTS:
-        method = build(FineConfig(sigma=start))  # type: ignore[arg-type]
+        method = build(FineConfig.model_validate({"sigma": start}))
         model = method.descend(artifact, artifact.arch.with_depth(depth), torch.Generator().manual_seed(seed))
         loss = measure.held_out(model.eval())["held_out_loss"]  # type: ignore[misc]
         results.add(method="fine", variant=start, target=depth, seed=seed, stage="init", step=0, held_out_loss=loss)

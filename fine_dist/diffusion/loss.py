@@ -25,10 +25,14 @@ _MASK = (1 << 64) - 1
 class LatentBatch(Protocol):
     """What a loss needs of a batch (`fine_dist.data.stream.Batch`)."""
 
-    step: int
-    latents: Tensor
-    labels: Tensor
-    positions: Tensor
+    @property
+    def step(self) -> int: ...
+    @property
+    def latents(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
 
 
 class NoiseSchedule(nn.Module):
