@@ -327,8 +327,8 @@ class StateTable:
     def _read(self, path: Path) -> Row:
         try:
             return Row.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunDirError(f"{path} is damaged ({error}); delete it to have the task run again") from None
+        except ValueError:
+            raise RunDirError(f"{path} is damaged; delete it to have the task run again") from None
 
 
 class Submissions:

@@ -62,7 +62,7 @@ class SlurmLauncher(Launcher):
         # One array has one set of resources.
         groups: dict[str, list[Job]] = {}
         for job in jobs:
-            groups.setdefault(repr(self._parameters(job.spec, None)), []).append(job)
+            groups.setdefault(repr(self._parameters(job.spec, "", None)), []).append(job)
         chunks = [
             group[i : i + self._limits.array]
             for group in groups.values()
@@ -121,11 +121,12 @@ class SlurmLauncher(Launcher):
         spec = jobs[0].spec
         folder = Path(spec.table or spec.run_dir) / "logs" / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
+        name = spec.name if len(jobs) == 1 else spec.module.rpartition(".")[2]
         before = set(folder.iterdir())
         with outside_allocation():
             try:
                 executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=self._needs.max_restarts)
-                executor.update_parameters(**self._parameters(spec, max_parallel))
+                executor.update_parameters(**self._parameters(spec, name, max_parallel))
                 calls = [WorkerCall(str(job.file), self._needs.max_restarts) for job in jobs]
                 handles = executor.map_array(_call, calls)
             except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
@@ -137,12 +138,12 @@ class SlurmLauncher(Launcher):
             job.own_log = folder / f"{handle.job_id}_0_log.out"
             job.state, job.attempts = "pending", job.attempts or 1
 
-    def _parameters(self, spec: JobSpec, max_parallel: int | None) -> dict[str, Any]:
+    def _parameters(self, spec: JobSpec, name: str, max_parallel: int | None) -> dict[str, Any]:
         extra = {key.replace("_", "-"): value for key, value in spec.extras.get("slurm", {}).items()}
         minutes = spec.minutes or self._limits.minutes
         code = spec.code or spec.cwd
         wanted: dict[str, Any] = {
-            "job_name": spec.name if max_parallel is None else spec.module.rpartition(".")[2],
+            "job_name": name,
             "time": minutes,
             "nodes": spec.nodes,
             "ntasks_per_node": spec.processes_per_node,

@@ -53,9 +53,11 @@ class LocalSlurm:
 
     nodes:  number of virtual nodes, n1, n2, ...
     folder: where it lives; None: a new one, removed at the end.
+    conf:   lines of slurm.conf in place of ours, as KEY=VALUE.
     """
 
-    def __init__(self, nodes: int = 4, folder: str | None = None) -> None:
+    def __init__(self, nodes: int = 4, folder: str | None = None, conf: tuple[str, ...] = ()) -> None:
+        self._extra = conf
         self.nodes = [f"n{i + 1}" for i in range(nodes)]
         self._own_folder = folder is None
         self.folder = Path(folder or tempfile.mkdtemp(prefix="slurm-"))
@@ -205,7 +207,7 @@ LogFile={folder}/slurmdbd.log
             f"RealMemory={MEMORY_MB} Gres=gpu:2 State=UNKNOWN"
             for i, name in enumerate(self.nodes)
         )
-        self.conf.write_text(f"""\
+        text = f"""\
 ClusterName=laptop
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld}
@@ -253,7 +255,10 @@ JobRequeue=1
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES PriorityTier=1 MaxTime=120 DefaultTime=30 GraceTime=20
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=120 DefaultTime=30
-""")
+"""
+        replaced = tuple(line.partition("=")[0] + "=" for line in self._extra)
+        kept = [line for line in text.splitlines() if not replaced or not line.startswith(replaced)]
+        self.conf.write_text("\n".join([*kept, *self._extra]) + "\n")
 
 
 def _tail(path: Path) -> str:
@@ -306,6 +311,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4, help="number of virtual nodes (default: 4)")
     parser.add_argument("--folder", help="where it lives (default: a new folder, removed at the end)")
+    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="a line of slurm.conf")
     parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
     args = parser.parse_args()
     reason = missing()
@@ -314,7 +320,7 @@ def main() -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.monotonic()
-    with LocalSlurm(args.nodes, args.folder) as cluster:
+    with LocalSlurm(args.nodes, args.folder, tuple(args.conf)) as cluster:
         if args.pipe:
             return _serve(cluster, begun)
         print(f"SLURM with {args.nodes} nodes is up after {time.monotonic() - begun:.1f} s; in another terminal:\n")

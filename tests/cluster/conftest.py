@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+ARRAY_LIMIT = 33
+"""Largest array of the cluster under test, so that 50 tasks need two."""
 TOY = "tests.cluster.toy_stage"
 
 
@@ -87,7 +89,7 @@ class Slurm(Cluster):
     """The SLURM cluster, in words of tests."""
 
     def __init__(self) -> None:
-        super().__init__("slurm/local_cluster.py", "--pipe")
+        super().__init__("slurm/local_cluster.py", "--pipe", "--conf", f"MaxArraySize={ARRAY_LIMIT}")
 
     def state(self, job: str) -> str:
         """The scheduler's word for a job, such as RUNNING or COMPLETED."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.status import read
 from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, until
 
 pytestmark = pytest.mark.cluster
@@ -144,6 +145,7 @@ def test_fifty_trivial_tasks_take_at_most_twenty_seconds_as_an_array(slurm, tmp_
     seconds = time.monotonic() - begun
     with capsys.disabled():
         print(f"\n50 trivial tasks as a SLURM array: {seconds:.1f} s (bar 20); cluster {slurm.start_s:.1f} s (bar 5)")
+    assert len({row["job"].partition("_")[0] for row in read(tmp_path)}) == 2, "two arrays under MaxArraySize"
     assert seconds < 40 and slurm.start_s < 10
     assert until(lambda: all(results(tmp_path / "out" / f"task{i}") for i in range(50)), 1)
 
