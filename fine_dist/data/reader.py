@@ -172,7 +172,8 @@ class ShardSet:
         """Read records of shards in which all have one size, whole, into the rows from `first` on."""
         layout, count = self._layout, len(index_N)
         files, offsets = [shards[number].fd for number in shard_N.tolist()], (index_N * layout.stride).tolist()
-        latents, marks, sizes, finite = rows.latents[first : first + count], [], [], True
+        latents, marks, finite = rows.latents[first : first + count], [], True
+        sizes: list[int] = []
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
             buffer_NB, views, payload = self._scratch_for(min(_CHUNK, count - start))
