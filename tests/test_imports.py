@@ -32,8 +32,14 @@ OWNERS = {
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
     "submitit": ("launchers/",),
-    "webdataset": ("fine_dist/data/",),
-    "diffusers": ("fine_dist/interop/", "fine_dist/diffusion/sample.py", "fine_dist/data/encode.py"),
+    # the data benchmark measures against plain webdataset, and makes the autoencoder that it encodes with
+    "webdataset": ("fine_dist/data/", "fine_dist/benchmarks/data.py"),
+    "diffusers": (
+        "fine_dist/interop/",
+        "fine_dist/diffusion/sample.py",
+        "fine_dist/data/encode.py",
+        "fine_dist/benchmarks/data.py",
+    ),
 }
 
 
