@@ -108,9 +108,10 @@ def chunk_size(deepest: Arch, jobs: int, batch: int, rank: int | None, memory: i
 def activation_bytes(arch: Arch, rank: int | None, *, bytes_each: int = 4) -> int:
     """Bytes that one sample keeps for the backward pass of a sigma-only step."""
     d, t, r = arch.hidden_size, arch.num_tokens, rank or arch.hidden_size
-    # a token's: two normalisations, their modulations, q k v, attention, four products with V, the MLP's inside
-    token = 2 * 2 * d + 3 * d + 2 * d + 4 * 2 * r + 2 * 4 * d + 2 * d
-    sample = (6 * d + 2 * r) + arch.num_heads * t
+    # a token's: two normalisations and their inputs, q k v, attention and its output for `o`, the MLP's inside twice,
+    # two residual branches, and three products with V
+    token = 4 * d + 3 * d + 2 * d + 8 * d + 2 * d + 3 * r
+    sample = 6 * d + 2 * d + r + arch.num_heads * t
     return arch.num_layers * (t * token + sample) * bytes_each
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -127,8 +127,14 @@ class PackRun:
 
     def train(self) -> bool:
         """Train every job to its end. False when a wish to stop came first; the state is saved then."""
+        for _ in self.steps():
+            pass
+        return not self.active()
+
+    def steps(self) -> Iterator[int]:
+        """Train step by step: yields how many steps of the pack were taken, until no job is left or a wish came."""
         feeds, feed_of = self._feeds()
-        steps = 0
+        taken = 0
         try:
             while active := self.active():
                 begun = time.perf_counter()
@@ -140,14 +146,14 @@ class PackRun:
                 active = self.active()
                 if fed is not None and active:
                     self._step(fed, {j: fed.rows[feed_of[j]] for j in active}, begun)
-                steps += 1
+                taken += 1
                 if self.world.is_main:
                     self.watcher.tick(self.progress)
-                if steps % self.engine.checkpoint_every == 0 or stopping:
+                if taken % self.engine.checkpoint_every == 0 or stopping:
                     self.save()
-                if stopping and self.active():
-                    return False
-            return True
+                yield taken
+                if stopping:
+                    return
         finally:
             feeds.close()
 

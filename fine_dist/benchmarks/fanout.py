@@ -1,0 +1,296 @@
+"""`python -m fine_dist.benchmark fanout`: many targets at once, against one after the other.
+
+Whole runs of the command (start-up, data, artifacts, logs and all) for the wall time; single steps, taken in turn in
+one process, for the curve over jobs and batch; fresh processes for memory. What a step takes does not depend on what
+the factors have learned, so the learngene has the demo's shape and no training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, seconds
+from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.model.zoo import Arch
+from fine_dist.model.zoo import arch as named
+
+if TYPE_CHECKING:
+    import torch
+
+    from fine_dist.engine.pack_train import PackRun
+    from fine_dist.model.artifact import Artifact
+
+DEMO = Arch(
+    hidden_size=64, num_layers=8, num_heads=4, patch_size=2, in_channels=1, input_size=8, num_classes=10,
+    learn_sigma=False,
+)  # fmt: skip
+DEPTHS, SEEDS = (2, 4, 6, 8), (0, 1, 2)
+"""The family whose wall time is measured: 12 targets."""
+
+
+def run(quick: bool) -> list[Row]:
+    """All rows; `quick` takes few steps and its wall times are a smoke test."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:
+        root = Path(folder)
+        learngene = _prepare(root)
+        rows = _wall_times(root, steps=10 if quick else 300, bars=not quick)
+        rows += _curve(root, learngene, torch.device("cpu"), quick)
+        rows += _memory(root, quick)
+        rows += _artifact(root)
+        if device.type == "cuda":
+            rows += _gpu(root, learngene, device)
+        return rows
+
+
+def _prepare(root: Path) -> Artifact:
+    """The digits as shards, and a learngene of the demo's shape."""
+    import torch
+
+    from fine_dist.encode import EncodeConfig
+    from fine_dist.encode import run as encode
+    from fine_dist.model.artifact import load_artifact, save_artifact
+    from fine_dist.model.factors import FactoredDiT
+
+    encode(EncodeConfig(out=str(root / "data")))
+    model = FactoredDiT(DEMO, DEMO.hidden_size, torch.Generator().manual_seed(0))
+    save_artifact(root / "learngene", kind="learngene", method={"name": "fine"}, arch=DEMO, tensors=model.state_dict())
+    return load_artifact(root / "learngene")
+
+
+# --- wall time of whole runs ---------------------------------------------------------------------------------------
+
+
+def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
+    def command(out: str, *more: str) -> list[str]:
+        base = [sys.executable, "-m", "fine_dist.init", "--run-dir", str(root / out)]
+        flags = {
+            "learngene": root / "learngene",
+            "data.shards": root / "data/train", "data.held-out": root / "data/held_out",
+            "optim.lr": 0.03, "steps": steps, "engine.device": "cpu", "engine.log-every": 10,
+        }  # fmt: skip
+        words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
+        return [*base, *words, "--depths", *map(str, DEPTHS), "--seeds", *map(str, SEEDS), *more]
+
+    def call(words: list[str], threads: int) -> None:
+        subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, capture_output=True)
+
+    def separate() -> None:
+        names = [f"L{depth}-s{seed}-lr0.03" for depth in DEPTHS for seed in SEEDS]
+        with ThreadPoolExecutor(2) as two:
+            list(two.map(lambda n: call(command("separate", "--launcher", "here", "--only", n), threads=1), names))
+
+    def in_turn(threads: int) -> float:
+        words = command(f"turn{threads}", "--launcher", "here", "--pack.max-jobs", "1")
+        return seconds(lambda: call(words, threads))
+
+    cores = len(os.sched_getaffinity(0))
+    packed_s = seconds(lambda: call(command("packed", "--launcher", "local"), threads=1))
+    separate_s = seconds(separate)
+    # Threads that wait for each other lose on a busy machine what they win on a quiet one: the better of both counts.
+    in_turn_s = min(in_turn(1), in_turn(cores))
+    return [
+        Row(f"12 targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
+        Row("separate processes, two at a time", separate_s, "s"),
+        Row("one process, one target after the other", in_turn_s, "s"),
+        Row("packed / separate", packed_s / separate_s, "x", 0.75 if bars else None, "lower"),
+        Row("packed / in turn", packed_s / in_turn_s, "x", 0.95 if bars else None, "lower"),
+    ]
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------
+
+
+class _Silent:
+    """Nobody is told anything."""
+
+    def row(self, job: int, step: int, values: dict[str, float]) -> None: ...
+
+    def ended(self, job: int, progress: object) -> None: ...
+
+    def tick(self, progress: object) -> None: ...
+
+
+def _pack(
+    root: Path, learngene: Artifact, depths: Sequence[int], batch: int, device: torch.device, precision: str = "fp32"
+) -> PackRun:
+    """A pack on the digits, the jobs of different seeds, in chunks as the planner has them."""
+    from fine_dist.engine.dist import World
+    from fine_dist.engine.pack import PackedDiT
+    from fine_dist.engine.pack_plan import chunk_size
+    from fine_dist.engine.pack_train import PackJob, PackRun
+    from fine_dist.methods import from_manifest
+    from fine_dist.methods.descendant import descend
+
+    method = from_manifest(learngene.method)
+    models = (descend(method, learngene, learngene.arch.with_depth(d), s) for s, d in enumerate(depths))
+    data = DataConfig(shards=str(root / "data/train"))
+    jobs = [PackJob(f"{s}", "", "digits", data, 10, s, 1e-3, 10**9) for s in range(len(depths))]
+    deepest = learngene.arch.with_depth(max(depths))
+    cpu = device.type == "cpu"
+    return PackRun(
+        PackedDiT(models).to(device),  # type: ignore[arg-type]
+        jobs,
+        batch=batch,
+        optim=OptimConfig(),
+        diffusion=DiffusionConfig(),
+        engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),  # type: ignore[arg-type]
+        watcher=_Silent(),
+        world=World(device=device),
+        chunk=chunk_size(deepest, len(depths), batch, None, 4 * 2**30, cpu=cpu),
+    )
+
+
+def _take(steps: Iterator[int], count: int, device: torch.device) -> float:
+    """Seconds a step."""
+    import torch
+
+    def body() -> None:
+        for _ in range(count):
+            next(steps)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return seconds(body) / count
+
+
+def _ratio(root: Path, learngene: Artifact, depths: Sequence[int], batch: int, device: torch.device, count: int,
+           rounds: int, precision: str = "fp32") -> tuple[float, float]:  # fmt: skip
+    """(a pack's step over the sum of its solo steps, that sum in seconds)."""
+    together = _pack(root, learngene, depths, batch, device, precision).steps()
+    alone = [_pack(root, learngene, [depth], batch, device, precision).steps() for depth in depths]
+    found = interleaved(
+        {
+            "pack": lambda: _take(together, count, device),
+            "solo": lambda: sum(_take(one, count, device) for one in alone),
+        },
+        rounds,
+    )
+    for steps in (together, *alone):
+        steps.close()  # type: ignore[attr-defined]
+    return median_of_ratios(found["pack"], found["solo"]), median(found["solo"])
+
+
+def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -> list[Row]:
+    """Small batches gain from larger products; at the demo's batch there is nothing left to gain on a CPU."""
+    import torch
+
+    torch.set_num_threads(1)  # as a worker of the local pool has it
+    rows = []
+    for batch, bar in ((4, 1.0), (16, 1.0), (64, 1.05), (256, 1.05)):
+        for jobs in (2, 12) if quick else (2, 4, 8, 12):
+            depths = [DEPTHS[i % 4] for i in range(jobs)]
+            ratio, _ = _ratio(root, learngene, depths, batch, device, 2 if quick else 4, 1 if quick else 5)
+            rows.append(Row(f"step: {jobs} jobs at batch {batch} / sum of solo steps", ratio, "x", bar, "lower"))
+    return rows
+
+
+def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
+    """Jobs an hour at batch 16, and where packing stops to gain."""
+    rows = []
+    for jobs in (2, 4, 12, 24, 48):
+        depths = [DEPTHS[i % 4] for i in range(jobs)]
+        for batch in (16, 64, 256):
+            ratio, _ = _ratio(root, learngene, depths, batch, device, 10, 3)
+            bar = 3.0 if jobs == 12 and batch == 16 else None
+            rows.append(Row(f"GPU: jobs an hour, {jobs} at batch {batch} packed / in turn", 1 / ratio, "x", bar))
+    return rows
+
+
+# --- memory and storage ---------------------------------------------------------------------------------------------
+
+_MEASURE = """
+import os, sys, torch
+torch.set_num_threads(1)
+from fine_dist.benchmarks import fanout
+print(*fanout.memory_of(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
+"""
+
+
+def memory_of(jobs: int, width: int, batch: int) -> tuple[int, int, int]:
+    """In a fresh process: bytes that a pack adds, that a step adds at its peak, and that a sample is planned at."""
+    import torch
+
+    from fine_dist.engine.pack import Inputs, PackedDiT
+    from fine_dist.engine.pack_plan import activation_bytes
+    from fine_dist.model.factors import FactoredDiT
+
+    arch = Arch(**{**DEMO.model_dump(), "hidden_size": width, "num_layers": 4, "input_size": 16})
+
+    def targets() -> Iterator[FactoredDiT]:
+        for _ in range(jobs):
+            yield FactoredDiT(arch, width, torch.Generator().manual_seed(0)).train_only("scaler")
+
+    before = _resident()
+    pack = PackedDiT(targets())
+    built = _resident()
+    z = torch.randn(1, batch, *arch.latent_shape)
+    t, y = torch.zeros(1, batch, dtype=torch.int64), torch.zeros(1, batch, dtype=torch.int64)
+    seen = Inputs(z, t, y)
+    out = pack(seen, [0] * jobs).square().sum()  # at its end all that the backward pass needs is kept
+    kept = _resident()
+    del out
+    return built - before, kept - built, batch * activation_bytes(arch, width)
+
+
+def _resident() -> int:
+    import ctypes
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory(root: Path, quick: bool) -> list[Row]:
+    """One model plus J batches' activations."""
+    width, batch = (128, 32) if quick else (256, 32)
+    # Every tensor gets a mapping of its own, so that what is freed leaves the resident set.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found: dict[int, list[int]] = {}
+    for jobs in (1, 2, 4, 8):
+        words = [sys.executable, "-c", _MEASURE, str(jobs), str(width), str(batch)]
+        done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
+        found[jobs] = [int(word) for word in done.stdout.split()]
+    return [
+        Row("memory: model of a pack of 8 / of 1 (U and V once)", found[8][0] / found[1][0], "x", 1.15, "lower"),
+        *(
+            Row(
+                f"memory: activations of {j} jobs / {j} x those of one",
+                found[j][1] / (j * found[1][1]),
+                "x",
+                1.15,
+                "lower",
+            )
+            for j in (2, 4, 8)
+        ),
+        Row("memory: activations measured / planned", found[8][1] / (8 * found[8][2]), "x", 1.15, "lower"),
+    ]
+
+
+def _artifact(root: Path) -> list[Row]:
+    """The artifact of a DiT-B target of 12 layers."""
+    import torch
+
+    from fine_dist.methods.descendant import save_descendant
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.model.zoo import KINDS
+
+    arch = named("DiT-B/2")
+    learngene = Artifact(root / "learngene", "learngene", {"name": "fine"}, arch, {}, {}, "0" * 64)
+    tensors = {f"blocks.{i}.{k}.sigma": torch.randn(arch.hidden_size) for i in range(12) for k in KINDS}
+    save_descendant(
+        root / "sigma", method={"name": "fine"}, learngene=learngene, arch=arch, seed=0, new_labels=False,
+        tensors=tensors, init={},
+    )  # fmt: skip
+    size = sum(file.stat().st_size for file in (root / "sigma").iterdir())
+    return [Row("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]
