@@ -155,13 +155,54 @@ def condense_config(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def undisturbed(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Digest of the learngene that `condense_config` gives when nothing happens."""
+def undisturbed_run(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `condense_config` gives when nothing happens."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    words = [sys.executable, "-m", "fine_dist.condense", "--config", condense_config, "--run-dir", run_dir]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*map(str, words), "--launcher", "here"], cwd=ROOT, env=env, check=True, capture_output=True)
-    return digest(run_dir)
+    here("fine_dist.condense", "--config", condense_config, "--run-dir", run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_run: Path) -> str:
+    """Digest of that learngene."""
+    return digest(undisturbed_run)
+
+
+@pytest.fixture(scope="session")
+def family_config(undisturbed_run: Path, digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of three targets in two packs."""
+    config = {
+        "learngene": str(undisturbed_run / "learngene"), "depths": [1, 2, 4], "steps": 20, "batch": 16,
+        "data": {"shards": str(digit_shards / "train"), "streams": 4}, "engine": {"device": "cpu", "threads": 1},
+        "pack": {"max_jobs": 2},
+    }  # fmt: skip
+    path = tmp_path_factory.mktemp("init") / "family.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def family_digests(family_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digest of every target's sigma when one process trains them all."""
+    run_dir = tmp_path_factory.mktemp("family") / "run"
+    here("fine_dist.init", "--config", family_config, "--run-dir", run_dir)
+    return sigmas(run_dir)
+
+
+def sigmas(run_dir: Path) -> dict[str, str]:
+    """Digest of the sigma of every target in a family's folder."""
+    from fine_dist.model.artifact import load_artifact
+
+    return {path.parent.name: load_artifact(path).hash for path in sorted(run_dir.glob("*/sigma"))}
+
+
+def here(module: str, *words: object) -> None:
+    """A command in one process of this machine."""
+    line = [sys.executable, "-m", module, *map(str, words), "--launcher", "here"]
+    done = subprocess.run(
+        line, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 ZERO2 = ("--steps", "20", "--engine.backend", "deepspeed", "--engine.deepspeed.stage", "2")

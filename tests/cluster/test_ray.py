@@ -24,6 +24,7 @@ from tests.cluster.conftest import (
     digest,
     losses,
     results,
+    sigmas,
     starts,
     until,
 )
@@ -189,6 +190,13 @@ def test_without_a_cluster_the_message_says_how_to_get_one(tmp_path):
     ]
     done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 2 and "no Ray cluster at 127.0.0.1:1" in done.stderr
+
+
+def test_a_family_initialised_by_ray_tasks_is_the_one_that_a_single_process_makes(
+    ray, family_config, family_digests, tmp_path
+):
+    ray.python("fine_dist.init", "--config", family_config, "--run-dir", tmp_path)
+    assert sigmas(tmp_path) == family_digests
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_under_ray_train(

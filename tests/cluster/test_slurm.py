@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fine_dist.status import read
-from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, until
+from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, sigmas, starts, until
 
 pytestmark = pytest.mark.cluster
 
@@ -118,6 +118,15 @@ def test_inside_an_allocation_a_fan_out_runs_as_steps_of_it(slurm, tmp_path):
     job = slurm.run("sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={tmp_path}/out", "--wrap", command)
     assert slurm.ends(job.stdout.strip()) == "COMPLETED", (tmp_path / "out").read_text()
     assert "4 of 4 tasks done" in (tmp_path / "out").read_text()
+
+
+def test_a_family_initialised_as_an_array_is_the_one_that_a_single_process_makes(
+    slurm, family_config, family_digests, tmp_path
+):
+    words = ("--config", family_config, "--run-dir", tmp_path, "--launcher", "slurm", "--launch.wait")
+    said = slurm.python("fine_dist.init", *words).stdout
+    assert "3 of 3 tasks done" in said and len(family_digests) == 3
+    assert sigmas(tmp_path) == family_digests
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_when_submitit_starts_them(
