@@ -37,6 +37,7 @@ AUTO_SLACK = 1.03
 def run(quick: bool) -> list[Row]:
     """All measurements. quick: two layers, a small batch, two rounds; its ratios are a smoke test."""
     import torch
+    from tqdm import tqdm
 
     from fine_dist.engine.dist import pick_device
     from fine_dist.engine.flops import peak_flops
@@ -46,10 +47,19 @@ def run(quick: bool) -> list[Row]:
     arch = named("DiT-S/2-L2", learn_sigma=False, input_size=16) if quick else named("DiT-S/2", learn_sigma=False)
     bench = Bench(arch, device, rounds=2 if quick else 5)
     batches = (4,) if quick else (16, 64)
-    rows = [row for batch in batches for row in stage_1(bench, batch, quick)]
-    rows += sigma_only(bench, batches[0], quick)
-    rows += modes(bench, batches[0], {p: peak_flops(device, p, None) for p in ("fp32", "bf16")})
-    rows += loop(arch, device, batches[0], steps=8 if quick else 14, bars=not quick)
+    peaks = {p: peak_flops(device, p, None) for p in ("fp32", "bf16")}
+    parts: dict[str, Callable[[], list[Row]]] = {
+        **{f"stage 1, batch {b}": lambda b=b: stage_1(bench, b, quick) for b in batches},  # type: ignore[misc]
+        "sigma only": lambda: sigma_only(bench, batches[0], quick),
+        "precision and memory": lambda: modes(bench, batches[0], peaks),
+        "the loop": lambda: loop(arch, device, batches[0], steps=8 if quick else 14, bars=not quick),
+    }
+    rows: list[Row] = []
+    with tqdm(parts.items(), desc="speed", unit="part") as bar:
+        for name, measure in bar:
+            bar.set_postfix_str(name)
+            rows += measure()
+            gc.collect()
     return rows
 
 
@@ -96,7 +106,7 @@ class Bench:
         model.recompute = recompute  # type: ignore[assignment]
         backend = backends.PlainBackend(model, OptimConfig(), World(device=self.device))
         objective = Objective(DiffusionConfig(), self.arch, seed=0)
-        engine = EngineConfig(precision=precision)  # type: ignore[arg-type]
+        engine = EngineConfig(precision=precision)
         data = made_up_batch(self.arch, batch, self.device)
 
         def once() -> float:
@@ -326,7 +336,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
         shards = made_up_shards(Path(folder) / "shards", arch, count=batch * 8)
         stream = LatentStream(DataConfig(shards=str(shards), streams=4), seed=0, global_batch=batch, expect=arch)
         model = Bench(arch, device, 1).model(Kind("dense"))
-        model.forward = clock.timed(model.forward)  # type: ignore[method-assign]
+        model.forward = clock.timed(model.forward)
         program = Program(
             model,
             Objective(DiffusionConfig(), arch, seed=0),

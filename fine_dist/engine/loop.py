@@ -130,6 +130,7 @@ class Run:
     ) -> None:
         self.program, self.steps, self.global_batch = program, steps, global_batch
         self.optim, self.engine, self.world, self.stopper = optim, engine, world, stopper
+        self.device = world.device or torch.device("cpu")
         self.micro, self.accumulation = divide_batch(global_batch, engine.micro_batch, world.world_size)
         if engine.threads:
             torch.set_num_threads(engine.threads)
@@ -148,7 +149,7 @@ class Run:
             global_batch=global_batch,
             tokens_per_sample=program.tokens_per_sample,
             flops_per_sample=program.flops_per_sample,
-            peak=flops.peak_flops(world.device, engine.precision, engine.peak_tflops) if world.is_main else None,
+            peak=flops.peak_flops(self.device, engine.precision, engine.peak_tflops) if world.is_main else None,
             log_every=engine.log_every,
         )
         self.held_out: dict[str, float] = {}
@@ -192,14 +193,14 @@ class Run:
                 f"the stream gave rank {self.world.rank} {len(batch.labels)} samples where {self.micro} x "
                 f"{self.accumulation} are due; make it with the same global batch, rank and world size"
             )
-        return move(batch, self.world.device), waited_s
+        return move(batch, self.device), waited_s
 
     def update(self, batch: Any, lr: float, step: int) -> tuple[float, float, int]:
         """One update: (loss over all ranks, gradient norm, greatest wish). A bad loss updates nothing."""
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(self.accumulation):
             micro = part(batch, index * self.micro, self.micro)
-            with precision(self.engine, self.world.device):
+            with precision(self.engine, self.device):
                 losses = self.program.objective(self.backend.model, micro)
             total += losses.detach().sum(dtype=torch.float64)
             last = index == self.accumulation - 1
@@ -303,7 +304,7 @@ class Run:
         if self.shown is None:
             return None
         set_parameters(self.shown, values)
-        return self.shown.to(self.world.device)
+        return self.shown.to(self.device)
 
     def _copy_for_showing(self) -> nn.Module | None:
         """Rank 0's second model: looking at the EMA never touches the weights that train."""
@@ -356,7 +357,7 @@ def prepare_model(model: nn.Module, engine: EngineConfig) -> None:
             f"engine.activation_checkpointing: {type(model).__name__} cannot recompute its blocks; legal: none"
         )
     if hasattr(model, "recompute"):
-        model.recompute = engine.activation_checkpointing
+        model.recompute = engine.activation_checkpointing  # type: ignore[assignment]
     if engine.compile:
         for block in getattr(model, "blocks", [model]):
             compile_or_fall_back(block)
@@ -378,12 +379,12 @@ def compile_or_fall_back(block: nn.Module) -> None:
             warnings.warn(f"torch.compile failed, running without it: {str(error).splitlines()[0]}", stacklevel=2)
             return eager(*args, **kwargs)
 
-    block.forward = forward  # type: ignore[method-assign]
+    block.forward = forward
 
 
-def move(batch: Any, device: torch.device | None) -> Any:
+def move(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on the device (positions stay: randomness is drawn in host memory)."""
-    if device is None or device.type == "cpu":
+    if device.type == "cpu":
         return batch
     latents, labels = (x.to(device, non_blocking=True) for x in (batch.latents, batch.labels))
     return replace(batch, latents=latents, labels=labels)

@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 BUCKET = 50_000_000
-"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise (`backend_deepspeed.DEFAULTS`)."""
+"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise (`deepspeed_json.DEFAULTS`)."""
 LIVE = 100_000_000
 """Values that ZeRO-3 keeps gathered at once, likewise."""
 

@@ -40,7 +40,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             digest.update(piece)
             _write_all(handle, memoryview(piece))
         for tensor in tensors.values():
-            raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            raw = tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), _BLOCK):
                 block = raw[start : start + _BLOCK]
                 digest.update(block)

@@ -86,8 +86,8 @@ shape = arch("DiT-S/2", learn_sigma=False)
 before = _kib(status, "VmRSS")
 model = Bench(shape, here.device, 1).model(Kind("dense"))
 program = toy_program(ToyConfig(), here, model=model, objective=Objective(DiffusionConfig(), shape, 0),
-                      stream=ToyStream(8, here, shape))
-toy_fit(sys.argv[1] + "/run", ToyConfig(steps=3, engine=engine(checkpoint_every=2)), program)
+                      stream=ToyStream(4, here, shape))
+toy_fit(sys.argv[1] + "/run", ToyConfig(steps=2, global_batch=4, engine=engine(checkpoint_every=1)), program)
 print("PEAK", (_kib(status, "VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters()))
 """
 
@@ -101,7 +101,7 @@ def test_the_whole_estimate_is_what_a_real_run_takes_at_dit_s(tmp_path):
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     _, peak, numbers = done.stdout.split()[-3:]
     a = arch("DiT-S/2", learn_sigma=False)
-    counts = {"micro_batch": 8, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers), "rank": None}
+    counts = {"micro_batch": 4, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers), "rank": None}
     promised = estimate(a, EngineConfig(), shows=False, **counts)
     # On a CPU the accelerator's memory and the host's are one. 15%: the allocator's slack, temporaries of a product.
     assert int(peak) == pytest.approx(promised.total + promised.host, rel=0.15)

@@ -1,0 +1,122 @@
+"""DeepSpeed's JSON, made from our config; a file of the user's may add to it and never overrides it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fine_dist.config import DeepSpeedConfig, EngineConfig, OptimConfig
+from fine_dist.engine.memory import BUCKET, LIVE
+from fine_dist.errors import ConfigError
+
+DEFAULTS: dict[int, dict[str, int]] = {
+    # Buffers of DeepSpeed's own default size (500 million values) are larger than the models here.
+    1: {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+    2: {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET},
+    3: {
+        "reduce_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        "stage3_max_live_parameters": LIVE,
+        "stage3_max_reuse_distance": LIVE,
+    },
+}
+"""By stage, what we ask for where an extra JSON is silent."""
+
+
+def deepspeed_json(
+    optim: OptimConfig, engine: EngineConfig, world_size: int, micro: int, accumulation: int
+) -> dict[str, Any]:
+    """DeepSpeed's config for ours, with the keys of `engine.deepspeed.extra` added.
+
+    Raises `ConfigError` naming every key of the file that says something else than our config, and every section that
+    we do not leave to DeepSpeed. A value "auto" in the file means ours.
+    """
+    choice = engine.deepspeed
+    if choice.offload_params and choice.stage != 3:
+        raise ConfigError(f"engine.deepspeed.offload_params needs stage 3 (stage is {choice.stage})")
+    if choice.offload_optimizer and choice.stage == 0:
+        raise ConfigError("engine.deepspeed.offload_optimizer needs stage 1, 2 or 3 (stage is 0)")
+    zero: dict[str, Any] = {"stage": choice.stage}
+    if choice.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if choice.offload_params:
+        zero["offload_param"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_batch_size": micro * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": (optim.clip_norm or 0.0) if choice.stage else 0.0,  # stage 0: `_ClippingAdamW` does
+        "zero_optimization": zero,
+        # Ours is AdamW from torch, fused where it can be; DeepSpeed's own would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "fp16": {"enabled": False},
+        # bf16 is autocast here, so that weights and their sums stay fp32 (an empty list: gradients travel as fp32).
+        "bf16": {"enabled": False},
+        "torch_autocast": {
+            "enabled": engine.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+    }
+    merged = ours if choice.extra is None else _with_extra(ours, choice)
+    for key, value in DEFAULTS.get(choice.stage, {}).items():
+        merged["zero_optimization"].setdefault(key, value)
+    return merged
+
+
+def _with_extra(ours: dict[str, Any], choice: DeepSpeedConfig) -> dict[str, Any]:
+    """Our JSON with the keys of the extra file."""
+    assert choice.extra is not None
+    try:
+        with open(choice.extra, encoding="utf-8") as handle:
+            extra = json.load(handle)
+    except OSError as error:
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra} is not JSON: {error}") from None
+    if not isinstance(extra, dict):
+        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: an object of DeepSpeed's keys is needed")
+    conflicts = [
+        f"{key}: {key} is set by our config (optim, engine), not by DeepSpeed's; remove it"
+        for key in (
+            "optimizer",
+            "scheduler",
+            "universal_checkpoint",
+            "checkpoint",
+            "tensorboard",
+            "csv_monitor",
+            "wandb",
+        )
+        if key in extra
+    ]
+    zero_extra = extra.get("zero_optimization")
+    zero_extra = zero_extra if isinstance(zero_extra, dict) else {}
+    conflicts += [
+        f"zero_optimization.{key}: in the file, and engine.deepspeed.{ours_key} is false"
+        for key, ours_key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params"))
+        if key in zero_extra and key not in ours["zero_optimization"]
+    ]
+    merged = _merge(
+        ours, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
+    )
+    if conflicts:
+        raise ConfigError(
+            f"engine.deepspeed.extra: {choice.extra} contradicts this config:\n  "
+            + "\n  ".join(conflicts)
+            + '\nremove these keys, write "auto" for them, or change the config'
+        )
+    return merged
+
+
+def _merge(ours: dict[str, Any], extra: dict[str, Any], conflicts: list[str], path: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        here = path + key
+        if key not in ours:
+            merged[key] = value
+        elif isinstance(ours[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(ours[key], value, conflicts, here + ".")
+        elif value not in ("auto", ours[key]):
+            conflicts.append(f"{here}: {value!r} in the file, {ours[key]!r} by our config")
+    return merged
