@@ -62,14 +62,18 @@ class FamilyBar:
         from tqdm import tqdm
 
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
-        with tqdm(total=self.steps * len(self.members), desc="init", unit="step", **quiet) as bar:
-            bar.initial = bar.n = self._look()[0]
-            while not self._stop.wait(self.every_s):
-                self._show(bar)
-            self._show(bar)
+        begun, bar = self._look()[0], None
+        while not self._stop.wait(self.every_s):
+            done, losses = self._look()
+            if bar is None and done > begun:  # until something trains, other messages have the terminal
+                bar = tqdm(total=self.steps * len(self.members), initial=begun, desc="init", unit="step", **quiet)
+            if bar is not None:
+                self._show(bar, done, losses)
+        if bar is not None:
+            self._show(bar, *self._look())
+            bar.close()
 
-    def _show(self, bar: Any) -> None:
-        done, losses = self._look()
+    def _show(self, bar: Any, done: int, losses: list[float]) -> None:
         if losses:
             bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
         bar.update(done - bar.n)

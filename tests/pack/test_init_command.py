@@ -1,0 +1,216 @@
+"""The command as a user runs it: processes, folders, a kill, and what is there afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fine_dist.config import DiffusionConfig
+from fine_dist.data.stream import read_all
+from fine_dist.diffusion.loss import HeldOut
+from fine_dist.errors import ArtifactError
+from fine_dist.family_table import dense_numbers, list_family
+from fine_dist.jobs import StateTable
+from fine_dist.methods.descendant import load_descendant
+from fine_dist.model.artifact import load_artifact
+from fine_dist.model.dit import DiT
+from tests.pack.tools import largest_difference, sigma_of, solo
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def words(learngene, shards, run_dir, *more: str) -> list[str]:
+    flags = {
+        "run-dir": run_dir,
+        "learngene": learngene.folder,
+        "data.shards": shards / "train",
+        "data.held-out": shards / "held_out",
+        "engine.device": "cpu",
+        "engine.log-every": 1,
+        "engine.checkpoint-every": 2,
+        "optim.lr": 0.01,
+        "batch": 16,
+        "steps": STEPS,
+    }
+    base = [sys.executable, "-m", "fine_dist.init"]
+    return [*base, *[w for key, value in flags.items() for w in (f"--{key}", str(value))], "--depths", "2", "3", *more]
+
+
+def call(command: list[str], **how) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, **how)
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def family(learngene, shards, tmp_path_factory) -> Path:
+    """Four targets, trained by the local pool."""
+    run_dir = tmp_path_factory.mktemp("run") / "family"
+    done = call(words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "local"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+NAMES = ["L2-s0-lr0.01", "L2-s1-lr0.01", "L3-s0-lr0.01", "L3-s1-lr0.01"]
+
+
+def test_every_target_is_what_its_solo_run_would_have_made(family, learngene, shards):
+    for name in NAMES:
+        point = (int(name[1]), int(name[4]), 0.01)
+        losses, model = solo(learngene, point, shards / "train", STEPS)
+        saved = load_artifact(family / name / "sigma", "sigma")
+        assert [row["loss"] for row in rows_of(family / name)] == pytest.approx(losses, rel=1e-5)
+        assert largest_difference(saved.tensors, sigma_of(model)) < 1e-4
+
+
+def test_a_target_names_its_learngene_and_merges_into_a_dense_model_of_the_stated_loss(family, learngene, shards):
+    measure = HeldOut(*read_all(str(shards / "held_out")), DiffusionConfig())
+    for name in NAMES:
+        dense, artifact = load_descendant(family / name)
+        assert type(dense) is DiT and artifact.extra["learngene"]["hash"] == learngene.hash
+        done = json.loads((family / name / "DONE.json").read_text())
+        assert measure(dense)["held_out_loss"] == pytest.approx(done["held_out_loss"], rel=1e-5)
+        assert sum(p.numel() for p in dense.parameters()) == dense_numbers(dense.arch.model_dump())
+
+
+def test_scalers_are_refused_with_another_learngene_and_found_where_it_was_moved(family, learngene, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(family / NAMES[0], tmp_path / "target")
+    shutil.copytree(learngene.folder, moved)
+    load_descendant(tmp_path / "target", learngene=moved)
+    content = bytearray((moved / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (moved / "tensors.safetensors").write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match="not what its manifest says"):
+        load_descendant(tmp_path / "target", learngene=moved)
+    from fine_dist.model.artifact import save_artifact
+
+    other = {name: tensor + 1 for name, tensor in learngene.tensors.items()}
+    save_artifact(moved, kind="learngene", method=learngene.method, arch=learngene.arch, tensors=other)
+    with pytest.raises(ArtifactError, match="sigma means nothing without its own factors"):
+        load_descendant(tmp_path / "target", learngene=moved)
+
+
+def test_the_list_shows_sizes_losses_and_the_storage_of_the_family(family):
+    lines = list_family(family)
+    assert sorted(line.split()[0] for line in lines[1:5]) == NAMES
+    assert all(line.endswith("done") for line in lines[1:5])
+    assert "as dense models" in lines[-1]
+    sizes = [(family / name / "sigma" / "tensors.safetensors").stat().st_size for name in NAMES]
+    assert all(size < 20_000 for size in sizes)
+
+
+def test_tensorboard_has_a_run_a_target_with_its_hyperparameters_and_the_familys_figure(family):
+    for name in NAMES:
+        events = EventAccumulator(str(family / name / "tensorboard"))
+        events.Reload()
+        assert len(events.Scalars("init/loss")) == STEPS
+        assert events.Scalars("init/final_held_out_loss")[0].value > 0
+        assert "_hparams_/session_start_info" in events.summary_metadata
+    figure = EventAccumulator(str(family / "tensorboard"))
+    figure.Reload()
+    assert figure.Tags()["images"] == ["family/loss_against_depth"]
+    assert (family / "family.png").stat().st_size > 1000
+
+
+def test_running_it_again_trains_nothing_and_a_grown_grid_only_what_is_new(family, learngene, shards, tmp_path):
+    grown = tmp_path / "family"
+    shutil.copytree(family, grown)
+    before = {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES}
+    again = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here"))
+    assert again.returncode == 0, again.stderr
+    more = call(words(learngene, shards, grown, "--seeds", "0", "1", "2", "--launcher", "local"))
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES} == before
+    assert {row.state for row in StateTable(grown).rows()} == {"done"} and len(StateTable(grown).rows()) == 6
+
+
+def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(family, learngene, shards, tmp_path):
+    run_dir = tmp_path / "killed"
+    command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    log = run_dir / NAMES[0] / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 4):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / NAMES[0] / "DONE.json").exists()
+    again = call(command)
+    assert again.returncode == 0, again.stderr
+    whole = tmp_path / "whole"
+    straight = call(words(learngene, shards, whole, "--seeds", "0", "1", "--launcher", "here"))
+    assert straight.returncode == 0, straight.stderr
+    for name in NAMES:
+        ours, theirs = (load_artifact(place / name / "sigma").tensors for place in (run_dir, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert rows_of(run_dir / name) == rows_of(whole / name)
+
+
+def test_a_signal_saves_and_asks_to_be_started_again(learngene, shards, tmp_path):
+    run_dir = tmp_path / "stopped"
+    command = words(learngene, shards, run_dir, "--launcher", "here", "--steps", "100000")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    log = run_dir / NAMES[0] / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues" in said
+    assert list((run_dir / "packs").glob("*.state.safetensors"))
+
+
+def test_a_target_that_fails_is_marked_and_the_family_ends_with_code_3(learngene, shards, tmp_path):
+    run_dir = tmp_path / "failing"
+    done = call(words(learngene, shards, run_dir, "--lrs", "0.01", "1e30", "--launcher", "local"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = {row.name: row for row in StateTable(run_dir).rows()}
+    assert {name for name, row in rows.items() if row.state == "failed"} == {"L2-s0-lr1e+30", "L3-s0-lr1e+30"}
+    assert all("nan" in row.reason for row in rows.values() if row.state == "failed")
+    assert rows["L2-s0-lr0.01"].state == "done" and (run_dir / "L2-s0-lr0.01" / "DONE.json").exists()
+    assert "failed: step" in "\n".join(list_family(run_dir))
+
+
+def test_controls_are_made_by_the_same_command(learngene, shards, tmp_path):
+    for method in ("random_genes", "outside", "he"):
+        done = call(words(learngene, shards, tmp_path / method, "--method.name", method, "--launcher", "here"))
+        assert done.returncode == 0, done.stderr
+    dense, artifact = load_descendant(tmp_path / "random_genes" / NAMES[0])
+    assert artifact.method["name"] == "random_genes" and dense.arch.num_layers == 2
+    for method in ("outside", "he"):
+        assert load_artifact(tmp_path / method / NAMES[0] / "model", "model").arch.num_layers == 2
+
+
+def test_another_domain_gets_its_own_labels_and_keeps_them(learngene, shards, tmp_path):
+    config = tmp_path / "domains.yaml"
+    data = f"{{shards: {shards / 'train'}, held_out: {shards / 'held_out'}}}"
+    config.write_text(f"domains:\n  same: {{data: {data}}}\n  other: {{data: {data}, labels: new}}\n")
+    run_dir = tmp_path / "domains"
+    command = words(learngene, shards, run_dir, "--launcher", "here")
+    done = call([*command, "--config", str(config)])
+    assert done.returncode == 0, done.stderr
+    same = load_artifact(run_dir / "L2-same-s0-lr0.01" / "sigma")
+    other = load_artifact(run_dir / "L2-other-s0-lr0.01" / "sigma")
+    assert "label.weight" in other.tensors and "label.weight" not in same.tensors
+    dense, _ = load_descendant(run_dir / "L2-other-s0-lr0.01")
+    assert torch.equal(dense.label.weight, other.tensors["label.weight"])
+    assert not torch.equal(dense.label.weight, learngene.tensors["label.weight"])
