@@ -49,7 +49,7 @@ def test_jobs_of_different_lengths_leave_when_they_are_done(learngene, shards):
 def test_an_early_stop_ends_a_job_that_no_longer_improves_and_no_other(learngene, shards):
     slow = (2, 0, 1e-9)  # learns nothing, so the mean loss of its windows only wanders
     fast = (1, 0, 3e-2)
-    run, recorder = packed(learngene, [fast, slow], shards / "train", 60, stop=EarlyStop(window=10, min_gain=0.2))
+    run, recorder = packed(learngene, [fast, slow], shards / "train", 60, stop=EarlyStop(window=10, min_gain=0.0))
     assert run.train()
     assert recorder.ends[1].step == 20 < recorder.ends[0].step
     assert "stopped improving" in recorder.ends[1].reason
@@ -201,7 +201,7 @@ def under_limit(learngene, shards, room_mib: int, batch: int) -> list[str]:
 
 
 def test_a_pack_that_runs_out_of_memory_goes_on_in_smaller_parts(learngene, shards):
-    chunk, *ends = under_limit(learngene, shards, 200, batch=128)
+    chunk, *ends = under_limit(learngene, shards, 110, batch=128)
     assert chunk in ("chunk 1", "chunk 2")
     assert ends == ["done None"] * 4
 
