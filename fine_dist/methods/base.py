@@ -6,6 +6,7 @@ inside functions, because configs are read by commands whose `--help` must answe
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -45,7 +46,7 @@ class FitReport:
         return rows
 
 
-class Method(Generic[M]):
+class Method(ABC, Generic[M]):
     """One way to initialise descendants. The defaults are those of a baseline that condenses nothing.
 
     Config: its settings.  paper: where it comes from.  summary: one line for lists.
@@ -66,13 +67,13 @@ class Method(Generic[M]):
         """Put a closed-form start, taken from an ancestor's weights, into the learngene."""
         raise ArtifactError(f"method {self.config.name} has no closed-form start from an ancestor; use start: joint")
 
+    @abstractmethod
     def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> DiT:
         """The target before any training of its own.
 
         Its parameters with `requires_grad` are what stage 2 trains; when nothing is left for stage 2 the result is a
         dense DiT, ready to be trained.
         """
-        raise NotImplementedError  # pragma: no cover - every registered method answers; the contract test says so
 
     def merge(self, model: DiT) -> dict[str, torch.Tensor]:
         """The state dict of an ordinary dense DiT of the same function."""
