@@ -44,5 +44,11 @@ benchmark: install  ## every benchmark, to benchmarks.json
 	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
 
+slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
+	$(BIN)/python slurm/local_cluster.py
+
+ray-cluster: install  ## two Ray nodes on loopback until Ctrl-C
+	$(BIN)/python -m launchers.local_ray
+
 clean:  ## remove what the demo and the benchmarks wrote
 	rm -rf runs data
