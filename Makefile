@@ -24,7 +24,7 @@ demo: install  ## the whole method on the embedded data set (about 5 minutes on 
 test: install  ## the test suite, clusters where this machine has them
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not benchmark"
 
-test-all: install  ## everything, slow tests and benchmarks' bars included
+test-all: install  ## the slow tests as well: the demo over three seeds
 	$(TESTS) -m "not benchmark"
 
 lint: install  ## format, lint, types
@@ -39,7 +39,7 @@ format: install  ## rewrite with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark: install  ## every benchmark, to benchmarks.json
+benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark speed --json runs/benchmark/speed.json
 	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
