@@ -26,13 +26,14 @@ from fine_dist.config import (
     expand_path,
 )
 from fine_dist.engine.pack_plan import EarlyStop, Pack, PackConfig, Shape, plan
-from fine_dist.errors import ConfigError, RunDirError, nearest
+from fine_dist.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.jobs import check_name
 from fine_dist.methods import AnyMethod, from_manifest
 from fine_dist.methods import build as build_method
 from fine_dist.model.zoo import Arch
 
 if TYPE_CHECKING:
+    from fine_dist.data.shards import Manifest
     from fine_dist.methods import Method
     from fine_dist.model.artifact import Artifact
 
@@ -175,6 +176,7 @@ class Family:
     def __init__(self, config: InitConfig):
         self.config = config
         self.members = expand(config)
+        self._read: dict[str, list[tuple[str, Manifest]]] = {}
 
     @cached_property
     def learngene(self) -> Artifact | None:
@@ -206,38 +208,47 @@ class Family:
             settings["sigma"] = member.start
         return build_method(kind.model_validate(settings))
 
-    def arch(self, member: Member, num_classes: int | None = None) -> Arch:
-        """The shape of one target. num_classes: of its own label embedder, when it has one."""
+    def arch(self, member: Member) -> Arch:
+        """The shape of one target; its classes are the data set's where it has labels of its own."""
+        arch = self._shape(member)
+        if not self.new_labels(member):
+            return arch
+        return arch.model_copy(update={"num_classes": self._manifests(member)[0][1].num_classes})
+
+    def _shape(self, member: Member) -> Arch:
         base = self.config.arch or (self.learngene.arch if self.learngene else None)
         if base is None:
             raise ConfigError("arch: without a learngene the shape of the targets must be given, such as DiT-B/2")
-        arch = base.with_depth(member.depth)
-        return arch.model_copy(update={"num_classes": num_classes}) if num_classes else arch
+        return base.with_depth(member.depth)
 
-    @cached_property
-    def classes(self) -> dict[str, int | None]:
-        """For every domain the classes of its own label embedder, or none. `DataError` for data that does not fit."""
-        from fine_dist.data.reader import ShardSet
+    def new_labels(self, member: Member) -> bool:
+        """Whether the target trains a label embedder of its own."""
+        return member.domain_config.labels == "new"
+
+    def check_data(self, member: Member) -> None:
+        """`DataError` when the target's data set is not there, is damaged or does not fit it."""
         from fine_dist.data.stream import check_fit
-        from fine_dist.errors import DataError
 
-        found: dict[str, int | None] = {}
-        for member in self.members:
-            if member.domain in found:
-                continue
-            data = member.domain_config.data
-            if not data.shards:
-                key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
-                raise DataError(f"{key} is not set: give the folder that `python -m fine_dist.encode` wrote")
-            for where in (data.shards, data.held_out):
-                if not where:
-                    continue
+        arch = self.arch(member)
+        for where, manifest in self._manifests(member):
+            check_fit(manifest, arch, where)
+
+    def _manifests(self, member: Member) -> list[tuple[str, Manifest]]:
+        """What the data set's shards hold: those that are trained on first, then the held-out ones if any."""
+        from fine_dist.data.reader import ShardSet
+
+        data = member.domain_config.data
+        if not data.shards:
+            key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
+            raise DataError(f"{key} is not set: give the folder that `python -m fine_dist.encode` wrote")
+        if member.domain not in self._read:
+            found = []
+            for where in filter(None, (data.shards, data.held_out)):
                 shards = ShardSet(where, data)
-                new = shards.manifest.num_classes if member.domain_config.labels == "new" else None
-                check_fit(shards.manifest, self.arch(member, found.get(member.domain) or new), where)
+                found.append((where, shards.manifest))
                 shards.close()
-                found.setdefault(member.domain, new)
-        return found
+            self._read[member.domain] = found
+        return self._read[member.domain]
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
@@ -245,18 +256,16 @@ class Family:
 
         seen = set()
         for member in self.members:
-            shape = (member.start, member.domain)
-            self.method(member)
-            if shape not in seen:  # one layer of each kind of target is built, which finds what the method refuses
-                seen.add(shape)
-                arch = self.arch(member, self.classes[member.domain]).with_depth(1)
-                descend(self.method(member), self.learngene, arch, member.seed, new_labels=self.new_labels(member))
+            method = self.method(member)
+            if (member.start, member.domain) in seen:
+                continue
+            seen.add((member.start, member.domain))
+            self.check_data(member)
+            # One layer of each kind of target is built, which finds whatever the method refuses.
+            small = self.arch(member).with_depth(1)
+            descend(method, self.learngene, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
-
-    def new_labels(self, member: Member) -> bool:
-        """Whether the target trains a label embedder of its own."""
-        return self.classes[member.domain] is not None
 
     # --- one target's settings --------------------------------------------------------------------------------------
 
@@ -267,7 +276,7 @@ class Family:
         return {
             "method": self.method(member).config.model_dump(mode="json"),
             "learngene": self.learngene.hash if self.learngene else None,
-            "arch": self.arch(member, self.classes[member.domain]).model_dump(mode="json"),
+            "arch": self.arch(member).model_dump(mode="json"),
             "data": {"shards": data.shards, "streams": data.streams, "window": data.window},
             "labels": member.domain_config.labels,
             "seed": member.seed,
@@ -310,10 +319,10 @@ class Family:
         """What the planner needs to know of all targets."""
         found = []
         for member in self.members:
-            kin = json.dumps(
-                [self.method(member).config.model_dump(mode="json", exclude={"sigma"}), self.classes[member.domain]]
-            )
-            found.append(Shape(member.name, self.arch(member), kin, self.config.steps))
+            method = self.method(member).config.model_dump(mode="json", exclude={"sigma"})
+            own = self.new_labels(member)
+            kin = json.dumps([method, member.domain if own else None])
+            found.append(Shape(member.name, self._shape(member), kin, self.config.steps))
         return found
 
     def packs(self, workers: int | None = None) -> list[Pack]:

@@ -25,8 +25,8 @@ from fine_dist.engine.pack_state import SUFFIX
 from fine_dist.engine.pack_train import PackJob, PackRun, Progress
 from fine_dist.engine.run_dir import describe_environment, write_atomic
 from fine_dist.engine.stopping import SIGNALS
-from fine_dist.errors import ResumeLater
-from fine_dist.family import Family, Member, run_dir_of
+from fine_dist.errors import DataError, ResumeLater
+from fine_dist.family import Family, Member, expand, run_dir_of
 from fine_dist.family_table import draw_family, result_of
 from fine_dist.jobs import StateTable
 from fine_dist.methods.descendant import descend, save_descendant, trains
@@ -49,10 +49,16 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
     todo = [members[name] for name in pack.jobs if result_of(members[name].folder) is None]
     waiting: list[tuple[Member, DiT]] = []
     for member in todo:
+        try:
+            family.check_data(member)
+        except DataError as error:  # another process may have changed it since the family was checked
+            if world.is_main:
+                table.finish(member.name, "failed", str(error))
+            continue
         model = descend(
             family.method(member),
             family.learngene,
-            family.arch(member, family.classes[member.domain]),
+            family.arch(member),
             member.seed,
             new_labels=family.new_labels(member),
         )
@@ -112,7 +118,7 @@ def _train_group(family: Family, pack: Pack, group: list[tuple[Member, DiT]], ta
 
 
 def _job(family: Family, member: Member) -> PackJob:
-    arch = family.arch(member, family.classes[member.domain])
+    arch = family.arch(member)
     return PackJob(
         name=member.name,
         key=family.key(member),
@@ -195,7 +201,7 @@ class Keeper:
             self._bar.update(sum(p.step for p in progress) - self._bar.n)
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._drawn = time.monotonic()
-            draw_family(run_dir_of(self.family.config), self.family.members)
+            draw_family(run_dir_of(self.family.config), everyone(self.family), younger_than_s=DRAW_EVERY_S)
 
     def ended(self, job: int, progress: Progress) -> None:
         """Measure a target that is done and write its artifact; say why one has failed."""
@@ -219,7 +225,7 @@ class Keeper:
             member.folder / "sigma",
             method=self.family.method(member).config.model_dump(mode="json"),
             learngene=learngene,
-            arch=self.family.arch(member, self.family.classes[member.domain]),
+            arch=self.family.arch(member),
             seed=member.seed,
             new_labels=self.family.new_labels(member),
             tensors=self.packed.scalers(job),
@@ -264,6 +270,11 @@ class Keeper:
             board.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def everyone(family: Family) -> list[Member]:
+    """All targets of the family, whatever `only` says."""
+    return expand(family.config.model_copy(update={"only": ()}))
 
 
 def _write_settings(family: Family, member: Member) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,12 +158,17 @@ def _cell(value: Any, form: str) -> str:
     return f"{value:{form}}" if value is not None else " " * (width - 1) + "-"
 
 
-def draw_family(run_dir: Path, members: Sequence[Member]) -> Path | None:
+def draw_family(run_dir: Path, members: Sequence[Member], younger_than_s: float = 0.0) -> Path | None:
     """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
+
+    younger_than_s: leave a picture that another pack has drawn so recently alone.
 
     Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
     newest training loss.
     """
+    path = run_dir / "family.png"
+    if younger_than_s and path.exists() and time.time() - path.stat().st_mtime < younger_than_s:
+        return path
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -193,7 +199,6 @@ def draw_family(run_dir: Path, members: Sequence[Member]) -> Path | None:
     axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
     axes.legend(fontsize="small")
     canvas.draw()
-    path = run_dir / "family.png"
     figure.savefig(path, dpi=120)
     picture = np.asarray(canvas.buffer_rgba())[:, :, :3]
     # A writer of its own each time: the packs of a family run in several processes and share this folder.

@@ -40,7 +40,7 @@ def run(config: InitConfig) -> Path:
 
     A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
     """
-    from fine_dist.family_run import pack_world, run_pack
+    from fine_dist.family_run import everyone, pack_world, run_pack
     from fine_dist.family_table import draw_family, result_of
 
     world = pack_world(config)

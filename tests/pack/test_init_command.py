@@ -15,10 +15,13 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fine_dist.config import DiffusionConfig
+from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.loss import HeldOut
+from fine_dist.engine import dist
 from fine_dist.errors import ArtifactError
+from fine_dist.family import DomainConfig, Family, InitConfig
+from fine_dist.family_run import run_pack
 from fine_dist.family_table import dense_numbers, list_family
 from fine_dist.jobs import StateTable
 from fine_dist.methods.descendant import load_descendant
@@ -214,3 +217,36 @@ def test_another_domain_gets_its_own_labels_and_keeps_them(learngene, shards, tm
     dense, _ = load_descendant(run_dir / "L2-other-s0-lr0.01")
     assert torch.equal(dense.label.weight, other.tensors["label.weight"])
     assert not torch.equal(dense.label.weight, learngene.tensors["label.weight"])
+
+
+def test_a_pack_over_two_processes_ends_as_a_pack_in_one(family, learngene, shards, tmp_path):
+    run_dir = tmp_path / "two"
+    command = words(learngene, shards, run_dir, "--launcher", "local", "--launch.processes", "2")
+    done = call(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("L2-s0-lr0.01", "L3-s0-lr0.01"):
+        ours, theirs = (load_artifact(place / name / "sigma").tensors for place in (run_dir, family))
+        assert largest_difference(ours, theirs) < 1e-4
+        assert len(rows_of(run_dir / name)) == STEPS
+
+
+def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learngene, shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards / "train", broken)
+    domains = {
+        "good": DomainConfig(data=DataConfig(shards=str(shards / "train"))),
+        "broken": DomainConfig(data=DataConfig(shards=str(broken))),
+    }
+    config = InitConfig(
+        run_dir=str(tmp_path / "run"), learngene=str(learngene.folder), depths=(2,), domains=domains, steps=2, batch=8
+    )
+    family = Family(config)
+    family.check()
+    pack = family.packs(workers=1)[0]
+    (broken / "manifest.json").unlink()
+    table = StateTable(tmp_path / "run")
+    table.add([member.name for member in family.members])
+    run_pack(Family(config), pack, table, dist.alone("cpu"))
+    rows = {row.name: row for row in table.rows()}
+    assert rows["L2-good-s0-lr0.01"].state == "done"
+    assert rows["L2-broken-s0-lr0.01"].state == "failed" and str(broken) in rows["L2-broken-s0-lr0.01"].reason
