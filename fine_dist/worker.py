@@ -62,10 +62,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def inside() -> bool:
     """Whether this process is one of a job already: our worker, or started by torchrun, deepspeed or srun."""
-    env = os.environ
-    # A batch script has SLURM_PROCID=0 too; only srun's tasks belong to a numbered step.
-    step = env.get("SLURM_STEP_ID", "")
-    return MARK in env or ("RANK" in env and "WORLD_SIZE" in env) or ("SLURM_PROCID" in env and step.isdecimal())
+    return MARK in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_step()
+
+
+def _in_step() -> bool:
+    """Whether srun started this process. Batch scripts and interactive shells have SLURM_PROCID=0 too, but no step or
+    one with a reserved number (above 0xfffffff0)."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < 0xFFFFFFF0
 
 
 def run_job(path: str) -> int:
@@ -154,10 +158,9 @@ def config_class(module: ModuleType) -> type[Config]:
 
 def rank() -> int:
     """This process's global rank in torchrun's or SLURM's words; 0 alone."""
-    env = os.environ
-    if "RANK" in env:
-        return int(env["RANK"])
-    return int(env.get("SLURM_PROCID", "0")) if env.get("SLURM_STEP_ID", "").isdecimal() else 0
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if _in_step() else 0
 
 
 def scheduler_job() -> str | None:

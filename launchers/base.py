@@ -110,7 +110,10 @@ class Launcher(ABC):
         return job.log.read_text(encoding="utf-8", errors="replace") if job.log.exists() else ""
 
     def wait(self, jobs: Sequence[Job], tick: Callable[[], None] | None = None, every_s: float = 0.02) -> list[Job]:
-        """Stay until all jobs have ended; `tick` is called about every 0.5 s. An interrupt cancels them."""
+        """Stay until all jobs have ended; `tick` is called about every 0.5 s.
+
+        An interrupt cancels them, unless they are the scheduler's (`detached`).
+        """
         last = 0.0
         try:
             while True:
@@ -122,10 +125,11 @@ class Launcher(ABC):
                     return list(jobs)
                 time.sleep(every_s)
         except BaseException:
-            for job in self._live:
-                self._tell(job)  # all of them first, so that they save at the same time
-            for job in jobs:
-                self.cancel(job)
+            if not self.detached:
+                for job in self._live:
+                    self._tell(job)  # all of them first, so that they save at the same time
+                for job in jobs:
+                    self.cancel(job)
             raise
 
     def poll(self) -> None:

@@ -44,9 +44,9 @@ class RayLauncher(Launcher):
     def __init__(self, needs: LaunchConfig | None = None) -> None:
         super().__init__()
         self._needs = needs or LaunchConfig()
-        self._checked: set[str] = set()
         self._ours = connect(self._needs.address)
         self._wanted: int | None = None
+        self._many = False  # a fan-out's jobs are tasks; a single one is a trainer
         self._next_look = 0.0
 
     def fits(self, spec: JobSpec) -> int:
@@ -88,8 +88,6 @@ class RayLauncher(Launcher):
         super().close()
         if self._ours and ray.is_initialized():
             ray.shutdown()
-
-    _many = False
 
     def _start(self, job: Job) -> None:
         job.id = f"ray {job.spec.name}"
