@@ -71,7 +71,7 @@ def test_on_a_learngene_that_changes_slowly_the_segment_start_is_nearest_to_its_
     def error(start: str, num_layers: int) -> float:
         method = build(FineConfig(sigma=start))  # type: ignore[arg-type]
         model = method.descend(learngene, arch.with_depth(num_layers), torch.Generator().manual_seed(0))
-        return float((model(z, t, y) - ancestor(z, t, y)).square().mean())
+        return float((model(z, t, y) - ancestor(z, t, y)).square().mean().detach())
 
     for num_layers in (2, 4, 6, 12):
         assert error("segment", num_layers) < 0.5 * min(error(start, num_layers) for start in ("linear", "random"))
