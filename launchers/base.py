@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, nearest
+from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, ResumeLater, nearest
 from fine_dist.jobs import Finding, JobSpec
 from fine_dist.submit import job_file
 from fine_dist.worker import EXIT_BUSY
@@ -112,18 +115,20 @@ class Launcher(ABC):
     def wait(self, jobs: Sequence[Job], tick: Callable[[], None] | None = None, every_s: float = 0.02) -> list[Job]:
         """Stay until all jobs have ended; `tick` is called about every 0.5 s.
 
-        An interrupt cancels them, unless they are the scheduler's (`detached`).
+        An interrupt or SIGTERM has them save and end, unless they are the scheduler's (`detached`); after SIGTERM,
+        SIGUSR1 or SIGUSR2 it raises `ResumeLater`.
         """
         last = 0.0
         try:
-            while True:
-                self.poll()
-                if tick and time.monotonic() - last > 0.5:
-                    last = time.monotonic()
-                    tick()
-                if all(job.ended for job in jobs):
-                    return list(jobs)
-                time.sleep(every_s)
+            with _signals_raise():
+                while True:
+                    self.poll()
+                    if tick and time.monotonic() - last > 0.5:
+                        last = time.monotonic()
+                        tick()
+                    if all(job.ended for job in jobs):
+                        return list(jobs)
+                    time.sleep(every_s)
         except BaseException:
             if not self.detached:
                 for job in self._live:
@@ -215,6 +220,25 @@ class Launcher(ABC):
     def _again(self, job: Job) -> None:
         job.state = "pending"
         self._queue.append(job)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """The engine's signals raise `ResumeLater` here, in the main thread; the old handlers come back afterwards."""
+
+    def stop(number: int, frame: object) -> None:
+        for known in old:
+            signal.signal(known, signal.SIG_IGN)  # one is enough: jobs are being told
+        raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
+    old = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def explain(code: int | None) -> str:

@@ -117,6 +117,14 @@ def test_several_nodes_are_refused_with_the_remedy(tmp_path):
         run(tmp_path, launch=LaunchConfig(nodes=2))
 
 
+def test_a_pool_told_to_end_has_its_tasks_save_and_asks_to_be_started_again(tmp_path):
+    driver = command(tmp_path, "--tasks", 2, "--sleep-first-s", 60, "--launch.max-parallel", 1)
+    until(lambda: starts(tmp_path / "out" / "task0"), 30, "a task")
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(30) == 75
+    assert StateTable(tmp_path).get("task0").reason == "stopped: signal 15"
+
+
 def test_an_interrupt_has_running_tasks_save_and_the_same_command_continues(tmp_path):
     driver = command(tmp_path, "--tasks", 2, "--sleep-first-s", 60, "--launch.max-parallel", 2)
     until(lambda: all(starts(tmp_path / "out" / f"task{i}") for i in range(2)), 30, "both tasks")
