@@ -60,7 +60,7 @@ class InitConfig(Config):
     """Where everything is written: a folder a target, with its `sigma/`."""
     learngene: str | None = None
     """The learngene that condense wrote; none for a method that needs none."""
-    method: AnyMethod | None = None  # type: ignore[valid-type]
+    method: AnyMethod | None = None
     """How targets are made; none: the learngene's own method, as it was condensed."""
     arch: Arch | None = None
     """Shape of the targets but for their depth; none: the learngene's."""
@@ -190,7 +190,7 @@ class Family:
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with its start. `ConfigError` for a start that the method does not have."""
         if self.config.method is not None:
-            settings = self.config.method.model_dump()  # type: ignore[attr-defined]
+            settings = self.config.method.model_dump()
         elif self.learngene is not None:
             settings = dict(self.learngene.method)
         else:

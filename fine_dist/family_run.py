@@ -78,7 +78,8 @@ def _sharing(models: list[tuple[Member, DiT]]) -> Iterator[list[tuple[Member, Di
         packable = type(model) is FactoredDiT and all(
             n.endswith(".sigma") or n == "label.weight" for n, p in model.named_parameters() if p.requires_grad
         )
-        groups.setdefault(identity(model) if packable else f"alone {index}", []).append((member, model))
+        key = identity(model) if packable and isinstance(model, FactoredDiT) else f"alone {index}"
+        groups.setdefault(key, []).append((member, model))
     yield from groups.values()
 
 

@@ -66,9 +66,9 @@ def run(config: InitConfig) -> Path:
         if claim is not None:
             claim.release()
     if world.is_main:
-        everyone = Family(config.model_copy(update={"only": ()})).members
-        if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in everyone):
-            draw_family(folder, everyone)
+        others = everyone(family)
+        if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
+            draw_family(folder, others)  # the last pack to end draws the whole family
     return folder
 
 

@@ -143,7 +143,7 @@ def _pack(
         batch=batch,
         optim=OptimConfig(),
         diffusion=DiffusionConfig(),
-        engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),  # type: ignore[arg-type]
+        engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),
         watcher=_Silent(),
         world=World(device=device),
         chunk=chunk_size(deepest, len(depths), batch, None, 4 * 2**30, cpu=cpu),

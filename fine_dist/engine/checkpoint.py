@@ -215,6 +215,11 @@ class Checkpoints:
         self.last_saved = step
         self.stall_s = time.perf_counter() - begun
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's last save is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def check(self) -> None:
         """Raise the error of a write that has failed, if any."""
         if self._error is not None:

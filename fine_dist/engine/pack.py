@@ -121,7 +121,9 @@ class PackedDiT(nn.Module):
         batch = inputs.t.shape[1]
         x, c = self._embed(inputs, feeds, jobs)  #                                              [N, T, D], [N, D]
         # adaLN's input is the same at every layer, so its product with V is made once.
-        gate = F.silu(c) @ self.V_adaln  #                                                                 [N, R]
+        gate = (
+            F.silu(c) @ self.factors("adaln")[1]
+        )  #                                                                 [N, R]
         layers = self.sigma[jobs].unflatten(1, (-1, len(KINDS), self.rank)).unbind(1)  #         L x [J', K, R]
         finished: list[Tensor] = []
         alive = len(jobs)

@@ -99,7 +99,10 @@ class Feeds:
         return fed
 
     def _make(self, names: tuple[int, ...]) -> Fed | None:
-        z, t, y, noise = [], [], [], []
+        z: list[Tensor] = []
+        t: list[Tensor] = []
+        y: list[Tensor] = []
+        noise: list[Tensor] = []
         rows: dict[int, int] = {}
         for name in names:
             if name in self.bad:

@@ -24,7 +24,7 @@ class FactoredProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         thin = x.to(dtype)
@@ -34,7 +34,7 @@ class FactoredProduct(torch.autograd.Function):
         return torch.baddbmm(bias[:, None].to(dtype), scaled, u.T.expand(len(sigma), *u.T.shape))  #       [J, S, m]
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         thin, sigma, u, *v = ctx.saved_tensors
         back = g.to(thin.dtype) @ u  #                                                                     [J, S, R]
         g_sigma = (back * thin).sum(1, dtype=torch.float32)
@@ -56,13 +56,13 @@ class SigmoidGelu(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         s = (x * x).mul_(_SLOPE * _CUBE).add_(_SLOPE).mul_(x).sigmoid_()
         ctx.save_for_backward(x, s)
         return x * s
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
         x, s = ctx.saved_tensors
         slope = (x * x).mul_(3 * _SLOPE * _CUBE).add_(_SLOPE).mul_(x)
         return slope.mul_(1 - s).add_(1).mul_(s).mul_(g)

@@ -21,12 +21,11 @@ from fine_dist.diffusion.loss import NoiseSchedule, per_sample
 from fine_dist.engine import dist
 from fine_dist.engine.backends import learning_rate, precision
 from fine_dist.engine.dist import World
-from fine_dist.engine.pack import Inputs
+from fine_dist.engine.pack import PackedDiT, Single
 from fine_dist.engine.pack_feed import Fed, Feeds, Source
 from fine_dist.engine.pack_optim import PackedAdamW
 from fine_dist.engine.pack_plan import EarlyStop
 from fine_dist.engine.pack_state import read_states, write_states
-from fine_dist.model.zoo import Arch
 
 State = Literal["running", "done", "failed"]
 
@@ -61,17 +60,6 @@ class Progress:
     """Losses that an early stop still looks at."""
 
 
-class Packable(Protocol):
-    """What the loop needs of a pack: `PackedDiT`, or `Single` for a model that cannot share."""
-
-    depths: tuple[int, ...]
-    arch: Arch
-
-    def trained(self) -> list[Tensor]: ...
-
-    def __call__(self, inputs: Inputs, feeds: Sequence[int], jobs: Sequence[int]) -> Tensor: ...
-
-
 class Watcher(Protocol):
     """Who is told, on rank 0 only. A job is named by its index."""
 
@@ -98,7 +86,7 @@ class PackRun:
 
     def __init__(
         self,
-        pack: Packable,
+        pack: PackedDiT | Single,
         jobs: Sequence[PackJob],
         *,
         batch: int,
