@@ -289,12 +289,13 @@ class LoopConfig(Config):
 
 
 class Clock:
-    """Seconds spent in forward, backward and optimiser so far, and, for each step's start, the time and that sum."""
+    """Seconds spent in forward, backward and optimiser so far, and for each step's start: the time, that sum, and
+    whether a checkpoint was being written."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.inside = self.waited = 0.0
-        self.starts: list[tuple[float, float]] = []
+        self.starts: list[tuple[float, float, bool]] = []
 
     def timed(self, body: Callable[..., Any]) -> Callable[..., Any]:
         """`body`, its seconds counted."""
@@ -325,7 +326,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
 
     class TimedRun(Run):
         def next_batch(self, batches: Any) -> tuple[Any, float]:
-            clock.starts.append((time.perf_counter(), clock.inside))
+            clock.starts.append((time.perf_counter(), clock.inside, self.checkpoints.writing))
             batch, waited_s = super().next_batch(batches)
             clock.waited += waited_s
             return batch, waited_s
@@ -361,12 +362,13 @@ def loop_rows(clock: Clock, run: Any, save_at: int, label: str, bars: bool) -> l
     """From the times of steps: step i lasts from start i to start i + 1; step `save_at - 1` ends with the saving."""
     lasted = [after[0] - before[0] for before, after in zip(clock.starts, clock.starts[1:])]
     inside = [after[1] - before[1] for before, after in zip(clock.starts, clock.starts[1:])]
-    ordinary = range(1, save_at - 1)  # the first warms up; those after the save share the machine with the writing
+    disturbed = [i for i in range(len(lasted)) if i == save_at - 1 or clock.starts[i][2]]
+    ordinary = [i for i in range(1, len(lasted)) if i not in disturbed]  # the first warms up
     usual = median([lasted[i] for i in ordinary])
     overhead = median([(lasted[i] - inside[i]) / lasted[i] for i in ordinary])
     copying = copy_seconds(run)
-    # All that the run lost from the save on: the call itself, and steps slowed down by the writing.
-    lost = sum(lasted[save_at - 1 :]) - usual * len(lasted[save_at - 1 :])
+    # What the run lost: the call of the save itself, and what its writing took from the steps beside it.
+    lost = sum(lasted[i] - usual for i in disturbed)
     stall = max(0.0, lost - copying) / usual
     return [
         Row(f"loop beside forward, backward, optimiser, {label}", 100 * overhead, "%", 3.0 if bars else None, "lower"),
