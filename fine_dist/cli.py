@@ -96,7 +96,8 @@ def _pick_variants(kind: type[Config], values: dict[str, Any], argv: list[str]) 
         names = [m.model_fields["name"].default for m in variants]
         if chosen not in names:
             raise ConfigError(f"{key}.name: no such variant (got {chosen!r}); {nearest(chosen, names)}")
-        current = values.get(key) if isinstance(values.get(key), dict) else {}
+        current = values.get(key)
+        current = current if isinstance(current, dict) else {}
         values[key] = current if current.get("name") == chosen else {"name": chosen}
     return values
 
