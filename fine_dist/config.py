@@ -191,7 +191,7 @@ class LaunchConfig(Config):
     account: str | None = None
     """SLURM account; none: the user's default."""
     address: str | None = None
-    """Ray: `auto`, HOST:PORT or ray://HOST:10001 to connect, http://HOST:8265 to submit a Ray job; none: RAY_ADDRESS."""
+    """Ray: `auto`, HOST:PORT or ray://HOST:10001 to connect, http://HOST:8265 for a Ray job; none: RAY_ADDRESS."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every process."""
     slurm: dict[str, str] = Field(default_factory=dict)
