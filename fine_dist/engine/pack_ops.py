@@ -52,20 +52,26 @@ _SLOPE = 2 * math.sqrt(2 / math.pi)
 class SigmoidGelu(torch.autograd.Function):
     """`gelu(x, approximate="tanh")`, in place of tanh the sigmoid it equals: `x s`, `s = sigmoid(k (x + c x^3))`.
 
-    Keeping s makes the backward pass free of any exponential; on a CPU that is a third less time than torch's own.
+    Keeping s makes the backward pass free of any exponential, and both passes are few sweeps over memory.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        s = (x * x).mul_(_SLOPE * _CUBE).add_(_SLOPE).mul_(x).sigmoid_()
+        s = torch.add(_slope_like(x), x * x, alpha=_SLOPE * _CUBE).mul_(x).sigmoid_()
         ctx.save_for_backward(x, s)
         return x * s
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Tensor:
         x, s = ctx.saved_tensors
-        slope = (x * x).mul_(3 * _SLOPE * _CUBE).add_(_SLOPE).mul_(x)
-        return slope.mul_(1 - s).add_(1).mul_(s).mul_(g)
+        # d(x s)/dx = s + x s (1 - s) k (1 + 3 c x^2)
+        change = torch.add(_slope_like(x), x * x, alpha=3 * _SLOPE * _CUBE).mul_(x)
+        change.addcmul_(change, s, value=-1)
+        return torch.addcmul(s, change, s).mul_(g)
+
+
+def _slope_like(x: Tensor) -> Tensor:
+    return torch.full((), _SLOPE, dtype=x.dtype, device=x.device)
 
 
 def gelu(x: Tensor) -> Tensor:
