@@ -6,7 +6,6 @@ Letters: B rows of a read, S shards.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import resource
 import threading
@@ -26,6 +25,8 @@ from fine_dist.errors import DataError
 
 _CHUNK = 64
 """Records that are read, checked and converted together: they should fit into the processor's cache."""
+_GRAIN = 32768
+"""torch hands operations on so many numbers to its pool of threads."""
 _FETCHERS = 8
 """Threads that bring remote shards."""
 _SHORT, _NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
@@ -176,16 +177,19 @@ class ShardSet:
         sizes: list[int] = []
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
-            buffer_NB, views, payload = self._scratch_for(min(_CHUNK, count - start))
+            buffer_NB, views, pieces = self._scratch_for(min(_CHUNK, count - start))
             try:
                 sizes += map(os.preadv, files[part], views, offsets[part])
             except OSError:
                 del sizes[start:]
                 sizes += map(_try_to_read, files[part], views, offsets[part])
             marks.append(layout.marks(buffer_NB))
-            total = latents[part].copy_(payload).mul_(scale).sum()
-            # a sum is finite only if all its terms are (so many float16 cannot overflow it), and it is cheap
-            finite = math.isfinite(float(total)) and finite
+            finite = layout.all_finite(buffer_NB) and finite
+            for to, piece in zip(latents[part].split(len(pieces[0])), pieces):
+                to.copy_(piece)
+            if scale != 1:
+                numbers = latents[part].numpy()
+                np.multiply(numbers, np.float32(scale), out=numbers)
         marks_NW = np.concatenate(marks)
         good_N, labels_N = layout.check(marks_NW, self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
@@ -228,13 +232,18 @@ class ShardSet:
                 elif not np.isfinite(latent).all():
                     rows.faults[row] = _NOT_FINITE
 
-    def _scratch_for(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]], torch.Tensor]:
-        """This thread's scratch memory for so many records: the buffer, a view of each, and their payloads."""
+    def _scratch_for(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]], tuple[torch.Tensor, ...]]:
+        """This thread's scratch memory for so many records: the buffer, a view of each, and their latents.
+
+        The latents are in pieces that torch converts in the calling thread: its pool of threads is the model's, and
+        on a busy machine a reader would wait for all of them at every piece.
+        """
         kept: dict[Any, Any] = self._scratch.__dict__
         if count not in kept:
             buffer = self._layout.buffer(count)
             views = [(memoryview(row)[: self._layout.size],) for row in buffer]
-            kept[count] = (buffer, views, torch.from_numpy(self._layout.payload(buffer)))
+            payload = torch.from_numpy(self._layout.payload(buffer))
+            kept[count] = (buffer, views, payload.split(max(1, (_GRAIN - 1) // payload[0].numel())))
         return kept[count]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:

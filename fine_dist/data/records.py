@@ -25,6 +25,8 @@ LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
 _KEY = PREFIX_BYTES + KEY_DIGITS
+_EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
+"""By bytes of a float: the word it fills, and its bits of the exponent; all of them set mean NaN or Inf."""
 _POWERS = 10 ** np.arange(LABEL_DIGITS - 1, -1, -1)
 _SHORTER = 10 ** np.arange(LABEL_DIGITS, -1, -1)
 """A label of n digits is its digits times the powers, divided by this."""
@@ -110,6 +112,18 @@ class Layout:
         """The latents in a buffer of records: [N, *shape], a view."""
         inner = np.empty(self.shape, self.dtype).strides
         return np.ndarray((len(buffer), *self.shape), self.dtype, buffer, self.head, (buffer.strides[0], *inner))
+
+    def all_finite(self, buffer_NB: np.ndarray) -> bool:
+        """Whether all numbers in a buffer of records are finite: no exponent has all its bits set."""
+        word, exponent = _EXPONENTS[self.dtype.itemsize]
+        bits = np.ndarray(
+            (len(buffer_NB), (self.size - self.head) // self.dtype.itemsize),
+            word,
+            buffer_NB,
+            self.head,
+            (buffer_NB.strides[0], self.dtype.itemsize),
+        )
+        return int((bits & exponent).max(initial=0)) != exponent
 
     def marks(self, buffer_NB: np.ndarray) -> np.ndarray:
         """What `check` looks at, out of a buffer of records: uint64 [N, W]."""
