@@ -109,6 +109,9 @@ def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
         with open(os.devnull, "wb") as nowhere:
             return seconds(lambda: subprocess.run(["cat", *paths], stdout=nowhere, check=True)) / count
 
+    # one thread each: idle threads of torch's pool would spin on the cores of whoever is measured next
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     found = interleaved(
         {
             "ours": lambda: ours(0),
@@ -120,6 +123,7 @@ def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
         },
         rounds,
     )
+    torch.set_num_threads(threads)
     for stream in streams.values():
         stream.close()
     rate = {name: 1 / median(figures) for name, figures in found.items()}
