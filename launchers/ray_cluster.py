@@ -20,14 +20,20 @@ def connect(address: str | None) -> bool:
 
     if ray.is_initialized():
         return False
+    where = address or os.environ.get("RAY_ADDRESS") or "this machine"
+    remedy = (
+        "start one with `ray start --head`, or give --launch.address HOST:6379 (connect) or http://HOST:8265 (submit)"
+    )
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:  # ray.init would wait for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise LaunchError(f"no Ray cluster at {where} ({error.strerror or error}); {remedy}") from None
     try:
         ray.init(address or "auto", log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        where = address or os.environ.get("RAY_ADDRESS") or "this machine"
-        raise LaunchError(
-            f"no Ray cluster at {where} ({str(error).splitlines()[0]}); start one with `ray start --head`, or give "
-            "--launch.address HOST:6379 (connect) or http://HOST:8265 (submit a Ray job)"
-        ) from None
+        raise LaunchError(f"no Ray cluster at {where} ({str(error).splitlines()[0]}); {remedy}") from None
     return True
 
 

@@ -18,6 +18,8 @@ from fine_dist.submit import sbatch_flags
 from launchers.base import EXIT_INTERRUPTED, JobState
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
+GHOST = "alive in the accounting only"
+"""Said of a job that the controller does not know: it was lost in a crash, or has ended a moment ago."""
 RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
 
 
@@ -121,7 +123,8 @@ def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]
             for line in slurm("sacct", "-n", "-X", "-P", "-j", heads, "-o", "JobID,State,ExitCode").splitlines():
                 name, state, exit_code = line.split("|")
                 code, _, number = exit_code.partition(":")
-                found.setdefault(name, _verdict(state.split()[0], int(code), int(number or 0)))
+                verdict = _verdict(state.split()[0], int(code), int(number or 0))
+                found.setdefault(name, verdict if verdict[0] not in ("pending", "running") else (*verdict[:2], GHOST))
     return {i: found.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
 
 

@@ -21,8 +21,10 @@ from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, LaunchError
 from fine_dist.jobs import Finding, JobSpec
 from launchers.base import Job, Launcher
-from launchers.slurm_queue import job_states, limits, outside_allocation, scheduler_words, slurm, slurm_findings
+from launchers.slurm_queue import GHOST, job_states, limits, outside_allocation, scheduler_words, slurm, slurm_findings
 
+GHOST_S = 30.0
+"""Seconds after which a job that only the accounting believes in counts as lost."""
 SIGNAL_S = 120
 """Seconds before the time limit at which a job is told to save."""
 
@@ -52,6 +54,7 @@ class SlurmLauncher(Launcher):
         self._limits = limits(self._needs.partition)
         self._next_look = 0.0
         self._width = sys.maxsize
+        self._ghosts: dict[str | None, float] = {}
 
     def fits(self, spec: JobSpec) -> int:
         return sys.maxsize
@@ -101,6 +104,11 @@ class SlurmLauncher(Launcher):
 
     def _check(self, job: Job) -> bool:
         state, code, words = self._seen.get(job.id or "", ("running", None, ""))
+        if words != GHOST:
+            self._ghosts.pop(job.id, None)
+        elif time.monotonic() - self._ghosts.setdefault(job.id, time.monotonic()) > GHOST_S:
+            job.code, job.reason = None, "lost: the controller has forgotten it"
+            return True
         if state in ("pending", "running"):
             job.state = state
             return False

@@ -102,11 +102,11 @@ class LocalSlurm:
 
     # --- faults
 
-    def kill(self, name: str) -> None:
-        """SIGKILL one of its processes: a node (a power cut), `slurmctld`, `slurmdbd`, `mariadbd`, `munged`."""
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """End one of its processes: a node (a power cut), `slurmctld`, `slurmdbd`, `mariadbd`, `munged`."""
         process = self._processes.pop(name, None)
         if process is not None:
-            process.kill()
+            process.send_signal(number)
             process.wait()
 
     def start_node(self, name: str) -> None:
@@ -336,8 +336,8 @@ def _serve(cluster: LocalSlurm, begun: float) -> int:
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:
         verb, name = line.split()
-        if verb == "kill":
-            cluster.kill(name)
+        if verb in ("kill", "stop"):
+            cluster.kill(name, signal.SIGKILL if verb == "kill" else signal.SIGTERM)
         elif verb == "start":
             cluster.start_controller() if name == "slurmctld" else cluster.start_node(name)
         print(json.dumps({"ok": line.strip()}), flush=True)

@@ -127,7 +127,7 @@ def test_jobs_and_those_who_wait_for_them_outlive_a_restart_of_the_controller(sl
     words = ("--launcher", "slurm", "--launch.wait", "--run-dir", tmp_path, "--sleep-s", 4, "--launch.nodes", 2)
     waiting = slurm.popen(TOY, *words)
     until(lambda: starts(tmp_path), 30, "the job to start")
-    slurm.tell("kill", "slurmctld")
+    slurm.tell("stop", "slurmctld")
     subprocess.run(["sleep", "2"], check=True)
     slurm.tell("start", "slurmctld")
     said, _ = waiting.communicate(timeout=90)

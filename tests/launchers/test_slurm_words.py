@@ -11,7 +11,7 @@ import pytest
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
 from fine_dist.submit import make_spec
-from launchers import slurm_queue
+from launchers import slurm_queue, slurm_submitit
 from launchers.slurm_queue import job_states, limits, scheduler_words
 from launchers.slurm_steps import _counts
 from launchers.slurm_submitit import SlurmLauncher
@@ -100,6 +100,17 @@ def test_jobs_that_left_the_queue_are_looked_up_in_the_accounts(fake):
     assert states["7_2"][:2] == ("cancelled", 130)
     assert states["8"] == ("failed", None, "SLURM says NODE_FAIL")
     assert states["9"] == ("failed", None, "unknown to SLURM")
+
+
+def test_a_job_that_only_the_accounting_believes_in_is_lost_after_a_while(fake, monkeypatch):
+    (fake / "bin" / "sacct").write_text("#!/bin/sh\necho '1|RUNNING|0:0'\n")
+    needs, jobs = specs(fake / "run", 1)
+    launcher = SlurmLauncher(needs)
+    job = launcher.submit(jobs[0])
+    assert launcher.status(job) == "running"
+    monkeypatch.setattr(slurm_submitit, "GHOST_S", -1.0)
+    launcher._next_look = 0.0
+    assert launcher.status(job) == "failed" and "forgotten" in job.reason
 
 
 def test_a_controller_that_is_away_for_a_moment_is_asked_again(fake, monkeypatch):
