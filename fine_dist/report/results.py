@@ -32,6 +32,7 @@ LABELS = {
     "fine:identical": "sigma identical",
     "fine:random": "sigma random",
     "fine:aligned": "sigma aligned",
+    "fine:segment": "sigma segment",
 }
 """How series are called in text and pictures; others go by their own name."""
 
