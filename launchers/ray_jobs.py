@@ -7,11 +7,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from fine_dist.config import Config, dump_yaml
 from fine_dist.errors import LaunchError
 from fine_dist.plan import refuse, upload
 from fine_dist.submit import launch_of, stage_code
+
+AGENT_WAIT_S = 90.0
+"""Seconds in which a busy cluster's head may become able to take a job."""
 
 
 def submit_command(module: str, config: Config, address: str) -> int:
@@ -34,10 +38,8 @@ def submit_command(module: str, config: Config, address: str) -> int:
         (Path(folder) / "job.yaml").write_text(dump_yaml(inner))
         try:
             client = JobSubmissionClient(address)
-            job = client.submit_job(
-                entrypoint=f"python -m {module} --config job.yaml --launcher ray",
-                runtime_env={"working_dir": folder, "env_vars": dict(needs.env)},
-            )
+            env = {"working_dir": folder, "env_vars": dict(needs.env)}
+            job = _patiently(client, f"python -m {module} --config job.yaml --launcher ray", env)
         except (RuntimeError, ConnectionError, ValueError) as error:
             raise LaunchError(f"Ray Jobs at {address}: {str(error).strip().splitlines()[0]}") from None
     print(f"submitted {module} as Ray job {job}; follow: ray job logs --follow --address {address} {job}", flush=True)
@@ -53,3 +55,15 @@ def submit_command(module: str, config: Config, address: str) -> int:
         if status.is_terminal():
             return 0 if status == JobStatus.SUCCEEDED else 1
         time.sleep(1)
+
+
+def _patiently(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
+    """Submit a job. A head whose agent is not up yet, or too busy to answer, is asked again for a while."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(2)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -41,6 +44,16 @@ def inputs(arch: Arch, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, tor
     t = torch.randint(0, 1000, (batch,), generator=generator)
     y = torch.randint(0, arch.num_classes + 1, (batch,), generator=generator)
     return z, t, y
+
+
+@pytest.fixture(autouse=True)
+def environment_stays() -> Iterator[None]:
+    """What a library puts into the environment (DeepSpeed: RANK and friends) must not make a later test's commands
+    believe that they are a worker."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
