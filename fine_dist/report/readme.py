@@ -1,6 +1,6 @@
-"""The demo's picture and table in README.md: `python -m fine_dist.report.readme runs/demo/report`.
+"""The demo's picture and tables in README.md: `python -m fine_dist.report.readme runs/demo/report`.
 
-The table stands between two comments and is computed from results.json, like every number of the report.
+The tables stand between comments and are computed from results.json, like every number of the report.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from fine_dist.report import read_results, summary_png
 from fine_dist.report.results import Results, label
 
-BEGIN, END = "<!-- demo table: begin -->\n", "<!-- demo table: end -->\n"
+SECTIONS = ("demo", "family")
 
 
 def table(results: Results) -> str:
@@ -47,15 +47,49 @@ def table(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def family(results: Results) -> str:
+    """Markdown: what the ancestor and each target cost to make and to store."""
+    ancestor = results.ancestor
+    if ancestor is None:
+        raise ValueError("the report has no ancestor")
+    lines = [
+        "| | steps | seconds | numbers stored | as a dense model |",
+        "|---|---|---|---|---|",
+        f"| learngene, {ancestor.layers} layers | {ancestor.steps:,} | {ancestor.seconds:.0f} | "
+        f"{ancestor.learngene_params:,} | {ancestor.params:,} |",
+    ]
+    scalers = 0
+    for target in results.targets:
+        table = results.sigmas[f"target {target}"]
+        numbers = sum(len(row) for rows in table.values() for row in rows)
+        scalers += numbers
+        seconds = results.seconds("fine", target, 0)
+        lines.append(
+            f"| target, {target} layers | {results.init_steps(target)} | {seconds or 0:.0f} | {numbers:,} | "
+            f"{results.target_params[target]:,} |"
+        )
+    dense = sum(results.target_params.values())
+    stored = (ancestor.learngene_params or 0) + scalers
+    lines += [
+        "",
+        f"Learngene and {len(results.targets)} sigmas: {stored:,} numbers; {len(results.targets)} dense models: "
+        f"{dense:,} ({dense / stored:.1f} times as many). Seconds are means over {len(results.seeds)} seeds on a busy "
+        "machine, one thread each; a target's are its share of its pack's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Rewrite the table in README.md and docs/demo.png from a report's folder."""
+    """Rewrite the tables in README.md and docs/demo.png from a report's folder."""
     [folder] = sys.argv[1:] if argv is None else argv
     root = Path(__file__).resolve().parents[2]
     results = read_results(folder)
     text = (root / "README.md").read_text(encoding="utf-8")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    (root / "README.md").write_text(head + BEGIN + table(results) + END + tail, encoding="utf-8")
+    for name, content in zip(SECTIONS, (table(results), family(results))):
+        begin, end = f"<!-- {name} table: begin -->\n", f"<!-- {name} table: end -->\n"
+        head, _, rest = text.partition(begin)
+        text = head + begin + content + end + rest.partition(end)[2]
+    (root / "README.md").write_text(text, encoding="utf-8")
     (root / "docs").mkdir(exist_ok=True)
     print(summary_png(results, root / "docs" / "demo.png"))
     return 0
