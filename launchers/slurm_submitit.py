@@ -199,7 +199,7 @@ def requeue(max_restarts: int) -> None:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
     if state != "RUNNING":
-        print(f"the job is {state or 'gone'}: not put back into the queue", file=sys.stderr, flush=True)
+        print(f"the job is {state or 'gone'}: not requeued", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_RESUME)
     if int(env.get("SLURM_RESTART_COUNT", "0")) >= max_restarts:
         print(f"restarted {max_restarts} times already; the same command continues it", file=sys.stderr, flush=True)

@@ -261,8 +261,8 @@ def starts(run_dir: Path, rank: int = 0) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A scheduler's timers are coarse and its daemons share two cores with everything else: a cluster test that fails is
-    run once more, and the summary says that it was. What fails twice fails."""
+    """A scheduler's timers are coarse and its daemons share two cores with all else: a cluster test that fails is run
+    once more, and the summary says that it was. What fails twice fails."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
