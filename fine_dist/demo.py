@@ -58,6 +58,8 @@ class Work:
     config: Config
     steps: int
     after: tuple[str, ...] = ()
+    grows: str | None = None
+    """The shorter run that this one goes on from: up to there the two are the same, bit for bit."""
     job: Job | None = None
     bar: Any = None
 
@@ -73,16 +75,14 @@ class Plan:
     config: DemoConfig
     works: list[Work] = field(default_factory=list)
 
-    def add(self, name: str, stage: str, steps: int, after: tuple[str, ...] = (), **changes: Any) -> None:
-        self.works.append(
-            Work(
-                name,
-                f"fine_dist.{stage}",
-                stage_config(self.config, stage, name, {"steps": steps, **changes}),
-                steps,
-                after,
-            )
-        )
+    def add(
+        self, name: str, stage: str, steps: int, after: tuple[str, ...] = (), grows: str | None = None, **changes: Any
+    ) -> None:
+        made = stage_config(self.config, stage, name, {"steps": steps, **changes})
+        self.works.append(Work(name, f"fine_dist.{stage}", made, steps, after, grows))
+
+    def __getitem__(self, name: str) -> Work:
+        return next(work for work in self.works if work.name == name)
 
 
 def plan(config: DemoConfig) -> Plan:
@@ -92,8 +92,9 @@ def plan(config: DemoConfig) -> Plan:
     for seed in range(config.seeds):
         p.add(f"condense-s{seed}", "condense", config.condense_steps, seed=seed)
         for depth in sorted(config.depths, reverse=True):
-            for steps in (3 * n, n):
-                p.add(f"he-L{depth}-n{steps}-s{seed}", "train", steps, seed=seed, arch={"num_layers": depth})
+            short, long = (f"he-L{depth}-n{steps}-s{seed}" for steps in (n, 3 * n))
+            p.add(short, "train", n, seed=seed, arch={"num_layers": depth})
+            p.add(long, "train", 3 * n, (short,), grows=short, seed=seed, arch={"num_layers": depth})
     for seed in range(config.seeds):
         learngene = str(root / f"condense-s{seed}" / "learngene")
         first = (f"condense-s{seed}",)
@@ -167,7 +168,7 @@ def follow(p: Plan) -> None:
             for work in list(waiting):
                 if len(running) < p.config.parallel and all(done(p, name) for name in work.after):
                     waiting.remove(work)
-                    start(launcher, work)
+                    start(p, launcher, work)
                     running.append(work)
             launcher.poll()
             for work in list(running):
@@ -183,14 +184,29 @@ def follow(p: Plan) -> None:
 
 def done(p: Plan, name: str) -> bool:
     """Whether the job of this name has ended well."""
-    job = next(work.job for work in p.works if work.name == name)
+    job = p[name].job
     return job is not None and job.state == "done"
 
 
-def start(launcher: Any, work: Work) -> None:
+def start(p: Plan, launcher: Any, work: Work) -> None:
     from fine_dist.submit import make_spec
 
+    if work.grows and not work.run_dir.exists():
+        inherit(p[work.grows].run_dir, work.run_dir)
     work.job = launcher.submit(make_spec(work.module, work.config, work.name))
+
+
+def inherit(short: Path, run_dir: Path) -> None:
+    """A run directory with the checkpoints and logs of a finished shorter run: the engine resumes from there."""
+    import shutil
+
+    half = run_dir.with_name(f".{run_dir.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir()
+    for name in ("checkpoints", "tensorboard"):
+        shutil.copytree(short / name, half / name)
+    shutil.copy(short / "metrics.jsonl", half)
+    half.rename(run_dir)
 
 
 class Bars:

@@ -165,26 +165,31 @@ def _trained(plan: Plan, work: Work, measure: Measures, results: Results) -> Non
     from fine_dist.stages import load_model
 
     method, depth, seed = (work.name.split("-")[0], int(work.name.split("-L")[1].split("-")[0]), int(work.name[-1]))
-    n = plan.config.train_steps
     before, spent = 0.0, 0
     if method == "fine":
         folder = target_folder(plan.config, depth, seed)
         before, spent = init_seconds(folder), plan.config.init_steps
-    seconds = json.loads((work.run_dir / "DONE.json").read_text())["seconds"]
+    shared, shared_s = (plan[work.grows].steps, train_seconds(plan[work.grows])) if work.grows else (0, 0.0)
+    seconds = train_seconds(work)
     model, _ = load_model(work.run_dir)
     distance = measure.frechet(model, work.name)
-    short = method == "he" and work.steps == n
     for row in metrics(work.run_dir / "metrics.jsonl"):
-        if "held_out_loss" not in row or (method == "he" and not short and row["step"] <= n):
-            continue  # the run of N steps is the run of 3 N up to there, bit for bit
+        if "held_out_loss" not in row or row["step"] <= shared:
+            continue  # in the shorter run's rows
         last = row["step"] == work.steps
+        share = (row["step"] - shared) / (work.steps - shared)
         results.add(
             method=method, target=depth, seed=seed, stage="train", step=row["step"],
             held_out_loss=row["held_out_loss"], frechet=distance if last else None,
-            steps_init=spent, steps_train=row["step"], seconds=before + seconds * row["step"] / work.steps,
+            steps_init=spent, steps_train=row["step"], seconds=before + shared_s + seconds * share,
         )  # fmt: skip
     if seed == 0:
         _picture(results, measure, model, "", method=method, target=depth, step=work.steps, seed=seed)
+
+
+def train_seconds(work: Work) -> float:
+    """Wall time of a finished training job, without what it inherited."""
+    return float(json.loads((work.run_dir / "DONE.json").read_text())["seconds"])
 
 
 def init_seconds(folder: Path) -> float:

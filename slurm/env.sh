@@ -125,7 +125,13 @@ step() {
 
 # requeue: put this job back into the queue, unless it was cancelled or has been put back too often.
 requeue() {
-    if [[ $(squeue -h -j "$SELF" -o %T) != RUNNING ]]; then
+    local state='' _
+    for _ in {1..5}; do # a controller that restarts is asked again
+        state=$(squeue -h -j "$SELF" -o %T) && break
+        sleep 2
+    done
+    if [[ $state != RUNNING ]]; then
+        echo "the job is ${state:-gone}: not requeued" >&2
         exit 75
     elif ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
         echo "restarted $MAX_RESTARTS times already; the same command continues it" >&2

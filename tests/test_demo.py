@@ -49,6 +49,9 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
     }
     assert results.classifier_accuracy >= 0.95
     assert results.ancestor.learngene_params < results.ancestor.params
+    for depth in (1, 2):  # 3N steps are the run of N steps, continued
+        logs = [(run / f"he-L{depth}-n{n}-s0" / "metrics.jsonl").read_text() for n in (5, 15)]
+        assert logs[1].startswith(logs[0]) and json.loads(logs[1].splitlines()[-1])["step"] == 15
     models = {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
     assert len(models) == 8
     demo(run, *small)
@@ -58,7 +61,8 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
 def test_the_plan_trains_every_target_after_what_it_starts_from():
     works = {work.name: work for work in plan(DemoConfig(seeds=2)).works}
     assert works["fine-L4-s1"].after == ("init-s1",) and works["init-s1"].after == ("condense-s1",)
-    assert works["he-L6-n1200-s0"].steps == 3 * works["fine-L6-s0"].steps and not works["he-L6-n1200-s0"].after
+    long = works["he-L6-n1200-s0"]
+    assert long.steps == 3 * works["fine-L6-s0"].steps and long.grows == "he-L6-n400-s0" and long.after == (long.grows,)
 
 
 @pytest.mark.slow
