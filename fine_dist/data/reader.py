@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -159,7 +160,8 @@ class ShardSet:
         with self._lock:
             shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
         regular = all([shard.ready().regular for shard in shards.values()])
-        latents = torch.empty((len(numbers), *self._layout.shape), dtype=torch.float32)
+        # NumPy's memory, not torch's: what glibc aligns it does not use again, and the heap would grow by tens of MiB
+        latents = torch.from_numpy(np.empty((len(numbers), *self._layout.shape), np.float32))
         rows = Rows(latents, np.empty(len(numbers), np.int64))
         if regular:
             self._read_regular(shards, shard_B, index_B, scale, rows, 0)
@@ -239,12 +241,13 @@ class ShardSet:
         on a busy machine a reader would wait for all of them at every piece.
         """
         kept: dict[Any, Any] = self._scratch.__dict__
-        if count not in kept:
+        grain = _GRAIN if torch.get_num_threads() > 1 else sys.maxsize
+        if (count, grain) not in kept:
             buffer = self._layout.buffer(count)
             views = [(memoryview(row)[: self._layout.size],) for row in buffer]
             payload = torch.from_numpy(self._layout.payload(buffer))
-            kept[count] = (buffer, views, payload.split(max(1, (_GRAIN - 1) // payload[0].numel())))
-        return kept[count]
+            kept[count, grain] = (buffer, views, payload.split(max(1, (grain - 1) // payload[0].numel())))
+        return kept[count, grain]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:
         """Count a damaged sample, or a whole damaged shard, once. `DataError` above `max_bad_fraction`."""
