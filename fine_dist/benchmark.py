@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fine_dist.engine.run_dir import write_atomic
+
     module = importlib.import_module(f"fine_dist.benchmarks.{options.name}")
     started = time.perf_counter()
     rows: list[Row] = module.run(options.quick)
@@ -56,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**about, "rows": [row.as_json() for row in rows]}, indent=1)
-        options.json.write_text(text + "\n", encoding="utf-8")
+        write_atomic(options.json, text + "\n")
     return 0
 
 

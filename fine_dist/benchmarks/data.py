@@ -20,7 +20,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, seconds
+from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.config import DataConfig
 from fine_dist.data.shards import Manifest, ShardWriter, write_shards
 from fine_dist.data.stream import LatentStream
@@ -84,6 +84,7 @@ def _plain_webdataset(paths: list[str]) -> Iterator[tuple[torch.Tensor, torch.Te
 
 
 def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
+    say("samples a second")
     shards = root / "shards"
     paths = sorted(str(path) for path in shards.glob("*.tar"))
     streams = {
@@ -174,6 +175,7 @@ print(json.dumps([libraries, found]))
 
 def _memory(shards: Path, epochs: int) -> list[Row]:
     """Resident memory of a process of its own that reads epochs at the default settings."""
+    say(f"memory over {epochs} epochs")
     ran = subprocess.run(
         [sys.executable, "-c", _MEASURE_MEMORY, str(shards), str(epochs)], capture_output=True, text=True, check=True
     )
@@ -192,6 +194,7 @@ def _memory(shards: Path, epochs: int) -> list[Row]:
 
 def _start_up(root: Path, num_shards: int) -> list[Row]:
     """Until the first batch is there: from the beginning, and at 90% of an epoch of small shards."""
+    say(f"starting and resuming with {num_shards:,} shards")
     folder, per_shard = root / "many", 8
     latents = np.zeros((per_shard, *SHAPE), np.float16)
     # the same shard under many names, but for its keys: their content does not matter here, their number does
@@ -237,6 +240,7 @@ def _rename(content: bytearray, prefix: bytes) -> None:
 
 def _encoding(root: Path, count: int) -> list[Row]:
     """Images of ImageNet's usual size through a tiny autoencoder, with 2 threads that read and crop them."""
+    say("encoding")
     from diffusers import AutoencoderKL
 
     from fine_dist.data.encode import Autoencoder, encode

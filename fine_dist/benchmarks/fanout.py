@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, seconds
+from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.model.zoo import Arch
 from fine_dist.model.zoo import arch as named
@@ -94,8 +94,11 @@ def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
         return seconds(lambda: call(words, threads))
 
     cores = len(os.sched_getaffinity(0))
+    say(f"{steps} steps of 12 targets: packed")
     packed_s = seconds(lambda: call(command("packed", "--launcher", "local"), threads=1))
+    say("as separate processes, two at a time")
     separate_s = seconds(separate)
+    say(f"in turn, with 1 thread and with {cores}")
     # Threads that wait for each other lose on a busy machine what they win on a quiet one: the better of both counts.
     in_turn_s = min(in_turn(1), in_turn(cores))
     return [
@@ -189,7 +192,9 @@ def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -
     for batch, bar in ((4, 1.0), (16, 1.0), (64, 1.05), (256, 1.05)):
         for jobs in (2, 12) if quick else (2, 4, 8, 12):
             depths = [DEPTHS[i % 4] for i in range(jobs)]
-            ratio, _ = _ratio(root, learngene, depths, batch, device, 2 if quick else 4, 1 if quick else 5)
+            say(f"steps of {jobs} jobs at batch {batch}")
+            count = 2 if quick or batch > 64 else 4
+            ratio, _ = _ratio(root, learngene, depths, batch, device, count, 1 if quick else 5)
             rows.append(Row(f"step: {jobs} jobs at batch {batch} / sum of solo steps", ratio, "x", bar, "lower"))
     return rows
 
@@ -200,6 +205,7 @@ def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
     for jobs in (2, 4, 12, 24, 48):
         depths = [DEPTHS[i % 4] for i in range(jobs)]
         for batch in (16, 64, 256):
+            say(f"steps of {jobs} jobs at batch {batch} on the GPU")
             ratio, _ = _ratio(root, learngene, depths, batch, device, 10, 3)
             bar = 3.0 if jobs == 12 and batch == 16 else None
             rows.append(Row(f"GPU: jobs an hour, {jobs} at batch {batch} packed / in turn", 1 / ratio, "x", bar))
@@ -258,6 +264,7 @@ def _memory(root: Path, quick: bool) -> list[Row]:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     found: dict[int, list[int]] = {}
     for jobs in (1, 2, 4, 8):
+        say(f"memory of {jobs} jobs")
         words = [sys.executable, "-c", _MEASURE, str(jobs), str(width), str(batch)]
         done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
         found[jobs] = [int(word) for word in done.stdout.split()]

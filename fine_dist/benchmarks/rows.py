@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +36,11 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def say(what: str) -> None:
+    """Tell who is waiting what is measured now; the table comes at the end."""
+    print(f"measuring {what} ...", file=sys.stderr, flush=True)
 
 
 def seconds(body: Callable[[], object]) -> float:

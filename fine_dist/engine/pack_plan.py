@@ -63,7 +63,7 @@ class Pack:
         return first if len(self.jobs) == 1 else f"pack-{first}-and-{len(self.jobs) - 1}-more"
 
 
-CACHE_NUMBERS = 2**18
+CACHE_NUMBERS = 2**17
 """On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache."""
 
 
