@@ -193,8 +193,9 @@ def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -
         for jobs in (2, 12) if quick else (2, 4, 8, 12):
             depths = [DEPTHS[i % 4] for i in range(jobs)]
             say(f"steps of {jobs} jobs at batch {batch}")
-            count = 2 if quick or batch > 64 else 4
-            ratio, _ = _ratio(root, learngene, depths, batch, device, count, 1 if quick else 5)
+            # single pairs differ by a tenth and more on a shared machine: many short ones, and their median
+            count = max(1, min(4, 128 // batch))
+            ratio, _ = _ratio(root, learngene, depths, batch, device, count, 1 if quick else 11)
             rows.append(Row(f"step: {jobs} jobs at batch {batch} / sum of solo steps", ratio, "x", bar, "lower"))
     return rows
 

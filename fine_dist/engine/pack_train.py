@@ -23,6 +23,7 @@ from fine_dist.engine.backends import learning_rate, precision
 from fine_dist.engine.dist import World
 from fine_dist.engine.pack import PackedDiT, Single
 from fine_dist.engine.pack_feed import Fed, Feeds, Source
+from fine_dist.engine.pack_ops import keep_freed_memory
 from fine_dist.engine.pack_optim import PackedAdamW
 from fine_dist.engine.pack_plan import EarlyStop
 from fine_dist.engine.pack_state import read_states, write_states
@@ -109,6 +110,8 @@ class PackRun:
         self.progress = [Progress() for _ in self.jobs]
         self._schedule = NoiseSchedule(diffusion).to(world.device or "cpu")
         self._no_memory: set[int] = set()
+        if world.device is None or world.device.type == "cpu":
+            keep_freed_memory()
         self._resume()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
