@@ -1,8 +1,8 @@
 """`python -m fine_dist.benchmark fanout`: many targets at once, against one after the other.
 
-Whole runs of the command (start-up, data, artifacts, logs and all) for the wall time; single steps, taken in turn in
-one process, for the curve over jobs and batch; fresh processes for memory. What a step takes does not depend on what
-the factors have learned, so the learngene has the demo's shape and no training.
+Whole runs of the command (start-up, data, artifacts, logs and all), by turns, for the wall time; single steps, taken in
+turn in one process, for the curve over jobs and batch; fresh processes for memory. What a step takes does not depend on
+what the factors have learned, so the learngene has the demo's shape and no training.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from fine_dist.benchmarks.turns import wall_times
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.model.zoo import Arch
 from fine_dist.model.zoo import arch as named
@@ -81,26 +81,21 @@ def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
         return [*base, *words, "--depths", *map(str, DEPTHS), "--seeds", *map(str, SEEDS), *more]
 
-    def call(words: list[str], threads: int) -> None:
-        subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=True, capture_output=True)
-
-    def separate() -> None:
-        names = [f"L{depth}-s{seed}-lr0.03" for depth in DEPTHS for seed in SEEDS]
-        with ThreadPoolExecutor(2) as two:
-            list(two.map(lambda n: call(command("separate", "--launcher", "here", "--only", n), threads=1), names))
-
-    def in_turn(threads: int) -> float:
-        words = command(f"turn{threads}", "--launcher", "here", "--pack.max-jobs", "1")
-        return seconds(lambda: call(words, threads))
-
     cores = len(os.sched_getaffinity(0))
-    say(f"{steps} steps of 12 targets: packed")
-    packed_s = seconds(lambda: call(command("packed", "--launcher", "local"), threads=1))
-    say("as separate processes, two at a time")
-    separate_s = seconds(separate)
-    say(f"in turn, with 1 thread and with {cores}")
-    # Threads that wait for each other lose on a busy machine what they win on a quiet one: the better of both counts.
-    in_turn_s = min(in_turn(1), in_turn(cores))
+    names = root / "names"
+    names.write_text("".join(f"L{depth}-s{seed}-lr0.03\n" for depth in DEPTHS for seed in SEEDS))
+    two = ["xargs", "-a", str(names), "-P", "2", "-n", "1"]
+    programs = {
+        "packed": command("packed", "--launcher", "local"),
+        "separate": [*two, *command("separate", "--launcher", "here", "--only")],
+        # Threads that wait for each other lose on a busy machine what they win on a quiet one: the better of both.
+        **{f"in turn {n}": command(f"turn{n}", "--launcher", "here", "--pack.max-jobs", "1") for n in {1, cores}},
+    }
+    threads = {name: {"OMP_NUM_THREADS": name.split()[-1] if "turn" in name else "1"} for name in programs}
+    say(f"{steps} steps of 12 targets: packed, as separate processes, in turn")
+    took = wall_times(programs, threads)
+    packed_s, separate_s = took["packed"], took["separate"]
+    in_turn_s = min(seconds for name, seconds in took.items() if "turn" in name)
     return [
         Row(f"12 targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
         Row("separate processes, two at a time", separate_s, "s"),

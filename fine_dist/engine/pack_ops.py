@@ -91,8 +91,8 @@ def compute_dtype(like: Tensor) -> torch.dtype:
 def keep_freed_memory() -> None:
     """Ask glibc's allocator to keep what is freed, up to 1 GiB, for the next step; without it nothing happens.
 
-    The chunks of a pack have many sizes. The heap gives memory back after one and faults it in again for the next: up to
-    a tenth of a step on a CPU.
+    The chunks of a pack have many sizes. The heap gives memory back after one and faults it in again for the next:
+    up to a tenth of a step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

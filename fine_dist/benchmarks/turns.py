@@ -1,0 +1,81 @@
+"""Whole programs timed side by side: they run by turns, a slice each, and only a program's own slices count.
+
+A machine that others share is slow for minutes at a time. Two programs of a minute, one after the other, measure that;
+by turns, both get the same share of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def wall_times(programs: Mapping[str, Sequence[str]], env: Mapping[str, Mapping[str, str]] | None = None,
+               slice_s: float = 4.0) -> dict[str, float]:  # fmt: skip
+    """Wall seconds of each program, without the time in which it was stopped.
+
+    programs: name -> command.  env: name -> more environment.  slice_s: seconds of a turn.
+
+    A program that fails ends all of them: `RuntimeError` with the end of what it said.
+    """
+    spent = dict.fromkeys(programs, 0.0)
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    left = list(programs)
+    with tempfile.TemporaryDirectory(prefix="fine_dist-turns-") as folder:
+        logs = {name: Path(folder) / str(i) for i, name in enumerate(programs)}
+        try:
+            while left:
+                for name in list(left):
+                    begun = time.perf_counter()
+                    if name in running:
+                        _tell(running[name].pid, signal.SIGCONT)
+                    else:
+                        more = {**os.environ, **(env or {}).get(name, {})}
+                        with open(logs[name], "wb") as log:
+                            running[name] = subprocess.Popen(programs[name], env=more, stdout=log, stderr=log)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        running[name].wait(slice_s)
+                    spent[name] += time.perf_counter() - begun
+                    if running[name].returncode is None:
+                        _tell(running[name].pid, signal.SIGSTOP)
+                        continue
+                    left.remove(name)
+                    if running[name].returncode:
+                        words = logs[name].read_text(errors="replace").strip().splitlines()[-5:]
+                        raise RuntimeError(f"{name} ended with {running[name].returncode}:\n  " + "\n  ".join(words))
+        finally:
+            for name in left:
+                if name in running:
+                    _tell(running[name].pid, signal.SIGKILL)
+                    running[name].wait()
+    return spent
+
+
+def _tell(pid: int, what: signal.Signals) -> None:
+    """Send a signal to a process and all that it has started, once each, until no new one has appeared."""
+    told: set[int] = set()
+    while new := _family(pid) - told:
+        for member in new:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, what)
+        told |= new
+
+
+def _family(pid: int) -> set[int]:
+    """A process and its descendants."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended since
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    family, generation = {pid}, {pid}
+    while generation:
+        generation = {child for child, parent in parents.items() if parent in generation} - family
+        family |= generation
+    return family
