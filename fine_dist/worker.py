@@ -184,7 +184,9 @@ def die_with(parent: int) -> None:
 
 
 def _pool(commands_fd: int, replies_fd: int) -> int:
-    """Fork one process a job. Lines in: {"id", "job", "env", "log"}; lines out: {"id", "pid"} and {"id", "rc"}.
+    """Fork one process a job.
+
+    Lines in: {"id", "job", "env", "log"} or {"preload", "code"}; lines out: {"id", "pid"} and {"id", "rc"}.
 
     The server itself stays single-threaded and runs no job, so a fork is a clean process in which Python, pydantic and
     torch are imported already. It ends with its input, and its jobs with it.
@@ -195,7 +197,12 @@ def _pool(commands_fd: int, replies_fd: int) -> int:
         os.set_inheritable(fd, False)
     with open(replies_fd, "w", buffering=1) as replies:
         for request in _requests(commands_fd, lambda: _reap(children, replies)):
-            _preload(request["job"])
+            if "preload" in request:
+                _preload(request["preload"], request["code"])
+                continue
+            with contextlib.suppress(Exception):  # a job file that cannot be read is the job's own trouble
+                spec = JobSpec.load(request["job"])
+                _preload(spec.module, spec.code)
             pid = os.fork()
             if pid == 0:
                 return _forked(request, server)
@@ -229,15 +236,14 @@ def _reap(children: dict[int, int], replies: typing.TextIO) -> None:
         print(json.dumps({"id": children.pop(pid), "rc": os.waitstatus_to_exitcode(status)}), file=replies)
 
 
-def _preload(job: str) -> None:
-    """Import what the job will import. Trouble is left to the job itself, which reports it in its own log."""
+def _preload(module: str, code: str | None) -> None:
+    """Import what a job of this module will import. Trouble is left to the job itself, which reports it in its log."""
+    if module in sys.modules:
+        return
     with contextlib.suppress(Exception):
-        spec = JobSpec.load(job)
-        if spec.module in sys.modules:
-            return
-        if spec.code and spec.code not in sys.path:
-            sys.path.insert(0, spec.code)
-        for name in getattr(importlib.import_module(spec.module), "PRELOAD", ("torch",)):
+        if code and code not in sys.path:
+            sys.path.insert(0, code)
+        for name in getattr(importlib.import_module(module), "PRELOAD", ("torch",)):
             importlib.import_module(name)
 
 

@@ -84,6 +84,10 @@ class Launcher(ABC):
         self._begin(job)
         return job
 
+    def warm(self, spec: JobSpec) -> None:
+        """Get ready for jobs like this one while the caller still checks what is to run."""
+        return
+
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
         """Hand in many jobs, of which at most `max_parallel` run at once (None: as many as fit)."""
         jobs = [self._job(spec, retries) for spec in specs]

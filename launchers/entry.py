@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -35,11 +36,19 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
         from launchers.ray_jobs import submit_command
 
         return submit_command(module, config, address)
-    tasks = tasks_of(module, config)
     needs = launch_of(config)
-    if kind == "local" and tasks is None and needs.nodes == needs.processes == 1:
-        return _here(module, config)
-    return _one(kind, module, config) if tasks is None else _fan_out(kind, module, config, tasks)
+    with contextlib.ExitStack() as stack:
+        runner: Launcher | None = None
+        if kind == "local" and hasattr(import_module(module), "tasks"):
+            runner = stack.enter_context(get_launcher(kind))
+            runner.warm(make_spec(module, config, code=code_root(module), write=False))
+        tasks = tasks_of(module, config)
+        if kind == "local" and tasks is None and needs.nodes == needs.processes == 1:
+            return _here(module, config)
+        if tasks is None:
+            return _one(kind, module, config)
+        runner = runner or stack.enter_context(get_launcher(kind, **_settings(kind, needs)))
+        return _fan_out(runner, kind, module, config, tasks)
 
 
 def _here(module: str, config: Config) -> int:
@@ -65,11 +74,11 @@ def _one(kind: str, module: str, config: Config) -> int:
         return 1 if job.code is None or job.code < 0 else job.code
 
 
-def _fan_out(kind: str, module: str, config: Config, tasks: list[Task]) -> int:
+def _fan_out(runner: Launcher, kind: str, module: str, config: Config, tasks: list[Task]) -> int:
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
-    with get_launcher(kind, **_settings(kind, needs)) as runner, table.driver(f"{kind} fan-out"):
+    with table.driver(f"{kind} fan-out"):
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
         specs = make_specs(module, config, tasks, code=_code(kind, module, config))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from fine_dist.errors import LaunchError
 from fine_dist.jobs import JobSpec
@@ -49,6 +50,10 @@ class LocalLauncher(Launcher):
         if spec.accelerators_per_node and self._devices:
             by_cpu = min(by_cpu, int(len(self._devices) / spec.accelerators_per_node))
         return max(1, by_cpu)
+
+    def warm(self, spec: JobSpec) -> None:
+        """Let the processes' server import what such a job needs while the caller still checks what is to run."""
+        self._server(spec).preload(spec)
 
     def _start(self, job: Job) -> None:
         spec = job.spec
@@ -165,6 +170,10 @@ class ForkServer:
         self.codes: dict[int, int] = {}
         self.alive = True
 
+    def preload(self, spec: JobSpec) -> None:
+        """Import what the job will import."""
+        self._ask({"preload": spec.module, "code": spec.code})
+
     def group(self, spec: JobSpec, file: Path, log: Path | None, env: dict[str, str]) -> ProcessGroup:
         """Start a job's processes, with torchrun's words when there are several."""
         size = spec.processes_per_node
@@ -177,10 +186,12 @@ class ForkServer:
 
     def _start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
         self._next += 1
-        request = {"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None}
+        self._ask({"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None})
+        return self._next
+
+    def _ask(self, request: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # read() then finds the pool dead and the job lost
             os.write(self._commands, json.dumps(request).encode() + b"\n")
-        return self._next
 
     def read(self) -> None:
         """Take in what the server has said; if it is gone, so are its jobs."""
@@ -213,6 +224,8 @@ class ForkServer:
 
     def close(self) -> None:
         os.close(self._commands)
+        if not self._next:
+            self._process.kill()  # no job was started; an import need not be waited for
         self._process.wait()
         os.close(self._replies)
 

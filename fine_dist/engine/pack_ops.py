@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from typing import Any
 
 import torch
@@ -92,8 +93,10 @@ def keep_freed_memory() -> None:
     """Ask glibc's allocator to keep what is freed, up to 1 GiB, for the next step; without it nothing happens.
 
     The chunks of a pack have many sizes. The heap gives memory back after one and faults it in again for the next:
-    up to a tenth of a step on a CPU.
+    up to a tenth of a step on a CPU. Settings of the user's own (MALLOC_...) are left as they are.
     """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

@@ -73,8 +73,8 @@ def family(results: Results) -> str:
     lines += [
         "",
         f"Learngene and {len(results.targets)} sigmas: {stored:,} numbers; {len(results.targets)} dense models: "
-        f"{dense:,} ({dense / stored:.1f} times as many). Seconds are means over {len(results.seeds)} seeds on a busy "
-        "machine, one thread each; a target's are its share of its pack's.",
+        f"{dense:,} ({dense / stored:.1f} times as many). Seconds are means over {len(results.seeds)} seeds, "
+        "one thread each; a target's are its share of its pack's.",
     ]
     return "\n".join(lines) + "\n"
 
