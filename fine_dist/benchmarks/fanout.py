@@ -95,7 +95,7 @@ def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
     say(f"{steps} steps of 12 targets: packed, as separate processes, in turn")
     took = wall_times(programs, threads)
     packed_s, separate_s = took["packed"], took["separate"]
-    in_turn_s = min(seconds for name, seconds in took.items() if "turn" in name)
+    in_turn_s = min(spent for name, spent in took.items() if "turn" in name)
     return [
         Row(f"12 targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
         Row("separate processes, two at a time", separate_s, "s"),
