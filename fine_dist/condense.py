@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             import torch
 
-            from fine_dist.estimates import dry_run
+            from fine_dist.stages.estimates import dry_run
 
             with torch.device("meta"):
                 module = learngene(config)

@@ -148,8 +148,8 @@ def _starts(plan: Plan, measure: Measures, results: Results, depth: int, seed: i
     import torch
 
     from fine_dist.methods import FineConfig, build
-    from fine_dist.methods.sigma_start import STARTS
     from fine_dist.model.artifact import load_artifact
+    from fine_dist.model.depth import STARTS
 
     artifact = load_artifact(Path(plan.config.run_dir) / f"condense-s{seed}" / "learngene")
     for start in STARTS:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from fine_dist.cli import parse
 from fine_dist.config import dump_yaml, expand_path
-from fine_dist.engine.pack_plan import activation_bytes, state_numbers
 from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, guard
 from fine_dist.family import Family, InitConfig, expand, run_dir_of
 from fine_dist.jobs import StateTable, Task
+from fine_dist.pack.plan import activation_bytes, state_numbers
 from fine_dist.worker import inside
 
-PRELOAD = ("torch", "fine_dist.family_run")
+PRELOAD = ("torch", "fine_dist.family.run")
 """What a local pool imports once for all packs."""
 
 
@@ -40,8 +40,8 @@ def run(config: InitConfig) -> Path:
 
     A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
     """
-    from fine_dist.family_run import everyone, pack_world, run_pack
-    from fine_dist.family_table import draw_family, result_of
+    from fine_dist.family.run import everyone, pack_world, run_pack
+    from fine_dist.family.table import draw_family, result_of
 
     world = pack_world(config)
     family = Family(config)
@@ -107,7 +107,7 @@ def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager
 
     if launcher == "here" or inside() or choose(launcher) == "slurm":
         return contextlib.nullcontext()
-    from fine_dist.family_table import FamilyBar
+    from fine_dist.family.table import FamilyBar
 
     return FamilyBar(expand(config), config.steps)
 
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
         call = parse(InitConfig, argv, "python -m fine_dist.init", options=options)
         if call.options.list:
-            from fine_dist.family_table import list_family
+            from fine_dist.family.table import list_family
 
             print("\n".join(list_family(Path(call.options.list))))
             return 0

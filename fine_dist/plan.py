@@ -124,7 +124,7 @@ def _size(module: str, config: Config) -> tuple[Arch, int, int, int | None] | No
 
 
 def _memory(config: Any, spec: JobSpec, size: tuple[Arch, int, int, int | None], here: bool) -> Finding:
-    from fine_dist.estimates import stage_memory
+    from fine_dist.stages.estimates import stage_memory
 
     arch, total, trained, rank = size
     micro = config.engine.micro_batch or max(1, config.batch // spec.world_size)

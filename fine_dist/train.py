@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(TrainConfig, argv, "python -m fine_dist.train")
         config: TrainConfig = call.config
         if call.dry_run:
-            from fine_dist.estimates import dry_run
             from fine_dist.model.zoo import arch
+            from fine_dist.stages.estimates import dry_run
 
             model = _shape_only(config, arch("DiT-B/2"))
             print("\n".join(dry_run(config, model.arch, model, None)))

@@ -24,8 +24,8 @@ from fine_dist.model.zoo import arch as named
 if TYPE_CHECKING:
     import torch
 
-    from fine_dist.engine.pack_train import PackRun
     from fine_dist.model.artifact import Artifact
+    from fine_dist.pack.loop import PackRun
 
 DEMO = Arch(
     hidden_size=64, num_layers=8, num_heads=4, patch_size=2, in_channels=1, input_size=8, num_classes=10,
@@ -123,11 +123,11 @@ def _pack(
 ) -> PackRun:
     """A pack on the digits, the jobs of different seeds, in chunks as the planner has them."""
     from fine_dist.engine.dist import World
-    from fine_dist.engine.pack import PackedDiT
-    from fine_dist.engine.pack_plan import chunk_size
-    from fine_dist.engine.pack_train import PackJob, PackRun
     from fine_dist.methods import from_manifest
-    from fine_dist.methods.descendant import descend
+    from fine_dist.pack.loop import PackJob, PackRun
+    from fine_dist.pack.model import PackedDiT
+    from fine_dist.pack.plan import chunk_size
+    from fine_dist.stages.descendants import descend
 
     method = from_manifest(learngene.method)
     models = (descend(method, learngene, learngene.arch.with_depth(d), s) for s, d in enumerate(depths))
@@ -222,9 +222,9 @@ def memory_of(jobs: int, width: int, batch: int) -> tuple[int, int, int]:
     """In a fresh process: bytes that a pack adds, that a step adds at its peak, and that a sample is planned at."""
     import torch
 
-    from fine_dist.engine.pack import Inputs, PackedDiT
-    from fine_dist.engine.pack_plan import activation_bytes
     from fine_dist.model.factors import FactoredDiT
+    from fine_dist.pack.model import Inputs, PackedDiT
+    from fine_dist.pack.plan import activation_bytes
 
     arch = Arch(**{**DEMO.model_dump(), "hidden_size": width, "num_layers": 4, "input_size": 16})
 
@@ -284,9 +284,9 @@ def _artifact(root: Path) -> list[Row]:
     """The artifact of a DiT-B target of 12 layers."""
     import torch
 
-    from fine_dist.methods.descendant import save_descendant
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.zoo import KINDS
+    from fine_dist.stages.descendants import save_descendant
 
     arch = named("DiT-B/2")
     learngene = Artifact(root / "learngene", "learngene", {"name": "fine"}, arch, {}, {}, "0" * 64)

@@ -40,7 +40,7 @@ def run(quick: bool) -> list[Row]:
     from tqdm import tqdm
 
     from fine_dist.engine.dist import pick_device
-    from fine_dist.engine.flops import peak_flops
+    from fine_dist.model.flops import peak_flops
 
     device = pick_device("auto")
     torch.set_float32_matmul_precision("high")
@@ -98,7 +98,7 @@ class Bench:
         """A function that takes one training step, as the loop does, and gives its seconds."""
         import torch
 
-        from fine_dist.diffusion.loss import Objective
+        from fine_dist.diffusion.objective import Objective
         from fine_dist.engine import backends
         from fine_dist.engine.dist import World
 
@@ -199,8 +199,8 @@ def sigma_only(bench: Bench, batch: int, quick: bool) -> list[Row]:
 
 def modes(bench: Bench, batch: int, peaks: dict[str, float | None]) -> list[Row]:
     """Every kind of step with each precision, activation checkpointing on and off: speed, MFU, peak memory."""
-    from fine_dist.engine.flops import train_flops
     from fine_dist.engine.monitor import mfu
+    from fine_dist.model.flops import train_flops
 
     width = bench.arch.hidden_size
     kinds = [
@@ -315,12 +315,12 @@ class Clock:
 def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -> list[Row]:
     """A real run on streamed shards: what is not forward, backward or optimiser, waiting for data, and saving."""
     from fine_dist.data.stream import LatentStream
-    from fine_dist.diffusion.loss import Objective
+    from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.dist import World
-    from fine_dist.engine.flops import train_flops
     from fine_dist.engine.loop import Program, Run
     from fine_dist.engine.run_dir import RunDir
     from fine_dist.engine.stopping import Stopper
+    from fine_dist.model.flops import train_flops
 
     clock = Clock(device)
 

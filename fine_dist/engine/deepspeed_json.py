@@ -6,8 +6,8 @@ import json
 from typing import Any
 
 from fine_dist.config import DeepSpeedConfig, EngineConfig, OptimConfig
-from fine_dist.engine.memory import BUCKET, LIVE
 from fine_dist.errors import ConfigError
+from fine_dist.stages.memory import BUCKET, LIVE
 
 DEFAULTS: dict[int, dict[str, int]] = {
     # Buffers of DeepSpeed's own default size (500 million values) are larger than the models here.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import EngineConfig, OptimConfig
-from fine_dist.engine import dist, flops, stopping
+from fine_dist.engine import dist, stopping
 from fine_dist.engine.backends import Backend, learning_rate, make_backend, precision, trainable
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
 from fine_dist.engine.dist import World
@@ -28,6 +28,7 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.watch import Watch
 from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
+from fine_dist.model import flops
 
 
 class Stream(Protocol):

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fine_dist.errors import ArtifactError
 from fine_dist.methods.base import FitReport, Method, MethodConfig, check_descent
-from fine_dist.methods.sigma_start import STARTS
+from fine_dist.model.depth import STARTS
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fine_dist.config import DiffusionConfig
-from fine_dist.diffusion.loss import HeldOut, NoiseSchedule, Objective, draw, mix, per_sample, variance_bound
+from fine_dist.diffusion.objective import HeldOut, NoiseSchedule, Objective, draw, mix, per_sample, variance_bound
 from tests.conftest import tiny_arch
 
 CONFIG = DiffusionConfig()

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fine_dist.engine.flops import block_macs, factored_macs, forward_macs, measured_peak, train_flops
 from fine_dist.engine.monitor import mfu
 from fine_dist.model.dit import DiT
+from fine_dist.model.flops import block_macs, factored_macs, forward_macs, measured_peak, train_flops
 from fine_dist.model.zoo import arch
 
 # DiT, arXiv 2212.09748, table 4: multiply-adds of a forward pass (the paper's Gflops), 256 px.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fine_dist.config import DiffusionConfig, OptimConfig
-from fine_dist.diffusion.loss import Objective
+from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
 from fine_dist.engine.backends import learning_rate
 from fine_dist.engine.checkpoint import Saved

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fine_dist.config import DeepSpeedConfig, EngineConfig
-from fine_dist.engine.memory import activation_bytes, estimate
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import arch
+from fine_dist.stages.memory import activation_bytes, estimate
 from tests.conftest import inputs
 
 
@@ -76,7 +76,7 @@ from fine_dist.config import OptimConfig
 from fine_dist.engine import dist
 from fine_dist.model.zoo import arch
 from tests.engine.toy import ToyConfig, ToyStream, engine, toy_fit, toy_program
-from fine_dist.diffusion.loss import Objective
+from fine_dist.diffusion.objective import Objective
 from fine_dist.config import DiffusionConfig
 
 status = Path("/proc/self/status")

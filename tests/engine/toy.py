@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import Config, DiffusionConfig, EngineConfig, OptimConfig
-from fine_dist.diffusion.loss import Objective, mix
+from fine_dist.diffusion.objective import Objective, mix
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import Fitted, Program, fit
 from fine_dist.engine.run_dir import RunDir

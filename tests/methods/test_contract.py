@@ -10,8 +10,8 @@ import torch
 from fine_dist.errors import ArtifactError, ConfigError
 from fine_dist.methods import METHODS, build, from_manifest
 from fine_dist.methods.fine import Fine, FineConfig
-from fine_dist.methods.sigma_start import STARTS, relative_depth
 from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.depth import STARTS, relative_depth
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import KINDS

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fine_dist.methods import FineConfig, build
-from fine_dist.methods.sigma_start import STARTS, nearest_layers, segment_mean, segment_share
 from fine_dist.model.artifact import Artifact
+from fine_dist.model.depth import STARTS, nearest_layers, segment_mean, segment_share
 from fine_dist.model.factors import FactoredDiT
 from tests.conftest import inputs, lively, tiny_arch
 

@@ -9,7 +9,7 @@ import torch
 
 from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.loss import Objective
+from fine_dist.diffusion.objective import Objective
 from fine_dist.encode import EncodeConfig
 from fine_dist.encode import run as encode
 from fine_dist.model.artifact import Artifact, load_artifact, save_artifact

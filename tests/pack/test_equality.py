@@ -7,7 +7,7 @@ import torch
 
 from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.engine import dist
-from fine_dist.engine.pack import Inputs, PackedDiT
+from fine_dist.pack.model import Inputs, PackedDiT
 from fine_dist.testing import run_distributed
 from tests.conftest import inputs
 from tests.pack.tools import largest_difference, packed, sigma_of, solo, target

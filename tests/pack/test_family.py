@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from fine_dist.config import DataConfig, load_yaml, validate
-from fine_dist.engine.pack_plan import PackConfig, Shape, activation_bytes, chunk_size, plan, state_numbers
 from fine_dist.errors import ArtifactError, ConfigError, DataError, RunDirError
 from fine_dist.family import DomainConfig, Family, InitConfig, expand
 from fine_dist.init import dry_run, main, tasks
 from fine_dist.methods import FineConfig, HeConfig
 from fine_dist.methods.random_genes import RandomGenesConfig
 from fine_dist.model.zoo import arch as named
+from fine_dist.pack.plan import PackConfig, Shape, activation_bytes, chunk_size, plan, state_numbers
 from tests.conftest import tiny_arch
 
 

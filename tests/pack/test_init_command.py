@@ -17,16 +17,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import read_all
-from fine_dist.diffusion.loss import HeldOut
+from fine_dist.diffusion.objective import HeldOut
 from fine_dist.engine import dist
 from fine_dist.errors import ArtifactError
 from fine_dist.family import DomainConfig, Family, InitConfig
-from fine_dist.family_run import run_pack
-from fine_dist.family_table import dense_numbers, list_family
+from fine_dist.family.run import run_pack
+from fine_dist.family.table import dense_numbers, list_family
 from fine_dist.jobs import StateTable
-from fine_dist.methods.descendant import load_descendant
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
+from fine_dist.stages.descendants import load_descendant
 from tests.pack.tools import largest_difference, sigma_of, solo
 
 ROOT = Path(__file__).resolve().parents[2]

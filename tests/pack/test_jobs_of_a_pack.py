@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from fine_dist.config import DataConfig, EngineConfig
-from fine_dist.engine.pack import PackedDiT, Single
-from fine_dist.engine.pack_plan import EarlyStop
-from fine_dist.engine.pack_state import SUFFIX
 from fine_dist.errors import ArtifactError, CheckpointError
-from fine_dist.methods.descendant import descend
 from fine_dist.methods.random_genes import RandomGenes, RandomGenesConfig
+from fine_dist.pack.model import PackedDiT, Single
+from fine_dist.pack.plan import EarlyStop
+from fine_dist.pack.state import SUFFIX
+from fine_dist.stages.descendants import descend
 from tests.pack.tools import job, largest_difference, packed, sigma_of, solo, target
 
 FAMILY = [(4, 0, 3e-2), (2, 0, 1e-2), (3, 1, 3e-2)]

@@ -11,14 +11,14 @@ import torch
 
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.loss import Objective
+from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
-from fine_dist.engine.pack import PackedDiT
-from fine_dist.engine.pack_train import PackJob, PackRun, Progress
 from fine_dist.methods import from_manifest
-from fine_dist.methods.descendant import descend
 from fine_dist.model.artifact import Artifact
 from fine_dist.model.factors import FactoredDiT
+from fine_dist.pack.loop import PackJob, PackRun, Progress
+from fine_dist.pack.model import PackedDiT
+from fine_dist.stages.descendants import descend
 
 Point = tuple[int, int, float]
 """(depth, seed, learning rate) of a job."""

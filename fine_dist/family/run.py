@@ -15,24 +15,24 @@ import torch
 from torch import nn
 
 from fine_dist.data.stream import read_all
-from fine_dist.diffusion.loss import HeldOut
+from fine_dist.diffusion.objective import HeldOut
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.monitor import keep_rows
-from fine_dist.engine.pack import JobView, PackedDiT, Single, identity
-from fine_dist.engine.pack_plan import Pack
-from fine_dist.engine.pack_state import SUFFIX
-from fine_dist.engine.pack_train import PackJob, PackRun, Progress
 from fine_dist.engine.run_dir import describe_environment, write_atomic
 from fine_dist.engine.stopping import SIGNALS
 from fine_dist.errors import DataError, ResumeLater
 from fine_dist.family import Family, Member, expand, run_dir_of
-from fine_dist.family_table import draw_family, result_of
+from fine_dist.family.table import draw_family, result_of
 from fine_dist.jobs import StateTable
-from fine_dist.methods.descendant import descend, save_descendant, trains
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
+from fine_dist.pack.loop import PackJob, PackRun, Progress
+from fine_dist.pack.model import JobView, PackedDiT, Single, identity
+from fine_dist.pack.plan import Pack
+from fine_dist.pack.state import SUFFIX
+from fine_dist.stages.descendants import descend, save_descendant, trains
 
 HELD_OUT_LIMIT = 2048
 """Held-out samples that are measured, at most."""

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.loss import NoiseSchedule, draw
+from fine_dist.diffusion.objective import NoiseSchedule, draw
 from fine_dist.engine.dist import World
-from fine_dist.engine.pack import Inputs
 from fine_dist.errors import DataError
 from fine_dist.model.zoo import Arch
+from fine_dist.pack.model import Inputs
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
-from fine_dist.diffusion.loss import NoiseSchedule, per_sample
+from fine_dist.diffusion.objective import NoiseSchedule, per_sample
 from fine_dist.engine import dist
 from fine_dist.engine.backends import learning_rate, precision
 from fine_dist.engine.dist import World
-from fine_dist.engine.pack import PackedDiT, Single
-from fine_dist.engine.pack_feed import Fed, Feeds, Source
-from fine_dist.engine.pack_ops import keep_freed_memory
-from fine_dist.engine.pack_optim import PackedAdamW
-from fine_dist.engine.pack_plan import EarlyStop
-from fine_dist.engine.pack_state import read_states, write_states
+from fine_dist.pack.feed import Fed, Feeds, Source
+from fine_dist.pack.model import PackedDiT, Single
+from fine_dist.pack.ops import keep_freed_memory
+from fine_dist.pack.optim import PackedAdamW
+from fine_dist.pack.plan import EarlyStop
+from fine_dist.pack.state import read_states, write_states
 
 State = Literal["running", "done", "failed"]
 

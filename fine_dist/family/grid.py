@@ -25,12 +25,12 @@ from fine_dist.config import (
     OptimConfig,
     expand_path,
 )
-from fine_dist.engine.pack_plan import EarlyStop, Pack, PackConfig, Shape, plan
 from fine_dist.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.jobs import check_name
 from fine_dist.methods import AnyMethod, from_manifest
 from fine_dist.methods import build as build_method
 from fine_dist.model.zoo import Arch
+from fine_dist.pack.plan import EarlyStop, Pack, PackConfig, Shape, plan
 
 if TYPE_CHECKING:
     from fine_dist.data.shards import Manifest
@@ -201,7 +201,7 @@ class Family:
         if member.start is not None:
             if "sigma" not in kind.model_fields:
                 raise ConfigError(f"starts: method {settings['name']} has no sigma to start; leave starts out")
-            from fine_dist.methods.sigma_start import STARTS
+            from fine_dist.model.depth import STARTS
 
             if member.start not in STARTS:
                 raise ConfigError(f"starts: no start is called {member.start!r}; {nearest(member.start, STARTS)}")
@@ -252,7 +252,7 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
-        from fine_dist.methods.descendant import descend
+        from fine_dist.stages.descendants import descend
 
         seen = set()
         for member in self.members:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from fine_dist.config import dump_yaml
 
 if TYPE_CHECKING:
-    from fine_dist.engine.memory import Memory
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
     from fine_dist.stages import StageConfig
+    from fine_dist.stages.memory import Memory
 
 ASSUMED_TFLOPS = 120.0
 """What `--dry-run` supposes of an accelerator: 40% of an A100's bf16 peak. `fine_dist.plan` takes a measured rate."""
@@ -19,8 +19,8 @@ ASSUMED_TFLOPS = 120.0
 def dry_run(config: StageConfig, arch: Arch, model: DiT, rank: int | None) -> list[str]:
     """The resolved config, counts and estimates, as lines to print."""
     from fine_dist.engine.dist import read_environment
-    from fine_dist.engine.flops import train_flops
     from fine_dist.model.factors import FactoredDiT, role
+    from fine_dist.model.flops import train_flops
 
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def stage_memory(
     config: StageConfig, arch: Arch, total: int, trained: int, rank: int | None, world_size: int, micro: int
 ) -> Memory:
     """The memory of one process of a stage."""
-    from fine_dist.engine.memory import estimate
+    from fine_dist.stages.memory import estimate
 
     return estimate(
         arch,

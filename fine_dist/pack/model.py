@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_dist.engine.pack_ops import FactoredProduct, compute_dtype, gelu
 from fine_dist.errors import ArtifactError
 from fine_dist.model.dit import DiT, attention, outside_blocks
 from fine_dist.model.factors import FactoredDiT, cheaper_path
 from fine_dist.model.zoo import KINDS
+from fine_dist.pack.ops import FactoredProduct, compute_dtype, gelu
 
 _KEPT_SELECTIONS = 64
 """Selections of jobs whose biases are kept stacked."""

@@ -148,9 +148,9 @@ def train_stage(
 def make_program(config: StageConfig, start: Start, world: World, **objective: Any) -> Program:
     """What the engine trains, and how it is looked at."""
     from fine_dist.data.stream import LatentStream, read_all
-    from fine_dist.diffusion.loss import HeldOut, Objective
-    from fine_dist.engine.flops import train_flops
+    from fine_dist.diffusion.objective import HeldOut, Objective
     from fine_dist.engine.loop import Program
+    from fine_dist.model.flops import train_flops
 
     arch = start.model.arch
     if config.data.shards is None:
@@ -229,9 +229,9 @@ def load_model(path: str | Path) -> tuple[DiT, dict[str, Any]]:
     Returns it with what is worth saying about it: kind, method, hash, folder, and the stage's own extras.
     """
     from fine_dist.methods import from_manifest
-    from fine_dist.methods.descendant import load_descendant
     from fine_dist.model.artifact import load_artifact, read_manifest
     from fine_dist.model.dit import DiT
+    from fine_dist.stages.descendants import load_descendant
 
     folder = find_artifact(path)
     if read_manifest(folder)["kind"] == "sigma":

@@ -1,0 +1,1 @@
+"""Packs: many targets that share frozen genes, trained as one program."""

@@ -1,0 +1,47 @@
+"""Words between processes of one machine: ports, torchrun's variables, and dying with one's parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def derived_port(*words: int) -> int:
+    """A port that all ranks of a job derive alike from its numbers, below those that the system hands out."""
+    weights = (131, 17, 7)
+    return 20000 + sum(word * weight for word, weight in zip(words, weights)) % 10000
+
+
+def rank_words(
+    rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int | str
+) -> dict[str, str]:
+    """The environment of one rank in torchrun's words; LOCAL_SIZE is DeepSpeed's name of LOCAL_WORLD_SIZE."""
+    words = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": local_rank,
+        "LOCAL_WORLD_SIZE": local_size,
+        "LOCAL_SIZE": local_size,
+        "MASTER_ADDR": address,
+        "MASTER_PORT": port,
+    }
+    return {key: str(value) for key, value in words.items()}
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process when its parent ends (Linux), so that no orphan goes on computing.
+
+    parent: the process id that must still be the parent's; `SystemExit` when it has gone already.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        raise SystemExit("the process that started this worker is gone")

@@ -1,0 +1,1 @@
+"""Studies: a graph of runs, what to run, follow and collect, as data."""
