@@ -101,8 +101,11 @@ class DeepSpeedConfig(Config):
     """A DeepSpeed JSON file whose keys are added; one that contradicts this config is an error."""
 
 
-class EngineConfig(Config):
-    """How the loop runs: backend, precision, memory, checkpoints, logs. Nothing here changes the mathematics."""
+class LoopConfig(Config):
+    """How whatever trains runs: backend, precision, memory, checkpoints, logs.
+
+    Precision and what a bad loss does change results; the rest changes speed, memory and what is written down.
+    """
 
     backend: Literal["plain", "deepspeed"] = "plain"
     """`plain`: every process holds everything, gradients are summed. `deepspeed`: ZeRO shards what it holds."""
@@ -111,25 +114,21 @@ class EngineConfig(Config):
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16` is autocast; weights, sigma, EMA and optimiser state stay fp32."""
     micro_batch: int | None = Field(None, ge=1)
-    """Samples a process takes through the model at once; none: global batch / world size."""
+    """Samples a process takes through the model at once (of one target, in a pack); none: global batch / world size."""
     activation_checkpointing: Literal["none", "blocks", "every_other"] = "none"
     """Recompute blocks in the backward pass instead of keeping their activations."""
     compile: bool = False
     """torch.compile each block; falls back with a warning."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights."""
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The last K are kept."""
+    """The last K are kept (a pack keeps its last two)."""
     log_every: int = Field(50, ge=1)
     """Steps between rows in TensorBoard and metrics.jsonl."""
     eval_every: int = Field(1000, ge=1)
     """Steps between measurements of the held-out loss."""
-    picture_every: int = Field(5000, ge=1)
-    """Steps between pictures in TensorBoard (samples of the EMA, sigma by layer)."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a NaN or Inf loss does: stop with the last good checkpoint kept, or skip that step."""
     max_bad_steps: int = Field(10, ge=1)
@@ -140,6 +139,15 @@ class EngineConfig(Config):
     """CPU threads of a process; none: torch's choice."""
     peak_tflops: float | None = Field(None, gt=0)
     """Stated peak of one accelerator for MFU; none: a table of known ones, or measured on CPU."""
+
+
+class EngineConfig(LoopConfig):
+    """How the loop runs one model: what `LoopConfig` has, the EMA, and pictures."""
+
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights."""
+    picture_every: int = Field(5000, ge=1)
+    """Steps between pictures in TensorBoard (samples of the EMA, and what the method draws over depth)."""
 
 
 class SamplerConfig(Config):

@@ -90,7 +90,7 @@ def _ancestor(plan: Plan, measure: Measures, results: Results) -> None:
 
     from fine_dist.model.artifact import load_artifact
     from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import KINDS
+    from fine_dist.model.zoo import MATRICES
     from fine_dist.report import Ancestor
     from fine_dist.stages import load_model
 
@@ -108,7 +108,7 @@ def _ancestor(plan: Plan, measure: Measures, results: Results) -> None:
         learngene_params=sum(t.numel() for t in artifact.tensors.values()),
         frechet=measure.frechet(model, "learngene"),
     )
-    for kind in KINDS:
+    for kind in MATRICES:
         table = torch.stack([artifact.tensors[f"blocks.{i}.{kind}.sigma"] for i in range(artifact.arch.num_layers)])
         results.add_sigma("learngene", kind, table)
     for depth in plan.config.depths:
@@ -133,11 +133,11 @@ def _initialised(plan: Plan, measure: Measures, results: Results, depth: int, se
         import torch
 
         from fine_dist.model.artifact import load_artifact
-        from fine_dist.model.zoo import KINDS
+        from fine_dist.model.zoo import MATRICES
         from fine_dist.stages import find_artifact
 
         tensors = load_artifact(find_artifact(folder)).tensors
-        for kind in KINDS:
+        for kind in MATRICES:
             results.add_sigma(
                 f"target {depth}", kind, torch.stack([tensors[f"blocks.{i}.{kind}.sigma"] for i in range(depth)])
             )

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.init`: stage 2, initialise a family of targets from a learngene by training sigma alone.
+"""`python -m fine_dist.init`: stage 2, initialise a family of targets from a learngene.
 
 python -m fine_dist.init --config FILE [--dry-run] [--launcher NAME]     train the family
 python -m fine_dist.init --list RUN_DIR                                  its sizes and losses
@@ -13,17 +13,16 @@ from pathlib import Path
 
 from fine_dist.cli import parse
 from fine_dist.config import dump_yaml, expand_path
-from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, guard
+from fine_dist.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.family import Family, InitConfig, expand, run_dir_of
-from fine_dist.jobs import StateTable, Task
-from fine_dist.pack.plan import activation_bytes, state_numbers
+from fine_dist.jobs import Room, StateTable, Task
 from fine_dist.worker import inside
 
 PRELOAD = ("torch", "fine_dist.family.run")
 """What a local pool imports once for all packs."""
 
 
-def tasks(config: InitConfig) -> list[Task]:
+def tasks(config: InitConfig, room: Room | None = None) -> list[Task]:
     """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
     family = Family(config)
     family.check()
@@ -31,69 +30,38 @@ def tasks(config: InitConfig) -> list[Task]:
     alone = config.pack.model_copy(update={"workers": 1})
     return [
         Task(pack.name, config.model_copy(update={"only": pack.jobs, "pack": alone}), pack.jobs)
-        for pack in family.packs()
+        for pack in family.packs(room)
     ]
 
 
 def run(config: InitConfig) -> Path:
-    """Train the targets (`only` those named) that are not done, in this process; the family's folder.
+    """Train the targets (`only` those named) that are not done, in this process; the family's folder."""
+    from fine_dist.family.run import run_family
 
-    A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
-    """
-    from fine_dist.family.run import everyone, pack_world, run_pack
-    from fine_dist.family.table import draw_family, result_of
-
-    world = pack_world(config)
-    family = Family(config)
-    if not inside():
-        family.check()
-    folder = run_dir_of(config)
-    table = StateTable(folder)
-    names = [member.name for member in family.members]
-    if world.is_main:
-        table.add(names, {member.name: str(member.folder) for member in family.members})
-    claim = None if inside() else table.claim(names)
-    if claim is None and not inside():
-        raise LaunchError(f"{folder}: another live process trains targets of this family; wait for it, or stop it")
-    try:
-        for pack in family.packs(workers=1):
-            if claim is not None:
-                for name in pack.jobs:
-                    if result_of(folder / name) is None:
-                        table.start(name)
-            run_pack(family, pack, table, world)
-    finally:
-        if claim is not None:
-            claim.release()
-    if world.is_main:
-        others = everyone(family)
-        if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
-            draw_family(folder, others)  # the last pack to end draws the whole family
-    return folder
+    return run_family(Family(config), inside())
 
 
-def dry_run(config: InitConfig) -> list[str]:
-    """The resolved config, every target, and the packs they would be trained in (once there is a learngene)."""
-    if config.learngene and not Path(expand_path(config.learngene)).exists():
+def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
+    """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
+    if config.parent and not Path(expand_path(config.parent)).exists():
         names = [member.name for member in expand(config)]
         return [
             dump_yaml(config).rstrip(),
             "",
             f"{len(names)} targets: {', '.join(names)}",
-            f"the learngene {config.learngene} is not there yet: how targets are packed depends on its width",
+            f"the parent {config.parent} is not there yet: how targets are packed depends on its width",
             "dry run: nothing was done",
         ]
     family = Family(config)
     family.check()
     members = {member.name: member for member in family.members}
-    packs = family.packs()
+    bytes_of = {shape.name: shape.sample_bytes for shape in family.shapes()}
+    packs = family.packs(room)
     lines = [dump_yaml(config).rstrip(), "", f"{len(members)} targets in {len(packs)} packs:"]
     for pack in packs:
-        deepest = family.arch(members[pack.jobs[0]])
-        numbers = sum(state_numbers(family.arch(members[name]), family.rank) for name in pack.jobs)
-        memory = pack.chunk * config.batch * activation_bytes(deepest, family.rank) / 2**20
+        memory = pack.chunk * config.batch * bytes_of[pack.jobs[0]] / 2**20
         lines.append(
-            f"  {pack.name}: {len(pack.jobs)} targets, {pack.chunk} at once, {numbers:,} numbers of sigma train, "
+            f"  {pack.name}: {len(pack.jobs)} targets, {pack.chunk} at once, "
             f"{pack.layer_steps:,} layer-steps, about {memory:,.0f} MiB of activations"
         )
         lines += [f"    {name}: {config.steps} steps of {config.batch} at {members[name].lr:g}" for name in pack.jobs]

@@ -20,7 +20,7 @@ from fine_dist.errors import ConfigError, DataError, FineDistError, LaunchError,
 from fine_dist.jobs import Finding, JobSpec
 
 if TYPE_CHECKING:
-    from fine_dist.model.zoo import Arch
+    from fine_dist.stages.config import Blueprint
 
 GIB = 2**30
 STAGES = ("encode", "condense", "init", "train", "evaluate", "sample")
@@ -41,9 +41,9 @@ def preflight(
     rate:  updates a second, stated; None: measured by an earlier run in its directory.
     """
     found = _data(config, spec)
-    size = None if light else _size(module, config)
+    size = None if light else _size(config)
     if size is not None:
-        found += [_memory(config, spec, size, here), _disk_for(config, spec, *size[1:3])]
+        found += [_memory(config, spec, size, here), _disk_for(config, spec, size)]
     else:
         found.append(_disk(Path(spec.run_dir), 0))
     found += [*_time(config, spec, rate), *_storage(spec)]
@@ -94,42 +94,19 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
 # --- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def _size(module: str, config: Config) -> tuple[Arch, int, int, int | None] | None:
-    """Architecture, numbers, numbers that train and rank of a stage's model; None when it is not known yet."""
-    import torch
+def _size(config: Config) -> Blueprint | None:
+    """What a stage would train; none when it is not known yet, or nothing trains."""
+    from fine_dist.stages.config import StageConfig
 
-    from fine_dist.model.artifact import read_manifest
-    from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import Arch
-    from fine_dist.stages import StageConfig, find_artifact
-
-    if not isinstance(config, StageConfig):
-        return None
-    arch = getattr(config, "arch", None)
-    start = getattr(config, "start", None)
-    if arch is None and start and Path(expand_path(start)).exists():
-        arch = Arch.model_validate(read_manifest(find_artifact(start))["arch"])
-    if arch is None:
-        return None
-    with torch.device("meta"):
-        if module == "fine_dist.condense":
-            from fine_dist.condense import learngene
-
-            model: Any = learngene(config)  # type: ignore[arg-type]
-        else:
-            model = DiT(arch)
-    numbers = [p.numel() for p in model.parameters()]
-    trained = [p.numel() for p in model.parameters() if p.requires_grad]
-    return arch, sum(numbers), sum(trained), getattr(model, "rank", None)
+    return config.blueprint() if isinstance(config, StageConfig) else None
 
 
-def _memory(config: Any, spec: JobSpec, size: tuple[Arch, int, int, int | None], here: bool) -> Finding:
+def _memory(config: Any, spec: JobSpec, plan: Blueprint, here: bool) -> Finding:
     from fine_dist.stages.estimates import stage_memory
 
-    arch, total, trained, rank = size
     micro = config.engine.micro_batch or max(1, config.batch // spec.world_size)
-    need = stage_memory(config, arch, total, trained, rank, spec.world_size, micro).total
-    text = f"{arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
+    need = stage_memory(config, plan, spec.world_size).total
+    text = f"{plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
     where, room = _room(config.launch, spec, here)
     if room is None:
         key = "gpu_memory_gb" if spec.accelerators_per_node else "memory_gb"
@@ -162,10 +139,11 @@ def local_accelerator_bytes() -> float | None:
     return min(sizes) * 2**20 if sizes else None
 
 
-def _disk_for(config: Any, spec: JobSpec, total: int, trained: int) -> Finding:
+def _disk_for(config: Any, spec: JobSpec, plan: Blueprint) -> Finding:
     """A checkpoint holds what trains, two moments and the EMA in fp32; one more than are kept exists while writing."""
-    checkpoint = 4 * trained * 4
-    return _disk(Path(spec.run_dir), checkpoint * (config.engine.keep_checkpoints + 1) + 8 * total)
+    cost = plan.method.cost(plan.model)
+    checkpoint = 4 * cost.trained * 4
+    return _disk(Path(spec.run_dir), checkpoint * (config.engine.keep_checkpoints + 1) + 8 * cost.stored)
 
 
 def _disk(run_dir: Path, need: int) -> Finding:

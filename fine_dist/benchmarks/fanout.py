@@ -113,6 +113,8 @@ class _Silent:
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None: ...
 
+    def look(self, job: int, step: int) -> None: ...
+
     def ended(self, job: int, progress: object) -> None: ...
 
     def tick(self, progress: object) -> None: ...
@@ -123,20 +125,24 @@ def _pack(
 ) -> PackRun:
     """A pack on the digits, the jobs of different seeds, in chunks as the planner has them."""
     from fine_dist.engine.dist import World
-    from fine_dist.methods import from_manifest
+    from fine_dist.methods import from_manifest, parent_of
     from fine_dist.pack.loop import PackJob, PackRun
     from fine_dist.pack.model import PackedDiT
-    from fine_dist.pack.plan import chunk_size
-    from fine_dist.stages.descendants import descend
+    from fine_dist.pack.plan import Shape, activation_bytes, chunk_size
+    from fine_dist.stages.targets import descend
 
     method = from_manifest(learngene.method)
-    models = (descend(method, learngene, learngene.arch.with_depth(d), s) for s, d in enumerate(depths))
+    parent = parent_of(learngene)
+    made = (descend(method, parent, learngene.arch.with_depth(d), s).model for s, d in enumerate(depths))
+    forms = [form for model in made if (form := method.pack(model))]
     data = DataConfig(shards=str(root / "data/train"))
     jobs = [PackJob(f"{s}", "", "digits", data, 10, s, 1e-3, 10**9) for s in range(len(depths))]
-    deepest = learngene.arch.with_depth(max(depths))
+    arch = learngene.arch.with_depth(max(depths))
+    size = activation_bytes(arch, forms[0].rank, bf16=precision == "bf16")
+    deepest = Shape("deepest", arch, "", 1, size)
     cpu = device.type == "cpu"
     return PackRun(
-        PackedDiT(models).to(device),  # type: ignore[arg-type]
+        PackedDiT(forms).to(device),
         jobs,
         batch=batch,
         optim=OptimConfig(),
@@ -144,7 +150,7 @@ def _pack(
         engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),
         watcher=_Silent(),
         world=World(device=device),
-        chunk=chunk_size(deepest, len(depths), batch, None, 4 * 2**30, cpu=cpu),
+        chunk=chunk_size(deepest, len(depths), batch, 4 * 2**30, cpu=cpu),
     )
 
 
@@ -222,15 +228,19 @@ def memory_of(jobs: int, width: int, batch: int) -> tuple[int, int, int]:
     """In a fresh process: bytes that a pack adds, that a step adds at its peak, and that a sample is planned at."""
     import torch
 
-    from fine_dist.model.factors import FactoredDiT
+    from fine_dist.model.factors import FactoredDiT, SharedForm
+    from fine_dist.model.roles import train_only
     from fine_dist.pack.model import Inputs, PackedDiT
     from fine_dist.pack.plan import activation_bytes
 
     arch = Arch(**{**DEMO.model_dump(), "hidden_size": width, "num_layers": 4, "input_size": 16})
 
-    def targets() -> Iterator[FactoredDiT]:
+    def targets() -> Iterator[SharedForm]:
         for _ in range(jobs):
-            yield FactoredDiT(arch, width, torch.Generator().manual_seed(0)).train_only("scaler")
+            model = train_only(FactoredDiT(arch, width, torch.Generator().manual_seed(0)), "scaler")
+            form = model.shared_form()
+            assert form is not None  # nothing but sigma trains
+            yield form
 
     before = _resident()
     pack = PackedDiT(targets())
@@ -281,19 +291,15 @@ def _memory(root: Path, quick: bool) -> list[Row]:
 
 
 def _artifact(root: Path) -> list[Row]:
-    """The artifact of a DiT-B target of 12 layers."""
+    """The artifact of a DiT-B target of 12 layers: its sigma and its biases."""
     import torch
 
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.model.zoo import KINDS
-    from fine_dist.stages.descendants import save_descendant
+    from fine_dist.model.zoo import MATRICES
+    from fine_dist.stages.targets import save_target
 
     arch = named("DiT-B/2")
-    learngene = Artifact(root / "learngene", "learngene", {"name": "fine"}, arch, {}, {}, "0" * 64)
-    tensors = {f"blocks.{i}.{k}.sigma": torch.randn(arch.hidden_size) for i in range(12) for k in KINDS}
-    save_descendant(
-        root / "sigma", method={"name": "fine"}, learngene=learngene, arch=arch, seed=0, new_labels=False,
-        tensors=tensors, init={},
-    )  # fmt: skip
-    size = sum(file.stat().st_size for file in (root / "sigma").iterdir())
+    sizes = {"sigma": lambda m: arch.hidden_size, "bias": lambda m: arch.matrix(m)[0]}
+    own = {f"blocks.{i}.{m}.{part}": torch.randn(size(m)) for i in range(12) for m in MATRICES for part, size in sizes.items()}  # fmt: skip  # noqa: E501
+    save_target(root / "target", method={"name": "fine"}, parent=None, arch=arch, own=own, names=list(own), facts={})
+    size = sum(file.stat().st_size for file in (root / "target").iterdir())
     return [Row("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]

@@ -84,14 +84,14 @@ class Bench:
 
         from fine_dist.model.dit import DiT
         from fine_dist.model.factors import FactoredDiT
+        from fine_dist.model.roles import train_only
 
         generator = torch.Generator().manual_seed(0)
         if kind.rank is None:
             return DiT(self.arch, generator=generator).to(self.device)
         model = FactoredDiT(self.arch, kind.rank, generator, kind.path)  # type: ignore[arg-type]
         if not kind.joint:
-            for name, p in model.named_parameters():
-                p.requires_grad_(name.endswith(".sigma"))
+            train_only(model, "scaler")
         return model.to(self.device)
 
     def step(self, kind: Kind, batch: int, precision: str = "fp32", recompute: str = "none") -> Callable[[], float]:

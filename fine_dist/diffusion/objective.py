@@ -1,25 +1,28 @@
-"""The training loss of a DiT: noise prediction, and the learned variance's bound (Improved DDPM, arXiv 2102.09672).
+"""The one path from a batch to losses: draw, ask the model, then weighted terms. The loop and packs both take it.
 
-Shapes: B batch, C latent channels, H latent side. Everything random is drawn on the CPU from (seed, step, position in
-the global batch), so that it depends neither on the number of processes nor on the accelerator.
+Terms: noise prediction with the learned variance's bound (Improved DDPM, arXiv 2102.09672), and two kinds of
+distillation from a teacher: its full output, and features of its blocks.
+
+Shapes: B batch, C latent channels, H latent side, T tokens, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
+from fine_dist.diffusion.schedule import NoiseSchedule, draw
+from fine_dist.model.dit import Answer, DiT
+from fine_dist.model.zoo import Arch
 
-if TYPE_CHECKING:
-    from fine_dist.model.zoo import Arch
-
-_MASK = (1 << 64) - 1
+Model = Callable[[Tensor, Tensor, Tensor], "Tensor | Answer"]
+"""`(z_t [B, C, H, H], t [B], y [B])` -> the output, or an `Answer` where a term looks at features."""
 
 
 class LatentBatch(Protocol):
@@ -35,115 +38,148 @@ class LatentBatch(Protocol):
     def positions(self) -> Tensor: ...
 
 
-class NoiseSchedule(nn.Module):
-    """The forward process q(z_t | z_0) with a linear variance schedule; tables of length T in float32."""
-
-    def __init__(self, config: DiffusionConfig):
-        super().__init__()
-        beta = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
-        alpha_bar = torch.cumprod(1 - beta, 0)
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        posterior = beta * (1 - previous) / (1 - alpha_bar)
-        # The posterior's variance is zero at t = 0; its logarithm is taken at t = 1 there (Improved DDPM, section 3.1).
-        clipped = torch.cat([posterior[1:2], posterior[1:]]) if config.num_timesteps > 1 else beta
-        tables = {
-            "signal": alpha_bar.sqrt(),
-            "noise": (1 - alpha_bar).sqrt(),
-            "log_beta": beta.log(),
-            "log_posterior": clipped.log(),
-            "mean_start": beta * previous.sqrt() / (1 - alpha_bar),
-            "mean_noisy": (1 - previous) * (1 - beta).sqrt() / (1 - alpha_bar),
-        }
-        for name, table in tables.items():
-            self.register_buffer(name, table.float(), persistent=False)
-        self.num_timesteps = config.num_timesteps
-
-    def at(self, name: str, t: Tensor) -> Tensor:
-        """A table's entries at timesteps [B], shaped [B, 1, 1, 1]."""
-        return self.get_buffer(name)[t][:, None, None, None]
-
-    def add_noise(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """`z_t = sqrt(alpha_bar) z + sqrt(1 - alpha_bar) eps`, all [B, C, H, H]."""
-        return self.at("signal", t) * z + self.at("noise", t) * eps
-
-
 @dataclass(frozen=True)
-class Draws:
-    """What is random in a step: timesteps [B] int64, noise [B, C, H, H] float32, dropped labels [B] bool."""
+class Question:
+    """What a model is asked in a step: clean and noised latents and the noise [B, C, H, H], timesteps, labels [B]."""
 
+    z: Tensor
+    z_t: Tensor
+    eps: Tensor
     t: Tensor
-    noise: Tensor
-    drop: Tensor
+    y: Tensor
+    """Labels; the null label where they were dropped."""
 
 
-def draw(
-    seed: int, step: int, positions: Tensor, shape: tuple[int, int, int], *, num_timesteps: int, label_drop: float
-) -> Draws:
-    """The draws of some positions of a step's global batch; each is the same whichever others are asked for."""
-    generator = torch.Generator()
-    noise = torch.empty(len(positions), *shape)
-    t = torch.empty(len(positions), dtype=torch.int64)
-    drop = torch.empty(len(positions), dtype=torch.bool)
-    for row, position in enumerate(positions.tolist()):
-        generator.manual_seed(mix(seed, step, position))
-        u = torch.rand(2, generator=generator, dtype=torch.float64)
-        t[row] = int(u[0] * num_timesteps)
-        drop[row] = bool(u[1] < label_drop)
-        noise[row].normal_(generator=generator)
-    return Draws(t, noise, drop)
+class Term(Protocol):
+    """A part of the loss: `term(question, answer) -> [B]` fp32, counted `weight` times. Weight 0 is not computed."""
 
+    weight: float
 
-def mix(*words: int) -> int:
-    """A 63-bit hash of some integers (splitmix64's finaliser over each), good enough to seed a generator with."""
-    state = 0x9E3779B97F4A7C15
-    for word in words:
-        state = (state + 0x9E3779B97F4A7C15 + (word & _MASK)) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, question: Question, answer: Answer) -> Tensor: ...
 
 
 class Objective:
-    """The loss of a batch, a number a sample: `objective(model, batch) -> [B]` float32.
+    """The losses of a batch: `objective(model, batch) -> [B]` float32, a weighted sum of terms.
 
-    teacher, distill: an ancestor to imitate as well; adds `distill` times the mean squared difference between the two
-    full outputs (methods.md, FINE stage 1).
+    num_classes: the null label, which dropped labels become. terms: none is noise prediction alone.
     """
 
     def __init__(
-        self,
-        config: DiffusionConfig,
-        arch: Arch,
-        seed: int,
-        teacher: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        distill: float = 0.0,
+        self, config: DiffusionConfig, arch: Arch, seed: int, terms: Sequence[Term] = (), num_classes: int | None = None
     ):
-        self.config, self.arch, self.seed = config, arch, seed
+        self.config, self.seed = config, seed
+        self.shape, self.null = arch.latent_shape, arch.num_classes if num_classes is None else num_classes
         self.schedule = NoiseSchedule(config)
-        self.teacher, self.distill = teacher, distill
+        self.terms = [term for term in terms or (Diffusion(self.schedule),) if term.weight]
 
-    def __call__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], batch: LatentBatch) -> Tensor:
+    def __call__(self, model: Model, batch: LatentBatch) -> Tensor:
+        question = self.ask(batch)
+        return self.losses(question, model(question.z_t, question.t, question.y))
+
+    def ask(self, batch: LatentBatch) -> Question:
+        """The question of a batch, on the batch's device; drawn from (seed, step, position) alone."""
         device = batch.latents.device
         draws = draw(
             self.seed,
             batch.step,
             batch.positions,
-            self.arch.latent_shape,
+            self.shape,
             num_timesteps=self.config.num_timesteps,
             label_drop=self.config.label_drop,
         )
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
-        y = torch.where(drop, self.arch.num_classes, batch.labels)
         self.schedule.to(device)
         z_t = self.schedule.add_noise(batch.latents, t, eps)
-        out = model(z_t, t, y).float()
-        losses = per_sample(self.schedule, out, batch.latents, z_t, t, eps)
-        if self.teacher is not None and self.distill:
-            with torch.no_grad():
-                wanted = self.teacher(z_t, t, y).float()
-            losses = losses + self.distill * (out - wanted).square().flatten(1).mean(1)
-        return losses
+        return Question(batch.latents, z_t, eps, t, torch.where(drop, self.null, batch.labels))
+
+    def losses(self, question: Question, out: Tensor | Answer) -> Tensor:
+        """The weighted sum of all terms, [B]."""
+        answer = out if isinstance(out, Answer) else Answer(out, {})
+        total: Tensor | None = None
+        for term in self.terms:
+            loss = term(question, answer)
+            loss = loss if term.weight == 1 else term.weight * loss
+            total = loss if total is None else total + loss
+        if total is None:
+            raise ValueError("an objective needs a term whose weight is not 0")
+        return total
+
+
+# --- terms -----------------------------------------------------------------------------------------------------------
+
+
+class Diffusion:
+    """Noise prediction, and the variance's bound when the model predicts one."""
+
+    name = "diffusion"
+
+    def __init__(self, schedule: NoiseSchedule, weight: float = 1.0):
+        self.schedule, self.weight = schedule, weight
+
+    def __call__(self, question: Question, answer: Answer) -> Tensor:
+        q = question
+        return per_sample(self.schedule, answer.out.float(), q.z, q.z_t, q.t, q.eps)
+
+
+class Teacher:
+    """A frozen model, asked once a question however many terms imitate it.
+
+    model:  a DiT of the student's latent shape and classes, of any depth and width; put into eval mode and frozen here.
+    blocks: whose features are wanted.
+    """
+
+    def __init__(self, model: DiT, blocks: Sequence[int] = ()):
+        self.model, self.blocks = model.eval().requires_grad_(False), tuple(blocks)
+        self._last: tuple[Question, Answer] | None = None
+
+    @torch.no_grad()
+    def __call__(self, question: Question) -> Answer:
+        if self._last is None or self._last[0] is not question:
+            asked = (question.z_t.to(self.model.patch.weight.dtype), question.t, question.y)
+            answer = self.model.answer(*asked, self.blocks) if self.blocks else Answer(self.model(*asked), {})
+            self._last = (question, answer)
+        return self._last[1]
+
+
+class Output:
+    """The mean squared difference to the teacher's full output, variance channels included where both have them."""
+
+    name = "output"
+
+    def __init__(self, teacher: Teacher, weight: float = 1.0):
+        self.teacher, self.weight = teacher, weight
+
+    def __call__(self, question: Question, answer: Answer) -> Tensor:
+        wanted, out = self.teacher(question).out.float(), answer.out.float()
+        channels = min(wanted.shape[1], out.shape[1])
+        return (out[:, :channels] - wanted[:, :channels]).square().flatten(1).mean(1)
+
+
+class Features:
+    """The mean squared difference of features, averaged over pairs of the student's and the teacher's.
+
+    pairs: (student's feature, teacher's feature), names as in `Answer.features`; the student's are already mapped to
+           the teacher's width by what trains (`model.maps.Mapped`).
+    """
+
+    name = "features"
+
+    def __init__(self, teacher: Teacher, pairs: Sequence[tuple[str, str]], weight: float = 1.0):
+        self.teacher, self.pairs, self.weight = teacher, tuple(pairs), weight
+
+    def __call__(self, question: Question, answer: Answer) -> Tensor:
+        wanted = self.teacher(question).features
+        parts = [
+            (answer.features[ours].float() - wanted[theirs].float()).square().flatten(1).mean(1)
+            for ours, theirs in self.pairs
+        ]
+        return torch.stack(parts).mean(0)
+
+
+# --- noise prediction ------------------------------------------------------------------------------------------------
 
 
 def per_sample(schedule: NoiseSchedule, out: Tensor, z: Tensor, z_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -183,33 +219,3 @@ def discretised_log_likelihood(z: Tensor, mean: Tensor, log_var: Tensor) -> Tens
     above, below = cdf(z - mean + 1 / 255), cdf(z - mean - 1 / 255)
     mass = torch.where(z < -0.999, above, torch.where(z > 0.999, 1 - below, above - below))
     return mass.clamp(min=1e-12).log()
-
-
-class HeldOut:
-    """Held-out noise-prediction loss at fixed timesteps and noise: `measure(model) -> {"held_out_loss": float}`.
-
-    Every sample is measured at `per_sample` timesteps, spread evenly over the chain, with its own fixed noise and its
-    true label, so that two models are compared on the very same questions.
-    """
-
-    def __init__(self, latents: Tensor, labels: Tensor, config: DiffusionConfig, seed: int = 0, per_sample: int = 4):
-        self.schedule = NoiseSchedule(config)
-        n, shape = len(latents), latents.shape[1:]
-        generator = torch.Generator().manual_seed(mix(seed, 0x4E1D))
-        stratum = torch.arange(n * per_sample).double()
-        self.t = ((stratum + 0.5) / (n * per_sample) * config.num_timesteps).long()
-        order = torch.randperm(n * per_sample, generator=generator)
-        self.z = latents.repeat(per_sample, 1, 1, 1)[order]
-        self.y = labels.repeat(per_sample)[order]
-        self.eps = torch.randn(n * per_sample, *shape, generator=generator)
-
-    @torch.no_grad()
-    def __call__(self, model: Callable[[Tensor, Tensor, Tensor], Tensor], batch: int = 256) -> dict[str, float]:
-        device = next(model.parameters()).device if isinstance(model, nn.Module) else torch.device("cpu")
-        total = torch.zeros((), dtype=torch.float64)
-        self.schedule.to(device)
-        for start in range(0, len(self.t), batch):
-            z, y, t, eps = (x[start : start + batch].to(device) for x in (self.z, self.y, self.t, self.eps))
-            out = model(self.schedule.add_noise(z, t, eps), t, y)[:, : z.shape[1]].float()
-            total += (out - eps).square().flatten(1).mean(1).double().sum().cpu()
-        return {"held_out_loss": float(total / len(self.t))}

@@ -7,7 +7,11 @@ from typing import Any
 
 from fine_dist.config import DeepSpeedConfig, EngineConfig, OptimConfig
 from fine_dist.errors import ConfigError
-from fine_dist.stages.memory import BUCKET, LIVE
+
+BUCKET = 50_000_000
+"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise."""
+LIVE = 100_000_000
+"""Values that ZeRO-3 keeps gathered at once, likewise."""
 
 DEFAULTS: dict[int, dict[str, int]] = {
     # Buffers of DeepSpeed's own default size (500 million values) are larger than the models here.

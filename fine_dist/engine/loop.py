@@ -6,18 +6,20 @@ restart changes what is computed. Starting the same command again continues from
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.diffusion.schedule import mix
 from fine_dist.engine import dist, stopping
 from fine_dist.engine.backends import Backend, learning_rate, make_backend, precision, trainable
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
@@ -30,9 +32,25 @@ from fine_dist.engine.watch import Watch
 from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 from fine_dist.model import flops
 
+_BEFORE_STEP = 0x6265666F7265
+"""Keeps the draws of `before_step` apart from every other use of (seed, step)."""
+
+
+class Batch(Protocol):
+    """This rank's part of a global batch: samples in a row, of whatever kind (`fine_dist.data.stream.Batch`)."""
+
+    def __len__(self) -> int:
+        """Samples."""
+
+    def to(self, device: torch.device) -> Any:
+        """The same on a device."""
+
+    def part(self, start: int, size: int) -> Any:
+        """Some of its samples: a micro-batch."""
+
 
 class Stream(Protocol):
-    """An endless stream of batches, each this rank's part of a global batch (`fine_dist.data.stream`)."""
+    """An endless stream of batches (`fine_dist.data.stream`)."""
 
     def batches(self, start_step: int = 0) -> Iterator[Any]: ...
 
@@ -48,7 +66,7 @@ class Program:
     objective: Callable[[Callable[..., Tensor], Any], Tensor]
     """(model, batch) -> losses [b], fp32, one a sample."""
     stream: Stream
-    """Batches with step, latents [b, ...], labels [b] and positions [b] in the global batch."""
+    """Gives a `Batch` a step; what is in it only `objective` knows."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What must match to resume (JSON values): architecture, method, rank, the data's hash, ..."""
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
@@ -57,8 +75,14 @@ class Program:
     """(EMA model, step) -> pictures [3 or 1, H, W] in 0..1."""
     histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
     """(EMA model) -> tensors to show as histograms."""
+    texts: Callable[[nn.Module], dict[str, str]] | None = None
+    """(EMA model) -> texts to show, such as the words nearest to an embedding."""
+    look_first: bool = False
+    """Whether it is measured before the first step too."""
+    before_step: Callable[[int, torch.Generator], None] | None = None
+    """Called on every rank before each step, with a generator that (seed, step) seed alike on all of them."""
     flops_per_sample: float = 0.0
-    """Forward and backward, in FLOPs (`engine.flops.train_flops`)."""
+    """Forward and backward, in FLOPs (`model.flops.train_flops`)."""
     tokens_per_sample: int = 1
     """Tokens of one sample."""
 
@@ -92,20 +116,23 @@ def fit(
     seed: int,
     title: str,
     world: World | None = None,
+    stopper: Stopper | None = None,
 ) -> Fitted:
     """Train `program` to `steps` updates, from the newest checkpoint in `run_dir` if there is one.
 
     global_batch: samples an update, over all ranks and accumulation steps.
     seed:         part of the identity; the program's own randomness is seeded by its maker.
     title:        what the progress bar says.
+    stopper:      who says when to stop, entered already; none: signals, the time limit and words in `run_dir`.
 
     Raises `ResumeLater` after saving when asked to stop (signal, time limit, STOP file), `TrainingError` for losses
     that are not finite or a rank that died, `CheckpointError` when the checkpoint belongs to another run, `ConfigError`
     when the batch cannot be divided.
     """
     world = world or dist.world(engine.device)
-    with Watch(world), Stopper(run_dir, engine.time_limit_min, world.is_main) as stopper:
-        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, stopper)
+    own = Stopper(run_dir, engine.time_limit_min, world.is_main) if stopper is None else contextlib.nullcontext(stopper)
+    with Watch(world), own as asked:
+        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, asked)
         try:
             return run.train()
         finally:
@@ -131,6 +158,7 @@ class Run:
     ) -> None:
         self.program, self.steps, self.global_batch = program, steps, global_batch
         self.optim, self.engine, self.world, self.stopper = optim, engine, world, stopper
+        self.seed, self.drawn = seed, torch.Generator()
         self.device = world.device or torch.device("cpu")
         self.micro, self.accumulation = divide_batch(global_batch, engine.micro_batch, world.world_size)
         if engine.threads:
@@ -161,8 +189,12 @@ class Run:
         begun = time.perf_counter()
         step = self.resume()
         batches = self.program.stream.batches(step)
+        if step == 0 and self.program.look_first:
+            self.evaluate(0)
         while step < self.steps:
             batch, waited_s = self.next_batch(batches)
+            if self.program.before_step is not None:
+                self.program.before_step(step, self.drawn.manual_seed(mix(self.seed, step, _BEFORE_STEP)))
             lr = learning_rate(self.optim, step, self.steps)
             loss, grad_norm, wish = self.update(batch, lr, step)
             step += 1
@@ -189,18 +221,18 @@ class Run:
         begun = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - begun
-        if len(batch.labels) != self.micro * self.accumulation:
+        if len(batch) != self.micro * self.accumulation:
             raise ConfigError(
-                f"the stream gave rank {self.world.rank} {len(batch.labels)} samples where {self.micro} x "
+                f"the stream gave rank {self.world.rank} {len(batch)} samples where {self.micro} x "
                 f"{self.accumulation} are due; make it with the same global batch, rank and world size"
             )
-        return move(batch, self.device), waited_s
+        return batch.to(self.device), waited_s
 
     def update(self, batch: Any, lr: float, step: int) -> tuple[float, float, int]:
         """One update: (loss over all ranks, gradient norm, greatest wish). A bad loss updates nothing."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(self.accumulation):
-            micro = part(batch, index * self.micro, self.micro)
+            micro = batch.part(index * self.micro, self.micro)
             with precision(self.engine, self.device):
                 losses = self.program.objective(self.backend.model, micro)
             total += losses.detach().sum(dtype=torch.float64)
@@ -280,7 +312,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss, and show histograms, of the EMA weights on rank 0."""
-        if self.program.held_out is None and self.program.histograms is None:
+        if self.program.held_out is None and self.program.histograms is None and self.program.texts is None:
             return
         model = self.ema_model()
         if model is None:
@@ -290,6 +322,8 @@ class Run:
             self.monitor.scalars(step, self.held_out)
         if self.program.histograms is not None:
             self.monitor.histograms(step, self.program.histograms(model))
+        if self.program.texts is not None:
+            self.monitor.texts(step, self.program.texts(model))
 
     def show(self, step: int) -> None:
         """Pictures made with the EMA weights, on rank 0."""
@@ -310,7 +344,8 @@ class Run:
     def _copy_for_showing(self) -> nn.Module | None:
         """Rank 0's second model: looking at the EMA never touches the weights that train."""
         program = self.program
-        wanted = program.held_out or program.pictures or program.histograms or self.engine.backend == "deepspeed"
+        looks = program.held_out or program.pictures or program.histograms or program.texts
+        wanted = looks or self.engine.backend == "deepspeed"
         if not (self.world.is_main and wanted):
             return None
         return copy.deepcopy(program.model).eval().requires_grad_(False)
@@ -381,20 +416,6 @@ def compile_or_fall_back(block: nn.Module) -> None:
             return eager(*args, **kwargs)
 
     block.forward = forward
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device (positions stay: randomness is drawn in host memory)."""
-    if device.type == "cpu":
-        return batch
-    latents, labels = (x.to(device, non_blocking=True) for x in (batch.latents, batch.labels))
-    return replace(batch, latents=latents, labels=labels)
-
-
-def part(batch: Any, start: int, size: int) -> Any:
-    """A micro-batch: some samples of a batch."""
-    rows = slice(start, start + size)
-    return replace(batch, latents=batch.latents[rows], labels=batch.labels[rows], positions=batch.positions[rows])
 
 
 @torch.no_grad()

@@ -6,9 +6,7 @@ import signal
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import Any
-
-from fine_dist.engine.run_dir import RunDir
+from typing import Any, Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 WORDS_EVERY_S = 1.0
@@ -17,13 +15,20 @@ WORDS_EVERY_S = 1.0
 GO_ON, SAVE, STOP = 0, 1, 2
 
 
+class Words(Protocol):
+    """Where somebody may leave a word (`fine_dist.engine.run_dir.RunDir`)."""
+
+    def take_word(self, word: str) -> bool:
+        """Whether STOP or SAVE was left there."""
+
+
 class Stopper:
     """A context that collects wishes; `wish()` gives this rank's, and the loop takes the greatest over ranks.
 
     Signals are caught on any rank and do nothing but leave a note, so the step is always finished.
     """
 
-    def __init__(self, run_dir: RunDir, time_limit_min: float | None, is_main: bool) -> None:
+    def __init__(self, run_dir: Words, time_limit_min: float | None, is_main: bool) -> None:
         self.run_dir, self.is_main = run_dir, is_main
         self.reason = "asked to stop by another rank"
         self._deadline = time.monotonic() + time_limit_min * 60 if time_limit_min else None

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import RunDirError
+from fine_dist.files import last_row as newest_row
+from fine_dist.model.flops import dense_numbers
+from fine_dist.model.zoo import Arch
+from fine_dist.stages.targets import PLACES
 
 if TYPE_CHECKING:
-    from fine_dist.family import Member
+    from fine_dist.family.grid import Member
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -22,25 +26,13 @@ def result_of(folder: Path) -> dict[str, Any] | None:
         done: dict[str, Any] = json.loads((folder / "DONE.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    kept = any((folder / kind / "manifest.json").is_file() for kind in ("sigma", "model"))
+    kept = any((folder / kind / "manifest.json").is_file() for kind in PLACES)
     return done if kept else None
 
 
 def last_row(folder: Path) -> dict[str, Any] | None:
-    """The newest whole row of a target's metrics.jsonl."""
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 1024))
-            lines = file.read().decode().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            return row
-        except ValueError:  # the line that is being written now
-            continue
-    return None
+    """The newest row of a target's metrics.jsonl that has a training loss."""
+    return newest_row(folder / "metrics.jsonl", "loss")
 
 
 class FamilyBar:
@@ -118,35 +110,24 @@ def list_family(run_dir: Path) -> list[str]:
 
 def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     """The family's storage beside that of as many dense models."""
-    dense, learngenes = 0, {}
+    dense, parents = 0, {}
     for name in names:
-        path = run_dir / name / "sigma" / "manifest.json"
-        if not path.is_file():
+        place = next((run_dir / name / p for p in PLACES if (run_dir / name / p / "manifest.json").is_file()), None)
+        if place is None:
             continue
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        dense += 4 * dense_numbers(manifest["arch"])
-        named = manifest["extra"]["learngene"]
-        gene = Path(named["path"]) / "manifest.json"
-        learngenes[named["hash"]] = json.loads(gene.read_text(encoding="utf-8"))["bytes"] if gene.is_file() else 0
-    if not learngenes:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        dense += 4 * dense_numbers(Arch.model_validate(manifest["arch"]))
+        named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
+        if named:
+            gene = Path(named["path"]) / "manifest.json"
+            parents[named["hash"]] = json.loads(gene.read_text(encoding="utf-8"))["bytes"] if gene.is_file() else 0
+    if not parents:
         return []
-    gene_bytes = sum(learngenes.values())
+    gene_bytes = sum(parents.values())
     return [
-        f"stored: learngene {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
+        f"stored: parent {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
         f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)"
     ]
-
-
-def dense_numbers(arch: dict[str, Any]) -> int:
-    """Numbers of a dense DiT of this shape (without its fixed position table)."""
-    d, p = arch["hidden_size"], arch["patch_size"]
-    out = arch["in_channels"] * (2 if arch["learn_sigma"] else 1) * p * p
-    block = 18 * d * d + 15 * d
-    patch = arch["in_channels"] * p * p * d + d
-    time = 256 * d + d + d * d + d
-    label = (arch["num_classes"] + 1) * d
-    final = 2 * d * d + 2 * d + d * out + out
-    return int(arch["num_layers"] * block + patch + time + label + final)
 
 
 def mib(size: float) -> str:
@@ -181,7 +162,7 @@ def draw_family(run_dir: Path, members: Sequence[Member], younger_than_s: float 
         done, now = result_of(member.folder), last_row(member.folder)
         value = done.get("held_out_loss", done.get("loss")) if done else None
         if value is not None:
-            label = " ".join(filter(None, [member.domain, f"lr {member.lr:g}", member.start]))
+            label = " ".join([member.domain, f"lr {member.lr:g}", *(value for _, value in member.variant)])
             lines.setdefault(label, {}).setdefault(member.depth, []).append(value)
         elif now is not None:
             open_points.append((member.depth, now["loss"]))

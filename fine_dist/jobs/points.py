@@ -1,47 +1,52 @@
-"""The points of a grid: every combination of some lists, named by what varies."""
+"""The points of a grid: every combination of some axes, named by what varies."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from fine_dist.errors import LaunchError
+from fine_dist.errors import ConfigError
+
+
+class Axis(NamedTuple):
+    """One axis of a grid."""
+
+    name: str
+    """The setting, for messages."""
+    values: Sequence[Any]
+    label: Callable[[Any], str]
+    """A value's part of a point's name; an empty one leaves it out."""
 
 
 class Point(NamedTuple):
-    """One point of a grid."""
+    """One point of a grid: its name, and a value of each axis."""
 
     name: str
-    values: dict[str, Any]
+    values: tuple[Any, ...]
 
 
-def expand(grid: Mapping[str, Any]) -> list[Point]:
-    """All combinations of a grid, the last key fastest.
-
-    grid: dotted config key -> list of values; anything that is no list holds for every point and is not named.
-
-    A point's name is made of what varies: `{"depth": [4, 6], "seed": [0, 1]}` gives `depth4-seed0`, `depth4-seed1`, ...
-    Raises `LaunchError` when a list is empty or two points get one name.
-    """
-    axes = {key: value if isinstance(value, list) else [value] for key, value in grid.items()}
-    varying = [key for key, value in grid.items() if isinstance(value, list)]
-    for key in varying:
-        if not axes[key]:
-            raise LaunchError(f"grid key {key}: an empty list makes no task; give one value or more")
+def expand(axes: Sequence[Axis]) -> list[Point]:
+    """All combinations, the last axis fastest. `ConfigError` for an axis without values, or two points of one name."""
+    for axis in axes:
+        if not axis.values:
+            raise ConfigError(f"{axis.name}: an empty list makes no target; give one value or more")
+        seen = [str(value) for value in axis.values]
+        twice = sorted({value for value in seen if seen.count(value) > 1})
+        if twice:
+            raise ConfigError(f"{axis.name}: {twice[0]} is listed twice, and two targets would have one name")
     points = []
-    for chosen in itertools.product(*axes.values()):
-        values = dict(zip(axes, chosen))
-        parts = [f"{key.rpartition('.')[2]}{_slug(values[key])}" for key in varying if len(axes[key]) > 1]
-        points.append(Point("-".join(parts) or "task", values))
-    names = [point.name for point in points]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise LaunchError(f"grid: several points are named {twice[0]!r}; a value is listed twice")
+    for chosen in itertools.product(*(axis.values for axis in axes)):
+        parts = [slug(axis.label(value)) for axis, value in zip(axes, chosen)]
+        points.append(Point("-".join(part for part in parts if part), chosen))
+    names = {point.name for point in points}
+    if len(names) < len(points):
+        raise ConfigError("two targets of this grid have one name: numbers are told apart by six digits")
     return points
 
 
-def _slug(value: Any) -> str:
-    text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", str(value)).strip("_")
+def slug(text: str) -> str:
+    """A part of a file's name."""
+    text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("_")
     return text if len(text) <= 40 else text[-40:]

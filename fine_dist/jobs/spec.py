@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,6 +94,20 @@ class JobSpec(Config):
         except json.JSONDecodeError as error:
             raise LaunchError(f"job file {path} is not JSON: {error}") from None
         return validate(cls, values, str(path))
+
+
+@dataclass(frozen=True)
+class Room:
+    """The machines that a launcher's jobs get: what a fan-out is planned for, wherever the command is typed."""
+
+    workers: int
+    """Tasks such as these that run at once, over all machines."""
+    accelerator_bytes: float | None
+    """Memory of one accelerator; none: not known from here, or there is none."""
+    cpu: bool
+    """Whether tasks compute on the CPU: none asks for an accelerator, or there is none."""
+    host_bytes: float | None
+    """Host memory of one task; none: not known from here."""
 
 
 class Task(NamedTuple):

@@ -39,6 +39,8 @@ class Row(Config):
     """Why it failed."""
     attempts: int = 0
     """Times it was started."""
+    deaths: int = 0
+    """Attempts that ended without a word: the process was killed, most likely for want of memory."""
     host: str | None = None
     """Where it runs or ran last."""
     pid: int | None = None
@@ -111,9 +113,11 @@ class StateTable:
         """The task starts here and now: one more attempt."""
         row = self.get(name) or Row(name=name)
         here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
+        died = row.deaths + (row.state == "running")
         return self.update(
-            name, state="running", reason=None, attempts=row.attempts + 1, started=time.time(), seconds=None, **here
-        )
+            name, state="running", reason=None, attempts=row.attempts + 1, deaths=died, started=time.time(),
+            seconds=None, **here,
+        )  # fmt: skip
 
     def finish(self, name: str, state: State, reason: str | None = None) -> Row:
         """The attempt is over: `done`, `failed` with its reason, or `pending` again."""

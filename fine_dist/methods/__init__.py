@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import Config, union_of
-from fine_dist.methods.base import FitReport, Method, MethodConfig
+from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
 from fine_dist.methods.outside import Outside
 from fine_dist.methods.random_genes import RandomGenes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.model.zoo import Arch
 
 METHODS: dict[str, type[Method[Any]]] = {
     "fine": Fine,
@@ -20,6 +26,10 @@ METHODS: dict[str, type[Method[Any]]] = {
 
 AnyMethod = union_of([method.Config for method in METHODS.values()])
 """Annotation of a config field that holds the settings of any one method."""
+CONDENSES: MethodConfig = FineConfig()
+"""What stage 1 does unless it is told."""
+SCRATCH: MethodConfig = HeConfig()
+"""What needs no parent."""
 
 
 def build(config: MethodConfig) -> Method[Any]:
@@ -35,18 +45,77 @@ def from_manifest(settings: dict[str, Any]) -> Method[Any]:
     name = str(settings.get("name"))
     if name not in METHODS:
         raise ArtifactError(f"method {name!r} is not known here; {nearest(name, METHODS)}")
-    return build(validate(METHODS[name].Config, settings, "method in the manifest"))
+    kind = METHODS[name].Config
+    return build(validate(kind, upgraded(kind, settings), "method in the manifest"))
+
+
+def upgraded(kind: type[MethodConfig], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older version under the names of this one: a config class says which were renamed."""
+    renamed: dict[str, str] = getattr(kind, "RENAMED", {})
+    return {renamed.get(key, key): value for key, value in settings.items()}
+
+
+def parent_of(artifact: Artifact) -> Parent:
+    """An artifact with its tensors in a module of the method that made it."""
+    method = from_manifest(artifact.method)
+    if artifact.kind == "learngene" or not method.traits.dense:
+        module = method.module(artifact.arch, artifact.tensors)
+    else:
+        from fine_dist.model.dit import DiT
+
+        module = DiT(artifact.arch)
+    load_into(module, artifact)
+    return Parent(artifact, module)
+
+
+def load_into(module: nn.Module, artifact: Artifact) -> None:
+    """Put an artifact's tensors into a module. `ArtifactError` when names or shapes are not the module's."""
+    from fine_dist.errors import ArtifactError
+
+    try:
+        module.load_state_dict(artifact.tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtifactError(f"{artifact.folder} does not hold what its manifest says: {reason}") from None
+
+
+def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
+    """`Method.check`, whose error also names the methods that could."""
+    from fine_dist.errors import ArtifactError
+
+    try:
+        method.check(parent, target)
+    except ArtifactError as error:
+        able = [name for name in METHODS if name != method.config.name and _could(name, parent, target)]
+        raise ArtifactError(f"{error}; methods that could: {', '.join(able)}" if able else str(error)) from None
+
+
+def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
+    from fine_dist.errors import ArtifactError
+
+    try:
+        METHODS[name](METHODS[name].Config(name=name)).check(parent, target)
+    except ArtifactError:
+        return False
+    return True
 
 
 __all__ = [
+    "CONDENSES",
     "METHODS",
+    "SCRATCH",
     "AnyMethod",
+    "Condensation",
     "Config",
-    "FineConfig",
-    "FitReport",
-    "HeConfig",
+    "Descent",
     "Method",
     "MethodConfig",
+    "Parent",
+    "Traits",
+    "Weights",
     "build",
+    "check",
     "from_manifest",
+    "load_into",
+    "parent_of",
 ]

@@ -3,117 +3,178 @@
 Stage 1 trains U, V, sigma and what is outside the blocks on the plain diffusion loss (eq. 5), from random factors
 (`joint`) or from the CP decomposition of an ancestor's weights (`decompose`). Stage 2 trains a target's sigma alone.
 
-Choices where the paper is silent: R = D; biases are a layer's own, interpolated over relative depth for a target and
-frozen in stage 2; sigma of adaLN starts at zero (adaLN-zero), the others' on a line in depth (`line_in_depth`).
+Choices where the paper is silent: R = D; biases are a layer's own, carried over to a target like sigma and frozen in
+stage 2; sigma of adaLN starts at zero (adaLN-zero), the others' on a line in depth (`line_in_depth`). The paper starts
+a target's sigma at random; ours starts at `segment`, and the paper's is the value `random`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fine_dist.errors import ArtifactError
-from fine_dist.methods.base import FitReport, Method, MethodConfig, check_descent
-from fine_dist.model.depth import STARTS
+from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.model.depth import INITIALS
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
-    from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
-    from fine_dist.model.factors import FactoredDiT
+    from fine_dist.model.factors import FactoredDiT, SharedForm
     from fine_dist.model.zoo import Arch
 
 
 class FineConfig(MethodConfig):
     """FINE: factors shared by all layers, sigma a layer's own."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"start": "initial"}
+    """Names in manifests of earlier versions."""
+
     name: Literal["fine"] = "fine"
     """FINE."""
     rank: int | None = Field(None, ge=1)
-    """Components R of every kind; none: the width D."""
-    start: Literal["joint", "decompose"] = "joint"
-    """Stage 1 starts from random factors, or from the CP decomposition of an ancestor."""
+    """Components R of every matrix; none: the width D."""
+    initial: Literal["joint", "decompose"] = "joint"
+    """Stage 1 begins with random factors, or with the CP decomposition of an ancestor."""
     sweeps: int = Field(50, ge=1)
-    """Sweeps of alternating least squares at most (start: decompose)."""
+    """Sweeps of alternating least squares at most (initial: decompose)."""
     path: Literal["auto", "composed", "factored"] = "auto"
     """How products are computed: by whichever needs fewer multiply-adds, or always one way."""
     sigma: Literal["linear", "random", "identical", "segment", "aligned"] | None = None
-    """Where a target's sigma starts; none: `segment`, or `aligned` where factors were decomposed from an ancestor."""
+    """Where a target's sigma begins; none: `segment`, or `aligned` where factors were decomposed from an ancestor."""
 
 
 class Fine(Method[FineConfig]):
     """FINE's three stages."""
 
     Config: ClassVar[type[MethodConfig]] = FineConfig
+    label: ClassVar[str] = "FINE"
     paper: ClassVar[str] = "FINE, arXiv 2409.19289"
     summary: ClassVar[str] = "shared factors U, V; a target trains sigma alone"
+    tables_of: ClassVar[str] = "sigma"
 
-    def learngene(self, arch: Arch, generator: torch.Generator) -> FactoredDiT:
+    @property
+    def traits(self) -> Traits:
+        from_ancestor = self.config.initial == "decompose"
+        return Traits(
+            parents=("learngene",),
+            varies=frozenset({"depth"}),
+            condenses=True,
+            ancestor="must" if from_ancestor else "may",
+            same_shape=from_ancestor,
+        )
+
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        return {"sigma": tuple(INITIALS)}
+
+    # --- stage 1 ----------------------------------------------------------------------------------------------------
+
+    def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
+        module = self.blueprint(arch, generator)
+        if self.config.initial == "joint":
+            return Condensation(module)
+        if ancestor is None:
+            raise ArtifactError("method.initial decompose takes factors from an ancestor; give its folder as ancestor")
+        errors = self.decompose(module, ancestor, generator)
+        return Condensation(module, report={"decomposition_error": errors}, lines=_table(errors))
+
+    def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> FactoredDiT:
         from fine_dist.model.factors import FactoredDiT
 
         return FactoredDiT(arch, self.config.rank or arch.hidden_size, generator, self.config.path)
 
-    def fit(self, learngene: DiT, ancestor: DiT, generator: torch.Generator) -> FitReport:
-        """CP of each kind's weights over layers; biases and what is outside the blocks are copied."""
+    def decompose(self, module: FactoredDiT, ancestor: DiT, generator: torch.Generator) -> dict[str, list[float]]:
+        """CP of each matrix's weights over layers, into `module`; biases and the shell are copied.
+
+        The relative error that is left, by matrix and layer.
+        """
         import torch
 
         from fine_dist.model.cp import decompose
-        from fine_dist.model.factors import FactoredDiT, role
-        from fine_dist.model.zoo import KINDS
+        from fine_dist.model.roles import of_role
+        from fine_dist.model.zoo import MATRICES
 
-        assert isinstance(learngene, FactoredDiT)
-        if ancestor.arch != learngene.arch:
-            raise ArtifactError(
-                f"the ancestor is {ancestor.arch.name} ({ancestor.arch}), the learngene {learngene.arch.name} "
-                f"({learngene.arch}); decompose needs them equal"
-            )
+        depth = ancestor.arch.num_layers
         state = ancestor.state_dict()
         errors: dict[str, list[float]] = {}
         with torch.no_grad():
-            own = learngene.state_dict()
-            for name in own:
-                if role(name) in ("outside", "bias"):
-                    own[name].copy_(state[name])
-            for kind in KINDS:
-                stack = torch.stack([state[f"blocks.{i}.{kind}.weight"] for i in range(ancestor.arch.num_layers)])
-                fit = decompose(stack, learngene.rank, sweeps=self.config.sweeps, generator=generator)
-                genes = learngene.factor(kind)
+            for name, own in of_role(module, "shell", "bias").items():
+                own.copy_(state[name])
+            for matrix in MATRICES:
+                stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in range(depth)])
+                fit = decompose(stack, module.rank, sweeps=self.config.sweeps, generator=generator)
+                genes = module.factor(matrix)
                 genes.U.copy_(fit.U)
                 genes.V.copy_(fit.V)
-                for layer in range(ancestor.arch.num_layers):
-                    learngene.sigma(kind, layer).copy_(fit.sigma[layer])
-                errors[kind] = fit.error.tolist()
-        return FitReport(errors)
+                for layer in range(depth):
+                    module.sigma(matrix, layer).copy_(fit.sigma[layer])
+                errors[matrix] = fit.error.tolist()
+        return errors
+
+    # --- stage 2 ----------------------------------------------------------------------------------------------------
 
     @property
-    def sigma_start(self) -> str:
-        """The start in use. Layers decomposed one by one have no common course over depth that a mean could keep."""
-        return self.config.sigma or ("segment" if self.config.start == "joint" else "aligned")
+    def sigma_initial(self) -> str:
+        """Where sigma begins. Neighbouring layers of a decomposed ancestor have no common course over depth that a mean
+        could keep, so a target's layer takes one of them whole."""
+        return self.config.sigma or ("segment" if self.config.initial == "joint" else "aligned")
 
-    def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> FactoredDiT:
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         import torch
 
         from fine_dist.model.factors import FactoredDiT
-        from fine_dist.model.zoo import KINDS
+        from fine_dist.model.roles import of_role, train_only
+        from fine_dist.model.zoo import MATRICES
 
-        artifact = check_descent(artifact, target, self.config.name)
-        tensors, depth = artifact.tensors, artifact.arch.num_layers
-        model = FactoredDiT(target, tensors["genes.qkv.U"].shape[1], generator, self.config.path)
-        state = {name: tensor for name, tensor in tensors.items() if not name.startswith("blocks.")}
-        for kind in KINDS:
-            table = torch.stack([tensors[f"blocks.{layer}.{kind}.sigma"] for layer in range(depth)])
-            biases = torch.stack([tensors[f"blocks.{layer}.{kind}.bias"] for layer in range(depth)])
-            start = STARTS[self.sigma_start].layers(kind, table, biases, target.num_layers, generator)
-            for layer, (s, b) in enumerate(zip(*start)):
-                state[f"blocks.{layer}.{kind}.sigma"] = s
-                state[f"blocks.{layer}.{kind}.bias"] = b
+        source: Any = needed(parent).module
+        model = FactoredDiT(target, source.rank, generator, self.config.path)
+        state = of_role(source, "gene", "shell")
+        layers = range(source.arch.num_layers)
+        for matrix in MATRICES:
+            biases = torch.stack([source.bias(matrix, layer).detach() for layer in layers])
+            begin = INITIALS[self.sigma_initial]
+            table = source.sigma_table(matrix)
+            for layer, (s, b) in enumerate(zip(*begin.layers(matrix, table, biases, target.num_layers, generator))):
+                state[f"blocks.{layer}.{matrix}.sigma"] = s
+                state[f"blocks.{layer}.{matrix}.bias"] = b
         model.load_state_dict(state)
-        return model.train_only("scaler")
+        train_only(model, "scaler")
+        return Descent(model, "some")
 
-    def merge(self, model: DiT) -> dict[str, torch.Tensor]:
-        from fine_dist.model.factors import FactoredDiT
+    # --- what becomes of it -----------------------------------------------------------------------------------------
 
-        assert isinstance(model, FactoredDiT)
-        return model.merge()
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        return factored_module(arch, tensors, self.config.path)
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.merge()  # type: ignore[operator,no-any-return]
+
+    def pack(self, model: nn.Module) -> SharedForm | None:
+        return model.shared_form()  # type: ignore[operator,no-any-return]
+
+    def tables(self, model: nn.Module) -> dict[str, Tensor]:
+        from fine_dist.model.zoo import MATRICES
+
+        return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]
+
+
+def factored_module(arch: Arch, tensors: dict[str, Tensor], path: str = "auto") -> FactoredDiT:
+    """An empty `FactoredDiT` that these tensors load into; their own rank."""
+    from fine_dist.model.factors import FactoredDiT
+
+    try:
+        rank = tensors["genes.qkv.U"].shape[1]
+    except KeyError:
+        raise ArtifactError("these tensors have no shared factors (genes.qkv.U): no learngene of this method") from None
+    return FactoredDiT(arch, rank, None, path)  # type: ignore[arg-type]
+
+
+def _table(errors: dict[str, list[float]]) -> list[str]:
+    rows = ["relative error of the decomposition, by matrix: mean | layer by layer"]
+    for matrix, values in errors.items():
+        layers = " ".join(f"{value:.3f}" for value in values)
+        rows.append(f"  {matrix:6} {sum(values) / len(values):.3f} | {layers}")
+    return rows

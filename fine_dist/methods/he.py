@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fine_dist.methods.base import Method, MethodConfig
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
 
 if TYPE_CHECKING:
     import torch
 
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
 
 
@@ -25,10 +23,11 @@ class He(Method[HeConfig]):
     """Nothing is inherited."""
 
     Config: ClassVar[type[MethodConfig]] = HeConfig
+    label: ClassVar[str] = "scratch"
     paper: ClassVar[str] = "DiT, arXiv 2212.09748"
     summary: ClassVar[str] = "from scratch"
 
-    def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> DiT:
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         from fine_dist.model.dit import DiT
 
-        return DiT(target, generator=generator)
+        return Descent(DiT(target, generator=generator))

@@ -1,24 +1,23 @@
 """A control: only what is outside the blocks is inherited (embedders, final layer); the blocks start from scratch.
 
-FINE gets the same copy of those parts, so a gain over this control is the factors' own.
+Methods that condense give their targets the same copy of those parts, so a gain over this control is the blocks' own.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fine_dist.methods.base import Method, MethodConfig, check_descent
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
 
 if TYPE_CHECKING:
     import torch
 
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
 
 
 class OutsideConfig(MethodConfig):
-    """Control: scratch blocks, everything outside them copied from FINE's learngene."""
+    """Control: scratch blocks, everything outside them copied from a learngene or model."""
 
     name: Literal["outside"] = "outside"
     """Control without factors."""
@@ -28,13 +27,21 @@ class Outside(Method[OutsideConfig]):
     """Copies the embedders and the final layer."""
 
     Config: ClassVar[type[MethodConfig]] = OutsideConfig
-    paper: ClassVar[str] = "control for FINE, arXiv 2409.19289"
+    label: ClassVar[str] = "copied shell"
+    paper: ClassVar[str] = "control: a learngene's shell alone"
     summary: ClassVar[str] = "control: scratch blocks, the rest inherited"
 
-    def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> DiT:
-        from fine_dist.model.dit import DiT, outside_blocks
+    @property
+    def traits(self) -> Traits:
+        return Traits(parents=("learngene", "model"), varies=frozenset({"depth"}))
 
-        artifact = check_descent(artifact, target, "fine")
+    def check_parent(self, parent: Artifact) -> None:
+        """Any parent has a shell."""
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        from fine_dist.model.dit import DiT
+        from fine_dist.model.roles import of_role
+
         model = DiT(target, generator=generator)
-        model.load_state_dict({**model.state_dict(), **outside_blocks(artifact.tensors)})
-        return model
+        model.load_state_dict({**model.state_dict(), **of_role(needed(parent).module, "shell")})
+        return Descent(model)

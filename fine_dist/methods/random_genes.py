@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fine_dist.methods.base import Method, MethodConfig, check_descent
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.methods.fine import factored_module
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.model.dit import DiT
-    from fine_dist.model.factors import FactoredDiT
+    from fine_dist.model.factors import SharedForm
     from fine_dist.model.zoo import Arch
 
 
@@ -26,20 +26,39 @@ class RandomGenes(Method[RandomGenesConfig]):
     """Same rank, same trained numbers, same copied parts as FINE; U and V as at the start of stage 1."""
 
     Config: ClassVar[type[MethodConfig]] = RandomGenesConfig
+    label: ClassVar[str] = "random genes"
     paper: ClassVar[str] = "control for FINE, arXiv 2409.19289"
     summary: ClassVar[str] = "control: frozen random factors, trained sigma"
+    tables_of: ClassVar[str] = "sigma"
 
-    def descend(self, artifact: Artifact | None, target: Arch, generator: torch.Generator) -> FactoredDiT:
-        from fine_dist.model.dit import outside_blocks
+    @property
+    def traits(self) -> Traits:
+        return Traits(parents=("learngene",), varies=frozenset({"depth"}))
+
+    @property
+    def from_methods(self) -> tuple[str, ...]:
+        return ("fine",)
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         from fine_dist.model.factors import FactoredDiT
+        from fine_dist.model.roles import of_role, train_only
 
-        artifact = check_descent(artifact, target, "fine")
-        model = FactoredDiT(target, artifact.tensors["genes.qkv.U"].shape[1], generator)
-        model.load_state_dict({**model.state_dict(), **outside_blocks(artifact.tensors)})
-        return model.train_only("scaler")
+        source: Any = needed(parent).module
+        model = FactoredDiT(target, source.rank, generator)
+        model.load_state_dict({**model.state_dict(), **of_role(source, "shell")})
+        train_only(model, "scaler")
+        return Descent(model, "some")
 
-    def merge(self, model: DiT) -> dict[str, torch.Tensor]:
-        from fine_dist.model.factors import FactoredDiT
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        return factored_module(arch, tensors)
 
-        assert isinstance(model, FactoredDiT)
-        return model.merge()
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.merge()  # type: ignore[operator,no-any-return]
+
+    def pack(self, model: nn.Module) -> SharedForm | None:
+        return model.shared_form()  # type: ignore[operator,no-any-return]
+
+    def tables(self, model: nn.Module) -> dict[str, Tensor]:
+        from fine_dist.model.zoo import MATRICES
+
+        return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]

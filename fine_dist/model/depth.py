@@ -1,9 +1,9 @@
-"""Where a target's sigma starts before it is trained (FINE, arXiv 2409.19289, table of sigma starts).
+"""Vectors of layers carried over to another depth, such as a target's sigma (FINE, arXiv 2409.19289, table of starts).
 
 Shapes: L layers of the learngene, N layers of the target, R components, m out features.
 
 The paper has `linear`, `random` and `identical`, and observes that a small model's layers align with segments of a
-large one. Two starts of ours say what follows from it for the *residual branches*: a target of fewer layers has to move
+large one. Two of ours say what follows from it for the *residual branches*: a target of fewer layers has to move
 its tokens as far as the learngene does, so a layer that stands for a segment must take longer steps.
 
 `segment`: a layer is the mean of its segment and takes a step L/N times as long. In the language of differential
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
 RESIDUAL = ("o", "out")
-"""Kinds that end a residual branch."""
+"""Matrices that end a residual branch."""
 
 
 def relative_depth(table: Tensor, num_layers: int) -> Tensor:
@@ -59,7 +59,7 @@ def identical(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
 
 
 def random(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
-    """Gaussian with the mean and standard deviation of this kind's table."""
+    """Gaussian with the mean and standard deviation of this matrix's table."""
     import torch
 
     noise = torch.randn(num_layers, table.shape[1], generator=generator).to(table)
@@ -136,10 +136,10 @@ def segment_share(source: int, num_layers: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Start:
-    """A start: `start(sigma [L, R], N, generator) -> [N, R]` for a kind's table.
+class Initial:
+    """How a matrix's vectors begin: `initial(sigma [L, R], N, generator) -> [N, R]`.
 
-    bias:  the same for a kind's biases, `(table [L, m], N) -> [N, m]`.
+    bias:  the same for its biases, `(table [L, m], N) -> [N, m]`.
     share: what the residual branches are multiplied by, `(L, N) -> [N]`.
     """
 
@@ -151,20 +151,20 @@ class Start:
         return self.sigma(table, num_layers, generator)
 
     def layers(
-        self, kind: str, sigma: Tensor, bias: Tensor, num_layers: int, generator: Generator
+        self, matrix: str, sigma: Tensor, bias: Tensor, num_layers: int, generator: Generator
     ) -> tuple[Tensor, Tensor]:
-        """A kind's sigma [N, R] and biases [N, m] for the target, from the learngene's [L, R] and [L, m]."""
+        """A matrix's sigma [N, R] and biases [N, m] for the target, from the learngene's [L, R] and [L, m]."""
         values, biases = self(sigma, num_layers, generator), self.bias(bias, num_layers)
-        if kind in RESIDUAL:
+        if matrix in RESIDUAL:
             share = self.share(len(sigma), num_layers)[:, None].to(sigma)
             values, biases = values * share, biases * share
         return values, biases
 
 
-STARTS: dict[str, Start] = {
-    "linear": Start(linear),
-    "random": Start(random),
-    "identical": Start(identical),
-    "segment": Start(segment, segment_mean, longer_steps),
-    "aligned": Start(aligned, nearest, segment_share),
+INITIALS: dict[str, Initial] = {
+    "linear": Initial(linear),
+    "random": Initial(random),
+    "identical": Initial(identical),
+    "segment": Initial(segment, segment_mean, longer_steps),
+    "aligned": Initial(aligned, nearest, segment_share),
 }

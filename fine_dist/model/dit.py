@@ -1,26 +1,59 @@
 """The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748), written from the paper.
 
 Shapes: B batch, C latent channels, H latent height = width, p patch side, T tokens = (H/p)^2, D width, A heads.
-A block's five matrices are reached by kind (`zoo.KINDS`); a factory makes them, so that the dense model and every
+A block's five matrices are reached by name (`zoo.MATRICES`); a factory makes them, so that the dense model and every
 factored one share all of this file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fine_dist.model.zoo import KINDS, Arch
+from fine_dist.model.roles import Role
+from fine_dist.model.zoo import MATRICES, Arch
 
 LinearFactory = Callable[[str, int], nn.Module]
-"""(kind, layer) -> the module that multiplies by this matrix and adds its bias."""
+"""(matrix, layer) -> a `Matrix`, the module that multiplies by this matrix and adds its bias."""
 
 TIME_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a block is conditioned on: `c` [B, D], time and label embedded; `y` int64 [B], the labels themselves."""
+
+    c: Tensor
+    y: Tensor
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's output and some features of it, for losses that look inside. features: by name, [B, T, D]."""
+
+    out: Tensor
+    features: dict[str, Tensor]
+
+
+class Dense(nn.Linear):
+    """A block's ordinary matrix: `(x [..., n], condition) -> [..., m]`. Every matrix of a block is called so."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows; with its backward pass if there is one."""
+        dense = rows * self.out_features * self.in_features
+        return dense * (1 + backward + (backward and self.weight.requires_grad))
 
 
 class DiT(nn.Module):
@@ -29,7 +62,7 @@ class DiT(nn.Module):
     The label `arch.num_classes` is the null label of classifier-free guidance. With `arch.learn_sigma` the second half
     of the channels is the variance's interpolation (Improved DDPM, arXiv 2102.09672, eq. 15).
 
-    linear:    makes the blocks' matrices; `nn.Linear` by default.
+    linear:    makes the blocks' matrices; `Dense` by default.
     generator: seeds the initialisation; none uses torch's global one.
     """
 
@@ -38,9 +71,9 @@ class DiT(nn.Module):
         self.arch = arch
         d, p = arch.hidden_size, arch.patch_size
 
-        def dense(kind: str, layer: int) -> nn.Module:
-            out_features, in_features = arch.matrix(kind)
-            return nn.Linear(in_features, out_features)
+        def dense(matrix: str, layer: int) -> nn.Module:
+            out_features, in_features = arch.matrix(matrix)
+            return Dense(in_features, out_features)
 
         self.patch = nn.Linear(arch.in_channels * p * p, d)
         self.time = TimeEmbedder(d)
@@ -67,21 +100,34 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        x, c = self.embed(z, t, y)
+        x, condition = self.embed(z, t, y)
         for layer, block in enumerate(self.blocks):
-            if torch.is_grad_enabled() and (
-                self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
-            ):
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)  #                                                                         [B, T, D]
-        return self.unpatchify(self.final(x, c))
+            x = self.run(layer, block, x, condition)  #                                                    [B, T, D]
+        return self.unpatchify(self.final(x, condition.c))
 
-    def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, T, D] and conditioning [B, D]."""
+    def run(self, layer: int, block: nn.Module, *inputs: Any) -> Any:
+        """A block on its inputs, recomputed in the backward pass where `recompute` says so."""
+        again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
+        if again and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def answer(self, z: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> Answer:
+        """The output, and what some blocks and their attention give: `block.I` and `attention.I`, [B, T, D]."""
+        x, condition = self.embed(z, t, y)
+        features: dict[str, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            if layer in blocks:
+                x, features[f"attention.{layer}"] = self.run(layer, block, x, condition, True)
+                features[f"block.{layer}"] = x
+            else:
+                x = self.run(layer, block, x, condition)
+        return Answer(self.unpatchify(self.final(x, condition.c)), features)
+
+    def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Condition]:
+        """Tokens [B, T, D] and what they are conditioned on."""
         x = self.patch(self.patchify(z)) + self.pos  #                                                     [B, T, D]
-        c = self.time(t) + self.label(y)  #                                                                [B, D]
-        return x, c
+        return x, Condition(self.time(t) + self.label(y), y)
 
     def patchify(self, z: Tensor) -> Tensor:
         b, c, h, _ = z.shape
@@ -96,28 +142,37 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """One adaLN-zero block (section 3.2). Its children are the five matrices, by kind."""
+    """One adaLN-zero block (section 3.2). Its children are the five matrices, by name."""
 
     def __init__(self, arch: Arch, layer: int, linear: LinearFactory):
         super().__init__()
         self.num_heads = arch.num_heads
-        for kind in KINDS:
-            self.add_module(kind, linear(kind, layer))
+        for matrix in MATRICES:
+            self.add_module(matrix, linear(matrix, layer))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition, tap: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         # By key: `in` is no legal attribute in the guards that torch.compile writes.
-        return block_forward(x, c, lambda kind, h: self._modules[kind](h), self.num_heads)  # type: ignore[misc]
+        def linear(matrix: str, h: Tensor) -> Tensor:
+            return self._modules[matrix](h, condition)  # type: ignore[misc]
+
+        x, attended = block_forward(x, condition.c, linear, self.num_heads)
+        return (x, attended) if tap else x
 
 
-def block_forward(x: Tensor, c: Tensor, linear: Callable[[str, Tensor], Tensor], num_heads: int) -> Tensor:
-    """A block as a function of what multiplies by its matrices: `x [B, T, D], c [B, D] -> [B, T, D]`."""
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-        linear("adaln", F.silu(c)).unsqueeze(1).chunk(6, dim=2)
-    )  #                                                                                              6 x [B, 1, D]
+def block_forward(
+    x: Tensor, c: Tensor, linear: Callable[[str, Tensor], Tensor], num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """A block as a function of what multiplies by its matrices: `x [B, T, D], c [B, D] -> [B, T, D]`.
+
+    With it comes the attention's result before its gate, [B, T, D].
+    """
+    modulation = linear("adaln", F.silu(c)).unsqueeze(1)  #                                               [B, 1, 6 D]
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #                 6 x [B, 1, D]
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
-    x = x + gate_a * linear("o", attention(linear("qkv", h), num_heads))  #                                [B, T, D]
+    attended = linear("o", attention(linear("qkv", h), num_heads))  #                                      [B, T, D]
+    x = x + gate_a * attended  #                                                                           [B, T, D]
     h = modulate(x, shift_m, scale_m)  #                                                                   [B, T, D]
-    return x + gate_m * linear("out", F.gelu(linear("in", h), approximate="tanh"))  #                      [B, T, D]
+    return x + gate_m * linear("out", F.gelu(linear("in", h), approximate="tanh")), attended  #            [B, T, D]
 
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
@@ -169,8 +224,3 @@ def position_table(d: int, side: int) -> Tensor:
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)
     return torch.cat([column, row], dim=2).reshape(side * side, d).float()
-
-
-def outside_blocks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a state dict that is neither in a block nor a gene: embedders and final layer."""
-    return {name: tensor for name, tensor in state.items() if not name.startswith(("blocks.", "genes."))}

@@ -7,14 +7,17 @@ Two compute paths give the same numbers; the cheaper is chosen by counting multi
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_dist.model.dit import DiT
-from fine_dist.model.zoo import KINDS, Arch
+from fine_dist.model.dit import Condition, DiT
+from fine_dist.model.roles import Role, of_role, roles
+from fine_dist.model.zoo import MATRICES, Arch
 
 Path = Literal["auto", "composed", "factored"]
 
@@ -45,11 +48,13 @@ def cheaper_path(rows: int, m: int, n: int, r: int, **training: bool) -> str:
 
 
 class Genes(nn.Module):
-    """The shared factors of one kind of matrix: U [m, R] and V [n, R].
+    """The shared factors of one of the five matrices: U [m, R] and V [n, R].
 
     `forward(x [..., n], sigma, bias [m]) -> [..., m]`. sigma is [R], or has leading dimensions that broadcast against
     x's (`[B, 1, R]`: a vector a sample), which only the factored path can do.
     """
+
+    roles: ClassVar[dict[str, Role]] = {"U": "gene", "V": "gene"}
 
     def __init__(self, m: int, n: int, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
         super().__init__()
@@ -59,28 +64,40 @@ class Genes(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, bias: Tensor | None = None) -> Tensor:
         if sigma.dim() > 1 or self.choose(x.numel() // x.shape[-1], sigma) == "factored":
-            y = ((x @ self.V) * sigma) @ self.U.T
-            return y if bias is None else y + bias
+            return factored_product(x, self.U, self.V, sigma, bias)
         return F.linear(x, self.compose(sigma), bias)
 
     def compose(self, sigma: Tensor) -> Tensor:
         """`U diag(sigma) V^T` [m, n]."""
         return (self.U * sigma) @ self.V.T
 
-    def choose(self, rows: int, sigma: Tensor) -> str:
-        """The path for so many rows, as things train now."""
+    def choose(self, rows: int, sigma: Tensor, backward: bool | None = None) -> str:
+        """The path for so many rows, as things train now. backward: none takes what autograd is set to."""
         if self.path != "auto":
             return self.path
         # Under ZeRO-3 a gathered parameter has its full shape only inside forward, which is where this is asked.
         return cheaper_path(
             rows,
-            self.U.shape[0],
-            self.V.shape[0],
-            self.U.shape[1],
-            train_factors=self.U.requires_grad,
-            train_scalers=sigma.requires_grad,
-            backward=torch.is_grad_enabled(),
+            *self.shape,
+            **self.training_of(sigma),
+            backward=torch.is_grad_enabled() if backward is None else backward,
         )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(m, n, R)."""
+        return self.U.shape[0], self.V.shape[0], self.U.shape[1]
+
+    def training_of(self, sigma: Tensor) -> dict[str, bool]:
+        """What trains, in `multiply_adds`' words."""
+        return {"train_factors": self.U.requires_grad, "train_scalers": sigma.requires_grad}
+
+
+def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tensor | None) -> Tensor:
+    """`((x V) * sigma) U^T + bias`, in autocast's dtype where it is on: sigma and bias stay fp32 and are cast here."""
+    thin = x @ v  #                                                                                        [..., R]
+    y = (thin * sigma.to(thin.dtype)) @ u.T  #                                                             [..., m]
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class FactoredLinear(nn.Module):
@@ -90,79 +107,123 @@ class FactoredLinear(nn.Module):
     under ZeRO-3, whose hooks gather them because they are *called*.
     """
 
+    roles: ClassVar[dict[str, Role]] = {"sigma": "scaler", "bias": "bias"}
+
     def __init__(self, genes: Genes, m: int, rank: int):
         super().__init__()
         self._genes = (genes,)
         self.sigma = nn.Parameter(torch.zeros(rank))
         self.bias = nn.Parameter(torch.zeros(m))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         return self._genes[0](x, self.sigma, self.bias)
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows, on the path it would take; with its backward pass if there is one."""
+        [genes] = self._genes
+        path = genes.choose(rows, self.sigma, backward)
+        return multiply_adds(path, rows, *genes.shape, **genes.training_of(self.sigma), backward=backward)
+
+    def kept_numbers(self, rows: int) -> int:
+        """Numbers that its backward pass keeps beyond a dense product's."""
+        [genes] = self._genes
+        return 2 * rows * genes.shape[2] * (genes.choose(rows, self.sigma, True) == "factored")
+
+
+@dataclass(frozen=True)
+class SharedForm:
+    """A model as `W(l) = U diag(sigma(l)) V^T` with frozen U and V: what a pack needs of a target (K = 5 matrices).
+
+    factors: (U [m, R], V [n, R]) of each matrix.
+    sigma:   [L, K, R], what trains, in the order of `MATRICES`.
+    biases:  a layer's {matrix: [m]}, frozen.
+    shell:   embedders and final layer, as state-dict entries; frozen but for the label embedder.
+    labels:  the label embedder's name and values [C + 1, D] where it trains too, else none.
+    name_of: (layer, matrix) -> the name of that sigma in the model's own state dict.
+    """
+
+    arch: Arch
+    factors: dict[str, tuple[Tensor, Tensor]]
+    sigma: Tensor
+    biases: list[dict[str, Tensor]]
+    shell: dict[str, Tensor]
+    labels: tuple[str, Tensor] | None
+    name_of: Callable[[int, str], str]
+
+    @property
+    def rank(self) -> int:
+        return self.sigma.shape[2]
 
 
 class FactoredDiT(DiT):
-    """A DiT whose blocks are composed from shared genes and each layer's own scalers: FINE's learngene.
+    """A DiT whose blocks are composed from shared genes and each layer's own scalers.
 
-    rank: R, the same for all kinds. path: which compute path, `auto` by count.
+    rank: R, the same for all matrices. path: which compute path, `auto` by count.
     """
 
     def __init__(self, arch: Arch, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
-        genes = nn.ModuleDict({kind: Genes(*arch.matrix(kind), rank, generator, path) for kind in KINDS})
+        genes = nn.ModuleDict({matrix: Genes(*arch.matrix(matrix), rank, generator, path) for matrix in MATRICES})
 
-        def factored(kind: str, layer: int) -> nn.Module:
-            return FactoredLinear(genes[kind], arch.matrix(kind)[0], rank)  # type: ignore[arg-type]
+        def factored(matrix: str, layer: int) -> nn.Module:
+            return FactoredLinear(genes[matrix], arch.matrix(matrix)[0], rank)  # type: ignore[arg-type]
 
         super().__init__(arch, factored, generator)
         self.rank = rank
         self.genes = genes
-        for kind in KINDS:
-            if kind != "adaln":  # adaLN-zero: a block starts as the identity
-                std = sigma_std(*arch.matrix(kind), rank)
+        for matrix in MATRICES:
+            if matrix != "adaln":  # adaLN-zero: a block starts as the identity
+                std = sigma_std(*arch.matrix(matrix), rank)
                 for layer, sigma in enumerate(line_in_depth(arch.num_layers, rank, std, generator)):
                     with torch.no_grad():
-                        self.sigma(kind, layer).copy_(sigma)
+                        self.sigma(matrix, layer).copy_(sigma)
 
-    def factor(self, kind: str) -> Genes:
-        return self.genes[kind]  # type: ignore[return-value]
+    def factor(self, matrix: str) -> Genes:
+        return self.genes[matrix]  # type: ignore[return-value]
 
-    def sigma(self, kind: str, layer: int) -> nn.Parameter:
-        return self.blocks[layer].get_submodule(kind).sigma  # type: ignore[return-value]
+    def sigma(self, matrix: str, layer: int) -> nn.Parameter:
+        return self.blocks[layer].get_submodule(matrix).sigma  # type: ignore[return-value]
 
-    def sigma_table(self, kind: str) -> Tensor:
-        """A kind's sigma over depth, [L, R], detached, on the CPU."""
-        return torch.stack([self.sigma(kind, layer).detach().float().cpu() for layer in range(self.arch.num_layers)])
+    def bias(self, matrix: str, layer: int) -> nn.Parameter:
+        return self.blocks[layer].get_submodule(matrix).bias  # type: ignore[return-value]
+
+    def sigma_table(self, matrix: str) -> Tensor:
+        """A matrix's sigma over depth, [L, R], detached, on the CPU."""
+        return torch.stack([self.sigma(matrix, layer).detach().float().cpu() for layer in range(self.arch.num_layers)])
 
     def block_weights(self, layer: int) -> dict[str, Tensor]:
-        """The weights of a block as dense matrices, `{kind: [m, n]}`."""
-        return {kind: self.factor(kind).compose(self.sigma(kind, layer)) for kind in KINDS}
-
-    def train_only(self, *roles: str) -> FactoredDiT:
-        """Let parameters of these roles (`role`) train and freeze all others."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(role(name) in roles)
-        return self
+        """The weights of a block as dense matrices, `{matrix: [m, n]}`."""
+        return {matrix: self.factor(matrix).compose(self.sigma(matrix, layer)) for matrix in MATRICES}
 
     @torch.no_grad()
     def merge(self) -> dict[str, Tensor]:
         """The state dict of the ordinary dense DiT that computes the same function."""
-        state = {k: v.detach().clone() for k, v in self.state_dict().items() if role(k) in ("outside", "bias")}
+        state = {name: p.clone() for name, p in of_role(self, "shell", "bias").items()}
         for layer in range(self.arch.num_layers):
-            for kind, weight in self.block_weights(layer).items():
-                state[f"blocks.{layer}.{kind}.weight"] = weight.detach().clone()
+            for matrix, weight in self.block_weights(layer).items():
+                state[f"blocks.{layer}.{matrix}.weight"] = weight.detach().clone()
         return state
 
+    def shared_form(self) -> SharedForm | None:
+        """What a pack needs of this model; none when anything but sigma and the label embedder trains."""
+        known = roles(self)
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        if any(known[name] != "scaler" and p is not self.label.weight for name, p in trained.items()):
+            return None
+        depth = range(self.arch.num_layers)
+        rows = [torch.stack([self.sigma(matrix, layer).detach().float() for matrix in MATRICES]) for layer in depth]
+        return SharedForm(
+            arch=self.arch,
+            factors={matrix: (self.factor(matrix).U.detach(), self.factor(matrix).V.detach()) for matrix in MATRICES},
+            sigma=torch.stack(rows),
+            biases=[{matrix: self.bias(matrix, layer).detach() for matrix in MATRICES} for layer in depth],
+            shell=of_role(self, "shell"),
+            labels=("label.weight", self.label.weight.detach()) if self.label.weight.requires_grad else None,
+            name_of=lambda layer, matrix: f"blocks.{layer}.{matrix}.sigma",
+        )
+
     def paths(self, batch: int) -> dict[str, str]:
-        """The compute path each kind takes at this batch, as things train now (for logs and `--dry-run`)."""
-        return {kind: self.factor(kind).choose(self.arch.rows(kind, batch), self.sigma(kind, 0)) for kind in KINDS}
-
-
-def role(name: str) -> str:
-    """What a parameter is, by its name: `gene` (U, V), `scaler` (sigma), block `bias` or `weight`, or `outside`."""
-    if name.startswith("genes."):
-        return "gene"
-    if name.startswith("blocks."):
-        return {"sigma": "scaler", "bias": "bias"}.get(name.rsplit(".", 1)[1], "weight")
-    return "outside"
+        """The compute path each matrix takes at this batch, as things train now (for logs and `--dry-run`)."""
+        return {m: self.factor(m).choose(self.arch.rows(m, batch), self.sigma(m, 0)) for m in MATRICES}
 
 
 def sigma_std(m: int, n: int, rank: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from fine_dist.model.zoo import KINDS, Arch
+from fine_dist.model.zoo import MATRICES, Arch
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +42,16 @@ FP32_FRACTION = {"A100": 0.5, "A800": 0.5, "H100": 0.5, "H200": 0.5, "GH200": 0.
 """Peak of fp32 (as TF32) over bf16's, where it is not also the default of a half."""
 
 
-def block_macs(arch: Arch, kinds: tuple[str, ...] = KINDS) -> int:
+def block_macs(arch: Arch, matrices: tuple[str, ...] = MATRICES) -> int:
     """Multiply-adds of all blocks' dense matrices in one sample's forward pass (attention's own not included)."""
-    return arch.num_layers * sum(arch.rows(kind, 1) * m * n for kind in kinds for m, n in [arch.matrix(kind)])
+    return arch.num_layers * sum(arch.rows(name, 1) * m * n for name in matrices for m, n in [arch.matrix(name)])
 
 
-def factored_macs(arch: Arch, rank: int, kinds: tuple[str, ...] = KINDS) -> int:
+def factored_macs(arch: Arch, rank: int, matrices: tuple[str, ...] = MATRICES) -> int:
     """The same through two thin products of `rank` components: `rows * rank * (m + n)` a matrix."""
-    return arch.num_layers * sum(arch.rows(kind, 1) * rank * (m + n) for kind in kinds for m, n in [arch.matrix(kind)])
+    return arch.num_layers * sum(
+        arch.rows(name, 1) * rank * (m + n) for name in matrices for m, n in [arch.matrix(name)]
+    )
 
 
 def attention_macs(arch: Arch) -> int:
@@ -68,6 +70,17 @@ def forward_macs(arch: Arch, rank: int | None = None) -> int:
     """Multiply-adds of one sample's forward pass; with a rank, every block matrix goes through its factors."""
     blocks = block_macs(arch) if rank is None else factored_macs(arch, rank)
     return blocks + attention_macs(arch) + outside_macs(arch)
+
+
+def dense_numbers(arch: Arch) -> int:
+    """Numbers in a dense DiT of this shape (without its fixed position table)."""
+    d, patch = arch.hidden_size, arch.patch_size**2
+    block = 18 * d * d + 15 * d
+    shell = (arch.in_channels * patch + 1) * d  # patches in
+    shell += (256 + 1) * d + (d + 1) * d  # time
+    shell += (arch.num_classes + 1) * d  # labels
+    shell += 2 * (d + 1) * d + (d + 1) * arch.out_channels * patch  # the final layer
+    return arch.num_layers * block + shell
 
 
 def train_flops(arch: Arch) -> float:

@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 from fine_dist.config import Config
 from fine_dist.errors import ConfigError, nearest
 
-KINDS = ("qkv", "o", "in", "out", "adaln")
-"""The five weight matrices of a block (methods.md names them so): attention in and out, MLP in and out, modulation."""
+MATRICES = ("qkv", "o", "in", "out", "adaln")
+"""The five weight matrices of a block: attention in and out, MLP in and out, modulation."""
 
 SIZES = {
     # name: hidden size, layers, heads     (DiT, arXiv 2212.09748, table 1)
@@ -84,14 +84,14 @@ class Arch(Config):
         size = next((k for k, v in SIZES.items() if v[0] == self.hidden_size and v[2] == self.num_heads), None)
         return f"DiT-{size or f'D{self.hidden_size}'}/{self.patch_size}-L{self.num_layers}"
 
-    def matrix(self, kind: str) -> tuple[int, int]:
-        """(out, in) features of a block's weight matrix of this kind."""
+    def matrix(self, name: str) -> tuple[int, int]:
+        """(out, in) features of one of a block's matrices."""
         d = self.hidden_size
-        return {"qkv": (3 * d, d), "o": (d, d), "in": (4 * d, d), "out": (d, 4 * d), "adaln": (6 * d, d)}[kind]
+        return {"qkv": (3 * d, d), "o": (d, d), "in": (4 * d, d), "out": (d, 4 * d), "adaln": (6 * d, d)}[name]
 
-    def rows(self, kind: str, batch: int) -> int:
-        """Rows that this kind's matrix multiplies in one forward pass: tokens, but one a sample for adaln."""
-        return batch if kind == "adaln" else batch * self.num_tokens
+    def rows(self, name: str, batch: int) -> int:
+        """Rows that a matrix multiplies in one forward pass: tokens, but one a sample for adaln."""
+        return batch if name == "adaln" else batch * self.num_tokens
 
     def with_depth(self, num_layers: int) -> Arch:
         return Arch(**{**self.model_dump(), "num_layers": num_layers})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.objective import NoiseSchedule, draw
+from fine_dist.diffusion.objective import Objective, Question
 from fine_dist.engine.dist import World
 from fine_dist.errors import DataError
 from fine_dist.model.zoo import Arch
@@ -35,15 +35,25 @@ class Source:
 
 @dataclass(frozen=True)
 class Fed:
-    """A step's inputs and what the loss compares with: clean latents and noise [F, B, C, H, H]."""
+    """A step's questions of F feeds, stacked: every tensor of it is [F, B, ...]."""
 
-    inputs: Inputs
-    latents: Tensor
-    noise: Tensor
+    question: Question
     rows: dict[int, int]
     """Place in the tensors of a feed that was asked for."""
-    bad: dict[int, str]
-    """Feeds that can give nothing any more, and why."""
+
+    @property
+    def inputs(self) -> Inputs:
+        """What a pack sees of it."""
+        return Inputs(self.question.z_t, self.question.t, self.question.y)
+
+    def of(self, rows: Sequence[int], part: slice = slice(None)) -> Question:
+        """What some rows ask (one a job, in that order), a part of their samples, behind one another [N, ...]."""
+        at = list(rows)
+        return Question(*(x[at, part].flatten(0, 1) for x in _tensors(self.question)))
+
+
+def _tensors(question: Question) -> tuple[Tensor, ...]:
+    return question.z, question.z_t, question.eps, question.t, question.y
 
 
 class Feeds:
@@ -56,8 +66,8 @@ class Feeds:
     def __init__(
         self, sources: Sequence[Source], arch: Arch, batch: int, diffusion: DiffusionConfig, world: World
     ) -> None:
-        self.sources, self.arch, self.diffusion, self.world = list(sources), arch, diffusion, world
-        self.schedule = NoiseSchedule(diffusion).to(world.device or "cpu")
+        self.sources, self.world = list(sources), world
+        self._objectives = [Objective(diffusion, arch, s.seed, num_classes=s.num_classes) for s in self.sources]
         self.bad: dict[int, str] = {}
         self._streams: list[LatentStream | None] = []
         self._batches: list[Iterator[Any]] = []
@@ -99,39 +109,22 @@ class Feeds:
         return fed
 
     def _make(self, names: tuple[int, ...]) -> Fed | None:
-        z: list[Tensor] = []
-        t: list[Tensor] = []
-        y: list[Tensor] = []
-        noise: list[Tensor] = []
+        device = self.world.device or torch.device("cpu")
+        questions: list[Question] = []
         rows: dict[int, int] = {}
         for name in names:
             if name in self.bad:
                 continue
-            source = self.sources[name]
             try:
                 batch = next(self._batches[name])
             except DataError as error:
                 self.bad[name] = str(error)
                 continue
-            draws = draw(
-                source.seed,
-                batch.step,
-                batch.positions,
-                self.arch.latent_shape,
-                num_timesteps=self.diffusion.num_timesteps,
-                label_drop=self.diffusion.label_drop,
-            )
-            rows[name] = len(z)
-            z.append(batch.latents)
-            t.append(draws.t)
-            y.append(torch.where(draws.drop, source.num_classes, batch.labels))
-            noise.append(draws.noise)
-        if not z:
+            rows[name] = len(questions)
+            questions.append(self._objectives[name].ask(batch.to(device)))
+        if not questions:
             return None
-        device = self.world.device or torch.device("cpu")
-        latents, steps, labels, eps = (torch.stack(x).to(device, non_blocking=True) for x in (z, t, y, noise))
-        noised = self.schedule.add_noise(latents.flatten(0, 1), steps.flatten(), eps.flatten(0, 1))
-        return Fed(Inputs(noised.unflatten(0, steps.shape), steps, labels), latents, eps, rows, dict(self.bad))
+        return Fed(Question(*(torch.stack(parts) for parts in zip(*map(_tensors, questions)))), rows)
 
     def close(self) -> None:
         """Stop reading."""
@@ -146,5 +139,4 @@ def _select(fed: Fed, names: tuple[int, ...]) -> Fed:
     """The part of a step that was read ahead for more feeds than are wanted now."""
     kept = [name for name in names if name in fed.rows]
     at = [fed.rows[name] for name in kept]
-    inputs = Inputs(fed.inputs.z[at], fed.inputs.t[at], fed.inputs.y[at])
-    return Fed(inputs, fed.latents[at], fed.noise[at], {name: i for i, name in enumerate(kept)}, fed.bad)
+    return Fed(Question(*(x[at] for x in _tensors(fed.question))), {name: i for i, name in enumerate(kept)})

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
-from fine_dist.diffusion.objective import NoiseSchedule, per_sample
+from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
 from fine_dist.engine.backends import learning_rate, precision
 from fine_dist.engine.dist import World
+from fine_dist.engine.stopping import GO_ON, STOP
+from fine_dist.errors import ConfigError
 from fine_dist.pack.feed import Fed, Feeds, Source
-from fine_dist.pack.model import PackedDiT, Single
+from fine_dist.pack.model import Inputs, PackedDiT
 from fine_dist.pack.ops import keep_freed_memory
 from fine_dist.pack.optim import PackedAdamW
 from fine_dist.pack.plan import EarlyStop
@@ -59,6 +61,8 @@ class Progress:
     """Losses since the last row."""
     recent: list[float] = field(default_factory=list)
     """Losses that an early stop still looks at."""
+    bad_steps: int = 0
+    """Steps that were skipped because a loss or gradient was not finite."""
 
 
 class Watcher(Protocol):
@@ -66,6 +70,9 @@ class Watcher(Protocol):
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         """A mean over the steps since the last row."""
+
+    def look(self, job: int, step: int) -> None:
+        """A moment to measure the job: before its first step, then every `engine.eval_every` steps."""
 
     def ended(self, job: int, progress: Progress) -> None:
         """The job is done or has failed."""
@@ -81,13 +88,13 @@ class PackRun:
     jobs:       in the pack's order; their steps, rates, seeds and data sets may differ.
     batch:      samples of one job in a step, over all processes.
     chunk:      jobs that go through the model at once; fewer cost less memory, more cost less time on small batches.
-    checkpoint: file of this pack's state; none keeps nothing.
-    wish:       asked after every step; true: save and return before the end.
+    states:     folder of all packs' states, and this pack's name in it; none keeps nothing.
+    wish:       asked before every step with the seconds that a step and a save take: go on, save, or save and return.
     """
 
     def __init__(
         self,
-        pack: PackedDiT | Single,
+        pack: PackedDiT,
         jobs: Sequence[PackJob],
         *,
         batch: int,
@@ -98,17 +105,20 @@ class PackRun:
         world: World,
         chunk: int | None = None,
         stop: EarlyStop | None = None,
-        checkpoint: Path | None = None,
-        wish: Callable[[], bool] = lambda: False,
+        states: tuple[Path, str] | None = None,
+        wish: Callable[[float], int] = lambda seconds: GO_ON,
     ) -> None:
         self.pack, self.jobs, self.world, self.engine = pack, list(jobs), world, engine
         self.batch, self.diffusion, self.early = batch, diffusion, stop
         self.optim = [optim.model_copy(update={"lr": job.lr}) for job in jobs]
         self.optimizer = PackedAdamW(pack.trained(), len(self.jobs), optim)
         self.chunk = chunk or len(self.jobs)
-        self.watcher, self.checkpoint, self.wish = watcher, checkpoint, wish
+        self.watcher, self.states, self.wish = watcher, states, wish
+        self.micro = micro_batch(batch // world.world_size, engine.micro_batch)
         self.progress = [Progress() for _ in self.jobs]
-        self._schedule = NoiseSchedule(diffusion).to(world.device or "cpu")
+        self._objective = Objective(diffusion, pack.arch, 0)
+        self._objective.schedule.to(world.device or "cpu")
+        self._save_s = 0.0
         self._no_memory: set[int] = set()
         if world.device is None or world.device.type == "cpu":
             keep_freed_memory()
@@ -125,25 +135,28 @@ class PackRun:
     def steps(self) -> Iterator[int]:
         """Train step by step: yields how many steps of the pack were taken, until no job is left or a wish came."""
         feeds, feed_of = self._feeds()
-        taken = 0
+        taken, step_s = 0, 0.0
+        for j in self.active():
+            if self.progress[j].step == 0:
+                self._look(j)
         try:
             while active := self.active():
                 begun = time.perf_counter()
                 fed = feeds.next([feed_of[j] for j in active])
-                stopping = self._agree(feeds)
+                wish = self._agree(feeds, 2 * step_s + self._save_s)
                 for j in active:
                     if feed_of[j] in feeds.bad:
                         self._end(j, "failed", feeds.bad[feed_of[j]])
                 active = self.active()
                 if fed is not None and active:
                     self._step(fed, {j: fed.rows[feed_of[j]] for j in active}, begun)
-                taken += 1
+                taken, step_s = taken + 1, time.perf_counter() - begun
                 if self.world.is_main:
                     self.watcher.tick(self.progress)
-                if taken % self.engine.checkpoint_every == 0 or stopping:
+                if taken % self.engine.checkpoint_every == 0 or wish:
                     self.save()
                 yield taken
-                if stopping:
+                if wish == STOP:
                     return
         finally:
             feeds.close()
@@ -158,8 +171,8 @@ class PackRun:
         losses = self._reduce(self._gradients(fed, row, active))
         loss, norm = torch.stack([losses, self.optimizer.norms()]).tolist()
         good = sorted(j for j in active if math.isfinite(loss[j]) and math.isfinite(norm[j]))
-        for j in set(active) - set(good):
-            self._end(j, "failed", self._why_bad(j, loss[j], norm[j]))
+        for j in sorted(set(active) - set(good)):
+            self._bad_step(j, loss[j], norm[j])
         rates = [learning_rate(self.optim[j], self.progress[j].step, self.jobs[j].steps) for j in good]
         if good:
             self.optimizer.step(good, rates)
@@ -169,11 +182,24 @@ class PackRun:
             self.progress[j].seconds += seconds * self.pack.depths[j] / layers
             self._count(j, loss[j], norm[j], rate)
 
+    def _bad_step(self, j: int, loss: float, norm: float) -> None:
+        """End the job, or count the step as taken without an update, as `engine.on_bad_loss` says."""
+        progress, engine = self.progress[j], self.engine
+        if engine.on_bad_loss == "stop" or j in self._no_memory or progress.bad_steps >= engine.max_bad_steps:
+            self._end(j, "failed", self._why_bad(j, loss, norm))
+            return
+        progress.bad_steps += 1
+        progress.step += 1
+        if progress.step == self.jobs[j].steps:
+            self._end(j, "done")
+
     def _why_bad(self, j: int, loss: float, norm: float) -> str:
         if j in self._no_memory:
             return f"out of memory with one job of depth {self.pack.depths[j]} and batch {self.batch}; lower batch"
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-        return f"step {self.progress[j].step + 1}: the {what}; lower its learning rate ({self.jobs[j].lr:g})"
+        skipped = self.progress[j].bad_steps
+        after = f", after {skipped} skipped steps (engine.max_bad_steps)" if skipped else ""
+        return f"step {self.progress[j].step + 1}: the {what}{after}; lower its learning rate ({self.jobs[j].lr:g})"
 
     def _gradients(self, fed: Fed, row: dict[int, int], active: list[int]) -> Tensor:
         """Losses [J] of the active jobs, and their gradients, some jobs at a time.
@@ -182,7 +208,7 @@ class PackRun:
         """
         while True:
             self.optimizer.zero_grad()
-            losses = torch.zeros(len(self.jobs), device=fed.latents.device)
+            losses = torch.zeros(len(self.jobs), device=fed.question.z.device)
             losses[sorted(self._no_memory)] = math.nan
             fits = [j for j in active if j not in self._no_memory]
             # Chunks of nearly equal size: a last small one would cost as many calls as a full one.
@@ -199,19 +225,23 @@ class PackRun:
             if len(part) == 1:
                 self._no_memory.add(part[0])
             self.chunk = max(1, len(part) // 2)
-            if fed.latents.is_cuda:
+            if fed.question.z.is_cuda:
                 torch.cuda.empty_cache()
 
     def _backward(self, fed: Fed, rows: list[int], jobs: list[int]) -> Tensor:
-        with precision(self.engine, fed.latents.device):
-            out = self.pack(
-                fed.inputs, rows, jobs
-            )  #                                             [J', B, C or 2C, H, H]
-        z, z_t, eps = (x[rows].flatten(0, 1) for x in (fed.latents, fed.inputs.z, fed.noise))
-        losses = per_sample(self._schedule, out.float().flatten(0, 1), z, z_t, fed.inputs.t[rows].flatten(), eps)
-        means = losses.unflatten(0, (len(jobs), -1)).mean(1)  #                                                    [J']
-        means.sum().backward()
-        return means.detach()
+        """Mean losses [J'] of some jobs and their gradients, a micro-batch of each at a time."""
+        total = torch.zeros(len(jobs), device=fed.question.z.device)
+        samples = fed.question.t.shape[1]
+        for start in range(0, samples, self.micro):
+            part = slice(start, start + self.micro)
+            inputs = Inputs(*(x[:, part] for x in (fed.inputs.z, fed.inputs.t, fed.inputs.y)))
+            with precision(self.engine, fed.question.z.device):
+                out = self.pack(inputs, rows, jobs)  #                                      [J', b, C or 2C, H, H]
+            losses = self._objective.losses(fed.of(rows, part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
+            means = losses.mean(1) if self.micro == samples else losses.sum(1) / samples  #                        [J']
+            means.sum().backward()
+            total += means.detach()
+        return total
 
     def _reduce(self, losses: Tensor) -> Tensor:
         """Means over processes: each has an equal share of every job's batch. Gradients are sigma's alone."""
@@ -222,15 +252,15 @@ class PackRun:
             dist.all_reduce_sum(losses, self.world).div_(self.world.world_size)
         return losses
 
-    def _agree(self, feeds: Feeds) -> bool:
-        """Whether any process was asked to stop; a feed that one process lost is lost for all of them."""
+    def _agree(self, feeds: Feeds, seconds: float) -> int:
+        """The greatest wish of all processes; a feed that one of them lost is lost for all."""
         words = torch.zeros(1 + len(feeds.sources))
-        words[0] = float(self.wish())
+        words[0] = float(self.wish(seconds))
         words[[1 + feed for feed in feeds.bad]] = 1.0
         dist.all_reduce_max(words, self.world)
         for feed in words[1:].nonzero().flatten().tolist():
             feeds.bad.setdefault(feed, "another process could not read its data")
-        return bool(words[0])
+        return int(words[0])
 
     def _feeds(self) -> tuple[Feeds, dict[int, int]]:
         """Feeds of the active jobs, and which of them each job sees."""
@@ -258,6 +288,8 @@ class PackRun:
             if self.world.is_main:
                 self.watcher.row(j, progress.step, values)
             progress.window = []
+        if progress.step % self.engine.eval_every == 0 and not (done or stopped):
+            self._look(j)
         if done or stopped:
             self._end(j, "done", f"stopped improving at step {progress.step}" if stopped and not done else None)
 
@@ -271,6 +303,10 @@ class PackRun:
             return False
         return sum(recent[size:]) > sum(recent[:size]) * (1 - self.early.min_gain)
 
+    def _look(self, j: int) -> None:
+        if self.world.is_main:
+            self.watcher.look(j, self.progress[j].step)
+
     def _end(self, j: int, state: State, reason: str | None = None) -> None:
         self.progress[j].state, self.progress[j].reason = state, reason
         if self.world.is_main:
@@ -280,19 +316,22 @@ class PackRun:
 
     def save(self) -> None:
         """Write the state of all jobs as one file, whole or not at all."""
-        if self.checkpoint is None or not self.world.is_main:
+        if self.states is None or not self.world.is_main:
             return
+        begun = time.perf_counter()
+        folder, name = self.states
         states = {
             job.name: (job.key, self.optimizer.state(j), {**asdict(p), "updates": self.optimizer.updates[j]})
             for j, (job, p) in enumerate(zip(self.jobs, self.progress))
         }
-        write_states(self.checkpoint, states)
+        write_states(folder, name, states)
+        self._save_s = time.perf_counter() - begun
 
     def _resume(self) -> None:
         """Go on from the furthest saved state of every job, in whichever pack it was saved."""
-        if self.checkpoint is None:
+        if self.states is None:
             return
-        found = read_states(self.checkpoint.parent, {job.name: job.key for job in self.jobs})
+        found = read_states(self.states[0], {job.name: job.key for job in self.jobs})
         for j, job in enumerate(self.jobs):
             if job.name not in found:
                 continue
@@ -303,6 +342,18 @@ class PackRun:
             self.progress[j].state = "running"
             if self.progress[j].step >= job.steps:
                 self._end(j, "done")
+
+
+def micro_batch(samples: int, wanted: int | None) -> int:
+    """Samples of a job that go through at once. `ConfigError` when they do not divide those a process has."""
+    micro = wanted or samples
+    if samples % micro:
+        legal = [n for n in range(1, samples + 1) if samples % n == 0]
+        raise ConfigError(
+            f"engine.micro_batch: {micro} does not divide the {samples} samples of a target that a process has; "
+            f"legal: {', '.join(map(str, legal))}"
+        )
+    return micro
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -5,24 +5,25 @@ first, so the jobs that are still deep enough at a layer are a prefix of the bat
 Nothing couples two jobs: a row of a product, a layer's normalisation and a sample's attention belong to one sample, and
 every sum over samples is a sum within one job. A job's trajectory is therefore its solo run's, up to rounding.
 
-Shapes: J jobs, B samples a job, N = J B, T tokens, D width, K = 5 kinds of matrix, L layers of the deepest job, R rank,
+Shapes: J jobs, B samples a job, N = J B, T tokens, D width, K = 5 matrices, L layers of the deepest job, R rank,
 m out and n in features, C classes.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fine_dist.errors import ArtifactError
-from fine_dist.model.dit import DiT, attention, outside_blocks
-from fine_dist.model.factors import FactoredDiT, cheaper_path
-from fine_dist.model.zoo import KINDS
+from fine_dist.model.dit import DiT, attention
+from fine_dist.model.factors import SharedForm, cheaper_path
+from fine_dist.model.zoo import MATRICES
 from fine_dist.pack.ops import FactoredProduct, compute_dtype, gelu
 
 _KEPT_SELECTIONS = 64
@@ -42,66 +43,64 @@ class Inputs:
 
 
 class PackedDiT(nn.Module):
-    """J factored DiTs of one width and any depths, as one module.
+    """J targets of one width and any depths, in shared form, as one module.
 
-    models: the targets, as `Method.descend` gives them; equal genes and equal parts outside the blocks, except label
-            embedders that train. They are read one at a time and not kept: an iterator costs one model's memory.
+    forms: the targets, as `Method.pack` gives them; equal factors and equal shells, except label embedders that train.
+           They are read one at a time and not kept: an iterator costs one model's memory.
 
     Trained are `sigma [J, L K R]` (a shallower job's rows beyond its depth are zero, and stay so) and, when the jobs
     train their label embedders, `labels [J, C+1, D]`. Jobs keep the order in which they are given; inside, they are
     sorted by depth. `ArtifactError` when two jobs cannot share a pack.
+
+    recompute: `none`, `blocks` or `every_other`: whose activations are computed again in the backward pass.
     """
 
-    def __init__(self, models: Sequence[FactoredDiT] | Iterator[FactoredDiT]):
+    def __init__(self, forms: Iterable[SharedForm], recompute: str = "none"):
         super().__init__()
         depths: list[int] = []
         sigmas: list[Tensor] = []
-        biases: list[list[dict[str, Tensor]]] = []
         tables: list[Tensor] = []
-        for model in models:
+        self._biases: list[list[dict[str, Tensor]]] = []
+        self._names: list[Callable[[int, str], str]] = []
+        for form in forms:
             if not depths:
-                self._adopt(model)
-            elif identity(model) != self.identity:
+                self._adopt(form)
+            elif identity(form) != self.identity:
                 raise ArtifactError(
-                    f"a target of {model.arch.num_layers} layers does not share the pack's genes; plan it apart"
+                    f"a target of {form.arch.num_layers} layers does not share the pack's genes; plan it apart"
                 )
-            depth = model.arch.num_layers
-            depths.append(depth)
-            rows = [model.sigma(kind, layer).detach().float() for layer in range(depth) for kind in KINDS]
-            sigmas.append(torch.cat(rows))
-            biases.append(
-                [{k: model.get_parameter(f"blocks.{i}.{k}.bias").detach() for k in KINDS} for i in range(depth)]
-            )
-            if self.trains_labels:
-                tables.append(model.label.weight.detach())
-        self.depths = tuple(depths)
+            depths.append(form.arch.num_layers)
+            sigmas.append(form.sigma.float().flatten())
+            self._biases.append(form.biases)
+            self._names.append(form.name_of)
+            if form.labels is not None:
+                tables.append(form.labels[1])
+        self.depths, self.recompute = tuple(depths), recompute
         width = max(len(s) for s in sigmas)
         self.sigma = nn.Parameter(torch.stack([F.pad(s, (0, width - len(s))) for s in sigmas]))
         self.labels = nn.Parameter(torch.stack(tables)) if tables else None
-        self._biases = biases
         self._stacked: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
 
-    def factors(self, kind: str) -> tuple[Tensor, Tensor]:
-        """U [m, R] and V [n, R] of a kind."""
-        return self.get_buffer(f"U_{kind}"), self.get_buffer(f"V_{kind}")
+    def factors(self, matrix: str) -> tuple[Tensor, Tensor]:
+        """U [m, R] and V [n, R] of a matrix."""
+        return self.get_buffer(f"U_{matrix}"), self.get_buffer(f"V_{matrix}")
 
     def trained(self) -> list[Tensor]:
         """What stage 2 trains, each with a row a job."""
         return [self.sigma] if self.labels is None else [self.sigma, self.labels]
 
-    def _adopt(self, model: FactoredDiT) -> None:
+    def _adopt(self, form: SharedForm) -> None:
         """Take what all jobs share from the first."""
-        self.identity = identity(model)
-        self.arch, self.rank = model.arch, model.rank
-        self.trains_labels = model.label.weight.requires_grad
-        shell = DiT(model.arch.with_depth(1))
+        self.identity = identity(form)
+        self.arch, self.rank = form.arch, form.rank
+        self._label_name = form.labels[0] if form.labels else ""
+        shell = DiT(form.arch.with_depth(1))
         shell.blocks = nn.ModuleList()
-        shell.load_state_dict(outside_blocks(model.state_dict()))
+        shell.load_state_dict(form.shell)
         self.shell = shell.requires_grad_(False)
-        for kind in KINDS:
-            genes = model.factor(kind)
-            self.register_buffer(f"U_{kind}", genes.U.detach(), persistent=False)
-            self.register_buffer(f"V_{kind}", genes.V.detach(), persistent=False)
+        for matrix, (u, v) in form.factors.items():
+            self.register_buffer(f"U_{matrix}", u, persistent=False)
+            self.register_buffer(f"V_{matrix}", v, persistent=False)
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -121,10 +120,8 @@ class PackedDiT(nn.Module):
         batch = inputs.t.shape[1]
         x, c = self._embed(inputs, feeds, jobs)  #                                              [N, T, D], [N, D]
         # adaLN's input is the same at every layer, so its product with V is made once.
-        gate = (
-            F.silu(c) @ self.factors("adaln")[1]
-        )  #                                                                 [N, R]
-        layers = self.sigma[jobs].unflatten(1, (-1, len(KINDS), self.rank)).unbind(1)  #         L x [J', K, R]
+        gate = F.silu(c) @ self.factors("adaln")[1]  #                                                        [N, R]
+        layers = self.sigma[jobs].unflatten(1, (-1, len(MATRICES), self.rank)).unbind(1)  #         L x [J', K, R]
         finished: list[Tensor] = []
         alive = len(jobs)
         biases = self._stacked_biases(jobs)
@@ -134,9 +131,13 @@ class PackedDiT(nn.Module):
                 x, done = x.split([deep * batch, (alive - deep) * batch])
                 finished.append(done)
                 alive = deep
-            sigma = dict(zip(KINDS, layers[layer][:alive].unbind(1)))  #                             K x [J', R]
+            sigma = dict(zip(MATRICES, layers[layer][:alive].unbind(1)))  #                             K x [J', R]
             linear = _Linear(self, sigma, biases[layer], gate[: alive * batch], batch)
-            x = _block(x, linear, self.arch.num_heads)  #                                                 [N, T, D]
+            again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
+            if again and torch.is_grad_enabled():
+                x = checkpoint(_block, x, linear, self.arch.num_heads, use_reentrant=False)
+            else:
+                x = _block(x, linear, self.arch.num_heads)  #                                             [N, T, D]
         x = torch.cat([x, *reversed(finished)]) if finished else x
         return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
 
@@ -153,16 +154,16 @@ class PackedDiT(nn.Module):
         return x.unflatten(0, (f, b))[feeds].flatten(0, 1), c.flatten(0, 1)
 
     def _stacked_biases(self, jobs: list[int]) -> list[dict[str, Tensor]]:
-        """Per layer, `{kind: [J', m]}` of the jobs that reach it; made once for each selection of jobs."""
+        """Per layer, `{matrix: [J', m]}` of the jobs that reach it; made once for each selection of jobs."""
         if tuple(jobs) not in self._stacked:
             if len(self._stacked) >= _KEPT_SELECTIONS:
                 self._stacked.clear()
             self._stacked[tuple(jobs)] = [
                 {
-                    kind: torch.stack([self._biases[j][layer][kind] for j in jobs if self.depths[j] > layer]).to(
+                    matrix: torch.stack([self._biases[j][layer][matrix] for j in jobs if self.depths[j] > layer]).to(
                         self.sigma.device
                     )
-                    for kind in KINDS
+                    for matrix in MATRICES
                 }
                 for layer in range(self.depths[jobs[0]])
             ]
@@ -172,43 +173,21 @@ class PackedDiT(nn.Module):
 
     def scalers(self, job: int) -> dict[str, Tensor]:
         """What a job trained, by the names of its own model's state dict (copies, on the CPU)."""
-        rows = self.sigma[job].detach().cpu().unflatten(0, (-1, len(KINDS), self.rank))
+        rows = self.sigma[job].detach().cpu().unflatten(0, (-1, len(MATRICES), self.rank))
         state = {
-            f"blocks.{layer}.{kind}.sigma": rows[layer, k].clone()
+            self._names[job](layer, matrix): rows[layer, k].clone()
             for layer in range(self.depths[job])
-            for k, kind in enumerate(KINDS)
+            for k, matrix in enumerate(MATRICES)
         }
         if self.labels is not None:
-            state["label.weight"] = self.labels[job].detach().cpu().clone()
+            state[self._label_name] = self.labels[job].detach().cpu().clone()
         return state
-
-
-class Single(nn.Module):
-    """One model of any kind as a pack of one: for methods whose stage 2 trains something else than shared genes' sigma.
-
-    `model(z, t, y)` is called as it is; whatever has `requires_grad` trains.
-    """
-
-    def __init__(self, model: DiT):
-        super().__init__()
-        self.model, self.arch = model, model.arch
-        self.depths = (model.arch.num_layers,)
-
-    def trained(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def forward(self, inputs: Inputs, feeds: Sequence[int], jobs: Sequence[int] | None = None) -> Tensor:
-        feed = feeds[0]
-        return self.model(inputs.z[feed], inputs.t[feed], inputs.y[feed])[None]
-
-    def scalers(self, job: int) -> dict[str, Tensor]:
-        return {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
 
 class JobView(nn.Module):
     """One job of a pack as a model of its own, `(z, t, y) -> out`, for measuring it."""
 
-    def __init__(self, pack: PackedDiT | Single, job: int):
+    def __init__(self, pack: PackedDiT, job: int):
         super().__init__()
         self.pack, self.job = pack, job
 
@@ -217,30 +196,30 @@ class JobView(nn.Module):
 
 
 class _Linear:
-    """`linear(kind, h)` of one virtual layer: shared factors, a vector sigma and a bias a job."""
+    """`linear(matrix, h)` of one virtual layer: shared factors, a vector sigma and a bias a job."""
 
     def __init__(self, pack: PackedDiT, sigma: dict[str, Tensor], bias: dict[str, Tensor], gate: Tensor, batch: int):
         self.pack, self.sigma, self.bias, self.gate, self.batch = pack, sigma, bias, gate, batch
         self.dtype = compute_dtype(gate)
 
-    def __call__(self, kind: str, h: Tensor | None = None) -> Tensor:
+    def __call__(self, matrix: str, h: Tensor | None = None) -> Tensor:
         """`[N, T, n] -> [N, T, m]`; adaLN's input is known: `-> [N, 1, 6 D]`."""
         x = self.gate[:, None] if h is None else h
-        sigma, bias = self.sigma[kind], self.bias[kind]
+        sigma, bias = self.sigma[matrix], self.bias[matrix]
         jobs, rows = len(sigma), x.shape[:-1].numel() // len(sigma)
         stacked = x.reshape(jobs, rows, -1)
-        u, v = (factor.to(self.dtype) for factor in self.pack.factors(kind))
+        u, v = (factor.to(self.dtype) for factor in self.pack.factors(matrix))
         if h is None:
             y = FactoredProduct.apply(stacked, sigma, bias, u, None, self.dtype)
-        elif self._path(kind, rows) == "composed":
+        elif self._path(matrix, rows) == "composed":
             weight = (u * sigma[:, None, :]) @ v.T  #                                                      [J, m, n]
             y = torch.baddbmm(bias[:, None], stacked, weight.transpose(1, 2))
         else:
             y = FactoredProduct.apply(stacked, sigma, bias, u, v, self.dtype)
         return y.reshape(*x.shape[:-1], -1)
 
-    def _path(self, kind: str, rows: int) -> str:
-        m, n = self.pack.arch.matrix(kind)
+    def _path(self, matrix: str, rows: int) -> str:
+        m, n = self.pack.arch.matrix(matrix)
         return cheaper_path(
             rows, m, n, self.pack.rank, train_factors=False, train_scalers=True, backward=torch.is_grad_enabled()
         )
@@ -259,12 +238,13 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def identity(model: FactoredDiT) -> str:
-    """A hash of what jobs of one pack share: genes, parts outside the blocks, and whether labels train."""
-    digest = hashlib.sha256(f"{model.arch.with_depth(1)} {model.rank} {model.label.weight.requires_grad}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        own = name.startswith("blocks.") or (name == "label.weight" and model.label.weight.requires_grad)
-        if not own:
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+def identity(form: SharedForm) -> str:
+    """A hash of what jobs of one pack share: factors, shell, and whether labels train."""
+    own = form.labels[0] if form.labels else None
+    digest = hashlib.sha256(f"{form.arch.with_depth(1)} {form.rank} {own}".encode())
+    shared = {f"{side}.{matrix}": x for matrix, pair in form.factors.items() for side, x in zip("UV", pair)}
+    shell = {name: x for name, x in form.shell.items() if name != own}
+    for name, tensor in sorted({**shared, **shell}.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

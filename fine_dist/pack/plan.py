@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pydantic import Field
 
 from fine_dist.config import Config
-from fine_dist.model.zoo import KINDS, Arch
+from fine_dist.model.zoo import Arch
 
 
 class EarlyStop(Config):
@@ -28,7 +28,7 @@ class PackConfig(Config):
     """How jobs are packed. Nothing here changes what a job computes, beyond rounding."""
 
     workers: int | None = Field(None, ge=1)
-    """Workers over which the packs are spread; none: launch.max_parallel, else as many as fit on this machine."""
+    """Workers over which the packs are spread; none: launch.max_parallel, else as many as fit where they will run."""
     max_jobs: int = Field(64, ge=1)
     """Jobs of a pack at most."""
     chunk: int | None = Field(None, ge=1)
@@ -46,6 +46,8 @@ class Shape:
     kin: str
     """Jobs of different kin never share a pack: another method, data shape or set of classes."""
     steps: int
+    sample_bytes: int
+    """Bytes that one sample keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,7 @@ CACHE_NUMBERS = 2**17
 """On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache."""
 
 
-def plan(
-    jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, rank: int | None, memory: int, cpu: bool
-) -> list[Pack]:
+def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
     """Packs, the longest first, that keep `workers` workers equally busy.
 
     memory: bytes for activations.  cpu: chunks are also kept within the cache.
@@ -88,7 +88,7 @@ def plan(
             min(open_bins, key=lambda b: sum(_work(s) for s in b)).append(shape)
         for members in bins:
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
-            chunk = config.chunk or chunk_size(members[0].arch, len(members), batch, rank, memory, cpu=cpu)
+            chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             packs.append(Pack(tuple(s.name for s in members), min(chunk, len(members)), sum(map(_work, members))))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
 
@@ -97,24 +97,24 @@ def _work(shape: Shape) -> int:
     return shape.arch.num_layers * shape.steps
 
 
-def chunk_size(deepest: Arch, jobs: int, batch: int, rank: int | None, memory: int, *, cpu: bool) -> int:
+def chunk_size(deepest: Shape, jobs: int, batch: int, memory: int, *, cpu: bool) -> int:
     """Jobs at once: what fits into memory and, on a CPU, into the cache; one at least."""
-    fits = memory // max(1, batch * activation_bytes(deepest, rank))
+    fits = memory // max(1, batch * deepest.sample_bytes)
     if cpu:
-        fits = min(fits, CACHE_NUMBERS // (batch * deepest.num_tokens * deepest.hidden_size))
+        fits = min(fits, CACHE_NUMBERS // (batch * deepest.arch.num_tokens * deepest.arch.hidden_size))
     return max(1, min(jobs, fits))
 
 
-def activation_bytes(arch: Arch, rank: int | None, *, bytes_each: int = 4) -> int:
-    """Bytes that one sample keeps for the backward pass of a sigma-only step."""
-    d, t, r = arch.hidden_size, arch.num_tokens, rank or arch.hidden_size
-    # a token's: two normalisations and their inputs, q k v, attention and its output for `o`, the MLP's inside twice,
-    # two residual branches, and three products with V
-    token = 4 * d + 3 * d + 2 * d + 8 * d + 2 * d + 3 * r
+def activation_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
+    """Bytes that one sample keeps for the backward pass of a step that trains scalers alone.
+
+    bf16: products and what they keep take two bytes a number; norms and residual branches stay in fp32.
+    """
+    d, t, r = arch.hidden_size, arch.num_tokens, rank
+    size = 2 if bf16 else 4
+    # a token's, in fp32: two normalisations and their inputs, and two residual branches
+    norms = 4 * d + 2 * d
+    # in the products' precision: q k v, attention and its output for `o`, the MLP's inside twice, three products with V
+    products = 3 * d + 2 * d + 8 * d + 3 * r
     sample = 6 * d + 2 * d + r + arch.num_heads * t
-    return arch.num_layers * (t * token + sample) * bytes_each
-
-
-def state_numbers(arch: Arch, rank: int | None) -> int:
-    """Numbers of a job's sigma."""
-    return arch.num_layers * len(KINDS) * (rank or arch.hidden_size)
+    return arch.num_layers * (t * (norms * 4 + products * size) + sample * 4)

@@ -1,25 +1,12 @@
-"""Stages: what condense, init and train share, from a config to a trained artifact, and models read from disk."""
+"""Stages: what condense, init and train share, from settings to a trained artifact, and models read from disk.
 
-from fine_dist.stages.run import (
-    PRELOAD,
-    StageConfig,
-    Start,
-    find_artifact,
-    load_model,
-    make_program,
-    sigma_histograms,
-    sigma_tables,
-    train_stage,
-)
+`condense`, `train`   the two stages that train one model: settings and `run`
+`build`, `run`        settings -> the engine's program -> an artifact
+`targets`, `load`     targets made, written and read; any artifact as a model
+`estimates`, `memory`, `preflight`   what a stage will need, said before it starts
+"""
 
-__all__ = [
-    "PRELOAD",
-    "StageConfig",
-    "Start",
-    "find_artifact",
-    "load_model",
-    "make_program",
-    "sigma_histograms",
-    "sigma_tables",
-    "train_stage",
-]
+from fine_dist.stages.config import PRELOAD, Blueprint, LossConfig, StageConfig
+from fine_dist.stages.load import find_artifact, load_model
+
+__all__ = ["PRELOAD", "Blueprint", "LossConfig", "StageConfig", "find_artifact", "load_model"]

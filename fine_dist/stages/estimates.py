@@ -2,48 +2,43 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import dump_yaml
+from fine_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import Arch
-    from fine_dist.stages import StageConfig
+    from fine_dist.stages.config import Blueprint, StageConfig
     from fine_dist.stages.memory import Memory
 
 ASSUMED_TFLOPS = 120.0
 """What `--dry-run` supposes of an accelerator: 40% of an A100's bf16 peak. `fine_dist.plan` takes a measured rate."""
 
 
-def dry_run(config: StageConfig, arch: Arch, model: DiT, rank: int | None) -> list[str]:
+def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
     """The resolved config, counts and estimates, as lines to print."""
     from fine_dist.engine.dist import read_environment
-    from fine_dist.model.factors import FactoredDiT, role
     from fine_dist.model.flops import train_flops
+    from fine_dist.model.roles import count_by_role
 
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        counts[role(name)] = counts.get(role(name), 0) + parameter.numel()
-    total = sum(counts.values())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if plan is None:
+        raise ConfigError("arch: what would be trained is not known yet")
+    counts = count_by_role(plan.model)
     launch = config.launch
     world_size = max(read_environment().world_size, launch.nodes * launch.processes)
     micro = config.engine.micro_batch or max(1, config.batch // world_size)
-    memory = stage_memory(config, arch, total, trained, rank, world_size, micro)
-    flops = train_flops(arch) * config.batch
+    cost = plan.method.cost(plan.model, micro)
+    memory = stage_memory(config, plan, world_size)
+    flops = train_flops(plan.arch) * config.batch
     hours = flops * config.steps / (ASSUMED_TFLOPS * 1e12 * world_size) / 3600
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    lines = [
+    paths: Any = getattr(plan.model, "paths", None)
+    chosen = [f"compute paths at {micro} samples: {', '.join(map(' '.join, paths(micro).items()))}"] if paths else []
+    return [
         dump_yaml(config).rstrip(),
         "",
-        f"model: {arch.name}, {total:,} numbers ({parts}), {trained:,} of them train",
-    ]
-    if isinstance(model, FactoredDiT):
-        lines.append(
-            f"compute paths at {micro} samples: " + ", ".join(f"{k} {p}" for k, p in model.paths(micro).items())
-        )
-    lines += [
+        f"model: {plan.arch.name}, {cost.stored:,} numbers ({parts}), {cost.trained:,} of them train",
+        *chosen,
         f"work: {config.steps:,} steps of {config.batch} samples, {flops / 1e12:.3g} TFLOP a step, "
         f"{flops * config.steps / 1e15:,.3f} PFLOP in all",
         f"time: {hours:.2g} h, if each of {world_size} processes does {ASSUMED_TFLOPS:g} TFLOP/s",
@@ -52,21 +47,22 @@ def dry_run(config: StageConfig, arch: Arch, model: DiT, rank: int | None) -> li
         *memory.lines(),
         "dry run: nothing was done",
     ]
-    return lines
 
 
-def stage_memory(
-    config: StageConfig, arch: Arch, total: int, trained: int, rank: int | None, world_size: int, micro: int
-) -> Memory:
-    """The memory of one process of a stage."""
+def stage_memory(config: StageConfig, plan: Blueprint, world_size: int) -> Memory:
+    """The memory of one process of a stage, its teacher's included."""
+    from fine_dist.model.flops import dense_numbers
     from fine_dist.stages.memory import estimate
 
+    micro = config.engine.micro_batch or max(1, config.batch // world_size)
+    cost = plan.method.cost(plan.model, micro)
     return estimate(
-        arch,
+        plan.arch,
         config.engine,
         micro_batch=micro,
         world_size=world_size,
-        num_params=total,
-        num_trained=trained,
-        rank=rank,
+        num_params=cost.stored,
+        num_trained=cost.trained,
+        kept=cost.kept,
+        teacher=dense_numbers(plan.teacher) if plan.teacher else 0,
     )

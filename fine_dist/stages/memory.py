@@ -9,16 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from fine_dist.config import EngineConfig
-from fine_dist.model.factors import cheaper_path
-from fine_dist.model.zoo import KINDS, Arch
+from fine_dist.engine.deepspeed_json import BUCKET, LIVE
+from fine_dist.model.zoo import Arch
 
 GIB = 2**30
-
-
-BUCKET = 50_000_000
-"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise (`deepspeed_json.DEFAULTS`)."""
-LIVE = 100_000_000
-"""Values that ZeRO-3 keeps gathered at once, likewise."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +30,8 @@ class Memory:
     """What is summed over processes, or gathered, at a time."""
     second_model: float
     """Rank 0's copy that wears the EMA for held-out losses and pictures (other ranks do without)."""
+    teacher: float = 0.0
+    """The frozen model that distillation asks."""
     host: float = 0.0
     """The copy of the state that a checkpoint is written from, and what is offloaded."""
 
@@ -58,14 +54,16 @@ def estimate(
     world_size: int,
     num_params: int,
     num_trained: int,
-    rank: int | None,
+    kept: float = 0.0,
+    teacher: int = 0,
     shows: bool = True,
 ) -> Memory:
     """The memory of one process (of rank 0, which needs most).
 
     num_params, num_trained: numbers in the model, and those of them that train.
-    rank:  components of the factors when blocks are composed from them, else none.
-    shows: whether held-out losses or pictures are made, which takes a second model.
+    kept:    numbers that a sample's backward pass keeps beyond those of a dense model's (`model.cost.Cost.kept`).
+    teacher: numbers in a frozen model that is asked at every step, held in the compute precision.
+    shows:  whether held-out losses or pictures are made, which takes a second model.
     """
     sharded = engine.backend == "deepspeed"
     stage = engine.deepspeed.stage if sharded else 0
@@ -85,34 +83,31 @@ def estimate(
         weights=0.0 if weights_on_host else weights,
         **({key: 0.0 for key in state} if kept_on_host else state),
         gradients=0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained),
-        activations=float(activation_bytes(arch, engine, micro_batch, rank)),
+        activations=float(activation_bytes(arch, engine, micro_batch, kept)),
         buffers=buffers,
         second_model=params * (shows or sharded),
+        teacher=teacher * (2.0 if engine.precision == "bf16" else 4.0),
         host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
     )
 
 
-def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, rank: int | None = None) -> int:
+def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, kept: float = 0.0) -> int:
     """Bytes that the backward pass of one micro-batch keeps.
 
     A block keeps, per token: its input, two normalised and two modulated copies, q, k, v and attention's result, both
     branches' results, and the MLP's hidden layer before and after its activation: 4 D of norms' work in fp32, the rest
-    in the compute precision. Attention's scores are never stored. A factored product adds its R numbers a row, twice.
+    in the compute precision. Attention's scores are never stored. kept: what a sample keeps beyond that, all layers.
     """
     d, tokens, size = arch.hidden_size, arch.num_tokens, 2 if engine.precision == "bf16" else 4
     norms, products = 6 * d, (3 + 1 + 1 + 4 + 4 + 1) * d
     block = tokens * (norms * 4 + products * size) + 6 * d * (size + 4)
-    if rank is not None:
-        for kind in KINDS:
-            rows = arch.rows(kind, micro_batch)
-            path = cheaper_path(rows, *arch.matrix(kind), rank, train_factors=True, train_scalers=True)
-            block += 2 * rank * size * arch.rows(kind, 1) * (path == "factored")
+    block += round(kept / arch.num_layers * size)
     # Autocast keeps a bf16 copy of every weight it multiplies by.
     casts = 2 * 18 * d * d * arch.num_layers if engine.precision == "bf16" else 0
-    kept = arch.num_layers
+    layers = arch.num_layers
     if engine.activation_checkpointing == "blocks":
         return casts // arch.num_layers + micro_batch * (block + arch.num_layers * tokens * d * 4)
     if engine.activation_checkpointing == "every_other":
-        kept = arch.num_layers // 2 + 1
-        return casts + micro_batch * (kept * block + (arch.num_layers - kept) * tokens * d * 4)
-    return casts + micro_batch * kept * block
+        layers = arch.num_layers // 2 + 1
+        return casts + micro_batch * (layers * block + (arch.num_layers - layers) * tokens * d * 4)
+    return casts + micro_batch * layers * block

@@ -58,7 +58,17 @@ def condensed(digit_shards, tmp_path_factory):
 def trained(condensed, digit_shards):
     """A model trained from the condensed learngene."""
     run = condensed.parent / "train"
-    argv = ["train", "--start", str(condensed), *FAST, *data(digit_shards), "--run-dir", str(run), "--launcher", "here"]
+    argv = [
+        "train",
+        "--parent",
+        str(condensed),
+        *FAST,
+        *data(digit_shards),
+        "--run-dir",
+        str(run),
+        "--launcher",
+        "here",
+    ]
     assert fine_dist(argv) == 0
     return run
 
@@ -148,7 +158,7 @@ def test_evaluate_measures_several_models_beside_each_other(condensed, trained, 
 
 def test_decomposing_a_trained_ancestor_prints_the_error_it_leaves(trained, digit_shards, tmp_path, capsys):
     argv = ["condense", *ARCH, *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "c"), "--launcher", "here"]
-    argv += ["--method.start", "decompose", "--ancestor", str(trained), "--distill", "0.5", "--method.rank", "96"]
+    argv += ["--method.initial", "decompose", "--ancestor", str(trained), "--loss.output", "0.5", "--method.rank", "96"]
     assert fine_dist(argv) == 0
     assert "relative error" in capsys.readouterr().out
     extra = load_artifact(tmp_path / "c" / "learngene").extra
@@ -277,12 +287,12 @@ def test_a_learngene_that_was_edited_is_refused(condensed, digit_shards, tmp_pat
     blob = bytearray(file.read_bytes())
     blob[-1] ^= 1
     file.write_bytes(bytes(blob))
-    argv = ["train", "--start", str(tmp_path), *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "r")]
+    argv = ["train", "--parent", str(tmp_path), *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "r")]
     assert "edited or half copied" in refused([*argv, "--launcher", "here"], capsys)
 
 
 def test_another_architecture_than_the_starts_is_refused(condensed, digit_shards, tmp_path, capsys):
-    argv = ["train", "--start", str(condensed), *data(digit_shards), "--run-dir", str(tmp_path / "r")]
+    argv = ["train", "--parent", str(condensed), *data(digit_shards), "--run-dir", str(tmp_path / "r")]
     file = tmp_path / "c.yaml"
     file.write_text("arch: DiT-S/2\n")
     assert "leave arch out" in refused([*argv, "--config", str(file), "--launcher", "here"], capsys)
@@ -295,7 +305,7 @@ def test_another_architecture_than_the_starts_is_refused(condensed, digit_shards
         (["--arch.num-heads", "5"], "num_heads 5 does not divide"),
         (["--optim.lrr", "1"], "--optim.lr"),
         (["--method.name", "he"], "he has no stage 1"),
-        (["--method.start", "decompose"], "--ancestor"),
+        (["--method.initial", "decompose"], "--ancestor"),
     ],
 )
 def test_impossible_settings_are_refused(more, words, digit_shards, tmp_path, capsys):

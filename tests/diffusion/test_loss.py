@@ -9,8 +9,21 @@ import pytest
 import torch
 
 from fine_dist.config import DiffusionConfig
-from fine_dist.diffusion.objective import HeldOut, NoiseSchedule, Objective, draw, mix, per_sample, variance_bound
-from tests.conftest import tiny_arch
+from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.objective import (
+    Diffusion,
+    Features,
+    Objective,
+    Output,
+    Question,
+    Teacher,
+    per_sample,
+    variance_bound,
+)
+from fine_dist.diffusion.schedule import NoiseSchedule, draw, mix
+from fine_dist.model.dit import DiT
+from fine_dist.model.maps import Mapped
+from tests.conftest import inputs, lively, tiny_arch
 
 CONFIG = DiffusionConfig()
 
@@ -122,14 +135,45 @@ def test_the_objective_sees_null_labels_at_the_drop_rate_and_splits_over_ranks()
     assert torch.equal(objective(model, half), whole[1::2])
 
 
+class Twos(DiT):
+    """An ancestor that says 2 to everything."""
+
+    def forward(self, z, t, y):
+        return torch.full_like(z, 2.0)
+
+
 def test_distilling_adds_the_distance_to_the_ancestors_output():
     arch = tiny_arch()
     batch = SimpleNamespace(
         step=0, latents=torch.zeros(4, 1, 8, 8), labels=torch.zeros(4, dtype=torch.int64), positions=torch.arange(4)
     )
     plain = Objective(CONFIG, arch, 0)(lambda z, t, y: torch.zeros_like(z), batch)
-    taught = Objective(CONFIG, arch, 0, teacher=lambda z, t, y: torch.full_like(z, 2.0), distill=0.5)
+    teacher = Twos(arch)
+    terms = [Diffusion(NoiseSchedule(CONFIG)), Output(Teacher(teacher), 0.5)]
+    taught = Objective(CONFIG, arch, 0, terms)
     torch.testing.assert_close(taught(lambda z, t, y: torch.zeros_like(z), batch), plain + 0.5 * 4.0)
+    alone = Objective(CONFIG, arch, 0, [Diffusion(NoiseSchedule(CONFIG), 0.0), Output(Teacher(teacher), 2.0)])
+    torch.testing.assert_close(alone(lambda z, t, y: torch.zeros_like(z), batch), torch.full((4,), 8.0))
+
+
+def test_features_are_compared_pair_by_pair_through_maps_that_train():
+    student, teacher = (
+        lively(DiT(tiny_arch(num_layers=2))),
+        lively(DiT(tiny_arch(hidden_size=64, num_layers=6)), seed=1),
+    )
+    mapped = Mapped(student, ["block.1", "attention.0"], 64)
+    term = Features(Teacher(teacher, [5, 2]), [("block.1", "block.5"), ("attention.0", "attention.2")])
+    z, t, y = inputs(student.arch)
+    question = Question(z, z, torch.zeros_like(z), t, y)
+    answer = mapped(z, t, y)
+    torch.testing.assert_close(answer.out, student(z, t, y))
+    ours, theirs = student.answer(z, t, y, [0, 1]), teacher.answer(z, t, y, [2, 5])
+    first = (mapped.maps[0](ours.features["block.1"]) - theirs.features["block.5"]).square().flatten(1).mean(1)
+    second = (mapped.maps[1](ours.features["attention.0"]) - theirs.features["attention.2"]).square().flatten(1).mean(1)
+    torch.testing.assert_close(term(question, answer), (first + second) / 2)
+    term(question, answer).sum().backward()
+    assert all(p.grad is not None for p in mapped.maps.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_the_held_out_loss_asks_every_model_the_same_questions():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fine_dist.config import DeepSpeedConfig, EngineConfig
+from fine_dist.model.cost import model_cost
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import arch
@@ -41,14 +42,14 @@ def test_the_estimated_activations_are_those_that_autograd_keeps(factored, bf16)
     a = arch("DiT-S/2-L4")
     model = FactoredDiT(a, a.hidden_size) if factored else DiT(a)
     engine = EngineConfig(precision="bf16" if bf16 else "fp32")
-    estimated = activation_bytes(a, engine, 4, a.hidden_size if factored else None)
+    estimated = activation_bytes(a, engine, 4, model_cost(model, 4).kept)
     # A count of the tensors a block keeps, not of every small one: within 15%.
     assert kept_bytes(model, 4, bf16) == pytest.approx(estimated, rel=0.15)
 
 
 def test_zero_divides_what_it_shards():
     a = arch("DiT-B/2")
-    counts = {"micro_batch": 8, "world_size": 8, "num_params": 130, "num_trained": 130, "rank": None}
+    counts = {"micro_batch": 8, "world_size": 8, "num_params": 130, "num_trained": 130}
     stages = [
         estimate(a, EngineConfig(backend="deepspeed", deepspeed=DeepSpeedConfig(stage=stage)), **counts)
         for stage in (0, 1, 2, 3)
@@ -101,7 +102,7 @@ def test_the_whole_estimate_is_what_a_real_run_takes_at_dit_s(tmp_path):
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
     _, peak, numbers = done.stdout.split()[-3:]
     a = arch("DiT-S/2", learn_sigma=False)
-    counts = {"micro_batch": 4, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers), "rank": None}
+    counts = {"micro_batch": 4, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers)}
     promised = estimate(a, EngineConfig(), shows=False, **counts)
     # On a CPU the accelerator's memory and the host's are one. 15%: the allocator's slack, temporaries of a product.
     assert int(peak) == pytest.approx(promised.total + promised.host, rel=0.15)

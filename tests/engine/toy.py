@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import Config, DiffusionConfig, EngineConfig, OptimConfig
-from fine_dist.diffusion.objective import Objective, mix
+from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.schedule import mix
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import Fitted, Program, fit
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.roles import train_only
 from fine_dist.model.zoo import Arch
 
 ARCH = Arch(
@@ -31,6 +33,16 @@ class ToyBatch:
     latents: Tensor
     labels: Tensor
     positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> ToyBatch:
+        return self
+
+    def part(self, start: int, size: int) -> ToyBatch:
+        rows = slice(start, start + size)
+        return ToyBatch(self.step, self.latents[rows], self.labels[rows], self.positions[rows])
 
 
 class ToyStream:
@@ -84,8 +96,7 @@ def toy_model(config: ToyConfig, arch: Arch = ARCH) -> nn.Module:
     else:
         model = FactoredDiT(arch, config.rank, generator, config.path)  # type: ignore[arg-type]
         if config.kind == "sigma":
-            for name, p in model.named_parameters():
-                p.requires_grad_(name.endswith(".sigma"))
+            train_only(model, "scaler")
     # Zero outputs have zero gradients behind them: every parameter should matter from the first step.
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -113,10 +113,10 @@ def test_the_command_says_what_cannot_work_and_exits_with_2(tmp_path, digit_shar
 def test_the_command_tells_the_stage_from_the_config(tmp_path, capsys):
     path = tmp_path / "condense" / "x.yaml"
     path.parent.mkdir()
-    path.write_text(f"run_dir: {tmp_path}/run\ndistill: 0.5\n")
+    path.write_text(f"run_dir: {tmp_path}/run\nloss: {{output: 0.5}}\nancestor: models/none\n")
     assert main(["--config", str(path), "--launcher", "local"]) == 0
     other = tmp_path / "y.yaml"
-    other.write_text(f"run_dir: {tmp_path}/run\ndistill: 0.5\n")
+    other.write_text(f"run_dir: {tmp_path}/run\nloss: {{output: 0.5}}\nancestor: models/none\n")
     assert main(["--config", str(other), "--launcher", "local"]) == 0
     other.write_text("nonsense: 1\n")
     assert main(["--config", str(other)]) == 2

@@ -10,7 +10,7 @@ import torch
 
 from fine_dist.errors import ConfigError
 from fine_dist.model.dit import DiT, position_table
-from fine_dist.model.zoo import KINDS, Arch, arch
+from fine_dist.model.zoo import MATRICES, Arch, arch
 from tests.conftest import inputs, lively, tiny_arch
 
 
@@ -53,7 +53,7 @@ def naive_forward(model, z, t, y):
         hidden = torch.nn.functional.silu(model.time.hidden(wave))
         c = torch.nn.functional.silu(model.time.out(hidden) + model.label.weight[label])
         for block in model.blocks:
-            linear = {kind: block.get_submodule(kind) for kind in KINDS}
+            linear = {kind: block.get_submodule(kind) for kind in MATRICES}
             shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear["adaln"](c).split(d)
             h = normal(x) * (1 + scale_a) + shift_a
             q, k, v = linear["qkv"](h).split(d, dim=1)

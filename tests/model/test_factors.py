@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fine_dist.model.dit import DiT
-from fine_dist.model.factors import FactoredDiT, Genes, cheaper_path, multiply_adds, role, sigma_std
-from fine_dist.model.zoo import KINDS, arch
+from fine_dist.model.factors import FactoredDiT, Genes, cheaper_path, multiply_adds, sigma_std
+from fine_dist.model.roles import roles, train_only
+from fine_dist.model.zoo import MATRICES, arch
 from tests.conftest import inputs, lively, tiny_arch
 
 
@@ -54,30 +55,31 @@ def test_a_sigma_of_its_own_for_every_sample_equals_one_forward_a_sample(generat
 
 def test_genes_are_stored_once_whatever_the_depth():
     a = tiny_arch(num_layers=4)
-    d, r, outside = 32, 16, None
+    d, r, shell = 32, 16, None
     for depth in (2, 4):
         model = FactoredDiT(a.with_depth(depth), r)
         numbers = {}
         for name, p in model.named_parameters():
-            numbers[role(name)] = numbers.get(role(name), 0) + p.numel()
+            numbers[roles(model)[name]] = numbers.get(roles(model)[name], 0) + p.numel()
         assert numbers["gene"] == r * (4 + 2 + 5 + 5 + 7) * d
         assert numbers["scaler"] == depth * 5 * r
         assert numbers["bias"] == depth * 15 * d
-        outside = outside or numbers["outside"]
-        assert numbers["outside"] == outside
+        shell = shell or numbers["shell"]
+        assert numbers["shell"] == shell
     assert len([k for k in model.state_dict() if k.startswith("genes.")]) == 10
 
 
 def test_training_sigma_alone_moves_sigma_alone():
     a = tiny_arch()
-    model = lively(FactoredDiT(a, 16)).train_only("scaler")
+    model = lively(FactoredDiT(a, 16))
+    train_only(model, "scaler")
     before = copy.deepcopy(model.state_dict())
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     z, t, y = inputs(a)
     model(z, t, y).square().mean().backward()
     optimiser.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {f"blocks.{i}.{kind}.sigma" for i in range(4) for kind in KINDS}
+    assert moved == {f"blocks.{i}.{kind}.sigma" for i in range(4) for kind in MATRICES}
 
 
 def test_a_fresh_learngene_has_xaviers_variance_and_closed_gates(generator):

@@ -10,7 +10,7 @@ from fine_dist.engine import dist
 from fine_dist.pack.model import Inputs, PackedDiT
 from fine_dist.testing import run_distributed
 from tests.conftest import inputs
-from tests.pack.tools import largest_difference, packed, sigma_of, solo, target
+from tests.pack.tools import form, largest_difference, packed, sigma_of, solo, target
 
 FAMILY = [(4, 0, 3e-2), (2, 0, 1e-2), (6, 1, 3e-2), (1, 2, 3e-3), (3, 1, 1e-2)]
 STEPS = 50
@@ -58,7 +58,7 @@ def test_how_many_jobs_go_through_at_once_changes_rounding_only(learngene, shard
 
 def test_a_packs_outputs_are_each_targets_own_in_the_order_asked_for(learngene):
     models = [target(learngene, depth) for depth in (2, 5, 3)]
-    pack = PackedDiT(models)
+    pack = PackedDiT([form(model) for model in models])
     z, t, y = inputs(learngene.arch, batch=4)
     seen = Inputs(torch.stack([z, z.flip(0)]), torch.stack([t, t.flip(0)]), torch.stack([y, y.flip(0)]))
     out = pack(seen, [1, 0], [0, 1])

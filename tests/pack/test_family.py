@@ -8,14 +8,16 @@ import shutil
 import pytest
 import torch
 
-from fine_dist.config import DataConfig, load_yaml, validate
+from fine_dist.config import DataConfig, LoopConfig, load_yaml, validate
 from fine_dist.errors import ArtifactError, ConfigError, DataError, RunDirError
 from fine_dist.family import DomainConfig, Family, InitConfig, expand
 from fine_dist.init import dry_run, main, tasks
-from fine_dist.methods import FineConfig, HeConfig
+from fine_dist.jobs import Room
+from fine_dist.methods.fine import FineConfig
+from fine_dist.methods.he import HeConfig
 from fine_dist.methods.random_genes import RandomGenesConfig
 from fine_dist.model.zoo import arch as named
-from fine_dist.pack.plan import PackConfig, Shape, activation_bytes, chunk_size, plan, state_numbers
+from fine_dist.pack.plan import PackConfig, Shape, activation_bytes, chunk_size, plan
 from tests.conftest import tiny_arch
 
 
@@ -23,7 +25,7 @@ from tests.conftest import tiny_arch
 def config(learngene, shards, tmp_path) -> InitConfig:
     return InitConfig(
         run_dir=str(tmp_path / "family"),
-        learngene=str(learngene.folder),
+        parent=str(learngene.folder),
         depths=(2, 3),
         data=DataConfig(shards=str(shards / "train"), held_out=str(shards / "held_out")),
         steps=4,
@@ -36,13 +38,13 @@ def changed(config: InitConfig, **fields) -> InitConfig:
 
 
 def test_a_grid_is_every_combination_under_a_name_that_says_it(config):
-    grid = changed(config, seeds=(0, 7), lrs=(1e-2, 0.003), starts=("linear", "segment"))
+    grid = changed(config, seeds=(0, 7), lrs=(1e-2, 0.003), variants={"sigma": ("linear", "segment")})
     members = expand(grid)
     assert len(members) == 2 * 2 * 2 * 2
     assert members[0].name == "L2-s0-lr0.01-linear" and members[-1].name == "L3-s7-lr0.003-segment"
     by_name = {member.name: member for member in members}
     one = by_name["L3-s7-lr0.003-linear"]
-    assert (one.depth, one.seed, one.lr, one.start) == (3, 7, 0.003, "linear")
+    assert (one.depth, one.seed, one.lr, one.variant) == (3, 7, 0.003, (("sigma", "linear"),))
     assert one.folder.name == one.name
 
 
@@ -80,7 +82,7 @@ def check(config: InitConfig) -> None:
 
 def test_what_does_not_fit_is_refused_before_anything_is_written(config, shards, tmp_path):
     wide = tiny_arch(hidden_size=64)
-    with pytest.raises(ArtifactError, match="width 64 is larger than the factors' 32"):
+    with pytest.raises(ArtifactError, match="hidden_size is 32 in the parent, 64 in the target"):
         check(changed(config, arch=wide))
     with pytest.raises(DataError, match=r"latents are 1x8x8, but the model takes 1x16x16"):
         check(changed(config, arch=tiny_arch(input_size=16)))
@@ -89,13 +91,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, shards,
     with pytest.raises(DataError, match=str(tmp_path / "nowhere")):
         check(changed(config, data=DataConfig(shards=str(tmp_path / "nowhere"))))
     with pytest.raises(ConfigError, match="did you mean 'linear'"):
-        check(changed(config, starts=("linera",)))
-    with pytest.raises(ConfigError, match="random_genes has no sigma to start"):
-        check(changed(config, method=RandomGenesConfig(), starts=("linear",)))
+        check(changed(config, variants={"sigma": ("linera",)}))
+    with pytest.raises(ConfigError, match="random_genes has no axis 'sigma'"):
+        check(changed(config, method=RandomGenesConfig(), variants={"sigma": ("linear",)}))
     with pytest.raises(ConfigError, match="give the folder that condense wrote"):
-        check(changed(config, learngene=None))
+        check(changed(config, parent=None))
     with pytest.raises(ConfigError, match="shape of the targets must be given"):
-        check(changed(config, learngene=None, method=HeConfig()))
+        check(changed(config, parent=None, method=HeConfig()))
     assert not (tmp_path / "family").exists()
 
 
@@ -106,35 +108,36 @@ def test_a_learngene_that_was_edited_or_half_written_is_refused(config, learngen
     content[-1] ^= 1
     (edited / "tensors.safetensors").write_bytes(bytes(content))
     with pytest.raises(ArtifactError, match="not what its manifest says"):
-        check(changed(config, learngene=str(edited)))
+        check(changed(config, parent=str(edited)))
     half = tmp_path / "half"
     half.mkdir()
     shutil.copy(learngene.folder / "tensors.safetensors", half)
-    with pytest.raises(ArtifactError, match="never finished"):
-        check(changed(config, learngene=str(half)))
+    with pytest.raises(ArtifactError, match="holds no model, target or learngene"):
+        check(changed(config, parent=str(half)))
 
 
 def test_a_folder_made_with_other_settings_is_refused_naming_them(config):
     family = Family(config)
     member = family.members[0]
     member.folder.mkdir(parents=True)
-    (member.folder / "target.json").write_text(json.dumps(family.settings(member)))
+    (member.folder / "target.json").write_text(json.dumps(family.identity(member)))
     check(config)
-    with pytest.raises(RunDirError, match="steps: 4 there, 5 now"):
-        check(changed(config, steps=5))
+    with pytest.raises(RunDirError, match="batch: 8 there, 16 now"):
+        check(changed(config, batch=16))
+    check(changed(config, steps=5))  # a target may be trained for longer
     check(changed(config, depths=(2, 3, 4)))  # a family may grow
 
 
 def test_a_dry_run_shows_targets_and_packs_and_writes_nothing(config, tmp_path):
     text = "\n".join(dry_run(config))
     assert "2 targets in" in text and "L3-s0-lr0.01: 4 steps of 8 at 0.01" in text
-    assert "numbers of sigma train" in text and not (tmp_path / "family").exists()
+    assert "MiB of activations" in text and not (tmp_path / "family").exists()
 
 
 def test_a_mistake_ends_the_command_with_code_2_and_one_message(config, capsys):
-    argv = ["--run-dir", config.run_dir, "--learngene", config.learngene, "--data.shards", config.data.shards]
+    argv = ["--run-dir", config.run_dir, "--parent", config.parent, "--data.shards", config.data.shards]
     assert main([*argv, "--depths", "0"]) == 2
-    assert main([*argv, "--learngene", "nowhere"]) == 2
+    assert main([*argv, "--parent", "nowhere"]) == 2
     assert main(["--list", "nowhere"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
@@ -150,11 +153,11 @@ def test_the_published_families_are_what_their_comments_say():
 
 
 def shapes(depths, kin="fine", steps=300):
-    return [Shape(f"{kin}-L{d}-{i}", tiny_arch(num_layers=d), kin, steps) for i, d in enumerate(depths)]
+    return [Shape(f"{kin}-L{d}-{i}", tiny_arch(num_layers=d), kin, steps, d * 1000) for i, d in enumerate(depths)]
 
 
 def planned(jobs, workers, **config):
-    return plan(jobs, PackConfig(**config), workers=workers, batch=8, rank=32, memory=2**30, cpu=False)
+    return plan(jobs, PackConfig(**config), workers=workers, batch=8, memory=2**30, cpu=False)
 
 
 def test_packs_keep_workers_equally_busy_and_the_longest_comes_first():
@@ -183,19 +186,38 @@ def test_the_same_family_is_packed_the_same_way_again():
 
 def test_a_chunk_is_what_memory_holds():
     arch = named("DiT-B/2")
-    one = 16 * activation_bytes(arch, 768)
-    assert chunk_size(arch, 10, 16, 768, 3 * one + 1, cpu=False) == 3
-    assert chunk_size(arch, 2, 16, 768, 10 * one, cpu=False) == 2
-    assert chunk_size(arch, 10, 16, 768, one // 2, cpu=False) == 1
-    assert state_numbers(arch, 768) * 4 < 2**20  # a DiT-B target's sigma is far below a mebibyte
+    shape = Shape("b", arch, "kin", 300, activation_bytes(arch, 768))
+    one = 16 * shape.sample_bytes
+    assert chunk_size(shape, 10, 16, 3 * one + 1, cpu=False) == 3
+    assert chunk_size(shape, 2, 16, 10 * one, cpu=False) == 2
+    assert chunk_size(shape, 10, 16, one // 2, cpu=False) == 1
+    # bf16 halves the products' part and leaves the norms' as it is
+    assert 0.5 < activation_bytes(arch, 768, bf16=True) / activation_bytes(arch, 768) < 0.75
 
 
 def test_control_methods_join_the_family_and_never_share_a_pack_with_other_genes(config):
     family = Family(changed(config, method=RandomGenesConfig(), seeds=(0, 1)))
     family.check()
     assert len({shape.kin for shape in family.shapes()}) == 1  # told apart by their genes where they are built
-    starts = Family(changed(config, method=FineConfig(), starts=("linear", "random")))
-    assert len({shape.kin for shape in starts.shapes()}) == 1  # starts share genes, and a pack
+    variants = Family(changed(config, method=FineConfig(), variants={"sigma": ("linear", "random")}))
+    assert len({shape.kin for shape in variants.shapes()}) == 1  # beginnings share genes, and a pack
+
+
+def test_what_a_pack_does_not_offer_goes_through_the_loop_one_target_at_a_time(config):
+    family = Family(changed(config, engine=LoopConfig(backend="deepspeed")))
+    assert len({shape.kin for shape in family.shapes()}) == len(family.members)
+    with pytest.raises(ConfigError, match=r"engine\.ema_decay: unknown key"):
+        validate(InitConfig, {"engine": {"ema_decay": 0.9}})
+
+
+def test_packs_are_planned_for_the_machines_they_run_on(config):
+    family = Family(changed(config, depths=(1, 2, 3, 4)))
+    two = family.packs(Room(workers=2, accelerator_bytes=None, cpu=True, host_bytes=None))
+    four = family.packs(Room(workers=4, accelerator_bytes=None, cpu=True, host_bytes=None))
+    assert (len(two), len(four)) == (2, 4) and len(family.packs()) == 1
+    shape = family.shapes()[-1]
+    small = Room(1, accelerator_bytes=8 * shape.sample_bytes * 2.6 / 0.8, cpu=False, host_bytes=None)
+    assert family.packs(small)[0].chunk == 2  # the accelerator there decides, not the machine this test runs on
 
 
 def test_every_task_carries_its_targets_as_rows(config):

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from fine_dist.config import DataConfig, EngineConfig
-from fine_dist.errors import ArtifactError, CheckpointError
+from fine_dist.engine.stopping import GO_ON, STOP
+from fine_dist.errors import ArtifactError, CheckpointError, ConfigError
+from fine_dist.methods import parent_of
 from fine_dist.methods.random_genes import RandomGenes, RandomGenesConfig
-from fine_dist.pack.model import PackedDiT, Single
+from fine_dist.pack.model import PackedDiT
 from fine_dist.pack.plan import EarlyStop
-from fine_dist.pack.state import SUFFIX
-from fine_dist.stages.descendants import descend
-from tests.pack.tools import job, largest_difference, packed, sigma_of, solo, target
+from fine_dist.pack.state import DAMAGED, SUFFIX
+from fine_dist.stages.targets import descend
+from tests.pack.tools import form, job, largest_difference, packed, sigma_of, solo, target
 
 FAMILY = [(4, 0, 3e-2), (2, 0, 1e-2), (3, 1, 3e-2)]
 
@@ -84,7 +86,7 @@ def test_a_target_with_classes_of_its_own_trains_its_label_embedder_too(learngen
         model.label.weight.requires_grad_(True)
     run, recorder = packed(learngene, [(3, 0, 1e-2), (2, 1, 1e-2)], shards / "train", 5)
     other, again = packed(learngene, [(3, 0, 1e-2), (2, 1, 1e-2)], shards / "train", 5)
-    other.pack = PackedDiT(models)
+    other.pack = PackedDiT([form(model) for model in models])
     other.optimizer = type(other.optimizer)(other.pack.trained(), 2, run.optim[0])
     assert run.train() and other.train()
     assert "label.weight" not in run.pack.scalers(0)
@@ -93,47 +95,67 @@ def test_a_target_with_classes_of_its_own_trains_its_label_embedder_too(learngen
         assert again.losses[j] != recorder.losses[j]
 
 
-def test_targets_of_other_genes_are_refused_and_train_as_a_pack_of_their_own(learngene, shards):
+def test_targets_of_other_genes_are_refused(learngene):
     control = RandomGenes(RandomGenesConfig())
-    other = descend(control, learngene, learngene.arch.with_depth(2), 0)
+    other = descend(control, parent_of(learngene), learngene.arch.with_depth(2), 0).model
     with pytest.raises(ArtifactError, match="does not share"):
-        PackedDiT([target(learngene, 2), other])
-    alone = Single(descend(control, learngene, learngene.arch.with_depth(2), 0))
-    run, recorder = packed(learngene, [(2, 0, 1e-2)], shards / "train", 5)
-    run.pack, run.optimizer = alone, type(run.optimizer)(alone.trained(), 1, run.optim[0])
-    shared, same = packed(learngene, [(2, 0, 1e-2)], shards / "train", 5)
-    shared.pack = PackedDiT([other])
-    shared.optimizer = type(run.optimizer)(shared.pack.trained(), 1, run.optim[0])
-    assert run.train() and shared.train()
-    assert recorder.losses[0] == pytest.approx(same.losses[0], rel=1e-5)
-    assert largest_difference(alone.scalers(0), shared.pack.scalers(0)) < 1e-4
+        PackedDiT([form(target(learngene, 2)), form(other)])
+
+
+def test_a_micro_batch_or_recomputed_blocks_change_rounding_only(learngene, shards):
+    whole, recorder = packed(learngene, FAMILY, shards / "train", 8)
+    assert whole.train()
+    for settings in ({"micro_batch": 4}, {"activation_checkpointing": "blocks"}):
+        engine = EngineConfig(device="cpu", log_every=1, **settings)
+        run, other = packed(learngene, FAMILY, shards / "train", 8, engine=engine)
+        run.pack.recompute = engine.activation_checkpointing
+        assert run.train()
+        for j in range(3):
+            assert other.losses[j] == pytest.approx(recorder.losses[j], rel=1e-5)
+    with pytest.raises(ConfigError, match="3 does not divide the 16 samples"):
+        packed(learngene, FAMILY, shards / "train", 8, engine=EngineConfig(device="cpu", micro_batch=3))
+
+
+def test_a_bad_step_is_skipped_as_often_as_the_config_allows(learngene, shards):
+    engine = EngineConfig(device="cpu", log_every=1, on_bad_loss="skip", max_bad_steps=3)
+    run, recorder = packed(learngene, [FAMILY[0], (3, 0, 1e30)], shards / "train", 12, engine=engine)
+    assert run.train()
+    assert recorder.ends[0].state == "done" and recorder.ends[0].bad_steps == 0
+    assert recorder.ends[1].state == "failed" and recorder.ends[1].bad_steps == 3
+    assert "3 skipped steps" in recorder.ends[1].reason
+
+
+def test_targets_are_looked_at_before_on_the_way_and_the_config_says_how_often(learngene, shards):
+    run, recorder = packed(learngene, FAMILY[:2], shards / "train", 9, engine=EngineConfig(device="cpu", eval_every=4))
+    assert run.train()
+    assert [step for job, step in recorder.looks if job == 0] == [0, 4, 8]
 
 
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
 def stop_after(steps):
-    asked = iter([False] * (steps - 1) + [True] * 10_000)
-    return lambda: next(asked)
+    asked = iter([GO_ON] * (steps - 1) + [STOP] * 10_000)
+    return lambda seconds: next(asked)
 
 
 def test_a_stopped_pack_goes_on_bit_by_bit_as_if_it_had_not_stopped(learngene, shards, tmp_path):
     whole, recorder = packed(learngene, FAMILY, shards / "train", 12)
     assert whole.train()
-    state = tmp_path / f"pack{SUFFIX}"
-    first, before = packed(learngene, FAMILY, shards / "train", 12, checkpoint=state, wish=stop_after(5))
+    state = (tmp_path, "pack")
+    first, before = packed(learngene, FAMILY, shards / "train", 12, states=state, wish=stop_after(5))
     assert not first.train()
-    second, after = packed(learngene, FAMILY, shards / "train", 12, checkpoint=state)
+    second, after = packed(learngene, FAMILY, shards / "train", 12, states=state)
     assert second.train()
     assert all(before.losses[j] + after.losses[j] == recorder.losses[j] for j in range(3))
     assert torch.equal(second.pack.sigma, whole.pack.sigma)
 
 
 def test_jobs_go_on_in_other_packs_than_they_began_in(learngene, shards, tmp_path):
-    first, _ = packed(learngene, FAMILY, shards / "train", 12, checkpoint=tmp_path / f"all{SUFFIX}", wish=stop_after(5))
+    first, _ = packed(learngene, FAMILY, shards / "train", 12, states=(tmp_path, "all"), wish=stop_after(5))
     assert not first.train()
     for j, point in enumerate(FAMILY):
-        alone, recorder = packed(learngene, [point], shards / "train", 12, checkpoint=tmp_path / f"{j}{SUFFIX}")
+        alone, recorder = packed(learngene, [point], shards / "train", 12, states=(tmp_path, f"{j}"))
         assert alone.train()
         losses, model = solo(learngene, point, shards / "train", 12)
         assert recorder.losses[0] == pytest.approx(losses[5:], rel=1e-5)
@@ -142,11 +164,9 @@ def test_jobs_go_on_in_other_packs_than_they_began_in(learngene, shards, tmp_pat
 
 def test_jobs_at_different_steps_go_on_together(learngene, shards, tmp_path):
     for steps, point in zip((3, 7), FAMILY[:2]):
-        run, _ = packed(
-            learngene, [point], shards / "train", 12, checkpoint=tmp_path / f"{steps}{SUFFIX}", wish=stop_after(steps)
-        )
+        run, _ = packed(learngene, [point], shards / "train", 12, states=(tmp_path, f"{steps}"), wish=stop_after(steps))
         assert not run.train()
-    both, recorder = packed(learngene, FAMILY[:2], shards / "train", 12, checkpoint=tmp_path / f"both{SUFFIX}")
+    both, recorder = packed(learngene, FAMILY[:2], shards / "train", 12, states=(tmp_path, "both"))
     assert [p.step for p in both.progress] == [3, 7]
     assert both.train()
     for j, begun in ((0, 3), (1, 7)):
@@ -154,16 +174,46 @@ def test_jobs_at_different_steps_go_on_together(learngene, shards, tmp_path):
         assert recorder.losses[j] == pytest.approx(losses[begun:], rel=1e-5)
 
 
-def test_a_saved_state_of_other_settings_or_a_damaged_one_is_refused(learngene, shards, tmp_path):
-    state = tmp_path / f"pack{SUFFIX}"
-    run, _ = packed(learngene, FAMILY[:1], shards / "train", 6, checkpoint=state, wish=stop_after(2))
+def test_a_saved_state_of_other_settings_is_refused(learngene, shards, tmp_path):
+    run, _ = packed(learngene, FAMILY[:1], shards / "train", 6, states=(tmp_path, "pack"), wish=stop_after(2))
     assert not run.train()
     run.jobs[0] = type(run.jobs[0])(**{**vars(run.jobs[0]), "key": "another learngene"})
-    with pytest.raises(CheckpointError, match="other settings or another learngene"):
+    with pytest.raises(CheckpointError, match="other settings or another parent"):
         run._resume()
-    state.write_bytes(state.read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="is damaged"):
-        packed(learngene, FAMILY[:1], shards / "train", 6, checkpoint=state)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, shards, tmp_path, capsys):
+    engine = EngineConfig(device="cpu", log_every=1, checkpoint_every=2)
+    how = {"engine": engine, "states": (tmp_path, "pack")}
+    whole, recorder = packed(learngene, FAMILY, shards / "train", 12)
+    assert whole.train()
+    first, _ = packed(learngene, FAMILY, shards / "train", 12, wish=stop_after(7), **how)
+    assert not first.train()
+    files = sorted(tmp_path.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    assert len(files) == 2  # of steps 6 and 7
+    cut(files[1])
+    second, after = packed(learngene, FAMILY, shards / "train", 12, **how)
+    assert [p.step for p in second.progress] == [6, 6, 6]
+    assert files[1].name + DAMAGED in capsys.readouterr().err and (tmp_path / (files[1].name + DAMAGED)).exists()
+    assert second.train()
+    assert torch.equal(second.pack.sigma, whole.pack.sigma)
+    assert all(after.losses[j] == recorder.losses[j][6:] for j in range(3))
+
+
+def test_a_damaged_state_of_one_pack_stops_no_other(learngene, shards, tmp_path):
+    for name, point in zip(("one", "two"), FAMILY[:2]):
+        run, _ = packed(learngene, [point], shards / "train", 6, states=(tmp_path, name), wish=stop_after(3))
+        assert not run.train()
+    for path in tmp_path.glob(f"one*{SUFFIX}"):
+        cut(path)
+    two, _ = packed(learngene, FAMILY[1:2], shards / "train", 6, states=(tmp_path, "two"))
+    assert two.progress[0].step == 3 and two.train()
+    one, _ = packed(learngene, FAMILY[:1], shards / "train", 6, states=(tmp_path, "one"))
+    assert one.progress[0].step == 0 and one.train()  # nothing whole was left of it, so it begins again
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -13,12 +13,12 @@ from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimCon
 from fine_dist.data.stream import LatentStream
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
-from fine_dist.methods import from_manifest
+from fine_dist.methods import from_manifest, parent_of
 from fine_dist.model.artifact import Artifact
-from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.factors import FactoredDiT, SharedForm
 from fine_dist.pack.loop import PackJob, PackRun, Progress
 from fine_dist.pack.model import PackedDiT
-from fine_dist.stages.descendants import descend
+from fine_dist.stages.targets import descend
 
 Point = tuple[int, int, float]
 """(depth, seed, learning rate) of a job."""
@@ -27,9 +27,16 @@ Point = tuple[int, int, float]
 def target(learngene: Artifact, depth: int, seed: int = 0, **how: Any) -> FactoredDiT:
     """A target of the learngene before stage 2."""
     method = from_manifest(learngene.method)
-    model = descend(method, learngene, learngene.arch.with_depth(depth), seed, **how)
+    model = descend(method, parent_of(learngene), learngene.arch.with_depth(depth), seed, **how).model
     assert isinstance(model, FactoredDiT)
     return model
+
+
+def form(model: FactoredDiT) -> SharedForm:
+    """A target as a pack takes it."""
+    found = model.shared_form()
+    assert found is not None
+    return found
 
 
 def job(point: Point, data: Path, steps: int, name: str | None = None, num_classes: int = 10) -> PackJob:
@@ -45,6 +52,7 @@ class Recorder:
         self.losses: dict[int, list[float]] = {}
         self.ends: dict[int, Progress] = {}
         self.ticks = 0
+        self.looks: list[tuple[int, int]] = []
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         self.losses.setdefault(job, []).append(values["loss"])
@@ -52,6 +60,9 @@ class Recorder:
     def ended(self, job: int, progress: Progress) -> None:
         assert job not in self.ends
         self.ends[job] = progress
+
+    def look(self, job: int, step: int) -> None:
+        self.looks.append((job, step))
 
     def tick(self, progress: Sequence[Progress]) -> None:
         self.ticks += 1
@@ -65,7 +76,7 @@ def packed(
     how = {"optim": OptimConfig(), "engine": EngineConfig(device="cpu", log_every=1), **how}
     how.setdefault("world", dist.alone("cpu"))
     run = PackRun(
-        PackedDiT(target(learngene, depth, seed) for depth, seed, _ in points),
+        PackedDiT(form(target(learngene, depth, seed)) for depth, seed, _ in points),
         [job(point, data, steps) for point in points],
         batch=batch,
         diffusion=DiffusionConfig(),

@@ -1,0 +1,71 @@
+"""Settings of a family of targets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fine_dist.config import Config, DataConfig, DiffusionConfig, LaunchConfig, LoopConfig, OptimConfig
+from fine_dist.methods import AnyMethod
+from fine_dist.model.zoo import Arch
+from fine_dist.pack.plan import EarlyStop, PackConfig
+
+
+class DomainConfig(Config):
+    """A data set that targets are initialised on."""
+
+    data: DataConfig = DataConfig()
+    """Its latents."""
+    labels: Literal["keep", "new"] = "keep"
+    """`keep`: its labels mean what the parent's do; `new`: each target trains a label embedder of its own."""
+
+
+class InitConfig(Config):
+    """Stage 2: initialise a family of targets, depths x data sets x seeds x learning rates x variants, from one parent.
+
+    Targets that share frozen genes are packed: they train as one program, whatever their depth, data, seed and rate.
+    """
+
+    run_dir: str = "runs/init"
+    """Where everything is written: a folder a target."""
+    parent: str | None = None
+    """The learngene that condense wrote, or a model, or a run's directory; none for a method that needs none."""
+    method: AnyMethod | None = None
+    """How targets are made; none: the parent's own method, as it was condensed."""
+    arch: Arch | None = None
+    """Shape of the targets but for their depth; none: the parent's."""
+    depths: tuple[int, ...] = (4, 6, 8, 10, 12)
+    """Layers of the targets."""
+    data: DataConfig = DataConfig()
+    """The data set, when there is one."""
+    domains: dict[str, DomainConfig] = Field(default_factory=dict)
+    """Data sets by name, when there are several; `data` is not read then."""
+    seeds: tuple[int, ...] = (0,)
+    """Each orders the data and draws noise, and whatever of a beginning is random."""
+    lrs: tuple[float, ...] = ()
+    """Learning rates of what trains; none: `optim.lr`."""
+    variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Settings of the method to vary, such as where its scalers begin; none: the method as it is."""
+    steps: int = Field(300, ge=1)
+    """Updates of what trains."""
+    batch: int = Field(64, ge=1)
+    """Samples an update of one target, over all processes."""
+    stop: EarlyStop | None = None
+    """End a target early; none: never."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """The diffusion process."""
+    optim: OptimConfig = OptimConfig(lr=1e-2)
+    """Optimiser of what trains."""
+    engine: LoopConfig = LoopConfig(checkpoint_every=100, log_every=25, eval_every=150)
+    """How targets train."""
+    pack: PackConfig = PackConfig()
+    """How targets are packed."""
+    launch: LaunchConfig = LaunchConfig()
+    """What a pack needs, where it is submitted."""
+    limit: int = Field(200, ge=1)
+    """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""
+    yes: bool = False
+    """Run a grid larger than `limit`."""
+    only: tuple[str, ...] = ()
+    """Names of the targets to run; none: all."""

@@ -1,0 +1,129 @@
+"""From a stage's settings to the program that the engine runs: its loss, its stream, and how it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.config import expand_path
+from fine_dist.errors import ConfigError
+from fine_dist.methods import Condensation, Method, Weights
+from fine_dist.stages.config import HELD_OUT_LIMIT, LossConfig, StageConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fine_dist.diffusion.objective import Term
+    from fine_dist.engine.dist import World
+    from fine_dist.engine.loop import Program
+    from fine_dist.model.dit import DiT
+    from fine_dist.model.zoo import Arch
+
+
+@dataclass
+class Plan:
+    """What a stage trains, as every rank builds it alike."""
+
+    condensation: Condensation
+    """The module, and what happens before a step."""
+    arch: Arch
+    """Shape of what is kept."""
+    method: Method[Any]
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What else must match to resume (JSON)."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What else is worth keeping in the manifest (JSON)."""
+    weights: Weights = Weights()
+    """Of the terms of the loss."""
+    teacher: DiT | None = None
+    """Frozen, whatever its depth and width; asked at every step where a term wants it."""
+
+
+def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
+    """What the engine trains, and how it is looked at."""
+    from fine_dist.data.stream import LatentStream, read_all
+    from fine_dist.diffusion.held_out import HeldOut
+    from fine_dist.diffusion.objective import Objective
+    from fine_dist.engine.loop import Program
+    from fine_dist.model.flops import train_flops
+    from fine_dist.stages.looks import Pictures, histograms_of
+
+    if config.data.shards is None:
+        raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
+    stream = LatentStream(
+        config.data,
+        seed=config.seed,
+        global_batch=config.batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        expect=plan.arch,
+    )
+    keep = plan.condensation.product
+    held_out: Callable[[nn.Module], dict[str, float]] | None = None
+    if config.data.held_out and world.is_main:
+        measure = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
+        held_out = lambda model: measure(keep(model))  # noqa: E731
+    pictures, histograms = Pictures(config, plan.arch, plan.method), histograms_of(plan.method)
+    return Program(
+        model=plan.condensation.module,
+        objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),
+        stream=stream,
+        identity={
+            "arch": plan.arch.model_dump(),
+            "data": stream.manifest.hash,
+            "method": plan.method.config.model_dump(mode="json"),
+            **plan.identity,
+        },
+        held_out=held_out,
+        pictures=lambda model, step: pictures(keep(model), step),
+        histograms=lambda model: histograms(keep(model)),
+        before_step=plan.condensation.before_step,
+        flops_per_sample=train_flops(plan.arch),
+        tokens_per_sample=plan.arch.num_tokens,
+    )
+
+
+def make_terms(config: StageConfig, plan: Plan, world: World) -> list[Term]:
+    """The terms of the loss whose weight is not 0, with the teacher frozen on this rank's device."""
+    import torch
+
+    from fine_dist.diffusion.objective import Diffusion, Features, Output, Teacher
+    from fine_dist.diffusion.schedule import NoiseSchedule
+
+    weights = plan.weights
+    terms: list[Term] = []
+    if weights.diffusion:
+        terms.append(Diffusion(NoiseSchedule(config.diffusion).to(world.device or "cpu"), weights.diffusion))
+    if weights.output or weights.features:
+        if plan.teacher is None:
+            raise ConfigError("loss: distillation imitates an ancestor; give its folder with --ancestor")
+        pairs = plan.condensation.pairs
+        blocks = sorted({int(theirs.rpartition(".")[2]) for _, theirs in pairs}) if weights.features else []
+        model = plan.teacher.to(world.device)
+        teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks)
+        if weights.output:
+            terms.append(Output(teacher, weights.output))
+        if weights.features:
+            if not pairs:
+                raise ConfigError(f"loss.features: method {plan.method.config.name} names no features; use 0")
+            terms.append(Features(teacher, pairs, weights.features))
+    if not terms:
+        raise ConfigError("loss: every weight is 0, so nothing would be trained; give one that is not")
+    return terms
+
+
+def weights_of(said: LossConfig, method: Weights) -> Weights:
+    """The user's weights over the method's own."""
+    pairs = ((f.name, getattr(said, f.name), getattr(method, f.name)) for f in fields(Weights))
+    return Weights(**{name: own if value is None else value for name, value, own in pairs})
+
+
+def check_teacher(teacher: Arch, student: Arch, where: str) -> None:
+    """`ConfigError` unless a teacher's answers can be compared with the student's: latent shape and classes agree."""
+    for name in ("in_channels", "input_size", "num_classes"):
+        if getattr(teacher, name) != getattr(student, name):
+            raise ConfigError(
+                f"ancestor: {where} has {name} {getattr(teacher, name)}, and arch says {getattr(student, name)}; an "
+                "ancestor may have another depth and width, but the same latents and classes"
+            )

@@ -1,0 +1,91 @@
+"""Settings that the stages which train share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from fine_dist.config import (
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    EngineConfig,
+    LaunchConfig,
+    OptimConfig,
+    SamplerConfig,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fine_dist.methods import Method
+    from fine_dist.model.zoo import Arch
+
+PRELOAD = (
+    "torch.utils.tensorboard",
+    "fine_dist.engine.loop",
+    "fine_dist.data.stream",
+    "fine_dist.diffusion.sample",
+    "diffusers.schedulers.scheduling_ddim",
+    "diffusers.schedulers.scheduling_ddpm",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+)
+"""What a local pool imports once for all jobs of a stage that trains."""
+HELD_OUT_LIMIT = 2048
+"""Held-out samples that are measured, at most: four timesteps each."""
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A stage's model without memory for its weights: what counts and estimates are made from."""
+
+    arch: Arch
+    """Shape of what the stage keeps."""
+    model: nn.Module
+    """On the meta device."""
+    method: Method[Any]
+    teacher: Arch | None = None
+    """A frozen model that is asked at every step."""
+
+
+class StageConfig(Config):
+    """Settings of a stage that trains."""
+
+    run_dir: str = "runs/run"
+    """Where everything is written. The same command again continues what is there."""
+    seed: int = Field(0, ge=0)
+    """Seeds the initialisation, the order of the data, timesteps, noise and label drop."""
+    steps: int = Field(1000, ge=1)
+    """Updates."""
+    batch: int = Field(64, ge=1)
+    """Samples an update, over all processes."""
+    data: DataConfig = DataConfig()
+    """Latents."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """The diffusion process."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser."""
+    engine: EngineConfig = EngineConfig()
+    """How the loop runs."""
+    sampler: SamplerConfig = SamplerConfig()
+    """How pictures are sampled for TensorBoard."""
+    launch: LaunchConfig = LaunchConfig()
+    """What the job needs, where it is submitted."""
+
+    @abstractmethod
+    def blueprint(self) -> Blueprint | None:
+        """What would be trained; none while its shape is not known."""
+
+
+class LossConfig(Config):
+    """Weights of the terms of stage 1's loss; none: what the method says."""
+
+    diffusion: float | None = Field(None, ge=0)
+    """Noise prediction; 0 is pure distillation."""
+    output: float | None = Field(None, ge=0)
+    """Mean squared difference to the ancestor's full output."""
+    features: float | None = Field(None, ge=0)
+    """Mean squared difference to features of the ancestor's blocks, where the method names some."""
