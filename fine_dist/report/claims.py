@@ -1,8 +1,8 @@
 """Claims as data, and which of them hold on measured rows, each by its own comparison of means.
 
-A claim is a chain of comparisons "left is lower than right", each at every target and for each measure, or it says that
-a table follows depth on a line. A comparison that lacks a row is *not measured*: nothing is interpolated, and nothing is
-borrowed from another step.
+A claim is a chain of comparisons "left is lower than right", each at every target and for each measure, or it says
+that a table follows depth on a line. A comparison that lacks a row is *not measured*: nothing is interpolated, and
+nothing is borrowed from another step.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Comparison:
 
     @property
     def word(self) -> str:
-        """A difference within the seeds' spread decides nothing, unless "no higher" is all that is claimed and shown."""
+        """A difference within the seeds' spread decides nothing, unless "no higher" is claimed and holds."""
         if self.held is None:
             return MISSING
         if self.within_spread and not (self.or_equal and self.held):

@@ -30,7 +30,8 @@ border-radius:8px;padding:13px 18px}
 .measure{display:flex;flex-wrap:wrap;gap:7px;align-items:center;margin-top:8px;font-size:13.5px}
 .measure>span:first-child{width:128px;color:var(--faint)}
 .chip{background:var(--yes-bg);color:#084c58;border-radius:6px;padding:2px 10px;font-variant-numeric:tabular-nums}
-.chip.no{background:var(--no-bg);color:#8a1c1c}.chip.noise{background:var(--so-bg);color:#7a5f00}.chip i{font-style:normal;opacity:.65;margin-right:8px}
+.chip.no{background:var(--no-bg);color:#8a1c1c}
+.chip.noise{background:var(--so-bg);color:#7a5f00}.chip i{font-style:normal;opacity:.65;margin-right:8px}
 .promise .meta{margin:8px 0 0;max-width:none}
 .claim small{font-weight:400;margin-left:12px}
 .missing{margin-top:16px;font-size:14.5px;color:var(--soft);max-width:none}

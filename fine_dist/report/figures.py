@@ -197,7 +197,9 @@ def _curve(axis: Any, results: Results, series: str, target: int) -> None:
     shade, name = colour(series, results), results.label(series)
     axis.fill_between(steps, means - spreads, means + spreads, color=shade, alpha=0.18, lw=0)
     marker = {"marker": "o", "ms": 5} if len(steps) == 1 else {"marker": "o", "ms": 2.6}
-    axis.plot(steps, means, color=shade, lw=2.2 if series in (results.main, results.baseline) else 1.4, label=name, **marker)
+    axis.plot(
+        steps, means, color=shade, lw=2.2 if series in (results.main, results.baseline) else 1.4, label=name, **marker
+    )
 
 
 def _mark_budget(axis: Any, results: Results, target: int) -> None:
@@ -211,7 +213,8 @@ def _mark_budget(axis: Any, results: Results, target: int) -> None:
     for at in sorted({budget, most} if most > budget else {budget}):
         if at <= max(step for s in results.series for step in results.points(s, target) or [0]):
             axis.axvline(at, color=LINES, lw=1, zorder=0)
-            axis.annotate("N" if at == budget else f"{ratio(at / budget)}N", (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
+            name = "N" if at == budget else f"{ratio(at / budget)}N"
+            axis.annotate(name, (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
                           textcoords="offset points", color=FAINT, size=8.5)  # fmt: skip
 
 

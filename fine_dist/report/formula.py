@@ -22,7 +22,9 @@ def steps_of(formula: int | str, symbols: Mapping[str, int]) -> int:
     for part in formula.replace(" ", "").split("+"):
         term = _TERM.fullmatch(part)
         if term is None:
-            raise ConfigError(f"steps {formula!r}: {part!r} is no term; write terms such as N, 3N, C/4 or 400, joined by +")
+            raise ConfigError(
+                f"steps {formula!r}: {part!r} is no term; write terms such as N, 3N, C/4 or 400, joined by +"
+            )
         if term["number"]:
             total += int(term["number"])
             continue

@@ -45,9 +45,7 @@ def print_report(results: Results, console: Console | None = None) -> None:
         )
     console.print(shown)
     if results.classifier_accuracy is not None:
-        console.print(
-            f"Fréchet distances use a classifier, {results.classifier_accuracy:.1%} right on held-out data"
-        )
+        console.print(f"Fréchet distances use a classifier, {results.classifier_accuracy:.1%} right on held-out data")
     console.print("\n[bold]What the method promises, and what these rows show[/] (means over seeds)")
     for verdict in verdicts(results):
         _print_verdict(console, verdict)

@@ -119,7 +119,8 @@ def rows_caption(results: Results) -> str:
 def tables_caption(results: Results) -> str:
     first = escape(next(iter(results.tables), ""))
     return (
-        f"{escape(results.tables_note)} Above: each component by layer, as its difference from the mean over layers (red "
-        f"above, blue below), sorted by slope. Below: the first principal component of the {first} against relative "
-        "depth, with a straight line for comparison; the others are seen in the same direction. r: correlation with depth."
+        f"{escape(results.tables_note)} Above: each component by layer, as its difference from the mean over layers "
+        f"(red above, blue below), sorted by slope. Below: the first principal component of the {first} against "
+        "relative depth, with a straight line for comparison; the others are seen in the same direction. "
+        "r: correlation with depth."
     ).strip()
