@@ -134,9 +134,9 @@ def tables_svg(results: Results) -> str | None:
     if not tables:
         return None
     with figure_of(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
-        for column, (kind, table) in enumerate(tables.items()):
-            _map(axes[column], kind, table, first=column == 0)
-            _score(axes[len(tables) + column], kind, results, first=column == 0)
+        for column, (matrix, table) in enumerate(tables.items()):
+            _map(axes[column], matrix, table, first=column == 0)
+            _score(axes[len(tables) + column], matrix, results, first=column == 0)
         return svg_of(figure, "tables", "Numbers of each layer over depth, by matrix")
 
 
@@ -253,12 +253,12 @@ def _bars(results: Results, target: int) -> list[tuple[str, str, Any, bool]]:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def _map(axis: Any, kind: str, table: np.ndarray, first: bool) -> None:
+def _map(axis: Any, matrix: str, table: np.ndarray, first: bool) -> None:
     centred = table - table.mean(axis=0)
     order = np.argsort(np.linspace(-1, 1, len(table)) @ centred)
     limit = np.quantile(np.abs(centred), 0.98) or 1.0
     axis.imshow(centred[:, order].T, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axis.set_title(kind)
+    axis.set_title(matrix)
     layers = np.linspace(0, len(table) - 1, min(3, len(table))).round().astype(int)
     axis.set_xticks(layers, [str(layer + 1) for layer in layers])
     axis.set_yticks([])
@@ -269,8 +269,8 @@ def _map(axis: Any, kind: str, table: np.ndarray, first: bool) -> None:
         axis.set_ylabel("components")
 
 
-def _score(axis: Any, kind: str, results: Results, first: bool) -> None:
-    who, table = next((who, np.asarray(tables[kind])) for who, tables in results.tables.items())
+def _score(axis: Any, matrix: str, results: Results, first: bool) -> None:
+    who, table = next((who, np.asarray(tables[matrix])) for who, tables in results.tables.items())
     fit = linearity(table)
     axis.set_xlim(-0.06, 1.06)
     axis.set_xlabel("relative depth")
@@ -284,7 +284,7 @@ def _score(axis: Any, kind: str, results: Results, first: bool) -> None:
     depth = np.linspace(0, 1, len(table))
     axis.plot(depth, np.polyval(np.polyfit(depth, fit.score, 1), depth), color=LINES, lw=3, zorder=1)
     axis.plot(depth, fit.score, color=INK, lw=1.4, marker="o", ms=3.4, zorder=3, label=who)
-    others = {name: t[kind] for name, t in results.tables.items() if name != who and kind in t}
+    others = {name: t[matrix] for name, t in results.tables.items() if name != who and matrix in t}
     for i, (name, rows) in enumerate(sorted(others.items(), key=lambda item: len(item[1]))):
         projected = (np.asarray(rows) - fit.mean) @ fit.direction
         at = np.linspace(0, 1, len(projected)) if len(projected) > 1 else np.array([0.5])

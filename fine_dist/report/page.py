@@ -114,8 +114,8 @@ def _rows(results: Results) -> str:
             *map(escape, line.cells[2:]),
         ]
         row = "".join(f"<td{' class=t' if i == 1 else ''}>{c}</td>" for i, c in enumerate(cells))
-        kind = " class=first" if line.target != before[0] else "" if same else " class=next"
-        body.append(f"<tr{kind}>{row}</tr>")
+        mark = " class=first" if line.target != before[0] else "" if same else " class=next"
+        body.append(f"<tr{mark}>{row}</tr>")
         before = (line.target, line.series)
     content = f"<div class=scroll><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     return _figure(content, words.rows_caption(results))

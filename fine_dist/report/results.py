@@ -213,7 +213,7 @@ class Results(_Part):
     @field_validator("tables")
     @classmethod
     def _plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-        return {who: {kind: _array(table).tolist() for kind, table in kinds.items()} for who, kinds in value.items()}
+        return {who: {matrix: _array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()}
 
     def add(self, **fields: Any) -> Row:
         """Append a `Row`. Raises pydantic's `ValidationError` for a loss that is not finite or an unknown field."""

@@ -109,7 +109,7 @@ def storage_caption(results: Results) -> str:
 
 
 def rows_caption(results: Results) -> str:
-    spread = "Mean ± standard deviation over seeds" if len(results.seeds) > 1 else "One seed"
+    spread = "Mean ± standard deviation over seeds" if len(results.seeds) > 1 else "One seed, where an ordering wants three seeds or more"
     return (
         f"Steps are training steps after initialisation. {spread}; FLOPs and seconds are of one target’s own stages "
         "until then, without what all targets share; stored is the target’s own file, in numbers."

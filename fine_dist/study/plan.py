@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import Config, dump_yaml
+from fine_dist.config import Config
 from fine_dist.errors import ConfigError
 from fine_dist.report import steps_of
 from fine_dist.study import settings
@@ -35,8 +35,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of everything its config says, its directory included."""
-        return hashlib.sha256(f"{self.module}\n{dump_yaml(self.config)}".encode()).hexdigest()
+        """A hash of everything its config says but where it is launched."""
+        return hashlib.sha256(_content(self.module, self.config, {"launch"}).encode()).hexdigest()
 
     def stamp(self, done: bool) -> None:
         """Note in the run's directory which run it was started for, and whether it ended well."""
@@ -161,7 +161,7 @@ class Graph:
 
     def _add(self, run: Run) -> Run:
         """The run, or the one that does the same under another name."""
-        content = _content(run.module, run.config)
+        content = _content(run.module, run.config, {"launch", "run_dir"})
         known = self._by_content.get(content)
         if known is not None:
             return known
@@ -172,8 +172,8 @@ class Graph:
         return run
 
 
-def _content(module: str, config: Config) -> str:
-    values = config.model_dump(mode="json", exclude={"run_dir"} if "run_dir" in type(config).model_fields else None)
+def _content(module: str, config: Config, without: set[str]) -> str:
+    values = config.model_dump(mode="json", exclude=without)
     return json.dumps([module, values], sort_keys=True)
 
 

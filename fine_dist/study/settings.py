@@ -30,16 +30,21 @@ def stage_config(study: StudyConfig, stage: str, run: str, entry: Entry, changes
     values = merged(study.stages[stage], own.settings if own else entry.settings)
     values["data"] = {**values.get("data", {}), "shards": str(data / "train"), "held_out": str(data / "held_out")}
     values["run_dir"] = str(study.root / run)
-    values["launch"] = merged(study.launch.model_dump(), values.get("launch", {}))
+    values["launch"] = merged(_needs(study), values.get("launch", {}))
     kind = getattr(importlib.import_module(MODULES[stage]), f"{stage.capitalize()}Config")
     return validate(kind, merged(values, changes), f"{stage} of entry {entry.name}")
+
+
+def _needs(study: StudyConfig) -> dict[str, Any]:
+    """What a job needs. How many run at once is the study's own business."""
+    return study.launch.model_dump(exclude={"max_parallel"})
 
 
 def encode_config(study: StudyConfig, name: str) -> Config:
     """The config that makes a data set."""
     from fine_dist.encode import EncodeConfig
 
-    values = {**study.data[name], "out": str(study.root / name), "launch": study.launch.model_dump()}
+    values = {**study.data[name], "out": str(study.root / name), "launch": _needs(study)}
     return validate(EncodeConfig, values, f"data.{name}")
 
 
