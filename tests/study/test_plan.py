@@ -96,7 +96,7 @@ def test_what_cannot_be_planned_is_named(entries, says):
 def test_entries_that_come_from_each_other_are_refused():
     one = {"name": "fine", "method": {"name": "outside"}, "parent": "he", "depths": [2], "train": ["N"]}
     two = {**one, "name": "he", "parent": "fine"}
-    with pytest.raises(ConfigError, match="fine -> he|he -> fine"):
+    with pytest.raises(ConfigError, match=r"fine -> he|he -> fine"):
         plan(study(one, two))
 
 
