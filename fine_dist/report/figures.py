@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, new_figure, pixels_of, style, svg_of
-from fine_dist.report.costs import ratio
+from fine_dist.report.costs import ratio, short
 from fine_dist.report.depth import linearity
 from fine_dist.report.results import Picture, Results, number
 
@@ -88,15 +88,41 @@ def costs_svg(results: Results) -> str | None:
                     lw = 2.2 if series in (results.main, results.baseline) else 1.4
                     axis.plot(spent, losses, color=colour(series, results), lw=lw, marker="o", ms=2.6,
                               label=results.label(series))  # fmt: skip
-            axis.set_xscale("log")
+            axis.set_xscale("log", subs=[2, 5])
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))
+            axis.xaxis.set_minor_formatter(lambda value, _: short(value))
             axis.set_title(f"{target} layers")
             axis.grid(axis="y")
             axis.set_axisbelow(True)
             axis.set_xlabel("FLOPs spent in all")
         axes[0].set_ylabel("held-out loss")
         handles, names = axes[0].get_legend_handles_labels()
-        axes[0].legend(handles[::-1], names[::-1], loc="upper right", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        axes[0].legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
         return svg_of(figure, "costs", "Held-out loss against FLOPs spent in all stages, by depth")
+
+
+def depths_svg(results: Results) -> str | None:
+    """Held-out loss after N steps against depth. None for fewer than two depths, or without N."""
+    n = results.budget
+    lines = {s: {t: m for t in results.targets if n and (m := results.mean(s, t, n))} for s in results.series}
+    lines = {series: points for series, points in lines.items() if points}
+    if len({t for points in lines.values() for t in points}) < 2:
+        return None
+    with figure_of(1, 9.4, 3.4) as (figure, axes):
+        axis = axes[0]
+        for series, points in reversed(lines.items()):
+            means, spreads = ([getattr(m, name) for m in points.values()] for name in ("mean", "spread"))
+            lw = 2.2 if series in (results.main, results.baseline) else 1.4
+            axis.errorbar(list(points), means, yerr=spreads, color=colour(series, results), lw=lw, marker="o", ms=4,
+                          capsize=2.5, label=results.label(series))  # fmt: skip
+        axis.set_xticks(results.targets)
+        axis.set_xlabel("layers")
+        axis.set_ylabel(f"held-out loss after {n:,} steps")
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        handles, names = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        return svg_of(figure, "depths", "Held-out loss after N steps against depth, by series")
 
 
 def storage_svg(results: Results) -> str | None:
@@ -111,11 +137,12 @@ def storage_svg(results: Results) -> str | None:
     if not lines or not whole:
         return None
     counts = np.arange(0, 11)
-    with figure_of(1, 6.2, 3.2) as (figure, axes):
+    with figure_of(1, 9.4, 3.0) as (figure, axes):
         axis = axes[0]
         axis.plot(counts, counts * whole, color=FAINT, lw=1.4, ls=(0, (4, 3)), label="stored whole")
         for series, (shared, own) in lines.items():
             axis.plot(counts, shared + counts * own, color=colour(series, results), lw=2, label=results.label(series))
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(f"targets of {target} layers")
         axis.set_ylabel("numbers stored")
         axis.set_xlim(left=0)

@@ -11,7 +11,7 @@ from fine_dist.report.canvas import picture_png
 from fine_dist.report.claims import FAILED, MEASURES, MISSING, NOISE, Comparison, Verdict, verdicts
 from fine_dist.report.costs import arithmetic
 from fine_dist.report.css import CSS
-from fine_dist.report.figures import bars_svg, colour, costs_svg, curves_svg, storage_svg, tables_svg
+from fine_dist.report.figures import bars_svg, colour, costs_svg, curves_svg, depths_svg, storage_svg, tables_svg
 from fine_dist.report.results import Picture, Results
 from fine_dist.report.table import table
 
@@ -181,6 +181,7 @@ _SECTIONS: dict[str, Callable[[Results], str]] = {
     "curves": lambda results: _figure(curves_svg(results), words.curves_caption(results)),
     "rows": _rows,
     "bars": lambda results: _figure(bars_svg(results), words.bars_caption(results)),
+    "depths": lambda results: _figure(depths_svg(results), words.depths_caption(results)),
     "costs": lambda results: _figure(costs_svg(results), words.costs_caption(results)),
     "storage": lambda results: _figure(storage_svg(results), words.storage_caption(results)),
     "pictures": _gallery,

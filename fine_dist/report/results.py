@@ -27,6 +27,7 @@ SECTIONS = {
     "curves": "Held-out loss",
     "rows": "All targets",
     "bars": "Fréchet distance",
+    "depths": "Quality against depth",
     "costs": "Quality against cost",
     "storage": "Storage",
     "pictures": "Samples",
@@ -213,7 +214,9 @@ class Results(_Part):
     @field_validator("tables")
     @classmethod
     def _plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-        return {who: {matrix: _array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()}
+        return {
+            who: {matrix: _array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()
+        }
 
     def add(self, **fields: Any) -> Row:
         """Append a `Row`. Raises pydantic's `ValidationError` for a loss that is not finite or an unknown field."""

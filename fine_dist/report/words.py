@@ -93,6 +93,11 @@ def bars_caption(results: Results) -> str:
     return caption
 
 
+def depths_caption(results: Results) -> str:
+    spread = " Whiskers are one standard deviation over seeds." if len(results.seeds) > 1 else ""
+    return f"Every series after as many training steps as any other, initialisation and stage 1 not counted.{spread}"
+
+
 def costs_caption(results: Results) -> str:
     return (
         "Each line is one series over its training; its cost is everything that was spent until then, a whole stage 1 "
@@ -109,7 +114,11 @@ def storage_caption(results: Results) -> str:
 
 
 def rows_caption(results: Results) -> str:
-    spread = "Mean ± standard deviation over seeds" if len(results.seeds) > 1 else "One seed, where an ordering wants three seeds or more"
+    spread = (
+        "Mean ± standard deviation over seeds"
+        if len(results.seeds) > 1
+        else "One seed, where an ordering wants three seeds or more"
+    )
     return (
         f"Steps are training steps after initialisation. {spread}; FLOPs and seconds are of one target’s own stages "
         "until then, without what all targets share; stored is the target’s own file, in numbers."

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import ResumeLater, TrainingError
 from fine_dist.files import last_row
+from fine_dist.study import settings
 
 if TYPE_CHECKING:
     from fine_dist.study.plan import Graph, Run
@@ -73,7 +74,7 @@ def _in_order(graph: Graph) -> list[Run]:
 def _prepare(graph: Graph, run: Run) -> None:
     if run.grows and not run.run_dir.exists():
         inherit(graph[run.grows], run)
-    if not (run.run_dir / "DONE.json").exists():  # a product of another config is for the stage itself to judge
+    if not settings.finished(run.module, run.config):  # a product of another config is for the stage itself to judge
         run.stamp(done=False)
 
 
@@ -102,6 +103,8 @@ class _Queue:
         self.submissions = Submissions(graph.study.root)
         self.elsewhere: set[str] = set()
         """Runs that an earlier call handed to a scheduler and that it still has."""
+        self._looked: set[str] = set()
+        self._widths: dict[str, int] = {}
         self._next_look = 0.0
         self.code = self._code()
 
@@ -135,6 +138,7 @@ class _Queue:
             self._next_look = time.monotonic() + LOOK_S
             alive = self.runner.alive(self.submissions.all())
             self.elsewhere = {name for names in alive.values() for name in names} - self.running.keys()
+            self._looked -= self.elsewhere
 
     def _begin(self) -> None:
         """Start what may start, in order; settle what is done already or can never start."""
@@ -145,18 +149,29 @@ class _Queue:
                 self.failed[run.name] = f"needs {lost}"
             elif not self.done.issuperset(run.after) or run.name in self.elsewhere:
                 continue
-            elif run.done:
+            elif self._finished(run):
                 self.waiting.remove(run)
                 self._well(run)
             elif len(self.running) < self._width(run):
                 self.waiting.remove(run)
                 self._submit(run)
 
+    def _finished(self, run: Run) -> bool:
+        """Whether a run that may start was done before: asked of the disk once."""
+        if run.name in self._looked:
+            return False
+        self._looked.add(run.name)
+        return run.done
+
     def _width(self, run: Run) -> int:
+        """How many runs go at once."""
         from fine_dist.submit import make_spec
 
         most = self.graph.study.launch.max_parallel
-        return most or self.runner.fits(make_spec(run.module, run.config, run.name, write=False))
+        if most is None and run.module not in self._widths:
+            spec = make_spec(run.module, run.config, run.name, write=False)
+            self._widths[run.module] = self.runner.fits(spec)
+        return most or self._widths[run.module]
 
     def _submit(self, run: Run) -> None:
         from fine_dist.submit import make_spec

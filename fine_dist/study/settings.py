@@ -136,12 +136,15 @@ def depth_tables(artifact: Artifact) -> dict[str, Tensor]:
     """matrix -> [L, R]: the scalers of each layer, for a report's tables over depth; empty where there are none."""
     import torch
 
+    from fine_dist.model.zoo import KINDS
+
     found: dict[str, dict[int, Tensor]] = {}
     for name, tensor in artifact.tensors.items():
         parts = name.split(".")
         if len(parts) == 4 and parts[0] == "blocks" and parts[3] == "sigma":
             found.setdefault(parts[2], {})[int(parts[1])] = tensor
-    return {matrix: torch.stack([rows[i] for i in sorted(rows)]) for matrix, rows in found.items()}
+    order = [*(matrix for matrix in KINDS if matrix in found), *(matrix for matrix in found if matrix not in KINDS)]
+    return {matrix: torch.stack([found[matrix][i] for i in sorted(found[matrix])]) for matrix in order}
 
 
 def step_flops(arch: Arch, trains_all: bool, teacher: Arch | None = None) -> float:

@@ -251,7 +251,7 @@ def full_page(tmp_path, made: Results | None = None) -> str:
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     html = full_page(tmp_path)
     assert not re.findall(r'<(?:script|link|iframe)|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
-    assert html.count("<svg") == 3 and "data:image/png;base64," in html
+    assert html.count("<svg") == 4 and "data:image/png;base64," in html
 
 
 def test_pictures_on_one_page_do_not_share_ids(tmp_path):
@@ -325,7 +325,7 @@ def test_costs_and_storage_have_columns_and_figures(tmp_path):
     made = with_costs()
     assert {"FLOPs", "stored"} <= set(table(made).heads)
     html = full_page(tmp_path, made)
-    assert html.count("<svg") == 5 and "Quality against cost" in html and "Storage" in html
+    assert html.count("<svg") == 6 and "Quality against cost" in html and "Storage" in html
     assert [short(x) for x in (134660, 1.5e9, 12.0)] == ["135 K", "1.5 G", "12"]
 
 

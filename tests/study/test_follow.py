@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fine_dist.errors import TrainingError
-from fine_dist.study import Graph, Run, load_study
-from fine_dist.study.follow import follow, inherit
+from fine_dist.study import Graph, Run, load_study, plan
+from fine_dist.study.follow import _prepare, follow, inherit
 from tests.study.test_plan import DEMO
 from tests.study.toy import ToyConfig
 
@@ -60,6 +60,17 @@ def test_a_run_of_another_config_is_not_taken_for_done(tmp_path):
     assert not graph["one"].done
     follow(graph, "here")
     assert times(tmp_path, "one") == 2 and graph["one"].done
+
+
+def test_a_finished_run_of_other_settings_is_left_to_its_stage_to_refuse(tmp_path):
+    """Its mark is not replaced by ours, or the next call would take it for this run."""
+    study = load_study(DEMO, run_dir=str(tmp_path))
+    run = plan(study)["condense-s0"]
+    other = Run(run.name, run.module, run.config.model_copy(update={"steps": 7}), 7)
+    other.stamp(done=True)
+    (run.run_dir / "DONE.json").write_text("{}")
+    _prepare(Graph(study), run)
+    assert other.done and not run.done
 
 
 def test_how_jobs_are_launched_does_not_make_another_run(tmp_path):

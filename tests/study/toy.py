@@ -32,3 +32,29 @@ def run(config: ToyConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "ran", "a", encoding="utf-8") as file:
         file.write("once\n")
+
+
+def main() -> int:
+    """Follow a graph of toys: `python -m tests.study.toy ROOT LAUNCHER`; `two` and `three` need `one`."""
+    import sys
+
+    from fine_dist.errors import guard
+    from fine_dist.study import Graph, Run, load_study
+    from fine_dist.study.follow import follow
+
+    def body() -> int:
+        root = Path(sys.argv[1])
+        study = load_study("configs/study/digits_demo.yaml", run_dir=str(root))
+        graph = Graph(study)
+        for name, after in (("two", ("one",)), ("three", ("one",)), ("one", ())):
+            needs = tuple(str(root / before / "ran") for before in after)
+            config = ToyConfig(run_dir=str(root / name), needs=needs)
+            graph.runs.append(Run(name, "tests.study.toy", config, 1, after))
+        follow(graph, sys.argv[2])
+        return 0
+
+    return guard(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
