@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.demo import DemoConfig, plan
+from fine_dist.model.flops import forward_macs
+from fine_dist.model.zoo import Arch
 from fine_dist.report import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,21 +49,39 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
         (m, d) for m in ("fine", "he", "outside") for d in (1, 2)
     }
     assert results.classifier_accuracy >= 0.95
-    assert results.ancestor.learngene_params < results.ancestor.params
+    ancestor = results.ancestors["fine"]
+    assert ancestor.stored < ancestor.params
     for depth in (1, 2):  # 3N steps are the run of N steps, continued
         logs = [(run / f"he-L{depth}-n{n}-s0" / "metrics.jsonl").read_text() for n in (5, 15)]
         assert logs[1].startswith(logs[0]) and json.loads(logs[1].splitlines()[-1])["step"] == 15
     models = {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
     assert len(models) == 8
+    check_costs(run)
+    measured = {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
+    assert len(measured) == 11  # eight trained models, two initialised ones, the ancestor
     demo(run, *small)
+    assert measured == {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
     assert models == {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
 
 
-def test_the_plan_trains_every_target_after_what_it_starts_from():
-    works = {work.name: work for work in plan(DemoConfig(seeds=2)).works}
-    assert works["fine-L4-s1"].after == ("init-s1",) and works["init-s1"].after == ("condense-s1",)
-    long = works["he-L6-n1200-s0"]
-    assert long.steps == 3 * works["fine-L6-s0"].steps and long.grows == "he-L6-n400-s0" and long.after == (long.grows,)
+def check_costs(run: Path) -> None:
+    """Every cost of a row is steps x batch x the architecture's own arithmetic, stage by stage."""
+    results = read_results(run / "report")
+    arch = Arch.model_validate(json.loads((run / "he-L2-n5-s0" / "model" / "manifest.json").read_text())["arch"])
+    dense = results.target_params[2]
+    macs, large = forward_macs(arch), forward_macs(arch.with_depth(8))
+    [initialised] = [row for row in results.at("fine", 2, 0) if row.stage == "init"]
+    assert (initialised.steps_condense, initialised.steps_init, initialised.steps_train) == (8, 4, 0)
+    assert initialised.samples == 4 * 64 and initialised.flops == 4 * 64 * 4.0 * macs  # no weight has a gradient
+    assert initialised.samples_condense == 8 * 64 and initialised.flops_condense == 8 * 64 * 6.0 * large
+    assert initialised.stored == initialised.trained == 2 * 5 * 64 < dense
+    [trained] = results.at("fine", 2, 5)
+    assert trained.flops == initialised.flops + 5 * 64 * 6.0 * macs and trained.stored == trained.trained == dense
+    assert trained.seconds > initialised.seconds
+    [longest] = results.at("he", 2, 15)
+    assert longest.samples == 15 * 64 and longest.flops == 15 * 64 * 6.0 * macs and longest.steps_condense == 0
+    [control] = results.at("outside", 2, 5)
+    assert control.steps_condense == 8 and control.steps_init == 0  # its parent's cost is counted to it as well
 
 
 @pytest.mark.slow
@@ -70,7 +89,7 @@ def test_the_plan_trains_every_target_after_what_it_starts_from():
 def test_over_three_seeds_fine_is_better_than_scratch_and_worth_three_times_its_steps(tmp_path):
     demo(tmp_path / "demo", "--seeds", "3", timeout_s=2900)
     found = json.loads((tmp_path / "demo" / "report" / "results.json").read_text())
-    verdicts = {v["claim"]: v for v in found["orderings"]}
+    verdicts = {v["claim"]: v for v in found["verdicts"]}
     for claim in (
         "FINE is better than scratch at equal steps after initialisation",
         "FINE after N steps is no worse than scratch after 3N",

@@ -1,8 +1,9 @@
 """The report of a run: `results.json`, a self-contained `report.html`, and the same table in the terminal.
 
-    from fine_dist.report import Ancestor, Picture, Results, summary_png, write_report
+    from fine_dist.report import Ancestor, Claim, Picture, Results, summary_png, write_report
 
-`Results` says how it is filled. Nothing here trains or samples; every number shown is computed from its rows.
+`Results` says how it is filled: rows, series, claims, labels and colours are data. Nothing here trains or samples, and
+every number shown is computed from the rows.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_dist.report.orderings import Verdict, verdicts
-from fine_dist.report.results import Ancestor, Mean, Picture, Results, Row, read_results
+from fine_dist.report.claims import Comparison, Verdict, verdicts
+from fine_dist.report.formula import steps_of
+from fine_dist.report.results import SECTIONS, Ancestor, Claim, Mean, Picture, Results, Row, read_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,13 +34,13 @@ def write_report(folder: str | Path, results: Results, *, echo: bool = True, con
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(results.pictures):
-        words = [picture.series if picture.method else "real"]
+        words = [picture.series if picture.method else "real" if picture.target is None else "model"]
         words += [f"L{picture.target}"] if picture.target is not None else []
         words += [f"step{picture.step}"] if picture.step is not None else []
         picture.file = f"pictures/{i:02d}-{'-'.join(words).replace(':', '-')}.png"
         (folder / picture.file).write_bytes(picture_png(picture, width=1))
     data = results.model_dump(mode="json")
-    data["orderings"] = [verdict.as_json() for verdict in verdicts(results)]
+    data["verdicts"] = [verdict.as_json() for verdict in verdicts(results)]
     (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page(results), encoding="utf-8")
     if echo:
@@ -47,20 +49,24 @@ def write_report(folder: str | Path, results: Results, *, echo: bool = True, con
 
 
 def summary_png(results: Results, path: str | Path) -> Path:
-    """One picture for a README: curves of FINE and scratch for every depth, and samples; returns its path."""
+    """One picture for a README: curves for every depth, and samples; returns its path."""
     from fine_dist.report.figures import summary_png as draw
 
     return draw(results, path)
 
 
 __all__ = [
+    "SECTIONS",
     "Ancestor",
+    "Claim",
+    "Comparison",
     "Mean",
     "Picture",
     "Results",
     "Row",
     "Verdict",
     "read_results",
+    "steps_of",
     "summary_png",
     "verdicts",
     "write_report",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 CSS = """
 :root{--sans:"Inter","Segoe UI","Helvetica Neue",Arial,"Liberation Sans",sans-serif;--ink:#1f2933;--soft:#52606d;
---faint:#7b8794;--line:#e4e7eb;--yes:#0b7285;--yes-bg:#e6f5f7;--no:#c92a2a;--no-bg:#fdeeee}
+--faint:#7b8794;--line:#e4e7eb;--yes:#0b7285;--yes-bg:#e6f5f7;--no:#c92a2a;--no-bg:#fdeeee;
+--so:#b08900;--so-bg:#fdf6e3}
 *{box-sizing:border-box}
 body{margin:0;background:#fbfbfa;color:var(--ink);font:16px/1.55 var(--sans);-webkit-font-smoothing:antialiased}
 main{max-width:1080px;margin:0 auto;padding:56px 28px 80px}
@@ -22,12 +23,15 @@ flex-direction:column}.tiles b{font-size:26px;letter-spacing:-.02em;line-height:
 .promises{display:grid;gap:10px}
 .promise{background:#fff;border:1px solid var(--line);border-left:4px solid var(--yes);
 border-radius:8px;padding:13px 18px}
-.promise.no{border-left-color:var(--no)}.claim{display:flex;justify-content:space-between;gap:20px;align-items:baseline}
+.promise.no{border-left-color:var(--no)}.promise.noise{border-left-color:var(--so)}
+.claim{display:flex;justify-content:space-between;gap:20px;align-items:baseline}
 .verdict{white-space:nowrap;font-size:14px;font-weight:600;color:var(--yes)}.no .verdict{color:var(--no)}
+.noise .verdict{color:var(--so)}
 .measure{display:flex;flex-wrap:wrap;gap:7px;align-items:center;margin-top:8px;font-size:13.5px}
 .measure>span:first-child{width:128px;color:var(--faint)}
 .chip{background:var(--yes-bg);color:#084c58;border-radius:6px;padding:2px 10px;font-variant-numeric:tabular-nums}
-.chip.no{background:var(--no-bg);color:#8a1c1c}.chip i{font-style:normal;opacity:.65;margin-right:8px}
+.chip.no{background:var(--no-bg);color:#8a1c1c}
+.chip.noise{background:var(--so-bg);color:#7a5f00}.chip i{font-style:normal;opacity:.65;margin-right:8px}
 .promise .meta{margin:8px 0 0;max-width:none}
 .claim small{font-weight:400;margin-left:12px}
 .missing{margin-top:16px;font-size:14.5px;color:var(--soft);max-width:none}

@@ -1,4 +1,4 @@
-"""The report's pictures, drawn by matplotlib from rows: curves, bars, sigma over depth, and the README's summary."""
+"""The report's pictures, drawn by matplotlib from rows: curves, bars, tables over depth, and the README's summary."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Any
 import numpy as np
 
 from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, new_figure, pixels_of, style, svg_of
-from fine_dist.report.orderings import linearity, number, step_of
-from fine_dist.report.results import Picture, Results, label
+from fine_dist.report.costs import ratio, short
+from fine_dist.report.depth import linearity
+from fine_dist.report.results import Picture, Results, number
 
-COLOURS = {"fine": "#0b7285", "he": "#e8590c"}
+_MAIN, _BASELINE = "#0b7285", "#e8590c"
 _OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
 
 
 def colour(series: str, results: Results) -> str:
     """The same colour for a series in every picture."""
-    others = [s for s in results.series if s not in COLOURS]
-    return COLOURS[series] if series in COLOURS else _OTHERS[others.index(series) % len(_OTHERS)]
+    given = {results.main: _MAIN, results.baseline: _BASELINE, **results.colours}
+    others = [s for s in results.series if s not in given]
+    if series in given or series not in others:
+        return given.get(series, _MAIN)
+    return _OTHERS[others.index(series) % len(_OTHERS)]
 
 
 def curves_svg(results: Results) -> str | None:
@@ -28,11 +32,11 @@ def curves_svg(results: Results) -> str | None:
         return None
     with figure_of(len(targets), 3.9, 3.5) as (figure, axes):
         _curve_panels(axes, results, targets)
-        return svg_of(figure, "curves", "Held-out loss against training steps, FINE and scratch, by depth")
+        return svg_of(figure, "curves", "Held-out loss against training steps, by depth")
 
 
 def bars_svg(results: Results) -> str | None:
-    """Fréchet distance at N and 3N, bars by series, a group a depth. None when none was measured."""
+    """Fréchet distances after N steps and more, bars by series, a group a depth. None when none was measured."""
     groups = {t: _bars(results, t) for t in results.targets}
     groups = {t: bars for t, bars in groups.items() if bars}
     if not groups:
@@ -65,17 +69,102 @@ def bars_svg(results: Results) -> str | None:
         return svg_of(figure, "bars", "Fréchet distance of samples, by method and depth")
 
 
-def sigma_svg(results: Results) -> str | None:
-    """Sigma over depth: above, every component by layer; below, its first principal component, with the targets'."""
-    tables = {k: np.asarray(v) for k, v in results.sigmas.get("learngene", {}).items()}
+def costs_svg(results: Results) -> str | None:
+    """Held-out loss against everything spent, in FLOPs, a panel a depth. None when fewer than two series have costs."""
+    costed = [r for r in results.rows if r.stage == "train" and r.flops + r.flops_condense > 0]
+    targets = sorted({r.target for r in costed})
+    if len({r.series for r in costed}) < 2:
+        return None
+    with figure_of(len(targets), 3.9, 3.5) as (figure, axes):
+        for axis, target in zip(axes, targets):
+            for series in reversed(results.series):
+                points: dict[float, list[float]] = {}
+                for row in costed:
+                    if (row.series, row.target) == (series, target) and row.step:
+                        points.setdefault(row.flops + row.flops_condense, []).append(row.held_out_loss)
+                if points:
+                    spent = sorted(points)
+                    losses = [float(np.mean(points[at])) for at in spent]
+                    lw = 2.2 if series in (results.main, results.baseline) else 1.4
+                    axis.plot(spent, losses, color=colour(series, results), lw=lw, marker="o", ms=2.6,
+                              label=results.label(series))  # fmt: skip
+            axis.set_xscale("log", subs=[2, 5])
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))
+            axis.xaxis.set_minor_formatter(lambda value, _: short(value))
+            axis.set_title(f"{target} layers")
+            axis.grid(axis="y")
+            axis.set_axisbelow(True)
+            axis.set_xlabel("FLOPs spent in all")
+        axes[0].set_ylabel("held-out loss")
+        handles, names = axes[0].get_legend_handles_labels()
+        axes[0].legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        return svg_of(figure, "costs", "Held-out loss against FLOPs spent in all stages, by depth")
+
+
+def depths_svg(results: Results) -> str | None:
+    """Held-out loss after N steps against depth. None for fewer than two depths, or without N."""
+    n = results.budget
+    lines = {s: {t: m for t in results.targets if n and (m := results.mean(s, t, n))} for s in results.series}
+    lines = {series: points for series, points in lines.items() if points}
+    if len({t for points in lines.values() for t in points}) < 2:
+        return None
+    with figure_of(1, 9.4, 3.4) as (figure, axes):
+        axis = axes[0]
+        for series, points in reversed(lines.items()):
+            means, spreads = ([getattr(m, name) for m in points.values()] for name in ("mean", "spread"))
+            lw = 2.2 if series in (results.main, results.baseline) else 1.4
+            axis.errorbar(list(points), means, yerr=spreads, color=colour(series, results), lw=lw, marker="o", ms=4,
+                          capsize=2.5, label=results.label(series))  # fmt: skip
+        axis.set_xticks(results.targets)
+        axis.set_xlabel("layers")
+        axis.set_ylabel(f"held-out loss after {n:,} steps")
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        handles, names = axis.get_legend_handles_labels()
+        axis.legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        return svg_of(figure, "depths", "Held-out loss after N steps against depth, by series")
+
+
+def storage_svg(results: Results) -> str | None:
+    """Numbers stored against the number of initialised targets. None when no series shares anything."""
+    target = max((r.target for r in results.rows), default=0)
+    lines = {}
+    for series, ancestor in results.ancestors.items():
+        own = max((r.stored for r in results.at(series, target, 0)), default=0)
+        if ancestor.stored and own:
+            lines[series] = (ancestor.stored, own)
+    whole = results.target_params.get(target)
+    if not lines or not whole:
+        return None
+    counts = np.arange(0, 11)
+    with figure_of(1, 9.4, 3.0) as (figure, axes):
+        axis = axes[0]
+        axis.plot(counts, counts * whole, color=FAINT, lw=1.4, ls=(0, (4, 3)), label="stored whole")
+        for series, (shared, own) in lines.items():
+            axis.plot(counts, shared + counts * own, color=colour(series, results), lw=2, label=results.label(series))
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
+        axis.set_xlabel(f"targets of {target} layers")
+        axis.set_ylabel("numbers stored")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y")
+        axis.set_axisbelow(True)
+        axis.legend(loc="upper left", fontsize=9.5, handlelength=1.6, labelcolor=INK)
+        return svg_of(figure, "storage", "Numbers stored against the number of targets")
+
+
+def tables_svg(results: Results) -> str | None:
+    """Tables over depth: above, every component by layer; below, the first principal component, with the others'."""
+    first = next(iter(results.tables), "")
+    tables = {k: np.asarray(v) for k, v in results.tables.get(first, {}).items()}
     tables = {k: v for k, v in tables.items() if len(v) > 1}
     if not tables:
         return None
     with figure_of(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
-        for column, (kind, table) in enumerate(tables.items()):
-            _sigma_map(axes[column], kind, table, first=column == 0)
-            _sigma_score(axes[len(tables) + column], kind, table, results, first=column == 0)
-        return svg_of(figure, "sigma", "Sigma over depth, by kind of matrix")
+        for column, (matrix, table) in enumerate(tables.items()):
+            _map(axes[column], matrix, table, first=column == 0)
+            _score(axes[len(tables) + column], matrix, results, first=column == 0)
+        return svg_of(figure, "tables", "Numbers of each layer over depth, by matrix")
 
 
 def summary_png(results: Results, path: str | Path) -> Path:
@@ -132,39 +221,42 @@ def _curve(axis: Any, results: Results, series: str, target: int) -> None:
     steps = list(points)
     means = np.array([np.mean(v) for v in points.values()])
     spreads = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in points.values()])
-    shade, name = colour(series, results), label(series)
+    shade, name = colour(series, results), results.label(series)
     axis.fill_between(steps, means - spreads, means + spreads, color=shade, alpha=0.18, lw=0)
     marker = {"marker": "o", "ms": 5} if len(steps) == 1 else {"marker": "o", "ms": 2.6}
-    axis.plot(steps, means, color=shade, lw=2.2 if series in COLOURS else 1.4, label=name, **marker)
+    axis.plot(
+        steps, means, color=shade, lw=2.2 if series in (results.main, results.baseline) else 1.4, label=name, **marker
+    )
 
 
 def _mark_budget(axis: Any, results: Results, target: int) -> None:
-    """A dashed level at FINE's loss after N steps: where scratch crosses it is what FINE saves."""
-    budget = results.budget(target)
-    ours = results.mean("fine", target, budget) if budget else None
+    """A dashed level at the main series' loss after N steps: where another crosses it is what is saved."""
+    budget = results.budget
+    ours = results.mean(results.main, target, budget) if budget else None
     if budget is None or ours is None:
         return
-    axis.axhline(ours.mean, color=COLOURS["fine"], lw=1, ls=(0, (4, 3)), alpha=0.8)
-    for factor in (1, 3):
-        at = step_of("N" if factor == 1 else "3N", budget, 0)
+    axis.axhline(ours.mean, color=colour(results.main, results), lw=1, ls=(0, (4, 3)), alpha=0.8)
+    most = results.trained_steps(results.baseline, target)
+    for at in sorted({budget, most} if most > budget else {budget}):
         if at <= max(step for s in results.series for step in results.points(s, target) or [0]):
             axis.axvline(at, color=LINES, lw=1, zorder=0)
-            axis.annotate("N" if factor == 1 else "3N", (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
+            name = "N" if at == budget else f"{ratio(at / budget)}N"
+            axis.annotate(name, (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
                           textcoords="offset points", color=FAINT, size=8.5)  # fmt: skip
 
 
 def _loss_range(results: Results, targets: list[int], shown: list[str]) -> tuple[float, float]:
-    """Down to the least value; up to what shows FINE whole and scratch from a third of its first milestone on.
+    """Down to the least value; up to what shows the main series whole and others from N/3 on.
 
     An untrained model predicts no noise at all (a loss of 1), and a scale that shows that hides all differences.
     """
     values, tops = [], []
     for target in targets:
-        budget = results.budget(target) or max(s for name in shown for s in results.points(name, target) or [1])
+        budget = results.budget or max(s for name in shown for s in results.points(name, target) or [1])
         for series in shown:
             points = results.points(series, target)
             values += [np.mean(v) for v in points.values()]
-            tops += [np.mean(v) for s, v in points.items() if series == "fine" or s >= budget / 3]
+            tops += [np.mean(v) for s, v in points.items() if series == results.main or s >= budget / 3]
     low, high = min(values), max(tops or values)
     return high + 0.12 * (high - low) + 1e-9, low - 0.10 * (high - low) - 1e-9
 
@@ -173,27 +265,27 @@ def _loss_range(results: Results, targets: list[int], shown: list[str]) -> tuple
 
 
 def _bars(results: Results, target: int) -> list[tuple[str, str, Any, bool]]:
-    """(series, what it is called, its mean, at N) for all that has a Fréchet distance at N or at 3N."""
-    budget = results.budget(target)
-    steps = {budget: True, 3 * budget: False} if budget else {}
+    """(series, what it is called, its mean, at N) for all that has a Fréchet distance after N or more."""
+    n = results.budget
+    steps = sorted({r.step for r in results.rows if n and r.step >= n and r.target == target and r.stage == "train"})
     found = []
     for series in results.series:
-        for step, main in steps.items():
+        for step in steps:
             mean = results.mean(series, target, step, "frechet")
             if mean:
-                found.append((series, f"{label(series)}, {step:,} steps", mean, main))
+                found.append((series, f"{results.label(series)}, {step:,} steps", mean, step == n))
     return found
 
 
-# --- sigma ---------------------------------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------------------------
 
 
-def _sigma_map(axis: Any, kind: str, table: np.ndarray, first: bool) -> None:
+def _map(axis: Any, matrix: str, table: np.ndarray, first: bool) -> None:
     centred = table - table.mean(axis=0)
     order = np.argsort(np.linspace(-1, 1, len(table)) @ centred)
     limit = np.quantile(np.abs(centred), 0.98) or 1.0
     axis.imshow(centred[:, order].T, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axis.set_title(kind)
+    axis.set_title(matrix)
     layers = np.linspace(0, len(table) - 1, min(3, len(table))).round().astype(int)
     axis.set_xticks(layers, [str(layer + 1) for layer in layers])
     axis.set_yticks([])
@@ -204,7 +296,8 @@ def _sigma_map(axis: Any, kind: str, table: np.ndarray, first: bool) -> None:
         axis.set_ylabel("components")
 
 
-def _sigma_score(axis: Any, kind: str, table: np.ndarray, results: Results, first: bool) -> None:
+def _score(axis: Any, matrix: str, results: Results, first: bool) -> None:
+    who, table = next((who, np.asarray(tables[matrix])) for who, tables in results.tables.items())
     fit = linearity(table)
     axis.set_xlim(-0.06, 1.06)
     axis.set_xlabel("relative depth")
@@ -217,13 +310,14 @@ def _sigma_score(axis: Any, kind: str, table: np.ndarray, results: Results, firs
         return
     depth = np.linspace(0, 1, len(table))
     axis.plot(depth, np.polyval(np.polyfit(depth, fit.score, 1), depth), color=LINES, lw=3, zorder=1)
-    axis.plot(depth, fit.score, color=INK, lw=1.4, marker="o", ms=3.4, zorder=3, label="learngene")
-    targets = {who: t[kind] for who, t in results.sigmas.items() if who != "learngene" and kind in t}
-    for i, (who, sigma) in enumerate(sorted(targets.items(), key=lambda item: len(item[1]))):
-        projected = (np.asarray(sigma) - fit.mean) @ fit.direction
+    axis.plot(depth, fit.score, color=INK, lw=1.4, marker="o", ms=3.4, zorder=3, label=who)
+    others = {name: t[matrix] for name, t in results.tables.items() if name != who and matrix in t}
+    for i, (name, rows) in enumerate(sorted(others.items(), key=lambda item: len(item[1]))):
+        projected = (np.asarray(rows) - fit.mean) @ fit.direction
         at = np.linspace(0, 1, len(projected)) if len(projected) > 1 else np.array([0.5])
-        shade = 0.35 + 0.5 * i / max(1, len(targets) - 1)
-        axis.plot(at, projected, color=_mix(COLOURS["fine"], shade), lw=1.2, marker="o", ms=2.6, zorder=2, label=who)
+        shade = 0.35 + 0.5 * i / max(1, len(others) - 1)
+        axis.plot(at, projected, color=_mix(colour(results.main, results), shade), lw=1.2, marker="o", ms=2.6, zorder=2,
+                  label=name)  # fmt: skip
     axis.set_title(f"r = {fit.correlation:.2f}", size=9, weight="normal", color=FAINT)
     if first:
         axis.legend(fontsize=7.5, loc="upper left", handlelength=1.0, labelspacing=0.25, borderaxespad=0.2)
@@ -238,13 +332,13 @@ def _mix(colour_: str, weight: float) -> tuple[float, ...]:
 
 
 def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
-    """Real data, then FINE and scratch at N for the middle depth that has both; fewer where there are fewer."""
+    """Real data, then main series and baseline at N for the middle depth with both; fewer where there are fewer."""
     shown = [("real data", p) for p in results.pictures if p.method is None and p.target is None][:1]
     for target in sorted(results.targets, key=lambda t: abs(t - float(np.median(results.targets)))):
-        budget = results.budget(target)
+        budget = results.budget
         pair = [
-            (f"{label(s)}, {target} layers, {p.step} steps", p)
-            for s in ("fine", "he")
+            (f"{results.label(s)}, {target} layers, {p.step} steps", p)
+            for s in (results.main, results.baseline)
             for p in [p for p in results.pictures if (p.series, p.target, p.step) == (s, target, budget)][:1]
         ]
         if len(pair) == 2:

@@ -1,12 +1,12 @@
-"""What a report is made of: measured rows, and what they were measured on. Everything shown is computed from these.
+"""What a report is made of: measured rows, what they were measured on, and what is claimed of them. All of it is data.
 
 A program fills a `Results` and hands it to `write_report`:
 
-    results = Results(title="FINE on digits", machine={"cpu": "2 cores"}, config={"rank": 64})
-    results.add(method="fine", target=4, seed=0, stage="init", step=0, held_out_loss=0.125, steps_init=300, seconds=9.1)
-    results.add(method="fine", target=4, seed=0, stage="train", step=400, held_out_loss=0.110, steps_init=300, ...)
-    results.sigmas["learngene"] = {"qkv": sigma}                       # [L, R] tensors, a kind each
-    results.pictures.append(Picture(image=grid(images, 8), method="fine", target=4, step=400))
+    results = Results(title="Digits", main="ours", baseline="scratch", steps={"N": 400}, labels={"ours": "Our method"})
+    results.add(method="ours", target=4, seed=0, stage="init", step=0, held_out_loss=0.125, steps_init=300, seconds=9.1)
+    results.add(method="ours", target=4, seed=0, stage="train", step=400, held_out_loss=0.110, steps_init=300, ...)
+    results.tables["learngene"] = {"qkv": table}                       # [L, R] tensors, one a matrix
+    results.pictures.append(Picture(image=grid(images, 8), method="ours", target=4, step=400))
 """
 
 from __future__ import annotations
@@ -19,22 +19,41 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from fine_dist.config import Config
 from fine_dist.errors import ArtifactError
 
-LABELS = {
-    "fine": "FINE",
-    "he": "scratch",
-    "tleg": "TLEG",
-    "svd": "per-layer SVD",
-    "outside": "copied shell",
-    "random_genes": "random genes",
-    "fine:linear": "sigma linear",
-    "fine:identical": "sigma identical",
-    "fine:random": "sigma random",
-    "fine:aligned": "sigma aligned",
-    "fine:segment": "sigma segment",
+SECTIONS = {
+    "claims": "What the method promises, and what held",
+    "curves": "Held-out loss",
+    "rows": "All targets",
+    "bars": "Fréchet distance",
+    "depths": "Quality against depth",
+    "costs": "Quality against cost",
+    "storage": "Storage",
+    "pictures": "Samples",
+    "tables": "Tables over depth",
+    "setup": "How it was made",
 }
-"""How series are called in text and pictures; others go by their own name."""
+"""A page's sections in order, and their titles. Those without data are left out."""
+
+
+class Claim(Config):
+    """One ordering that a source claims or a control demands. Either `chain` or `on_a_line` is given."""
+
+    text: str
+    """The claim, as a sentence without its full stop."""
+    source: str
+    """Paper and table, or what kind of control it is."""
+    chain: tuple[tuple[str, int | str], ...] = ()
+    """(series, steps) in order, each lower than the next. Steps are a number or a formula: N, 3N, N+I."""
+    or_equal: bool = False
+    """Each is no higher than the next, instead of lower."""
+    on_a_line: str | None = None
+    """Whose tables (a key of `Results.tables`) move along a straight line over depth."""
+    bound: float = Field(0.9, gt=0, le=1)
+    """Correlation with depth that every matrix's first principal component needs (`on_a_line`)."""
+    note: str = ""
+    """What a reader should know to judge the verdict."""
 
 
 class _Part(BaseModel):
@@ -45,9 +64,9 @@ class Row(_Part):
     """One measurement of one target. `held_out_loss` and `frechet` are of the weights at this point."""
 
     method: str
-    """A name in `METHODS`: "fine", "he" (scratch), ..."""
+    """Name of the series: what was initialised, and how."""
     variant: str = ""
-    """Told apart from the method itself; for FINE the start at which sigma was left: "linear", "identical", ..."""
+    """Told apart from the series itself: another setting, such as where an untrained target begins."""
     target: int = Field(ge=1)
     """Depth of the target, in layers."""
     seed: int
@@ -60,12 +79,28 @@ class Row(_Part):
     frechet: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Squared Fréchet distance of samples to real data, if measured here."""
     train_loss: float | None = None
+    steps_condense: int = Field(0, ge=0)
+    """Steps of stage 1 behind what this target came from; paid once for all its targets."""
     steps_init: int = Field(0, ge=0)
-    """Initialisation steps (sigma only) this target has spent so far."""
+    """Initialisation steps this target has spent so far."""
     steps_train: int = Field(0, ge=0)
     """Ordinary training steps this target has spent so far."""
+    samples: int = Field(0, ge=0)
+    """Training samples this target has seen so far, in its own stages."""
+    samples_condense: int = Field(0, ge=0)
+    """Training samples of stage 1."""
+    flops: float = Field(0.0, ge=0)
+    """FLOPs this target has spent so far in its own stages, forward and backward."""
+    flops_condense: float = Field(0.0, ge=0)
+    """FLOPs of stage 1, a teacher's included."""
+    stored: int = Field(0, ge=0)
+    """Numbers in this target's own file, beside what it shares with others."""
+    trained: int = Field(0, ge=0)
+    """Numbers that the last stage trained."""
     seconds: float = Field(0.0, ge=0)
-    """Wall time this target has spent so far, all its stages."""
+    """Wall time this target has spent so far, all its own stages."""
+    seconds_condense: float = Field(0.0, ge=0)
+    """Wall time of stage 1."""
 
     @property
     def series(self) -> str:
@@ -73,7 +108,7 @@ class Row(_Part):
 
 
 class Ancestor(_Part):
-    """What stage 1 made, and what it cost."""
+    """What a series' targets come from, and what it cost. Means over seeds."""
 
     name: str
     """The architecture's name, `DiT-D64/2-L8`."""
@@ -82,9 +117,11 @@ class Ancestor(_Part):
     seconds: float
     held_out_loss: float | None = None
     params: int | None = None
-    """Numbers in the ancestor as an ordinary dense model."""
-    learngene_params: int | None = None
-    """Numbers in the learngene's file."""
+    """Numbers in it as an ordinary dense model."""
+    stored: int | None = None
+    """Numbers in its file."""
+    samples: int = 0
+    flops: float = 0.0
     frechet: float | None = None
 
 
@@ -126,18 +163,37 @@ class Mean(NamedTuple):
 class Results(_Part):
     """All that a report shows. Fields left empty are left out of the page, or said not to be measured."""
 
-    title: str = "FINE: one learngene, every depth"
+    title: str = "Initialised targets"
     created: str = ""
     """When, as text (ISO 8601); the caller's clock."""
+    dataset: str = ""
+    """What the models were trained on, in words."""
+    command: str = ""
+    """The command that makes these results."""
+    main: str = ""
+    """The series that the report is about."""
+    baseline: str = ""
+    """The series it is held against first."""
+    steps: dict[str, int] = {}
+    """Values of the symbols in formulas of steps: N (training steps), I (initialisation), C (stage 1), ..."""
+    labels: dict[str, str] = {}
+    """How series are called in text and pictures; others go by their own name."""
+    colours: dict[str, str] = {}
+    """Colours of series as #rrggbb; others get one of their own."""
+    claims: list[Claim] = []
+    sections: dict[str, str] = SECTIONS
+    """Sections of the page in order, by key, and their titles."""
     rows: list[Row] = []
-    ancestor: Ancestor | None = None
+    ancestors: dict[str, Ancestor] = {}
+    """By series."""
     target_params: dict[int, int] = {}
     """Numbers in a full model of each depth."""
-    sigmas: dict[str, dict[str, Any]] = {}
-    """Of "learngene", and of targets ("target 4"): kind -> [L, R] (tensors and arrays become nested lists)."""
+    tables: dict[str, dict[str, Any]] = {}
+    """Who ("learngene", "target 4") -> matrix -> [L, R] (tensors and arrays become nested lists). The first is the one
+    that the others are compared with."""
+    tables_note: str = ""
+    """What the numbers in `tables` are."""
     pictures: list[Picture] = []
-    samples_note: str = ""
-    """What a reader should know of the samples: what they share, how they were drawn."""
     classifier_accuracy: float | None = None
     """Held-out accuracy (0..1) of the classifier whose features the Fréchet distance uses."""
     frechet_floor: float | None = None
@@ -147,10 +203,20 @@ class Results(_Part):
     config: dict[str, Any] = {}
     machine: dict[str, Any] = {}
 
-    @field_validator("sigmas")
+    @field_validator("sections")
+    @classmethod
+    def _known(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = sorted(set(value) - set(SECTIONS))
+        if unknown:
+            raise ValueError(f"no such section: {', '.join(unknown)}; legal are {', '.join(SECTIONS)}")
+        return value
+
+    @field_validator("tables")
     @classmethod
     def _plain(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
-        return {who: {kind: _array(table).tolist() for kind, table in kinds.items()} for who, kinds in value.items()}
+        return {
+            who: {matrix: _array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()
+        }
 
     def add(self, **fields: Any) -> Row:
         """Append a `Row`. Raises pydantic's `ValidationError` for a loss that is not finite or an unknown field."""
@@ -158,9 +224,9 @@ class Results(_Part):
         self.rows.append(row)
         return row
 
-    def add_sigma(self, who: str, kind: str, sigma: Any) -> None:
-        """Keep a table [L, R] of "learngene" or "target N"."""
-        self.sigmas.setdefault(who, {})[kind] = _array(sigma).tolist()
+    def add_table(self, who: str, matrix: str, table: Any) -> None:
+        """Keep a table [L, R]."""
+        self.tables.setdefault(who, {})[matrix] = _array(table).tolist()
 
     # --- looking things up -----------------------------------------------------------------------------------------
 
@@ -170,10 +236,16 @@ class Results(_Part):
 
     @property
     def series(self) -> list[str]:
-        """FINE first, scratch second, then the others by name."""
-        first = ["fine", "he"]
+        """The main one first, the baseline second, then the others in the order of `labels`, then by name."""
+        order = [self.main, self.baseline, *self.labels]
         found = {row.series for row in self.rows}
-        return [s for s in first if s in found] + sorted(found - set(first))
+        return [s for s in dict.fromkeys(order) if s in found] + sorted(found - set(order))
+
+    def label(self, series: str) -> str:
+        """How a series is called."""
+        name, _, variant = series.partition(":")
+        known = self.labels.get(name, name)
+        return self.labels.get(series, f"{known} {variant}" if variant else known)
 
     @property
     def seeds(self) -> list[int]:
@@ -197,23 +269,28 @@ class Results(_Part):
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         return Mean(float(np.mean(values)), spread, len(values))
 
-    def budget(self, target: int) -> int | None:
-        """N: the most training steps that FINE's target of this depth got after initialisation."""
-        steps = [r.step for r in self.rows if r.series == "fine" and r.target == target and r.stage == "train"]
-        return max(steps, default=None) or None
+    @property
+    def budget(self) -> int | None:
+        """N: training steps after initialisation at which series are compared. None where none were said."""
+        return self.steps.get("N")
 
-    def init_steps(self, target: int) -> int:
-        """Steps that initialising FINE's target of this depth took."""
-        return max((r.steps_init for r in self.rows if r.series == "fine" and r.target == target), default=0)
+    def trained_steps(self, series: str, target: int) -> int:
+        """The most training steps that a target of this series had."""
+        found = (r.step for r in self.rows if (r.series, r.target, r.stage) == (series, target, "train"))
+        return max(found, default=0)
+
+    def init_steps(self, series: str, target: int) -> int:
+        """Steps that initialising a target of this series took."""
+        return max((r.steps_init for r in self.rows if (r.series, r.target) == (series, target)), default=0)
+
+    def at(self, series: str, target: int, step: int) -> list[Row]:
+        """The rows, one or more a seed, of a state."""
+        return [r for r in self.rows if (r.series, r.target, r.step) == (series, target, step)]
 
     def seconds(self, series: str, target: int, step: int) -> float | None:
         """Mean wall time over seeds until this step."""
-        found = [r.seconds for r in self.rows if (r.series, r.target, r.step) == (series, target, step)]
+        found = [r.seconds for r in self.at(series, target, step)]
         return float(np.mean(found)) if found else None
-
-
-def label(series: str) -> str:
-    return LABELS.get(series, series)
 
 
 def read_results(folder: str | Path) -> Results:
@@ -223,7 +300,7 @@ def read_results(folder: str | Path) -> Results:
     folder = Path(folder)
     try:
         data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        data.pop("orderings", None)  # computed, not measured
+        data.pop("verdicts", None)  # computed, not measured
         for picture in data.get("pictures", []):
             pixels = np.asarray(Image.open(folder / picture["file"]), dtype=np.float64) / 255
             picture["image"] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -238,3 +315,9 @@ def _array(value: Any) -> np.ndarray:
     if not all(map(math.isfinite, (array.min(initial=0), array.max(initial=0)))):
         raise ValueError("NaN or infinite values")
     return array
+
+
+def number(value: float, like: float | None = None) -> str:
+    """Four decimals below 1, else four significant digits; `like`: with as many decimals as that number has."""
+    size = abs(value if like is None else like)
+    return f"{value:.4f}" if size < 1 else f"{value:.{max(0, 3 - int(math.log10(size)))}f}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fine_dist.report.orderings import number
-from fine_dist.report.results import Mean, Results, label
+from fine_dist.report.costs import short
+from fine_dist.report.results import Mean, Results, number
 
 
 class Line(NamedTuple):
@@ -21,10 +21,18 @@ class Table(NamedTuple):
     heads: list[str]
     lines: list[Line]
 
+    def without(self, *names: str) -> Table:
+        """Fewer columns."""
+        kept = [i for i, head in enumerate(self.heads) if head not in names]
+        return Table(
+            [self.heads[i] for i in kept],
+            [line._replace(cells=[line.cells[i] for i in kept]) for line in self.lines],
+        )
+
 
 def table(results: Results) -> Table:
     """A line a depth, series and milestone that was measured; columns without any number are left out."""
-    heads = ["depth", "method", "init\nsteps", "train\nsteps", "held-out loss", "Fréchet", "seconds"]
+    heads = ["depth", "method", "init\nsteps", "train\nsteps", "held-out loss", "Fréchet", "FLOPs", "stored", "seconds"]
     lines = [
         Line(target, series, step, _cells(results, series, target, step))
         for target in results.targets
@@ -37,10 +45,12 @@ def table(results: Results) -> Table:
 
 
 def milestones(results: Results, target: int) -> list[int]:
-    """Training steps that the table shows: none, N, N and what initialisation took, 3N (else: both ends)."""
-    budget = results.budget(target)
-    if budget:
-        return sorted({0, budget, budget + results.init_steps(target), 3 * budget})
+    """Training steps that the table shows: none, N, N and what initialisation took, each series' last (else: both
+    ends)."""
+    if results.budget:
+        last = {results.trained_steps(series, target) for series in results.series}
+        total = results.budget + results.init_steps(results.main, target)
+        return sorted({0, results.budget, total, *(step for step in last if step >= results.budget)})
     ends = [list(results.points(series, target)) for series in results.series]
     return sorted({step for steps in ends if steps for step in (steps[0], steps[-1])})
 
@@ -53,14 +63,21 @@ def cell(mean: Mean | None) -> str:
 
 
 def _cells(results: Results, series: str, target: int, step: int) -> list[str]:
-    rows = [r for r in results.rows if (r.series, r.target, r.step) == (series, target, step)]
+    rows = results.at(series, target, step)
     seconds = results.seconds(series, target, step)
     return [
         str(target),
-        label(series),
+        results.label(series),
         f"{max(r.steps_init for r in rows):,}",
         f"{step:,}",
         cell(results.mean(series, target, step)),
         cell(results.mean(series, target, step, "frechet")),
+        _largest([r.flops for r in rows]),
+        _largest([float(r.stored) for r in rows]),
         "–" if not seconds else f"{seconds:.1f}",
     ]
+
+
+def _largest(values: list[float]) -> str:
+    """Costs are equal over seeds; rows that were measured without a cost of their own count as nothing."""
+    return short(max(values)) if max(values) else "–"

@@ -1,0 +1,303 @@
+"""What a study's run directories say, as the rows and pictures of its report. Every number is read or measured.
+
+A model's measurements are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.config import DataConfig
+from fine_dist.files import read_rows, write_atomic
+from fine_dist.report import Ancestor, Picture, Results
+from fine_dist.study import settings
+from fine_dist.study.config import Entry
+from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+
+if TYPE_CHECKING:
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.stages.measure import Measures
+    from fine_dist.study.plan import Graph, Run
+
+
+def collect(graph: Graph) -> Results:
+    """Measure what the runs made and put it with what they wrote down. Every run must be done."""
+    return _Collector(graph).collect()
+
+
+class _Collector:
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.study = graph, graph.study
+        self.features, self.accuracy = features(graph)
+        if self.accuracy is not None:
+            print(f"features: a classifier of this data, held-out accuracy {self.accuracy:.4f}", flush=True)
+        self._measures: dict[str, Measures] = {}
+        self._artifacts: dict[str, Artifact] = {}
+
+    def collect(self) -> Results:
+        study = self.study
+        measures = self.measures(next(iter(study.data)))
+        results = Results(
+            title=study.title,
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            dataset=study.dataset,
+            command=study.command,
+            main=study.main,
+            baseline=study.baseline,
+            steps=study.steps,
+            labels={**{e.name: settings.label_of(e) for e in study.used}, **study.labels},
+            colours={e.name: e.colour for e in study.used if e.colour},
+            claims=list(study.claims),
+            sections=study.sections,
+            tables_note=study.tables_note,
+            classifier_accuracy=self.accuracy,
+            frechet_floor=measures.floor,
+            frechet_samples=study.samples if measures.floor is not None else None,
+            config=self._said(),
+            machine=machine(),
+        )
+        shown = [entry for entry in study.used if entry.shown]
+        for entry in sorted(shown, key=lambda e: e.name != study.main):
+            self._ancestor(results, entry)
+            for depth in study.depths_of(entry):
+                for seed in study.seeds:
+                    self._target(results, entry, depth, seed)
+        self._real(results)
+        return results
+
+    def _said(self) -> dict[str, Any]:
+        study = self.study
+        return {
+            "run_dir": study.run_dir,
+            "seeds": study.seeds,
+            "depths": study.depths,
+            "steps": study.steps,
+            "entries": [entry.name for entry in study.used],
+            "samples": study.samples,
+        }
+
+    # --- measuring -------------------------------------------------------------------------------------------------
+
+    def measures(self, data: str) -> Measures:
+        """The measurements on one data set."""
+        from fine_dist.stages.measure import MeasureConfig, Measures
+
+        if data not in self._measures:
+            folder = self.study.root / data
+            self._measures[data] = Measures(
+                MeasureConfig(
+                    data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
+                    features=self.features,
+                    samples=self.study.samples,
+                    sampler=self.study.sampler,
+                )
+            )
+        return self._measures[data]
+
+    def of(self, entry: Entry) -> Measures:
+        return self.measures(entry.data or next(iter(self.study.data)))
+
+    def kept(self, measures: Measures, name: str, folder: Path, **more: Any) -> dict[str, Any]:
+        """Held-out loss and Fréchet distance of a model on disk, measured once for these weights and settings."""
+        from fine_dist.model.artifact import read_manifest
+        from fine_dist.stages import find_artifact, load_model
+
+        told = [read_manifest(find_artifact(folder)), measures.config.model_dump(mode="json"), self.accuracy, more]
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        file = self.study.root / "measures" / f"{name}.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["key"] == key:
+                return dict(found["numbers"])
+        numbers = measures(load_model(folder)[0], name)
+        write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
+        return numbers
+
+    # --- an entry --------------------------------------------------------------------------------------------------
+
+    def _parent(self, entry: Entry, seed: int) -> tuple[Run, Artifact] | None:
+        """The run that made what the entry's targets come from, and its product; read once."""
+        from fine_dist.model.artifact import load_artifact
+
+        found = self.graph.parent_of(entry, seed)
+        if found is None:
+            return None
+        run, folder = found
+        if run.name not in self._artifacts:
+            self._artifacts[run.name] = load_artifact(folder)
+        return run, self._artifacts[run.name]
+
+    def _shared(self, entry: Entry, seed: int) -> Cost:
+        """What an entry's targets share: stage 1 of what they come from."""
+        found = self._parent(entry, seed)
+        if found is None:
+            return Cost()
+        run, artifact = found
+        return condense_cost(run, artifact.arch)
+
+    def _ancestor(self, results: Results, entry: Entry) -> None:
+        """What the entry's targets come from."""
+        from fine_dist.stages import load_model
+
+        found = [self._parent(entry, seed) for seed in self.study.seeds]
+        parents = [parent for parent in found if parent is not None]
+        if not parents:
+            return
+        costs = [self._shared(entry, seed) for seed in self.study.seeds]
+        run, artifact = parents[0]
+        numbers = [self.kept(self.of(entry), r.name, r.run_dir) for r, _ in parents]
+        model, _ = load_model(run.run_dir)
+        results.ancestors[entry.name] = Ancestor(
+            name=artifact.arch.name,
+            layers=artifact.arch.num_layers,
+            steps=run.steps,
+            seconds=sum(c.seconds for c in costs) / len(costs),
+            held_out_loss=sum(n["held_out_loss"] for n in numbers) / len(numbers),
+            params=sum(p.numel() for p in model.parameters()),
+            stored=sum(t.numel() for t in artifact.tensors.values()),
+            samples=costs[0].samples,
+            flops=costs[0].flops,
+            frechet=numbers[0]["frechet"],
+        )
+        if entry.name == self.study.main:
+            for matrix, table in settings.depth_tables(artifact).items():
+                results.add_table("learngene", matrix, table)
+            self._picture(results, entry, run.run_dir, caption="condensed ancestor", target=artifact.arch.num_layers)
+
+    def _target(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
+        """All states of one target: untrained, initialised, trained."""
+        from fine_dist.model.artifact import load_artifact
+        from fine_dist.stages import find_artifact
+
+        shared = self._shared(entry, seed)
+        before, common = Cost(), {"method": entry.name, "target": depth, "seed": seed}
+        paid = {
+            "steps_condense": shared.steps, "samples_condense": shared.samples,
+            "flops_condense": shared.flops, "seconds_condense": shared.seconds,
+        }  # fmt: skip
+        if entry.init:
+            run = self.graph.init(entry, seed)
+            folder = settings.target_folder(run.config, depth)
+            artifact = load_artifact(find_artifact(folder))
+            before = init_cost(run, folder, artifact.arch)
+            own = sum(t.numel() for t in artifact.tensors.values())
+            numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder)
+            results.add(
+                stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
+                seconds=before.seconds, stored=own, trained=own, **common, **paid, **numbers,
+            )  # fmt: skip
+            if seed == self.study.seeds[0] and entry.name == self.study.main:
+                for matrix, table in settings.depth_tables(artifact).items():
+                    results.add_table(f"target {depth}", matrix, table)
+        if entry.untrained:
+            self._untrained(results, entry, depth, seed)
+        self._trained(results, entry, depth, seed, before, common | paid)
+
+    def _untrained(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
+        """What each variant of a target is worth without any training."""
+        found = self._parent(entry, seed)
+        measures = self.of(entry)
+        if found is None or measures.held_out is None:
+            return
+        method = settings.method_of(found[1].method if entry.condense else entry.method)
+        for axis, values in settings.variants(method).items():
+            for value in values:
+                model = settings.untrained(settings.vary(method, axis, value), found[1], depth, seed)
+                loss = measures.loss(model)
+                results.add(
+                    method=entry.name, variant=str(value), target=depth, seed=seed, stage="init", step=0,
+                    held_out_loss=loss,
+                )  # fmt: skip
+
+    def _trained(
+        self, results: Results, entry: Entry, depth: int, seed: int, before: Cost, common: dict[str, Any]
+    ) -> None:
+        """The curves of a target's training runs, and the distances of the models they ended with."""
+        from fine_dist.stages import load_model
+
+        runs = self.graph.train(entry, depth, seed)
+        if not runs:
+            return
+        model, _ = load_model(runs[0].run_dir)
+        numbers = results.target_params[depth] = sum(p.numel() for p in model.parameters())
+        spent = Cost()
+        for run, cost in zip(runs, train_cost(runs, model.arch)):
+            start = spent if run.grows else Cost()
+            end = self.kept(self.of(entry), run.name, run.run_dir)
+            for row in read_rows(run.run_dir / "metrics.jsonl"):
+                if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
+                    continue  # in the shorter run's rows
+                now = before + start + cost.share(row["step"] - start.steps)
+                results.add(
+                    stage="train", step=row["step"], held_out_loss=row["held_out_loss"],
+                    frechet=end["frechet"] if row["step"] == run.steps else None,
+                    steps_init=before.steps, steps_train=row["step"], samples=now.samples, flops=now.flops,
+                    seconds=now.seconds, stored=numbers, trained=numbers, **common,
+                )  # fmt: skip
+            spent = start + cost
+            if seed == self.study.seeds[0]:
+                self._picture(results, entry, run.run_dir, method=entry.name, target=depth, step=run.steps)
+
+    # --- pictures --------------------------------------------------------------------------------------------------
+
+    def _picture(self, results: Results, entry: Entry, folder: Path, **fields: Any) -> None:
+        from fine_dist.stages import load_model
+
+        if self.study.pictures:
+            images = self.of(entry).draw(load_model(folder)[0], self.study.pictures, "pictures")
+            results.pictures.append(Picture(image=self._grid(images), **fields))
+
+    def _grid(self, images: Any) -> Any:
+        from fine_dist.diffusion.sample import grid
+
+        low, high = (1.0, -1.0) if self.study.ink else (-1.0, 1.0)
+        return grid(images, 10, low=low, high=high, zoom=max(1, 48 // images.shape[-1]), gap=2)
+
+    def _real(self, results: Results) -> None:
+        """Held-out real data in the order of the samples: labels in turn."""
+        import torch
+
+        from fine_dist.data.stream import read_all
+
+        if not self.study.pictures:
+            return
+        images, labels = read_all(str(self.study.root / next(iter(self.study.data)) / "held_out"))
+        classes = labels.unique()
+        each = max(1, self.study.pictures // len(classes))
+        columns = [(labels == label).nonzero().flatten()[:each] for label in classes]
+        order = torch.tensor([int(column[i]) for i in range(each) for column in columns if i < len(column)])
+        results.pictures.append(Picture(image=self._grid(images[order]), caption="held-out real data"))
+
+
+def features(graph: Graph) -> tuple[str | None, float | None]:
+    """Folder of the features of the Fréchet distance, and their classifier's held-out accuracy; trained once."""
+    from fine_dist.data.stream import read_all
+    from fine_dist.errors import ArtifactError
+    from fine_dist.metrics.features import load_classifier, save_classifier, train_classifier
+
+    study = graph.study
+    if study.features is None:
+        return None, None
+    if study.features != "classifier":
+        return study.features, load_classifier(study.features).accuracy
+    folder, data = study.root / "features", study.root / next(iter(study.data))
+    try:
+        return str(folder), load_classifier(folder).accuracy
+    except ArtifactError:
+        trained = train_classifier(*read_all(str(data / "train")), read_all(str(data / "held_out")))
+        save_classifier(folder, trained)
+        return str(folder), trained.accuracy
+
+
+def machine() -> dict[str, Any]:
+    """The machine and versions, for the report's last section."""
+    from fine_dist.engine.run_dir import describe_environment
+
+    facts = describe_environment()
+    versions = ", ".join(f"{name} {version}" for name, version in facts.pop("versions").items())
+    return {"processor": platform.machine(), **{k: v for k, v in facts.items() if k != "host"}, "versions": versions}

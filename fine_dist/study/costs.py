@@ -1,0 +1,70 @@
+"""What a state of a target has cost so far: steps, samples, FLOPs, numbers and seconds, stage by stage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.study.settings import step_flops, teacher_arch
+
+if TYPE_CHECKING:
+    from fine_dist.model.zoo import Arch
+    from fine_dist.study.plan import Run
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage. FLOPs are of forward and backward passes, seconds wall time."""
+
+    steps: int = 0
+    samples: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.steps + other.steps,
+            self.samples + other.samples,
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+        )
+
+    def share(self, steps: int) -> Cost:
+        """As much of it as so many of its steps took."""
+        part = steps / self.steps if self.steps else 0.0
+        return Cost(steps, round(self.samples * part), self.flops * part, self.seconds * part)
+
+
+def done_facts(folder: Path) -> dict[str, Any]:
+    """What a finished run or target says of itself."""
+    facts: dict[str, Any] = json.loads((folder / "DONE.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def condense_cost(run: Run, arch: Arch) -> Cost:
+    """Stage 1; a teacher's forward pass counts where the loss asks for it."""
+    samples = run.steps * run.config.batch
+    flops = samples * step_flops(arch, trains_all=True, teacher=teacher_arch(run.config))
+    return Cost(run.steps, samples, flops, float(done_facts(run.run_dir)["seconds"]))
+
+
+def init_cost(run: Run, folder: Path, arch: Arch) -> Cost:
+    """Stage 2 of one target; its seconds are its share of its pack's."""
+    facts = done_facts(folder)
+    samples = int(facts["steps"]) * run.config.batch
+    flops = samples * step_flops(arch, trains_all=False)
+    return Cost(int(facts["steps"]), samples, flops, float(facts["seconds"]))
+
+
+def train_cost(runs: list[Run], arch: Arch) -> list[Cost]:
+    """Stage 3, a cost a run; a run that continues a shorter one counts its own part alone."""
+    found, steps_before = [], 0
+    for run in runs:
+        steps = run.steps - (steps_before if run.grows else 0)
+        samples = steps * run.config.batch
+        flops = samples * step_flops(arch, trains_all=True)
+        found.append(Cost(steps, samples, flops, float(done_facts(run.run_dir)["seconds"])))
+        steps_before = run.steps
+    return found

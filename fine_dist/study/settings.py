@@ -1,0 +1,169 @@
+"""What a study says to the stages and asks of methods: every key of their configs that it knows stands here."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.config import Config, validate
+from fine_dist.study.config import Entry, StudyConfig, merged
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fine_dist.methods import Method
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.model.zoo import Arch
+
+MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
+
+
+# --- configs of stages ---------------------------------------------------------------------------------------------
+
+
+def stage_config(study: StudyConfig, stage: str, run: str, entry: Entry, changes: dict[str, Any]) -> Any:
+    """The config of one run: the study's settings of the stage, the entry's over them, then what the graph decides."""
+    own = {"condense": entry.condense, "init": entry.init}.get(stage)
+    chosen = (own.data if own else None) or (None if stage == "condense" else entry.data)
+    data = study.root / (chosen or next(iter(study.data)))
+    values = merged(study.stages[stage], own.settings if own else entry.settings)
+    values["data"] = {**values.get("data", {}), "shards": str(data / "train"), "held_out": str(data / "held_out")}
+    values["run_dir"] = str(study.root / run)
+    values["launch"] = merged(_needs(study), values.get("launch", {}))
+    kind = getattr(importlib.import_module(MODULES[stage]), f"{stage.capitalize()}Config")
+    return validate(kind, merged(values, changes), f"{stage} of entry {entry.name}")
+
+
+def _needs(study: StudyConfig) -> dict[str, Any]:
+    """What a job needs. How many run at once is the study's own business."""
+    return study.launch.model_dump(exclude={"max_parallel"})
+
+
+def encode_config(study: StudyConfig, name: str) -> Config:
+    """The config that makes a data set."""
+    from fine_dist.encode import EncodeConfig
+
+    values = {**study.data[name], "out": str(study.root / name), "launch": _needs(study)}
+    return validate(EncodeConfig, values, f"data.{name}")
+
+
+def condense_settings(entry: Entry, seed: int, steps: int, ancestor: Path | None) -> dict[str, Any]:
+    """Stage 1 of an entry."""
+    found = {"method": entry.method, "seed": seed, "steps": steps}
+    return {**found, "ancestor": str(ancestor)} if ancestor else found
+
+
+def init_settings(
+    entry: Entry, seed: int, steps: int, depths: tuple[int, ...], parent: Path | None, own: bool
+) -> dict[str, Any]:
+    """Stage 2 of an entry. own: the parent is the entry's own learngene, whose method decides."""
+    found: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
+    if parent is not None:
+        found["learngene"] = str(parent)
+    return found if own else {**found, "method": entry.method}
+
+
+def train_settings(
+    entry: Entry, seed: int, steps: int, depth: int, parent: Path | None, target: Path | None
+) -> dict[str, Any]:
+    """Stage 3 of one target: from what stage 2 made (`target`), or as the method lets it descend from `parent`."""
+    found: dict[str, Any] = {"seed": seed, "steps": steps}
+    if target is not None:
+        return {**found, "start": str(target), "arch": None}
+    found |= {"arch": {"num_layers": depth}, "method": entry.method}
+    return {**found, "learngene": str(parent)} if parent else found
+
+
+def target_folder(config: Any, depth: int) -> Path:
+    """Where an init run puts the target of a depth."""
+    from fine_dist.family import expand
+
+    return Path(config.run_dir) / next(member.name for member in expand(config) if member.depth == depth)
+
+
+# --- what a finished run says --------------------------------------------------------------------------------------
+
+
+def finished(module: str, config: Any) -> bool | None:
+    """Whether a run's directory holds its whole product; none for a stage that only its own end can tell of."""
+    folder = Path(config.run_dir)
+    if module == MODULES["init"]:
+        from fine_dist.family import expand
+        from fine_dist.family.table import result_of
+
+        return all(result_of(member.folder) is not None for member in expand(config))
+    if module in (MODULES["condense"], MODULES["train"]):
+        return (folder / "DONE.json").is_file()
+    return None
+
+
+# --- what is asked of a method -------------------------------------------------------------------------------------
+
+
+def method_of(settings: dict[str, Any]) -> Method[Any]:
+    """The method of an entry's settings."""
+    from fine_dist.methods import from_manifest
+
+    return from_manifest(settings)
+
+
+def label_of(entry: Entry) -> str:
+    """How an entry is called."""
+    return entry.label or str(getattr(method_of(entry.method), "label", entry.name))
+
+
+def variants(method: Method[Any]) -> dict[str, tuple[Any, ...]]:
+    """axis -> legal values: what may differ in how a method's targets begin."""
+    from fine_dist.model.depth import STARTS
+
+    return {"sigma": tuple(STARTS)} if "sigma" in type(method.config).model_fields else {}
+
+
+def vary(method: Method[Any], axis: str, value: Any) -> Method[Any]:
+    """The method with another value on an axis."""
+    return type(method)(method.config.model_copy(update={axis: value}))
+
+
+def untrained(method: Method[Any], parent: Artifact, depth: int, seed: int) -> Any:
+    """A target before any training, as a model that can be measured."""
+    from fine_dist.stages.descendants import descend
+
+    return descend(method, parent, parent.arch.with_depth(depth), seed)
+
+
+def depth_tables(artifact: Artifact) -> dict[str, Tensor]:
+    """matrix -> [L, R]: the scalers of each layer, for a report's tables over depth; empty where there are none."""
+    import torch
+
+    from fine_dist.model.zoo import KINDS
+
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in artifact.tensors.items():
+        parts = name.split(".")
+        if len(parts) == 4 and parts[0] == "blocks" and parts[3] == "sigma":
+            found.setdefault(parts[2], {})[int(parts[1])] = tensor
+    order = [*(matrix for matrix in KINDS if matrix in found), *(matrix for matrix in found if matrix not in KINDS)]
+    return {matrix: torch.stack([found[matrix][i] for i in sorted(found[matrix])]) for matrix in order}
+
+
+def step_flops(arch: Arch, trains_all: bool, teacher: Arch | None = None) -> float:
+    """FLOPs of one sample's step: forward and backward; without weight gradients where almost nothing trains; and a
+    teacher's forward pass."""
+    from fine_dist.model.flops import forward_macs
+
+    own = (6.0 if trains_all else 4.0) * forward_macs(arch)
+    return own + (2.0 * forward_macs(teacher) if teacher else 0.0)
+
+
+def teacher_arch(config: Config) -> Arch | None:
+    """The architecture of the model that a run's loss asks for its outputs; none for a plain loss."""
+    from fine_dist.model.zoo import Arch
+
+    said = config.model_dump()
+    if not said.get("distill") or not said.get("ancestor"):
+        return None
+    from fine_dist.model.artifact import read_manifest
+    from fine_dist.stages import find_artifact
+
+    return Arch.model_validate(read_manifest(find_artifact(said["ancestor"]))["arch"])

@@ -1,0 +1,60 @@
+"""A stage that a study can run in milliseconds: it notes that it ran, or fails as its config says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fine_dist.config import Config, LaunchConfig
+from fine_dist.errors import ConfigError
+
+PRELOAD = ()
+
+
+class ToyConfig(Config):
+    """A toy stage."""
+
+    run_dir: str = "runs/toy"
+    """Where it notes."""
+    needs: tuple[str, ...] = ()
+    """Files that must be there."""
+    fail: bool = False
+    """End with an error."""
+    launch: LaunchConfig = LaunchConfig(retries=0)
+    """What the job needs."""
+
+
+def run(config: ToyConfig) -> None:
+    """Append a line to `ran`; raises what it is told to, or when a file it needs is missing."""
+    missing = [name for name in config.needs if not Path(name).exists()]
+    if missing or config.fail:
+        raise ConfigError(f"this toy fails: {missing or 'as asked'}")
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "ran", "a", encoding="utf-8") as file:
+        file.write("once\n")
+
+
+def main() -> int:
+    """Follow a graph of toys: `python -m tests.study.toy ROOT LAUNCHER`; `two` and `three` need `one`."""
+    import sys
+
+    from fine_dist.errors import guard
+    from fine_dist.study import Graph, Run, load_study
+    from fine_dist.study.follow import follow
+
+    def body() -> int:
+        root = Path(sys.argv[1])
+        study = load_study("configs/study/digits_demo.yaml", run_dir=str(root))
+        graph = Graph(study)
+        for name, after in (("two", ("one",)), ("three", ("one",)), ("one", ())):
+            needs = tuple(str(root / before / "ran") for before in after)
+            config = ToyConfig(run_dir=str(root / name), needs=needs)
+            graph.runs.append(Run(name, "tests.study.toy", config, 1, after))
+        follow(graph, sys.argv[2])
+        return 0
+
+    return guard(body)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
