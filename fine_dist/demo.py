@@ -189,7 +189,7 @@ def done(p: Plan, name: str) -> bool:
 
 
 def start(p: Plan, launcher: Any, work: Work) -> None:
-    from fine_dist.submit import make_spec
+    from fine_dist.jobs.prepare import make_spec
 
     if work.grows and not work.run_dir.exists():
         inherit(p[work.grows].run_dir, work.run_dir)

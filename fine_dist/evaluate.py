@@ -59,7 +59,7 @@ def run(config: EvaluateConfig) -> Path:
     from rich.console import Console
     from rich.table import Table
 
-    from fine_dist.engine.run_dir import write_atomic
+    from fine_dist.files import write_atomic
     from fine_dist.stages import load_model
 
     if not config.models:

@@ -16,8 +16,8 @@ from fine_dist.config import dump_yaml, expand_path
 from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, guard
 from fine_dist.family import Family, InitConfig, expand, run_dir_of
 from fine_dist.jobs import StateTable, Task
+from fine_dist.jobs.worker import inside
 from fine_dist.pack.plan import activation_bytes, state_numbers
-from fine_dist.worker import inside
 
 PRELOAD = ("torch", "fine_dist.family.run")
 """What a local pool imports once for all packs."""
@@ -103,9 +103,10 @@ def dry_run(config: InitConfig) -> list[str]:
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
-    from launchers.base import choose
+    from launchers import Launcher, pick
 
-    if launcher == "here" or inside() or choose(launcher) == "slurm":
+    place = pick(launcher, config.launch)
+    if inside() or place.detached or not issubclass(place, Launcher):
         return contextlib.nullcontext()
     from fine_dist.family.table import FamilyBar
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist import files
 from fine_dist.errors import RunDirError
 
 if TYPE_CHECKING:
@@ -28,19 +29,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
 
 def last_row(folder: Path) -> dict[str, Any] | None:
     """The newest whole row of a target's metrics.jsonl."""
-    try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 1024))
-            lines = file.read().decode().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        try:
-            row: dict[str, Any] = json.loads(line)
-            return row
-        except ValueError:  # the line that is being written now
-            continue
-    return None
+    return files.last_row(folder / "metrics.jsonl", within=1024)
 
 
 class FamilyBar:

@@ -1,8 +1,7 @@
 """Jobs: what one is, a grid's points, and the durable table of what became of each task."""
 
-from fine_dist.files import write_atomic
 from fine_dist.jobs.points import Point, expand
-from fine_dist.jobs.spec import Finding, JobSpec, Task, check_name
+from fine_dist.jobs.spec import Finding, JobSpec, Room, Task, check_name
 from fine_dist.jobs.table import FINAL, Claim, Row, State, StateTable, Submissions
 
 __all__ = [
@@ -11,6 +10,7 @@ __all__ = [
     "Finding",
     "JobSpec",
     "Point",
+    "Room",
     "Row",
     "State",
     "StateTable",
@@ -18,5 +18,4 @@ __all__ = [
     "Task",
     "check_name",
     "expand",
-    "write_atomic",
 ]

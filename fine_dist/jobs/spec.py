@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -79,9 +80,9 @@ class JobSpec(Config):
         """Rows of the state table this job works on."""
         return self.tasks or (self.name,)
 
-    def save(self, path: str | Path) -> Path:
-        """Write JSON, atomically."""
-        return write_atomic(Path(path), self.model_dump_json(indent=1) + "\n")
+    def save(self, path: str | Path, *, durable: bool = True) -> Path:
+        """Write JSON, atomically; not `durable`: the caller syncs many at once."""
+        return write_atomic(path, self.model_dump_json(indent=1) + "\n", durable=durable)
 
     @classmethod
     def load(cls, path: str | Path) -> JobSpec:
@@ -95,8 +96,22 @@ class JobSpec(Config):
         return validate(cls, values, str(path))
 
 
+@dataclass(frozen=True)
+class Room:
+    """The machines that a launcher's jobs get: what a fan-out is planned for, wherever the command is typed."""
+
+    workers: int
+    """Tasks such as these that run at once, over all machines."""
+    accelerator_bytes: float | None
+    """Memory of one accelerator; none: not known from here, or there is none."""
+    cpu: bool
+    """Whether tasks compute on the CPU: none asks for an accelerator, or there is none."""
+    host_bytes: float | None
+    """Host memory of one task; none: not known from here."""
+
+
 class Task(NamedTuple):
-    """One task of a fan-out: what a module's `tasks(config)` returns a list of."""
+    """One task of a fan-out: what a module's `tasks(config)` or `tasks(config, room)` returns a list of."""
 
     name: str
     """Unique in the fan-out; becomes file names."""

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fine_dist.engine.tensor_file import fsync_folder
 from fine_dist.errors import CheckpointError
+from fine_dist.files import sync_folder
 
 FORMAT = "1"
 SUFFIX = ".state.safetensors"
@@ -32,7 +32,7 @@ def write_states(path: Path, states: dict[str, JobState]) -> None:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
