@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fine_dist.engine.run_dir import write_atomic
+    from fine_dist.files import write_atomic
 
     module = importlib.import_module(f"fine_dist.benchmarks.{options.name}")
     started = time.perf_counter()

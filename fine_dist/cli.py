@@ -21,7 +21,6 @@ class Call(NamedTuple):
 
 
 Options: TypeAlias = Callable[[argparse.ArgumentParser], None]
-LAUNCHERS = ("auto", "local", "slurm", "ray", "here")
 
 
 def parse(
@@ -46,7 +45,7 @@ def parse(
     common.add_argument("--dry-run", action="store_true", help="print the resolved config and estimates; do nothing")
     common.add_argument(
         "--launcher",
-        choices=LAUNCHERS,
+        metavar="NAME",
         default="auto",
         help="where it runs: auto (Ray in a Ray job, SLURM in an allocation, else local), local, slurm, ray, or here "
         "(this process; default: auto)",

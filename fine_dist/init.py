@@ -16,7 +16,7 @@ from fine_dist.config import dump_yaml, expand_path
 from fine_dist.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.family import Family, InitConfig, expand, run_dir_of
 from fine_dist.jobs import Room, StateTable, Task
-from fine_dist.worker import inside
+from fine_dist.jobs.worker import inside
 
 PRELOAD = ("torch", "fine_dist.family.run")
 """What a local pool imports once for all packs."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+from fine_dist.processes import free_port, rank_words
 
 _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
 
@@ -36,17 +37,9 @@ class Ranks:
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
-            words = {
-                "RANK": rank,
-                "WORLD_SIZE": world_size,
-                "LOCAL_RANK": rank,
-                "LOCAL_WORLD_SIZE": world_size,
-                "LOCAL_SIZE": world_size,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
             ours, theirs = context.Pipe(duplex=False)
-            variables = {**_QUIET, **{key: str(value) for key, value in words.items()}, **(env or {})}
+            words = rank_words(rank, world_size, rank, world_size, "127.0.0.1", port)
+            variables = {**_QUIET, **words, **(env or {})}
             log = str(logs / f"rank{rank}.log") if logs else None
             process = context.Process(target=_rank, args=(fn, args, variables, theirs, log), daemon=True)
             process.start()
@@ -115,13 +108,6 @@ def run_distributed(
         return ranks.results(timeout_s)
     finally:
         ranks.kill()
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _server() -> Any:

@@ -1,9 +1,12 @@
-"""What all launchers share: a job's handle, the queue of a fan-out, retries, and the choice by `--launcher`."""
+"""What all launchers share: a job's handle, the queue of a fan-out and retries.
+
+A `Place` is what `--launcher` names. Most are launchers, to which a command hands jobs; a `Whole` takes the command as
+it is. Each says itself when `--launcher auto` means it, and registers in `launchers.registry`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import threading
 import time
@@ -12,17 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError, ResumeLater, nearest
-from fine_dist.jobs import Finding, JobSpec
-from fine_dist.submit import job_file
-from fine_dist.worker import EXIT_BUSY
+from fine_dist.config import Config, LaunchConfig
+from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, ResumeLater
+from fine_dist.jobs import Finding, JobSpec, Room
+from fine_dist.jobs.prepare import job_file
+from fine_dist.jobs.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
 EXIT_INTERRUPTED = 130
-NAMES = ("auto", "local", "slurm", "ray", "here")
 
 
 @dataclass(eq=False)
@@ -44,6 +47,8 @@ class Job:
     """Further attempts it may have."""
     restarts: int = 0
     """Times it asked to be started again (exit code 75)."""
+    show: bool = False
+    """Its output goes to this terminal, where the launcher can, instead of its log."""
     handle: Any = field(default=None, repr=False)
     """The launcher's own."""
     own_log: Path | None = None
@@ -60,27 +65,83 @@ class Job:
         return self.state in ENDED
 
 
-class Launcher(ABC):
-    """Submits jobs and follows them. A subclass starts, checks and cancels one; the queue is here.
+class Place(ABC):
+    """What a name of `--launcher` means. Use as a context manager.
 
-    Use as a context manager: leaving it cancels what it still runs.
+    needs: what the config's `launch` says; None: the defaults.
     """
 
     name: str
-    max_restarts = 20
+    """What `--launcher` calls it. Two may share a name: the first of the registry that `serves` is taken."""
+    on_this_machine = False
+    """Whether jobs get this machine's cores, memory and accelerators."""
     detached = False
     """Whether its jobs live on when this process ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs: LaunchConfig | None = None) -> None:
+        self.needs = needs or LaunchConfig()
+
+    @classmethod
+    def is_the_one(cls, needs: LaunchConfig) -> bool:
+        """Whether `--launcher auto` means this one, by where this process is."""
+        return False
+
+    @classmethod
+    def serves(cls, needs: LaunchConfig) -> bool:
+        """Whether it can be meant by its name, by where this process is and what is asked for."""
+        return True
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        """What can be known of a job (one of `many` tasks) before it is started here."""
+        return []
+
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Free what it holds."""
+
+    def __enter__(self: P) -> P:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+P = TypeVar("P", bound=Place)
+
+
+class Whole(Place):
+    """A place that takes a command as it is."""
+
+    @abstractmethod
+    def run(self, module: str, config: Config) -> int:
+        """Run `module.run(config)` there, with all its tasks; the exit code."""
+
+
+class Launcher(Place):
+    """Submits jobs and follows them. A subclass starts, checks and cancels one; the queue is here.
+
+    Leaving it as a context manager cancels what it still runs.
+    """
+
+    max_restarts = 20
+    copies_code = True
+    """Whether jobs run a copy of the code, as `launch.snapshot` says, or the code where it lies."""
+
+    def __init__(self, needs: LaunchConfig | None = None) -> None:
+        super().__init__(needs)
         self._queue: deque[Job] = deque()
         self._live: list[Job] = []
         self._width = 1
 
     # --- what users of a launcher call
 
-    def submit(self, spec: JobSpec, retries: int = 0) -> Job:
-        """Start one job now."""
+    def runs_here(self, spec: JobSpec) -> bool:
+        """Whether a single job such as this needs no process of its own: the command itself is the job."""
+        return False
+
+    def submit(self, spec: JobSpec, retries: int = 0, show: bool = False) -> Job:
+        """Start one job now. show: its output goes to this terminal, where that can be."""
         job = self._job(spec, retries)
+        job.show = show
         self._begin(job)
         return job
 
@@ -150,10 +211,6 @@ class Launcher(ABC):
         while self._queue and len(self._live) < self._width:
             self._begin(self._queue.popleft())
 
-    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        """What can be known of a job (one of `many` tasks) before it is submitted here."""
-        return []
-
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Those of earlier submissions that still wait or run."""
         return {}
@@ -163,17 +220,24 @@ class Launcher(ABC):
         for job in [*self._queue, *self._live]:
             self.cancel(job)
 
-    def __enter__(self) -> Launcher:
-        return self
+    def room(self, spec: JobSpec, many: bool = True) -> Room:
+        """The machines that `many` such jobs get, or one job alone: what a fan-out is planned for, and checked with.
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        Its own machines, not the one that this process is on.
+        """
+        memory = self.needs.gpu_memory_gb
+        return Room(
+            workers=self.fits(spec) if many else 1,
+            accelerator_bytes=memory * 2**30 if memory and spec.accelerators_per_node else None,
+            cpu=not spec.accelerators_per_node,
+            host_bytes=spec.memory_gb * 2**30 if spec.memory_gb else None,
+        )
 
     # --- what a launcher must say
 
     @abstractmethod
     def fits(self, spec: JobSpec) -> int:
-        """How many such jobs can run at once."""
+        """How many such jobs its machines hold at once."""
 
     @abstractmethod
     def _start(self, job: Job) -> None:
@@ -187,7 +251,7 @@ class Launcher(ABC):
     def _stop(self, job: Job) -> None:
         """End it."""
 
-    def _tell(self, job: Job) -> None:  # noqa: B027 (a launcher may have no way to ask)
+    def _tell(self, job: Job) -> None:
         """Ask it to save and end, without waiting."""
 
     # --- the queue
@@ -265,30 +329,3 @@ def joint_code(codes: Sequence[int]) -> int:
     """The exit code of a job of several processes: its first real failure, else 75 if any said so, else 0."""
     real = [code for code in codes if code not in (0, EXIT_RESUME)]
     return real[0] if real else max(codes, default=0)
-
-
-def choose(name: str) -> str:
-    """What `--launcher auto` means here: Ray in a Ray job or with RAY_ADDRESS, SLURM in an allocation, else local."""
-    if name != "auto":
-        return name
-    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        return "ray"
-    return "slurm" if os.environ.get("SLURM_JOB_ID") else "local"
-
-
-def get_launcher(name: str, **settings: Any) -> Launcher:
-    """The launcher of a name: `local`, `slurm`, `ray`, or `auto` for what fits here."""
-    kind = choose(name)
-    if kind == "local":
-        from launchers.local import LocalLauncher
-
-        return LocalLauncher(**settings)
-    if kind == "slurm":
-        from launchers.slurm_submitit import slurm_launcher
-
-        return slurm_launcher(**settings)
-    if kind == "ray":
-        from launchers.ray_train import RayLauncher
-
-        return RayLauncher(**settings)
-    raise LaunchError(f"launcher {name!r}: no such launcher; {nearest(name, NAMES)}")

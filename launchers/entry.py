@@ -2,86 +2,86 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from fine_dist.config import Config, LaunchConfig
+from fine_dist.config import Config
 from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError
 from fine_dist.jobs import JobSpec, Row, StateTable, Submissions, Task
-from fine_dist.submit import code_root, is_done, launch_of, make_spec, make_specs, run_dir_of, snapshot, tasks_of
-from fine_dist.worker import EXIT_BUSY, import_module, inside
-from launchers.base import Job, Launcher, choose, get_launcher
+from fine_dist.jobs.code import code_root, snapshot
+from fine_dist.jobs.prepare import fans_out, is_done, launch_of, make_spec, make_specs, run_dir_of, tasks_of
+from fine_dist.jobs.worker import EXIT_BUSY, inside
+from fine_dist.stages.preflight import preflight, refuse
+from launchers.base import Job, Launcher, Whole
+from launchers.here import Here, check_accelerators, run_here
+from launchers.registry import pick
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:
     """Run `module.run(config)` where `launcher` says; the exit code.
 
     module:   importable name with `run(config)`; the first parameter of `run` is annotated with the config class.
-              With `tasks(config) -> list[jobs.Task] | None` it is a fan-out: each task is `run(task.config)`, kept in
-              the state table of `config.run_dir`; a task that is done is not run again. None: one ordinary job.
+              With `tasks(config)` or `tasks(config, room)`, which gives a list of `jobs.Task` or None, it is a fan-out:
+              each task is `run(task.config)`, kept in the state table of `config.run_dir`; a task that is done is not
+              run again. None: one ordinary job. The `jobs.Room` describes the machines the tasks will run on.
     config:   has `run_dir`, and `launch: LaunchConfig` for what the job needs.
-    launcher: `here` (this process), `local`, `slurm`, `ray`, or `auto`. Inside a job it is always `here`.
+    launcher: a name of `launchers.registry`, or `auto`. Inside a job it is always `here`.
 
     Codes: 0 done (or submitted), 3 some tasks failed, 75 stopped early and to be started again, else what the job ended
     with. Raises `LaunchError` when it cannot run there, with the remedy.
     """
-    if launcher == "here" or inside():
-        return _here(module, config)
-    kind = choose(launcher)
-    address = launch_of(config).address or os.environ.get("RAY_ADDRESS") or ""
-    if kind == "ray" and address.startswith("http"):
-        from launchers.ray_jobs import submit_command
-
-        return submit_command(module, config, address)
     needs = launch_of(config)
-    with contextlib.ExitStack() as stack:
-        runner: Launcher | None = None
-        if kind == "local" and hasattr(import_module(module), "tasks"):
-            runner = stack.enter_context(get_launcher(kind))
-            runner.warm(make_spec(module, config, code=code_root(module), write=False))
-        tasks = tasks_of(module, config)
-        if kind == "local" and tasks is None and needs.nodes == needs.processes == 1:
-            return _here(module, config)
-        if tasks is None:
-            return _one(kind, module, config)
-        runner = runner or stack.enter_context(get_launcher(kind, **_settings(kind, needs)))
-        return _fan_out(runner, kind, module, config, tasks)
+    place = Here if inside() else pick(launcher, needs)
+    with place(needs) as runner:
+        if isinstance(runner, Whole):
+            return runner.run(module, config)
+        assert isinstance(runner, Launcher)
+        spec = make_spec(module, config, code=code_root(module), write=False)
+        tasks = None
+        if fans_out(module):
+            runner.warm(spec)
+            tasks = tasks_of(module, config, runner.room(spec))
+        if tasks is not None:
+            return _fan_out(runner, module, config, tasks)
+        if runner.runs_here(spec):
+            check_accelerators(spec)
+            return run_here(module, config)
+        return _one(runner, module, config)
 
 
-def _here(module: str, config: Config) -> int:
-    result = import_module(module).run(config)
-    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+def check(module: str, config: Config, launcher: str = "auto") -> None:
+    """What a dry run can know of where a command would run: `LaunchError` for a launcher that does not exist, or for
+    accelerators that this machine has not when the job would run on it. Nothing is started, no cluster is asked."""
+    place = pick(launcher, launch_of(config))
+    if place.on_this_machine and not inside():
+        check_accelerators(make_spec(module, config, write=False))
 
 
-def _one(kind: str, module: str, config: Config) -> int:
+def _one(runner: Launcher, module: str, config: Config) -> int:
     needs = launch_of(config)
     run_dir = run_dir_of(config)
-    with get_launcher(kind, **_settings(kind, needs, show=True)) as runner:
-        _refuse_second(runner, run_dir)
-        _preflight(runner, module, config, many=False)
-        job = runner.submit(make_spec(module, config, code=_code(kind, module, config)))
-        if runner.detached:
-            Submissions(run_dir).add({str(job.id): [job.spec.name]})
-            print(f"submitted {job.spec.name} as {runner.name} job {job.id}; log: {job.log}", flush=True)
-            if not needs.wait:
-                return 0
-        runner.wait([job])
-        if job.code:
-            print(f"{job.spec.name}: {job.reason}; log: {job.log}", file=sys.stderr)
-        return 1 if job.code is None or job.code < 0 else job.code
+    _refuse_second(runner, run_dir)
+    _preflight(runner, module, config, many=False)
+    job = runner.submit(make_spec(module, config, code=_code(runner, module, config)), show=True)
+    if runner.detached:
+        Submissions(run_dir).add({str(job.id): [job.spec.name]})
+        print(f"submitted {job.spec.name} as {runner.name} job {job.id}; log: {job.log}", flush=True)
+        if not needs.wait:
+            return 0
+    runner.wait([job])
+    if job.code:
+        print(f"{job.spec.name}: {job.reason}; log: {job.log}", file=sys.stderr)
+    return 1 if job.code is None or job.code < 0 else job.code
 
 
-def _fan_out(runner: Launcher, kind: str, module: str, config: Config, tasks: list[Task]) -> int:
+def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -> int:
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
-    with table.driver(f"{kind} fan-out"):
+    with table.driver(f"{runner.name} fan-out"):
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
-        specs = make_specs(module, config, tasks, code=_code(kind, module, config))
+        specs = make_specs(module, config, tasks, code=_code(runner, module, config))
         queued = runner.alive(Submissions(run_dir).all())
         taken = {name for names in queued.values() for name in names}
         todo = [spec for spec in specs if not is_done(table, spec) and not taken.intersection(spec.rows)]
@@ -103,12 +103,10 @@ def _fan_out(runner: Launcher, kind: str, module: str, config: Config, tasks: li
 
 
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
-    from fine_dist.plan import preflight, refuse
-
     needs = launch_of(config)
     if needs.preflight != "off":
         spec = make_spec(module, config, write=False)
-        found = preflight(module, config, spec, light=many, here=runner.name == "local")
+        found = preflight(module, config, spec, light=many, room=runner.room(spec, many))
         refuse(needs, [*found, *runner.findings(spec, many)])
 
 
@@ -140,12 +138,6 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
     return 0 if all(row.state == "done" for row in rows) else EXIT_TASKS_FAILED
 
 
-def _code(kind: str, module: str, config: Config) -> str:
-    wanted = launch_of(config).snapshot and kind != "local"
+def _code(runner: Launcher, module: str, config: Config) -> str:
+    wanted = launch_of(config).snapshot and runner.copies_code
     return str(snapshot(run_dir_of(config), module)) if wanted else code_root(module)
-
-
-def _settings(kind: str, needs: LaunchConfig, show: bool = False) -> dict[str, Any]:
-    if kind == "local":
-        return {"show": show}
-    return {"needs": needs}

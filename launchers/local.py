@@ -10,19 +10,22 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
-from fine_dist.jobs import JobSpec
-from fine_dist.worker import LIFELINE
+from fine_dist.jobs import Finding, JobSpec, Room
+from fine_dist.jobs.machine import fits_here, local_room, visible_devices
+from fine_dist.jobs.worker import LIFELINE
+from fine_dist.processes import free_port, rank_words
+from fine_dist.stages.preflight import accelerators
 from launchers.base import Job, Launcher, joint_code
+from launchers.here import check_accelerators
 
 GRACE_S = 30.0
 """Seconds a job has to save after SIGTERM before it is killed."""
@@ -31,25 +34,35 @@ GRACE_S = 30.0
 class LocalLauncher(Launcher):
     """Jobs on this machine.
 
-    show:    a job's output goes to this terminal instead of its log.
     threads: CPU threads of a process; None: the job's `cpus_per_process`.
     """
 
     name = "local"
+    on_this_machine = True
+    copies_code = False
 
-    def __init__(self, *, show: bool = False, threads: int | None = None) -> None:
-        super().__init__()
-        self._show = show
+    def __init__(self, needs: LaunchConfig | None = None, *, threads: int | None = None) -> None:
+        super().__init__(needs)
         self._threads = threads
         self._servers: dict[str | None, ForkServer] = {}
         self._devices = visible_devices()
         self._load = dict.fromkeys(self._devices, 0.0)
 
+    @classmethod
+    def is_the_one(cls, needs: LaunchConfig) -> bool:
+        return True
+
+    def runs_here(self, spec: JobSpec) -> bool:
+        return spec.nodes == spec.world_size == 1
+
     def fits(self, spec: JobSpec) -> int:
-        by_cpu = (os.cpu_count() or 1) // (spec.processes_per_node * spec.cpus_per_process)
-        if spec.accelerators_per_node and self._devices:
-            by_cpu = min(by_cpu, int(len(self._devices) / spec.accelerators_per_node))
-        return max(1, by_cpu)
+        return fits_here(spec, len(self._devices))
+
+    def room(self, spec: JobSpec, many: bool = True) -> Room:
+        return local_room(spec, many, self.needs.gpu_memory_gb)
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        return accelerators(spec, len(self._devices))
 
     def warm(self, spec: JobSpec) -> None:
         """Let the processes' server import what such a job needs while the caller still checks what is to run."""
@@ -59,9 +72,10 @@ class LocalLauncher(Launcher):
         spec = job.spec
         if spec.nodes > 1:
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes; local has one: use --launcher slurm or ray")
+        check_accelerators(spec)
         devices = self._take(spec.accelerators_per_node)
         env = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        job.handle = self._server(spec).group(spec, job.file, None if self._show else job.log, env)
+        job.handle = self._server(spec).group(spec, job.file, None if job.show else job.log, env)
         job.handle.devices = devices
         job.id = f"local {os.getpid()}.{job.handle.ids[0]}"
 
@@ -96,12 +110,10 @@ class LocalLauncher(Launcher):
         return server
 
     def _take(self, amount: float) -> list[str]:
-        if not amount or not self._devices:
+        if not amount:
             return []
         count = max(1, round(amount))
         chosen = sorted(self._devices, key=lambda device: self._load[device])[:count]
-        if len(chosen) < count:
-            raise LaunchError(f"{count} accelerators wanted, {len(chosen)} here; lower launch.gpus or launch.processes")
         for device in chosen:
             self._load[device] += amount / count
         return chosen
@@ -179,9 +191,8 @@ class ForkServer:
         size = spec.processes_per_node
         if size == 1:
             return ProcessGroup(self, [self._start(file, env, log)])
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
-        shared |= {"LOCAL_WORLD_SIZE": str(size), "LOCAL_SIZE": str(size), **env}
-        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        port = free_port()
+        ranks = [{**rank_words(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
         return ProcessGroup(self, [self._start(file, words, log) for words in ranks])
 
     def _start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
@@ -228,21 +239,3 @@ class ForkServer:
             self._process.kill()  # no job was started; an import need not be waited for
         self._process.wait()
         os.close(self._replies)
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def visible_devices() -> list[str]:
-    """Names for CUDA_VISIBLE_DEVICES, without importing torch or touching a GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launchers.local import free_port
+from fine_dist.processes import die_with_parent, free_ports
 
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",
@@ -46,7 +45,7 @@ class LocalRay:
         self._nodes, self._cpus = nodes, cpus
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Unix sockets live in it
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.port, self.dashboard = free_port(), free_port()
+        self.port, self.dashboard = free_ports(2)
         self._boxed = _may_box()
 
     @property
@@ -96,15 +95,12 @@ class LocalRay:
         if self._boxed:  # with a PID namespace, killing one process is a power cut
             command = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", *command]
 
-        def tie() -> None:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
         env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_ID")}
         env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])  # a job's `python` is ours
         with open(self.folder / f"{name}.out", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, env={**env, **SETTINGS}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                cwd=self.folder, preexec_fn=tie, start_new_session=True,
+                cwd=self.folder, preexec_fn=die_with_parent, start_new_session=True,
             )  # fmt: skip
         if name == "head":
             self._await(0)

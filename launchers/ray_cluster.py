@@ -14,6 +14,11 @@ from fine_dist.errors import LaunchError
 from fine_dist.jobs import JobSpec
 
 
+def inside_ray() -> bool:
+    """Whether this process is in a Ray job, or is told by RAY_ADDRESS where Ray is."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
 def connect(address: str | None) -> bool:
     """Connect this process to a Ray cluster; whether it was not connected before."""
     import ray

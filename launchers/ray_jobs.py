@@ -9,13 +9,38 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import Config, dump_yaml
+from fine_dist.config import Config, LaunchConfig, dump_yaml
 from fine_dist.errors import LaunchError
-from fine_dist.plan import refuse, upload
-from fine_dist.submit import launch_of, stage_code
+from fine_dist.jobs.code import stage_code
+from fine_dist.jobs.prepare import launch_of
+from fine_dist.stages.preflight import refuse, upload
+from launchers.base import Whole
+from launchers.ray_cluster import inside_ray
 
 AGENT_WAIT_S = 90.0
 """Seconds in which a busy cluster's head may become able to take a job."""
+
+
+class RayJobs(Whole):
+    """The Ray cluster behind an HTTP address (`launch.address` or RAY_ADDRESS): it gets the command, not its jobs."""
+
+    name = "ray"
+    detached = True
+
+    @classmethod
+    def is_the_one(cls, needs: LaunchConfig) -> bool:
+        return inside_ray()
+
+    @classmethod
+    def serves(cls, needs: LaunchConfig) -> bool:
+        return _address(needs).startswith("http")
+
+    def run(self, module: str, config: Config) -> int:
+        return submit_command(module, config, _address(self.needs))
+
+
+def _address(needs: LaunchConfig) -> str:
+    return needs.address or os.environ.get("RAY_ADDRESS") or ""
 
 
 def submit_command(module: str, config: Config, address: str) -> int:

@@ -17,15 +17,17 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
-from fine_dist.jobs import Finding, JobSpec
-from fine_dist.worker import LIFELINE
+from fine_dist.jobs import Finding, JobSpec, Room
+from fine_dist.jobs.worker import LIFELINE
+from fine_dist.processes import free_port, rank_words
 from launchers.base import Job, Launcher
-from launchers.local import ForkServer, free_port
-from launchers.ray_cluster import check_storage, connect, copies, demand, grows, nodes, one_rank
+from launchers.local import ForkServer
+from launchers.ray_cluster import check_storage, connect, copies, demand, grows, inside_ray, nodes, one_rank
 
 QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
 """Exit codes that starting the workers again would not change; others count as failures of the worker group."""
@@ -42,16 +44,25 @@ class RayLauncher(Launcher):
     name = "ray"
 
     def __init__(self, needs: LaunchConfig | None = None) -> None:
-        super().__init__()
-        self._needs = needs or LaunchConfig()
-        self._ours = connect(self._needs.address)
+        super().__init__(needs)
+        self._ours = connect(self.needs.address)
         self._wanted: int | None = None
         self._many = False  # a fan-out's jobs are tasks; a single one is a trainer
         self._next_look = 0.0
 
+    @classmethod
+    def is_the_one(cls, needs: LaunchConfig) -> bool:
+        return inside_ray()
+
     def fits(self, spec: JobSpec) -> int:
-        """As many as the cluster's nodes can hold, and two more, so that an autoscaler sees the demand."""
-        return sum(copies(node, demand(spec)) for node in nodes()) + 2
+        """At least one: an autoscaler may still bring the node that holds it."""
+        return max(1, sum(copies(node, demand(spec)) for node in nodes()))
+
+    def room(self, spec: JobSpec, many: bool = True) -> Room:
+        room = super().room(spec, many)
+        held = [node["memory"] / (copies(node, demand(spec)) if many else 1) for node in nodes()
+                if node.get("memory") and copies(node, demand(spec))]  # fmt: skip
+        return replace(room, host_bytes=room.host_bytes or min(held, default=None))
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
         """Whether the nodes can hold it; a cluster that grows by itself may still come to hold what none does now."""
@@ -79,7 +90,8 @@ class RayLauncher(Launcher):
         if time.monotonic() > self._next_look and (self._queue or self._live):  # the cluster may grow or shrink
             self._next_look = time.monotonic() + 5.0
             spec = (self._queue or self._live)[0].spec
-            self._width = min(self._wanted or sys.maxsize, self.fits(spec))
+            # Two more than fit, so that an autoscaler sees the demand.
+            self._width = min(self._wanted or sys.maxsize, self.fits(spec) + 2)
         super().poll()
 
     def close(self) -> None:
@@ -92,7 +104,7 @@ class RayLauncher(Launcher):
     def _start(self, job: Job) -> None:
         job.id = f"ray {job.spec.name}"
         if not self._many:
-            job.handle = _Training(job, self._needs)
+            job.handle = _Training(job, self.needs)
             return
         import ray
 
@@ -230,19 +242,10 @@ def train_worker(config: dict[str, str]) -> None:
     context = ray.train.get_context()
     rank = context.get_world_rank()
     _prove_storage(Path(config["token"]), rank, context.get_world_size())
-    meet = {"addr": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": free_port()} if rank == 0 else None
+    meet = {"address": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": free_port()} if rank == 0 else None
     meet = broadcast_from_rank_zero(meet)
-    words = {
-        "RANK": rank,
-        "WORLD_SIZE": context.get_world_size(),
-        "LOCAL_RANK": context.get_local_rank(),
-        "LOCAL_WORLD_SIZE": context.get_local_world_size(),
-        "LOCAL_SIZE": context.get_local_world_size(),
-        "MASTER_ADDR": meet["addr"],
-        "MASTER_PORT": meet["port"],
-        LIFELINE: os.getpid(),
-    }
-    env = {**os.environ, **{key: str(value) for key, value in words.items()}}
+    words = rank_words(rank, context.get_world_size(), context.get_local_rank(), context.get_local_world_size(), **meet)
+    env = {**os.environ, **words, LIFELINE: str(os.getpid())}
     env.setdefault("OMP_NUM_THREADS", str(spec.cpus_per_process))
     if spec.code:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
 from fine_dist.jobs import Finding, JobSpec
-from fine_dist.submit import sbatch_flags
 from launchers.base import EXIT_INTERRUPTED, JobState
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
@@ -74,8 +73,45 @@ def limits(partition: str | None = None) -> Limits:
     return Limits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
 
 
-def slurm_findings(spec: JobSpec, needs: LaunchConfig) -> list[Finding]:
-    """What the scheduler would say to a job, without submitting it."""
+@dataclass(frozen=True)
+class Machine:
+    """What one node has."""
+
+    cpus: int
+    memory_mb: int | None
+    gpus: int
+
+
+def machines(partition: str) -> list[Machine]:
+    """The nodes of a partition that are not down."""
+    said = slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%c|%m|%G|%T")
+    found = []
+    for line in said.split():
+        cpus, memory, generic, state = line.split("|")
+        if not state.startswith(("down", "fail", "drain", "maint")):
+            gpus = sum(int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", generic))
+            found.append(Machine(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
+    return found
+
+
+def fits_on(nodes: Sequence[Machine], spec: JobSpec) -> int:
+    """How many such jobs those nodes hold at once; at least one, because a job waits for what it needs."""
+    held = 0
+    for node in nodes:
+        room = node.cpus // (spec.processes_per_node * spec.cpus_per_process)
+        if spec.accelerators_per_node:
+            room = min(room, int(node.gpus // -(-spec.accelerators_per_node // 1)))
+        if spec.memory_gb and node.memory_mb:
+            room = min(room, int(node.memory_mb // (spec.memory_gb * 1024)))
+        held += room
+    return max(1, held // spec.nodes)
+
+
+def slurm_findings(spec: JobSpec, needs: LaunchConfig, request: Sequence[str]) -> list[Finding]:
+    """What the scheduler would say to a job, without submitting it.
+
+    request: the words that sbatch will be given, script included.
+    """
     found = []
     known = limits(needs.partition)
     if spec.minutes and known.max_minutes and spec.minutes > known.max_minutes:
@@ -88,7 +124,7 @@ def slurm_findings(spec: JobSpec, needs: LaunchConfig) -> list[Finding]:
             f"launch.nodes {spec.nodes}: partition {known.partition} has {known.nodes}; lower it, or another partition"
         )
         found.append(Finding("slurm", "stop", text))
-    words = ["sbatch", "--test-only", *sbatch_flags(spec, needs), "--wrap=true"]
+    words = ["sbatch", "--test-only", *request]
     with outside_allocation():
         said = subprocess.run(words, capture_output=True, text=True, check=False)
     if said.returncode and not found:

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
+from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
-from fine_dist.jobs import JobSpec
+from fine_dist.jobs import JobSpec, Room
 from launchers.base import Job, Launcher
+from launchers.site import Site
+from launchers.slurm_queue import Machine, fits_on
 
 GRACE_S = 60.0
 
@@ -20,10 +24,29 @@ class StepLauncher(Launcher):
 
     name = "slurm"
 
+    @classmethod
+    def serves(cls, needs: LaunchConfig) -> bool:
+        return "SLURM_JOB_ID" in os.environ
+
+    @classmethod
+    def is_the_one(cls, needs: LaunchConfig) -> bool:
+        return True  # in an allocation, which is where it serves
+
     def fits(self, spec: JobSpec) -> int:
         env = os.environ
-        cpus = sum(_counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1")))
-        return max(1, min(cpus // (spec.world_size * spec.cpus_per_process), _nodes() * 64 // spec.nodes))
+        machines = [
+            Machine(cpus, int(env["SLURM_MEM_PER_NODE"]) if env.get("SLURM_MEM_PER_NODE") else None, _gpus())
+            for cpus in _counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+        ]
+        return fits_on(machines, spec)
+
+    def room(self, spec: JobSpec, many: bool = True) -> Room:
+        room = super().room(spec, many)
+        whole = os.environ.get("SLURM_MEM_PER_NODE")
+        if whole and not room.host_bytes:
+            a_node = max(1, -(-room.workers // _nodes()))
+            room = replace(room, host_bytes=int(whole) * 2**20 / a_node)
+        return room
 
     def _start(self, job: Job) -> None:
         spec = job.spec
@@ -33,7 +56,7 @@ class StepLauncher(Launcher):
         command += [f"--ntasks-per-node={spec.processes_per_node}", f"--cpus-per-task={spec.cpus_per_process}"]
         command += [f"--job-name={spec.name}", f"--output={job.log}", "--open-mode=append"]
         if spec.accelerators_per_node:
-            command.append(f"--gpus-per-node={int(-(-spec.accelerators_per_node // 1))}")
+            command.append(Site.here().gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
         whole = os.environ.get("SLURM_MEM_PER_NODE")
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
@@ -61,6 +84,11 @@ class StepLauncher(Launcher):
             time.sleep(0.05)
         process.kill()
         process.wait()
+
+
+def _gpus() -> int:
+    """Accelerators of a node of this allocation."""
+    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
 
 
 def _nodes() -> int:

@@ -10,32 +10,35 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_dist import worker
-from fine_dist.config import LaunchConfig
+from fine_dist.config import LaunchConfig, load
 from fine_dist.errors import EXIT_RESUME, LaunchError
-from fine_dist.jobs import Finding, JobSpec
+from fine_dist.jobs import Finding, JobSpec, Submissions, worker
+from fine_dist.jobs.prepare import launch_of
 from launchers.base import Job, Launcher
-from launchers.slurm_queue import GHOST, job_states, limits, outside_allocation, scheduler_words, slurm, slurm_findings
+from launchers.site import Site
+from launchers.slurm_queue import (
+    GHOST,
+    fits_on,
+    job_states,
+    limits,
+    machines,
+    outside_allocation,
+    scheduler_words,
+    slurm,
+    slurm_findings,
+)
 
 GHOST_S = 30.0
 """Seconds after which a job that only the accounting believes in counts as lost."""
 SIGNAL_S = 120
 """Seconds before the time limit at which a job is told to save."""
-
-
-def slurm_launcher(needs: LaunchConfig | None = None) -> Launcher:
-    """Steps of the allocation this process is in, or jobs of their own."""
-    if os.environ.get("SLURM_JOB_ID"):
-        from launchers.slurm_steps import StepLauncher
-
-        return StepLauncher()
-    return SlurmLauncher(needs)
 
 
 class SlurmLauncher(Launcher):
@@ -49,15 +52,16 @@ class SlurmLauncher(Launcher):
     max_restarts = 0  # a job puts itself back into the queue
 
     def __init__(self, needs: LaunchConfig | None = None) -> None:
-        super().__init__()
-        self._needs = needs or LaunchConfig()
-        self._limits = limits(self._needs.partition)
+        super().__init__(needs)
+        self._limits = limits(self.needs.partition)
+        self._site = Site.here()
         self._next_look = 0.0
         self._width = sys.maxsize
         self._ghosts: dict[str | None, float] = {}
 
     def fits(self, spec: JobSpec) -> int:
-        return sys.maxsize
+        """What the partition's nodes hold, whatever else waits for them."""
+        return fits_on(machines(self._limits.partition), spec)
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
         """Arrays, chunked because MaxArraySize bounds the index. All are accepted by sbatch, or none."""
@@ -88,7 +92,13 @@ class SlurmLauncher(Launcher):
             self._next_look = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        return slurm_findings(spec, self._needs)
+        with tempfile.TemporaryDirectory() as folder:
+            executor = self._executor(spec, Path(folder), spec.name, self.needs.max_parallel)
+            if many:
+                executor.parameters["map_count"] = 1
+            script = Path(folder, "request.sh")
+            script.write_text(executor._make_submission_file_text("true", "request"))
+            return slurm_findings(spec, self.needs, [str(script)])
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         ids = [job for job in submissions if re.fullmatch(r"\d+(_\d+)?", job)]
@@ -133,9 +143,8 @@ class SlurmLauncher(Launcher):
         before = set(folder.iterdir())
         with outside_allocation():
             try:
-                executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=self._needs.max_restarts)
-                executor.update_parameters(**self._parameters(spec, name, max_parallel))
-                calls = [WorkerCall(str(job.file), self._needs.max_restarts) for job in jobs]
+                executor = self._executor(spec, folder, name, max_parallel)
+                calls = [WorkerCall(str(job.file), self.needs.max_restarts) for job in jobs]
                 handles = executor.map_array(_call, calls)
             except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
                 for stray in set(folder.iterdir()) - before:
@@ -146,26 +155,38 @@ class SlurmLauncher(Launcher):
             job.own_log = folder / f"{handle.job_id}_0_log.out"
             job.state, job.attempts = "pending", job.attempts or 1
 
+    def _executor(self, spec: JobSpec, folder: Path, name: str, max_parallel: int | None) -> Any:
+        import submitit
+
+        python = shlex.join([*shlex.split(self._site.wrapper), sys.executable])
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=self.needs.max_restarts, python=python)
+        executor.update_parameters(**self._parameters(spec, name, max_parallel))
+        return executor
+
     def _parameters(self, spec: JobSpec, name: str, max_parallel: int | None) -> dict[str, Any]:
         extra = {key.replace("_", "-"): value for key, value in spec.extras.get("slurm", {}).items()}
         minutes = spec.minutes or self._limits.minutes
         code = spec.code or spec.cwd
+        setup = [f"source {shlex.quote(str(self._site.file))}"] if self._site.file else []
+        gpus = {}
+        if spec.accelerators_per_node and not {"gpus-per-node", "gres", "gpus-per-task", "gpus"} & extra.keys():
+            flag = self._site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node)
+            gpus = dict([flag.removeprefix("--").split("=", 1)])
         wanted: dict[str, Any] = {
             "job_name": name,
             "time": minutes,
             "nodes": spec.nodes,
             "ntasks_per_node": spec.processes_per_node,
             "cpus_per_task": spec.cpus_per_process,
-            "partition": self._needs.partition,
-            "account": self._needs.account,
+            "partition": self.needs.partition,
+            "account": self.needs.account,
             "mem": f"{round(spec.memory_gb * 1024)}M" if spec.memory_gb else None,
-            "gpus_per_node": int(-(-spec.accelerators_per_node // 1)) or None,
             "signal_delay_s": min(SIGNAL_S, minutes * 30),
             "stderr_to_stdout": True,
             "array_parallelism": max_parallel or 1000,
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={spec.cpus_per_process}"],
-            "setup": [f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
-            "additional_parameters": {"requeue": True, "chdir": code, **extra},
+            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={spec.cpus_per_process}", *self._site.srun_args],
+            "setup": [*setup, f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
+            "additional_parameters": {"requeue": True, "chdir": code, **gpus, **extra},
         }
         return {key: value for key, value in wanted.items() if value is not None}
 
@@ -181,7 +202,7 @@ class WorkerCall:
         code = worker.run_job(self.file)
         if code == EXIT_RESUME:
             if worker.rank() == 0:
-                requeue(self.max_restarts)
+                requeue(self.file, self.max_restarts)
             time.sleep(30)  # the requeue ends this process; to exit now would make the step, and the job, fail
         if code:
             raise SystemExit(code)
@@ -191,18 +212,43 @@ def _call(call: WorkerCall) -> None:
     call()
 
 
-def requeue(max_restarts: int) -> None:
-    """Put this job back into the queue, unless it was cancelled or has been put back too often. Exits otherwise."""
+RESTARTS = "FINE_DIST_RESTARTS"
+"""How often a job was submitted again, where `scontrol requeue` is not allowed."""
+
+
+def requeue(file: str, max_restarts: int) -> None:
+    """Put this job back into the queue, or submit it again where the site does not allow that.
+
+    Exits with 75 when it was submitted again, was cancelled or has been put back too often.
+    """
     env = os.environ
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
+    restarts = int(env.get("SLURM_RESTART_COUNT", "0")) + int(env.get(RESTARTS, "0"))
     if state != "RUNNING":
-        print(f"the job is {state or 'gone'}: not requeued", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_RESUME)
-    if int(env.get("SLURM_RESTART_COUNT", "0")) >= max_restarts:
-        print(f"restarted {max_restarts} times already; the same command continues it", file=sys.stderr, flush=True)
-        raise SystemExit(EXIT_RESUME)
-    print("saved; back into the queue", file=sys.stderr, flush=True)
-    slurm("scontrol", "requeue", job)
+        _leave(f"the job is {state or 'gone'}: not requeued")
+    if restarts >= max_restarts:
+        _leave(f"restarted {max_restarts} times already; the same command continues it")
+    if Site.here().requeues:
+        print("saved; back into the queue", file=sys.stderr, flush=True)
+        slurm("scontrol", "requeue", job)
+        return
+    env[RESTARTS] = str(restarts + 1)
+    again = resubmit(JobSpec.load(file))
+    _leave(f"saved; goes on as job {again}")
+
+
+def resubmit(spec: JobSpec) -> str | None:
+    """Submit a job once more; the scheduler's name of it."""
+    config = load(worker.config_class(worker.import_module(spec.module)), spec.config)
+    launcher = SlurmLauncher(launch_of(config))
+    job = launcher.submit(spec)
+    Submissions(spec.table or spec.run_dir).add({str(job.id): [*spec.rows]})
+    return job.id
+
+
+def _leave(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_RESUME)

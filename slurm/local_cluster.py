@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import fcntl
 import json
 import os
 import secrets
@@ -24,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+
+from fine_dist.files import locked
+from fine_dist.processes import die_with_parent, free_ports
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare")
 HOSTS = Path("/etc/hosts")
@@ -64,7 +64,7 @@ class LocalSlurm:
         self.conf = self.folder / "slurm.conf"
         self._tag = f"# local slurm {self.folder} {os.getpid()}"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._ports = _free_ports(2 + nodes)
+        self._ports = free_ports(2 + nodes)
 
     @property
     def env(self) -> dict[str, str]:
@@ -139,13 +139,10 @@ class LocalSlurm:
     # --- parts
 
     def _spawn(self, name: str, command: list[str], **env: str) -> None:
-        def tie() -> None:
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no daemon outlives this program
-
         with open(self.folder / f"{name}.out", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, env={**os.environ, **self.env, **env}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                cwd=self.folder, preexec_fn=tie, start_new_session=True,
+                cwd=self.folder, preexec_fn=die_with_parent, start_new_session=True,
             )  # fmt: skip
 
     def _await(self, ready: object, what: str, seconds: float = 20.0) -> None:
@@ -270,17 +267,9 @@ def _listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def _edit_hosts(tag: str, lines: list[str]) -> None:
     """Replace the lines of one cluster; in place, because /etc/hosts is often a mount that cannot be renamed."""
-    with _locked(), open(HOSTS, "r+") as file:
+    with locked(HOSTS), open(HOSTS, "r+") as file:
         kept = [line for line in file.read().splitlines() if not line.endswith(tag) and not _stale(line)]
         text = "".join(f"{line}\n" for line in [*kept, *(f"{line} {tag}" for line in lines)])
         file.seek(0)
@@ -297,13 +286,6 @@ def _stale(line: str) -> bool:
     if Path(folder).name.startswith("slurm-"):
         shutil.rmtree(folder, ignore_errors=True)
     return True
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-    with open(HOSTS) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def main() -> int:

@@ -101,7 +101,6 @@ def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
         (["--optim.lrr", "1"], "--optim.lr"),
         (["--optim.lr", "fast"], "--optim.lr"),
         (["--method.sigma", "lin"], "linear"),
-        (["--launcher", "slrm"], "slurm"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--method.name", "hee"], "'he'"),
         (["--method.rank", "0"], "rank"),

@@ -13,21 +13,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in (ROOT / d).rglob("*.py"))
 
-# A room may import rooms of a lower number, and itself (design.md: imports run one way).
-LEVEL = {
-    "errors": 0,
-    "config": 1,
-    "cli": 2,
-    "jobs": 2,
-    "model": 3,
-    "diffusion": 3,
-    "methods": 4,
-    "data": 5,
-    "engine": 5,
-    "metrics": 5,
-    "interop": 5,
-}
-COMMANDS = 6
+# Every room, from the bottom up: a file imports its own room and rooms further down; those of one line not each other.
+# Whatever lies flat in `fine_dist/` and is not named here is a command, which is above all of them.
+FLOORS = [
+    ["errors"],
+    ["files", "processes", "config"],
+    ["cli"],
+    ["model"],
+    ["diffusion"],
+    ["methods"],
+    ["data", "metrics", "interop"],
+    ["engine"],
+    ["jobs"],
+    ["pack"],
+    ["stages"],
+    ["family", "text"],
+    ["launchers"],
+    ["study", "report"],
+    ["benchmarks"],
+]
+LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
+COMMANDS = len(FLOORS)
+TOOLS = {"testing": LEVEL["launchers"]}
+"""Flat files that are no commands: the test tool for several processes."""
 OWNERS = {
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
@@ -58,28 +66,87 @@ def imports_of(path: Path) -> list[tuple[str, int]]:
             continue
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append((node.module, node.lineno))
-            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}:{node.lineno}: write the whole name of what is imported"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            # `from room import file` is an import of that file; `from file import name` of the file itself
+            found += [(name if name in MODULES else str(node.module), node.lineno) for name in names]
     return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
 
 
 def room(path: Path) -> str:
     return path.parts[1].removesuffix(".py") if path.parts[0] == "fine_dist" else "launchers"
 
 
+def level(path: Path) -> int:
+    return LEVEL.get(room(path), TOOLS.get(room(path), COMMANDS))
+
+
+def test_every_room_has_a_level():
+    rooms = {path.parts[1] for path in FILES if len(path.parts) > 2 and path.parts[0] == "fine_dist"}
+    assert rooms <= LEVEL.keys(), f"give {rooms - LEVEL.keys()} a level"
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_run_one_way(path):
-    own = LEVEL.get(room(path), COMMANDS)
     for module, line in imports_of(path):
-        if module.startswith("fine_dist."):
-            other = module.split(".")[1]
-            level = LEVEL.get(other, COMMANDS)
-            same_level_room = level == own and other != room(path) and own in (3, 4)
-            allowed = level <= own and not (same_level_room and room(path) == "model")
-            assert allowed, f"{path}:{line} imports {module}: {other} is above {room(path)}"
-        if module.startswith("launchers"):
-            assert own == COMMANDS, f"{path}:{line} imports {module}: only commands and launchers may"
+        other = MODULES.get(module)
+        if other is None or module == "fine_dist":
+            continue
+        assert room(other) == room(path) or level(other) < level(path) or level(path) == COMMANDS, (
+            f"{path}:{line} imports {module}: {room(other)} is not below {room(path)}"
+        )
+
+
+def edges() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports, the `__init__` of another room on the way included."""
+    found: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        reached = set()
+        for name, _ in imports_of(path):
+            parts = name.split(".")
+            for end in range(1, len(parts) + 1):
+                part = ".".join(parts[:end])
+                # the packages a file lies in are imported before it is, whatever it says
+                if part in MODULES and (part == name or not f"{module}.".startswith(f"{part}.")):
+                    reached.add(part)
+        found[module] = reached - {module}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Files that import each other in a circle, in order; empty when there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, trail: list[str]) -> list[str]:
+        if node in trail:
+            return [*trail[trail.index(node) :], node]
+        if node in done:
+            return []
+        for other in sorted(graph.get(node, ())):
+            if found := walk(other, [*trail, node]):
+                return found
+        done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), [])
+
+
+def test_a_circle_of_files_is_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    found = circle(edges())
+    assert not found, " -> ".join(found)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,14 +42,6 @@ class Piece:
     @property
     def stop(self) -> int:
         return self.start + self.weight.numel()
-
-
-class StateReader(Protocol):
-    """Reads a range of a saved tensor: part is `weight`, `exp_avg`, `exp_avg_sq` or `ema`."""
-
-    def read(self, part: str, name: str, start: int, stop: int) -> Tensor: ...
-
-    def has(self, part: str, name: str) -> bool: ...
 
 
 class Backend(ABC):

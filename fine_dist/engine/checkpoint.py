@@ -10,7 +10,6 @@ wrote. Frozen weights are not stored: the program rebuilds them, and `identity` 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -28,9 +27,9 @@ from torch import Tensor
 from fine_dist.engine.backends import MOMENTS, Backend, Piece
 from fine_dist.engine.dist import World, broadcast_object
 from fine_dist.engine.ema import Ema
-from fine_dist.engine.run_dir import write_atomic
-from fine_dist.engine.tensor_file import fsync_folder, write_tensors
+from fine_dist.engine.tensor_file import write_tensors
 from fine_dist.errors import CheckpointError
+from fine_dist.files import sha256_of, sync_folder, write_atomic
 
 FORMAT = 1
 PARTS_TIMEOUT_S = 600
@@ -289,12 +288,12 @@ class Checkpoints:
                 manifest[key].update(part.get(key, {}))
             path.unlink()
         write_atomic(folder / "manifest.json", json.dumps(manifest))
-        fsync_folder(folder)
+        sync_folder(folder)
         final = self.folder / name
         if final.exists():
             os.replace(final, folder.with_name(f".writing-old-{name}-{self._token}"))
         os.replace(folder, final)
-        fsync_folder(self.folder)
+        sync_folder(self.folder)
         write_atomic(self.folder / "LATEST", name)
         self._prune()
 
@@ -316,15 +315,6 @@ def restore_moments(saved: Saved, piece: Piece) -> dict[str, Tensor]:
     if not saved.optimizer_steps.get(piece.name, 0):
         return {key: torch.zeros(piece.stop - piece.start) for key in MOMENTS}
     return {key: saved.read(key, piece.name, piece.start, piece.stop) for key in MOMENTS}
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _numel(shape: list[int]) -> int:

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import ConfigError, LaunchError
+from fine_dist.processes import derived_port, rank_words
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
         per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
         local_size = int(per_node or size)
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
-        port = env.get("MASTER_PORT") or slurm_port(env.get("SLURM_JOB_ID", "0"), env.get("SLURM_STEP_ID", "0"))
+        port = env.get("MASTER_PORT") or derived_port(int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0)))
         master = f"{host}:{port}"
     else:
         return World()
@@ -74,11 +75,6 @@ def first_host(nodelist: str) -> str:
     """The first name of SLURM's compressed list: `gpu[03-07,12],cpu1` gives `gpu03`."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
     return match[1] + (match[2] or "") + match[3] if match else "127.0.0.1"
-
-
-def slurm_port(job_id: str, step_id: str) -> str:
-    """A port that all ranks of a step derive alike and that two steps of one node do not share."""
-    return str(20000 + (int(job_id) * 131 + int(step_id) * 17) % 20000)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -150,17 +146,9 @@ def _join(found: World) -> None:
     assert found.master is not None and found.device is not None
     host, _, port = found.master.rpartition(":")
     # Every library that looks for itself (DeepSpeed, NCCL, diffusers) finds the same words.
-    words = {
-        "RANK": found.rank,
-        "WORLD_SIZE": found.world_size,
-        "LOCAL_RANK": found.local_rank,
-        "LOCAL_WORLD_SIZE": found.local_size,
-        "LOCAL_SIZE": found.local_size,
-        "MASTER_ADDR": host,
-        "MASTER_PORT": port,
-    }
+    words = rank_words(found.rank, found.world_size, found.local_rank, found.local_size, host, port)
     for key, value in words.items():
-        os.environ.setdefault(key, str(value))
+        os.environ.setdefault(key, value)
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=float(os.environ.get("FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S)))

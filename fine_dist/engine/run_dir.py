@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -19,6 +17,7 @@ import yaml
 from fine_dist.config import Config, dump_yaml
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 from fine_dist.errors import RunDirError, ToldElsewhere
+from fine_dist.files import try_lock, write_atomic
 
 FREE_KEYS = (
     "engine",
@@ -93,18 +92,14 @@ class RunDir:
         if path in _held:
             raise RunDirError(f"run directory {self.path} is in use by this very process (pid {os.getpid()})")
         handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run lives
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        if not try_lock(handle.fileno(), path, posix=True):
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             handle.close()
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
             raise RunDirError(
                 f"run directory {self.path} is in use by another live process ({owner}); wait for it, stop it, or "
                 "choose another directory"
-            ) from None
+            )
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
         handle.flush()
@@ -166,6 +161,15 @@ class RunDir:
         write_atomic(path, json.dumps(about, indent=1))
 
     @property
+    def kind(self) -> str | None:
+        """What runs here (`condense`, `train`, ...); none when nothing has begun."""
+        try:
+            with open(self.path / "config.yaml", encoding="utf-8") as file:
+                return file.readline().strip().removeprefix("# kind: ") or None
+        except FileNotFoundError:
+            return None
+
+    @property
     def done(self) -> dict[str, Any] | None:
         """What DONE.json says, or none while the run is not finished."""
         try:
@@ -186,18 +190,17 @@ class RunDir:
         return True
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a small text file as a whole: a reader, or a crash, sees the old or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def owner_of(path: str | Path) -> str | None:
+    """Who owns a run directory now, such as `pid 12 on n1`; none when no live process does."""
+    lock = Path(path) / "lock"
+    if str(lock.resolve()) in _held:  # to look would be to let go: a process's lock ends with any of its files
+        return f"pid {os.getpid()} on {socket.gethostname()}"
     try:
-        with open(temporary, "w", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        handle = open(lock, "r+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
+        return None
+    with handle:
+        return None if try_lock(handle.fileno(), lock, posix=True) else handle.read().strip() or "unknown"
 
 
 def describe_environment() -> dict[str, Any]:

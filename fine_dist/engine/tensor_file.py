@@ -52,12 +52,3 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _write_all(handle: Any, block: memoryview) -> None:
     while len(block):
         block = block[handle.write(block) :]
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

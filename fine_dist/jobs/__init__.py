@@ -1,6 +1,5 @@
 """Jobs: what one is, a grid's points, and the durable table of what became of each task."""
 
-from fine_dist.files import write_atomic
 from fine_dist.jobs.points import Axis, Point, expand
 from fine_dist.jobs.spec import Finding, JobSpec, Room, Task, check_name
 from fine_dist.jobs.table import FINAL, Claim, Row, State, StateTable, Submissions
@@ -20,5 +19,4 @@ __all__ = [
     "Task",
     "check_name",
     "expand",
-    "write_atomic",
 ]

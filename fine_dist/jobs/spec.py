@@ -80,9 +80,9 @@ class JobSpec(Config):
         """Rows of the state table this job works on."""
         return self.tasks or (self.name,)
 
-    def save(self, path: str | Path) -> Path:
-        """Write JSON, atomically."""
-        return write_atomic(Path(path), self.model_dump_json(indent=1) + "\n")
+    def save(self, path: str | Path, *, durable: bool = True) -> Path:
+        """Write JSON, atomically; not `durable`: the caller syncs many at once."""
+        return write_atomic(path, self.model_dump_json(indent=1) + "\n", durable=durable)
 
     @classmethod
     def load(cls, path: str | Path) -> JobSpec:
@@ -111,7 +111,7 @@ class Room:
 
 
 class Task(NamedTuple):
-    """One task of a fan-out: what a module's `tasks(config)` returns a list of."""
+    """One task of a fan-out: what a module's `tasks(config)` or `tasks(config, room)` returns a list of."""
 
     name: str
     """Unique in the fan-out; becomes file names."""

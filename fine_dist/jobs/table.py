@@ -1,10 +1,11 @@
 """What became of each task of a fan-out (`StateTable`), and what was handed to a scheduler (`Submissions`).
 
-The state table is one small file a task, `RUN_DIR/tasks/NAME.json`, replaced by an atomic rename, and one lock file a
-task. Writers of different tasks never touch the same file, so there is no shared log to corrupt, compact or lock, and
-a reader sees either the old row or the new one. Who may run a task is decided by `flock` on its lock file, held for as
-long as the task runs: the kernel (or the file server) drops it the moment the process dies, however it dies, so nothing
-has to expire and a restarted driver goes on at once.
+Which tasks there are is said in lists, `RUN_DIR/tasks/.added/HASH.json`, one file for all that were added at once and
+never changed after. What became of a task that has started is one small file, `RUN_DIR/tasks/NAME.json`, replaced by an
+atomic rename; a task without one is pending. Writers of different tasks never touch the same file, so there is no
+shared log to corrupt, compact or lock, and a reader sees either the old row or the new one. Who may run a task is
+decided by `flock` on its lock file, held for as long as the task runs: the kernel (or the file server) drops it the
+moment the process dies, however it dies, so nothing has to expire and a restarted driver goes on at once.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from typing import Any, Literal
 
 from fine_dist.config import Config, validate
 from fine_dist.errors import RunDirError
-from fine_dist.files import try_lock, write_atomic, write_new
+from fine_dist.files import sha256_text, try_lock, write_atomic
 from fine_dist.jobs.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]
 FINAL = ("done", "failed")
+ADDED = ".added"
+"""Folder of the lists of tasks."""
 
 
 class Row(Config):
@@ -76,31 +79,58 @@ class StateTable:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "tasks"
+        self._lists: dict[str, dict[str, Row]] = {}
+        """What each list says; lists never change, so each is read once."""
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
-        """Make a pending row for every name that has none; rows that exist keep their state."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for index, name in enumerate(names):
-            path = self._row_path(name)
-            if not path.exists():
-                row = Row(name=name, index=index, run_dir=(run_dirs or {}).get(name))
-                with contextlib.suppress(FileExistsError):
-                    write_new(path, row.model_dump_json() + "\n")
+        """Make a pending row for every name that has none; rows that exist keep their state. One file for all."""
+        known = self._added().keys() | {path.stem for path in self.folder.glob("*.json")}
+        new = [
+            [check_name(name), index, (run_dirs or {}).get(name)]
+            for index, name in enumerate(names)
+            if name not in known
+        ]
+        if new:
+            text = json.dumps(new) + "\n"
+            write_atomic(self.folder / ADDED / f"{sha256_text(text)[:16]}.json", text)
 
     def rows(self) -> list[Row]:
         """All rows in the order they were added. A task whose process is gone still reads `running`: see `lost`."""
-        found = []
+        found = dict(self._added())
         for path in self.folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
-                found.append(self._read(path))
-        return sorted(found, key=lambda row: (row.index, row.name))
+                found[path.stem] = self._read(path)
+        return sorted(found.values(), key=lambda row: (row.index, row.name))
 
     def get(self, name: str) -> Row | None:
         """One row, or None."""
         try:
             return self._read(self._row_path(name))
         except FileNotFoundError:
-            return None
+            return self._added().get(name)
+
+    def _added(self) -> dict[str, Row]:
+        """The pending row of every task that was ever added."""
+        try:
+            lists = sorted(name for name in os.listdir(self.folder / ADDED) if name.endswith(".json"))
+        except FileNotFoundError:
+            lists = []
+        for name in lists:
+            if name not in self._lists:
+                self._lists[name] = self._read_list(self.folder / ADDED / name)
+        if len(lists) == 1:
+            return self._lists[lists[0]]
+        found: dict[str, Row] = {}
+        for name in lists:
+            found = {**self._lists[name], **found}
+        return found
+
+    def _read_list(self, path: Path) -> dict[str, Row]:
+        try:
+            lines = json.loads(path.read_text(encoding="utf-8"))
+            return {name: Row(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
+        except (ValueError, TypeError):
+            raise RunDirError(f"{path} is damaged; delete it, and the same command adds its tasks again") from None
 
     def update(self, name: str, **changes: Any) -> Row:
         """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""

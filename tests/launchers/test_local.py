@@ -16,10 +16,15 @@ import pytest
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError, RunDirError
 from fine_dist.jobs import StateTable
-from fine_dist.submit import make_spec
-from launchers import launch
-from launchers.base import choose, joint_code
+from fine_dist.jobs.prepare import make_spec
+from launchers import launch, pick
+from launchers.base import joint_code
+from launchers.here import Here
 from launchers.local import LocalLauncher
+from launchers.ray_jobs import RayJobs
+from launchers.ray_train import RayLauncher
+from launchers.slurm_steps import StepLauncher
+from launchers.slurm_submitit import SlurmLauncher
 from tests.cluster.conftest import results, starts, until
 from tests.cluster.toy_stage import ToyConfig
 
@@ -105,11 +110,20 @@ def test_inside_a_worker_a_command_runs_here_whatever_launcher_is_asked(tmp_path
 
 
 def test_auto_chooses_by_where_it_is(monkeypatch):
-    assert choose("auto") == "local" and choose("ray") == "ray"
+    assert pick("auto") is LocalLauncher and pick("ray") is RayLauncher and pick("slurm") is SlurmLauncher
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert choose("auto") == "slurm"
+    assert pick("auto") is pick("slurm") is StepLauncher
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    assert choose("auto") == "ray"
+    assert pick("auto") is RayLauncher
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    assert pick("auto") is pick("ray") is RayJobs
+    assert pick("ray", LaunchConfig(address="127.0.0.1:1")) is RayLauncher
+    assert pick("local") is LocalLauncher and pick("here") is Here
+
+
+def test_a_misspelt_launcher_is_answered_with_the_nearest_one(tmp_path):
+    with pytest.raises(LaunchError, match=r"did you mean 'slurm'\? legal: auto, here, local, ray, slurm"):
+        run(tmp_path, launcher="slrum")
 
 
 def test_several_nodes_are_refused_with_the_remedy(tmp_path):

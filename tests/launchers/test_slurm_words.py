@@ -10,7 +10,7 @@ import pytest
 
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
-from fine_dist.submit import make_spec
+from fine_dist.jobs.prepare import make_spec
 from launchers import slurm_queue, slurm_submitit
 from launchers.slurm_queue import job_states, limits, scheduler_words
 from launchers.slurm_steps import _counts

@@ -14,7 +14,7 @@ import pytest
 
 from fine_dist.errors import ConfigError, LaunchError, RunDirError
 from fine_dist.jobs import JobSpec, StateTable, Submissions, expand
-from fine_dist.status import main, read
+from fine_dist.jobs.status import read
 
 
 def spec(**fields) -> JobSpec:
@@ -95,7 +95,7 @@ def test_writers_of_many_processes_lose_no_row(tmp_path):
     with multiprocessing.get_context("spawn").Pool(4) as pool:
         pool.map(_finish_all, [(str(tmp_path), names[i::4]) for i in range(4)])
     assert [row.state for row in StateTable(tmp_path).rows()] == ["done"] * 40
-    assert not [p.name for p in (tmp_path / "tasks").iterdir() if p.suffix not in (".json", ".lock")]
+    assert not [p for p in (tmp_path / "tasks").rglob("*") if p.is_file() and p.suffix not in (".json", ".lock")]
 
 
 def _finish_all(args) -> None:
@@ -139,21 +139,27 @@ def test_submissions_are_remembered_by_the_schedulers_names(tmp_path):
     assert Submissions(tmp_path).all() == {"12_0": ["a"], "12_1": ["b", "c"], "13": ["d"]}
 
 
-def test_status_names_what_failed_and_its_code_says_so(tmp_path, capsys):
+def test_thousands_of_rows_are_added_and_listed_at_once(tmp_path):
+    names = [f"target{i}" for i in range(5000)]
+    begun = time.monotonic()
+    StateTable(tmp_path).add(names, {name: f"/runs/{name}" for name in names})
+    added = time.monotonic() - begun
     table = StateTable(tmp_path)
-    table.add(["good", "bad", "waits"])
-    table.start("bad")
-    table.finish("bad", "failed", "loss is not finite [step 3]")
-    table.finish("good", "done")
-    Submissions(tmp_path).add({"12": ["waits"]})
-    assert main([str(tmp_path)]) == 3
-    said = " ".join(capsys.readouterr().out.split())
-    assert "bad failed 1" in said and "loss is not finite" in said and "3 tasks: 1 done, 1 failed, 1 queued" in said
-    assert main([str(tmp_path), "--json"]) == 3
-    rows = json.loads(capsys.readouterr().out)["tasks"]
-    assert [(row["name"], row["state"]) for row in rows] == [("good", "done"), ("bad", "failed"), ("waits", "queued")]
+    table.add([*names, *(f"more{i}" for i in range(5000))])
+    table.finish("more7", "done")
+    begun = time.monotonic()
+    rows = table.rows()
+    listed = time.monotonic() - begun
+    assert len(rows) == 10000 and rows[4999].run_dir == "/runs/target4999" and rows[5007].state == "done"
+    assert added < 1 and listed < 1, f"5,000 rows added in {added:.2f} s, 10,000 listed in {listed:.2f} s"
 
 
-def test_status_of_a_directory_without_tasks_says_what_to_give(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "no state table here" in capsys.readouterr().err
+def test_a_damaged_list_of_tasks_is_named_and_the_same_command_mends_it(tmp_path):
+    StateTable(tmp_path).add(["a", "b"])
+    [path] = (tmp_path / "tasks" / ".added").iterdir()
+    path.write_text("[[")
+    with pytest.raises(RunDirError, match=r"\.json is damaged; delete it, and the same command adds its tasks again"):
+        StateTable(tmp_path).rows()
+    path.unlink()
+    StateTable(tmp_path).add(["a", "b"])
+    assert [row.name for row in StateTable(tmp_path).rows()] == ["a", "b"]

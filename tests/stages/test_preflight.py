@@ -10,8 +10,11 @@ from fine_dist.condense import CondenseConfig
 from fine_dist.config import DataConfig, EngineConfig, LaunchConfig
 from fine_dist.errors import LaunchError
 from fine_dist.jobs import Finding
-from fine_dist.plan import file_system, main, preflight, refuse, weigh
-from fine_dist.submit import make_spec
+from fine_dist.jobs.machine import local_room
+from fine_dist.jobs.prepare import make_spec
+from fine_dist.plan import main
+from fine_dist.stages import preflight as preflight_module
+from fine_dist.stages.preflight import file_system, preflight, refuse, weigh
 
 CONDENSE = "fine_dist.condense"
 
@@ -26,7 +29,8 @@ def findings(made: CondenseConfig, **options) -> dict[str, Finding]:
 
 
 def test_a_sound_job_has_no_objection_and_nothing_is_written(tmp_path, digit_shards):
-    found = findings(config(tmp_path, digit_shards), here=True)
+    made = config(tmp_path, digit_shards)
+    found = findings(made, room=local_room(make_spec(CONDENSE, made, write=False), many=False))
     assert {f.level for f in found.values()} <= {"ok", "note"}
     assert "1,500 samples" in found["data"].text and found["memory"].level == "ok"
     assert not (tmp_path / "run").exists()
@@ -55,10 +59,8 @@ def test_a_model_too_large_for_its_accelerator_is_refused_and_a_smaller_micro_ba
 
 
 def test_too_little_disk_is_refused(tmp_path, digit_shards, monkeypatch):
-    from fine_dist import plan
-
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda place: usage)
     assert findings(config(tmp_path, digit_shards))["disk"].level == "stop"
 
 

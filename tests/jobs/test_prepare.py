@@ -13,8 +13,10 @@ import pytest
 from fine_dist.config import LaunchConfig, load
 from fine_dist.errors import ConfigError, LaunchError
 from fine_dist.jobs import JobSpec, Task
-from fine_dist.submit import launch_of, make_spec, make_specs, run_dir_of, sbatch_flags, snapshot, tasks_of
-from fine_dist.worker import config_class, import_module, run_job
+from fine_dist.jobs.code import snapshot
+from fine_dist.jobs.prepare import launch_of, make_spec, make_specs, run_dir_of, tasks_of
+from fine_dist.jobs.worker import config_class, import_module, run_job
+from launchers.sbatch import sbatch_flags
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"

@@ -1,0 +1,160 @@
+"""What each place holds, and that tasks are planned for the machines they will run on, not for this one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fine_dist.config import LaunchConfig
+from fine_dist.errors import LaunchError
+from fine_dist.jobs import Room, Task
+from fine_dist.jobs.prepare import make_spec, tasks_of
+from fine_dist.jobs.worker import import_module
+from launchers import check, launch, names
+from launchers.local import LocalLauncher
+from launchers.ray_cluster import copies, demand
+from launchers.registry import PLACES
+from launchers.slurm_queue import Machine, fits_on
+from launchers.slurm_steps import StepLauncher
+from tests.cluster.toy_stage import ToyConfig
+
+TOY = "tests.cluster.toy_stage"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _nowhere(monkeypatch):
+    for key in ("RAY_ADDRESS", "SLURM_JOB_ID", "RANK", "WORLD_SIZE", "FINE_DIST_JOB"):
+        monkeypatch.delenv(key, raising=False)
+
+
+def spec(**launch):
+    return make_spec(TOY, ToyConfig(run_dir="/r", launch=LaunchConfig(**launch)), write=False)
+
+
+def test_every_place_is_listed_once_and_answers_to_its_name():
+    assert names() == ["auto", "ray", "slurm", "local", "here"]
+    assert len(set(PLACES)) == len(PLACES)
+
+
+# --- what fits ------------------------------------------------------------------------------------------------------
+
+
+def test_a_partition_holds_what_its_nodes_hold():
+    nodes = [Machine(8, 16000, 4), Machine(8, 16000, 0), Machine(4, 4000, 2)]
+    assert fits_on(nodes, spec(cpus=2)) == 4 + 4 + 2
+    assert fits_on(nodes, spec(cpus=1, gpus=1)) == 4 + 2
+    assert fits_on(nodes, spec(cpus=1, memory_gb=4)) == 3 + 3 + 0
+    assert fits_on(nodes, spec(cpus=1, processes=4, nodes=2)) == 5 // 2
+    assert fits_on(nodes, spec(cpus=64)) == 1  # it may wait for a node that is not here
+
+
+def test_an_allocation_holds_what_it_was_given(monkeypatch):
+    for key, value in {
+        "SLURM_JOB_ID": "7", "SLURM_JOB_CPUS_PER_NODE": "8(x2)", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "2",
+        "SLURM_MEM_PER_NODE": "4096",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    steps = StepLauncher()
+    assert steps.fits(spec(cpus=2)) == 8 and steps.fits(spec(gpus=1)) == 4
+    assert steps.room(spec(cpus=2)) == Room(8, None, True, 2**30)
+
+
+def test_a_ray_node_holds_tasks_by_every_resource():
+    node = {"CPU": 8.0, "GPU": 2.0, "memory": 6 * 2**30}
+    assert [copies(node, demand(spec(**d))) for d in ({"cpus": 2}, {"gpus": 0.5}, {"memory_gb": 2})] == [4, 4, 3]
+
+
+def test_a_local_room_has_this_machines_devices(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    pool = LocalLauncher(LaunchConfig(gpu_memory_gb=16))
+    room = pool.room(spec(gpus=1))
+    assert not room.cpu and room.accelerator_bytes == 16 * 2**30 and room.workers <= 2
+    assert pool.room(spec()).cpu and pool.room(spec(), many=False).workers == 1
+
+
+def test_tasks_are_planned_for_the_launchers_machines(monkeypatch, tmp_path):
+    seen = []
+
+    def tasks(config, room):
+        seen.append(room)
+        return [Task(f"t{i}", config.model_copy(update={"run_dir": f"{config.run_dir}/t{i}"})) for i in range(2)]
+
+    monkeypatch.setattr(import_module(TOY), "tasks", tasks)
+    monkeypatch.setattr(LocalLauncher, "fits", lambda self, spec: 1)
+    assert launch(TOY, ToyConfig(run_dir=str(tmp_path)), "local") == 0
+    assert isinstance(seen[0], Room) and seen[0].cpu
+    assert len(tasks_of(TOY, ToyConfig(run_dir=str(tmp_path)), Room(9, 1e9, False, None))) == 2
+    assert seen[1].workers == 9
+
+
+# --- accelerators that are not here ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launcher", ["local", "here", "auto"])
+@pytest.mark.parametrize("fields", [{}, {"tasks": 2}, {"launch": {"processes": 2}}])
+def test_a_gpu_that_is_not_here_is_an_error_with_the_remedy_and_nothing_runs(monkeypatch, tmp_path, launcher, fields):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    needs = {"gpus": 1, **fields.get("launch", {})}
+    config = ToyConfig(**{"run_dir": str(tmp_path), **fields, "launch": needs})
+    with pytest.raises(LaunchError, match=r"launch\.gpus 1 .* shows no accelerator; .*--launch\.gpus 0"):
+        launch(TOY, config, launcher)
+    assert not list(tmp_path.rglob("starts-*"))
+    with pytest.raises(LaunchError, match="shows no accelerator"):
+        check(TOY, config, launcher)
+    check(TOY, config, "slurm")  # what a cluster has is its own
+
+
+def test_two_gpus_where_there_is_one_are_refused_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    config = ToyConfig(run_dir=str(tmp_path), launch=LaunchConfig(gpus=1, processes=2))
+    with pytest.raises(LaunchError, match=r"for 2 processes, and this machine has 1; lower launch\.gpus"):
+        launch(TOY, config, "local")
+
+
+def test_plan_says_that_a_gpu_is_not_here(monkeypatch, tmp_path, capsys):
+    from fine_dist.plan import main
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = ["--stage", "condense", "--run-dir", str(tmp_path), "--launch.gpus", "1"]
+    assert main([*words, "--launcher", "local"]) == 2
+    assert "shows no accelerator" in capsys.readouterr().out
+
+
+# --- what Ray uploads -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gitignore", [True, False])
+def test_ray_uploads_neither_environment_nor_runs_nor_data(tmp_path, gitignore):
+    code = f"""
+import pathlib, sys
+from ray._private.runtime_env.packaging import create_package
+create_package(sys.argv[1], pathlib.Path(sys.argv[2]), include_gitignore={gitignore}, excludes=[])
+"""
+    checkout = tmp_path / "checkout"
+    for name in (".venv/lib/torch.so", "runs/a/model.safetensors", "data/train/latents-000000.tar"):
+        (checkout / name).parent.mkdir(parents=True)
+        with open(checkout / name, "wb") as file:
+            file.truncate(101 * 2**20)
+    for name in ("fine_dist/data/stream.py", "slurm/env.sh", "tests/data/making.py"):
+        (checkout / name).parent.mkdir(parents=True)
+        (checkout / name).write_text("#")
+    for name in (".rayignore", ".gitignore"):
+        (checkout / name).write_bytes((ROOT / name).read_bytes())
+    package = tmp_path / "package.zip"
+    words = [sys.executable, "-c", code, checkout, package]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    inside = {name for name in zipfile.ZipFile(package).namelist() if not name.endswith("/")}
+    assert inside == {".rayignore", ".gitignore", "fine_dist/data/stream.py", "slurm/env.sh", "tests/data/making.py"}
+
+
+def test_the_code_of_this_checkout_is_far_below_what_ray_takes():
+    from fine_dist.stages.preflight import upload
+
+    found = upload("fine_dist.init")
+    assert found.level == "ok", found.text
