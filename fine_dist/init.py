@@ -69,11 +69,24 @@ def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
     return lines
 
 
+def room_of(config: InitConfig, launcher: str) -> Room | None:
+    """The machines that the family's packs would run on; none where this process does it all."""
+    from fine_dist.jobs.prepare import make_spec
+    from launchers import Launcher, pick
+
+    place = pick(launcher, config.launch)
+    if inside() or not issubclass(place, Launcher):
+        return None
+    with place(config.launch) as runner:
+        return runner.room(make_spec("fine_dist.init", config, write=False))
+
+
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
-    from launchers.base import choose
+    from launchers import Launcher, pick
 
-    if launcher == "here" or inside() or choose(launcher) == "slurm":
+    # A bar follows jobs of this machine; those of a cluster may run long after this command has ended.
+    if inside() or not issubclass(place := pick(launcher, config.launch), Launcher) or place.detached:
         return contextlib.nullcontext()
     from fine_dist.family.table import FamilyBar
 
@@ -96,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(list_family(Path(call.options.list))))
             return 0
         if call.dry_run:
-            print("\n".join(dry_run(call.config)))
+            print("\n".join(dry_run(call.config, room_of(call.config, call.launcher))))
             return 0
         with _bar(call.config, call.launcher):
             code = launch("fine_dist.init", call.config, call.launcher)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.config import EngineConfig, LoopConfig, OptimConfig
 from fine_dist.engine.dist import World, all_reduce_sum
 from fine_dist.errors import ConfigError
 
@@ -202,7 +202,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 @contextlib.contextmanager
-def precision(engine: EngineConfig, device: torch.device) -> Iterator[None]:
+def precision(engine: LoopConfig, device: torch.device) -> Iterator[None]:
     """bf16 autocast when asked for; weights, gradients' sums and losses stay fp32."""
     if engine.precision == "fp32":
         yield

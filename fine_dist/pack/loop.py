@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.config import DataConfig, DiffusionConfig, LoopConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
 from fine_dist.engine.backends import learning_rate, precision
@@ -100,7 +100,7 @@ class PackRun:
         batch: int,
         optim: OptimConfig,
         diffusion: DiffusionConfig,
-        engine: EngineConfig,
+        engine: LoopConfig,
         watcher: Watcher,
         world: World,
         chunk: int | None = None,

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.config import expand_path
 from fine_dist.errors import ArtifactError
 from fine_dist.methods import from_manifest, parent_of
-from fine_dist.stages.targets import PLACES, load_target, merged
+from fine_dist.stages.targets import PLACES, load_target, load_target_module, merged
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from fine_dist.methods import Method
     from fine_dist.model.dit import DiT
 
 
@@ -34,6 +37,17 @@ def load_model(path: str | Path, learngene: str | Path | None = None) -> tuple[D
         model = merged(from_manifest(artifact.method), parent.module) if artifact.kind == "learngene" else parent.module
     about = {"kind": artifact.kind, "method": artifact.method, "hash": artifact.hash, "folder": str(folder)}
     return model, {**about, **artifact.extra}
+
+
+def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tuple[Method[Any], nn.Module]:
+    """A learngene or target as its own method's module, and that method; of a dense model, the model."""
+    from fine_dist.model.artifact import load_artifact, read_manifest
+
+    folder = find_artifact(path)
+    if read_manifest(folder)["kind"] in ("target", "sigma"):
+        return load_target_module(folder, learngene)[:2]
+    parent = parent_of(load_artifact(folder))
+    return from_manifest(parent.artifact.method), parent.module
 
 
 def find_artifact(path: str | Path) -> Path:

@@ -43,7 +43,7 @@ class Measures:
 
     def __init__(self, config: MeasureConfig) -> None:
         from fine_dist.data.stream import read_all
-        from fine_dist.diffusion.objective import HeldOut
+        from fine_dist.diffusion.held_out import HeldOut
         from fine_dist.engine.dist import pick_device
 
         self.config = config

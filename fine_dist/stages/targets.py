@@ -105,6 +105,14 @@ def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[
 
     `ArtifactError` when either is damaged, or the parent is not the one that the target belongs to.
     """
+    method, model, artifact = load_target_module(path, learngene)
+    return merged(method, model), artifact
+
+
+def load_target_module(
+    path: str | Path, learngene: str | Path | None = None
+) -> tuple[Method[Any], nn.Module, Artifact]:
+    """A target as its own method's module, with that method and the artifact; as `load_target`."""
     from fine_dist.model.artifact import MANIFEST, load_artifact
 
     folder = Path(path)
@@ -116,7 +124,7 @@ def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[
     method = from_manifest(artifact.method)
     parent = _parent(artifact, learngene)
     model = _as_it_was(artifact, parent) if artifact.kind == "target" else _made_again(artifact, method, parent)
-    return merged(method, model), artifact
+    return method, model, artifact
 
 
 def merged(method: Method[Any], model: nn.Module) -> DiT:

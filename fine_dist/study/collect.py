@@ -165,7 +165,7 @@ class _Collector:
             frechet=numbers[0]["frechet"],
         )
         if entry.name == self.study.main:
-            for matrix, table in settings.depth_tables(artifact).items():
+            for matrix, table in settings.depth_tables(run.run_dir).items():
                 results.add_table("learngene", matrix, table)
             self._picture(results, entry, run.run_dir, caption="condensed ancestor", target=artifact.arch.num_layers)
 
@@ -192,7 +192,7 @@ class _Collector:
                 seconds=before.seconds, stored=own, trained=own, **common, **paid, **numbers,
             )  # fmt: skip
             if seed == self.study.seeds[0] and entry.name == self.study.main:
-                for matrix, table in settings.depth_tables(artifact).items():
+                for matrix, table in settings.depth_tables(folder).items():
                     results.add_table(f"target {depth}", matrix, table)
         if entry.untrained:
             self._untrained(results, entry, depth, seed)
@@ -205,9 +205,9 @@ class _Collector:
         if found is None or measures.held_out is None:
             return
         method = settings.method_of(found[1].method if entry.condense else entry.method)
-        for axis, values in settings.variants(method).items():
+        for axis, values in method.variants().items():
             for value in values:
-                model = settings.untrained(settings.vary(method, axis, value), found[1], depth, seed)
+                model = settings.untrained(method.vary(axis, value), found[1], depth, seed)
                 loss = measures.loss(model)
                 results.add(
                     method=entry.name, variant=str(value), target=depth, seed=seed, stage="init", step=0,

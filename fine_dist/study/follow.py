@@ -31,23 +31,20 @@ def follow(graph: Graph, launcher: str = "auto") -> None:
 
     Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
     """
-    from fine_dist.worker import inside
+    from fine_dist.jobs.worker import inside
 
     with Bars(len(graph.runs)) as bars, _signals_raise():
         if launcher == "here" or inside():
             _follow_here(graph, bars)
             return
-        from launchers.base import choose, get_launcher
+        from launchers import get_launcher
 
-        kind = choose(launcher)
-        needs = graph.study.launch
-        words = {"threads": needs.cpus} if kind == "local" else {"needs": needs}
-        with get_launcher(kind, **words) as runner:
+        with get_launcher(launcher, graph.study.launch) as runner:
             _Queue(graph, runner, bars).run()
 
 
 def _follow_here(graph: Graph, bars: Bars) -> None:
-    from fine_dist.worker import import_module
+    from fine_dist.jobs.worker import import_module
 
     for run in _in_order(graph):
         if not run.done:
@@ -110,9 +107,9 @@ class _Queue:
 
     def _code(self) -> str | None:
         """The code that jobs run: a copy, where they may start later than now."""
-        from fine_dist.submit import code_root, snapshot
+        from fine_dist.jobs.code import code_root, snapshot
 
-        if self.runner.name == "local":
+        if self.runner.on_this_machine:
             return None
         module = self.graph.runs[0].module
         return str(snapshot(self.graph.study.root, module)) if self.graph.study.launch.snapshot else code_root(module)
@@ -165,7 +162,7 @@ class _Queue:
 
     def _width(self, run: Run) -> int:
         """How many runs go at once."""
-        from fine_dist.submit import make_spec
+        from fine_dist.jobs.prepare import make_spec
 
         most = self.graph.study.launch.max_parallel
         if most is None and run.module not in self._widths:
@@ -174,7 +171,7 @@ class _Queue:
         return most or self._widths[run.module]
 
     def _submit(self, run: Run) -> None:
-        from fine_dist.submit import make_spec
+        from fine_dist.jobs.prepare import make_spec
 
         _prepare(self.graph, run)
         spec = make_spec(run.module, run.config, run.name, code=self.code)

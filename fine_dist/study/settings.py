@@ -60,7 +60,7 @@ def init_settings(
     """Stage 2 of an entry. own: the parent is the entry's own learngene, whose method decides."""
     found: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
     if parent is not None:
-        found["learngene"] = str(parent)
+        found["parent"] = str(parent)
     return found if own else {**found, "method": entry.method}
 
 
@@ -70,9 +70,9 @@ def train_settings(
     """Stage 3 of one target: from what stage 2 made (`target`), or as the method lets it descend from `parent`."""
     found: dict[str, Any] = {"seed": seed, "steps": steps}
     if target is not None:
-        return {**found, "start": str(target), "arch": None}
+        return {**found, "parent": str(target), "arch": None, "method": None}
     found |= {"arch": {"num_layers": depth}, "method": entry.method}
-    return {**found, "learngene": str(parent)} if parent else found
+    return {**found, "parent": str(parent)} if parent else found
 
 
 def target_folder(config: Any, depth: int) -> Path:
@@ -110,41 +110,23 @@ def method_of(settings: dict[str, Any]) -> Method[Any]:
 
 def label_of(entry: Entry) -> str:
     """How an entry is called."""
-    return entry.label or str(getattr(method_of(entry.method), "label", entry.name))
-
-
-def variants(method: Method[Any]) -> dict[str, tuple[Any, ...]]:
-    """axis -> legal values: what may differ in how a method's targets begin."""
-    from fine_dist.model.depth import STARTS
-
-    return {"sigma": tuple(STARTS)} if "sigma" in type(method.config).model_fields else {}
-
-
-def vary(method: Method[Any], axis: str, value: Any) -> Method[Any]:
-    """The method with another value on an axis."""
-    return type(method)(method.config.model_copy(update={axis: value}))
+    return entry.label or method_of(entry.method).label
 
 
 def untrained(method: Method[Any], parent: Artifact, depth: int, seed: int) -> Any:
     """A target before any training, as a model that can be measured."""
-    from fine_dist.stages.descendants import descend
+    from fine_dist.methods import parent_of
+    from fine_dist.stages.targets import descend
 
-    return descend(method, parent, parent.arch.with_depth(depth), seed)
+    return descend(method, parent_of(parent), parent.arch.with_depth(depth), seed).model
 
 
-def depth_tables(artifact: Artifact) -> dict[str, Tensor]:
-    """matrix -> [L, R]: the scalers of each layer, for a report's tables over depth; empty where there are none."""
-    import torch
+def depth_tables(folder: Path) -> dict[str, Tensor]:
+    """name -> [L, R]: what the method of a learngene or target draws over depth; empty where it draws nothing."""
+    from fine_dist.stages.load import load_unmerged
 
-    from fine_dist.model.zoo import KINDS
-
-    found: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in artifact.tensors.items():
-        parts = name.split(".")
-        if len(parts) == 4 and parts[0] == "blocks" and parts[3] == "sigma":
-            found.setdefault(parts[2], {})[int(parts[1])] = tensor
-    order = [*(matrix for matrix in KINDS if matrix in found), *(matrix for matrix in found if matrix not in KINDS)]
-    return {matrix: torch.stack([found[matrix][i] for i in sorted(found[matrix])]) for matrix in order}
+    method, model = load_unmerged(folder)
+    return method.tables(model)
 
 
 def step_flops(arch: Arch, trains_all: bool, teacher: Arch | None = None) -> float:
@@ -158,12 +140,7 @@ def step_flops(arch: Arch, trains_all: bool, teacher: Arch | None = None) -> flo
 
 def teacher_arch(config: Config) -> Arch | None:
     """The architecture of the model that a run's loss asks for its outputs; none for a plain loss."""
-    from fine_dist.model.zoo import Arch
+    from fine_dist.stages import StageConfig
 
-    said = config.model_dump()
-    if not said.get("distill") or not said.get("ancestor"):
-        return None
-    from fine_dist.model.artifact import read_manifest
-    from fine_dist.stages import find_artifact
-
-    return Arch.model_validate(read_manifest(find_artifact(said["ancestor"]))["arch"])
+    plan = config.blueprint() if isinstance(config, StageConfig) else None
+    return plan.teacher if plan else None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.status import read
+from fine_dist.jobs.status import read
 from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, sigmas, starts, until
 
 pytestmark = pytest.mark.cluster
