@@ -29,7 +29,8 @@ FLOORS = [
     ["stages"],
     ["family", "text"],
     ["launchers"],
-    ["study", "report"],
+    ["report"],
+    ["study"],
     ["benchmarks"],
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

@@ -99,7 +99,7 @@ class Bench:
         import torch
 
         from fine_dist.diffusion.objective import Objective
-        from fine_dist.engine import backends
+        from fine_dist.engine import backend as backends
         from fine_dist.engine.dist import World
 
         model = self.model(kind)

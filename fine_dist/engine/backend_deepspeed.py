@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import EngineConfig, OptimConfig
-from fine_dist.engine.backends import MOMENTS, Backend, Piece, adamw, set_lr, trainable
+from fine_dist.engine.backend import MOMENTS, Backend, Piece, adamw, set_lr, trainable
 from fine_dist.engine.checkpoint import restore_moments
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.dist import World, gather_objects, join_alone

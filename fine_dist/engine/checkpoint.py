@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fine_dist.engine.backends import MOMENTS, Backend, Piece
+from fine_dist.engine.backend import MOMENTS, Backend, Piece
 from fine_dist.engine.dist import World, broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.tensor_file import write_tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fine_dist.engine.backends import Backend
+from fine_dist.engine.backend import Backend
 
 
 class Ema:

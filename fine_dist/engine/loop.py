@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.diffusion.schedule import mix
 from fine_dist.engine import dist, stopping
-from fine_dist.engine.backends import Backend, learning_rate, make_backend, precision, trainable
+from fine_dist.engine.backend import Backend, learning_rate, precision, trainable
+from fine_dist.engine.backends import make_backend
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
 from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema

@@ -19,7 +19,7 @@ from torch import Tensor
 from fine_dist.config import DataConfig, DiffusionConfig, LoopConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
-from fine_dist.engine.backends import learning_rate, precision
+from fine_dist.engine.backend import learning_rate, precision
 from fine_dist.engine.dist import World
 from fine_dist.engine.stopping import GO_ON, STOP
 from fine_dist.errors import ConfigError

@@ -36,6 +36,8 @@ class Plan:
     """What else is worth keeping in the manifest (JSON)."""
     weights: Weights = Weights()
     """Of the terms of the loss."""
+    draws: bool = True
+    """Whether the method's tables over depth are shown: of what it trains itself, not of an ordinary model."""
     teacher: DiT | None = None
     """Frozen, whatever its depth and width; asked at every step where a term wants it."""
 
@@ -64,7 +66,8 @@ def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
     if config.data.held_out and world.is_main:
         measure = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
         held_out = lambda model: measure(keep(model))  # noqa: E731
-    pictures, histograms = Pictures(config, plan.arch, plan.method), histograms_of(plan.method)
+    drawn = plan.method if plan.draws else None
+    pictures, histograms = Pictures(config, plan.arch, drawn), histograms_of(drawn)
     return Program(
         model=plan.condensation.module,
         objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),

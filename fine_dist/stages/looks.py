@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Pictures:
     """`(EMA model, step) -> pictures`: samples, a row a class, and the method's tables over depth."""
 
-    def __init__(self, config: StageConfig, arch: Arch, method: Method[Any]):
+    def __init__(self, config: StageConfig, arch: Arch, method: Method[Any] | None):
         self.config, self.arch, self.method = config, arch, method
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, Tensor]:
@@ -37,15 +37,18 @@ class Pictures:
         pictures = {"samples": grid(images, 10, zoom=zoom)}
         for name, table in sorted_tables(self.method, model).items():
             scale = table.abs().amax().clamp_min(1e-12)
-            pictures[f"{self.method.tables_of}/{name}"] = grid((table / scale)[None, None], 1, zoom=8, gap=0)
+            pictures[name] = grid((table / scale)[None, None], 1, zoom=8, gap=0)
         return pictures
 
 
-def sorted_tables(method: Method[Any], model: nn.Module) -> dict[str, Tensor]:
-    """The method's tables [L, R] over depth, components sorted by their mean."""
-    return {name: table[:, table.mean(0).argsort(descending=True)] for name, table in method.tables(model).items()}
+def sorted_tables(method: Method[Any] | None, model: nn.Module) -> dict[str, Tensor]:
+    """The method's tables [L, R] over depth by `TITLE/NAME`, components sorted by their mean; none without a method."""
+    if method is None:
+        return {}
+    tables = method.tables(model).items()
+    return {f"{method.tables_of}/{name}": table[:, table.mean(0).argsort(descending=True)] for name, table in tables}
 
 
-def histograms_of(method: Method[Any]) -> Callable[[nn.Module], dict[str, Tensor]]:
+def histograms_of(method: Method[Any] | None) -> Callable[[nn.Module], dict[str, Tensor]]:
     """The same tables, for TensorBoard's histograms."""
-    return lambda model: {f"{method.tables_of}/{name}": table for name, table in sorted_tables(method, model).items()}
+    return lambda model: sorted_tables(method, model)

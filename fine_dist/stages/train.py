@@ -86,6 +86,7 @@ def run(config: TrainConfig) -> Path:
             method=method,
             identity={"origin": origin},
             about={"parent": config.parent, "origin": origin},
+            draws=False,
         )
 
     return train_stage(config, "train", "model", make)

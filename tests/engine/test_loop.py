@@ -13,7 +13,7 @@ from torch import nn
 from fine_dist.config import DiffusionConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
-from fine_dist.engine.backends import learning_rate
+from fine_dist.engine.backend import learning_rate
 from fine_dist.engine.checkpoint import Saved
 from fine_dist.engine.loop import divide_batch, fit
 from fine_dist.engine.run_dir import RunDir

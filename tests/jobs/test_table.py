@@ -13,7 +13,7 @@ import time
 import pytest
 
 from fine_dist.errors import ConfigError, LaunchError, RunDirError
-from fine_dist.jobs import JobSpec, StateTable, Submissions, expand
+from fine_dist.jobs import Axis, JobSpec, StateTable, Submissions, expand
 from fine_dist.jobs.status import read
 
 
@@ -44,18 +44,24 @@ def test_a_name_that_cannot_be_a_file_name_is_refused(name):
         spec(name=name)
 
 
-def test_a_grid_gives_every_combination_named_by_what_varies():
-    points = expand({"arch.depth": [4, 6], "seed": [0, 1], "optim.lr": 1e-3, "data": ["only"]})
-    assert [p.name for p in points] == ["depth4-seed0", "depth4-seed1", "depth6-seed0", "depth6-seed1"]
-    assert points[2].values == {"arch.depth": 6, "seed": 0, "optim.lr": 1e-3, "data": "only"}
-    assert [p.name for p in expand({"seed": 3})] == ["task"]
+def test_a_grid_gives_every_combination_named_by_its_labels():
+    axes = [
+        Axis("depths", (4, 6), lambda depth: f"L{depth}"),
+        Axis("data", ("only",), lambda name: ""),
+        Axis("seeds", (0, 1), lambda seed: f"s{seed}"),
+    ]
+    points = expand(axes)
+    assert [p.name for p in points] == ["L4-s0", "L4-s1", "L6-s0", "L6-s1"]
+    assert points[2].values == (6, "only", 0)
 
 
 def test_an_empty_or_repeating_grid_is_refused():
-    with pytest.raises(LaunchError, match="seed: an empty list"):
-        expand({"seed": []})
-    with pytest.raises(LaunchError, match="seed1"):
-        expand({"seed": [1, 2, 1]})
+    with pytest.raises(ConfigError, match="seed: an empty list"):
+        expand([Axis("seed", [], str)])
+    with pytest.raises(ConfigError, match="seed: 1 is listed twice"):
+        expand([Axis("seed", [1, 2, 1], str)])
+    with pytest.raises(ConfigError, match="one name"):
+        expand([Axis("lr", [1e-2, 1.0000000001e-2], lambda lr: f"{lr:g}")])
 
 
 def test_rows_keep_their_order_and_what_was_done_before(tmp_path):
