@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ _NAME = re.compile(r"^DiT-(?P<size>[A-Za-z]+)/(?P<patch>\d+)(?:-L(?P<depth>\d+))
 class Arch(Config):
     """The shape of a DiT. In YAML also a name, `DiT-B/2-L6`, or `{name: DiT-B/2, num_classes: 10}`."""
 
+    BY_NAME: ClassVar[bool] = True
+    """The command line takes `--arch NAME` for the whole group."""
     hidden_size: int = Field(768, ge=2)
     """Width D of a token."""
     num_layers: int = Field(12, ge=1)
