@@ -32,7 +32,7 @@ def _main(argv: list[str]) -> int:
         print("usage: python -m fine_dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
         for name, what in COMMANDS.items():
             print(f"  {name:10} {what}")
-        print("\n`python -m fine_dist.COMMAND --help` shows examples and the settings used most, `--help-all` every setting.")
+        print("\n`python -m fine_dist.COMMAND --help` shows examples and the settings used most, `--help-all` all.")
         return 0
     if argv[0] == "--version":
         from fine_dist import __version__

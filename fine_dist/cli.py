@@ -62,7 +62,9 @@ def parse(
     for_own, settings = _split(own, argv)
     known = own.parse_args(for_own)
     if known.launcher not in LAUNCHERS:
-        raise ConfigError(f"command line: launcher: no launcher is called {known.launcher!r}; {nearest(known.launcher, LAUNCHERS)}")
+        raise ConfigError(
+            f"command line: launcher: no launcher is called {known.launcher!r}; {nearest(known.launcher, LAUNCHERS)}"
+        )
     values = load_yaml(known.config) if known.config else {}
     more = [option for action in own._actions for option in action.option_strings if option.startswith("--")]
     values, paths = _lay_over(kind, values, settings, more)
@@ -149,9 +151,9 @@ def _lay_over(
     paths = []
     for path, annotation, off, setting in sorted(found, key=lambda each: not _names_a_group(each[0], each[1])):
         if annotation is None and len(path) == 1:
-            value = shown(_free(setting.words))
+            got = shown(_free(setting.words))
             legal = [*kind.model_fields, *(option[2:] for option in more)]
-            raise ConfigError(f"command line: {path[0]}: unknown key (value {value}); {nearest(setting.name, legal)}")
+            raise ConfigError(f"command line: {path[0]}: unknown key (value {got}); {nearest(setting.name, legal)}")
         if off and setting.words:
             raise ConfigError(f"command line: --{setting.name} takes no value (got {shown(setting.words)})")
         value = False if off else _value(".".join(path), annotation, setting.words)

@@ -8,10 +8,12 @@ the latents are; training reads the manifest first and the shards through it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -89,6 +91,10 @@ class Manifest(_Model):
     """The settings of the encoding that made it."""
     shards: tuple[ShardInfo, ...]
     bad: tuple[BadInput, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Files among the images that are none, by name: the first of them."""
+    num_left_out: int = Field(0, ge=0)
+    """How many there are."""
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -135,13 +141,46 @@ class Manifest(_Model):
 
 def write_atomic(path: Path, content: bytes) -> Path:
     """Write a file so that a reader sees all of it or nothing."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    with io.BufferedWriter(open_draft(path)) as stream:
+        draft = Path(stream.raw.name)
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
     return path
+
+
+def open_draft(path: Path) -> io.FileIO:
+    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    while True:
+        file = io.FileIO(draft, "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
+            file.close()
+            continue
+        except OSError:  # no locks here; then nobody removes it either
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()
+
+
+def remove_drafts(folder: Path) -> int:
+    """Remove the drafts of killed writers, on whatever host: nobody holds their locks. How many there were."""
+    count = 0
+    for draft in folder.glob(".*.part"):
+        with contextlib.suppress(OSError), open(draft, "rb") as file:  # locked, or gone meanwhile, or no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()
+            count += 1
+    return count
 
 
 class ShardWriter:
@@ -161,9 +200,10 @@ class ShardWriter:
         self.layout = layout_of(tuple(shape), dtype)
         self.count = 0
         self.info: ShardInfo | None = None
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = _Hashing(self._part)
+        draft = open_draft(self.path)
+        self._part = Path(draft.name)
+        self._stream = _Hashing(draft)
         self._tar = tar_writer(self._stream)
 
     def add(self, latent: np.ndarray, label: int) -> str:
@@ -186,8 +226,8 @@ class ShardWriter:
         self._tar.close()
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
         os.replace(self._part, self.path)
+        self._stream.close()
         self.info = ShardInfo(
             name=self.path.name,
             count=self.count,
@@ -217,8 +257,8 @@ class ShardWriter:
 class _Hashing(io.BufferedWriter):
     """A file that is written in order and knows its size and sha256."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"), 1 << 20)
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__(file, 1 << 20)
         self.sha256 = hashlib.sha256()
         self.size = 0
 

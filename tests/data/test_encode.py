@@ -255,9 +255,9 @@ def test_an_autoencoder_that_is_not_there_or_does_not_fit_says_so(folder, vae, t
 def encode_slowly(settings: EncodeConfig, pause_s: float) -> None:
     """Run in a process of its own."""
 
-    def slowly(image, size):
+    def slowly(image, size, background):
         time.sleep(pause_s)
-        return center_crop(image, size)
+        return center_crop(image, size, background)
 
     images.center_crop = slowly
     run(settings)
@@ -293,11 +293,11 @@ def test_an_interrupted_encoding_continues_and_a_finished_one_does_nothing(folde
     expected = hashes(run(config(folder, tmp_path / "whole")) / "train")
     out, read = tmp_path / "out", []
 
-    def interrupted(image, size):
+    def interrupted(image, size, background):
         read.append(1)
         if len(read) > 14:
             raise KeyboardInterrupt
-        return center_crop(image, size)
+        return center_crop(image, size, background)
 
     monkeypatch.setattr("fine_dist.data.images.center_crop", interrupted)
     with pytest.raises(KeyboardInterrupt):
