@@ -20,6 +20,7 @@ from PIL import Image
 
 from fine_dist.config import DataConfig, expand_path
 from fine_dist.data.digits import digits
+from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.sources import copy, is_remote, local_path
 from fine_dist.errors import DataError
 
@@ -244,7 +245,7 @@ class TarImages:
         label = sample.get("cls", b"").strip()
         if content is None:
             return Item(source, 0, lambda: _refuse("it has no image"))
-        if not label.isdigit():
+        if not label.isdigit() or len(label) > LABEL_DIGITS:
             return Item(source, 0, lambda: _refuse(f"its label is {label[:20]!r}, not a whole number"))
         if self.num_classes is not None and int(label) >= self.num_classes:
             return Item(source, 0, lambda: _refuse(f"label {int(label)}, but num_classes is {self.num_classes}"))

@@ -16,12 +16,14 @@ import os
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fine_dist.config import shown
 from fine_dist.data.records import (
+    BLOCK,
     LABEL,
     LABEL_DIGITS,
     LATENT,
@@ -41,18 +43,27 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+Side = Annotated[int, Field(ge=1, le=2**16)]
+_SMALLEST = 4 * BLOCK
+"""Bytes that a sample takes in a tar at least: two headers and a block of content for each."""
+
+
+_MANY = 10**6
+"""Samples of one shard beyond which a count is held against the bytes before so many are put in order in memory."""
+
+
 class ShardInfo(_Model):
     """One tar file."""
 
     name: str
     """File name, beside the manifest."""
-    count: int = Field(ge=0)
+    count: int = Field(ge=0, le=10**9)
     """Samples in it."""
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=2**50)
     """Size of the file."""
     sha256: str
     """Of the file."""
-    key_prefix: str | None = None
+    key_prefix: str | None = Field(None, pattern=r"^[!-~]{7,9}$")
     """What its keys begin with when all its records have one size; none: written by another program."""
 
 
@@ -69,15 +80,15 @@ class Manifest(_Model):
     format: Literal["fine_dist/latents/1"] = "fine_dist/latents/1"
     count: int = Field(ge=0)
     """Samples in all shards."""
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[Side, Side, Side]
     """Channels, height, width of a latent; stored `moments` have twice the channels."""
     kind: Literal["sample", "moments"] = "sample"
     """`sample`: the latent itself; `moments`: its mean, then its standard deviation."""
     dtype: Literal["float16", "float32"] = "float16"
     """Of the stored numbers."""
-    scaling_factor: float = Field(1.0, gt=0)
+    scaling_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
     """The stream multiplies by it; shards hold what the codec gave."""
-    num_classes: int = Field(ge=1)
+    num_classes: int = Field(ge=1, le=10**7)
     """Labels are 0 .. num_classes - 1."""
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of labels, where known."""
@@ -127,11 +138,18 @@ class Manifest(_Model):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{where}: not a manifest of latent shards: {place}: {first['msg']}") from None
+            at = f"{place}: " if place else ""
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise DataError(
+                f"{where}: not a manifest of latent shards: {at}{message} (got {shown(first['input'])}); encode again, "
+                "or write one with `python -m fine_dist.encode --index FOLDER`"
+            ) from None
         total = sum(shard.count for shard in manifest.shards)
         if total != manifest.count:
             raise DataError(f"{where}: count is {manifest.count}, but its shards add up to {total}")
         for shard in manifest.shards:
+            if shard.count > _MANY and shard.count * _SMALLEST > shard.bytes:
+                raise DataError(f"{where}: {shard.name}: {shard.count} samples cannot be in {shard.bytes} bytes")
             if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
                 raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):

@@ -201,7 +201,7 @@ def test_a_data_set_in_which_nothing_can_be_read_is_an_error_and_not_a_hang(tmp_
     ("text", "words"),
     [
         ("{", "not a manifest of latent shards"),
-        ('{"count": 1}', "latent_shape: Field required"),
+        ('{"count": 1}', "latent_shape: field required"),
         (None, "count is 21, but its shards add up to 20"),
         ("..", "is not a plain file name"),
     ],
