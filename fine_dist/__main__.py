@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fine_dist.errors import EXIT_USER_ERROR, guard, nearest
+
 COMMANDS = {
     "encode": "images or the embedded digits -> latent shards; --inspect and --verify them",
     "condense": "stage 1: train a learngene from an ancestor's architecture or weights",
@@ -21,12 +23,16 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """List the commands, or run one."""
+    return guard(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m fine_dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
         for name, what in COMMANDS.items():
             print(f"  {name:10} {what}")
-        print("\n`python -m fine_dist.COMMAND --help` documents every setting of a command.")
+        print("\n`python -m fine_dist.COMMAND --help` shows examples and the settings used most, `--help-all` all.")
         return 0
     if argv[0] == "--version":
         from fine_dist import __version__
@@ -34,8 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fine_dist {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        from fine_dist.errors import EXIT_USER_ERROR, nearest
-
         print(f"error: no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return EXIT_USER_ERROR
     command = importlib.import_module(f"fine_dist.{argv[0]}")

@@ -1,14 +1,29 @@
-"""The command line of every command: `--config FILE`, dotted flags over it, and the flags that all share."""
+"""The command line of every command: `--config FILE`, dotted flags over it, and the flags that all share.
+
+A flag is a key of the YAML: `--optim.lr 1e-4` is `optim: {lr: 1e-4}`, and what is wrong with one is said in the words
+that are used for the file. How values are written:
+
+    --run-dir runs/a          a word; a dash in a key's name is an underscore in the file
+    --depths 2 4 6            a list
+    --launch.wait             true; also `--launch.wait false`, `--no-launch.wait`
+    --engine.threads none     no value
+    --arch DiT-B/2            a group of keys by its name; `--arch.num-classes 10` beside it changes one of them
+    --launch.env A=1 B=2      keys of a free mapping; also `--launch.env.A 1`
+    --stop '{patience: 2}'    any list or mapping as YAML
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args, get_origin
 
-from fine_dist.config import C, Config, load_yaml, models_in, validate
+from fine_dist.config import C, Config, load_yaml, models_in, parse_word, shown, validate
 from fine_dist.errors import ConfigError, nearest
+from fine_dist.usage import alternatives, every_setting, has_a_name, summary, value_of_mapping
 
 
 class Call(NamedTuple):
@@ -21,6 +36,7 @@ class Call(NamedTuple):
 
 
 Options: TypeAlias = Callable[[argparse.ArgumentParser], None]
+_FLAG = re.compile(r"--[A-Za-z_]")
 
 
 def parse(
@@ -33,82 +49,214 @@ def parse(
     default: a config file that is read when `--config` is not given.
     options: adds the command's own flags (they are not part of the config).
 
-    Exits with code 2 after one message when anything is wrong, as argparse does.
+    `ConfigError` for whatever is wrong; `--help` and `--help-all` print and end the program.
     """
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher adds this to every rank's arguments; the environment says the same.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
-    common = argparse.ArgumentParser(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
-    common.add_argument("--config", metavar="FILE", default=default, help=f"YAML file (default: {default})")
-    common.add_argument("--dry-run", action="store_true", help="print the resolved config and estimates; do nothing")
-    common.add_argument(
-        "--launcher",
-        metavar="NAME",
-        default="auto",
-        help="where it runs: auto (Ray in a Ray job, SLURM in an allocation, else local), local, slurm, ray, or here "
-        "(this process; default: auto)",
-    )
-    if options:
-        options(common)
-    if "-h" in argv or "--help" in argv:
-        print(f"usage: {prog} [--config FILE] [--dry-run] [--launcher NAME] [--KEY.KEY VALUE ...]\n")
-        print(common.format_help().strip() + "\n\nconfig keys, each also a flag:")
-        _print_variants(kind)
-        tyro.cli(kind, args=["--help"], prog=prog, default=kind(), config=(tyro.conf.AvoidSubcommands,))
-    known, rest = common.parse_known_args(argv)
+    own = _own_flags(prog, default, options)
+    if {"-h", "--help", "--help-all"} & {*argv}:
+        print(every_setting(kind, prog, own) if "--help-all" in argv else summary(kind, prog, own))
+        raise SystemExit(0)
+    for_own, settings = _split(own, argv)
+    known = own.parse_args(for_own)
     values = load_yaml(known.config) if known.config else {}
-    values, rest = _take_names(kind, values, rest)
-    values = _pick_variants(kind, values, rest)
-    base = validate(kind, values, known.config or "config")
-    config = tyro.cli(kind, args=rest, prog=prog, default=base, config=(tyro.conf.AvoidSubcommands,))
+    more = [option for action in own._actions for option in action.option_strings if option.startswith("--")]
+    values, paths = _lay_over(kind, values, settings, more)
+    config = validate(kind, values, known.config or "config", paths)
     return Call(config, known.dry_run, known.launcher, known)
 
 
-def _take_names(kind: type[Config], values: dict[str, Any], argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """`--arch DiT-B/2-L6`: a group of keys that may be written as one name in YAML may be so on the command line."""
-    values, rest = dict(values), []
-    words = iter(argv)
-    for word in words:
-        key, _, value = word.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        group = word.startswith("--") and key in kind.model_fields and models_in(kind.model_fields[key].annotation)
-        if group:
-            values[key] = value or next(words, "")
+class _OwnFlags(argparse.ArgumentParser):
+    """argparse for the flags that are no settings, with our words for its errors."""
+
+    def error(self, message: str) -> NoReturn:
+        words = re.fullmatch(r"argument (--[\w-]+).*?: (.*)", message)
+        if words and words[2].startswith("expected"):
+            raise ConfigError(f"command line: {words[1]}: a value is needed after it")
+        if words:
+            raise ConfigError(f"command line: {words[1]}: {words[2]}")
+        raise ConfigError(f"command line: {message}")
+
+
+def _own_flags(prog: str, default: str | None, options: Options | None) -> argparse.ArgumentParser:
+    own = _OwnFlags(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
+    instead = f" (default: {default})" if default else ""
+    own.add_argument("--config", metavar="FILE", default=default, help=f"YAML file of settings{instead}")
+    own.add_argument("--dry-run", action="store_true", help="print the resolved config and estimates; do nothing")
+    own.add_argument(
+        "--launcher",
+        metavar="NAME",
+        default="auto",
+        help="where it runs (default: auto, which is Ray in a Ray job, SLURM in an allocation, else local; "
+        "here: this process)",
+    )
+    if options:
+        options(own)
+    return own
+
+
+class _Setting(NamedTuple):
+    """A flag as it was typed, without its dashes, and its words."""
+
+    name: str
+    words: list[str]
+
+
+def _split(own: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[_Setting]]:
+    """The words that argparse reads, and the settings."""
+    mine = own._option_string_actions
+    for_own: list[str] = []
+    settings: list[_Setting] = []
+    taking: list[str] | None = None
+    sealed = ""
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if _FLAG.match(word):
+            if name in mine:
+                for_own.append(word)
+                taking = for_own
+            else:
+                settings.append(_Setting(name[2:], [value] if equals else []))
+                taking = settings[-1].words
+            sealed = word if equals else ""
+        elif taking is None or sealed:
+            after = f" after {sealed}" if sealed else ""
+            raise ConfigError(
+                f"command line: {word!r}{after} belongs to no setting; a setting is written --KEY VALUE "
+                "(--help lists the keys)"
+            )
         else:
-            rest.append(word)
-    return values, rest
+            taking.append(word)
+    return for_own, settings
 
 
-def _pick_variants(kind: type[Config], values: dict[str, Any], argv: list[str]) -> dict[str, Any]:
-    """Let `--method.name X` choose another variant of a union: its other keys in the file no longer apply."""
+# --- settings over the values of the file --------------------------------------------------------------------------
+
+
+def _lay_over(
+    kind: type[Config], values: dict[str, Any], settings: list[_Setting], more: list[str]
+) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """The file's values with the settings over them, and the paths of those; what is wrong is left to `validate`.
+
+    A group's name comes first wherever it stands, so that flags of single keys change what it stands for.
+    """
     values = dict(values)
-    for key, field in kind.model_fields.items():
-        variants = models_in(field.annotation)
-        flag = f"--{key}.name"
-        chosen = next((a.split("=", 1)[1] for a in argv if a.startswith(flag + "=")), None)
-        if flag in argv and argv.index(flag) + 1 < len(argv):
-            chosen = argv[argv.index(flag) + 1]
-        if len(variants) < 2 or chosen is None:
-            continue
-        names = [m.model_fields["name"].default for m in variants]
-        if chosen not in names:
-            raise ConfigError(f"{key}.name: no such variant (got {chosen!r}); {nearest(chosen, names)}")
-        current = values.get(key)
-        current = current if isinstance(current, dict) else {}
-        values[key] = current if current.get("name") == chosen else {"name": chosen}
-    return values
+    found = [(*_locate(kind, setting), setting) for setting in settings]
+    paths = []
+    for path, annotation, off, setting in sorted(found, key=lambda each: not _names_a_group(each[0], each[1])):
+        if annotation is None and len(path) == 1:
+            got = shown(_free(setting.words))
+            legal = [*kind.model_fields, *(option[2:] for option in more)]
+            raise ConfigError(f"command line: {path[0]}: unknown key (value {got}); {nearest(setting.name, legal)}")
+        if off and setting.words:
+            raise ConfigError(f"command line: --{setting.name} takes no value (got {shown(setting.words)})")
+        value = False if off else _value(".".join(path), annotation, setting.words)
+        _put(values, path, value)
+        paths.append(path)
+    return values, paths
 
 
-def _print_variants(kind: type[Config]) -> None:
-    """The keys of a union's other variants, which one help screen of tyro cannot show."""
-    for key, field in kind.model_fields.items():
-        variants = models_in(field.annotation)
-        for model in variants if len(variants) > 1 else ():
-            name = model.model_fields["name"].default
-            print(f"  --{key}.name {name}: {(model.__doc__ or '').strip().partition(chr(10))[0]}")
-            for part, info in model.model_fields.items():
-                if part != "name":
-                    flag = f"--{key}.{part.replace('_', '-')}"
-                    print(f"      {flag:32} {' '.join((info.description or '').split())} (default: {info.default})")
+def _locate(kind: type[Config], setting: _Setting) -> tuple[tuple[str, ...], Any, bool]:
+    """The path of a flag's key, its annotation (None: there is no such key), and whether `no-` turns it off."""
+    path, annotation = _follow(kind, setting.name.split("."))
+    if annotation is None:
+        parts = setting.name.split(".")
+        for at in {0, len(parts) - 1}:
+            if parts[at].startswith(("no-", "no_")):
+                plain, found = _follow(kind, [*parts[:at], parts[at][3:], *parts[at + 1 :]])
+                if found is not None and bool in alternatives(found):
+                    return plain, found, True
+    return path, annotation, False
+
+
+def _follow(kind: type[Config], parts: list[str]) -> tuple[tuple[str, ...], Any]:
+    path: list[str] = []
+    here: Any = kind
+    for part in parts:
+        key = part.replace("-", "_")
+        options = alternatives(here) if here is not None else []
+        owners = [each for each in options if isinstance(each, type) and issubclass(each, Config)]
+        fields = [model.model_fields[key].annotation for model in owners if key in model.model_fields]
+        inner = [value_of_mapping(each) for each in options if get_origin(each) is dict]
+        if key == "name" and not fields and has_a_name(owners):
+            fields = [str]
+        path.append(key if owners or not inner else part)
+        # variants of a union that share a key may mean different things by it: each alternative is one of theirs
+        here = (
+            (typing.Union[tuple(fields)] if len(fields) > 1 else fields[0]) if fields else inner[0] if inner else None
+        )
+    return tuple(path), here
+
+
+def _names_a_group(path: tuple[str, ...], annotation: Any) -> bool:
+    return path[-1] == "name" or any(models_in(each) for each in alternatives(annotation) if annotation is not None)
+
+
+def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Set a key in nested mappings; those of the file are copied, since YAML's anchors may share them."""
+    here = values
+    for part in path[:-1]:
+        inner = here.get(part)
+        if isinstance(inner, str):
+            inner = {"name": inner}
+        elif inner is not None and not isinstance(inner, dict):
+            return  # the file's value is wrong already, and is what gets named
+        here[part] = here = dict(inner or {})
+    key = path[-1]
+    if key == "name" and here.get("name", value) != value:
+        here.clear()  # another variant: the other keys in the file are those of the one before
+    if isinstance(value, dict) and isinstance(here.get(key), dict):
+        value = {**here[key], **value}
+    here[key] = value
+
+
+def _value(path: str, annotation: Any, words: list[str]) -> Any:
+    """The words of a flag as what its key takes; a word that does not fit stays as it is, for `validate` to name."""
+    options = [] if annotation is None else alternatives(annotation)
+    origins = {get_origin(each) for each in options}
+    literals = [value for each in options if get_origin(each) is not dict for value in _literal(each)]
+    one = words[0] if len(words) == 1 else None
+    if one is not None and one.lower() in ("none", "null") and type(None) in options and one not in literals:
+        return None
+    if not options:
+        return _free(words)
+    if one is not None and one[:1] in "[{" and not {str} >= {*options} - {type(None)}:
+        return parse_word(one)
+    if origins & {tuple, list}:
+        item = next(get_args(each)[0] for each in options if get_origin(each) in (tuple, list))
+        return [_value(path, item, [word]) for word in words]
+    if dict in origins:
+        return _pairs(path, options, words)
+    if not words:
+        if bool in options:
+            return True
+        raise ConfigError(f"command line: {path}: a value is needed after --{path.replace('_', '-')}")
+    if one is None:
+        raise ConfigError(f"command line: {path}: one value is needed (got {len(words)}: {' '.join(words)})")
+    if one in literals or any(models_in(each) for each in options) or (str in options and len(options) < 3):
+        return one
+    return next((value for value in literals if str(value) == one), parse_word(one))
+
+
+def _pairs(path: str, options: list[Any], words: list[str]) -> dict[str, Any]:
+    """`A=1 B=2`, or `A 1 B 2`, as a mapping."""
+    item = next(value_of_mapping(each) for each in options if get_origin(each) is dict)
+    if words and not any("=" in word for word in words) and len(words) % 2 == 0:
+        pairs = list(zip(words[::2], words[1::2]))
+    else:
+        bad = [word for word in words if not word.partition("=")[0] or "=" not in word]
+        if bad:
+            raise ConfigError(f"command line: {path}: pairs KEY=VALUE are needed (got {bad[0]!r})")
+        pairs = [(key, value) for key, _, value in (word.partition("=") for word in words)]
+    return {key: _value(f"{path}.{key}", item, [value]) for key, value in pairs}
+
+
+def _literal(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if str(get_origin(annotation)) == "typing.Literal" else ()
+
+
+def _free(words: list[str]) -> Any:
+    """The words of an unknown flag, as they look."""
+    values = [parse_word(word) for word in words]
+    return values[0] if len(values) == 1 else values or True

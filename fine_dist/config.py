@@ -1,4 +1,4 @@
-"""Typed, frozen configs and their YAML: the machinery, and the settings of the rooms.
+"""The settings of the rooms, and by re-export all that a config needs (`fine_dist.schema`).
 
 A command's config is a tree of these; `fine_dist.cli` lays dotted flags over it. Neither torch nor any other heavy
 library is imported here, so that `--help` answers at once.
@@ -7,26 +7,51 @@ library is imported here, so that `--help` answers at once.
 from __future__ import annotations
 
 import os
-import re
-import typing
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from fine_dist.errors import ConfigError, nearest
+from fine_dist.schema import (
+    MAX_DEPTH,
+    C,
+    Config,
+    Depth,
+    Seed,
+    dump_yaml,
+    load,
+    load_yaml,
+    models_in,
+    parse_word,
+    parse_yaml,
+    shown,
+    union_of,
+    validate,
+)
 
-C = TypeVar("C", bound="Config")
-
-
-class Config(BaseModel):
-    """Base of all configs: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-
-# --- the rooms' settings -------------------------------------------------------------------------------------------
+__all__ = [
+    "MAX_DEPTH",
+    "C",
+    "Config",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "Depth",
+    "DiffusionConfig",
+    "EngineConfig",
+    "LaunchConfig",
+    "OptimConfig",
+    "SamplerConfig",
+    "Seed",
+    "dump_yaml",
+    "expand_path",
+    "load",
+    "load_yaml",
+    "models_in",
+    "parse_word",
+    "parse_yaml",
+    "shown",
+    "union_of",
+    "validate",
+]
 
 
 class DataConfig(Config):
@@ -208,101 +233,6 @@ class LaunchConfig(Config):
     """Further Ray resources a process needs: `{"highmem": "1"}`."""
 
 
-# --- YAML ----------------------------------------------------------------------------------------------------------
-
-
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping read from a YAML file by the safe loader. `ConfigError` when it is not one."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}") from None
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"config file {path}: a mapping of keys to values is needed, not {type(values).__name__}")
-    return values or {}
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, reading `1e-4` as the number it is (YAML 1.1 wants `1.0e-4`)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def validate(kind: type[C], values: dict[str, Any], where: str = "config") -> C:
-    """`values` as a `kind`; a `ConfigError` names every wrong key by its full path, with value and legal values."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(kind, item) for item in error.errors()]
-        raise ConfigError(f"{where}: " + "\n  ".join(lines)) from None
-
-
-def dump_yaml(config: Config) -> str:
-    """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
-
-
-def load(kind: type[C], path: str | Path) -> C:
-    """A config file as a `kind`."""
-    return validate(kind, load_yaml(path), str(path))
-
-
-def _explain(kind: type[Config], item: Any) -> str:
-    loc = [str(part) for part in item["loc"]]
-    owner = _model_at(kind, loc[:-1])
-    path = ".".join(part for part in loc if part not in _tags(kind, loc))
-    if item["type"] == "extra_forbidden":
-        legal = owner.model_fields if owner else ()
-        return f"{path}: unknown key (value {item['input']!r}); {nearest(loc[-1], legal)}"
-    message = item["msg"].removeprefix("Value error, ")
-    return f"{path}: {message[0].lower() + message[1:]} (got {item['input']!r})" if path else message
-
-
-def _tags(kind: type[Config], loc: list[str]) -> set[str]:
-    """Names of union variants, which pydantic puts into a path and no user wrote."""
-    found = set()
-    for cut in range(1, len(loc)):
-        owner = _model_at(kind, loc[:cut])
-        parent = _model_at(kind, loc[: cut - 1])
-        if parent is owner or (owner and parent and loc[cut - 1] not in parent.model_fields):
-            found.add(loc[cut - 1])
-    return found
-
-
-def _model_at(kind: type[Config], loc: list[str]) -> type[Config] | None:
-    """The config class that a path of keys ends in; union tags are steps that stay in place."""
-    here: list[type[Config]] = [kind]
-    for part in loc:
-        tagged = [m for m in here if "name" in m.model_fields and m.model_fields["name"].default == part]
-        if tagged:
-            here = tagged
-            continue
-        fields = [m.model_fields[part].annotation for m in here if part in m.model_fields]
-        here = [model for field in fields for model in models_in(field)] or here
-    return here[0] if here else None
-
-
-def models_in(annotation: Any) -> list[type[Config]]:
-    """All config classes inside an annotation (optional, union, annotated)."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in models_in(part)]
-
-
 def expand_path(path: str) -> str:
     """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone."""
     return path if "://" in path or path.startswith("pipe:") else os.path.expandvars(os.path.expanduser(path))
-
-
-def union_of(variants: list[type[Config]]) -> Any:
-    """The annotation of a field that holds one of several configs, told apart by their `name`."""
-    return Annotated[typing.Union[tuple(variants)], Field(discriminator="name")] if len(variants) > 1 else variants[0]

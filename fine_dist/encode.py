@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from fine_dist.cli import parse
-from fine_dist.config import Config, DataConfig, LaunchConfig, dump_yaml, expand_path
+from fine_dist.config import Config, DataConfig, LaunchConfig, Seed, dump_yaml, expand_path
 from fine_dist.errors import ConfigError, DataError, guard
 
 if TYPE_CHECKING:
     from fine_dist.data.audit import Summary
     from fine_dist.data.images import Source
+    from fine_dist.data.shards import Manifest
     from fine_dist.data.sharing import Job
+
+
+Byte = Annotated[int, Field(ge=0, le=255)]
 
 
 class EncodeConfig(Config):
@@ -35,6 +39,8 @@ class EncodeConfig(Config):
     """Hub name or local folder of the autoencoder (safetensors weights)."""
     vae_subfolder: str | None = None
     """Sub-folder that holds it, such as vae in a whole pipeline's repository."""
+    background: tuple[Byte, Byte, Byte] = (255, 255, 255)
+    """Red, green and blue, 0 to 255, of what transparent images are laid over."""
     kind: Literal["sample", "moments"] = "sample"
     """Store one sample of each latent, or its mean and standard deviation, sampled anew at every reading."""
     image_size: int = Field(256, ge=1)
@@ -53,7 +59,7 @@ class EncodeConfig(Config):
     """Images that go through the codec together."""
     workers: int = Field(4, ge=1)
     """Threads that read, decode and crop images ahead of the codec."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Shuffles the images over shards, and seeds the noise of sampled latents."""
     limit: int | None = Field(None, ge=1)
     """At most about so many images; none: all."""
@@ -79,6 +85,8 @@ class EncodeConfig(Config):
         made = {key: getattr(self, key) for key in [*keys.split(), "limit", "precision", "batch"]}
         if self.codec == "identity":
             made = {key: value for key, value in made.items() if key not in ("vae", "vae_subfolder", "precision")}
+        if self.source != "digits":
+            made["background"] = self.background
         return {**made, "split": split}
 
 
@@ -94,7 +102,10 @@ def run(config: EncodeConfig) -> Path:
         folder = _out(config) / split
         manifest = finished(folder, config.settings(split))
         if manifest is not None:
-            print(f"encode: {folder} is complete: {manifest.count} samples in {len(manifest.shards)} shards")
+            print(
+                f"encode: {folder} is complete: {manifest.count} samples in {len(manifest.shards)} shards"
+                + _left_out(manifest)
+            )
             continue
         _encode(config, split, folder)
     return _out(config)
@@ -131,9 +142,15 @@ def _source(config: EncodeConfig, split: str) -> Source:
             data=DataConfig(),
             num_classes=config.num_classes,
             limit=config.limit,
+            background=config.background,
         )
     return FolderImages(
-        config.source, image_size=config.image_size, per_unit=per_unit, seed=config.seed, limit=config.limit
+        config.source,
+        image_size=config.image_size,
+        per_unit=per_unit,
+        seed=config.seed,
+        limit=config.limit,
+        background=config.background,
     )
 
 
@@ -155,6 +172,7 @@ def _job(config: EncodeConfig, split: str, folder: Path) -> Job:
 
 def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
     from fine_dist.data.encode import Autoencoder, Codec, Identity, encode
+    from fine_dist.engine.dist import read_environment
 
     source = _source(config, split)
     codec: Codec = Identity()
@@ -165,13 +183,20 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
         codec.shape((3, config.image_size, config.image_size))
     if config.scaling_factor:
         codec.scaling_factor = config.scaling_factor
-    done = encode(source, codec, _job(config, split, folder))
+    done = encode(source, codec, _job(config, split, folder), progress=read_environment().rank == 0)
     rate = done.images / max(done.seconds, 1e-9)
     print(
         f"encode: {folder}: {done.manifest.count} samples in {len(done.manifest.shards)} shards, "
-        f"{len(done.manifest.bad)} unreadable images; this process: {done.images} images, {rate:.1f} images/s, "
+        f"{len(done.manifest.bad)} unreadable images{_left_out(done.manifest)}; "
+        f"this process: {done.images} images, {rate:.1f} images/s, "
         f"codec waiting for images {100 * done.waited_s / max(done.seconds, 1e-9):.1f}% of the time"
     )
+
+
+def _left_out(manifest: Manifest) -> str:
+    from fine_dist.data.images import tell_left_out
+
+    return f", {tell_left_out(manifest.left_out, manifest.num_left_out)}" if manifest.num_left_out else ""
 
 
 def _device(config: EncodeConfig) -> str:
@@ -221,7 +246,8 @@ def show(summary: Summary) -> list[str]:
         f"mean, std   {summary.mean:.4g}, {summary.std:.4g} stored; std {summary.scaled_std:.4g} scaled",
         "by channel  " + ", ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(summary.channel_mean, summary.channel_std)),
         f"unreadable  {len(manifest.bad)} images"
-        + "".join(f"\n              {b.source}: {b.error}" for b in manifest.bad[:10]),
+        + "".join(f"\n              {b.source}: {b.error}" for b in manifest.bad[:10])
+        + (f"\n            {_left_out(manifest)[1:]}" if manifest.num_left_out else ""),
         f"classes     {manifest.num_classes}; {counts.min():,} to {counts.max():,} samples each",
     ]
     for label, name in named[::step]:
@@ -252,7 +278,10 @@ def _verify(config: EncodeConfig, where: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
+    promise = ""
+
     def body() -> int:
+        nonlocal promise
         call = parse(EncodeConfig, argv, "python -m fine_dist.encode", options=_options)
         config: EncodeConfig = call.config
         if call.options.inspect:
@@ -279,9 +308,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from launchers.entry import launch
 
+        promise = f"the shards that are done stay in {config.out}, and the same command continues"
         return launch("fine_dist.encode", config, call.launcher)
 
-    return guard(body)
+    return guard(body, lambda: promise)
 
 
 if __name__ == "__main__":

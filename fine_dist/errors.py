@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_TASKS_FAILED = 3
+EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
+"""128 and the signal's number (SIGINT, SIGPIPE), as shells count."""
 EXIT_RESUME = 75
 """`EX_TEMPFAIL`: the run stopped well and the same command continues it; launchers requeue on this code."""
 
@@ -62,15 +65,19 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     return f"{hint}legal: {', '.join(legal)}"
 
 
-def guard(main: Callable[[], int | None]) -> int:
+def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "") -> int:
     """Run a command's body and translate what it raises into an exit code and at most one message.
 
+    promise: what is true when this command is interrupted ("the same command continues from the last checkpoint"), or
+             a function that says so then; none: nothing is promised.
+
+    A reader of the output that has gone (`| head`) ends the command quietly, with the code that shells give for it.
     Set `FINE_DIST_TRACEBACK=1` to see the traceback of a user error too.
     """
     if os.environ.get("FINE_DIST_TRACEBACK"):
         return main() or 0
     try:
-        return main() or 0
+        return _and_flush(main)
     except ResumeLater as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         return EXIT_RESUME
@@ -80,13 +87,42 @@ def guard(main: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        said = promise if isinstance(promise, str) else promise()
+        print(f"interrupted; {said}" if said else "interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except MemoryError as error:
+        print(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches", file=sys.stderr)
+        return EXIT_USER_ERROR
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return EXIT_BROKEN_PIPE
         if error.errno not in _REMEDIES:
             raise
         print(f"error: {error.strerror}: {error.filename or ''} ({_REMEDIES[error.errno]})", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _and_flush(main: Callable[[], int | None]) -> int:
+    """Run it, and write out what it printed here, where a reader that has gone is noticed."""
+    try:
+        return main() or 0
+    finally:
+        sys.stdout.flush()
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads this process's output any more (other pipes break too: to workers, to Ray). If so, what is
+    still to be written goes nowhere, lest the interpreter complains about it when it ends."""
+    try:
+        out = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return False
+    poll = select.poll()
+    poll.register(out, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return True
 
 
 _REMEDIES = {
@@ -98,4 +134,7 @@ _REMEDIES = {
     errno.EFBIG: "a limit on the size of files (ulimit -f) is reached; what was saved before is intact",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EISDIR: "a file is needed there, and it is a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links there lead in a circle",
 }

@@ -98,8 +98,8 @@ def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["--optim.lrr", "1"], "--optim.lr"),
-        (["--optim.lr", "fast"], "--optim.lr"),
+        (["--optim.lrr", "1"], "optim.lrr: unknown key"),
+        (["--optim.lr", "fast"], "optim.lr: input"),
         (["--method.sigma", "lin"], "linear"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--method.name", "hee"], "'he'"),

@@ -17,7 +17,9 @@ FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in 
 # Whatever lies flat in `fine_dist/` and is not named here is a command, which is above all of them.
 FLOORS = [
     ["errors"],
-    ["files", "processes", "config"],
+    ["files", "processes", "schema"],
+    ["config"],
+    ["usage"],
     ["cli"],
     ["model"],
     ["diffusion"],

@@ -7,13 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from fine_dist.config import DataConfig
-from fine_dist.data.reader import ShardSet
+from fine_dist.data.reader import NOT_FINITE, ShardSet
 from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
-from fine_dist.data.tarscan import TarFault, index_tar, latent_type
+from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar, latent_type
 from fine_dist.errors import DataError
 
 _PIECE = 1024
@@ -140,6 +141,19 @@ def inspect(where: str) -> Summary:
     )
 
 
+def _not_finite(stream: BinaryIO, found: ShardIndex, shape: tuple[int, ...], dtype: str) -> dict[int, str]:
+    """The samples of a tar, of those that are good so far, whose numbers are not all finite."""
+    kind, count = np.dtype(dtype), math.prod(shape)
+    faults = {}
+    for number, offset in enumerate(found.offsets.tolist()):
+        if number in found.faults or kind.kind != "f":
+            continue
+        stream.seek(offset)
+        if not np.isfinite(np.frombuffer(stream.read(count * kind.itemsize), kind)).all():
+            faults[number] = NOT_FINITE
+    return faults
+
+
 def _pieces(manifest: Manifest) -> Iterator[tuple[int, np.ndarray]]:
     for number, info in enumerate(manifest.shards):
         for start in range(0, info.count, _PIECE):
@@ -166,6 +180,8 @@ def index_folder(
                 want = want or latent_type(stream, size)
                 shape, dtype = want or (None, None)
                 found = index_tar(stream, size, shape, dtype, num_classes)
+                if want:
+                    found.faults.update(_not_finite(stream, found, *want))
         except TarFault as fault:
             problems.append(f"{path.name}: {fault}")
             continue

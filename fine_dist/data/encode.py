@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 
 from fine_dist.data.images import Item, Source
+from fine_dist.data.progress import Progress
 from fine_dist.data.shards import BadInput, Manifest, ShardWriter
-from fine_dist.data.sharing import Claims, Job, agree, mark_done, merge, too_many
+from fine_dist.data.sharing import Claims, Job, agree, count_done, mark_done, merge, too_many
 from fine_dist.errors import DataError
 
 _NOISE = 0x656E636F6465
@@ -67,10 +69,19 @@ class Autoencoder:
         self.device = torch.device(device)
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         try:
-            vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True, torch_dtype=self.dtype)
-        except (OSError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
+            kind = AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name", "AutoencoderKL")
+            if kind == "AutoencoderKL":
+                vae = AutoencoderKL.from_pretrained(
+                    name, subfolder=subfolder, use_safetensors=True, torch_dtype=self.dtype
+                )
+        except Exception as error:  # what diffusers raises for a folder that is something else is not to be foreseen
+            first = str(error).strip().partition("\n")[0] or type(error).__name__
             raise DataError(f"vae: {name}: no AutoencoderKL can be loaded: {first}") from None
+        if kind != "AutoencoderKL":
+            raise DataError(
+                f"vae: {name}: it is a {kind}, and an AutoencoderKL is needed (in a whole pipeline's folder: "
+                "--vae-subfolder vae)"
+            )
         if getattr(vae.config, "shift_factor", None):
             raise DataError(f"vae: {name}: shift_factor {vae.config.shift_factor} is not supported; use a VAE without")
         self.vae = vae.to(self.device).eval().requires_grad_(False)
@@ -102,8 +113,10 @@ class Encoded:
     waited_s: float
 
 
-def encode(source: Source, codec: Codec, job: Job) -> Encoded:
+def encode(source: Source, codec: Codec, job: Job, *, progress: bool = False) -> Encoded:
     """Encode all images of `source` into `job.folder`, together with whatever processes do the same.
+
+    progress: show how far all of them are.
 
     Returns when everything is encoded and the manifest is written. `DataError`: the folder holds other latents; too
     many images cannot be read.
@@ -113,10 +126,14 @@ def encode(source: Source, codec: Codec, job: Job) -> Encoded:
     claims = Claims(job.folder, source.units)
     started, waited, images, bad = time.perf_counter(), 0.0, 0, 0
     with ThreadPoolExecutor(max(1, job.workers), thread_name_prefix="images") as pool, closing(claims):
-        with closing(_decoded(pool, source, claims, job)) as results:
+        bar = Progress(job.folder, source.count, source.units) if progress else None
+        with closing(_decoded(pool, source, claims, job)) as results, closing(bar) if bar else nullcontext():
             for first in results:
-                part = _encode_unit(first, results, codec, job)
+                tell = partial(bar.show, count_done(job.folder, source.units)) if bar else None
+                part = _encode_unit(first, results, codec, job, tell)
                 claims.release(first[0])
+                if bar:
+                    bar.show(count_done(job.folder, source.units), 0)
                 waited, images, bad = waited + part.waited_s, images + part.images, bad + part.bad
                 if source.count is not None and bad > job.max_bad_fraction * source.count:
                     raise DataError(too_many(job, bad, source.count, part.last_bad))
@@ -176,8 +193,10 @@ class _Part:
     last_bad: BadInput | None = None
 
 
-def _encode_unit(first: Result, rest: Iterator[Result], codec: Codec, job: Job) -> _Part:
-    """Encode one unit, up to where it ends, into its shard, and mark it as done."""
+def _encode_unit(
+    first: Result, rest: Iterator[Result], codec: Codec, job: Job, tell: Callable[[int], None] | None
+) -> _Part:
+    """Encode one unit, up to where it ends, into its shard, and mark it as done. tell: takes how many images are."""
     unit = first[0]
     part, bad, largest, shape, ended = _Part(), [], -1, None, False
     writer: ShardWriter | None = None
@@ -207,6 +226,8 @@ def _encode_unit(first: Result, rest: Iterator[Result], codec: Codec, job: Job) 
                     writer.add(latent, label)
             largest = max(largest, *labels)
             index += len(images)
+            if tell:
+                tell(index)
         info = writer.close() if writer else None
     except BaseException:
         if writer:

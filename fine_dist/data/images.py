@@ -9,10 +9,10 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import webdataset as wds
@@ -20,11 +20,25 @@ from PIL import Image
 
 from fine_dist.config import DataConfig, expand_path
 from fine_dist.data.digits import digits
+from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.sources import copy, is_remote, local_path
 from fine_dist.errors import DataError
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "ppm")
-"""Kinds of image files, upper or lower case."""
+FORMATS = {
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png",),
+    "WEBP": ("webp",),
+    "GIF": ("gif",),
+    "TIFF": ("tif", "tiff"),
+    "BMP": ("bmp",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
+}
+"""Kinds of images that are read, by what they are inside (Pillow's names), and the endings of their files."""
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+"""Endings of image files, upper or lower case."""
+WHITE = (255, 255, 255)
+Colour: TypeAlias = tuple[int, int, int]
+"""Red, green, blue, 0 to 255."""
 _ORDER = 0x696D61676573
 """Keeps the order of images apart from other uses of the seed."""
 
@@ -58,6 +72,10 @@ class Source(Protocol):
         """Their names, where known."""
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of what lies among the images and is none."""
+
+    @property
     def fingerprint(self) -> str:
         """Changes when the list of images does."""
 
@@ -65,13 +83,14 @@ class Source(Protocol):
         """The images of a unit."""
 
 
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, background: Colour = WHITE) -> np.ndarray:
     """An image's central square, size x size: uint8 [3, size, size].
 
     The arithmetic of ADM (arXiv 2105.05233), which FIDs in the literature rest on: halve with a box filter while the
     shorter side is at least twice the size, then make the shorter side `size` bicubically, then cut out the middle.
+    What is transparent shows the background. `ValueError` for numbers of which nobody knows what white is.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image, background)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -81,27 +100,74 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
+    """An image in 8-bit colours: 16-bit numbers scaled down, what is transparent laid over the background."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bit(image)
+    bands = image.getbands()
+    if "A" in bands or "a" in bands or "transparency" in image.info:
+        under = Image.new("RGBA", image.size, (*background, 255))
+        return Image.alpha_composite(under, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Grey of 16-bit numbers (white is 65535), or of floats (white is 1), as 8-bit grey; Pillow itself would clip."""
+    values, white = np.asarray(image), 1 if image.mode == "F" else 65535
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if not (low >= 0 and high <= white):
+        raise ValueError(
+            f"grey from {low:g} to {high:g} in mode {image.mode}, and only 0 to {white} have a known white"
+        )
+    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def read_image(file: BinaryIO | Path, size: int, background: Colour) -> np.ndarray:
+    """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
+    with Image.open(file, formats=[*FORMATS]) as image:
+        return center_crop(image, size, background)
+
+
 class FolderImages:
     """ImageNet's layout: one sub-folder of images per class; labels are the sub-folders' places in sorted order.
 
     The images are shuffled once, by the seed, so that every shard holds all kinds of classes. Corrupt ones are found
-    when they are read. `DataError` when there are no sub-folders or no images.
+    when they are read. What is neither an image nor the folder of a class is named in `left_out`. `DataError` when
+    there are no sub-folders or no images.
     """
 
-    def __init__(self, root: str, *, image_size: int, per_unit: int, seed: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        *,
+        image_size: int,
+        per_unit: int,
+        seed: int,
+        limit: int | None = None,
+        background: Colour = WHITE,
+    ) -> None:
         self.root, self.image_size, self.per_unit = Path(expand_path(root)), image_size, per_unit
+        self.background = background
         if not self.root.is_dir():
             raise DataError(f"source: {self.root}: there is no such folder")
-        self.class_names = tuple(sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir()))
-        files = [
-            (f"{name}/{entry.name}", label)
-            for label, name in enumerate(self.class_names)
-            for entry in sorted(os.scandir(self.root / name), key=lambda entry: entry.name)
-            if entry.name.rpartition(".")[2].lower() in SUFFIXES
-        ]
+        entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
+        self.class_names = tuple(entry.name for entry in entries if entry.is_dir())
+        files, others = [], [entry.name for entry in entries if not entry.is_dir()]
+        for label, name in enumerate(self.class_names):
+            for entry in sorted(os.scandir(self.root / name), key=lambda entry: entry.name):
+                if entry.name.rpartition(".")[2].lower() in SUFFIXES and not entry.is_dir():
+                    files.append((f"{name}/{entry.name}", label))
+                else:
+                    others.append(f"{name}/{entry.name}" + ("/" if entry.is_dir() else ""))
+        self.left_out = tuple(others)
         if not files:
             raise DataError(
                 f"source: {self.root} has no images in sub-folders, one per class; kinds: {', '.join(SUFFIXES)}"
+                + (f"; {tell_left_out(self.left_out)}" if others else "")
             )
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]
         self.files = [files[i] for i in order]
@@ -115,8 +181,7 @@ class FolderImages:
             yield Item(name, label, lambda name=name: self._read(name))  # type: ignore[misc]
 
     def _read(self, name: str) -> np.ndarray:
-        with Image.open(self.root / name) as image:
-            return center_crop(image, self.image_size)
+        return read_image(self.root / name, self.image_size, self.background)
 
 
 class TarImages:
@@ -126,13 +191,22 @@ class TarImages:
     """
 
     def __init__(
-        self, pattern: str, *, image_size: int, data: DataConfig, num_classes: int | None, limit: int | None = None
+        self,
+        pattern: str,
+        *,
+        image_size: int,
+        data: DataConfig,
+        num_classes: int | None,
+        limit: int | None = None,
+        background: Colour = WHITE,
     ) -> None:
         self.urls = [url if is_remote(url) else local_path(url) for url in wds.shardlists.expand_urls(pattern)]
         missing = [url for url in self.urls if not is_remote(url) and not os.path.isfile(url)]
         if missing:
             raise DataError(f"source: {missing[0]}: there is no such file ({len(missing)} of {len(self.urls)} missing)")
         self.image_size, self.num_classes, self._data = image_size, num_classes, data
+        self.background = background
+        self.left_out: tuple[str, ...] = ()
         self.units, self.count = len(self.urls), None
         self.class_names: tuple[str, ...] = ()
         self.limit = limit if limit is None else -(-limit // self.units)
@@ -171,15 +245,14 @@ class TarImages:
         label = sample.get("cls", b"").strip()
         if content is None:
             return Item(source, 0, lambda: _refuse("it has no image"))
-        if not label.isdigit():
+        if not label.isdigit() or len(label) > LABEL_DIGITS:
             return Item(source, 0, lambda: _refuse(f"its label is {label[:20]!r}, not a whole number"))
         if self.num_classes is not None and int(label) >= self.num_classes:
             return Item(source, 0, lambda: _refuse(f"label {int(label)}, but num_classes is {self.num_classes}"))
         return Item(source, int(label), lambda: self._read(content))
 
     def _read(self, content: bytes) -> np.ndarray:
-        with Image.open(io.BytesIO(content)) as image:
-            return center_crop(image, self.image_size)
+        return read_image(io.BytesIO(content), self.image_size, self.background)
 
 
 class DigitImages:
@@ -191,11 +264,19 @@ class DigitImages:
         self.count = len(self.images)
         self.units = -(-self.count // per_unit)
         self.num_classes, self.class_names = 10, tuple("0123456789")
+        self.left_out: tuple[str, ...] = ()
         self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def items(self, unit: int) -> Iterator[Item]:
         for i in range(unit * self.per_unit, min((unit + 1) * self.per_unit, self.count)):
             yield Item(f"digits:{i}", int(self.labels[i]), lambda i=i: self.images[i])  # type: ignore[misc]
+
+
+def tell_left_out(names: Sequence[str], count: int | None = None) -> str:
+    """`3 files left out: a.txt, b/c.json, b/d` for lines that people read; count: when there are more than `names`."""
+    count = len(names) if count is None else count
+    more = ", ..." if count > min(len(names), 5) else ""
+    return f"{count:,} {'files' if count != 1 else 'file'} left out (no images): {', '.join(names[:5])}{more}"
 
 
 def _refuse(why: str) -> np.ndarray:

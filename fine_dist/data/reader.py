@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fine_dist.config import DataConfig
-from fine_dist.data.records import PREFIX_BYTES, layout_of, record_key
+from fine_dist.data.records import BLOCK, PREFIX_BYTES, layout_of, record_key
 from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
 from fine_dist.data.sources import is_remote, locate, open_shard
 from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
@@ -30,7 +30,7 @@ _GRAIN = 32768
 """torch hands operations on so many numbers to its pool of threads."""
 _FETCHERS = 8
 """Threads that bring remote shards."""
-_SHORT, _NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
+_SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
 
 
 @dataclass
@@ -89,10 +89,20 @@ class Shard:
         # ask the system to bring the file in one sweep: the reads that follow are in random order
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
         if self.info.key_prefix is not None:
-            layout = layout_of(self._manifest.stored_shape, self._manifest.dtype)
-            room = size // layout.stride
-            return None if room >= self.info.count else f"the manifest says {self.info.count} samples; it has {room}"
+            return self._count_regular(size)
         return self._find(size)
+
+    def _count_regular(self, size: int) -> str | None:
+        """Whether a shard of records of one size ends where the manifest says: a block of zeros ends a tar."""
+        count, stride = self.info.count, layout_of(self._manifest.stored_shape, self._manifest.dtype).stride
+        room = size // stride
+        if room < count:
+            return f"the manifest says {count} samples; it has {room}"
+        if size >= count * stride + BLOCK and any(os.pread(self.fd, BLOCK, count * stride)):
+            return f"the manifest says {count} samples; it has more, or records of another size"
+        if count and not any(os.pread(self.fd, BLOCK, (count - 1) * stride)):
+            return f"the manifest says {count} samples; it has fewer, or records of another size"
+        return None
 
     def _find(self, size: int) -> str | None:
         """Look for the samples of a tar that another program wrote."""
@@ -204,7 +214,7 @@ class ShardSet:
             elif not good_N[row]:
                 rows.faults[first + row] = self._explain(shards[int(shard_N[row])], int(index_N[row]))
             elif not bool(torch.isfinite(latents[row]).all()):
-                rows.faults[first + row] = _NOT_FINITE
+                rows.faults[first + row] = NOT_FINITE
 
     def _explain(self, shard: Shard, index: int) -> str:
         """What is wrong with a record that the check refused."""
@@ -232,7 +242,7 @@ class ShardSet:
                 if got != latent.nbytes:
                     rows.faults[row] = _SHORT
                 elif not np.isfinite(latent).all():
-                    rows.faults[row] = _NOT_FINITE
+                    rows.faults[row] = NOT_FINITE
 
     def _scratch_for(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]], tuple[torch.Tensor, ...]]:
         """This thread's scratch memory for so many records: the buffer, a view of each, and their latents.

@@ -8,18 +8,22 @@ the latents are; training reads the manifest first and the shards through it.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
+import socket
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fine_dist.config import shown
 from fine_dist.data.records import (
+    BLOCK,
     LABEL,
     LABEL_DIGITS,
     LATENT,
@@ -39,18 +43,27 @@ class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+Side = Annotated[int, Field(ge=1, le=2**16)]
+_SMALLEST = 4 * BLOCK
+"""Bytes that a sample takes in a tar at least: two headers and a block of content for each."""
+
+
+_MANY = 10**6
+"""Samples of one shard beyond which a count is held against the bytes before so many are put in order in memory."""
+
+
 class ShardInfo(_Model):
     """One tar file."""
 
     name: str
     """File name, beside the manifest."""
-    count: int = Field(ge=0)
+    count: int = Field(ge=0, le=10**9)
     """Samples in it."""
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=2**50)
     """Size of the file."""
     sha256: str
     """Of the file."""
-    key_prefix: str | None = None
+    key_prefix: str | None = Field(None, pattern=r"^[!-~]{7,9}$")
     """What its keys begin with when all its records have one size; none: written by another program."""
 
 
@@ -67,15 +80,15 @@ class Manifest(_Model):
     format: Literal["fine_dist/latents/1"] = "fine_dist/latents/1"
     count: int = Field(ge=0)
     """Samples in all shards."""
-    latent_shape: tuple[int, int, int]
+    latent_shape: tuple[Side, Side, Side]
     """Channels, height, width of a latent; stored `moments` have twice the channels."""
     kind: Literal["sample", "moments"] = "sample"
     """`sample`: the latent itself; `moments`: its mean, then its standard deviation."""
     dtype: Literal["float16", "float32"] = "float16"
     """Of the stored numbers."""
-    scaling_factor: float = Field(1.0, gt=0)
+    scaling_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
     """The stream multiplies by it; shards hold what the codec gave."""
-    num_classes: int = Field(ge=1)
+    num_classes: int = Field(ge=1, le=10**7)
     """Labels are 0 .. num_classes - 1."""
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of labels, where known."""
@@ -89,6 +102,10 @@ class Manifest(_Model):
     """The settings of the encoding that made it."""
     shards: tuple[ShardInfo, ...]
     bad: tuple[BadInput, ...] = ()
+    left_out: tuple[str, ...] = ()
+    """Files among the images that are none, by name: the first of them."""
+    num_left_out: int = Field(0, ge=0)
+    """How many there are."""
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -121,11 +138,18 @@ class Manifest(_Model):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise DataError(f"{where}: not a manifest of latent shards: {place}: {first['msg']}") from None
+            at = f"{place}: " if place else ""
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise DataError(
+                f"{where}: not a manifest of latent shards: {at}{message} (got {shown(first['input'])}); encode again, "
+                "or write one with `python -m fine_dist.encode --index FOLDER`"
+            ) from None
         total = sum(shard.count for shard in manifest.shards)
         if total != manifest.count:
             raise DataError(f"{where}: count is {manifest.count}, but its shards add up to {total}")
         for shard in manifest.shards:
+            if shard.count > _MANY and shard.count * _SMALLEST > shard.bytes:
+                raise DataError(f"{where}: {shard.name}: {shard.count} samples cannot be in {shard.bytes} bytes")
             if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
                 raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
@@ -135,13 +159,46 @@ class Manifest(_Model):
 
 def write_atomic(path: Path, content: bytes) -> Path:
     """Write a file so that a reader sees all of it or nothing."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, path)
+    with io.BufferedWriter(open_draft(path)) as stream:
+        draft = Path(stream.raw.name)
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
     return path
+
+
+def open_draft(path: Path) -> io.FileIO:
+    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    while True:
+        file = io.FileIO(draft, "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
+            file.close()
+            continue
+        except OSError:  # no locks here; then nobody removes it either
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()
+
+
+def remove_drafts(folder: Path) -> int:
+    """Remove the drafts of killed writers, on whatever host: nobody holds their locks. How many there were."""
+    count = 0
+    for draft in folder.glob(".*.part"):
+        with contextlib.suppress(OSError), open(draft, "rb") as file:  # locked, or gone meanwhile, or no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            draft.unlink()
+            count += 1
+    return count
 
 
 class ShardWriter:
@@ -161,9 +218,10 @@ class ShardWriter:
         self.layout = layout_of(tuple(shape), dtype)
         self.count = 0
         self.info: ShardInfo | None = None
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = _Hashing(self._part)
+        draft = open_draft(self.path)
+        self._part = Path(draft.name)
+        self._stream = _Hashing(draft)
         self._tar = tar_writer(self._stream)
 
     def add(self, latent: np.ndarray, label: int) -> str:
@@ -186,8 +244,8 @@ class ShardWriter:
         self._tar.close()
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self._stream.close()
         os.replace(self._part, self.path)
+        self._stream.close()
         self.info = ShardInfo(
             name=self.path.name,
             count=self.count,
@@ -217,8 +275,8 @@ class ShardWriter:
 class _Hashing(io.BufferedWriter):
     """A file that is written in order and knows its size and sha256."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path, "wb"), 1 << 20)
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__(file, 1 << 20)
         self.sha256 = hashlib.sha256()
         self.size = 0
 

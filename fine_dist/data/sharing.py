@@ -15,10 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.data.images import Source
-from fine_dist.data.shards import MANIFEST, SHARD_NAME, BadInput, Manifest, ShardInfo, write_atomic
+from fine_dist.data.shards import (
+    MANIFEST,
+    SHARD_NAME,
+    BadInput,
+    Manifest,
+    ShardInfo,
+    open_draft,
+    remove_drafts,
+    write_atomic,
+)
 from fine_dist.errors import DataError
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
+_MOST_NAMES = 1000
+"""Names of files that were left out, in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +55,30 @@ def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
     manifest = Manifest.parse(path.read_bytes(), str(path))
     made_by = {key: value for key, value in manifest.made_by.items() if key != "fingerprint"}
     _same(made_by, json.loads(json.dumps(settings)), folder)
+    remove_drafts(folder)
     return manifest
 
 
 def agree(folder: Path, settings: dict[str, Any]) -> None:
     """The first process writes what is being encoded here; all others must mean the same."""
     path = folder / _SETTINGS
-    own = folder / f"{_SETTINGS}.{os.getpid()}"
-    own.write_text(json.dumps(settings, indent=1))
+    remove_drafts(folder)
+    with open_draft(path) as draft:
+        draft.write(json.dumps(settings, indent=1).encode())
+        try:
+            os.link(draft.name, path)
+        except FileExistsError:
+            _same(_read_mark(path), json.loads(json.dumps(settings)), folder)
+        finally:
+            os.unlink(draft.name)
+
+
+def _read_mark(path: Path) -> Any:
+    """The JSON in one of the small files here. `DataError` when it is damaged."""
     try:
-        os.link(own, path)
-    except FileExistsError:
-        _same(json.loads(path.read_text()), json.loads(json.dumps(settings)), folder)
-    finally:
-        own.unlink()
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: {error}; delete it, and encode again") from None
 
 
 def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -88,8 +109,19 @@ def is_done(folder: Path, unit: int) -> bool:
     return _done_path(folder, unit).exists() or (folder / MANIFEST).exists()
 
 
+def count_done(folder: Path, units: int) -> int:
+    """Units that anybody has done."""
+    if (folder / MANIFEST).exists():
+        return units
+    return sum(name.startswith(".latents-") and name.endswith(".tar.json") for name in os.listdir(folder))
+
+
 def _done_path(folder: Path, unit: int) -> Path:
     return folder / f".{SHARD_NAME.format(unit)}.json"
+
+
+def _lock_path(folder: Path, unit: int) -> Path:
+    return folder / f".{SHARD_NAME.format(unit)}.lock"
 
 
 class Claims:
@@ -140,7 +172,7 @@ class Claims:
         return True
 
     def _path(self, unit: int) -> Path:
-        return self.folder / f".{SHARD_NAME.format(unit)}.lock"
+        return _lock_path(self.folder, unit)
 
     def release(self, unit: int) -> None:
         """Let go of a unit; its lock file goes too once the unit is done."""
@@ -161,9 +193,9 @@ def merge(source: Source, codec_name: str, scaling_factor: float, job: Job) -> M
         path = job.folder / MANIFEST
         if path.exists():
             manifest = Manifest.parse(path.read_bytes(), str(path))
-            _tidy(job.folder, 0)
+            _tidy(job.folder, source.units)
             return manifest
-        parts = [json.loads(_done_path(job.folder, unit).read_text()) for unit in range(source.units)]
+        parts = [_read_mark(_done_path(job.folder, unit)) for unit in range(source.units)]
         bad = [BadInput(**each) for part in parts for each in part["bad"]]
         shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
         count = sum(shard.count for shard in shards)
@@ -185,6 +217,8 @@ def merge(source: Source, codec_name: str, scaling_factor: float, job: Job) -> M
             made_by={**job.settings, "fingerprint": source.fingerprint},
             shards=shards,
             bad=tuple(bad),
+            left_out=source.left_out[:_MOST_NAMES],
+            num_left_out=len(source.left_out),
         )
         manifest.save(job.folder)
         _tidy(job.folder, source.units)
@@ -192,10 +226,13 @@ def merge(source: Source, codec_name: str, scaling_factor: float, job: Job) -> M
 
 
 def _tidy(folder: Path, units: int) -> None:
+    """Remove what only an encoding that is under way needs, also what a process that was killed left of it."""
     for unit in range(units):
         _done_path(folder, unit).unlink(missing_ok=True)
+        _lock_path(folder, unit).unlink(missing_ok=True)
     for name in (_SETTINGS, _MERGING):
         (folder / name).unlink(missing_ok=True)
+    remove_drafts(folder)
 
 
 def too_many(job: Job, bad: int, count: int, last: BadInput | None) -> str:

@@ -13,7 +13,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fine_dist.data.records import BLOCK, LABEL, LATENT
+from fine_dist.config import shown
+from fine_dist.data.records import BLOCK, LABEL, LABEL_DIGITS, LATENT
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")
 """Endings that some readers unpickle; a sample with such an entry is refused."""
@@ -61,6 +62,8 @@ def walk(stream: BinaryIO, size: int) -> Iterator[Entry]:
         if len(header) < BLOCK or not _checksum_is_right(header):
             raise TarFault(f"no tar header at byte {at}: truncated or damaged")
         length = int(override.pop("size", 0)) or _number(header[124:136])
+        if length < 0:
+            raise TarFault(f"the size of the entry at byte {at} is damaged")
         name = _text(header[:100])
         if header[257:262] == b"ustar" and header[345]:
             name = f"{_text(header[345:500])}/{name}"
@@ -177,8 +180,8 @@ def _check(
 def _label(stream: BinaryIO, entry: Entry, num_classes: int | None) -> tuple[int, str | None]:
     stream.seek(entry.offset)
     text = stream.read(min(entry.size, _MAX_HEADER)).decode("ascii", "replace").strip()
-    if not text.isdigit():
-        return -1, f"the label is {text[:20]!r}, not a whole number"
+    if not text.isdigit() or len(text) > LABEL_DIGITS:
+        return -1, f"the label is {text[:20]!r}, not a whole number of at most {LABEL_DIGITS} digits"
     label = int(text)
     if num_classes is not None and label >= num_classes:
         return label, f"label {label}, but there are {num_classes} classes"
@@ -207,8 +210,10 @@ def _parse_npy(header: bytes) -> tuple[tuple[int, ...], str] | str:
         fields = ast.literal_eval(header.decode("latin1").strip())
         descr, shape, fortran = fields["descr"], tuple(int(n) for n in fields["shape"]), fields["fortran_order"]
         dtype = np.dtype(descr)
-    except (ValueError, SyntaxError, KeyError, TypeError):
+    except (ValueError, SyntaxError, LookupError, TypeError, OverflowError, RecursionError, MemoryError):
         return "the latent's .npy header is damaged"
+    if not all(0 <= side < 2**16 for side in shape) or len(shape) > 8 or dtype.itemsize > 64:
+        return f"the latent's .npy header says {shown(shape)}, which is no latent's shape"
     if dtype.hasobject:
         return "the latent is a pickled object array, which is never read"
     if fortran and len(shape) > 1:
@@ -250,6 +255,8 @@ def _pax(content: bytes) -> dict[str, str]:
             raise TarFault("a pax header is damaged")
         record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
         word, _, value = record.partition(b"=")
+        if word == b"size" and not (value.isdigit() and len(value) < 20):
+            raise TarFault("a pax header is damaged")
         if word in (b"path", b"size"):
             found[word.decode()] = value.decode("utf-8", "replace")
     return found

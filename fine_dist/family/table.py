@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import RunDirError
 from fine_dist.files import last_row as newest_row
-from fine_dist.model.flops import dense_numbers
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.targets import PLACES
 
@@ -116,7 +115,7 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
         if place is None:
             continue
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        dense += 4 * dense_numbers(Arch.model_validate(manifest["arch"]))
+        dense += 4 * Arch.model_validate(manifest["arch"]).count()
         named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
         if named:
             gene = Path(named["path"]) / "manifest.json"

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fine_dist.errors import ArtifactError
+from fine_dist.config import shown, validate
+from fine_dist.errors import ArtifactError, ConfigError
 from fine_dist.model.zoo import Arch
 
 FORMAT = 1
@@ -66,7 +67,7 @@ def save_artifact(
             "kind": kind,
             "method": method,
             "arch": arch.model_dump(),
-            "sha256": {TENSORS: sha256(temporary / TENSORS)},
+            "sha256": {TENSORS: sha256(temporary / TENSORS), "settings": _settings_hash(kind, method, arch)},
             "bytes": (temporary / TENSORS).stat().st_size,
             "num_numbers": sum(t.numel() for t in tensors.values()),
             "extra": extra or {},
@@ -87,17 +88,40 @@ def save_artifact(
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest alone, without reading tensors. `ArtifactError` when it is missing or not ours."""
+    """The manifest alone, without reading tensors. `ArtifactError` when it is missing, not ours, or was altered."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {MANIFEST}: not a learngene or model, or one that was never finished")
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ArtifactError(f"{path}: format {manifest.get('format')!r} is not the {FORMAT} that this version reads")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: {str(error)[:200]}; copy the folder again, or make it again") from None
+    if not isinstance(manifest, dict):
+        raise ArtifactError(f"{path}: a JSON object is needed, not {shown(manifest)}; it is not ours, or damaged")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(
+            f"{path}: format {shown(manifest.get('format'))} is not the {FORMAT} that this version reads"
+        )
+    for key, kind in _KEYS.items():
+        if not isinstance(manifest.get(key), kind):
+            found = f"is {shown(manifest[key])}" if key in manifest else "is not there"
+            raise ArtifactError(f"{path}: {key} {found}, and a {kind.__name__} is needed: the file is damaged")
+    if not isinstance(manifest["sha256"].get(TENSORS), str):
+        raise ArtifactError(f"{path}: there is no sha256 of {TENSORS}: the file is damaged; copy the folder again")
+    try:
+        arch = validate(Arch, manifest["arch"], f"{path}: arch")
+    except ConfigError as error:
+        raise ArtifactError(str(error)) from None
+    stated = manifest["sha256"].get("settings")
+    if stated is not None and stated != _settings_hash(manifest["kind"], manifest["method"], arch):
+        raise ArtifactError(
+            f"{path}: kind, method or arch is not what was written (their sha256 differs): it was edited; "
+            "copy the folder again, or make it again"
+        )
     return manifest
+
+
+_KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dict}
 
 
 def load_artifact(folder: str | Path, expect_kind: str | None = None) -> Artifact:
@@ -119,10 +143,22 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None) -> Artifac
         )
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
     arch = Arch.model_validate(manifest["arch"])
+    for name, shape in arch.shell_shapes().items():
+        if name in tensors and manifest["kind"] != "sigma" and tuple(tensors[name].shape) != shape:
+            raise ArtifactError(
+                f"{folder}: {name} is {list(tensors[name].shape)}, and {list(shape)} by the arch in its {MANIFEST}: "
+                "one of them was altered; copy the folder again, or make it again"
+            )
     return Artifact(folder, manifest["kind"], manifest["method"], arch, tensors, manifest["extra"], found)
+
+
+def _settings_hash(kind: str, method: dict[str, Any], arch: Arch) -> str:
+    """sha256 of what says how tensors are to be read: without it an altered number of heads would go unseen."""
+    text = json.dumps([kind, method, arch.model_dump()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: str | Path) -> str:

@@ -72,17 +72,6 @@ def forward_macs(arch: Arch, rank: int | None = None) -> int:
     return blocks + attention_macs(arch) + outside_macs(arch)
 
 
-def dense_numbers(arch: Arch) -> int:
-    """Numbers in a dense DiT of this shape (without its fixed position table)."""
-    d, patch = arch.hidden_size, arch.patch_size**2
-    block = 18 * d * d + 15 * d
-    shell = (arch.in_channels * patch + 1) * d  # patches in
-    shell += (256 + 1) * d + (d + 1) * d  # time
-    shell += (arch.num_classes + 1) * d  # labels
-    shell += 2 * (d + 1) * d + (d + 1) * arch.out_channels * patch  # the final layer
-    return arch.num_layers * block + shell
-
-
 def train_flops(arch: Arch) -> float:
     """FLOPs of one sample's forward and backward pass of the dense model: 3 x 2 x multiply-adds.
 

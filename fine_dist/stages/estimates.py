@@ -51,7 +51,6 @@ def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
 
 def stage_memory(config: StageConfig, plan: Blueprint, world_size: int) -> Memory:
     """The memory of one process of a stage, its teacher's included."""
-    from fine_dist.model.flops import dense_numbers
     from fine_dist.stages.memory import estimate
 
     micro = config.engine.micro_batch or max(1, config.batch // world_size)
@@ -64,5 +63,5 @@ def stage_memory(config: StageConfig, plan: Blueprint, world_size: int) -> Memor
         num_params=cost.stored,
         num_trained=cost.trained,
         kept=cost.kept,
-        teacher=dense_numbers(plan.teacher) if plan.teacher else 0,
+        teacher=plan.teacher.count() if plan.teacher else 0,
     )

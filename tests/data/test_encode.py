@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import multiprocessing
 import os
+import re
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -22,10 +28,13 @@ from fine_dist.data import images
 from fine_dist.data.audit import inspect
 from fine_dist.data.digits import digits
 from fine_dist.data.images import center_crop
-from fine_dist.data.shards import Manifest, write_shards
+from fine_dist.data.progress import Progress
+from fine_dist.data.shards import Manifest, open_draft, remove_drafts, write_shards
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, main, run
 from fine_dist.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def picture(seed: int, width: int = 70, height: int = 50) -> Image.Image:
@@ -249,15 +258,89 @@ def test_an_autoencoder_that_is_not_there_or_does_not_fit_says_so(folder, vae, t
         run(config(folder, tmp_path, codec="vae", vae=str(path), image_size=30))
 
 
+def test_a_transformer_where_an_autoencoder_is_needed_is_named_as_what_it_is(folder, tmp_path, capsys):
+    from diffusers import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8)
+    model.save_pretrained(tmp_path / "dit")
+    argv = ["--source", str(folder), "--out", str(tmp_path / "out"), "--codec", "vae", "--vae", str(tmp_path / "dit")]
+    assert main([*argv, "--launcher", "here"]) == 2
+    assert "it is a DiTTransformer2DModel, and an AutoencoderKL is needed" in capsys.readouterr().err
+
+
+# --- progress, leftovers -------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_sees_a_bar_with_rate_and_time_left(folder, tmp_path):
+    mine, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 150, 0, 0))
+    argv = ["--source", folder, "--out", tmp_path, "--image-size", "32", "--shard-samples", "4", "--batch", "2"]
+    command = [sys.executable, "-m", "fine_dist.encode", *map(str, argv), "--launcher", "here"]
+    done = subprocess.run(command, stderr=theirs, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: all is read, and nobody is at the other end
+        while piece := os.read(mine, 1 << 16):
+            seen += piece
+    os.close(mine)
+    assert done.returncode == 0, seen
+    assert re.search(rb"25/25 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+ images/s\]", seen), seen
+
+
+def test_a_log_gets_a_line_with_rate_and_time_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fine_dist.data.progress.EVERY_S", 0.0)
+    bar = Progress(tmp_path, 100, 10)
+    bar.show(2, 0)  # what others had done before
+    assert bar.line(30, 2.0) == f"encode: {tmp_path}: 30 of 100 images, 5/s, 00:14 left"
+    time.sleep(0.01)
+    bar.show(3, 5)
+    assert "35 of 100 images" in capsys.readouterr().out
+    bar.close()
+
+
+def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_path):
+    out = tmp_path / "train"
+    out.mkdir()
+    code = "import sys, time; from pathlib import Path; from fine_dist.data.shards import open_draft; "
+    code += "kept = [open_draft(Path(path)) for path in sys.argv[1:]]; print('ready', flush=True); time.sleep(60)"
+    # the draft of a manifest, of a shard beyond those of this encoding, and of a mark
+    paths = [out / name for name in ("manifest.json", "latents-000099.tar", ".latents-000000.tar.json")]
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, paths)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.wait()
+    assert len(list(out.glob(".*.part"))) == 3
+    (out / ".latents-000000.tar.lock").touch()  # of one killed between a unit's end and its release
+    with open_draft(out / "other.json") as living:
+        run(config(folder, tmp_path))
+        assert [path.name for path in out.glob(".*.part")] == [Path(living.name).name]
+    assert remove_drafts(out) == 1
+    assert not list(out.glob(".*"))
+
+
+def test_ctrl_c_promises_what_is_true(tmp_path):
+    argv = ["--source", "pipe:exec sleep 60", "--out", str(tmp_path), "--launcher", "here"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fine_dist.encode", *argv], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "train" / ".latents-000000.tar.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert f"interrupted; the shards that are done stay in {tmp_path}, and the same command continues" in said
+
+
 # --- many processes, interruptions ---------------------------------------------------------------------------------
 
 
 def encode_slowly(settings: EncodeConfig, pause_s: float) -> None:
     """Run in a process of its own."""
 
-    def slowly(image, size):
+    def slowly(image, size, background):
         time.sleep(pause_s)
-        return center_crop(image, size)
+        return center_crop(image, size, background)
 
     images.center_crop = slowly
     run(settings)
@@ -293,11 +376,11 @@ def test_an_interrupted_encoding_continues_and_a_finished_one_does_nothing(folde
     expected = hashes(run(config(folder, tmp_path / "whole")) / "train")
     out, read = tmp_path / "out", []
 
-    def interrupted(image, size):
+    def interrupted(image, size, background):
         read.append(1)
         if len(read) > 14:
             raise KeyboardInterrupt
-        return center_crop(image, size)
+        return center_crop(image, size, background)
 
     monkeypatch.setattr("fine_dist.data.images.center_crop", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -201,9 +202,17 @@ def test_a_data_set_in_which_nothing_can_be_read_is_an_error_and_not_a_hang(tmp_
     ("text", "words"),
     [
         ("{", "not a manifest of latent shards"),
-        ('{"count": 1}', "latent_shape: Field required"),
+        ('{"count": 1}', "latent_shape: field required"),
         (None, "count is 21, but its shards add up to 20"),
         ("..", "is not a plain file name"),
+        ("[]", r"input should be an object \(got \[\]\)"),
+        ('{"format": 1}', "format: input should be 'fine_dist/latents/1'"),
+        ("[" * 100000, "recursion limit"),
+        ({"sha256": None}, "shards.0.sha256: field required"),
+        ({"latent_shape": [0, 4, 4]}, "latent_shape.0: input should be greater than or equal to 1"),
+        ({"latent_shape": [10**9, 10**9, 4]}, "latent_shape.0: input should be less than or equal to 65536"),
+        ({"num_classes": 10**15}, "num_classes: input should be less"),
+        ({"count": 10**8}, "100000000 samples cannot be in"),
     ],
 )
 def test_a_manifest_that_is_none_says_what_is_wrong_with_it(tmp_path, text, words):
@@ -212,9 +221,48 @@ def test_a_manifest_that_is_none_says_what_is_wrong_with_it(tmp_path, text, word
         text = manifest.model_copy(update={"count": 21}).model_dump_json()
     elif text == "..":
         text = manifest.model_dump_json().replace("latents-000000.tar", "../latents-000000.tar")
+    elif isinstance(text, dict):
+        fields = json.loads(manifest.model_dump_json())
+        fields.update({key: value for key, value in text.items() if key != "sha256"})
+        fields["shards"][0].update({key: value for key, value in text.items() if key in ("count", "sha256")})
+        if "sha256" in text:
+            del fields["shards"][0]["sha256"]
+        text = json.dumps(fields)
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(DataError, match=words):
         stream(tmp_path)
+
+
+@pytest.mark.parametrize(("by", "words"), [(1, "it has fewer"), (-1, "it has more")])
+def test_a_count_that_is_off_by_one_is_named_and_nothing_is_dropped_unsaid(tmp_path, by, words, capsys):
+    make(tmp_path, [7, 11, 3])
+    fields = json.loads((tmp_path / MANIFEST).read_text())
+    fields["shards"][1]["count"] += by
+    fields["count"] += by
+    (tmp_path / MANIFEST).write_text(json.dumps(fields))
+    with pytest.raises(DataError, match=rf"latents-000001\.tar: the manifest says {11 + by} samples; {words}"):
+        take(stream(tmp_path), 4)
+    for flag in ("--verify", "--inspect"):
+        assert main([flag, str(tmp_path)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_index_refuses_numbers_that_are_not_finite(tmp_path, capsys):
+    bad = npy(np.full(SHAPE, np.nan, np.float16))
+    make_foreign(tmp_path, [[sample(0), sample(1, latent_npy=bad)]], manifest=False)
+    assert main(["--index", str(tmp_path)]) == 2
+    assert "other-0.tar: sample0001: the latent has NaN or Inf" in capsys.readouterr().err
+    assert not (tmp_path / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("size", ["-5000", "abc", "9" * 30])
+def test_a_tar_whose_header_lies_about_sizes_ends_in_words(tmp_path, size, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("x.cls")
+        info.size, info.pax_headers = 1, {"size": size, "path": "x.cls"}
+        tar.addfile(info, io.BytesIO(b"1"))
+    assert main(["--index", str(tmp_path)]) == 2
+    assert "a.tar: " in capsys.readouterr().err
 
 
 def test_a_writer_that_fails_leaves_no_file(tmp_path):

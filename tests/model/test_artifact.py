@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError
+from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.model import zoo
 from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.zoo import check_size
 from tests.conftest import lively, tiny_arch
 
 
@@ -60,9 +63,43 @@ def other_format(folder):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
 
 
+def change(**fields):
+    """Change fields of the manifest; one that becomes None goes."""
+
+    def damage(folder):
+        manifest = {**json.loads((folder / "manifest.json").read_text()), **fields}
+        kept = {key: value for key, value in manifest.items() if value is not None}
+        (folder / "manifest.json").write_text(json.dumps(kept))
+
+    return damage
+
+
+def narrower(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(arch={**manifest["arch"], "hidden_size": 16})(folder)
+
+
+def more_classes_in_an_older_manifest(folder):
+    """As `narrower`, where the manifest has no hash of its settings: the tensors tell."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]["settings"]
+    change(arch={**manifest["arch"], "num_classes": 11}, sha256=manifest["sha256"])(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (lambda f: (f / "manifest.json").write_text("[]"), "a JSON object is needed"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "kind is not there"),
+        (lambda f: (f / "manifest.json").write_bytes(b"\x80\x02\xff"), "damaged"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100000), "damaged"),
+        (change(sha256=None), "sha256 is not there"),
+        (change(sha256={}), "no sha256 of tensors"),
+        (change(arch={"hidden_size": "wide"}), "arch: hidden_size: input should be a valid integer"),
+        (change(method=["fine"]), "method is"),
+        (change(kind="sigma"), "it was edited"),
+        (narrower, "it was edited"),
+        (more_classes_in_an_older_manifest, r"label.weight is \[11, 32\], and \[12, 32\] by the arch"),
         (damage_tensors, "edited or half copied"),
         (truncate_tensors, "edited or half copied"),
         (lambda f: (f / "tensors.safetensors").unlink(), "no tensors.safetensors"),
@@ -83,3 +120,33 @@ def test_a_model_where_a_learngene_is_needed_is_refused(saved):
     folder, _ = saved
     with pytest.raises(ArtifactError, match="is a learngene, and a model is needed"):
         load_artifact(folder, "model")
+
+
+@pytest.mark.parametrize("fields", [{}, {"learn_sigma": True, "num_layers": 2, "hidden_size": 48}])
+def test_what_a_shape_counts_is_what_a_model_has(fields):
+    arch = tiny_arch(**fields)
+    assert arch.count() == sum(p.numel() for p in DiT(arch).parameters())
+    assert arch.count(24) == sum(p.numel() for p in FactoredDiT(arch, 24).parameters())
+    state = DiT(arch).state_dict()
+    assert all(tuple(state[name].shape) == shape for name, shape in arch.shell_shapes().items())
+
+
+def test_a_size_that_no_memory_holds_is_refused_before_it_is_made():
+    check_size(tiny_arch().count(), "a model that fits")
+    with pytest.raises(ConfigError, match=r"method.rank 1000000000: .* GiB as float32, and this machine has .* GiB"):
+        check_size(tiny_arch().count(10**9), "method.rank 1000000000")
+
+
+@pytest.mark.parametrize("fields", [{"num_layers": 10**6}, {"hidden_size": 10**12}, {"num_classes": 10**15}])
+def test_a_shape_beyond_all_bounds_is_refused_at_once(fields):
+    with pytest.raises(ConfigError, match=rf"arch: {next(iter(fields))}: input should be less than or equal to"):
+        zoo.arch("DiT-B/2", **fields)
+    with pytest.raises(ConfigError, match="num_layers: input should be less"):
+        tiny_arch().with_depth(100000)
+
+
+def test_an_error_of_a_name_is_one_line_without_addresses():
+    for name in ("DiT-B/3", "DiT-Q/2", "DiT-B/2-L0", "B"):
+        with pytest.raises(ConfigError) as caught:
+            zoo.arch(name)
+        assert "\n" not in str(caught.value) and "http" not in str(caught.value)

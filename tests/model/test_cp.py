@@ -3,17 +3,61 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import tensorly
 import torch
 from tensorly.decomposition import parafac
 
-from fine_dist.model.cp import compose, decompose
+from fine_dist.model.cp import compose, decompose, jennrich, solve_sigma, unit
 
 
 def test_a_tensor_of_the_form_is_found_again(generator):
     u, v, s = (torch.randn(n, 12, generator=generator) for n in (40, 24, 6))
     fit = decompose(compose(u, v, s), 12, sweeps=300, generator=generator)
     assert fit.error.max() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(6, 40, 24, 12), (8, 192, 64, 64), (4, 64, 256, 48), (2, 40, 40, 20)])
+def test_a_stack_that_is_exactly_of_the_form_comes_back_to_float32(shape, generator):
+    layers, m, n, rank = shape
+    u, v, s = (torch.randn(size, rank, generator=generator) for size in (m, n, layers))
+    fit = decompose(compose(u, v, s), rank, generator=generator)
+    assert fit.error.max() < 1e-4  # ALS from singular vectors leaves 5 to 10% here after as many sweeps
+    # of the layers' own course too: sigma is found up to order and scale, so each true one is a multiple of a found one
+    like = unit(s)[0].T @ unit(fit.sigma)[0]
+    assert like.abs().amax(1).min() > 0.999
+
+
+def test_sigma_on_a_line_in_depth_and_too_high_a_rank_come_back_too(generator):
+    u, v, ends = (torch.randn(size, 16, generator=generator) for size in (96, 32, 2))
+    t = torch.linspace(0, 1, 8)[:, None]
+    weights = compose(u, v, (1 - t) * ends[0] + t * ends[1])
+    for rank in (16, 24):
+        assert decompose(weights, rank, generator=generator).error.max() < 1e-4
+
+
+def test_the_better_start_is_taken_and_near_the_form_it_is_the_closed_one(generator):
+    u, v, s = (torch.randn(size, 16, generator=generator) for size in (64, 32, 6))
+    weights = compose(u, v, s)
+    weights = weights + 0.03 * weights.std() * torch.randn(weights.shape, generator=generator)
+    fit = decompose(weights, 16, sweeps=1, generator=generator)
+    closed = jennrich(weights, 16, generator)[0]
+    measured = (weights - compose(*closed, solve_sigma(weights, *closed))).norm() / weights.norm()
+    assert abs(fit.history[0] - float(measured)) < 1e-5
+    assert fit.history[-1] < 0.05  # 3% of it is noise
+
+
+def test_the_tolerance_says_how_long_it_is_polished(generator):
+    weights = torch.randn(6, 48, 24, generator=generator)
+    rough, fine = (decompose(weights, 24, tolerance=t, generator=generator) for t in (1e-2, 1e-4))
+    assert len(rough.history) < len(fine.history) and fine.history[-1] < rough.history[-1]
+
+
+def test_weights_that_are_not_finite_are_refused():
+    weights = torch.ones(3, 8, 8)
+    weights[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        decompose(weights, 4)
 
 
 def test_the_error_is_no_worse_than_tensorlys(generator):

@@ -26,7 +26,6 @@ from fine_dist.family.table import list_family
 from fine_dist.jobs import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.model.flops import dense_numbers
 from fine_dist.stages.targets import load_target
 from tests.pack.tools import largest_difference, sigma_of, solo
 
@@ -98,7 +97,7 @@ def test_a_target_names_its_learngene_and_merges_into_a_dense_model_of_the_state
         assert type(dense) is DiT and artifact.extra["parent"]["hash"] == learngene.hash
         done = json.loads((family / name / "DONE.json").read_text())
         assert measure(dense)["held_out_loss"] == pytest.approx(done["held_out_loss"], rel=1e-5)
-        assert sum(p.numel() for p in dense.parameters()) == dense_numbers(dense.arch)
+        assert sum(p.numel() for p in dense.parameters()) == dense.arch.count()
 
 
 def test_scalers_are_refused_with_another_learngene_and_found_where_it_was_moved(family, learngene, tmp_path):
