@@ -51,18 +51,18 @@ PAGES = {
     "init": Page(
         (
             "--config configs/init/dit_b_family.yaml --dry-run",
-            "--learngene runs/condense/dit_b/learngene --data.shards data/imagenet256/train --depths 4 6 8",
+            "--parent runs/condense/dit_b/learngene --data.shards data/imagenet256/train --depths 4 6 8",
             "--list runs/init/dit_b",
         ),
-        ("run_dir", "learngene", "depths", "data.shards", "seeds", "lrs", "starts", "steps", "batch", "optim.lr"),
+        ("run_dir", "parent", "depths", "data.shards", "seeds", "lrs", "variants", "steps", "batch", "optim.lr"),
     ),
     "train": Page(
         (
             "--config configs/train/dit_b.yaml",
-            "--start runs/init/dit_b/L6-s0-lr0.01 --data.shards data/imagenet256/train --steps 100000",
+            "--parent runs/init/dit_b/L6-s0-lr0.01 --data.shards data/imagenet256/train --steps 100000",
             "--arch DiT-B/2-L6 --data.shards data/imagenet256/train --steps 300000 --run-dir runs/train/scratch",
         ),
-        (*_STAGE, "start", "arch", "learngene", "engine.precision", "engine.backend", "launch.processes"),
+        (*_STAGE, "parent", "arch", "method.name", "engine.precision", "engine.backend", "launch.processes"),
     ),
     "sample": Page(
         (
