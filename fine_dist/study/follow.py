@@ -93,14 +93,15 @@ class _Queue:
     """What waits, what runs, and what became of the rest."""
 
     def __init__(self, graph: Graph, runner: Launcher, bars: Bars) -> None:
-        from fine_dist.jobs import Submissions
+        from fine_dist.jobs import StateTable, Submissions
 
         self.graph, self.runner, self.bars = graph, runner, bars
         self.waiting = list(graph.runs)
         self.running: dict[str, Job] = {}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
-        self.submissions = Submissions(graph.study.root)
+        self.submissions = Submissions(graph.study.root.absolute())
+        self.table = StateTable(graph.study.root.absolute())
         self.elsewhere: set[str] = set()
         """Runs that an earlier call handed to a scheduler and that it still has."""
         self._looked: set[str] = set()
@@ -176,8 +177,10 @@ class _Queue:
     def _submit(self, run: Run) -> None:
         from fine_dist.submit import make_spec
 
+        self.table.add([run.name], {run.name: str(run.run_dir)})
+        self.table.update(run.name, state="pending", reason=None)
         _prepare(self.graph, run)
-        spec = make_spec(run.module, run.config, run.name, code=self.code)
+        spec = make_spec(run.module, run.config, run.name, code=self.code, table=self.table.folder.parent)
         job = self.running[run.name] = self.runner.submit(spec, retries=self.graph.study.launch.retries)
         if self.runner.detached:
             self.submissions.add({str(job.id): [run.name]})
