@@ -51,6 +51,7 @@ def _follow_here(graph: Graph, bars: Bars) -> None:
 
     for run in _in_order(graph):
         if not run.done:
+            bars.show(run)
             _prepare(graph, run)
             import_module(run.module).run(run.config)
             run.stamp(done=True)
@@ -182,6 +183,7 @@ class _Queue:
         _prepare(self.graph, run)
         spec = make_spec(run.module, run.config, run.name, code=self.code, table=self.table.folder.parent)
         job = self.running[run.name] = self.runner.submit(spec, retries=self.graph.study.launch.retries)
+        self.bars.show(run)
         if self.runner.detached:
             self.submissions.add({str(job.id): [run.name]})
 
@@ -235,10 +237,11 @@ class Bars:
             self.progress.update(self._bars[run.name], completed=min(row["step"], run.steps), facts=facts)
 
     def end(self, run: Run, failed: bool = False) -> None:
+        before = "" if run.name in self._bars else " (done before)"
         if run.name in self._bars:
             self.progress.update(self._bars[run.name], visible=False)
         self.progress.advance(self.all)
-        mark = "FAILED" if failed else f"-> {run.run_dir}"
+        mark = "FAILED" if failed else f"-> {run.run_dir}{before}"
         self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
 
 
