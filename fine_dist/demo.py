@@ -25,8 +25,8 @@ STUDY = Path(__file__).resolve().parents[1] / "configs" / "study" / "digits_demo
 class DemoConfig(Config):
     """The whole method on scikit-learn's digits (1,797 real scans, used as 1x8x8 latents), with a report."""
 
-    study: str = str(STUDY)
-    """The study that is run; the settings below are laid over it."""
+    study: str | None = None
+    """Another study's file, over which the settings below are laid; none: the demo's own."""
     run_dir: str = "runs/demo"
     """Where everything is written; the report lands in its `report/`."""
     seeds: int = Field(1, ge=1)
@@ -50,7 +50,7 @@ class DemoConfig(Config):
 def study_of(config: DemoConfig) -> StudyConfig:
     """The demo's study with the demo's settings."""
     return load_study(
-        config.study,
+        config.study or STUDY,
         run_dir=config.run_dir,
         command=f"python -m fine_dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
         seeds=list(range(config.seeds)),

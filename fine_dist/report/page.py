@@ -11,9 +11,10 @@ from fine_dist.report.canvas import picture_png
 from fine_dist.report.claims import FAILED, MEASURES, MISSING, NOISE, Comparison, Verdict, verdicts
 from fine_dist.report.costs import arithmetic
 from fine_dist.report.css import CSS
-from fine_dist.report.figures import bars_svg, colour, costs_svg, curves_svg, depths_svg, storage_svg, tables_svg
+from fine_dist.report.figures import bars_svg, colour, curves_svg, tables_svg
 from fine_dist.report.results import Picture, Results
 from fine_dist.report.table import table
+from fine_dist.report.tradeoffs import costs_svg, depths_svg, storage_svg
 
 _STATES = {FAILED: "no", NOISE: "noise"}
 """Classes of the style sheet for verdicts; the others are `yes`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from fine_dist.report import Ancestor, Picture, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
 from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+from fine_dist.study.surroundings import features, machine
 
 if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
@@ -33,7 +33,7 @@ def collect(graph: Graph) -> Results:
 class _Collector:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.study = graph, graph.study
-        self.features, self.accuracy = features(graph)
+        self.features, self.accuracy = features(self.study)
         if self.accuracy is not None:
             print(f"features: a classifier of this data, held-out accuracy {self.accuracy:.4f}", flush=True)
         self._measures: dict[str, Measures] = {}
@@ -272,32 +272,3 @@ class _Collector:
         columns = [(labels == label).nonzero().flatten()[:each] for label in classes]
         order = torch.tensor([int(column[i]) for i in range(each) for column in columns if i < len(column)])
         results.pictures.append(Picture(image=self._grid(images[order]), caption="held-out real data"))
-
-
-def features(graph: Graph) -> tuple[str | None, float | None]:
-    """Folder of the features of the Fréchet distance, and their classifier's held-out accuracy; trained once."""
-    from fine_dist.data.stream import read_all
-    from fine_dist.errors import ArtifactError
-    from fine_dist.metrics.features import load_classifier, save_classifier, train_classifier
-
-    study = graph.study
-    if study.features is None:
-        return None, None
-    if study.features != "classifier":
-        return study.features, load_classifier(study.features).accuracy
-    folder, data = study.root / "features", study.root / next(iter(study.data))
-    try:
-        return str(folder), load_classifier(folder).accuracy
-    except ArtifactError:
-        trained = train_classifier(*read_all(str(data / "train")), read_all(str(data / "held_out")))
-        save_classifier(folder, trained)
-        return str(folder), trained.accuracy
-
-
-def machine() -> dict[str, Any]:
-    """The machine and versions, for the report's last section."""
-    from fine_dist.engine.run_dir import describe_environment
-
-    facts = describe_environment()
-    versions = ", ".join(f"{name} {version}" for name, version in facts.pop("versions").items())
-    return {"processor": platform.machine(), **{k: v for k, v in facts.items() if k != "host"}, "versions": versions}

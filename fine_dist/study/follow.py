@@ -48,6 +48,7 @@ def _follow_here(graph: Graph, bars: Bars) -> None:
 
     for run in _in_order(graph):
         if not run.done:
+            bars.show(run)
             _prepare(graph, run)
             import_module(run.module).run(run.config)
             run.stamp(done=True)
@@ -90,14 +91,15 @@ class _Queue:
     """What waits, what runs, and what became of the rest."""
 
     def __init__(self, graph: Graph, runner: Launcher, bars: Bars) -> None:
-        from fine_dist.jobs import Submissions
+        from fine_dist.jobs import StateTable, Submissions
 
         self.graph, self.runner, self.bars = graph, runner, bars
         self.waiting = list(graph.runs)
         self.running: dict[str, Job] = {}
         self.done: set[str] = set()
         self.failed: dict[str, str] = {}
-        self.submissions = Submissions(graph.study.root)
+        self.submissions = Submissions(graph.study.root.absolute())
+        self.table = StateTable(graph.study.root.absolute())
         self.elsewhere: set[str] = set()
         """Runs that an earlier call handed to a scheduler and that it still has."""
         self._looked: set[str] = set()
@@ -173,9 +175,12 @@ class _Queue:
     def _submit(self, run: Run) -> None:
         from fine_dist.jobs.prepare import make_spec
 
+        self.table.add([run.name], {run.name: str(run.run_dir)})
+        self.table.update(run.name, state="pending", reason=None)
         _prepare(self.graph, run)
-        spec = make_spec(run.module, run.config, run.name, code=self.code)
+        spec = make_spec(run.module, run.config, run.name, code=self.code, table=self.table.folder.parent)
         job = self.running[run.name] = self.runner.submit(spec, retries=self.graph.study.launch.retries)
+        self.bars.show(run)
         if self.runner.detached:
             self.submissions.add({str(job.id): [run.name]})
 
@@ -229,10 +234,11 @@ class Bars:
             self.progress.update(self._bars[run.name], completed=min(row["step"], run.steps), facts=facts)
 
     def end(self, run: Run, failed: bool = False) -> None:
+        before = "" if run.name in self._bars else " (done before)"
         if run.name in self._bars:
             self.progress.update(self._bars[run.name], visible=False)
         self.progress.advance(self.all)
-        mark = "FAILED" if failed else f"-> {run.run_dir}"
+        mark = "FAILED" if failed else f"-> {run.run_dir}{before}"
         self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
 
 

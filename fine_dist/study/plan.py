@@ -51,8 +51,17 @@ class Run:
             stamp = json.loads((self.run_dir / _STAMP).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return False
+        if stamp.get("key") != self.key:
+            return False
         whole = settings.finished(self.module, self.config)
-        return stamp.get("key") == self.key and bool(stamp.get("done") if whole is None else whole)
+        return bool(stamp.get("done") or self._ended_well()) if whole is None else whole
+
+    def _ended_well(self) -> bool:
+        """What its worker wrote down, should the process that submitted it have ended before."""
+        from fine_dist.jobs import StateTable
+
+        row = StateTable(self.run_dir.parent).get(self.name)
+        return row is not None and row.state == "done"
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from fine_dist.config import Config, LaunchConfig
@@ -19,6 +20,8 @@ class ToyConfig(Config):
     """Files that must be there."""
     fail: bool = False
     """End with an error."""
+    seconds: float = 0.0
+    """How long it takes."""
     launch: LaunchConfig = LaunchConfig(retries=0)
     """What the job needs."""
 
@@ -28,6 +31,7 @@ def run(config: ToyConfig) -> None:
     missing = [name for name in config.needs if not Path(name).exists()]
     if missing or config.fail:
         raise ConfigError(f"this toy fails: {missing or 'as asked'}")
+    time.sleep(config.seconds)
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "ran", "a", encoding="utf-8") as file:
@@ -35,7 +39,7 @@ def run(config: ToyConfig) -> None:
 
 
 def main() -> int:
-    """Follow a graph of toys: `python -m tests.study.toy ROOT LAUNCHER`; `two` and `three` need `one`."""
+    """Follow a graph of toys: `python -m tests.study.toy ROOT LAUNCHER [SECONDS]`; `two` and `three` need `one`."""
     import sys
 
     from fine_dist.errors import guard
@@ -48,7 +52,7 @@ def main() -> int:
         graph = Graph(study)
         for name, after in (("two", ("one",)), ("three", ("one",)), ("one", ())):
             needs = tuple(str(root / before / "ran") for before in after)
-            config = ToyConfig(run_dir=str(root / name), needs=needs)
+            config = ToyConfig(run_dir=str(root / name), needs=needs, seconds=float((sys.argv[3:] or ["0"])[0]))
             graph.runs.append(Run(name, "tests.study.toy", config, 1, after))
         follow(graph, sys.argv[2])
         return 0
