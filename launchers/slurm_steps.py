@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -52,11 +53,19 @@ class StepLauncher(Launcher):
         spec = job.spec
         if spec.nodes > _nodes():
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes and this allocation has {_nodes()}")
-        command = ["srun", "--kill-on-bad-exit=1", "--exact", f"--nodes={spec.nodes}", f"--ntasks={spec.world_size}"]
+        site = Site.here()
+        command = [
+            "srun",
+            *site.srun_args,
+            "--kill-on-bad-exit=1",
+            "--exact",
+            f"--nodes={spec.nodes}",
+            f"--ntasks={spec.world_size}",
+        ]
         command += [f"--ntasks-per-node={spec.processes_per_node}", f"--cpus-per-task={spec.cpus_per_process}"]
         command += [f"--job-name={spec.name}", f"--output={job.log}", "--open-mode=append"]
         if spec.accelerators_per_node:
-            command.append(Site.here().gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
+            command.append(site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
         whole = os.environ.get("SLURM_MEM_PER_NODE")
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
@@ -65,7 +74,7 @@ class StepLauncher(Launcher):
         env = {**os.environ, **spec.env}
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
-        command += [sys.executable, "-u", "-m", "fine_dist.worker", str(job.file)]
+        command += [*shlex.split(site.wrapper), sys.executable, "-u", "-m", "fine_dist.worker", str(job.file)]
         job.handle = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
         job.id = f"{os.environ['SLURM_JOB_ID']} step of process {job.handle.pid}"
 

@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is a script: its checkout need not be installed
+
 from fine_dist.files import locked
 from fine_dist.processes import die_with_parent, free_ports
 

@@ -10,8 +10,11 @@ import pytest
 
 from fine_dist.config import LaunchConfig
 from fine_dist.errors import LaunchError
+from fine_dist.jobs import Room
 from fine_dist.jobs.prepare import make_spec
 from launchers import slurm_queue, slurm_submitit
+from launchers.sbatch import sbatch_flags
+from launchers.site import Site
 from launchers.slurm_queue import job_states, limits, scheduler_words
 from launchers.slurm_steps import _counts
 from launchers.slurm_submitit import SlurmLauncher
@@ -26,12 +29,14 @@ echo "PartitionName=gpu Default=NO DefaultTime=NONE MaxTime=2-00:00:00 TotalNode
 echo "PartitionName=cpu Default=YES DefaultTime=00:30:00 MaxTime=UNLIMITED TotalNodes=3"
 fi""",
     "sbatch": """
+if [ "$1" = --test-only ]; then shift; echo "$@" > $FAKE/asked; cp "$1" $FAKE/asked.sh 2>/dev/null; exit 0; fi
 echo "$@" >> $FAKE/sbatch.calls; cat "$1" >> $FAKE/script 2>/dev/null
 n=$(wc -l < $FAKE/sbatch.calls)
 if [ "$n" -gt "${ACCEPT:-9}" ]; then echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; fi
 echo "Submitted batch job $n\"""",
     "scancel": 'echo "$@" >> $FAKE/scancel.calls',
     "srun": "exit 1",
+    "sinfo": "echo '8|16000|gpu:a100:4(S:0-1)|idle'; echo '8|16000|(null)|mixed'; echo '64|9|gpu:8|down*'",
     "squeue": 'echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1',
     "sacct": "echo '7_0|COMPLETED|0:0'; echo '7_1|FAILED|3:0'; echo '7_2|CANCELLED by 0|0:15'; echo '8|NODE_FAIL|0:0'",
 }
@@ -85,6 +90,80 @@ def test_the_script_says_what_the_job_needs(fake):
     ):  # fmt: skip
         assert f"{line}\n" in text, line
     assert "srun --unbuffered" in text and "--kill-on-bad-exit=1" in text
+
+
+def test_a_fan_out_is_planned_for_the_nodes_of_the_partition(fake):
+    needs, [job, *_] = specs(fake / "run", 1, gpus=1, cpus=2, gpu_memory_gb=40)
+    launcher = SlurmLauncher(needs)
+    assert launcher.fits(job) == 4
+    assert launcher.room(job) == Room(4, 40 * 2**30, False, None)
+    needs, [job, *_] = specs(fake / "run", 1, cpus=2)
+    assert SlurmLauncher(needs).fits(job) == 8
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_preflight_asks_about_the_very_script_that_is_submitted(fake, many):
+    needs, jobs = specs(fake / "run", 2, nodes=2, gpus=1, cpus=3, memory_gb=1.5, slurm={"constraint": "a100"})
+    launcher = SlurmLauncher(needs)
+    assert launcher.findings(jobs[0], many)[-1].level == "ok"
+    launcher.submit_many(jobs) if many else launcher.submit(jobs[0])
+
+    def request(path):
+        text = path.read_text().replace("--array=0-1%", "--array=0-0%").replace("%2", "%1")
+        return [line for line in text.splitlines() if line.startswith("#SBATCH") and "put=" not in line
+                and "--job-name" not in line and "error=" not in line]  # fmt: skip
+
+    asked, submitted = request(fake / "asked.sh"), request(fake / "script")
+    assert [line for line in asked if "array" not in line] == [line for line in submitted if "array" not in line]
+    assert any("array" in line for line in asked) == any("array" in line for line in submitted) == many
+    assert "#SBATCH --constraint=a100" in asked and "#SBATCH --gpus-per-node=1" in asked
+
+
+SITE = """
+echo "loading modules"
+GPU_FLAG=gres
+CONTAINER_SRUN="--container-image=/i.sqsh --container-mounts=/a:/a"
+CONTAINER_EXEC="apptainer exec --nv /i.sif"
+"""
+
+
+def test_a_sites_facts_are_in_the_script(fake, monkeypatch):
+    site = fake / "site.sh"
+    site.write_text(SITE)
+    monkeypatch.setenv("FINE_DIST_SITE", str(site))
+    needs, jobs = specs(fake / "run", 1, processes=2, gpus=1)
+    SlurmLauncher(needs).submit(jobs[0])
+    text = (fake / "script").read_text()
+    assert "#SBATCH --gres=gpu:2\n" in text and "gpus-per-node" not in text
+    assert f"\nsource {site}\n" in text and f"apptainer exec --nv /i.sif {sys.executable} -u" in text
+    assert "--container-image=/i.sqsh --container-mounts=/a:/a" in text
+    assert "--gres=gpu:2" in sbatch_flags(jobs[0], needs)
+    needs, jobs = specs(fake / "run", 1, gpus=1, slurm={"gres": "gpu:h100:1"})
+    assert "--gres=gpu:h100:1" in sbatch_flags(jobs[0], needs)  # what a config says is not said twice
+    assert len([flag for flag in sbatch_flags(jobs[0], needs) if "gpu" in flag]) == 1
+
+
+def test_a_site_file_that_is_wrong_is_named_with_what_is_legal(fake, monkeypatch):
+    site = fake / "site.sh"
+    monkeypatch.setenv("FINE_DIST_SITE", str(site))
+    with pytest.raises(LaunchError, match=r"no such file .*; copy slurm/site\.example\.sh"):
+        Site.here()
+    site.write_text("GPU_FLAG=gpus_per_node\n")
+    with pytest.raises(LaunchError, match="did you mean 'gpus-per-node'"):
+        Site.here()
+    site.write_text("no_such_command\n")
+    with pytest.raises(LaunchError, match=r"cannot be sourced.*no_such_command"):
+        Site.here()
+    site.write_text("REQUEUE=resubmit\n")
+    assert not Site.here().requeues
+    assert Site().gpu_flag(4, 4) == "--gpus-per-node=4"
+    assert Site(gpu_style="gpus-per-task").gpu_flag(4, 2) == "--gpus-per-task=2"
+
+
+def test_the_example_of_a_site_says_nothing_as_it_is(monkeypatch):
+    example = Path(__file__).resolve().parents[2] / "slurm" / "site.example.sh"
+    monkeypatch.setenv("FINE_DIST_SITE", str(example))
+    assert Site.here() == Site(example)
 
 
 def test_limits_are_those_of_the_partition(fake):
