@@ -171,6 +171,8 @@ class EngineConfig(LoopConfig):
 
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights."""
+    ema_warmup: bool = True
+    """The decay of step t is at most (1 + t) / (10 + t); without it the decay is constant, as in DiT."""
     picture_every: int = Field(5000, ge=1)
     """Steps between pictures in TensorBoard (samples of the EMA, and what the method draws over depth)."""
 

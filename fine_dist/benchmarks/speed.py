@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios
-from fine_dist.config import Config, DataConfig, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.model.zoo import Arch
 from fine_dist.model.zoo import arch as named
 
@@ -281,13 +281,6 @@ def _kib(status: Path, key: str) -> int:
 # --- the loop -------------------------------------------------------------------------------------------------------
 
 
-class LoopConfig(Config):
-    """The run whose loop is timed."""
-
-    steps: int = 14
-    """Updates."""
-
-
 class Clock:
     """Seconds spent in forward, backward and optimiser so far, and for each step's start: the time, that sum, and
     whether a checkpoint was being written."""
@@ -345,8 +338,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
             flops_per_sample=train_flops(arch),
             tokens_per_sample=arch.num_tokens,
         )
-        config = LoopConfig(steps=steps)
-        with RunDir(Path(folder) / "run").open(config, "benchmark") as run_dir, Stopper(run_dir, None, True) as stopper:
+        with RunDir(Path(folder) / "run").open("benchmark", {}) as run_dir, Stopper(run_dir, None, True) as stopper:
             run = TimedRun(
                 program, steps, batch, OptimConfig(), settings, run_dir, 0, "loop", World(device=device), stopper
             )

@@ -27,6 +27,7 @@ from torch import Tensor
 from fine_dist.engine.backend import MOMENTS, Backend, Piece
 from fine_dist.engine.dist import World, broadcast_object
 from fine_dist.engine.ema import Ema
+from fine_dist.engine.run_dir import flat
 from fine_dist.engine.tensor_file import write_tensors
 from fine_dist.errors import CheckpointError
 from fine_dist.files import sha256_of, sync_folder, write_atomic
@@ -165,7 +166,7 @@ class Checkpoints:
         return None
 
     def _refuse_other_run(self, saved: Saved) -> None:
-        theirs, ours = _flatten(saved.identity), _flatten(self.identity)
+        theirs, ours = flat(saved.identity), flat(self.identity)
         differing = [
             f"{key}: {theirs.get(key, 'absent')!r} in the checkpoint, {ours.get(key, 'absent')!r} now"
             for key in sorted(theirs.keys() | ours.keys())
@@ -319,13 +320,3 @@ def restore_moments(saved: Saved, piece: Piece) -> dict[str, Tensor]:
 
 def _numel(shape: list[int]) -> int:
     return int(torch.Size(shape).numel())
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -190,6 +190,15 @@ def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
+def broadcast(tensor: torch.Tensor, world: World, source: int = 0) -> torch.Tensor:
+    """Rank `source`'s values, in place; on the tensor's own device."""
+    if world.world_size > 1:
+        import torch.distributed as dist
+
+        dist.broadcast(tensor, src=source)
+    return tensor
+
+
 def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
     """A plain value (JSON's types: str, numbers, lists, dicts) of rank `source`, on every rank."""
     return gather_objects(value, world)[source]

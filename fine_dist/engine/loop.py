@@ -118,12 +118,14 @@ def fit(
     title: str,
     world: World | None = None,
     stopper: Stopper | None = None,
+    claim: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Train `program` to `steps` updates, from the newest checkpoint in `run_dir` if there is one.
 
     global_batch: samples an update, over all ranks and accumulation steps.
     seed:         part of the identity; the program's own randomness is seeded by its maker.
     title:        what the progress bar says.
+    claim:        called on every rank once the first step has worked: the run directory may be written to from now on.
     stopper:      who says when to stop, entered already; none: signals, the time limit and words in `run_dir`.
 
     Raises `ResumeLater` after saving when asked to stop (signal, time limit, STOP file), `TrainingError` for losses
@@ -133,7 +135,7 @@ def fit(
     world = world or dist.world(engine.device)
     own = Stopper(run_dir, engine.time_limit_min, world.is_main) if stopper is None else contextlib.nullcontext(stopper)
     with Watch(world), own as asked:
-        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, asked)
+        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, asked, claim)
         try:
             return run.train()
         finally:
@@ -156,6 +158,7 @@ class Run:
         title: str,
         world: World,
         stopper: Stopper,
+        claim: Callable[[], None] = lambda: None,
     ) -> None:
         self.program, self.steps, self.global_batch = program, steps, global_batch
         self.optim, self.engine, self.world, self.stopper = optim, engine, world, stopper
@@ -167,9 +170,10 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a no-op on CPU
         self.shown = self._copy_for_showing()
         prepare_model(program.model, engine)
+        broadcast_model(program.model, world)
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
         self.backend: Backend = make_backend(program.model, optim, engine, world, self.micro, self.accumulation)
-        self.ema = Ema(self.backend, engine.ema_decay)
+        self.ema = Ema(self.backend, engine.ema_decay, engine.ema_warmup)
         self.checkpoints = Checkpoints(run_dir.checkpoints, world, identity, engine.keep_checkpoints)
         self.monitor = Monitor(
             run_dir,
@@ -183,32 +187,32 @@ class Run:
             log_every=engine.log_every,
         )
         self.held_out: dict[str, float] = {}
+        self.begun, self.claim = False, claim
+        self.row: dict[str, Any] | None = None
+        """The unfinished row of an earlier start."""
         self.bad_steps = 0
         self.overhead_s = 0.0
 
     def train(self) -> Fitted:
         begun = time.perf_counter()
         step = self.resume()
+        agree_on_weights(self.program.model, self.world, self.engine, "at the start")
         batches = self.program.stream.batches(step)
-        if step == 0 and self.program.look_first:
-            self.evaluate(0)
         while step < self.steps:
             batch, waited_s = self.next_batch(batches)
             if self.program.before_step is not None:
                 self.program.before_step(step, self.drawn.manual_seed(mix(self.seed, step, _BEFORE_STEP)))
             lr = learning_rate(self.optim, step, self.steps)
             loss, grad_norm, wish = self.update(batch, lr, step)
+            self.begin(step)
             step += 1
             if math.isfinite(loss):
-                self.ema.update()
+                self.ema.update(step)
                 bad = getattr(self.program.stream, "bad", 0)
                 self.monitor.step(step, loss=loss, grad_norm=grad_norm, lr=lr, waited_s=waited_s, bad=bad)
-            if step % self.engine.eval_every == 0 or step == self.steps:
-                self.evaluate(step)
-            if step % self.engine.picture_every == 0 or step == self.steps:
-                self.show(step)
             if step % self.engine.checkpoint_every == 0 or step == self.steps or wish:
                 self.save(step)
+            self.look(step)  # after the save: whatever goes wrong in looking, the step is kept
             if wish == stopping.STOP and step < self.steps:
                 self.stop(step)
             self.checkpoints.check()
@@ -287,7 +291,6 @@ class Run:
         """Load the newest checkpoint, if any, and open the logs: the step to go on from."""
         saved = self.checkpoints.newest()
         if saved is None:
-            self.monitor.start(0, None)
             return 0
         if saved.step > self.steps:
             raise ConfigError(
@@ -298,11 +301,38 @@ class Run:
         self.bad_steps = saved.extra["bad_steps"]
         self.held_out = saved.extra["held_out"]
         saved.close()
-        self.monitor.start(saved.step, saved.extra["monitor"])
+        self.row = saved.extra["monitor"]
+        if saved.step == self.steps:
+            self.begin(saved.step)
         return saved.step
+
+    def begin(self, step: int) -> None:
+        """Open the logs, once: the first step has worked, so the run directory may be called this run's."""
+        if self.begun:
+            return
+        self.begun = True
+        self.claim()
+        self.monitor.start(step, self.row)
+        if step == 0:
+            if self.program.look_first:
+                self.evaluate(0)
+            return
+        # An earlier start may have saved this step and ended before it had looked at it. Rank 0 knows.
+        measures = self.program.held_out is not None and self.world.is_main
+        if dist.broadcast_object(measures and not self.monitor.has_row(step, "held_out_loss"), self.world):
+            self.look(step)
+
+    def look(self, step: int) -> None:
+        """Measure and picture the model when they are due."""
+        last = step == self.steps
+        if step % self.engine.eval_every == 0 or last:
+            self.evaluate(step)
+        if step % self.engine.picture_every == 0 or last:
+            self.show(step)
 
     def save(self, step: int) -> None:
         extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.held_out}
+        agree_on_weights(self.program.model, self.world, self.engine, f"at step {step}")
         self.checkpoints.save(step, self.backend, self.ema, extra)
 
     def stop(self, step: int) -> None:
@@ -312,14 +342,22 @@ class Run:
         raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss, and show histograms, of the EMA weights on rank 0."""
+        """Measure the held-out loss (at the end also of the weights themselves), and show histograms, on rank 0."""
         if self.program.held_out is None and self.program.histograms is None and self.program.texts is None:
             return
-        model = self.ema_model()
-        if model is None:
+        values = self.ema.gather()
+        raw = self.backend.weights() if step == self.steps and self.engine.ema_decay else {}
+        if self.shown is None:
             return
+        model = self.worn(values)
         if self.program.held_out is not None:
-            self.held_out = {key: float(value) for key, value in self.program.held_out(model).items()}
+            measured = {key: float(value) for key, value in self.program.held_out(model).items()}
+            if raw:
+                set_parameters(model, raw)
+                found = self.program.held_out(model)
+                measured |= {f"raw_{key}": float(value) for key, value in found.items()}
+                set_parameters(model, values)
+            self.held_out = measured
             self.monitor.scalars(step, self.held_out)
         if self.program.histograms is not None:
             self.monitor.histograms(step, self.program.histograms(model))
@@ -334,13 +372,16 @@ class Run:
         if model is not None:
             self.monitor.pictures(step, self.program.pictures(model, step))
 
+    def worn(self, values: dict[str, Tensor]) -> nn.Module:
+        """Rank 0's second model with these weights, on its device."""
+        assert self.shown is not None
+        set_parameters(self.shown, values)
+        return self.shown.to(self.device)
+
     def ema_model(self) -> nn.Module | None:
         """A model with the EMA weights, in eval mode, on rank 0; none on the others (all of them take part)."""
         values = self.ema.gather()
-        if self.shown is None:
-            return None
-        set_parameters(self.shown, values)
-        return self.shown.to(self.device)
+        return None if self.shown is None else self.worn(values)
 
     def _copy_for_showing(self) -> nn.Module | None:
         """Rank 0's second model: looking at the EMA never touches the weights that train."""
@@ -417,6 +458,41 @@ def compile_or_fall_back(block: nn.Module) -> None:
             return eager(*args, **kwargs)
 
     block.forward = forward
+
+
+@torch.no_grad()
+def broadcast_model(model: nn.Module, world: World) -> None:
+    """Rank 0's weights and buffers on every rank: two processors may have rounded the same beginning differently."""
+    if world.world_size > 1:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            dist.broadcast(tensor.data, world)
+
+
+def agree_on_weights(model: nn.Module, world: World, engine: EngineConfig, when: str) -> None:
+    """`TrainingError` when a rank holds other weights than rank 0. Under ZeRO-3 no rank holds them all: not asked."""
+    if world.world_size == 1 or (engine.backend == "deepspeed" and engine.deepspeed.stage == 3):
+        return
+    prints = dist.gather_objects(fingerprint(model), world)
+    odd = [rank for rank, found in enumerate(prints) if found != prints[0]]
+    if odd:
+        why = (
+            f"{when}, the weights of rank {', '.join(map(str, odd))} are not those of rank 0; a process computes "
+            "differently (another processor, library or fault of memory): look at its machine"
+        )
+        raise TrainingError(why) if world.is_main else ToldElsewhere(why)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> list[int]:
+    """Two sums over the bits of all parameters: equal for equal weights, and as good as never for others."""
+    plain = weighted = 0
+    for index, p in enumerate(model.parameters()):
+        bits = p.detach().reshape(-1).view(torch.int32 if p.element_size() == 4 else torch.int16).long()
+        total = int(bits.sum())
+        places = torch.arange(len(bits), device=bits.device) % 8191 + 1
+        plain += total
+        weighted += (index + 1) * int((bits * places).sum())
+    return [plain, weighted]
 
 
 @torch.no_grad()

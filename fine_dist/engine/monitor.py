@@ -88,6 +88,10 @@ class Monitor:
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=self.steps, initial=step, desc=self.title, unit="step", dynamic_ncols=not quiet, **quiet)
 
+    def has_row(self, step: int, key: str) -> bool:
+        """Whether an earlier start has logged this; on a rank that writes nothing, as if it had."""
+        return self._log is None or any(row["step"] == step and key in row for row in self.rows)
+
     def state(self) -> dict[str, Any]:
         """The unfinished row, for a checkpoint."""
         return asdict(self.window)

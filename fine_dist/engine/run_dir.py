@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fine_dist.config import Config, dump_yaml
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 from fine_dist.errors import RunDirError, ToldElsewhere
-from fine_dist.files import try_lock, write_atomic
+from fine_dist.files import remove_drafts, try_lock, write_atomic
 
-FREE_KEYS = (
-    "engine",
-    "launch",
-    "data.workers",
-    "data.verify",
-    "data.cache_dir",
-    "data.cache_bytes",
-    "data.retries",
-    "data.timeout_s",
-)
-"""Keys that may differ when a run goes on: they do not change what is computed."""
-BOUND_KEYS = ("engine.ema_decay", "engine.precision", "engine.on_bad_loss")
-"""Keys under a free one that do."""
+CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
 
 _held: dict[str, Any] = {}  # POSIX locks do not exclude a process from itself, so it remembers what it holds
 
 
 class RunDir:
-    """Paths and ownership of a run directory. `open` it before anything is written; `close` (or `with`) frees it."""
+    """Paths and ownership of a run directory. `open` it first, `claim` it before anything is
+    written; `close` (or `with`) frees it."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -45,21 +34,24 @@ class RunDir:
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
         self._lock: str | None = None
+        self._kind, self._new = "", False
+        self._identity: dict[str, Any] = {}
 
-    def open(self, config: Config, kind: str, world: World | None = None) -> RunDir:
-        """Take the directory for this process, or go on with the run that is in it.
+    def open(self, kind: str, identity: Mapping[str, Any], world: World | None = None) -> RunDir:
+        """Take the directory for this process; nothing of another run in it is touched, and nothing is written yet.
 
-        config: the resolved config; written to config.yaml, and equal to what is there (but for `FREE_KEYS`).
-        kind:   what runs here (`condense`, `train`, ...); a directory holds one kind.
-        world:  given, rank 0 opens and every rank learns how it went; else only this process's rank counts.
+        kind:     what runs here (`condense`, `train`, ...); a directory holds one kind.
+        identity: what must match for a run to be the same run (JSON values); where things lie is no part of it.
+        world:    given, rank 0 opens and every rank learns how it went; else only this process's rank counts.
 
-        Raises `RunDirError` when another live process owns it or it belongs to another config, naming both values.
+        Raises `RunDirError` when another live process owns it, or it belongs to another run, naming what differs.
         """
+        self._kind, self._identity = kind, json.loads(json.dumps(identity))
         rank = world.rank if world else read_environment().rank
         failure: RunDirError | OSError | None = None
         if rank == 0:
             try:
-                self._open(config, kind)
+                self._open()
             except (RunDirError, OSError) as error:
                 failure = error
         if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
@@ -68,21 +60,33 @@ class RunDir:
             raise failure
         return self
 
-    def _open(self, config: Config, kind: str) -> None:
+    def _open(self) -> None:
+        self._new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
         except OSError as error:
             raise RunDirError(f"run directory {self.path}: {error.strerror}; choose a place you may write to") from None
         try:
-            self._check_config(config, kind)
-            for folder in (self.checkpoints, self.tensorboard):
-                folder.mkdir(exist_ok=True)
-            write_atomic(self.path / "config.yaml", f"# kind: {kind}\n{dump_yaml(config)}")
-            self._write_environment(kind)
+            self._refuse_another()
+            for folder in (self.path, self.checkpoints):
+                remove_drafts(folder, older_than_s=0)  # the lock is ours: no writer of them lives
         except BaseException:
             self.close()
             raise
+
+    def claim(self, config: Config) -> None:
+        """Call the directory this run's, once its first step is known to work: config, identity, environment."""
+        if self._lock is None:
+            return
+        for folder in (self.checkpoints, self.tensorboard):
+            folder.mkdir(exist_ok=True)
+        write_atomic(self.path / CONFIG, f"# kind: {self._kind}\n{dump_yaml(config)}")
+        about = {"kind": self._kind, "identity": self._identity}
+        write_atomic(self.path / IDENTITY, json.dumps(about, indent=1) + "\n")
+        self._write_environment(self._kind)
+        (self.path / DONE).unlink(missing_ok=True)  # it is run for longer now
+        self._new = False
 
     # --- ownership --------------------------------------------------------------------------------------------------
 
@@ -107,9 +111,17 @@ class RunDir:
 
     def close(self) -> None:
         """Free the directory for another process."""
-        if self._lock is not None:
-            _held.pop(self._lock).close()
-            self._lock = None
+        if self._lock is None:
+            return
+        if self._new:  # a start that failed before its first step leaves nothing behind
+            with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+                Path(self._lock).unlink()
+                for folder in (self.checkpoints, self.tensorboard):
+                    folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+        _held.pop(self._lock).close()
+        self._lock = None
 
     def __enter__(self) -> RunDir:
         return self
@@ -119,27 +131,34 @@ class RunDir:
 
     # --- what it says about itself ----------------------------------------------------------------------------------
 
-    def _check_config(self, config: Config, kind: str) -> None:
+    def _refuse_another(self) -> None:
         try:
-            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+            there = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+            kind, old = there["kind"], flat(there["identity"])
         except FileNotFoundError:
+            if (self.path / CONFIG).exists():
+                raise RunDirError(
+                    f"run directory {self.path} was begun by an earlier version, which noted no identity; finish it "
+                    "with that version, or choose another directory"
+                ) from None
             return
-        there = text.partition("\n")[0].removeprefix("# kind: ")
-        if there != kind:
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunDirError(f"{self.path / IDENTITY} is damaged ({error}); choose another directory") from None
+        if kind != self._kind:
             raise RunDirError(
-                f"run directory {self.path} holds a {there!r} run, not {kind!r}; choose another directory"
+                f"run directory {self.path} holds a {kind!r} run, not {self._kind!r}; choose another directory"
             )
-        old, new = (_flatten(yaml.safe_load(part) or {}) for part in (text, dump_yaml(config)))
+        new = flat(self._identity)
         differing = [
             f"{key}: {old.get(key, 'absent')!r} there, {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not _is_free(key)
+            if old.get(key) != new.get(key)
         ]
         if differing:
             raise RunDirError(
-                f"run directory {self.path} belongs to another config:\n  "
+                f"run directory {self.path} belongs to another run:\n  "
                 + "\n  ".join(differing)
-                + "\nchoose another directory, or give the same config to continue that run"
+                + "\nchoose another directory, or give the same settings to continue that run"
             )
 
     def _write_environment(self, kind: str) -> None:
@@ -173,13 +192,20 @@ class RunDir:
     def done(self) -> dict[str, Any] | None:
         """What DONE.json says, or none while the run is not finished."""
         try:
-            return json.loads((self.path / "DONE.json").read_text(encoding="utf-8"))
+            found = json.loads((self.path / DONE).read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("no JSON object")
+            return found
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            raise RunDirError(
+                f"{self.path / DONE} is damaged ({error}); delete it: the run then goes on from its last checkpoint"
+            ) from None
 
     def finish(self, **facts: Any) -> None:
         """Write DONE.json (JSON values): this run need not be started again."""
-        write_atomic(self.path / "DONE.json", json.dumps(facts, indent=1))
+        write_atomic(self.path / DONE, json.dumps(facts, indent=1))
 
     def take_word(self, word: str) -> bool:
         """True once if someone put a file of this name (`STOP`, `SAVE`) into the directory; it is removed."""
@@ -237,15 +263,12 @@ def _git_commit() -> str | None:
     return commit.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{key}."))
         else:
-            flat[prefix + str(key)] = value
-    return flat
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_KEYS) and key not in BOUND_KEYS
+            found[prefix + str(key)] = value
+    return found

@@ -8,7 +8,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 WORDS_EVERY_S = 1.0
 """Rank 0 looks for STOP and SAVE so often: a network file system is not asked at every step."""
 
@@ -25,7 +25,8 @@ class Words(Protocol):
 class Stopper:
     """A context that collects wishes; `wish()` gives this rank's, and the loop takes the greatest over ranks.
 
-    Signals are caught on any rank and do nothing but leave a note, so the step is always finished.
+    Signals are caught on any rank and do nothing but leave a note, so the step is always finished. Ctrl-C is one of
+    them; a second one ends at once.
     """
 
     def __init__(self, run_dir: Words, time_limit_min: float | None, is_main: bool) -> None:
@@ -48,6 +49,8 @@ class Stopper:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            raise KeyboardInterrupt  # pressed again: at once, without saving
         self._signal = number
 
     def wish(self, seconds_needed: float = 0.0) -> int:

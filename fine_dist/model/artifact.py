@@ -6,22 +6,22 @@ final name; the manifest's hash says which learngene a descendant came from.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from fine_dist.config import shown, validate
 from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.files import sha256_of, sha256_text, whole_folder
 from fine_dist.model.zoo import Arch
 
 FORMAT = 1
-TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+TENSORS, RAW, MANIFEST = "tensors.safetensors", "raw.safetensors", "manifest.json"
+Weights = Literal["ema", "raw"]
 
 
 @dataclass(frozen=True)
@@ -43,48 +43,43 @@ def save_artifact(
     kind: str,
     method: dict[str, Any],
     arch: Arch,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    raw: Mapping[str, Tensor] | None = None,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write a folder atomically and return its manifest.
 
-    kind:    `learngene`, `model` (a dense DiT) or `sigma` (scalers that name their learngene's hash).
+    kind:    `learngene`, `model` (a dense DiT) or `target` (what is not its parent's, and the parent's hash).
     method:  the method's config as a mapping, with its `name`.
-    tensors: by state-dict name; written as they are, on the CPU.
+    tensors: by state-dict name; written as they are, on the CPU. Of what was trained with an average: the average.
+    raw:     the weights themselves of what was trained, where `tensors` has their average.
     extra:   anything else worth keeping (ancestor, licence, losses); JSON.
     """
-    from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / TENSORS)
+    with whole_folder(folder) as draft:
+        written = {TENSORS: _write(draft / TENSORS, tensors)}
+        if raw:
+            written[RAW] = _write(draft / RAW, raw)
         manifest = {
             "format": FORMAT,
             "kind": kind,
             "method": method,
             "arch": arch.model_dump(),
-            "sha256": {TENSORS: sha256(temporary / TENSORS), "settings": _settings_hash(kind, method, arch)},
-            "bytes": (temporary / TENSORS).stat().st_size,
+            "sha256": {**written, "settings": _settings_hash(kind, method, arch)},
+            "bytes": (draft / TENSORS).stat().st_size,
             "num_numbers": sum(t.numel() for t in tensors.values()),
             "extra": extra or {},
         }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-        for path in (temporary / TENSORS, temporary / MANIFEST):
-            _sync(path)
-        if folder.exists():
-            stale = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.rename(folder, stale)
-            os.rename(temporary, folder)
-            shutil.rmtree(stale)
-        else:
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors; the file's sha256."""
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    return sha256_of(path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -124,27 +119,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 _KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dict}
 
 
-def load_artifact(folder: str | Path, expect_kind: str | None = None) -> Artifact:
-    """Read a folder and check it against its own manifest (sha256). `ArtifactError` says what is wrong with it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: Weights = "ema") -> Artifact:
+    """Read a folder and check it against its own manifest (sha256). `ArtifactError` says what is wrong with it.
 
+    weights: `raw` puts the trained weights themselves in the place of their averages; its hash is then of both files.
+    """
     folder, manifest = Path(folder), read_manifest(folder)
     if expect_kind and manifest["kind"] != expect_kind:
         raise ArtifactError(f"{folder} is a {manifest['kind']}, and a {expect_kind} is needed here")
-    path = folder / TENSORS
-    if not path.is_file():
-        raise ArtifactError(f"{folder} has a manifest but no {TENSORS}: copy it whole, or make it again")
-    found, stated = sha256(path), manifest["sha256"][TENSORS]
-    if found != stated:
-        raise ArtifactError(
-            f"{path} is not what its manifest says (sha256 {found[:12]}..., stated {stated[:12]}...): "
-            "it was edited or half copied; copy it again, or condense again"
-        )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
+    tensors, found = _read(folder / TENSORS, manifest["sha256"][TENSORS])
+    if weights == "raw":
+        if RAW not in manifest["sha256"]:
+            raise ArtifactError(f"{folder} holds one set of weights, no average beside them; leave weights at ema")
+        own, digest = _read(folder / RAW, manifest["sha256"][RAW])
+        tensors, found = {**tensors, **own}, sha256_text(found + digest)
     arch = Arch.model_validate(manifest["arch"])
     for name, shape in arch.shell_shapes().items():
         if name in tensors and manifest["kind"] != "sigma" and tuple(tensors[name].shape) != shape:
@@ -155,21 +143,26 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None) -> Artifac
     return Artifact(folder, manifest["kind"], manifest["method"], arch, tensors, manifest["extra"], found)
 
 
+def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
+    """A tensor file and its sha256, which must be as stated."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ArtifactError(f"{path.parent} has a manifest but no {path.name}: copy it whole, or make it again")
+    found = sha256_of(path)
+    if found != stated:
+        raise ArtifactError(
+            f"{path} is not what its manifest says (sha256 {found[:12]}..., stated {str(stated)[:12]}...): "
+            "it was edited or half copied; copy it again, or condense again"
+        )
+    try:
+        return load_file(path), found
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}") from None
+
+
 def _settings_hash(kind: str, method: dict[str, Any], arch: Arch) -> str:
     """sha256 of what says how tensors are to be read: without it an altered number of heads would go unseen."""
     text = json.dumps([kind, method, arch.model_dump()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256(path: str | Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    return sha256_text(text)

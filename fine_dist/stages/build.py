@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import expand_path
+from fine_dist.config import DataConfig, expand_path
 from fine_dist.errors import ConfigError
 from fine_dist.methods import Condensation, Method, Weights
 from fine_dist.stages.config import HELD_OUT_LIMIT, LossConfig, StageConfig
@@ -30,8 +30,6 @@ class Plan:
     arch: Arch
     """Shape of what is kept."""
     method: Method[Any]
-    identity: dict[str, Any] = field(default_factory=dict)
-    """What else must match to resume (JSON)."""
     about: dict[str, Any] = field(default_factory=dict)
     """What else is worth keeping in the manifest (JSON)."""
     weights: Weights = Weights()
@@ -42,7 +40,7 @@ class Plan:
     """Frozen, whatever its depth and width; asked at every step where a term wants it."""
 
 
-def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
+def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
     """What the engine trains, and how it is looked at."""
     from fine_dist.data.stream import LatentStream, read_all
     from fine_dist.diffusion.held_out import HeldOut
@@ -63,6 +61,8 @@ def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
     )
     keep = plan.condensation.product
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
+    if config.data.held_out:
+        check_held_out(config.data, plan.arch)
     if config.data.held_out and world.is_main:
         measure = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
         held_out = lambda model: measure(keep(model))  # noqa: E731
@@ -72,12 +72,7 @@ def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
         model=plan.condensation.module,
         objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),
         stream=stream,
-        identity={
-            "arch": plan.arch.model_dump(),
-            "data": stream.manifest.hash,
-            "method": plan.method.config.model_dump(mode="json"),
-            **plan.identity,
-        },
+        identity=identity,
         held_out=held_out,
         pictures=lambda model, step: pictures(keep(model), step),
         histograms=lambda model: histograms(keep(model)),
@@ -85,6 +80,17 @@ def make_program(config: StageConfig, plan: Plan, world: World) -> Program:
         flops_per_sample=train_flops(plan.arch),
         tokens_per_sample=plan.arch.num_tokens,
     )
+
+
+def check_held_out(data: DataConfig, arch: Arch) -> None:
+    """`DataError` unless held-out shards are there and fit the model."""
+    from fine_dist.data.reader import ShardSet
+    from fine_dist.data.stream import check_fit
+
+    where = expand_path(str(data.held_out))
+    shards = ShardSet(where, data)
+    check_fit(shards.manifest, arch, where)
+    shards.close()
 
 
 def make_terms(config: StageConfig, plan: Plan, world: World) -> list[Term]:

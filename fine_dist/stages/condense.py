@@ -13,7 +13,7 @@ from fine_dist.methods import CONDENSES, AnyMethod, Weights, build
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
 from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
-from fine_dist.stages.load import load_model
+from fine_dist.stages.load import hash_of, load_model
 from fine_dist.stages.run import train_stage
 
 if TYPE_CHECKING:
@@ -46,6 +46,14 @@ class CondenseConfig(StageConfig):
     def imitates(self) -> bool:
         """Whether a term of the loss imitates the ancestor."""
         return self.weights.output > 0 or self.weights.features > 0
+
+    def origin(self) -> dict[str, Any]:
+        return {
+            "arch": self.arch.model_dump(),
+            "method": self.method.model_dump(mode="json"),
+            "ancestor": hash_of(self.ancestor) if self.ancestor else None,
+            "loss": vars(self.weights),
+        }
 
     def blueprint(self) -> Blueprint:
         import torch
@@ -82,7 +90,6 @@ def run(config: CondenseConfig) -> Path:
             condensation,
             arch=config.arch,
             method=method,
-            identity={"ancestor": about.get("hash"), "loss": vars(weights)},
             about={"ancestor": source if ancestor else None},
             weights=weights,
             teacher=ancestor if config.imitates else None,

@@ -16,7 +16,9 @@ from fine_dist.config import (
     LaunchConfig,
     OptimConfig,
     SamplerConfig,
+    expand_path,
 )
+from fine_dist.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +36,8 @@ PRELOAD = (
     "diffusers.schedulers.scheduling_dpmsolver_multistep",
 )
 """What a local pool imports once for all jobs of a stage that trains."""
+BOUND = ("precision", "on_bad_loss", "ema_decay", "ema_warmup")
+"""Engine settings that change what is computed."""
 HELD_OUT_LIMIT = 2048
 """Held-out samples that are measured, at most: four timesteps each."""
 
@@ -74,6 +78,33 @@ class StageConfig(Config):
     """How pictures are sampled for TensorBoard."""
     launch: LaunchConfig = LaunchConfig()
     """What the job needs, where it is submitted."""
+
+    @abstractmethod
+    def origin(self) -> dict[str, Any]:
+        """What this run comes from, by hashes and settings: its own part of `identity`."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must match for a run to be the same run, whatever it is called and wherever things lie (JSON values).
+
+        Steps may grow, unless the schedule of the learning rate depends on how many there are. `DataError` for shards
+        that are not there, `ArtifactError` for a parent that is not.
+        """
+        from fine_dist.data.reader import ShardSet
+
+        if self.data.shards is None:
+            raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
+        shards = ShardSet(expand_path(self.data.shards), self.data)
+        found = {
+            **self.origin(),
+            "data": {"hash": shards.manifest.hash, "streams": self.data.streams, "window": self.data.window},
+            "seed": self.seed,
+            "batch": self.batch,
+            "optim": self.optim.model_dump(mode="json"),
+            "diffusion": self.diffusion.model_dump(mode="json"),
+            "engine": {key: getattr(self.engine, key) for key in BOUND},
+        }
+        shards.close()
+        return found if self.optim.schedule == "constant" else {**found, "steps": self.steps}
 
     @abstractmethod
     def blueprint(self) -> Blueprint | None:

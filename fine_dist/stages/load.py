@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fine_dist.methods import Method
+    from fine_dist.model.artifact import Weights
     from fine_dist.model.dit import DiT
 
 
-def load_model(path: str | Path, learngene: str | Path | None = None) -> tuple[DiT, dict[str, Any]]:
+def load_model(
+    path: str | Path, learngene: str | Path | None = None, weights: Weights = "ema"
+) -> tuple[DiT, dict[str, Any]]:
     """A dense DiT from a folder: a model, an initialised target (merged), a learngene (merged), or a run's directory.
 
     learngene: where a target's parent lies now, when it has moved; checked by its hash.
+    weights:   the averages of what was trained, or the weights themselves (a target has one set, the latter).
 
     Returns it with what is worth saying about it: kind, method, hash, folder, and the stage's own extras. Where a
     method's product is no plain DiT, that product is given as it is.
@@ -32,7 +36,7 @@ def load_model(path: str | Path, learngene: str | Path | None = None) -> tuple[D
         model: Any
         model, artifact = load_target(folder, learngene)
     else:
-        artifact = load_artifact(folder)
+        artifact = load_artifact(folder, weights=weights)
         parent = parent_of(artifact)
         model = merged(from_manifest(artifact.method), parent.module) if artifact.kind == "learngene" else parent.module
     about = {"kind": artifact.kind, "method": artifact.method, "hash": artifact.hash, "folder": str(folder)}
@@ -48,6 +52,13 @@ def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tupl
         return load_target_module(folder, learngene)[:2]
     parent = parent_of(load_artifact(folder))
     return from_manifest(parent.artifact.method), parent.module
+
+
+def hash_of(path: str | Path) -> str:
+    """The hash of an artifact, as its manifest states it; its tensors are not read."""
+    from fine_dist.model.artifact import TENSORS, read_manifest
+
+    return str(read_manifest(find_artifact(path))["sha256"][TENSORS])
 
 
 def find_artifact(path: str | Path) -> Path:

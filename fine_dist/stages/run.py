@@ -34,14 +34,16 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
     folder = Path(expand_path(config.run_dir)) / artifact
-    with RunDir(folder.parent).open(config, stage, world) as run_dir:
-        if run_dir.done is not None:
+    identity = config.identity()
+    with RunDir(folder.parent).open(stage, identity, world) as run_dir:
+        done = run_dir.done
+        if done is not None and done.get("steps", 0) >= config.steps:
             if world.is_main:
                 load_artifact(folder, artifact)
                 print(f"{stage}: finished before; the {artifact} is in {folder}")
             return folder
         plan = build(world)
-        program = make_program(config, plan, world)
+        program = make_program(config, plan, world, identity)
         if world.is_main:
             print("\n".join(plan.condensation.lines), end="\n" if plan.condensation.lines else "")
             what = f"{plan.arch.name}, {config.steps} steps of {config.batch}"
@@ -56,6 +58,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             seed=config.seed,
             title=f"{stage} {plan.arch.name}",
             world=world,
+            claim=lambda: run_dir.claim(config) if world.is_main else None,
         )
         program.stream.close()  # type: ignore[attr-defined]
         if world.is_main:
@@ -67,6 +70,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
                 method=plan.method.config.model_dump(mode="json"),
                 arch=plan.arch,
                 tensors=kept_tensors(fitted, plan.condensation.prefix),
+                raw=raw_tensors(fitted, plan.condensation.prefix),
                 extra={**facts, **made, **plan.about, **plan.condensation.report},
             )
             run_dir.finish(**facts, seconds=fitted.seconds)
@@ -74,6 +78,14 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
             print(f"{stage}: {losses}; {size} in {folder}")
     return folder
+
+
+def raw_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:
+    """What was trained, as it is; empty where the EMA is the same."""
+    state = {name: p for name, p in fitted.model.named_parameters() if name in fitted.ema and name.startswith(prefix)}
+    if all(p.detach().cpu().equal(fitted.ema[name]) for name, p in state.items()):
+        return {}
+    return {name.removeprefix(prefix): p.detach() for name, p in state.items()}
 
 
 def kept_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from fine_dist.methods import SCRATCH, AnyMethod, Condensation, Method, build, f
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.build import Plan
 from fine_dist.stages.config import Blueprint, StageConfig
-from fine_dist.stages.load import find_artifact, load_model
+from fine_dist.stages.load import find_artifact, hash_of, load_model
 from fine_dist.stages.run import train_stage
 from fine_dist.stages.targets import descend
 
@@ -34,6 +34,18 @@ class TrainConfig(StageConfig):
     """Architecture; none: that of the parent."""
     method: AnyMethod | None = None
     """How the weights begin; none: as in the parent, or from scratch where there is no parent."""
+
+    def origin(self) -> dict[str, Any]:
+        from fine_dist.model.artifact import read_manifest
+
+        arch = self.arch
+        if arch is None and self.parent:
+            arch = Arch.model_validate(read_manifest(find_artifact(self.parent))["arch"])
+        return {
+            "arch": arch.model_dump() if arch else None,
+            "method": self.method.model_dump(mode="json") if self.method else None,
+            "origin": hash_of(self.parent) if self.parent else None,
+        }
 
     def blueprint(self) -> Blueprint | None:
         import torch
@@ -84,7 +96,6 @@ def run(config: TrainConfig) -> Path:
             Condensation(model),
             arch=model.arch,  # type: ignore[arg-type]
             method=method,
-            identity={"origin": origin},
             about={"parent": config.parent, "origin": origin},
             draws=False,
         )

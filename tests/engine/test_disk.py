@@ -41,7 +41,7 @@ def test_a_kill_during_the_writing_of_a_checkpoint_leaves_the_one_before(tmp_pat
     newest = (folder / "checkpoints" / "LATEST").read_text()
     Saved(folder / "checkpoints" / newest).verify()
     steps = int(newest[5:]) + 2
-    resumed = toy_outcome(folder, ToyConfig(steps=steps, engine=config.engine), other_steps=True)
+    resumed = toy_outcome(folder, ToyConfig(steps=steps, engine=config.engine))
     whole = toy_outcome(tmp_path / "whole", ToyConfig(steps=steps, engine=config.engine))
     assert resumed.losses == whole.losses
     assert not list((folder / "checkpoints").glob(".writing-*"))
@@ -67,12 +67,12 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_the_checkpoint_before_sta
         b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize - 65536)
     )
     with pytest.raises(OSError) as caught:
-        toy_outcome(small_disk / "run", ToyConfig(steps=6), other_steps=True)
+        toy_outcome(small_disk / "run", ToyConfig(steps=6))
     assert caught.value.errno == errno.ENOSPC
     Saved(saved).verify()
     assert not list((small_disk / "run" / "checkpoints").glob(".writing-*"))
     (small_disk / "ballast").unlink()
-    assert len(toy_outcome(small_disk / "run", ToyConfig(steps=6), other_steps=True).losses) == 6
+    assert len(toy_outcome(small_disk / "run", ToyConfig(steps=6)).losses) == 6
 
 
 LIMITED = """
@@ -102,12 +102,12 @@ def test_a_directory_in_use_is_refused_naming_the_owner_and_free_again_when_it_i
     try:
         wait_for_step(tmp_path, 2)
         with pytest.raises(RunDirError, match=rf"in use by another live process \(pid {child.pid} on"):
-            RunDir(tmp_path).open(config, "toy")
+            RunDir(tmp_path).open("toy", {})
     finally:
         child.kill()
         child.wait()
-    with RunDir(tmp_path).open(config, "toy"), pytest.raises(RunDirError, match="this very process"):
-        RunDir(tmp_path).open(config, "toy")
+    with RunDir(tmp_path).open("toy", {}), pytest.raises(RunDirError, match="this very process"):
+        RunDir(tmp_path).open("toy", {})
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ from torch import nn
 from fine_dist.config import DiffusionConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
-from fine_dist.engine.backend import learning_rate
+from fine_dist.engine.backend import PlainBackend, learning_rate
 from fine_dist.engine.checkpoint import Saved
-from fine_dist.engine.loop import divide_batch, fit
-from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.ema import Ema
+from fine_dist.engine.loop import divide_batch
 from fine_dist.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import arch
@@ -196,7 +196,8 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
     fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.alone("cpu"), **looks))
     assert fitted.losses["held_out_loss"] == 0.25
     assert [row["step"] for row in fitted.rows if "held_out_loss" in row] == [2, 4]
-    assert all(torch.equal(seen[-1][name], value) for name, value in fitted.ema.items())
+    # the last look but one is at the average, the last at the weights themselves
+    assert all(torch.equal(seen[-2][name], value) for name, value in fitted.ema.items())
     unseen = toy_outcome(tmp_path / "unseen", config)
     assert [row["loss"] for row in fitted.rows if "loss" in row] == unseen.losses
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -226,14 +227,57 @@ def test_a_model_with_nothing_to_train_and_a_checkpoint_beyond_the_steps_are_ref
     with pytest.raises(ConfigError, match="every parameter of the model is frozen"):
         toy_fit(tmp_path / "frozen", config, toy_program(config, dist.alone("cpu"), model=frozen))
     toy_fit(tmp_path / "run", config)
-    with (
-        RunDir(tmp_path / "run").open(config, "toy") as run_dir,
-        pytest.raises(ConfigError, match="beyond the 3 asked"),
-    ):
-        fit(
-            toy_program(config, dist.alone("cpu")), steps=3, global_batch=8, optim=config.optim, engine=config.engine,
-            run_dir=run_dir, seed=0, title="toy", world=dist.alone("cpu"),
-        )  # fmt: skip
+    with pytest.raises(ConfigError, match="beyond the 3 asked"):
+        toy_fit(tmp_path / "run", ToyConfig(steps=3))
+
+
+def test_a_short_runs_average_has_left_its_beginning_behind(tmp_path: Path) -> None:
+    """DiT's constant 0.9999 leaves 99% of the beginning in the average after 100 steps."""
+
+    def distance(folder: str, **fields) -> float:
+        fitted = toy_fit(tmp_path / folder, ToyConfig(steps=100, engine=engine(ema_decay=0.9999, **fields)))
+        weights = dict(fitted.model.named_parameters())
+        return float(sum((weights[name] - value).norm() for name, value in fitted.ema.items()))
+
+    assert distance("warm", ema_warmup=True) < 0.25 * distance("constant", ema_warmup=False)
+    ema = Ema(PlainBackend(toy_model(ToyConfig()), OptimConfig(), dist.alone("cpu")), 0.9999, warmup=True)
+    assert [ema.decay_at(updates) for updates in (1, 90, 10**6)] == [2 / 11, 91 / 100, 0.9999]
+
+
+def test_a_start_that_fails_before_its_first_step_leaves_the_directory_free(tmp_path: Path) -> None:
+    config = ToyConfig(steps=2)
+    broken = toy_program(
+        config, dist.alone("cpu"), objective=lambda model, batch: model.patch.weight.sum() * torch.full((8,), torch.nan)
+    )
+    with pytest.raises(TrainingError, match="loss is nan"):
+        toy_fit(tmp_path / "run", config, broken)
+    assert not (tmp_path / "run").exists()
+    toy_fit(tmp_path / "run", ToyConfig(steps=2, rank=8))  # another run may have it
+
+
+def test_a_crash_in_looking_comes_after_the_steps_checkpoint_and_the_look_is_made_up_for(tmp_path: Path) -> None:
+    looked = []
+
+    def look(model):
+        looked.append(1)
+        if len(looked) == 2:
+            raise RuntimeError("no display")
+        return {"held_out_loss": 0.5}
+
+    config = ToyConfig(steps=6, engine=engine(checkpoint_every=2, eval_every=2))
+    with pytest.raises(RuntimeError, match="no display"):
+        toy_fit(tmp_path, config, held_out=look)
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step_00000004"
+    fitted = toy_fit(tmp_path, config, held_out=look)
+    assert [row["step"] for row in fitted.rows if "held_out_loss" in row] == [2, 4, 6]
+
+
+def test_the_end_names_the_loss_of_the_average_and_of_the_weights_themselves(tmp_path: Path) -> None:
+    fitted = toy_fit(tmp_path, ToyConfig(steps=4), held_out=lambda m: {"held_out_loss": float(m.patch.weight.sum())})
+    raw = float(dict(fitted.model.named_parameters())["patch.weight"].sum())
+    assert fitted.losses["raw_held_out_loss"] == pytest.approx(raw, rel=1e-6)
+    assert fitted.losses["held_out_loss"] == pytest.approx(float(fitted.ema["patch.weight"].sum()), rel=1e-6)
+    assert fitted.losses["held_out_loss"] != fitted.losses["raw_held_out_loss"]
 
 
 def test_a_cuda_backend_without_a_gpu_says_what_is_legal_here() -> None:

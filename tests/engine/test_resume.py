@@ -131,15 +131,20 @@ def test_another_config_is_refused_by_its_differing_keys_but_engine_settings_may
     toy_fit(tmp_path, ToyConfig(steps=2, engine=engine(micro_batch=2, log_every=7)))
 
 
+def forget(run_dir: Path) -> None:
+    for name in ("identity.json", "config.yaml"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
 def test_a_checkpoint_of_another_data_set_rank_or_architecture_is_refused_naming_what_differs(tmp_path: Path) -> None:
     toy_fit(tmp_path, ToyConfig(steps=2))
-    (tmp_path / "config.yaml").unlink()  # as when two configs resolve alike but what they point to changed
+    forget(tmp_path)  # as when two configs resolve alike but what they point to changed
     with pytest.raises(CheckpointError, match=r"data: 'abc' in the checkpoint, 'xyz' now"):
         toy_fit(tmp_path, ToyConfig(steps=2, data_hash="xyz"))
-    (tmp_path / "config.yaml").unlink()
+    forget(tmp_path)
     with pytest.raises(CheckpointError, match=r"rank: 16 in the checkpoint, 8 now"):
         toy_fit(tmp_path, ToyConfig(steps=2, rank=8))
-    (tmp_path / "config.yaml").unlink()
+    forget(tmp_path)
     wider = Arch(**{**ARCH.model_dump(), "hidden_size": 64})
     program = toy_program(ToyConfig(), dist.alone("cpu"), model=toy_model(ToyConfig(), wider))
     program.identity["arch"] = wider.model_dump()

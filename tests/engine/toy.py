@@ -85,7 +85,9 @@ class ToyConfig(Config):
     """Stands for the data manifest's hash."""
     optim: OptimConfig = OptimConfig(lr=1e-3)
     """Optimiser."""
-    engine: EngineConfig = EngineConfig(device="cpu", ema_decay=0.9, log_every=1, checkpoint_every=2, eval_every=1000)
+    engine: EngineConfig = EngineConfig(
+        device="cpu", ema_decay=0.9, ema_warmup=False, log_every=1, checkpoint_every=2, eval_every=1000
+    )
     """Engine."""
 
 
@@ -120,7 +122,9 @@ def toy_program(config: ToyConfig, here: World, **parts: Any) -> Program:
 
 def toy_fit(folder: Path | str, config: ToyConfig, program: Program | None = None, **parts: Any) -> Fitted:
     here = world("cpu")
-    with RunDir(folder).open(config, "toy", here) as run_dir:
+    bound = {key: getattr(config.engine, key) for key in ("precision", "ema_decay")}
+    identity = {**config.model_dump(mode="json", exclude={"steps", "engine"}), "engine": bound}
+    with RunDir(folder).open("toy", identity, here) as run_dir:
         return fit(
             program or toy_program(config, here, **parts),
             steps=config.steps,
@@ -131,6 +135,7 @@ def toy_fit(folder: Path | str, config: ToyConfig, program: Program | None = Non
             seed=config.seed,
             title="toy",
             world=here,
+            claim=lambda: run_dir.claim(config) if here.is_main else None,
         )
 
 
@@ -148,13 +153,8 @@ class Outcome:
     ema: dict[str, Tensor] = field(default_factory=dict)
 
 
-def toy_outcome(folder: Path | str, config: ToyConfig, other_steps: bool = False) -> Outcome:
-    """Run and give what came out (weights and EMA on rank 0 only).
-
-    other_steps: go on to another number of steps than the directory was opened for, which its config would refuse.
-    """
-    if other_steps:
-        Path(folder, "config.yaml").unlink()
+def toy_outcome(folder: Path | str, config: ToyConfig) -> Outcome:
+    """Run and give what came out (weights and EMA on rank 0 only)."""
     fitted = toy_fit(folder, config)
     if not fitted.world.is_main:
         return Outcome()

@@ -45,7 +45,7 @@ class OneKey(Config):
 def test_status_of_a_single_run_tells_its_owner_its_newest_numbers_and_its_end(tmp_path, capsys):
     code = (
         "import sys, time; from tests.jobs.test_status import OneKey, RunDir\n"
-        "r = RunDir(sys.argv[1]).open(OneKey(), 'train'); print('ready', flush=True); time.sleep(60)"
+        "r = RunDir(sys.argv[1]).open('train', {}); print('ready', flush=True); time.sleep(60)"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     run.stdout.readline()
@@ -58,7 +58,7 @@ def test_status_of_a_single_run_tells_its_owner_its_newest_numbers_and_its_end(t
     run.kill()
     run.wait()
     assert owner_of(tmp_path) is None and read(tmp_path)[0]["state"] == "pending"
-    with RunDir(tmp_path).open(OneKey(), "train") as mine:
+    with RunDir(tmp_path).open("train", {}) as mine:
         assert [owner_of(tmp_path), owner_of(tmp_path)] == [f"pid {os.getpid()} on {socket.gethostname()}"] * 2
         mine.finish(held_out_loss=0.125, steps=10)
     assert main([str(tmp_path), "--json"]) == 0
