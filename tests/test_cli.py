@@ -220,6 +220,8 @@ def leaves(kind: type[Config], config: Config | dict, path: str = "") -> list[st
 def test_help_all_has_every_setting(command, capsys):
     text = helped(command, "--help-all", capsys)
     flags = set(re.findall(r"^  (--[\w.-]+)", text, re.M))
+    undocumented = [each.path for each in settings(kind_of(command)) if not each.about.partition(" (default")[0]]
+    assert not undocumented
     missing = {flag for flag in leaves(kind_of(command), kind_of(command)()) if flag not in flags}
     assert missing <= {"--domains", "--method", "--stop"}  # groups that are none or empty by default; below
     if command == "init":

@@ -16,7 +16,9 @@ FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in 
 # A room may import rooms of a lower number, and itself (design.md: imports run one way).
 LEVEL = {
     "errors": 0,
+    "schema": 0.5,
     "config": 1,
+    "usage": 1.5,
     "cli": 2,
     "jobs": 2,
     "model": 3,
