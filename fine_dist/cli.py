@@ -9,7 +9,7 @@ that are used for the file. How values are written:
     --engine.threads none     no value
     --arch DiT-B/2            a group of keys by its name; `--arch.num-classes 10` beside it changes one of them
     --launch.env A=1 B=2      keys of a free mapping; also `--launch.env.A 1`
-    --stop '{patience: 2}'    any list or mapping as YAML
+    --stop '{window: 50}'     any list or mapping as YAML
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,20 @@ def test_what_is_resolved_reloads_equal(tmp_path):
         ("arch: {hidden_size: 64, num_heads: 5}", ["arch", "num_heads 5 does not divide hidden_size 64"]),
         ("arch: DiT-Q/2", ["arch", "DiT-Q/2"]),
         ("- a\n- b", ["a mapping"]),
-        ("a: [", ["not YAML"]),
+        ("a: [", ["not YAML", "line 1"]),
+        ("optim: {lr: 1, eps: 1, lr: 2}", ["key 'lr' is there twice", "line 1"]),
+        ("steps: 1\nbatch: 2\nsteps: 3", ["key 'steps' is there twice, first in line 1", "line 3"]),
+        ("a: " + "[" * 5000, ["too deep"]),
+        ("a: 2001-99-99", ["not YAML"]),
+        ("a: " + "9" * 5000, ["not YAML"]),
+        ("a: !!python/object/apply:os.mkdir [executed]", ["not YAML", "could not determine a constructor"]),
+        ("arch: {num_layers: 1000000}", ["arch.num_layers", "less than or equal to 1000"]),
+        ("arch: {hidden_size: 1000000000000}", ["arch.hidden_size", "less than or equal to 65536"]),
+        ("arch: {name: 3}", ["arch", "a name such as DiT-B/2-L6"]),
+        ("optim: 3", ["optim: a mapping of keys to values is needed (got 3); legal keys: lr, betas"]),
+        ("method: {name: [fine]}", ["method.name", "['fine']"]),
+        ("optim: {lr: .inf}", ["optim.lr", "finite number"]),
+        ("1: 2", ["1: keys should be strings (got 1)"]),
     ],
 )
 def test_a_wrong_file_is_answered_with_path_value_and_what_would_be_right(text, words, tmp_path):
@@ -85,6 +99,47 @@ def test_a_wrong_file_is_answered_with_path_value_and_what_would_be_right(text, 
         toy("--config", str(file))
     for word in [*words, str(file)]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\x80\x02}q\x00.", bytes(range(256)), b"\xff\xfe\x00\x00", b"\0" * 10])
+def test_a_file_that_is_no_text_is_refused_as_that(content, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"not text|not YAML") as caught:
+        toy("--config", str(file))
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_too_large_for_a_config_is_not_read(tmp_path):
+    with open(tmp_path / "tensors.bin", "wb") as stream:
+        stream.truncate(10 * 2**30)  # no byte of it is on the disk
+    with pytest.raises(ConfigError, match="larger than 4 MiB"):
+        toy("--config", str(tmp_path / "tensors.bin"))
+
+
+def test_a_value_that_is_millions_of_others_is_cut_short_in_the_message(tmp_path):
+    layers = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    layers += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "c.yaml").write_text("\n".join([*layers, "optim: *a11"]))
+    with pytest.raises(ConfigError, match="optim: a mapping of keys to values is needed") as caught:
+        toy("--config", str(tmp_path / "c.yaml"))
+    assert len(str(caught.value)) < 100_000
+
+
+def test_depths_that_no_model_has_are_refused_at_once(capsys, tmp_path):
+    from fine_dist.init import main
+
+    started = time.monotonic()
+    for depth in ("100000", "1000000"):
+        assert (
+            main(
+                ["--depths", depth, "--run-dir", str(tmp_path), "--dry-run", "--method.name", "he", "--arch", "DiT-B/2"]
+            )
+            == 2
+        )
+        said = capsys.readouterr().err
+        assert "less than or equal to 1000" in said and f"(got {depth})" in said
+    assert time.monotonic() - started < 20
 
 
 def test_every_mistake_of_a_file_is_named_at_once(tmp_path):

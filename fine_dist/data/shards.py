@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import socket
 from pathlib import Path
@@ -44,6 +45,8 @@ class _Model(BaseModel):
 
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
+MAX_NUMBERS = 2**26
+"""Numbers of one latent, at most: 4 x 4096 x 4096."""
 _SMALLEST = 4 * BLOCK
 """Bytes that a sample takes in a tar at least: two headers and a block of content for each."""
 
@@ -144,6 +147,9 @@ class Manifest(_Model):
                 f"{where}: not a manifest of latent shards: {at}{message} (got {shown(first['input'])}); encode again, "
                 "or write one with `python -m fine_dist.encode --index FOLDER`"
             ) from None
+        if math.prod(manifest.stored_shape) > MAX_NUMBERS:
+            shape = "x".join(map(str, manifest.stored_shape))
+            raise DataError(f"{where}: latent_shape: {shape} numbers a sample; at most {MAX_NUMBERS:,} are read")
         total = sum(shard.count for shard in manifest.shards)
         if total != manifest.count:
             raise DataError(f"{where}: count is {manifest.count}, but its shards add up to {total}")

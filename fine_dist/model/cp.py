@@ -49,10 +49,11 @@ def decompose(
         sigma = solve_sigma(weights, u, v)
         return float((weights - compose(u, v, sigma)).norm() / norm), u, v, sigma
 
-    left = torch.einsum("lij,lkj->ik", weights, weights)
-    right = torch.einsum("lij,lik->jk", weights, weights)
-    starts = [(leading(left, rank, generator), leading(right, rank, generator))]
-    starts += jennrich(weights, rank, generator)
+    sides = directions(weights)
+    starts = [
+        tuple(leading(vectors, rank, generator) for _, vectors in sides),
+        *jennrich(weights, rank, sides, generator),
+    ]
     best = min((measured(*start) for start in starts), key=lambda fit: fit[0])
     history = [best[0]]
     for _ in range(sweeps):
@@ -70,7 +71,20 @@ def decompose(
     return Fit(u, v, sigma, rest / weights.flatten(1).norm(dim=1).clamp_min(1e-30), tuple(history))
 
 
-def jennrich(weights: Tensor, rank: int, generator: torch.Generator | None) -> list[tuple[Tensor, Tensor]]:
+def directions(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """For the m side and the n side of a stack: how much lies along each of its singular directions (squared, falling),
+    and those directions as columns, float64."""
+    stack = weights.double()
+    sides = []
+    for equation in ("lij,lkj->ik", "lij,lik->jk"):
+        value, vector = torch.linalg.eigh(torch.einsum(equation, stack, stack))
+        sides.append((value.flip(0), vector.flip(1)))
+    return sides
+
+
+def jennrich(
+    weights: Tensor, rank: int, sides: list[tuple[Tensor, Tensor]], generator: torch.Generator | None
+) -> list[tuple[Tensor, Tensor]]:
     """U [m, R] and V [n, R] in closed form (Leurgans, Ross and Abel 1993): exact for a stack of CP form with R at most
     min(m, n) and two layers or more; empty otherwise, and where the two sides do not span enough directions.
 
@@ -81,16 +95,13 @@ def jennrich(weights: Tensor, rank: int, generator: torch.Generator | None) -> l
     layers, m, n = weights.shape
     if rank > min(m, n) or layers < 2:
         return []
-    stack = weights.double()
-    sides = []
-    for equation in ("lij,lkj->ik", "lij,lik->jk"):
-        value, vector = torch.linalg.eigh(torch.einsum(equation, stack, stack))
-        sides.append((value.flip(0), vector.flip(1)))
     size = min(rank, *(int((value > _NOTHING * value[0]).sum()) for value, _ in sides))
     if size == 0:
         return []
     p, q = (vector[:, :size] for _, vector in sides)
-    small = p.T @ stack @ q  #                                                                             [L, K, K]
+    small = (
+        p.T @ weights.double() @ q
+    )  #                                                                             [L, K, K]
     # the two combinations of layers that hold most of the stack, turned by 45 degrees so that neither is faint
     flat = small.flatten(1)
     first, second = torch.linalg.eigh(flat @ flat.T).eigenvectors.flip(1).T[:2]
@@ -106,9 +117,8 @@ def jennrich(weights: Tensor, rank: int, generator: torch.Generator | None) -> l
     y, _ = unit(torch.einsum("kl,kli->ik", weight, rows))
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
         return []
-    u, v = (p @ x).float(), (q @ y).float()
-    more = [unit(torch.randn(side, rank - size, generator=generator).to(u))[0] for side in (m, n)]
-    return [(torch.cat([u, more[0]], dim=1), torch.cat([v, more[1]], dim=1))]
+    u, v = p @ x, q @ y
+    return [(leading(u, rank, generator), leading(v, rank, generator))]
 
 
 _NOTHING = 1e-11
@@ -152,11 +162,11 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right.double(), factor).float()
 
 
-def leading(matrix: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
-    """[size, rank]: eigenvectors of a Gram matrix by falling eigenvalue, then random unit vectors."""
-    vectors = torch.linalg.eigh(matrix.double()).eigenvectors.flip(1).float()[:, :rank]
-    extra = torch.randn(len(matrix), rank - vectors.shape[1], generator=generator).to(vectors)
-    return torch.cat([vectors, unit(extra)[0]], dim=1)
+def leading(vectors: Tensor, rank: int, generator: torch.Generator | None) -> Tensor:
+    """[size, rank]: the first columns, then random unit vectors where there are no more."""
+    first = vectors.float()[:, :rank]
+    extra = torch.randn(len(first), rank - first.shape[1], generator=generator).to(first)
+    return torch.cat([first, unit(extra)[0]], dim=1)
 
 
 def unit(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -211,6 +211,7 @@ def test_a_data_set_in_which_nothing_can_be_read_is_an_error_and_not_a_hang(tmp_
         ({"sha256": None}, "shards.0.sha256: field required"),
         ({"latent_shape": [0, 4, 4]}, "latent_shape.0: input should be greater than or equal to 1"),
         ({"latent_shape": [10**9, 10**9, 4]}, "latent_shape.0: input should be less than or equal to 65536"),
+        ({"latent_shape": [60000, 60000, 4]}, "numbers a sample; at most"),
         ({"num_classes": 10**15}, "num_classes: input should be less"),
         ({"count": 10**8}, "100000000 samples cannot be in"),
     ],

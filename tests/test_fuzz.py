@@ -1,0 +1,332 @@
+"""Whatever a user hands in, there is an answer in words: never a traceback, and nothing in a file is ever executed.
+
+Bounded and seeded: the same examples at every run (`derandomize`), a few hundred in all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fine_dist.cli import parse
+from fine_dist.data.shards import Manifest
+from fine_dist.data.stream import read_all
+from fine_dist.encode import EncodeConfig
+from fine_dist.encode import main as encode_main
+from fine_dist.errors import ArtifactError, DataError, guard
+from fine_dist.family import InitConfig
+from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.factors import FactoredDiT
+from fine_dist.usage import settings as settings_of
+from tests.conftest import lively, tiny_arch
+from tests.data.making import SHAPE, make, make_foreign, npy, sample
+from tests.test_config import Toy
+
+KINDS = (Toy, InitConfig, EncodeConfig)
+
+
+def fuzz(examples: int) -> Callable[[Any], Any]:
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+class Trap:
+    """Unpickled, or built by a YAML tag, it would leave a mark where the process stands."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "executed").exists()
+
+
+def answered(body: Callable[[], Any]) -> str:
+    """Run as a command does; what it says. It ends well or with exit code 2, and whatever else it raises fails."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = guard(body)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    said = err.getvalue()
+    assert code in (0, 2) and "Traceback" not in said, said
+    assert code == 0 or said.startswith("error: "), said
+    return said
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.sampled_from([0, -1, 1, 2**31, 2**63, 10**400, "", "fine", "DiT-B/2", "../x", "nan", "a\0b", "\ud7ff"]),
+    st.text(max_size=12),
+)
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner, max_size=4)
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all nodes of a JSON tree."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
+
+
+@st.composite
+def changed(draw: Any, tree: Any) -> Any:
+    """A JSON tree with one or two of its nodes replaced or gone."""
+    tree = json.loads(json.dumps(tree))
+    for _ in range(draw(st.integers(1, 2))):
+        place = draw(st.sampled_from(places(tree)))
+        if not place:
+            return draw(trees)
+        holder = tree
+        for key in place[:-1]:
+            holder = holder[key]
+        if draw(st.booleans()):
+            holder[place[-1]] = draw(trees)
+        else:
+            del holder[place[-1]]
+    return tree
+
+
+@st.composite
+def damaged(draw: Any, content: bytes) -> bytes:
+    """Bytes with some of them overwritten, cut out, doubled, or cut off."""
+    data = bytearray(content)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, max(0, len(data) - 1)))
+        new = draw(st.binary(min_size=1, max_size=12) | st.sampled_from([b"\0" * 512, b"\xff" * 12, b"7777777777"]))
+        how = draw(st.sampled_from(["over", "in", "out", "off"]))
+        if how == "over":
+            data[at : at + len(new)] = new
+        elif how == "in":
+            data[at:at] = new
+        elif how == "out":
+            del data[at : at + len(new) * 40]
+        elif draw(st.integers(0, 3)) == 0:
+            del data[at:]
+    return bytes(data)
+
+
+# --- configs and flags ---------------------------------------------------------------------------------------------
+
+YAMLS = (
+    "optim: {lr: 1e-3, betas: [0.9, 0.95]}\nmethod: {name: fine, rank: 8}\narch: {name: DiT-S/2, num_classes: 3}\n",
+    "depths: [2, 4]\nstop: {window: 5}\ndomains: {a: {data: {shards: x}, labels: new}}\nlaunch: {env: {A: b}}\n",
+    "x: &x {lr: 1}\noptim:\n  <<: *x\n  eps: 2e-8\nengine: {time_limit_min: 3.5, deepspeed: {stage: 2}}\n",
+    "a: !!python/object/apply:os.mkdir [executed]\nb: !!binary aGk=\nc: !!timestamp 2001-12-14\n",
+)
+
+
+@fuzz(150)
+@given(
+    st.one_of(
+        st.sampled_from(YAMLS).flatmap(lambda text: damaged(text.encode())),
+        trees.map(lambda tree: yaml.safe_dump(tree).encode()),
+        st.sampled_from(YAMLS[:2]).flatmap(lambda t: changed(yaml.safe_load(t))).map(lambda t: json.dumps(t).encode()),
+        st.binary(max_size=60),
+        st.just(pickle.dumps(Trap())),
+    ),
+    st.sampled_from(KINDS),
+)
+def test_any_file_as_a_config_is_a_config_or_one_message(content, kind):
+    Path("c.yaml").write_bytes(content)
+    answered(lambda: parse(kind, ["--config", "c.yaml"], "toy") and None)
+
+
+FLAGS = [
+    *sorted({f"--{s.path.replace('_', '-')}" for kind in KINDS for s in settings_of(kind)}),
+    "--config", "--dry-run", "--launcher", "--method.name", "--domains.a.data.shards", "--no-yes", "--launch.env.A",
+]  # fmt: skip
+
+
+@fuzz(150)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from(FLAGS),
+            st.sampled_from(["1", "-1", "none", "true", "A=1", "[", "{a: 1}", "!!python/name:os.system", "&a [*a]"]),
+            st.text(max_size=8),
+            st.builds(lambda flag, word: f"{flag}={word}", st.sampled_from(FLAGS), st.text(max_size=5)),
+        ),
+        max_size=6,
+    ),
+    st.sampled_from(KINDS),
+)
+def test_any_words_as_flags_are_a_config_or_one_message(argv, kind):
+    answered(lambda: parse(kind, argv, "toy") and None)
+
+
+# --- shards --------------------------------------------------------------------------------------------------------
+
+
+def looked_at(folder: Path) -> None:
+    """Everything that reads shards: inspecting, checking, reading."""
+    answered(lambda: encode_main(["--inspect", str(folder)]))
+    answered(lambda: encode_main(["--verify", str(folder)]))
+    with contextlib.suppress(DataError):
+        read_all(str(folder))
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    """Shards of ours, of another program, and an artifact, all sound."""
+    root = tmp_path_factory.mktemp("sound")
+    make(root / "ours", [5, 9])
+    make_foreign(root / "foreign", [[sample(i) for i in range(6)], [sample(i) for i in range(6, 12)]])
+    model = lively(FactoredDiT(tiny_arch(num_layers=1), 4))
+    save_artifact(
+        root / "gene",
+        kind="learngene",
+        method={"name": "fine", "rank": 4},
+        arch=model.arch,
+        tensors=model.state_dict(),
+        extra={"losses": {"a": 1.0}},
+    )
+    return root
+
+
+@fuzz(60)
+@given(st.data())
+def test_any_manifest_of_shards_is_read_or_refused_in_words(sound, data):
+    for name in ("ours", "foreign"):
+        copied(sound / name, "d")
+        path = Path("d/manifest.json")
+        text = path.read_text()
+        if data.draw(st.booleans()):
+            path.write_text(json.dumps(data.draw(changed(json.loads(text)))))
+        else:
+            path.write_bytes(data.draw(damaged(text.encode())))
+        looked_at(Path("d"))
+
+
+def copied(folder: Path, to: str) -> None:
+    """A fresh copy; one that an earlier example left is gone."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+
+
+def rewritten(folder: Path, name: str, content: bytes) -> None:
+    """Put bytes into a shard and let the manifest agree with them, so that the content itself is looked at."""
+    (folder / name).write_bytes(content)
+    path = folder / "manifest.json"
+    manifest = Manifest.parse(path.read_bytes(), "")
+    digest = hashlib.sha256(content).hexdigest()
+    shards = tuple(
+        s.model_copy(update={"bytes": len(content), "sha256": digest}) if s.name == name else s for s in manifest.shards
+    )
+    manifest.model_copy(update={"shards": shards}).save(folder)
+
+
+@fuzz(50)
+@given(st.data())
+def test_any_damage_to_a_tar_is_seen_or_harmless(sound, data):
+    for name, shard in (("ours", "latents-000001.tar"), ("foreign", "other-1.tar")):
+        copied(sound / name, "d")
+        rewritten(Path("d"), shard, data.draw(damaged((sound / name / shard).read_bytes())))
+        looked_at(Path("d"))
+        Path("d/manifest.json").unlink()
+        answered(lambda: encode_main(["--index", "d"]))
+
+
+npys = st.one_of(
+    st.just(npy(np.zeros(SHAPE, np.float16))),
+    st.just(npy(np.array([Trap()], object), allow_pickle=True)),
+    st.just(pickle.dumps(Trap())),
+    st.text(max_size=200).map(lambda t: b"\x93NUMPY\x01\0" + len(t.encode()).to_bytes(2, "little") + t.encode()),
+    st.builds(
+        lambda shape, descr: (
+            header := f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape!r}}}".encode(),
+            b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header + b"\0" * 32,
+        )[1],
+        st.tuples(st.integers(-(2**70), 2**70), st.integers(0, 8), st.integers(0, 8)) | st.just(()) | st.just((1.5,)),
+        st.sampled_from(["<f2", "<f4", ">f2", "|O", "<U9", "f16", "V99999", "nonsense", "<M8[ns]", "i4,f4", 7, None]),
+    ),
+    st.just(b"\x93NUMPY\x01\0\x80\x02" + b"(" * 640),
+    st.binary(max_size=40),
+)
+
+
+@fuzz(60)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "../a", "/etc/a", "x/y", ".", "é"]),
+            st.sampled_from(["latent.npy", "cls", "pkl", "pt", "pyd", "LATENT.npy", ""]),
+            npys | st.sampled_from([b"1", b"-1", b"", b"9" * 5000, b"\xff", b"1e3", b" 2\n"]),
+            st.dictionaries(st.sampled_from(["size", "path", "mtime", "é"]), st.text(max_size=9), max_size=2),
+        ),
+        max_size=6,
+    )
+)
+def test_any_entries_of_a_tar_are_indexed_or_refused_in_words(entries):
+    shutil.rmtree("d", ignore_errors=True)
+    Path("d").mkdir()
+    with tarfile.open("d/x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for stem, ending, content, pax in entries:
+            info = tarfile.TarInfo(f"{stem}.{ending}")
+            info.size = len(content)
+            info.pax_headers = pax
+            tar.addfile(info, io.BytesIO(content))
+    answered(lambda: encode_main(["--index", "d"]))
+    if Path("d/manifest.json").exists():
+        looked_at(Path("d"))
+
+
+# --- artifacts -----------------------------------------------------------------------------------------------------
+
+
+@fuzz(80)
+@given(st.data())
+def test_any_artifact_is_read_whole_or_refused_in_words(sound, data):
+    copied(sound / "gene", "g")
+    manifest, tensors = Path("g/manifest.json"), Path("g/tensors.safetensors")
+    fields = json.loads(manifest.read_text())
+    what = data.draw(st.sampled_from(["tree", "text", "tensors", "pickle"]))
+    if what == "tree":
+        manifest.write_text(json.dumps(data.draw(changed(fields))))
+    elif what == "text":
+        manifest.write_bytes(data.draw(damaged(manifest.read_bytes())))
+    else:
+        content = pickle.dumps(Trap()) if what == "pickle" else data.draw(damaged(tensors.read_bytes()))
+        tensors.write_bytes(content)
+        fields["sha256"]["tensors.safetensors"] = hashlib.sha256(content).hexdigest()
+        manifest.write_text(json.dumps(fields))
+    try:
+        artifact = load_artifact("g")
+    except ArtifactError as error:
+        assert "g" in str(error)
+    else:
+        assert all(isinstance(tensor, torch.Tensor) for tensor in artifact.tensors.values())
+        assert what in ("tensors", "text", "tree")
+        # what says how the numbers are to be read is as it was written
+        assert (artifact.kind, artifact.arch) == ("learngene", tiny_arch(num_layers=1))
