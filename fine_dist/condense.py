@@ -16,6 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         call = parse(CondenseConfig, argv, "python -m fine_dist.condense")
         if call.dry_run:
+            from launchers import check
+
+            check("fine_dist.condense", call.config, call.launcher)
             from fine_dist.stages.estimates import dry_run
 
             print("\n".join(dry_run(call.config, call.config.blueprint())))

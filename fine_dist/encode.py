@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         out_of(config)
         if call.dry_run:
+            from launchers import check
+
+            check("fine_dist.encode", call.config, call.launcher)
             print("\n".join(dry_run(config)))
             return 0
         from launchers.entry import launch

@@ -109,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(list_family(Path(call.options.list))))
             return 0
         if call.dry_run:
+            from launchers import check
+
+            check("fine_dist.init", call.config, call.launcher)
             print("\n".join(dry_run(call.config, room_of(call.config, call.launcher))))
             return 0
         with _bar(call.config, call.launcher):

@@ -124,6 +124,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""libyaml's where it is built in: a fan-out of thousands of tasks writes as many files."""
+
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
@@ -153,7 +156,7 @@ def validate(
 
 def dump_yaml(config: Config) -> str:
     """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=110)
 
 
 def load(kind: type[C], path: str | Path) -> C:

@@ -21,6 +21,9 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(TrainConfig, argv, "python -m fine_dist.train")
         config: TrainConfig = call.config
         if call.dry_run:
+            from launchers import check
+
+            check("fine_dist.train", call.config, call.launcher)
             from fine_dist.stages.estimates import dry_run
 
             plan = config.blueprint()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.benchmarks.turns import wall_times
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.methods import CONDENSES
 from fine_dist.model.zoo import Arch
 from fine_dist.model.zoo import arch as named
 
@@ -63,7 +64,9 @@ def _prepare(root: Path) -> Artifact:
 
     encode(EncodeConfig(out=str(root / "data")))
     model = FactoredDiT(DEMO, DEMO.hidden_size, torch.Generator().manual_seed(0))
-    save_artifact(root / "learngene", kind="learngene", method={"name": "fine"}, arch=DEMO, tensors=model.state_dict())
+    save_artifact(
+        root / "learngene", kind="learngene", method=CONDENSES.model_dump(), arch=DEMO, tensors=model.state_dict()
+    )
     return load_artifact(root / "learngene")
 
 
@@ -300,6 +303,8 @@ def _artifact(root: Path) -> list[Row]:
     arch = named("DiT-B/2")
     sizes = {"sigma": lambda m: arch.hidden_size, "bias": lambda m: arch.matrix(m)[0]}
     own = {f"blocks.{i}.{m}.{part}": torch.randn(size(m)) for i in range(12) for m in MATRICES for part, size in sizes.items()}  # fmt: skip  # noqa: E501
-    save_target(root / "target", method={"name": "fine"}, parent=None, arch=arch, own=own, names=list(own), facts={})
+    save_target(
+        root / "target", method=CONDENSES.model_dump(), parent=None, arch=arch, own=own, names=list(own), facts={}
+    )
     size = sum(file.stat().st_size for file in (root / "target").iterdir())
     return [Row("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]

@@ -1,6 +1,6 @@
 """`python -m fine_dist.benchmark speed`: a training step of every kind, and what the loop adds to it.
 
-Steps are timed in one process, in turn, on the same batch: dense DiT, FINE's stage 1 and its sigma-only stage with
+Steps are timed in one process, in turn, on the same batch: dense DiT, stage 1 of shared factors and its sigma-only stage with
 each compute path; fp32 and bf16, with and without activation checkpointing. The loop is timed on a real run that
 streams shards, writes checkpoints and logs.
 
@@ -145,7 +145,7 @@ def made_up_batch(arch: Arch, batch: int, device: torch.device) -> MadeUp:
 
 
 def stage_1(bench: Bench, batch: int, quick: bool) -> list[Row]:
-    """FINE's joint training against the dense step."""
+    """Joint training of shared factors against the dense step."""
     width = bench.arch.hidden_size
     times = bench.times(
         {
@@ -157,7 +157,7 @@ def stage_1(bench: Bench, batch: int, quick: bool) -> list[Row]:
     label = f"{bench.arch.name}, batch {batch}, fp32"
     return [
         Row(f"dense step, {label}", median(times["dense"]), "s", None, "lower"),
-        Row(f"FINE stage-1 step / dense step, {label}", ratio(times, "joint", "dense"), "x", bar, "lower"),
+        Row(f"stage-1 step / dense step, {label}", ratio(times, "joint", "dense"), "x", bar, "lower"),
     ]
 
 
@@ -205,7 +205,7 @@ def modes(bench: Bench, batch: int, peaks: dict[str, float | None]) -> list[Row]
     width = bench.arch.hidden_size
     kinds = [
         Kind("dense"),
-        Kind("FINE stage 1", width),
+        Kind("stage 1", width),
         Kind("sigma-only, factored", width, joint=False, path="factored"),
         Kind("sigma-only, composed", width, joint=False, path="composed"),
     ]

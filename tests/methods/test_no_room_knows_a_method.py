@@ -1,0 +1,57 @@
+"""What a room needs of a method it asks the method: no method's name stands anywhere else."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+from fine_dist.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+MAY = ("fine_dist/methods/", "fine_dist/model/factors.py")
+FILES = sorted(
+    path
+    for folder in ("fine_dist", "launchers")
+    for path in (ROOT / folder).rglob("*.py")
+    if not str(path.relative_to(ROOT)).startswith(MAY)
+)
+ENGLISH = {"he", "outside", "share"}
+"""Names that are words of plain English: only in quotes do they name a method."""
+UNIQUE = sorted({name for name in METHODS} - ENGLISH - {"fine"})
+# `fine` is the project's own name too: as a word of its own, in capitals or in quotes, it is the method's.
+PATTERN = re.compile(
+    r"\bFINE\b|\bFine(Config)?\b|[\"']fine[\"']|" + "|".join(rf"[\"']{n}[\"']" for n in ENGLISH) + "|"
+    + "|".join(rf"\b{re.escape(n)}\b" for n in UNIQUE),
+)  # fmt: skip
+
+
+def code_of(path: Path) -> str:
+    """The file without comments and docstrings: those may cite a paper."""
+    source = path.read_text(encoding="utf-8")
+    strings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            strings |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    kept = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT and not (token.type == tokenize.STRING and token.start[0] in strings):
+            kept.append(token.string)
+    return " ".join(kept)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_names_a_method(path: Path) -> None:
+    found = [match[0] for match in PATTERN.finditer(code_of(path))]
+    assert not found, f"{path.relative_to(ROOT)} names {', '.join(sorted(set(found)))}"
+
+
+def test_the_pattern_finds_what_it_should() -> None:
+    for text in ('name == "fine"', "FineConfig()", 'x["he"]', "random_genes"):
+        assert PATTERN.search(text), text
+    for text in ("fine_dist.config", "he said", "what is outside", "fine-dist-watch"):
+        assert not PATTERN.search(text), text
