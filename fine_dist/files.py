@@ -1,0 +1,192 @@
+"""Files that are whole or not there, hashes, locks, and the rows of a metrics.jsonl, for every room."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fine_dist.errors import RunDirError
+
+_PIECE = 1 << 20
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> Path:
+    """Replace a file as a whole: a reader, or a power cut, sees the old content or the new. Makes its folder."""
+    path = Path(path)
+    draft = _draft(path, content)
+    try:
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
+    """As `write_atomic`, but `FileExistsError` when the file is there already.
+
+    durable: false leaves the syncing to the caller, for many files at once (`sync_folder`, `os.sync`).
+    """
+    path = Path(path)
+    draft = _draft(path, content, durable=durable)
+    try:
+        os.link(draft, path)
+    finally:
+        draft.unlink()
+    return path
+
+
+def _draft(path: Path, content: str | bytes, *, durable: bool = True) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_name(path)
+    try:
+        with open(draft, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return draft
+
+
+def draft_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer, on whatever host, uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A new folder under a temporary name, which takes the place of `folder` when the block ends well.
+
+    Files in it are synced before it gets its name; when the block raises, nothing of it is left.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_name(folder)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        if folder.exists():
+            stale = draft_name(folder)
+            os.rename(folder, stale)
+            os.rename(draft, folder)
+            shutil.rmtree(stale)
+        else:
+            os.rename(draft, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
+    """Remove what killed writers left in a folder; drafts younger than this may have a living writer. How many."""
+    count = 0
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > older_than_s:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                count += 1
+    return count
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+
+def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
+    """Take an exclusive lock on an open file if nobody has it; gone with its holder, however that ends.
+
+    posix: a lock of the process (seen over NFS before version 4, not inherited by children) instead of the open file's.
+    where: what to name when the file system has no working locks (`RunDirError`).
+    """
+    take = fcntl.lockf if posix else fcntl.flock
+    try:
+        take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise RunDirError(
+            f"{where}: this file system has no working locks ({error.strerror}); mount it with locks "
+            "(Lustre: -o flock, NFS: version 4) or use a run_dir on another one"
+        ) from None
+
+
+# --- rows of a metrics.jsonl -----------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """All whole rows; a line that is being written, or that a crash cut short, is left out. Empty without a file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str, Any] | None:
+    """The newest whole row (that has `key`) within the last bytes of the file; none where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - within))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((row for line in reversed(lines) if (row := _row(line)) is not None and (not key or key in row)), None)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
