@@ -202,7 +202,7 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
         if steps < 2:
             raise ConfigError(f"sampler.steps {steps}: ddpm needs at least 2 (the first is T-1, the last is 0)")
         variance = "learned_range" if learn_sigma else "fixed_small"
-        ancestral = diffusers.DDPMScheduler(**chain, variance_type=variance, clip_sample=False)
+        ancestral: Any = diffusers.DDPMScheduler(**chain, variance_type=variance, clip_sample=False)
         ancestral.set_timesteps(timesteps=space_timesteps(total, [steps])[::-1])
         return ancestral
     if config.scheduler == "ddim":
@@ -212,7 +212,7 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
             raise ConfigError(
                 f"sampler.steps {steps}: ddim needs a divisor of {total} timesteps; nearest legal: {near}"
             )
-        scheduler = diffusers.DDIMScheduler(**chain, clip_sample=False, timestep_spacing="trailing")
+        scheduler: Any = diffusers.DDIMScheduler(**chain, clip_sample=False, timestep_spacing="trailing")
     else:
         scheduler = diffusers.DPMSolverMultistepScheduler(
             **chain, algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="trailing"
