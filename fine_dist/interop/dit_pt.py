@@ -105,11 +105,11 @@ def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> Imported:
 
 def _state_of(content: Mapping[str, Any], wanted: str, path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors, without the prefixes of DataParallel and torch.compile, and the nest they lay in ("": none)."""
+    if wanted not in ("auto", *_NESTS):
+        raise ConfigError(f"weights {wanted!r}; legal: auto, {', '.join(_NESTS)}")
     nests = [name for name in _NESTS if isinstance(content.get(name), dict)]
     if wanted != "auto" and nests and wanted not in nests:
         raise ArtifactError(f"{path}: weights {wanted!r}: it holds {', '.join(nests)}")
-    if wanted not in ("auto", *_NESTS):
-        raise ConfigError(f"weights {wanted!r}; legal: auto, {', '.join(_NESTS)}")
     nest = wanted if wanted in nests else (nests[0] if nests else "")
     state = {
         re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
