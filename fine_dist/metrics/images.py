@@ -66,9 +66,9 @@ class Pictures:
                 image = _decode(self.where, *self.files[i])
                 if image.shape != first:
                     raise DataError(
-                        f"{self.where}: {self.files[i][0]} is {image.shape[1]}x{image.shape[0]} and {self.files[0][0]} is "
-                        f"{first[1]}x{first[0]}; bring all images to one size first (a distance over mixed sizes would "
-                        "measure the resizing)"
+                        f"{self.where}: {self.files[i][0]} is {image.shape[1]}x{image.shape[0]}, and "
+                        f"{self.files[0][0]} is {first[1]}x{first[0]}; bring all to one size first (a distance over "
+                        "mixed sizes would measure the resizing)"
                     )
                 images.append(image)
             yield torch.tensor(list(numbers)), torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -105,7 +105,7 @@ def _radii(x: Tensor, neighbours: int, block: int) -> Tensor:
         rows = torch.arange(start, min(start + block, len(x)), device=x.device)
         far = _squared_distances(x[rows], x)
         far[rows - start, rows] = torch.inf
-        radii.append(far.kthvalue(neighbours, dim=1).values)
+        radii.append(far.topk(neighbours, dim=1, largest=False).values.max(dim=1).values)
     return torch.cat(radii)
 
 

@@ -90,7 +90,7 @@ def test_both_ways_agree_where_both_are_exact():
 
 @pytest.mark.parametrize("power", [4, 8, 12, 15])
 def test_badly_conditioned_covariances_keep_their_digits(power):
-    """Variances over `power` decades; the commuting pair has a closed form. The quick way knows when it is not exact."""
+    """Variances over `power` decades; a commuting pair has a closed form. The quick way knows when it is not exact."""
     variances = torch.logspace(0, -power, 40, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double()).Q
     zero = torch.zeros(40)
