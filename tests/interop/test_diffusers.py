@@ -62,7 +62,7 @@ def test_the_export_says_how_far_diffusers_is_with_and_without_the_models_freque
     assert written.stock_error > 1e-3  # other frequencies are another function
 
 
-def test_real_pipelines_sample_it_with_guidance(exported, model):
+def test_real_pipelines_sample_it_with_guidance(exported, tmp_path):
     """DiTPipeline guides with label 1000; with its own noise our sampler gives the very same latents."""
     from diffusers import DiTPipeline
 
@@ -72,6 +72,7 @@ def test_real_pipelines_sample_it_with_guidance(exported, model):
         assert pipeline.get_label_ids(["class 3", "class 9"]) == [3, 9]
         images = pipeline([3, 9, 0], guidance_scale=1.5, num_inference_steps=5, output_type="np").images
         assert images.shape == (3, 16, 16, 3) and 0 <= images.min() < images.max() <= 1
+        pipeline.numpy_to_pil(images)[0].save(tmp_path / "picture.png")
 
 
 def test_our_sampler_and_the_pipeline_draw_the_same_images(exported, model, monkeypatch):

@@ -110,13 +110,13 @@ def test_real_weights_find_spoiled_photographs_further_away():
 
     network, g = load_efflite(), torch.Generator().manual_seed(0)
     whole = torch.tensor(load_sample_images().images[0]).permute(2, 0, 1)
-    rows = torch.randint(0, 427 - 128, (48,), generator=g).tolist()
-    columns = torch.randint(0, 640 - 128, (48,), generator=g).tolist()
+    rows = torch.randint(0, 427 - 128, (24,), generator=g).tolist()
+    columns = torch.randint(0, 640 - 128, (24,), generator=g).tolist()
     crops = torch.stack([whole[:, r : r + 128, c : c + 128] for r, c in zip(rows, columns)])
-    reference = Moments.of(network(crops[:24]).pooled)
+    reference = Moments.of(network(crops[:12]).pooled)
     distances = []
-    for noise in (0, 20, 60):
-        x = crops[24:].float() + noise * torch.randn(crops[24:].shape, generator=g)
+    for noise in (0, 60):
+        x = crops[12:].float() + noise * torch.randn(crops[12:].shape, generator=g)
         distances.append(frechet_distance(Moments.of(network(x.clamp(0, 255).to(torch.uint8)).pooled), reference))
     assert distances == sorted(distances)
 
