@@ -63,14 +63,15 @@ def tiny_vae(folder: Path, channels: int) -> None:
     """A random autoencoder of the usual kind, as small as it may be."""
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(
+    vae: Any = AutoencoderKL(
         block_out_channels=(8,),
         down_block_types=("DownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",),
         norm_num_groups=4,
         latent_channels=channels,
         scaling_factor=0.18215,
-    ).save_pretrained(folder)
+    )
+    vae.save_pretrained(folder)
 
 
 def turns(
