@@ -5,6 +5,8 @@ In:   `load(source, Hints(...)) -> Imported` takes our own `model/` folder, a di
       `Imported.state` fits `fine_dist.model.dit.DiT(imported.arch)`; `Imported.provenance()` goes into manifests.
 Out:  `write_diffusers(folder, arch, state, vae=..., card=Card(...)) -> Written`, `write_dit(path, arch, state)`; each
       runs what it wrote and compares. `load_pipeline(folder)` is diffusers' pipeline with the model's frequencies.
+VAE:  `Decoder(name, scaling_factor=...).decode(latents)`; `decoded(batches, decoder)` decodes while the next is drawn.
+      `ImageStore` takes pictures from any process in any order, knows what is missing, and ends as an `.npz`.
 npz:  `read_statistics`, `write_statistics`, `NpzImages(path).batches(n)`, `write_samples(path, batches, count=...)`.
 """
 
@@ -22,16 +24,21 @@ from fine_dist.interop.npz import (
     write_samples,
     write_statistics,
 )
+from fine_dist.interop.store import ImageStore
+from fine_dist.interop.vae import Decoder, decoded
 
 __all__ = [
     "DIT_LICENCE",
     "UNKNOWN_LICENCE",
     "Card",
+    "Decoder",
     "Hints",
+    "ImageStore",
     "Imported",
     "NpzImages",
     "ReferenceStatistics",
     "Written",
+    "decoded",
     "has_statistics",
     "load",
     "load_pipeline",

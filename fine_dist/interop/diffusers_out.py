@@ -20,6 +20,7 @@ from fine_dist.files import whole_folder
 from fine_dist.interop.card import Card, card_text
 from fine_dist.interop.check import compare, largest_error
 from fine_dist.interop.diffusers_io import MARKER, PIPELINE_NULL, label_rows, to_diffusers
+from fine_dist.interop.vae import check_scaling
 from fine_dist.model.zoo import Arch
 
 _DIT_CHAIN, _EMPTY_CARD = DiffusionConfig(), Card()
@@ -185,11 +186,7 @@ def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | No
         raise ArtifactError(
             f"vae {name}: its latents have {vae.config.latent_channels} channels, not {arch.in_channels}"
         )
-    if scaling_factor is not None and abs(vae.config.scaling_factor - scaling_factor) > 1e-6 * abs(scaling_factor):
-        raise ArtifactError(
-            f"vae {name}: its scaling_factor is {vae.config.scaling_factor:g}, and the latents that the model was "
-            f"trained on were scaled by {scaling_factor:g}: it is not the VAE that encoded them"
-        )
+    check_scaling(str(name), float(vae.config.scaling_factor), scaling_factor)
     vae.save_pretrained(str(to), safe_serialization=True)
 
 
