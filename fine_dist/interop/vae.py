@@ -73,8 +73,8 @@ def check_scaling(name: str, found: float, wanted: float | None) -> None:
     """`ArtifactError` when a VAE's scaling factor is not that of the latents."""
     if wanted is not None and abs(found - wanted) > 1e-6 * abs(wanted):
         raise ArtifactError(
-            f"vae {name}: its scaling_factor is {found:g}, and the latents that the model was trained on were scaled by "
-            f"{wanted:g}: it is not the VAE that encoded them"
+            f"vae {name}: its scaling_factor is {found:g}, and the latents that the model was trained on were "
+            f"scaled by {wanted:g}: it is not the VAE that encoded them"
         )
 
 

@@ -1,4 +1,4 @@
-"""Latents to pictures, and pictures to disk: the VAE that fits, streams that overlap, stores that know what is missing."""
+"""Latents to pictures, pictures to disk: a VAE that fits, streams that overlap, stores that know what is missing."""
 
 from __future__ import annotations
 
