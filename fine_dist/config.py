@@ -186,6 +186,8 @@ class SamplerConfig(Config):
     """Number of denoising steps."""
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance scale; 1 is no guidance."""
+    guidance_channels: int | None = Field(None, ge=1)
+    """Latent channels that guidance moves, from the first; none: all of them. The original DiT guides three of four."""
     clip: float | None = Field(None, gt=0)
     """Predicted clean latents are clamped to [-clip, clip] at every step: 1 for pixels in [-1, 1]; none for a VAE's."""
     batch: int = Field(64, ge=1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fine_dist.config import DiffusionConfig, SamplerConfig
-from fine_dist.diffusion.sample import grid, guided, image_generator, sample
+from fine_dist.diffusion.sample import grid, guided, image_generator, sample, sample_batches, space_timesteps
 from fine_dist.errors import ConfigError
 from fine_dist.model.dit import DiT
 from fine_dist.model.zoo import Arch
@@ -123,8 +123,17 @@ def test_with_a_clip_a_model_that_knows_nothing_stays_within_it(scheduler):
     assert draw([3], ignorant, clip=1.0, **settings).abs().max() <= 1 + 1e-4
 
 
+def naive_spacing(total: int, count: int) -> list[int]:
+    """ADM's: a running sum of strides, rounded to even, one section."""
+    at, found = 0.0, []
+    for _ in range(count):
+        found.append(round(at))
+        at += (total - 1) / (count - 1)
+    return found
+
+
 def test_ddpm_walks_the_respaced_chain_of_the_paper():
-    timesteps = torch.linspace(999, 0, 40).round().int().tolist()
+    timesteps = naive_spacing(1000, 40)[::-1]
     out = draw([3], scheduler="ddpm", steps=40, indices=[5])
     torch.testing.assert_close(out.double(), naive_ddpm(3, 5, timesteps, None), **TOLERANCE)
 
@@ -133,7 +142,7 @@ def test_a_learned_variance_sets_the_ancestral_noise():
     def with_variance(z, t, y):
         return torch.cat([toy(z, t, y), torch.full_like(z, 0.4)], dim=1)  # -1..1 is read as 0..1: 0.7
 
-    timesteps = torch.linspace(999, 0, 40).round().int().tolist()
+    timesteps = naive_spacing(1000, 40)[::-1]
     out = draw([3], with_variance, tiny(learn_sigma=True), scheduler="ddpm", steps=40)
     torch.testing.assert_close(out.double(), naive_ddpm(3, 0, timesteps, 0.7), **TOLERANCE)
 
@@ -218,12 +227,147 @@ def test_sampling_leaves_the_model_in_the_mode_it_had():
         ({"steps": 10}, [11], ["label 11", "0..9"]),
         ({"steps": 10}, [-1], ["label -1"]),
         ({"steps": 10, "indices": [0, 1]}, [1], ["one length"]),
+        ({"steps": 10, "guidance_channels": 2}, [1], ["guidance_channels 2", "1..1"]),
     ],
 )
 def test_settings_that_cannot_be_are_named(settings, labels, words):
     with pytest.raises(ConfigError) as error:
         draw(labels, **settings)
     assert all(word in str(error.value) for word in words), error.value
+
+
+# --- timesteps of a respaced chain -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 10, 37, 50, 100, 250, 256, 500, 750, 999, 1000])
+def test_any_number_of_timesteps_is_spaced_as_adm_spaces_it(count):
+    kept = space_timesteps(1000, [count])
+    assert kept == naive_spacing(1000, count)
+    assert kept[0] == 0 and kept[-1] == 999 and len(set(kept)) == count and kept == sorted(kept)
+
+
+def test_known_spacings():
+    """What the published sampler prints for 4, and for 250 (a stride of 999 / 249, summed up)."""
+    assert space_timesteps(1000, [4]) == [0, 333, 666, 999]
+    kept = space_timesteps(1000, [250])
+    assert kept[:6] == [0, 4, 8, 12, 16, 20] and kept[60:64] == [241, 245, 249, 253] and kept[-2:] == [995, 999]
+
+
+def test_sections_have_spacings_of_their_own():
+    """Improved DDPM's example: 300 timesteps in three sections, 10 + 15 + 20 of them kept."""
+    kept = space_timesteps(300, [10, 15, 20])
+    assert len(kept) == 45 and kept[:10] == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert (kept[10], kept[24], kept[25], kept[-1]) == (100, 199, 200, 299)
+    assert space_timesteps(10, [1, 2, 3]) == [0, 4, 6, 7, 8, 9]  # the first section is longer by one
+    with pytest.raises(ConfigError, match=r"6 timesteps of a section of 5"):
+        space_timesteps(10, [5, 6])
+
+
+def test_the_model_is_asked_at_exactly_these_timesteps():
+    asked = []
+
+    def spy(z, t, y):
+        asked.append(int(t[0]))
+        return toy(z, t, y)
+
+    draw([3], spy, scheduler="ddpm", steps=250)
+    assert asked == space_timesteps(1000, [250])[::-1]
+
+
+# --- guidance on some channels ---------------------------------------------------------------------------------------
+
+
+def test_guidance_of_three_channels_leaves_the_fourth_and_the_variance_to_the_label():
+    def model(z, t, y):
+        return y.float()[:, None, None, None].expand(-1, 8, 2, 2) * torch.arange(1, 9)[:, None, None]
+
+    z, t, y = torch.zeros(1, 4, 2, 2), torch.zeros(1).long(), torch.tensor([3])
+    out = guided(model, z, t, y, null=10, scale=4.0, channels=3)[0, :, 0, 0]
+    assert out.tolist() == [c * (10 + 4 * (3 - 10)) for c in (1, 2, 3)] + [c * 3 for c in (4, 5, 6, 7, 8)]
+
+
+def test_the_originals_guidance_is_a_setting_and_another_image():
+    arch = Arch(**{**tiny().model_dump(), "in_channels": 4})
+    model = lively(arch)
+    settings = {"scheduler": "ddim", "steps": 5, "guidance": 4.0}
+    all_, three, four = (draw([1, 2], model, arch, guidance_channels=n, **settings) for n in (None, 3, 4))
+    assert torch.equal(all_, four)
+    assert (all_ - three).norm() > 1e-3 * all_.norm()  # rounding is 100 times smaller
+
+
+def test_both_halves_of_guidance_go_through_the_model_at_once():
+    sizes = []
+
+    def spy(z, t, y):
+        sizes.append(len(z))
+        return toy(z, t, y)
+
+    draw([1, 2, 3], spy, steps=2, guidance=2.0)
+    draw([1, 2, 3], spy, steps=2, guidance=1.0)
+    assert sizes == [6, 6, 3, 3]
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def stream(count: int, start: int = 0, model=toy, **settings):
+    return sample_batches(
+        model,
+        labels=torch.arange(count) % 10,
+        arch=tiny(),
+        config=SamplerConfig(steps=5, batch=4, **settings),
+        diffusion=DIFFUSION,
+        seed=7,
+        start=start,
+    )
+
+
+def test_batches_are_the_images_in_order_and_drawn_when_they_are_asked_for():
+    calls = []
+
+    def spy(z, t, y):
+        calls.append(len(z))
+        return toy(z, t, y)
+
+    batches = stream(10, model=spy)
+    assert not calls
+    first = next(batches)
+    assert calls == [4] * 5 and first.indices.tolist() == [0, 1, 2, 3] and first.labels.tolist() == [0, 1, 2, 3]
+    rest = list(batches)
+    assert [len(b.latents) for b in rest] == [4, 2]
+    assert torch.equal(
+        torch.cat([first.latents, *(b.latents for b in rest)]), draw([i % 10 for i in range(10)], steps=5)
+    )
+
+
+@pytest.mark.parametrize("start", [0, 3, 9, 10])
+def test_sampling_goes_on_from_any_image(start):
+    whole = torch.cat([b.latents for b in stream(10, scheduler="ddpm")])
+    parts = list(stream(10, start, scheduler="ddpm"))
+    assert [i for b in parts for i in b.indices.tolist()] == list(range(start, 10))
+    if parts:  # the toy works on each number by itself, so that batches of another size change no bit
+        assert torch.equal(torch.cat([b.latents for b in parts]), whole[start:])
+
+
+def test_a_model_is_in_its_own_mode_between_batches():
+    arch = tiny()
+    model = lively(arch).train()
+    for _ in sample_batches(
+        model, labels=torch.arange(4), arch=arch, config=SamplerConfig(steps=2, batch=2), diffusion=DIFFUSION, seed=0
+    ):
+        assert model.training
+
+
+def test_a_model_trained_without_dropping_labels_cannot_be_guided():
+    with pytest.raises(ConfigError, match="label_drop 0"):
+        sample(
+            toy,
+            labels=torch.tensor([1]),
+            arch=tiny(),
+            config=SamplerConfig(guidance=1.5),
+            diffusion=DiffusionConfig(label_drop=0.0),
+            seed=0,
+        )
 
 
 def test_no_images_are_an_empty_tensor():

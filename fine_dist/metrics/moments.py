@@ -51,7 +51,8 @@ class Moments:
         total = self.count + other.count
         if other.count:
             gap = other.mean - self.mean
-            self.scatter = self.scatter + other.scatter + torch.outer(gap, gap) * (self.count * other.count / total)
+            self.scatter = self.scatter + other.scatter
+            self.scatter.addr_(gap, gap, alpha=self.count * other.count / total)
             self.mean = self.mean + gap * (other.count / total)
             self.count = total
         return self

@@ -76,7 +76,7 @@ class DiT(nn.Module):
             return Dense(in_features, out_features)
 
         self.patch = nn.Linear(arch.in_channels * p * p, d)
-        self.time = TimeEmbedder(d)
+        self.time = TimeEmbedder(d, arch.frequency_shift)
         self.label = nn.Embedding(arch.num_classes + 1, d)
         self.blocks = nn.ModuleList([Block(arch, layer, linear or dense) for layer in range(arch.num_layers)])
         self.final = FinalLayer(d, p * p * arch.out_channels)
@@ -190,14 +190,16 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class TimeEmbedder(nn.Module):
     """`t [B] -> [B, D]`: sinusoids of 256 frequencies, then an MLP."""
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, frequency_shift: int = 0):
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.hidden = nn.Linear(TIME_FREQUENCIES, d)
         self.out = nn.Linear(d, d)
 
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
-        frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+        index = torch.arange(half, device=t.device, dtype=torch.float32)
+        frequency = torch.exp(-math.log(10000) / (half - self.frequency_shift) * index)
         angle = t.float()[:, None] * frequency  #                                                          [B, 128]
         wave = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.hidden.weight.dtype)  #                [B, 256]
         return self.out(F.silu(self.hidden(wave)))

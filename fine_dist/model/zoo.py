@@ -50,6 +50,8 @@ class Arch(Config):
     """Classes; the null label is one more row of the embedding table."""
     learn_sigma: bool = True
     """Predict the variance beside the noise (twice the output channels)."""
+    frequency_shift: int = Field(0, ge=0, le=1)
+    """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,15 +1,22 @@
-"""The digits classifier: good enough, the same every time, and safe on disk."""
+"""The classifier of the images at hand: good enough, the same every time, and safe on disk."""
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fine_dist.errors import ArtifactError, DataError
-from fine_dist.metrics.features import NUM_FEATURES, load_classifier, save_classifier, train_classifier
+from fine_dist.errors import ArtifactError, ConfigError, DataError
+from fine_dist.metrics.features import (
+    NUM_FEATURES,
+    load_classifier,
+    load_features,
+    save_classifier,
+    train_classifier,
+)
 from fine_dist.metrics.frechet import frechet_distance
 
 
@@ -83,6 +90,55 @@ def test_a_missing_classifier_says_how_to_get_one(tmp_path):
         load_classifier(tmp_path / "nowhere")
 
 
-def test_images_of_another_size_are_refused(digits):
-    with pytest.raises(DataError, match="1x8x8"):
+def test_images_of_another_size_are_refused(digits, trained):
+    with pytest.raises(DataError, match="1x8x8, not 3x8x8"):
+        trained[0].classifier.features(torch.zeros(4, 3, 8, 8))
+    with pytest.raises(DataError, match="square"):
+        train_classifier(torch.zeros(4, 1, 8, 6), torch.zeros(4).long(), digits[1])
+    with pytest.raises(DataError, match="do not fit"):
         train_classifier(torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), digits[1])
+
+
+def test_it_learns_larger_images_too(digits):
+    """28 x 28, as garments have: the digits drawn larger."""
+
+    def larger(images):
+        return torch.nn.functional.interpolate(images, (28, 28), mode="bilinear")
+
+    (x, y), (held_x, held_y) = digits
+    trained = train_classifier(larger(x[:600]), y[:600], (larger(held_x), held_y), epochs=5)
+    assert trained.classifier.shape == (1, 28, 28)
+    assert trained.accuracy > 0.7  # chance is 0.1; 5 epochs of 600 images
+
+
+def test_it_is_a_feature_network_with_pooled_features_and_logits(digits, trained):
+    classifier, images = trained[0].classifier, digits[1][0][:6]
+    found = classifier(images)
+    assert torch.equal(found.pooled, classifier.features(images)) and torch.equal(
+        found.logits, classifier.logits(images)
+    )
+    assert (classifier.name, classifier.distance, classifier.num_features) == (
+        "classifier",
+        "FD-classifier",
+        NUM_FEATURES,
+    )
+    levels = ((images + 1) * 127.5).round().to(torch.uint8)
+    torch.testing.assert_close(classifier(levels).pooled, found.pooled, atol=0.05, rtol=0.05)  # one of 256 levels off
+
+
+@pytest.mark.parametrize(("key", "value"), [("shape", [1, 8]), ("num_classes", 11), ("kind", "model"), ("shape", None)])
+def test_a_manifest_that_does_not_fit_is_an_error(tmp_path, trained, key, value):
+    folder = save_classifier(tmp_path, trained[0])
+    manifest = json.loads((folder / "classifier.json").read_text())
+    (folder / "classifier.json").write_text(json.dumps({**manifest, key: value}))
+    with pytest.raises(ArtifactError):
+        load_classifier(folder)
+
+
+def test_networks_by_name(tmp_path, trained):
+    folder = save_classifier(tmp_path, trained[0])
+    assert load_features("classifier", folder).identity == trained[0].classifier.identity
+    with pytest.raises(ConfigError, match="did you mean 'inception'"):
+        load_features("incepton", "x")
+    with pytest.raises(ConfigError, match="pt_inception-2015-12-05"):
+        load_features("inception", None)

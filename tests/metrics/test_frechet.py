@@ -77,3 +77,44 @@ def test_nan_statistics_are_an_error():
     zero = torch.zeros(2)
     with pytest.raises(DataError, match="NaN"):
         frechet_from(zero * float("nan"), torch.eye(2), zero, torch.eye(2))
+
+
+def test_both_ways_agree_where_both_are_exact():
+    from fine_dist.metrics import frechet
+
+    a, b = gaussian(48, 200, 6), gaussian(48, 300, 7)
+    quick = frechet._quick(a[1], b[1], float(a[1].trace() + b[1].trace()))
+    safe = torch.linalg.svdvals(frechet._root(a[1], 2e-16).T @ frechet._root(b[1], 2e-16)).sum()
+    assert quick == pytest.approx(float(safe), rel=1e-12)
+
+
+@pytest.mark.parametrize("power", [4, 8, 12, 15])
+def test_badly_conditioned_covariances_keep_their_digits(power):
+    """Variances over `power` decades; a commuting pair has a closed form. The quick way knows when it is not exact."""
+    variances = torch.logspace(0, -power, 40, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)).double()).Q
+    zero = torch.zeros(40)
+    found = frechet_from(zero, turn @ variances.diag() @ turn.T, zero, turn @ (2 * variances).diag() @ turn.T)
+    assert found == pytest.approx(float(variances.sum() * (2**0.5 - 1) ** 2), rel=1e-6)
+
+
+def test_float32_statistics_with_a_singular_covariance_are_accepted_and_mean_what_they_say():
+    """As `.npz` references of few images are stored: rounding leaves eigenvalues below zero."""
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(0)).double() * torch.logspace(0, -3, 128)
+    y = torch.randn(300, 128, generator=torch.Generator().manual_seed(1)).double() * torch.logspace(0, -3, 128)
+    a, b = Moments.of(x), Moments.of(y)
+    exact = frechet_distance(a, b)
+    single = a.covariance().float()
+    assert torch.linalg.eigvalsh(single.double()).min() < -1e-9
+    assert frechet_from(a.mean.float(), single, b.mean, b.covariance()) == pytest.approx(exact, rel=1e-3)
+    # the same matrix, said to be exact to 16 digits, is no covariance
+    with pytest.raises(DataError, match="not a covariance"):
+        frechet_from(a.mean, single.double(), b.mean, b.covariance())
+
+
+def test_a_float32_matrix_that_is_no_covariance_is_still_an_error():
+    zero, matrix = torch.zeros(3), torch.diag(torch.tensor([1.0, 1.0, -1e-3]))
+    with pytest.raises(DataError, match="not a covariance"):
+        frechet_from(zero, matrix, zero, torch.eye(3))
+    with pytest.raises(DataError, match="not a covariance"):
+        frechet_from(zero, torch.eye(3), zero, matrix)
