@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -49,6 +49,21 @@ class Batch:
     latents: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Batch:
+        """Latents and labels on the device; positions stay, as randomness is drawn in host memory."""
+        if device.type == "cpu":
+            return self
+        latents, labels = (x.to(device, non_blocking=True) for x in (self.latents, self.labels))
+        return replace(self, latents=latents, labels=labels)
+
+    def part(self, start: int, size: int) -> Batch:
+        """Samples `start` to `start + size`: a micro-batch."""
+        rows = slice(start, start + size)
+        return replace(self, latents=self.latents[rows], labels=self.labels[rows], positions=self.positions[rows])
 
 
 class LatentStream:

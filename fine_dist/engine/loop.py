@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -30,8 +30,22 @@ from fine_dist.engine.watch import Watch
 from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 
 
+class Batch(Protocol):
+    """This rank's part of a global batch, whatever its samples are."""
+
+    step: int
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> Any:
+        """The batch with what the objective computes with on the device."""
+
+    def part(self, start: int, size: int) -> Any:
+        """A micro-batch: samples `start` to `start + size`."""
+
+
 class Stream(Protocol):
-    """An endless stream of batches, each this rank's part of a global batch (`fine_dist.data.stream`)."""
+    """An endless stream of batches (`fine_dist.data.stream`, `fine_dist.text.pairs`)."""
 
     def batches(self, start_step: int = 0) -> Iterator[Any]: ...
 
@@ -47,7 +61,7 @@ class Program:
     objective: Callable[[Callable[..., Tensor], Any], Tensor]
     """(model, batch) -> losses [b], fp32, one a sample."""
     stream: Stream
-    """Batches with step, latents [b, ...], labels [b] and positions [b] in the global batch."""
+    """Batches (`Batch`); what is in them only the objective knows."""
     identity: dict[str, Any] = field(default_factory=dict)
     """What must match to resume (JSON values): architecture, method, rank, the data's hash, ..."""
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
@@ -56,6 +70,8 @@ class Program:
     """(EMA model, step) -> pictures [3 or 1, H, W] in 0..1."""
     histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
     """(EMA model) -> tensors to show as histograms."""
+    texts: Callable[[nn.Module], dict[str, str]] | None = None
+    """(EMA model) -> texts to show (Markdown), whenever the held-out loss is measured."""
     flops_per_sample: float = 0.0
     """Forward and backward, in FLOPs (`engine.flops.train_flops`)."""
     tokens_per_sample: int = 1
@@ -188,18 +204,18 @@ class Run:
         begun = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - begun
-        if len(batch.labels) != self.micro * self.accumulation:
+        if len(batch) != self.micro * self.accumulation:
             raise ConfigError(
-                f"the stream gave rank {self.world.rank} {len(batch.labels)} samples where {self.micro} x "
+                f"the stream gave rank {self.world.rank} {len(batch)} samples where {self.micro} x "
                 f"{self.accumulation} are due; make it with the same global batch, rank and world size"
             )
-        return move(batch, self.device), waited_s
+        return batch.to(self.device), waited_s
 
     def update(self, batch: Any, lr: float, step: int) -> tuple[float, float, int]:
         """One update: (loss over all ranks, gradient norm, greatest wish). A bad loss updates nothing."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(self.accumulation):
-            micro = part(batch, index * self.micro, self.micro)
+            micro = batch.part(index * self.micro, self.micro)
             with precision(self.engine, self.device):
                 losses = self.program.objective(self.backend.model, micro)
             total += losses.detach().sum(dtype=torch.float64)
@@ -278,8 +294,9 @@ class Run:
         raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss, and show histograms, of the EMA weights on rank 0."""
-        if self.program.held_out is None and self.program.histograms is None:
+        """Measure the held-out loss, and show histograms and texts, of the EMA weights on rank 0."""
+        program = self.program
+        if program.held_out is None and program.histograms is None and program.texts is None:
             return
         model = self.ema_model()
         if model is None:
@@ -289,6 +306,8 @@ class Run:
             self.monitor.scalars(step, self.held_out)
         if self.program.histograms is not None:
             self.monitor.histograms(step, self.program.histograms(model))
+        if self.program.texts is not None:
+            self.monitor.texts(step, self.program.texts(model))
 
     def show(self, step: int) -> None:
         """Pictures made with the EMA weights, on rank 0."""
@@ -309,7 +328,8 @@ class Run:
     def _copy_for_showing(self) -> nn.Module | None:
         """Rank 0's second model: looking at the EMA never touches the weights that train."""
         program = self.program
-        wanted = program.held_out or program.pictures or program.histograms or self.engine.backend == "deepspeed"
+        looks = (program.held_out, program.pictures, program.histograms, program.texts)
+        wanted = any(looks) or self.engine.backend == "deepspeed"
         if not (self.world.is_main and wanted):
             return None
         return copy.deepcopy(program.model).eval().requires_grad_(False)
@@ -380,20 +400,6 @@ def compile_or_fall_back(block: nn.Module) -> None:
             return eager(*args, **kwargs)
 
     block.forward = forward
-
-
-def move(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on the device (positions stay: randomness is drawn in host memory)."""
-    if device.type == "cpu":
-        return batch
-    latents, labels = (x.to(device, non_blocking=True) for x in (batch.latents, batch.labels))
-    return replace(batch, latents=latents, labels=labels)
-
-
-def part(batch: Any, start: int, size: int) -> Any:
-    """A micro-batch: some samples of a batch."""
-    rows = slice(start, start + size)
-    return replace(batch, latents=batch.latents[rows], labels=batch.labels[rows], positions=batch.positions[rows])
 
 
 @torch.no_grad()

@@ -172,6 +172,12 @@ class Monitor:
             for name, value in values.items():
                 self._board.add_histogram(name, value, step)
 
+    def texts(self, step: int, texts: dict[str, str]) -> None:
+        """Write texts (Markdown)."""
+        if self._board is not None:
+            for name, text in texts.items():
+                self._board.add_text(name, text, step)
+
     def note(self, text: str) -> None:
         """Say something without breaking the bar."""
         if self._bar is not None:

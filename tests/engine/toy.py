@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import Config, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.data.stream import Batch
 from fine_dist.diffusion.loss import Objective, mix
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import Fitted, Program, fit
@@ -25,21 +26,13 @@ ARCH = Arch(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ToyBatch:
-    step: int
-    latents: Tensor
-    labels: Tensor
-    positions: Tensor
-
-
 class ToyStream:
     """Samples that are a function of (step, position) alone; rank r of W has every W-th position."""
 
     def __init__(self, global_batch: int, world: World, arch: Arch = ARCH) -> None:
         self.global_batch, self.world, self.arch = global_batch, world, arch
 
-    def batches(self, start_step: int = 0) -> Iterator[ToyBatch]:
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
         step = start_step
         while True:
             positions = torch.arange(self.world.rank, self.global_batch, self.world.world_size)
@@ -50,7 +43,7 @@ class ToyStream:
                 mean = torch.linspace(-1, 1, self.arch.num_classes)[label]
                 latents.append(mean + 0.3 * torch.randn(*self.arch.latent_shape, generator=generator))
                 labels.append(label)
-            yield ToyBatch(step, torch.stack(latents), torch.tensor(labels), positions)
+            yield Batch(step, 0, torch.stack(latents), torch.tensor(labels), positions)
             step += 1
 
 
