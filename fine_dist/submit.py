@@ -25,7 +25,7 @@ from fine_dist.errors import ConfigError, LaunchError, ResumeLater, guard
 from fine_dist.jobs import JobSpec, StateTable, Task, write_atomic
 from fine_dist.worker import config_class, import_module
 
-SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg")
+SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
 """Kinds of files that a copy of the code holds."""
 
 

@@ -1,0 +1,173 @@
+"""Training: the runs of a config as programs of the engine, several of them in one; what each becomes on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fine_dist.engine import dist
+from fine_dist.engine.dist import World
+from fine_dist.engine.loop import Fitted, Program, fit
+from fine_dist.engine.run_dir import RunDir, write_atomic
+from fine_dist.jobs import StateTable
+from fine_dist.text.config import CreativeConfig, Member, expand, is_alone, packs, run_dir_of
+from fine_dist.text.encoders import TextEncoder, load_encoders
+from fine_dist.text.evaluate import START_WORD, HeldOut, NearestWords, measure, report
+from fine_dist.text.pairs import Pairs, PairStream, make_pairs
+from fine_dist.text.saving import save_token
+from fine_dist.text.tokens import Objective, RowSpec, Tokens
+
+KIND = "creative"
+LEARNED, SHUFFLED = "the learned token", "a row trained on shuffled targets"
+
+
+def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
+    """Train the runs of a config that are not done, a pack at a time, in this process; the run directory.
+
+    table: has a row for each of several runs; written on rank 0.
+
+    Raises `ResumeLater` when stopped: the same command continues.
+    """
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    world = dist.world(config.engine.device)
+    folder = run_dir_of(config)
+    if is_alone(config):
+        train_pack(config, expand(config), folder, world)
+        return folder
+    for name, members in packs(config).items():
+        own = config.model_copy(update={"only": tuple(member.name for member in members)})
+        train_pack(own, members, folder / "packs" / name, world)
+        if table is not None and world.is_main:
+            for member in members:
+                table.finish(member.name, "done")
+    return folder
+
+
+def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, world: World) -> None:
+    """Train some runs as one program with its checkpoints and logs in `place`, and write each one's token."""
+    with RunDir(place).open(config, KIND, world) as run_dir:
+        if run_dir.done is not None:
+            if world.is_main:
+                print(f"creative: finished before; tokens are in {', '.join(str(m.folder) for m in members)}")
+            return
+        encoders = load_encoders(config.encoders, config.token, world.device)
+        pairs = make_pairs(config)
+        program = make_program(config, members, encoders, pairs, world)
+        fitted = fit(
+            program,
+            steps=config.steps,
+            global_batch=config.batch,
+            optim=config.optim,
+            engine=config.engine,
+            run_dir=run_dir,
+            seed=config.split_seed,
+            title=f"creative {config.token}",
+            world=world,
+        )
+        if world.is_main:
+            for index, member in enumerate(members):
+                keep(config, members, index, encoders, pairs, fitted)
+                if member.folder != place:
+                    facts = {"name": member.name, "steps": fitted.step, "seconds": fitted.seconds / len(members)}
+                    write_atomic(member.folder / "DONE.json", json.dumps(facts, indent=1) + "\n")
+            run_dir.finish(steps=fitted.step, losses=fitted.losses, seconds=fitted.seconds)
+
+
+def make_program(
+    config: CreativeConfig, members: Sequence[Member], encoders: Sequence[TextEncoder], pairs: Pairs, world: World
+) -> Program:
+    """What the engine trains: a row a run and encoder, the controls' rows behind them."""
+    specs = [RowSpec(member.template, member.seed) for member in members]
+    if config.shuffled:
+        specs += [RowSpec(member.template, member.seed, shuffled=True) for member in members]
+    model = Tokens(encoders, specs, pairs.all, token=config.token, start=config.start, cache=config.cache)
+    stream = PairStream(
+        [spec.seed for spec in specs],
+        len(pairs.trained),
+        global_batch=config.batch,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+    names = [""] if len(members) == 1 and is_alone(config) else [member.name for member in members]
+    flops, positions = model.work(config.engine.micro_batch or max(1, config.batch // world.world_size))
+    rows = [{"template": spec.template.model_dump(), "seed": spec.seed, "shuffled": spec.shuffled} for spec in specs]
+    return Program(
+        model,
+        Objective(config.max_cosine, len(members)),
+        stream,
+        identity={
+            "method": "cretok",
+            "encoders": {encoder.key: encoder.hash() for encoder in encoders},
+            "pairs": _hash(pairs),
+            "rows": rows,
+            "start": config.start,
+            "max_cosine": config.max_cosine,
+        },
+        held_out=HeldOut(names, len(pairs.trained), len(pairs.all), config.max_cosine),
+        texts=NearestWords(names),
+        flops_per_sample=flops,
+        tokens_per_sample=positions,
+    )
+
+
+def keep(
+    config: CreativeConfig,
+    members: Sequence[Member],
+    index: int,
+    encoders: Sequence[TextEncoder],
+    pairs: Pairs,
+    fitted: Fitted,
+) -> None:
+    """Write a run's token and its report."""
+    member = members[index]
+    rows = {key: fitted.ema[key][index] for key in (encoder.key for encoder in encoders)}
+    control = {key: fitted.ema[key][len(members) + index] for key in rows} if config.shuffled else {}
+    measured = measure(
+        encoders,
+        member.template,
+        pairs.held_out,
+        token=config.token,
+        start=config.start,
+        rows={LEARNED: rows, **({SHUFFLED: control} if control else {})},
+    )
+    facts: dict[str, Any] = {
+        "encoders": [str(Path(s).resolve()) if Path(s).is_dir() else s for s in config.encoders],
+        "encoder_sha256": {encoder.key: encoder.hash() for encoder in encoders},
+        "template": member.template.model_dump(),
+        "start": config.start,
+        "seed": member.seed,
+        "steps": fitted.step,
+        "batch": config.batch,
+        "max_cosine": config.max_cosine,
+        "word_list": word_list(config),
+        "num_trained": len(pairs.trained),
+        "num_held_out": len(pairs.held_out),
+        "held_out": [list(pair) for pair in pairs.held_out],
+        "nearest": {encoder.key: encoder.nearest(rows[encoder.key]) for encoder in encoders},
+        "cosines": measured,
+    }
+    manifest = save_token(member.folder / "token", config.token, rows, facts, control)
+    write_atomic(member.folder / "report.md", report(f"CreTok, {member.name}", manifest, measured))
+    learned, begun = measured[LEARNED]["mean"], measured[START_WORD.format(config.start)]["mean"]
+    print(
+        f"creative: {member.name}: cosine to held-out pairs {learned:.4f}, of the start word {begun:.4f}; the token is "
+        f"in {member.folder / 'token'}",
+        flush=True,
+    )
+
+
+def word_list(config: CreativeConfig) -> str:
+    """Where the pairs come from, in words."""
+    if config.pairs or config.concepts:
+        return f"pairs of {Path(config.pairs or config.concepts or '').name}"
+    return "pairs made of this project's own list of 60 nouns (the paper's 200 and 27 pairs are not public)"
+
+
+def _hash(pairs: Pairs) -> str:
+    return hashlib.sha256(json.dumps([pairs.trained, pairs.held_out]).encode()).hexdigest()
