@@ -3,6 +3,7 @@
 config.py     settings, and the runs that they ask for (read without torch)
 pairs.py      pairs of concepts: the lists, held-out ones, and which pair a sample of a step is
 encoders.py   frozen text encoders with the new token in their vocabulary
+sources.py    where they come from: a folder, the hub, or made up
 causal.py     the encoders' arithmetic, from any position on
 tokens.py     what trains: rows of embeddings; and the loss
 run.py        several runs as one program of the engine

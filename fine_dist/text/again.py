@@ -7,11 +7,11 @@ from pathlib import Path
 from fine_dist.engine.run_dir import write_atomic
 from fine_dist.errors import ArtifactError
 from fine_dist.text.config import Template
-from fine_dist.text.encoders import load_encoders
 from fine_dist.text.evaluate import measure, report
 from fine_dist.text.run import LEARNED, SHUFFLED
 from fine_dist.text.saving import plain_prompt, read_token
 from fine_dist.text.scores import PROMPTS, clip_scores
+from fine_dist.text.sources import load_encoders
 
 
 def evaluate_again(folder: str | Path, images: str | None = None, clip: str | None = None) -> str:

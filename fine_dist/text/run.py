@@ -16,10 +16,11 @@ from fine_dist.engine.loop import Fitted, Program, fit
 from fine_dist.engine.run_dir import RunDir, write_atomic
 from fine_dist.jobs import StateTable
 from fine_dist.text.config import CreativeConfig, Member, expand, is_alone, packs, run_dir_of
-from fine_dist.text.encoders import TextEncoder, load_encoders
+from fine_dist.text.encoders import TextEncoder
 from fine_dist.text.evaluate import START_WORD, HeldOut, NearestWords, measure, report
 from fine_dist.text.pairs import Pairs, PairStream, make_pairs
 from fine_dist.text.saving import save_token
+from fine_dist.text.sources import load_encoders
 from fine_dist.text.tokens import Objective, RowSpec, Tokens
 
 KIND = "creative"

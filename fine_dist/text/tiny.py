@@ -5,8 +5,11 @@ Nothing they say means anything; shapes, vocabularies and files are those of the
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,29 +20,49 @@ WORDS = ("a photo of a creative mixture", "a creative blend of", "an image that 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def make_tokenizer(words: Iterable[str] = (), *, merges: int = 2000) -> Any:
-    """A `CLIPTokenizer` whose byte-pair encoding is learned from the project's concepts, a few prompts and `words`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+def make_tokenizer(words: Iterable[str] = ()) -> Any:
+    """A `CLIPTokenizer` whose byte-pair encoding is learned from the project's concepts, a few prompts and `words`.
+
+    Its vocabulary is laid out as CLIP's: bytes, bytes that end a word, merged pieces in their order, start and end.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
-    like = CLIPTokenizer().backend_tokenizer
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = like.normalizer, like.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=merges,
-        end_of_word_suffix="</w>",
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    learner.train_from_iterator([*WORDS, *read_concepts(None), *words] * 4, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    vocabulary = dict(learned["vocab"])
-    for byte in pre_tokenizers.ByteLevel.alphabet():  # so that any text has tokens, as in CLIP's own vocabulary
-        vocabulary.setdefault(f"{byte}</w>", len(vocabulary))
-    for special in (START, END):
-        vocabulary[special] = len(vocabulary)
-    merged: Any = [tuple(pair) for pair in learned["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merged, model_max_length=77)
+    alphabet = sorted(ByteLevel.alphabet())
+    merges = _merges(tuple(words))
+    pieces = [*alphabet, *(f"{byte}</w>" for byte in alphabet), *("".join(pair) for pair in merges), START, END]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    made: Any = list(merges)
+    return CLIPTokenizer(vocab=vocabulary, merges=made, model_max_length=77)
+
+
+@lru_cache
+def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
+    texts = " ".join([*WORDS, *read_concepts(None), *words]).lower()
+    return learn_merges(Counter(re.findall("[a-z]+", texts)))
+
+
+def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): the most frequent pair of pieces is merged, again and
+    again, until each word is one piece. Of equally frequent pairs the alphabetically first is taken, so that every
+    process learns the same.
+
+    words: how often each occurs.
+    """
+    split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    merges = []
+    while any(len(pieces) > 1 for pieces in split.values()):
+        counts: Counter[tuple[str, str]] = Counter()
+        for word, pieces in split.items():
+            for pair in itertools.pairwise(pieces):
+                counts[pair] += words[word]
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for pieces in split.values():
+            for at in range(len(pieces) - 2, -1, -1):
+                if tuple(pieces[at : at + 2]) == best:
+                    pieces[at : at + 2] = ["".join(best)]
+    return merges
 
 
 def make_model(
@@ -76,8 +99,8 @@ def make_model(
 def make_encoders() -> list[tuple[Any, Any]]:
     """Two encoders of different widths with their tokenizers, as SD3 has two; the same at every call."""
     sizes = [
-        {"width": 32, "layers": 2, "heads": 2, "projection": 24, "seed": 4},
-        {"width": 48, "layers": 3, "heads": 3, "projection": 40, "seed": 2},
+        {"width": 32, "layers": 2, "heads": 2, "projection": 24, "seed": 3},
+        {"width": 48, "layers": 3, "heads": 3, "projection": 40, "seed": 4},
     ]
     made = []
     for size in sizes:
