@@ -14,7 +14,7 @@ from fine_dist.cli import parse
 from fine_dist.config import dump_yaml
 from fine_dist.errors import ConfigError, LaunchError, guard
 from fine_dist.jobs import StateTable, Task
-from fine_dist.text.config import CreativeConfig, expand, is_alone, packs, run_dir_of
+from fine_dist.text.config import CreativeConfig, check_folder, expand, is_alone, packs, run_dir_of
 from fine_dist.worker import inside
 
 PRELOAD = ("torch", "torch.utils.tensorboard", "fine_dist.text.run", "transformers.models.clip.modeling_clip")
@@ -27,7 +27,9 @@ def tasks(config: CreativeConfig) -> list[Task] | None:
         return None
     from fine_dist.text.pairs import make_pairs
 
-    make_pairs(config)  # what is wrong with the words is said before anything is queued
+    make_pairs(config)  # what is wrong is said before anything is queued
+    for member in expand(config):
+        check_folder(config, member)
     found = []
     for name, members in packs(config).items():
         names = tuple(member.name for member in members)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from fine_dist.config import Config, EngineConfig, LaunchConfig, OptimConfig, expand_path
-from fine_dist.errors import ConfigError, nearest
+from fine_dist.errors import ConfigError, RunDirError, nearest
 from fine_dist.jobs import check_name
 
+SETTINGS = "settings.json"
+"""In a run's folder: what it was made with."""
 TINY = "tiny"
 """As a source of encoders: random ones, to try things out (`fine_dist.text.tiny`)."""
 
@@ -168,11 +172,43 @@ def is_alone(config: CreativeConfig) -> bool:
 
 
 def packs(config: CreativeConfig) -> dict[str, list[Member]]:
-    """The runs of a config in packs of at most `pack`, by a name that says which runs they are."""
+    """The runs of a config in packs of at most `pack`, by a name that says which runs they are.
+
+    Finished runs keep to themselves, so that a family that grows does not train them again.
+    """
     members = expand(config)
-    groups = [members[i : i + config.pack] for i in range(0, len(members), config.pack)]
+    parts = [m for m in members if is_finished(m)], [m for m in members if not is_finished(m)]
+    groups = [part[i : i + config.pack] for part in parts for i in range(0, len(part), config.pack)]
     return {f"pack-{_hash(group)}": group for group in groups}
 
 
 def _hash(group: list[Member]) -> str:
     return hashlib.sha256(" ".join(member.name for member in group).encode()).hexdigest()[:8]
+
+
+def is_finished(member: Member) -> bool:
+    """Whether the run's token is written."""
+    return (member.folder / "DONE.json").is_file()
+
+
+def settings(config: CreativeConfig, member: Member) -> dict[str, Any]:
+    """Everything that decides what a run becomes, as JSON values; whatever else a family has besides."""
+    free = {"run_dir", "template", "templates", "seeds", "engine", "launch", "pack", "only", "cache"}
+    engine = config.engine.model_dump(mode="json", include={"precision", "ema_decay"})
+    own = {"template": member.template.model_dump(), "seed": member.seed, "engine": engine}
+    return {**config.model_dump(mode="json", exclude=free), **own}
+
+
+def check_folder(config: CreativeConfig, member: Member) -> None:
+    """`RunDirError` when the run's folder was written for other settings, naming them."""
+    path = member.folder / SETTINGS
+    if not path.is_file():
+        return
+    there, now = json.loads(path.read_text(encoding="utf-8")), settings(config, member)
+    differing = [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
+    if differing:
+        raise RunDirError(
+            f"{member.folder} was made with other settings:\n  "
+            + "\n  ".join(differing)
+            + "\nchoose another run_dir, or give the same settings to continue"
+        )

@@ -15,7 +15,18 @@ from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Fitted, Program, fit
 from fine_dist.engine.run_dir import RunDir, write_atomic
 from fine_dist.jobs import StateTable
-from fine_dist.text.config import CreativeConfig, Member, expand, is_alone, packs, run_dir_of
+from fine_dist.text.config import (
+    SETTINGS,
+    CreativeConfig,
+    Member,
+    check_folder,
+    expand,
+    is_alone,
+    is_finished,
+    packs,
+    run_dir_of,
+    settings,
+)
 from fine_dist.text.encoders import TextEncoder
 from fine_dist.text.evaluate import START_WORD, HeldOut, NearestWords, measure, report
 from fine_dist.text.pairs import Pairs, PairStream, make_pairs
@@ -38,12 +49,13 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
     folder = run_dir_of(config)
+    for member in expand(config):
+        check_folder(config, member)
     if is_alone(config):
         train_pack(config, expand(config), folder, world)
         return folder
     for name, members in packs(config).items():
-        own = config.model_copy(update={"only": tuple(member.name for member in members)})
-        train_pack(own, members, folder / "packs" / name, world)
+        train_pack(config, members, folder / "packs" / name, world)
         if table is not None and world.is_main:
             for member in members:
                 table.finish(member.name, "done")
@@ -52,14 +64,15 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
 
 def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, world: World) -> None:
     """Train some runs as one program with its checkpoints and logs in `place`, and write each one's token."""
-    with RunDir(place).open(config, KIND, world) as run_dir:
-        if run_dir.done is not None:
-            if world.is_main:
-                print(f"creative: finished before; tokens are in {', '.join(str(m.folder) for m in members)}")
-            return
-        encoders = load_encoders(config.encoders, config.token, world.device)
-        pairs = make_pairs(config)
-        program = make_program(config, members, encoders, pairs, world)
+    if all(is_finished(member) for member in members):
+        if world.is_main:
+            print(f"creative: finished before: {', '.join(str(member.folder) for member in members)}", flush=True)
+        return
+    # The directory is claimed when the words, the encoders and the first token are known to be good.
+    encoders = load_encoders(config.encoders, config.token, world.device)
+    pairs = make_pairs(config)
+    program = make_program(config, members, encoders, pairs, world)
+    with RunDir(place).open(_own(config, members), KIND, world) as run_dir:
         fitted = fit(
             program,
             steps=config.steps,
@@ -72,12 +85,22 @@ def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, w
             world=world,
         )
         if world.is_main:
-            for index, member in enumerate(members):
+            for index in range(len(members)):
                 keep(config, members, index, encoders, pairs, fitted)
-                if member.folder != place:
-                    facts = {"name": member.name, "steps": fitted.step, "seconds": fitted.seconds / len(members)}
-                    write_atomic(member.folder / "DONE.json", json.dumps(facts, indent=1) + "\n")
-            run_dir.finish(steps=fitted.step, losses=fitted.losses, seconds=fitted.seconds)
+            facts = {"steps": fitted.step, "seconds": fitted.seconds, "losses": fitted.losses}
+            for member in members:
+                write_atomic(member.folder / "DONE.json", json.dumps({"name": member.name, **facts}, indent=1) + "\n")
+            run_dir.finish(**facts)
+
+
+def _own(config: CreativeConfig, members: Sequence[Member]) -> CreativeConfig:
+    """A config of these runs alone, without what changes speed only: a family may grow, and its packs go on."""
+    names = {member.name for member in members}
+    templates = {key: t for key, t in config.templates.items() if any(n.startswith(f"{key}-s") for n in names)}
+    seeds = tuple(seed for seed in config.seeds if any(member.seed == seed for member in members))
+    only = () if is_alone(config) else tuple(member.name for member in members)
+    fixed = {"pack": len(members), "cache": True}
+    return config.model_copy(update={"templates": templates, "seeds": seeds, "only": only, **fixed})
 
 
 def make_program(
@@ -153,6 +176,8 @@ def keep(
         "nearest": {encoder.key: encoder.nearest(rows[encoder.key]) for encoder in encoders},
         "cosines": measured,
     }
+    member.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(member.folder / SETTINGS, json.dumps(settings(config, member), indent=1) + "\n")
     manifest = save_token(member.folder / "token", config.token, rows, facts, control)
     write_atomic(member.folder / "report.md", report(f"CreTok, {member.name}", manifest, measured))
     learned, begun = measured[LEARNED]["mean"], measured[START_WORD.format(config.start)]["mean"]
