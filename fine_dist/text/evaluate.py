@@ -48,7 +48,7 @@ class HeldOut:
             found[f"held_out_cosine{end}"] = float(cosines[:, index].mean())
             found[f"held_out_loss{end}"] = float(losses[:, index].mean())
             for key, rows in model.named_parameters():
-                found[f"norm_{key}{end}"] = float(rows[index].norm())
+                found[f"norm_{key}{end}"] = float(rows[index].detach().norm())
         return found
 
 
