@@ -14,6 +14,7 @@ from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Fitted, Program, fit
 from fine_dist.engine.run_dir import RunDir, write_atomic
+from fine_dist.errors import TrainingError
 from fine_dist.jobs import StateTable
 from fine_dist.text.config import (
     SETTINGS,
@@ -85,8 +86,10 @@ def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, w
             world=world,
         )
         if world.is_main:
+            if {encoder.key: encoder.hash() for encoder in encoders} != program.identity["encoders"]:
+                raise TrainingError("an encoder's weights changed while a token trained on it; nothing was saved")
             for index in range(len(members)):
-                keep(config, members, index, encoders, pairs, fitted)
+                keep(config, members, index, encoders, pairs, fitted, program.identity["encoders"])
             facts = {"steps": fitted.step, "seconds": fitted.seconds, "losses": fitted.losses}
             for member in members:
                 write_atomic(member.folder / "DONE.json", json.dumps({"name": member.name, **facts}, indent=1) + "\n")
@@ -147,6 +150,7 @@ def keep(
     encoders: Sequence[TextEncoder],
     pairs: Pairs,
     fitted: Fitted,
+    hashes: dict[str, str],
 ) -> None:
     """Write a run's token and its report."""
     member = members[index]
@@ -162,7 +166,7 @@ def keep(
     )
     facts: dict[str, Any] = {
         "encoders": [str(Path(s).resolve()) if Path(s).is_dir() else s for s in config.encoders],
-        "encoder_sha256": {encoder.key: encoder.hash() for encoder in encoders},
+        "encoder_sha256": hashes,
         "template": member.template.model_dump(),
         "start": config.start,
         "seed": member.seed,
