@@ -145,13 +145,19 @@ def read_at_end(model: Any, tokenizer: Any, where: str) -> None:
     Many published configs, SD3's among them, state `eos_token_id` 2, which is not the vocabulary's. transformers takes
     that for "at the greatest id", which was the end of text until a token was added: then it would be the token.
     """
+    end = end_of(tokenizer, where)
+    model.config.eos_token_id = end
+    for module in model.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
+
+
+def end_of(tokenizer: Any, where: str) -> int:
+    """The end-of-text id of a vocabulary. `ConfigError` when it is one that transformers takes for something else."""
     end = int(tokenizer.eos_token_id)
     if end == _LEGACY_EOS:
         raise ConfigError(
             f"encoders: the end-of-text id of {where} is {_LEGACY_EOS}, for which transformers reads the pooled output "
             "at the greatest id instead; a vocabulary with another id is needed"
         )
-    model.config.eos_token_id = end
-    for module in model.modules():
-        if hasattr(module, "eos_token_id"):
-            module.eos_token_id = end
+    return end

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fine_dist.config import expand_path
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Fitted, Program, fit
@@ -18,6 +19,7 @@ from fine_dist.errors import TrainingError
 from fine_dist.jobs import StateTable
 from fine_dist.text.config import (
     SETTINGS,
+    TINY,
     CreativeConfig,
     Member,
     check_folder,
@@ -165,7 +167,7 @@ def keep(
         rows={LEARNED: rows, **({SHUFFLED: control} if control else {})},
     )
     facts: dict[str, Any] = {
-        "encoders": [str(Path(s).resolve()) if Path(s).is_dir() else s for s in config.encoders],
+        "encoders": [_whereabouts(source) for source in config.encoders],
         "encoder_sha256": hashes,
         "template": member.template.model_dump(),
         "start": config.start,
@@ -190,6 +192,12 @@ def keep(
         f"in {member.folder / 'token'}",
         flush=True,
     )
+
+
+def _whereabouts(source: str) -> str:
+    """A source of encoders that can be found again from another directory."""
+    path = Path(expand_path(source))
+    return str(path.resolve()) if source != TINY and path.is_dir() else source
 
 
 def word_list(config: CreativeConfig) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fine_dist.errors import ArtifactError
 from fine_dist.model.artifact import sha256
-from fine_dist.text.encoders import add_token, read_at_end, refuse_known
+from fine_dist.text.encoders import add_token, end_of, read_at_end, refuse_known
 
 FORMAT, KIND, MANIFEST = 1, "token", "manifest.json"
 FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
@@ -100,7 +100,8 @@ def _whole(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def combined_name(token: str) -> str:
     """The file's name for ComfyUI, where it is the word in prompts: `embedding:CreTok`."""
-    return (re.sub(r"[^A-Za-z0-9_-]", "", token) or "token") + ".safetensors"
+    name = (re.sub(r"[^A-Za-z0-9_-]", "", token) or "token") + ".safetensors"
+    return f"token_{name}" if name in (*FILES, CONTROL) else name
 
 
 def read_token(folder: str | Path) -> SavedToken:
@@ -156,7 +157,9 @@ def load_cretok(pipe: Any, folder: str | Path) -> str:
     widths = [int(encoder.get_input_embeddings().weight.shape[1]) for _, encoder in pairs]
     rows = _fitting(saved, widths, type(pipe).__name__)
     for number, (tokenizer, _) in enumerate(pairs, 1):
-        refuse_known(tokenizer, saved.token, f"tokenizer {number} of {type(pipe).__name__}")
+        where = f"tokenizer {number} of {type(pipe).__name__}"
+        refuse_known(tokenizer, saved.token, where)
+        end_of(tokenizer, where)
     for number, ((tokenizer, encoder), row) in enumerate(zip(pairs, rows), 1):
         place = add_token(tokenizer, saved.token, f"tokenizer {number}")
         if place >= encoder.get_input_embeddings().weight.shape[0]:

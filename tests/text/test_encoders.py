@@ -138,14 +138,40 @@ def test_a_prompt_beyond_the_encoders_reach_is_refused(encoders):
         encoders[0].ids("owl " * 80)
 
 
-def test_without_a_network_a_hub_name_is_one_clear_message(monkeypatch, tmp_path):
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """The hub's cache, empty, and no network."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_without_a_network_a_hub_name_is_one_clear_message(no_network):
     with pytest.raises(ArtifactError, match="openai/clip-vit-large-patch14 cannot be fetched from the hub") as caught:
         load_encoders(["openai/clip-vit-large-patch14"], TOKEN)
     assert "copy its text encoders and tokenizers to a folder" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_was_fetched_before_needs_no_network(encoders, pipeline_folder, no_network):
+    """A pipeline and a single encoder, as the hub's client keeps them."""
+
+    def keep(name):
+        home = no_network / f"models--{name.replace('/', '--')}"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text("0" * 40)
+        return home / "snapshots" / ("0" * 40)
+
+    shutil.copytree(pipeline_folder, keep("someone/sd3"))
+    index = {"text_encoder": ["transformers", "CLIPTextModelWithProjection"], "text_encoder_2": ["transformers", "?"]}
+    (no_network / "models--someone--sd3" / "snapshots" / ("0" * 40) / "model_index.json").write_text(json.dumps(index))
+    found = load_encoders(["someone/sd3"], TOKEN)
+    assert [encoder.hash() for encoder in found] == [encoder.hash() for encoder in encoders]
+    alone = keep("someone/clip")
+    shutil.copytree(pipeline_folder / "text_encoder", alone)
+    shutil.copytree(pipeline_folder / "tokenizer", alone, dirs_exist_ok=True)
+    assert load_encoders(["someone/clip"], TOKEN)[0].hash() == encoders[0].hash()
 
 
 def test_what_is_missing_or_damaged_in_a_folder_is_named(pipeline_folder, tmp_path):

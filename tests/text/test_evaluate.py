@@ -69,7 +69,7 @@ def test_what_is_shown_while_a_run_trains_is_named_by_run_and_leaves_the_control
         "held_out_cosine", "held_out_loss", "norm_clip_l", "norm_clip_g")}  # fmt: skip
     start = measure(encoders, Template(), PAIRS, token=TOKEN, start="creative", rows={})['the start word, "creative"']
     assert found["held_out_cosine/s0"] == pytest.approx(start["mean"], abs=1e-5)
-    assert found["norm_clip_l/s1"] == pytest.approx(float(model.clip_l[1].norm()), rel=1e-5)
+    assert found["norm_clip_l/s1"] == pytest.approx(model.clip_l[1].norm().item(), rel=1e-5)
     words = NearestWords(["s0", "s1"])(model)
     assert words["nearest/clip_l/s1"].startswith("`lantern` 1.000")
     assert words["nearest/clip_g/s1"].startswith("`creative` 1.000")

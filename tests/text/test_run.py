@@ -15,7 +15,7 @@ from fine_dist.config import load
 from fine_dist.engine.checkpoint import Saved
 from fine_dist.errors import FineDistError, ResumeLater, RunDirError, TrainingError
 from fine_dist.jobs import StateTable
-from fine_dist.submit import make_specs
+from fine_dist.submit import code_files, make_specs
 from fine_dist.text import read_token
 from fine_dist.text.config import CreativeConfig
 from fine_dist.text.run import train
@@ -204,6 +204,10 @@ def test_the_tiny_config_learns_in_seconds_and_beats_its_controls_on_pairs_it_ne
         }
         learned = cosines.pop("the learned token")
         assert len(cosines) == 4 and learned > max(cosines.values()) + 0.05, (learned, cosines)
+
+
+def test_the_copy_of_the_code_that_a_cluster_runs_has_the_list_of_words():
+    assert "fine_dist/text/concepts.txt" in code_files("fine_dist.creative")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -48,6 +48,7 @@ def test_the_files_are_those_that_diffusers_and_comfyui_want(tmp_path):
     saved = read_token(tmp_path)  # the run's directory will do
     assert saved.token == TOKEN and torch.equal(saved.rows["clip_g"][0], rows["clip_g"]) and saved.control == {}
     assert combined_name("<a b?>") == "ab.safetensors"
+    assert combined_name("learned_embeds") == "token_learned_embeds.safetensors"  # no file takes another's place
 
 
 def test_a_folder_is_replaced_as_a_whole(token_folder):
