@@ -41,7 +41,7 @@ def cache(model: Any, ids: Tensor) -> Cached:
     x = model.text_model.embeddings.token_embedding(ids)[None]  # [1, P, D]
     kept: list[tuple[Tensor, Tensor]] = []
     run(model, x, NOTHING, keep=kept)
-    return Cached(tuple(kept))  # fmt: skip
+    return Cached(tuple(kept))
 
 
 def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
@@ -74,7 +74,7 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not first)
         x = x + attention.out_proj(a.transpose(1, 2).flatten(2))  # [N, S, D]
         x = x + layer.mlp(layer.layer_norm2(x))
-    return x  # fmt: skip
+    return x
 
 
 def pool(model: Any, hidden: Tensor, ends: Tensor) -> Tensor:

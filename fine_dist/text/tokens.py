@@ -148,7 +148,7 @@ class Tokens(nn.Module):
         return book.target_of[plain]
 
     def work(self, batch: int) -> tuple[float, int]:
-        """(FLOPs forward and backward, positions computed) a sample, when a process takes `batch` samples at once.
+        """(FLOPs of the layers' matrices, positions computed) a sample, when a process takes `batch` samples at once.
 
         The weights have no gradients: backward costs what forward does.
         """
