@@ -11,6 +11,7 @@ COMMANDS = {
     "encode": "images or the embedded digits -> latent shards; --inspect and --verify them",
     "condense": "stage 1: train a learngene from an ancestor's architecture or weights",
     "init": "stage 2: initialise a family of targets by training sigma alone",
+    "creative": 'CreTok: learn a token for "creative" on frozen text encoders',
     "train": "stage 3: train a model, from an initialised target or from scratch",
     "sample": "draw images from a model",
     "evaluate": "held-out loss and Fréchet distance of a model",

@@ -14,7 +14,7 @@ from fine_dist.errors import LaunchError
 from fine_dist.files import draft_name, sha256_of
 from fine_dist.jobs.worker import import_module
 
-SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg")
+SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
 """Kinds of files that a copy of the code holds."""
 
 

@@ -110,7 +110,8 @@ engine = {"device": "cpu", "log_every": 1}
 base = {"data": data, "batch": 8, "steps": 2, "engine": {**engine, "picture_every": 1000}}
 said = {}
 for name in ("repeat", "blocks"):
-    folder = condense(validate(CondenseConfig, {**base, "run_dir": str(root / name), "arch": arch, "method": {"name": name}}))
+    own = {"run_dir": str(root / name), "arch": arch, "method": {"name": name}}
+    folder = condense(validate(CondenseConfig, {**base, **own}))
     family = {"parent": str(folder), "depths": [3], "data": data, "batch": 8, "steps": 2, "engine": engine}
     init(validate(InitConfig, {**family, "run_dir": str(root / f"{name}-init")}))
     target = root / f"{name}-init" / "L3-s0-lr0.01"
@@ -127,14 +128,16 @@ init(validate(InitConfig, {"parent": model, "method": {"name": "widen"}, "arch":
                            "run_dir": str(root / "widen-init"), "engine": engine}))
 said["widen"] = load_model(root / "widen-init" / "L3-s0-lr0.01")[0].arch.hidden_size
 stages = {"condense": {"arch": arch, "batch": 8, "engine": {**engine, "eval_every": 1}},
-          "init": {"batch": 8, "engine": engine}, "train": {"arch": arch, "batch": 8, "engine": {**engine, "eval_every": 1}}}
+          "init": {"batch": 8, "engine": engine},
+          "train": {"arch": arch, "batch": 8, "engine": {**engine, "eval_every": 1}}}
 entries = [{"name": "ours", "method": {"name": "blocks"}, "condense": {"steps": 2}, "init": {"steps": 2}, "train": [2]},
            {"name": "scratch", "method": {"name": "he"}, "train": [2]}]
 study = validate(StudyConfig, {"title": "toys", "run_dir": str(root / "study"), "data": {"data": {"source": "digits"}},
     "depths": [3], "seeds": [0], "steps": {"N": 2}, "stages": stages, "main": "ours", "baseline": "scratch",
     "entries": entries, "features": None, "pictures": 0})
 page = run_study(study, "here")
-said["study"] = {row["method"] for row in json.loads((page.parent / "results.json").read_text())["rows"]} == {"ours", "scratch"}
+rows = json.loads((page.parent / "results.json").read_text())["rows"]
+said["study"] = {row["method"] for row in rows} == {"ours", "scratch"}
 print("SAID " + json.dumps(said))
 """
 
