@@ -75,14 +75,8 @@ def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, w
     encoders = load_encoders(config.encoders, config.token, world.device)
     pairs = make_pairs(config)
     program = make_program(config, members, encoders, pairs, world)
-    optim, precision = config.optim.model_dump(mode="json"), config.engine.precision
-    identity = {
-        **program.identity,
-        "optim": optim,
-        "batch": config.batch,
-        "precision": precision,
-        "steps": config.steps,
-    }
+    settings = config.model_dump(mode="json", include={"optim", "batch", "steps"})
+    identity = {**program.identity, **settings, "precision": config.engine.precision}
     with RunDir(place).open(KIND, identity, world) as run_dir:
         fitted = fit(
             program,
