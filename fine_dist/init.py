@@ -75,8 +75,8 @@ def room_of(config: InitConfig, launcher: str) -> Room | None:
     from launchers import Launcher, pick
 
     place = pick(launcher, config.launch)
-    if inside() or not issubclass(place, Launcher):
-        return None
+    if inside() or not issubclass(place, Launcher) or not place.on_this_machine:
+        return None  # a cluster is not asked by a dry run
     with place(config.launch) as runner:
         return runner.room(make_spec("fine_dist.init", config, write=False))
 

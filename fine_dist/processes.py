@@ -45,6 +45,16 @@ def rank_words(
     return {key: str(value) for key, value in words.items()}
 
 
+def rank_here() -> tuple[int, int]:
+    """(rank, rank on this node) of this process in torchrun's words, or srun's; (0, 0) alone."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return int(env.get("SLURM_PROCID", 0)), int(env.get("SLURM_LOCALID", 0))
+    return 0, 0
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends (Linux), so that no orphan goes on computing.
 

@@ -104,7 +104,7 @@ def summary(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
         lines += ["", "examples:", *(f"  {prog} {words}".rstrip() for words in page.examples)]
     lines += ["", "the settings used most (keys of the YAML, and flags):"]
     for key in page.usual:
-        lines += next(each.lines() for each in every if each.path == key)
+        lines += next((each.lines() for each in every if each.path == key), [])  # a group has no line of its own
     lines += ["", "flags of the command:", *_own_lines(own)]
     return "\n".join([*lines, "", f"--help-all lists all {len(every)} settings."])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field
 
 from fine_dist.config import Config, DataConfig, LaunchConfig, Seed, dump_yaml, expand_path
 from fine_dist.errors import ConfigError, DataError
+from fine_dist.processes import rank_here
 
 if TYPE_CHECKING:
     from fine_dist.data.audit import Summary
@@ -170,7 +170,6 @@ def _job(config: EncodeConfig, split: str, folder: Path) -> Job:
 
 def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
     from fine_dist.data.encode import Autoencoder, Codec, Identity, encode
-    from fine_dist.engine.dist import read_environment
 
     source = _source(config, split)
     codec: Codec = Identity()
@@ -181,7 +180,7 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
         codec.shape((3, config.image_size, config.image_size))
     if config.scaling_factor:
         codec.scaling_factor = config.scaling_factor
-    done = encode(source, codec, _job(config, split, folder), progress=read_environment().rank == 0)
+    done = encode(source, codec, _job(config, split, folder), progress=rank_here()[0] == 0)
     rate = done.images / max(done.seconds, 1e-9)
     print(
         f"encode: {folder}: {done.manifest.count} samples in {len(done.manifest.shards)} shards, "
@@ -205,9 +204,7 @@ def _device(config: EncodeConfig) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but there is no GPU; use auto or cpu")
-    # torchrun's word, or srun's
-    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-    return f"cuda:{local_rank % torch.cuda.device_count()}"
+    return f"cuda:{rank_here()[1] % torch.cuda.device_count()}"
 
 
 def dry_run(config: EncodeConfig) -> list[str]:
