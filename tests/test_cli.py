@@ -15,7 +15,7 @@ import yaml
 
 from fine_dist.cli import parse
 from fine_dist.config import Config, load
-from fine_dist.errors import ConfigError
+from fine_dist.errors import ConfigError, guard
 from fine_dist.family import InitConfig
 from fine_dist.usage import PAGES, settings
 from tests.data.making import make_foreign, sample
@@ -342,3 +342,31 @@ def flat(values: dict, path: str = "") -> list[tuple[str, object]]:
         for key, value in values.items()
         for pair in (flat(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)])
     ]
+
+
+# --- how a command ends --------------------------------------------------------------------------------------------
+
+
+def raising(error: BaseException):
+    def body() -> int:
+        raise error
+
+    return body
+
+
+def test_ctrl_c_promises_only_what_the_command_says(capsys):
+    for promise, said in (("", "interrupted\n"), ("all is kept", "interrupted; all is kept\n")):
+        assert guard(raising(KeyboardInterrupt()), promise) == 130
+        assert capsys.readouterr().err == said
+        assert guard(raising(KeyboardInterrupt()), lambda promise=promise: promise) == 130
+        assert capsys.readouterr().err == said
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_taken_for_a_reader_that_has_gone():
+    with pytest.raises(BrokenPipeError):
+        guard(raising(BrokenPipeError(32, "a worker is gone")))
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    assert guard(raising(MemoryError("Unable to allocate 6.94 EiB"))) == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory: Unable to allocate 6.94 EiB;")
