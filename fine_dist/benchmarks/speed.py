@@ -1,8 +1,8 @@
 """`python -m fine_dist.benchmark speed`: a training step of every kind, and what the loop adds to it.
 
 Steps are timed in one process, in turn, on the same batch: dense DiT, stage 1 of shared factors and the stage that
-trains sigma alone with each compute path; fp32 and bf16, with and without activation checkpointing. The loop is timed on
-a real run that streams shards, writes checkpoints and logs.
+trains sigma alone with each compute path; fp32 and bf16, with and without activation checkpointing. The loop is timed
+on a real run that streams shards, writes checkpoints and logs.
 """
 
 from __future__ import annotations

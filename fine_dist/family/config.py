@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from fine_dist.config import Config, DataConfig, DiffusionConfig, LaunchConfig, LoopConfig, OptimConfig
+from fine_dist.config import (
+    Config,
+    DataConfig,
+    Depth,
+    DiffusionConfig,
+    LaunchConfig,
+    LoopConfig,
+    OptimConfig,
+    Seed,
+)
 from fine_dist.methods import AnyMethod
 from fine_dist.model.zoo import Arch
 from fine_dist.pack.plan import EarlyStop, PackConfig
@@ -35,13 +44,13 @@ class InitConfig(Config):
     """How targets are made; none: the parent's own method, as it was condensed."""
     arch: Arch | None = None
     """Shape of the targets but for their depth; none: the parent's."""
-    depths: tuple[int, ...] = (4, 6, 8, 10, 12)
+    depths: tuple[Depth, ...] = (4, 6, 8, 10, 12)
     """Layers of the targets."""
     data: DataConfig = DataConfig()
     """The data set, when there is one."""
     domains: dict[str, DomainConfig] = Field(default_factory=dict)
     """Data sets by name, when there are several; `data` is not read then."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Each orders the data and draws noise, and whatever of a beginning is random."""
     lrs: tuple[float, ...] = ()
     """Learning rates of what trains; none: `optim.lr`."""

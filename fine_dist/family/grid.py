@@ -144,6 +144,11 @@ class Family:
             raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
         return base.with_depth(member.depth)
 
+    def _smallest(self, member: Member) -> Arch:
+        """A target of this sort that costs least to build: one layer, where the depth is free."""
+        arch = self.arch(member)
+        return arch.with_depth(1) if "depth" in self.method(member).traits.varies else arch
+
     def new_labels(self, member: Member) -> bool:
         """Whether the target trains a label embedder of its own."""
         return member.domain_config.labels == "new"
@@ -184,9 +189,8 @@ class Family:
                 continue
             seen.add((member.variant, member.domain))
             self.check_data(member)
-            # One layer of each sort of target is built, which finds whatever the method refuses.
-            small = self.arch(member).with_depth(1)
-            descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
+            # The smallest of each sort of target is built, which finds whatever the method refuses.
+            descend(method, self.parent, self._smallest(member), member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
 
@@ -273,9 +277,8 @@ class Family:
             return None
         key = (member.variant, member.domain)
         if key not in self._ranks:
-            small = self.arch(member).with_depth(1)
-            method = self.method(member)
-            made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
+            method, labels = self.method(member), self.new_labels(member)
+            made = descend(method, self.parent, self._smallest(member), member.seed, new_labels=labels)
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None
         return self._ranks[key]

@@ -41,6 +41,8 @@ class FineConfig(MethodConfig):
     """Stage 1 begins with random factors, or with the CP decomposition of an ancestor."""
     sweeps: int = Field(50, ge=1)
     """Sweeps of alternating least squares at most (initial: decompose)."""
+    tolerance: float = Field(1e-5, gt=0)
+    """Sweeps end once one lowers the relative error by less (initial: decompose)."""
     path: Literal["auto", "composed", "factored"] = "auto"
     """How products are computed: by whichever needs fewer multiply-adds, or always one way."""
     sigma: Literal["linear", "random", "identical", "segment", "aligned"] | None = None
@@ -105,7 +107,13 @@ class Fine(Method[FineConfig]):
                 own.copy_(state[name])
             for matrix in MATRICES:
                 stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in range(depth)])
-                fit = decompose(stack, module.rank, sweeps=self.config.sweeps, generator=generator)
+                fit = decompose(
+                    stack,
+                    module.rank,
+                    sweeps=self.config.sweeps,
+                    tolerance=self.config.tolerance,
+                    generator=generator,
+                )
                 genes = module.factor(matrix)
                 genes.U.copy_(fit.U)
                 genes.V.copy_(fit.V)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fine_dist.model.roles import Role
-from fine_dist.model.zoo import MATRICES, Arch
+from fine_dist.model.zoo import MATRICES, Arch, check_size
 
 LinearFactory = Callable[[str, int], nn.Module]
 """(matrix, layer) -> a `Matrix`, the module that multiplies by this matrix and adds its bias."""
@@ -68,6 +68,8 @@ class DiT(nn.Module):
 
     def __init__(self, arch: Arch, linear: LinearFactory | None = None, generator: torch.Generator | None = None):
         super().__init__()
+        if torch.get_default_device().type == "cpu":  # what no memory holds is refused before it is asked for
+            check_size(0 if linear else arch.count(), arch.name)
         self.arch = arch
         d, p = arch.hidden_size, arch.patch_size
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.roles import Role, of_role, roles
-from fine_dist.model.zoo import MATRICES, Arch
+from fine_dist.model.zoo import MATRICES, Arch, check_size
 
 Path = Literal["auto", "composed", "factored"]
 
@@ -162,6 +162,8 @@ class FactoredDiT(DiT):
     """
 
     def __init__(self, arch: Arch, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
+        if torch.get_default_device().type == "cpu":
+            check_size(arch.count(rank), f"{arch.name} of rank {rank:,}")
         genes = nn.ModuleDict({matrix: Genes(*arch.matrix(matrix), rank, generator, path) for matrix in MATRICES})
 
         def factored(matrix: str, layer: int) -> nn.Module:

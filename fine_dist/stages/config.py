@@ -16,6 +16,7 @@ from fine_dist.config import (
     LaunchConfig,
     OptimConfig,
     SamplerConfig,
+    Seed,
     expand_path,
 )
 from fine_dist.errors import ConfigError
@@ -60,7 +61,7 @@ class StageConfig(Config):
 
     run_dir: str = "runs/run"
     """Where everything is written. The same command again continues what is there."""
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     """Seeds the initialisation, the order of the data, timesteps, noise and label drop."""
     steps: int = Field(1000, ge=1)
     """Updates."""
