@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, DiT
+from fine_dist.model.ops import FactoredProduct, compute_dtype
 from fine_dist.model.roles import Role, of_role, roles
 from fine_dist.model.zoo import MATRICES, Arch, check_size
 
@@ -94,7 +95,19 @@ class Genes(nn.Module):
 
 
 def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tensor | None) -> Tensor:
-    """`((x V) * sigma) U^T + bias`, in autocast's dtype where it is on: sigma and bias stay fp32 and are cast here."""
+    """`((x V) * sigma) U^T + bias` [..., m], in autocast's dtype where it is on, as is what the backward pass keeps.
+
+    Sigma and its gradient stay fp32: with frozen factors the sum over rows is made there (`model.ops`).
+    """
+    frozen = not (u.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
+    dtype = compute_dtype(x)
+    if frozen and dtype != sigma.dtype and sigma.requires_grad:
+        per_sample = sigma.dim() > 1
+        rows = sigma.reshape(-1, sigma.shape[-1]) if per_sample else sigma[None]  #                          [J, R]
+        stacked = x.reshape(len(rows), -1, x.shape[-1])  #                                                   [J, S, n]
+        biases = torch.zeros_like(u[:, 0]) if bias is None else bias
+        y = FactoredProduct.apply(stacked, rows, biases.expand(len(rows), -1), u.to(dtype), v.to(dtype), dtype)
+        return y.reshape(*x.shape[:-1], -1)
     thin = x @ v  #                                                                                        [..., R]
     y = (thin * sigma.to(thin.dtype)) @ u.T  #                                                             [..., m]
     return y if bias is None else y + bias.to(y.dtype)

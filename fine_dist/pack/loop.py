@@ -25,10 +25,10 @@ from fine_dist.engine.stopping import GO_ON, STOP
 from fine_dist.errors import ConfigError
 from fine_dist.pack.feed import Fed, Feeds, Source
 from fine_dist.pack.model import Inputs, PackedDiT
-from fine_dist.pack.ops import keep_freed_memory
 from fine_dist.pack.optim import PackedAdamW
 from fine_dist.pack.plan import EarlyStop
 from fine_dist.pack.state import read_states, write_states
+from fine_dist.processes import keep_freed_memory
 
 State = Literal["running", "done", "failed"]
 

@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from fine_dist.errors import ArtifactError
 from fine_dist.model.dit import DiT, attention
 from fine_dist.model.factors import SharedForm, cheaper_path
+from fine_dist.model.ops import FactoredProduct, compute_dtype, gelu
 from fine_dist.model.zoo import MATRICES
-from fine_dist.pack.ops import FactoredProduct, compute_dtype, gelu
 
 _KEPT_SELECTIONS = 64
 """Selections of jobs whose biases are kept stacked."""

@@ -113,7 +113,7 @@ def test_the_choice_by_count_is_the_one_the_arithmetic_gives():
     assert choice == {"qkv": "factored", "o": "composed", "in": "factored", "out": "factored"}
     assert cheaper_path(16, 6 * d, d, d, train_factors=True, train_scalers=True) == "factored"  # adaln: a row a sample
     assert cheaper_path(rows, 3 * d, d, d, train_factors=True, train_scalers=True) == "composed"
-    # methods.md: 2 r (m + n) against 3 m n multiply-adds a token
+    # 2 r (m + n) against 3 m n multiply-adds a token
     assert multiply_adds("factored", 1, 3 * d, d, d, **sigma_only) == 2 * d * 4 * d
     assert multiply_adds("composed", 10**9, 3 * d, d, d, **sigma_only) / 10**9 == pytest.approx(9 * d * d, rel=1e-3)
 
@@ -131,3 +131,52 @@ def test_the_counted_choice_is_measured_by_torchs_own_flop_counter(generator):
                 genes(x, sigma).sum().backward()
             counted = 2 * multiply_adds(path, 64, 96, 32, 24, train_factors=train_factors, train_scalers=True)
             assert counter.get_total_flops() == counted, (path, train_factors)
+
+
+def kept_bytes(model, batch) -> int:
+    """Bytes that the backward pass keeps, each tensor once."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(*batch).float().square().mean()
+    out.backward()
+    return sum(kept.values())
+
+
+def test_in_bf16_factored_products_keep_and_give_bf16_and_sigmas_gradient_is_fp32():
+    a = tiny_arch(num_layers=2, input_size=32, hidden_size=64)
+    model = train_only(lively(FactoredDiT(a, 32, path="factored"), std=0.1), "scaler")
+    batch = inputs(a, batch=16)
+    seen = []
+    handle = model.blocks[0].qkv.register_forward_hook(lambda m, x, y: seen.append(y.dtype))
+    exact_bytes = kept_bytes(model, batch)
+    exact = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        half_bytes = kept_bytes(model, batch)
+    handle.remove()
+    assert seen == [torch.float32, torch.bfloat16]
+    assert half_bytes < 0.75 * exact_bytes  # norms and residual branches stay in fp32
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad.dtype == torch.float32
+            # bf16 has 8 bits; its errors average out over the rows of a sum that is made in fp32
+            assert float((p.grad - exact[name]).norm() / exact[name].norm().clamp_min(1e-9)) < 0.05, name
+
+
+def test_a_sigma_a_sample_computes_what_each_would_alone_in_bf16_too():
+    genes = Genes(24, 16, 8, torch.Generator().manual_seed(0)).requires_grad_(False)
+    x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
+    sigma = torch.randn(3, 1, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    bias = torch.randn(24, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = genes(x, sigma, bias)
+    for row in range(3):
+        wanted = ((x[row] @ genes.V) * sigma[row]) @ genes.U.T + bias
+        torch.testing.assert_close(y[row].float(), wanted, atol=0.15, rtol=0.05)
+    y.float().sum().backward()
+    assert sigma.grad.shape == (3, 1, 8)

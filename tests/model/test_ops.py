@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fine_dist.pack.ops import FactoredProduct, gelu
+from fine_dist.model.ops import FactoredProduct, gelu
 
 JOBS, ROWS, M, N, RANK = 3, 20, 12, 8, 10
 

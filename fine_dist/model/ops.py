@@ -1,4 +1,4 @@
-"""The two operations in which a pack spends its time, with their backward passes written by hand.
+"""Operations with backward passes written by hand: the product through frozen factors, and GELU.
 
 Both are exact; what they save is passes over memory and kept activations. The factored product keeps `x V` alone (not
 `x V sigma` as well) and never forms a gradient for U or V.
@@ -8,9 +8,7 @@ Shapes: J jobs, S rows of a job (tokens, or samples for adaLN), R rank, m out an
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
 from typing import Any
 
 import torch
@@ -87,17 +85,3 @@ def compute_dtype(like: Tensor) -> torch.dtype:
     """The dtype of products: autocast's where it is on, else the tensor's own."""
     kind = like.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc's allocator to keep what is freed, up to 1 GiB, for the next step; without it nothing happens.
-
-    The chunks of a pack have many sizes. The heap gives memory back after one and faults it in again for the next:
-    up to a tenth of a step on a CPU. Settings of the user's own (MALLOC_...) are left as they are.
-    """
-    if any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: a block of its own for each tensor is zeroed and unmapped every time
