@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.diffusion.schedule import mix
-from fine_dist.engine import dist, stopping
+from fine_dist.engine import alike, dist, stopping
 from fine_dist.engine.backend import Backend, learning_rate, precision, trainable
 from fine_dist.engine.backends import make_backend
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
@@ -170,7 +170,7 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a no-op on CPU
         self.shown = self._copy_for_showing()
         prepare_model(program.model, engine)
-        broadcast_model(program.model, world)
+        alike.broadcast(program.model, world)
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
         self.backend: Backend = make_backend(program.model, optim, engine, world, self.micro, self.accumulation)
         self.ema = Ema(self.backend, engine.ema_decay, engine.ema_warmup)
@@ -196,7 +196,7 @@ class Run:
     def train(self) -> Fitted:
         begun = time.perf_counter()
         step = self.resume()
-        agree_on_weights(self.program.model, self.world, self.engine, "at the start")
+        alike.check(self.program.model, self.world, self.engine, "at the start")
         batches = self.program.stream.batches(step)
         while step < self.steps:
             batch, waited_s = self.next_batch(batches)
@@ -332,7 +332,9 @@ class Run:
 
     def save(self, step: int) -> None:
         extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.held_out}
-        agree_on_weights(self.program.model, self.world, self.engine, f"at step {step}")
+        told = alike.check(self.program.model, self.world, self.engine, f"at step {step}")
+        if told:
+            self.monitor.note(told)
         self.checkpoints.save(step, self.backend, self.ema, extra)
 
     def stop(self, step: int) -> None:
@@ -458,41 +460,6 @@ def compile_or_fall_back(block: nn.Module) -> None:
             return eager(*args, **kwargs)
 
     block.forward = forward
-
-
-@torch.no_grad()
-def broadcast_model(model: nn.Module, world: World) -> None:
-    """Rank 0's weights and buffers on every rank: two processors may have rounded the same beginning differently."""
-    if world.world_size > 1:
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.data, world)
-
-
-def agree_on_weights(model: nn.Module, world: World, engine: EngineConfig, when: str) -> None:
-    """`TrainingError` when a rank holds other weights than rank 0. Under ZeRO-3 no rank holds them all: not asked."""
-    if world.world_size == 1 or (engine.backend == "deepspeed" and engine.deepspeed.stage == 3):
-        return
-    prints = dist.gather_objects(fingerprint(model), world)
-    odd = [rank for rank, found in enumerate(prints) if found != prints[0]]
-    if odd:
-        why = (
-            f"{when}, the weights of rank {', '.join(map(str, odd))} are not those of rank 0; a process computes "
-            "differently (another processor, library or fault of memory): look at its machine"
-        )
-        raise TrainingError(why) if world.is_main else ToldElsewhere(why)
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> list[int]:
-    """Two sums over the bits of all parameters: equal for equal weights, and as good as never for others."""
-    plain = weighted = 0
-    for index, p in enumerate(model.parameters()):
-        bits = p.detach().reshape(-1).view(torch.int32 if p.element_size() == 4 else torch.int16).long()
-        total = int(bits.sum())
-        places = torch.arange(len(bits), device=bits.device) % 8191 + 1
-        plain += total
-        weighted += (index + 1) * int((bits * places).sum())
-    return [plain, weighted]
 
 
 @torch.no_grad()
