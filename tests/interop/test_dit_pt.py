@@ -249,8 +249,9 @@ def test_a_model_with_diffusers_frequencies_cannot_be_written_in_a_layout_that_d
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_random_xl_2_round_trips_through_both_layouts(tmp_path):
-    """675M numbers: about 12 GB of memory and of disk, two minutes of one core."""
+    """675M numbers: about 9 GB of memory and 6 GB of disk, a few minutes of one core."""
     from fine_dist.interop import write_diffusers
 
     wanted = Arch.model_validate("DiT-XL/2")
