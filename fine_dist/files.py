@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -23,10 +24,13 @@ _PIECE = 1 << 20
 # --- whole or not at all ---------------------------------------------------------------------------------------------
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> Path:
-    """Replace a file as a whole: a reader, or a power cut, sees the old content or the new. Makes its folder."""
+def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
+    """Replace a file as a whole: a reader, or a power cut, sees the old content or the new. Makes its folder.
+
+    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
+    """
     path = Path(path)
-    draft = _draft(path, content)
+    draft = _draft(path, content, durable=durable)
     try:
         os.replace(draft, path)
     except BaseException:
@@ -38,7 +42,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> Path:
 def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
     """As `write_atomic`, but `FileExistsError` when the file is there already.
 
-    durable: false leaves the syncing to the caller, for many files at once (`sync_folder`, `os.sync`).
+    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
     """
     path = Path(path)
     draft = _draft(path, content, durable=durable)
@@ -122,6 +126,17 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+def sync_disk(folder: str | Path) -> None:
+    """Make everything durable that was written to the file system of a folder: one call for thousands of files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(descriptor)
+
+
 # --- hashes ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +174,14 @@ def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
             f"{where}: this file system has no working locks ({error.strerror}); mount it with locks "
             "(Lustre: -o flock, NFS: version 4) or use a run_dir on another one"
         ) from None
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file that is there, waiting for whoever has it."""
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # --- rows of a metrics.jsonl -----------------------------------------------------------------------------------------

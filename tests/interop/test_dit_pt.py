@@ -160,6 +160,13 @@ def test_sit_is_taken_in_as_a_start_that_predicts_velocities(tmp_path, model):
     assert found.prediction == "velocity" and any("not a teacher" in note for note in found.notes)
 
 
+def test_files_of_old_torch_come_in(tmp_path, model):
+    """Not archives, and so not to be mapped into memory."""
+    torch.save(to_dit(model.arch, model.state_dict()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    found = read_dit(tmp_path / "old.pt", Hints(num_heads=4))
+    assert torch.equal(found.state["patch.bias"], model.state_dict()["patch.bias"])
+
+
 def test_half_precision_comes_in_as_float32(tmp_path, model):
     state = {k: v if k == "pos_embed" else v.bfloat16() for k, v in to_dit(model.arch, model.state_dict()).items()}
     found = read_dit(saved(tmp_path, state), Hints(num_heads=4))
