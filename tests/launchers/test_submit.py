@@ -122,13 +122,13 @@ def test_every_script_is_clean_for_shellcheck():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
     scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.stdout
 
 
 def test_every_stage_script_requeues_appends_and_is_warned_before_its_limit():
-    for stage in ("encode", "condense", "init", "train", "evaluate", "ray_on_slurm"):
+    for stage in ("encode", "condense", "init", "train", "evaluate", "creative", "ray_on_slurm"):
         text = (ROOT / "slurm" / f"{stage}.sh").read_text()
         for line in ("--requeue", "--open-mode=append", "--signal=B:USR1@120"):
             assert f"#SBATCH {line}\n" in text
