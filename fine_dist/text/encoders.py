@@ -99,7 +99,7 @@ class TextEncoder:
     def nearest(self, row: Tensor, count: int = 5) -> list[tuple[str, float]]:
         """The vocabulary's words whose embeddings have the greatest cosine to a row [D]."""
         table = torch.nn.functional.normalize(self.table.float(), dim=1)
-        cosines = table @ torch.nn.functional.normalize(row.float().to(table.device), dim=0)
+        cosines = table @ torch.nn.functional.normalize(row.detach().float().to(table.device), dim=0)
         known = min(len(self.tokenizer) - 1, len(table))  # a table may have more rows than the vocabulary has words
         best = cosines[:known].topk(min(count, known))
         words = self.tokenizer.convert_ids_to_tokens(best.indices.tolist())

@@ -191,7 +191,7 @@ def test_what_cannot_be_is_refused_with_its_key_and_writes_nothing_that_blocks_t
 def test_the_published_configs_are_read_and_dry_run(capsys):
     sd3 = load(CreativeConfig, CONFIGS / "sd3.yaml")
     assert (sd3.steps, sd3.batch, sd3.optim.lr, sd3.optim.schedule, sd3.max_cosine) == (10_000, 16, 0.01, "cosine", 0.5)
-    assert sd3 == CreativeConfig(run_dir=sd3.run_dir)  # the paper's settings are the defaults
+    assert sd3 == CreativeConfig(run_dir=sd3.run_dir, launch=sd3.launch)  # the paper's settings are the defaults
     assert creative.main(["--config", str(CONFIGS / "tiny.yaml"), "--dry-run"]) == 0
     assert "4 rows of each encoder train together, 300 steps of 16" in capsys.readouterr().out
 
