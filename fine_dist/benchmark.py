@@ -22,6 +22,9 @@ NAMES = {
     "speed": "a training step: throughput, memory, overhead of the loop",
     "data": "the latent stream and encoding, against plain webdataset and one file a sample",
     "fanout": "many targets at once, against one after the other",
+    "creative": "a token's training step, against the plain loop and textual inversion's",
+    "metrics": "each metric of samples at its usual size, with its memory",
+    "sample": "images a second of a dense model, against diffusers' pipeline",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 

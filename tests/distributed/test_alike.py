@@ -30,10 +30,10 @@ def test_a_decomposition_on_mixed_processors_is_made_once(tmp_path, digit_shards
     ancestor = lively(DiT(arch), std=0.1)
     save_artifact(tmp_path / "a", kind="model", method={"name": "he"}, arch=arch, tensors=ancestor.state_dict())
     words = [
-        sys.executable, "-m", "fine_dist.condense", "--config", str(tmp_path / "c.yaml"), "--method.initial", "decompose",
+        sys.executable, "-m", "fine_dist.condense", "--config", str(tmp_path / "c.yaml"), "--method.sweeps", "5",
         "--run-dir", str(tmp_path / "run"), "--ancestor", str(tmp_path / "a"), "--method.rank", "24", "--steps", "4",
         "--batch", "8", "--data.shards", str(digit_shards / "train"), "--engine.device", "cpu",
-        "--engine.checkpoint-every", "2", "--engine.picture-every", "1000", "--method.sweeps", "5",
+        "--engine.checkpoint-every", "2", "--method.initial", "decompose",
     ]  # fmt: skip
     (tmp_path / "c.yaml").write_text(json.dumps({"arch": arch.model_dump()}))
     port = free_port()
