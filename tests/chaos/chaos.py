@@ -1,0 +1,265 @@
+"""A bad night in a minute: condense and a family under random faults, compared byte by byte with an undisturbed run.
+
+    python -m tests.chaos.chaos --rounds 100        prints the table of docs/reliability.md
+
+A fault is chosen by a seeded generator, struck at a random moment of a start, and the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fine_dist.config import DataConfig, LoopConfig, OptimConfig
+from fine_dist.errors import FineDistError, ResumeLater
+from fine_dist.family import InitConfig
+from fine_dist.model.zoo import Arch
+from fine_dist.stages.condense import CondenseConfig
+from fine_dist.testing import Ranks
+
+RANKS = 2
+DEAD_AFTER_S = 3.0
+"""A rank that is stopped for longer counts as dead."""
+ARCH = Arch(
+    hidden_size=16, num_layers=2, num_heads=2, patch_size=4, in_channels=1, input_size=8, num_classes=10,
+    learn_sigma=False,
+)  # fmt: skip
+STRIKES = ("kill one rank", "kill all ranks", "SIGTERM", "stopped longer than the watch")
+BETWEEN = ("newest state cut short", "stolen lock", "full disk")
+PATIENCE_S = 90.0
+"""A start that has neither ended nor progressed by then hangs, which is what this looks for."""
+
+
+def condense_config(root: Path, shards: Path) -> CondenseConfig:
+    return CondenseConfig.model_validate(
+        {
+            "run_dir": str(root / "condense"),
+            "arch": ARCH,
+            "steps": 60,
+            "batch": 8,
+            "data": {"shards": str(shards / "train")},
+            "engine": {
+                "device": "cpu", "checkpoint_every": 4, "log_every": 5, "eval_every": 1000, "picture_every": 10**6,
+                "threads": 1,
+            },
+        }
+    )  # fmt: skip
+
+
+def family_config(root: Path, shards: Path) -> InitConfig:
+    return InitConfig(
+        run_dir=str(root / "family"), parent=str(root / "condense" / "learngene"), depths=(1, 2, 3), steps=60, batch=8,
+        data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=1e-2),
+        engine=LoopConfig(device="cpu", checkpoint_every=3, log_every=5, threads=1),
+    )  # fmt: skip
+
+
+def run_stage(stage: str, root: str, shards: str, room: int | None) -> str:
+    """In a rank: the stage to its end; what became of it. room: bytes that a file may have (a full disk)."""
+    if room is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+    try:
+        if stage == "condense":
+            from fine_dist.stages.condense import run
+
+            run(condense_config(Path(root), Path(shards)))
+        else:
+            from fine_dist.family.grid import Family
+            from fine_dist.family.run import run_family
+
+            run_family(Family(family_config(Path(root), Path(shards))), inside=False)
+    except ResumeLater:
+        return "stopped"
+    except (FineDistError, OSError) as error:
+        return f"refused: {error}"
+    return "done"
+
+
+@dataclass
+class Night:
+    """What was struck, how often the command was given, and what came of it."""
+
+    struck: Counter[str] = field(default_factory=Counter)
+    starts: int = 0
+    hung: int = 0
+    differing: list[str] = field(default_factory=list)
+
+
+class Chaos:
+    """One stage under faults. ranks: processes of the stage."""
+
+    def __init__(self, stage: str, root: Path, shards: Path, ranks: int, dice: random.Random, night: Night) -> None:
+        self.stage, self.root, self.shards, self.ranks, self.dice, self.night = stage, root, shards, ranks, dice, night
+        self.folder = root / stage
+
+    def run(self, faults: int) -> None:
+        """Strike `faults` times, then let it end."""
+        for _ in range(faults):
+            fault = self.dice.choice(STRIKES + BETWEEN)
+            if fault in STRIKES:
+                self._strike(fault)
+            else:
+                getattr(self, "_" + fault.replace(" ", "_"))()
+            self.night.struck[fault] += 1
+        for _ in range(4):  # a start may still find what the last fault left
+            if self._start(None) == "done":
+                return
+        raise AssertionError(f"{self.stage} did not end after the faults")
+
+    def _ranks(self, room: int | None = None) -> Ranks:
+        self.night.starts += 1
+        env = {"FINE_DIST_DEAD_AFTER_S": str(DEAD_AFTER_S)} if self.ranks > 1 else {}
+        if self.ranks == 1:
+            env = {"RANK": "0", "WORLD_SIZE": "1"}
+        return Ranks(run_stage, self.ranks, self.stage, str(self.root), str(self.shards), room, env=env)
+
+    def _start(self, strike: Callable[[Ranks], None] | None, room: int | None = None) -> str:
+        ranks = self._ranks(room)
+        try:
+            if strike:
+                self._await_progress(ranks)
+                strike(ranks)
+            with contextlib.suppress(RuntimeError):
+                return str(ranks.results(PATIENCE_S)[0])
+            return "died"
+        except TimeoutError:
+            self.night.hung += 1
+            return "hung"
+        finally:
+            ranks.kill()
+            for process in ranks.processes:
+                process.join()
+
+    def _states(self) -> list[Path]:
+        found = [*self.folder.glob("checkpoints/step_*/*.safetensors"), *self.folder.glob("packs/*.state.safetensors")]
+        return sorted((p for p in found if p.exists()), key=lambda p: p.stat().st_mtime_ns)
+
+    def _await_progress(self, ranks: Ranks) -> None:
+        """A random number of saves later, or a random moment of the start itself."""
+        if self.dice.random() < 0.3:
+            time.sleep(self.dice.uniform(0.0, 0.6))
+            return
+        saves, until = self.dice.randrange(1, 4), time.monotonic() + 20
+        seen = {(p, p.stat().st_mtime_ns) for p in self._states()}
+        while saves and time.monotonic() < until and any(p.exitcode is None for p in ranks.processes):
+            with contextlib.suppress(FileNotFoundError):
+                now = {(p, p.stat().st_mtime_ns) for p in self._states()}
+                saves -= min(saves, bool(now - seen))
+                seen = now
+            time.sleep(0.002)
+
+    def _strike(self, fault: str) -> None:
+        def strike(ranks: Ranks) -> None:
+            living = [p for p in ranks.processes if p.exitcode is None]
+            one = self.dice.choice(living) if living else None
+            for process in living if fault == "kill all ranks" else [one] if one else []:
+                number = {"SIGTERM": signal.SIGTERM, "stopped longer than the watch": signal.SIGSTOP}.get(fault)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process.pid or 0), number or signal.SIGKILL)
+            if fault == "stopped longer than the watch" and one:
+                time.sleep(DEAD_AFTER_S + 1.5)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(one.pid or 0), signal.SIGCONT)
+
+        self._start(strike)
+
+    def _newest_state_cut_short(self) -> None:
+        states = self._states()
+        if states:
+            size = states[-1].stat().st_size
+            os.truncate(states[-1], self.dice.randrange(0, max(1, size - 1)))
+        self._strike("SIGTERM")
+
+    def _stolen_lock(self) -> None:
+        """Somebody else holds the directory: the start is refused, and nothing is harmed."""
+        from fine_dist.engine.run_dir import RunDir
+        from fine_dist.jobs import StateTable
+
+        if self.stage == "condense":
+            if not (self.folder / "identity.json").exists():
+                return
+            thief: Any = RunDir(self.folder)
+            thief._take_lock()
+        else:
+            thief = StateTable(self.folder).claim(["L1-s0-lr0.01"])
+            assert thief is not None
+        try:
+            said = self._start(None)
+            assert said.startswith("refused") or said == "died", said
+        finally:
+            (thief.close if self.stage == "condense" else thief.release)()
+
+    def _full_disk(self) -> None:
+        self._start(None, room=self.dice.choice((0, 500, 2000, 9000)))
+
+
+def night(seed: int, faults: int, folder: Path, shards: Path, calm: dict[str, bytes]) -> Night:
+    """One round: condense and a family, each under half of the faults, compared with what a calm run gave."""
+    found, dice = Night(), random.Random(seed)
+    Chaos("condense", folder, shards, RANKS, dice, found).run(faults // 2)
+    Chaos("family", folder, shards, 1, dice, found).run(faults - faults // 2)
+    theirs = products(folder)
+    found.differing = [name for name in calm if theirs.get(name) != calm[name]]
+    return found
+
+
+def products(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor file that the stages made."""
+    places = [folder / "condense" / "learngene", *sorted(folder.glob("family/L*/target"))]
+    return {str(f.relative_to(folder)): f.read_bytes() for place in places for f in sorted(place.glob("*.safetensors"))}
+
+
+def calm_run(folder: Path, shards: Path) -> dict[str, bytes]:
+    """The same stages without a fault."""
+    for stage, ranks in (("condense", RANKS), ("family", 1)):
+        said = Chaos(stage, folder, shards, ranks, random.Random(0), Night())._start(None)
+        assert said == "done", said
+    return products(folder)
+
+
+def main() -> int:
+    """Many rounds, and the table of what was struck."""
+    from fine_dist.data.encoding import EncodeConfig, run
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    total, begun = Night(), time.monotonic()
+    unequal = 0
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        run(EncodeConfig(out=str(root / "data")))
+        calm = calm_run(root / "calm", root / "data")
+        for index in range(options.rounds):
+            found = night(options.seed + index, options.faults, root / f"night{index}", root / "data", calm)
+            total.struck += found.struck
+            total.starts, total.hung = total.starts + found.starts, total.hung + found.hung
+            unequal += bool(found.differing)
+            said = "equal" if not found.differing else f"differs: {found.differing}"
+            print(f"round {index}: {found.starts} starts, {said}", file=sys.stderr, flush=True)
+    print("| fault | struck |\n|---|---|")
+    for fault, count in sorted(total.struck.items()):
+        print(f"| {fault} | {count} |")
+    seconds = time.monotonic() - begun
+    print(f"\n{options.rounds} rounds of {options.faults} faults, {total.starts} starts, {seconds:.0f} s: {total.hung} hung, "
+          f"{unequal} ended with other bytes than a calm run.")  # fmt: skip
+    return 1 if unequal or total.hung else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
