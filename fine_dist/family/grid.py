@@ -180,12 +180,12 @@ class Family:
         seen = set()
         for member in self.members:
             method = self.method(member)
-            if (member.variant, member.domain) in seen:
+            # The least of each sort of target is built, which finds whatever the method refuses.
+            small = method.smallest(self.arch(member))
+            if (member.variant, member.domain, small) in seen:
                 continue
-            seen.add((member.variant, member.domain))
+            seen.add((member.variant, member.domain, small))
             self.check_data(member)
-            # One layer of each sort of target is built, which finds whatever the method refuses.
-            small = self.arch(member).with_depth(1)
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
@@ -273,8 +273,8 @@ class Family:
             return None
         key = (member.variant, member.domain)
         if key not in self._ranks:
-            small = self.arch(member).with_depth(1)
             method = self.method(member)
+            small = method.smallest(self.arch(member))
             made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None
