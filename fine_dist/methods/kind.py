@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.gates import GatedDiT
+    from fine_dist.model.roles import Role
     from fine_dist.model.zoo import Arch
 
 Group = Annotated[int, Field(ge=0)]
@@ -136,7 +137,7 @@ class Kind(Method[KindConfig]):
         keeps_table = same and self.config.table is None
         table = source.gate.group.tolist() if keeps_table else self._table(target.num_classes, groups)
         model = GatedDiT(target, learngenes, each, groups, table, generator)
-        taken = of_role(source, *_ROLES, *(["tailor"] if self.config.transfer == "keep" else []))
+        taken = of_role(source, *_ROLES, *(_TAILORS if self.config.transfer == "keep" else ()))
         if not same:
             null = taken["label.weight"][-1]
             taken["label.weight"] = labels_from_null(null, target.num_classes, generator).weight.detach()
@@ -161,5 +162,6 @@ class Kind(Method[KindConfig]):
         return {matrix: model.sigma_table(matrix) for matrix in GATED}  # type: ignore[operator]
 
 
-_ROLES = ("gene", "weight", "bias", "shell")
+_ROLES: tuple[Role, ...] = ("gene", "weight", "bias", "shell")
 """What a target inherits whatever becomes of its tailors."""
+_TAILORS: tuple[Role, ...] = ("tailor",)

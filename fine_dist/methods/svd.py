@@ -102,4 +102,5 @@ def top_components(weight: Tensor, rank: int) -> Tensor:
     import torch
 
     u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
-    return (u[:, :rank] * s[:rank] @ vt[:rank]).to(weight.dtype)
+    cut: Tensor = u[:, :rank] * s[:rank] @ vt[:rank]
+    return cut.to(weight.dtype)

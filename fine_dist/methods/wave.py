@@ -8,7 +8,8 @@ Choices: `kron(S, T)`, which tiles whole scaled templates (a note on the paper h
 `order`); templates of 192 x 192, which divide the widths 384 and 768, for all five matrices; as many of a matrix as it
 has tiles, so that they could make any one layer exactly. S starts on a line in depth, and a target's as FINE's sigma
 does (`scalers`; the value `random` draws it anew). Biases go with S over depth. To another width tiles are repeated or
-left out at uniform spacing, outside the blocks too (`model/width.py`); the heads' size should stay.
+left out at uniform spacing, outside the blocks too (`model/width.py`); with heads of the same size a target of twice
+the width then begins as the parent's own function, but for the position table, which is fixed.
 """
 
 from __future__ import annotations
@@ -109,23 +110,21 @@ class Wave(Method[WaveConfig]):
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         from fine_dist.model.kron import KronDiT
         from fine_dist.model.roles import of_role, train_only
-        from fine_dist.model.width import Widening, wider_bias, wider_scalers, wider_shell
+        from fine_dist.model.width import Widening
 
         source: Any = needed(parent).module
-        side, tiles = source.side, Widening(source.arch.hidden_size // source.side, target.hidden_size // source.side)
-        model = KronDiT(target, side, source.counts, source.order, generator)
-        shell = of_role(source, "shell")
-        same = target.hidden_size == source.arch.hidden_size
-        state = {**of_role(source, "gene"), **(shell if same else wider_shell(shell, tiles, side))}
+        model = KronDiT(target, source.side, source.counts, source.order, generator)
+        tiles = source.order == "scaler_template"
+        width = Widening(source.arch.hidden_size, target.hidden_size, source.side, tiles)
+        state = {**of_role(source, "gene"), **width.shell(of_role(source, "shell"))}
         for matrix in MATRICES:
             scalers, biases = source.layers_of(matrix)
             begin = INITIALS[self.config.scalers]
             layers = begin.layers(matrix, scalers.flatten(1), biases, target.num_layers, generator)
             for layer, (flat, bias) in enumerate(zip(*layers)):
-                scaler = flat.reshape(scalers.shape[1:])
                 name = f"blocks.{layer}.{matrix}"
-                state[f"{name}.S"] = scaler if same else wider_scalers(matrix, scaler, tiles)
-                state[f"{name}.bias"] = bias if same else wider_bias(matrix, bias, tiles, side)
+                state[f"{name}.S"] = width.scalers(matrix, flat.reshape(scalers.shape[1:]))
+                state[f"{name}.bias"] = width.bias(matrix, bias)
         model.load_state_dict(state)
         train_only(model, "scaler")
         return Descent(model, "some")

@@ -79,14 +79,14 @@ class OfGenes(nn.Module):
         return self._genes[0]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.genes(x, *self.place)  # type: ignore[no-any-return]
+        return self.genes(x, *self.place)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] that this layer multiplies by."""
-        return self.genes.dense(*self.place)  # type: ignore[no-any-return]
+        return self.genes.dense(*self.place)
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        return self.genes.multiply_adds(rows, backward=backward)  # type: ignore[no-any-return]
+        return self.genes.multiply_adds(rows, backward=backward)
 
     def kept_numbers(self, rows: int) -> int:
         kept = getattr(self.genes, "kept_numbers", None)
