@@ -9,7 +9,9 @@ Choices: `kron(S, T)`, which tiles whole scaled templates (a note on the paper h
 has tiles, so that they could make any one layer exactly. S starts on a line in depth, and a target's as FINE's sigma
 does (`scalers`; the value `random` draws it anew). Biases go with S over depth. To another width tiles are repeated or
 left out at uniform spacing, outside the blocks too (`model/width.py`); with heads of the same size a target of twice
-the width then begins as the parent's own function, but for the position table, which is fixed.
+the width then begins as the parent's own function, but for the position table, which is fixed: stage 2 relearns
+positions. (With `kron(T, S)` features are repeated one by one, in which the table's frequencies nearly agree: such a
+target begins closer, and both end alike.)
 """
 
 from __future__ import annotations
