@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from fine_dist.config import DiffusionConfig
-from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.objective import Diffusion, Features, Objective, Output, Teacher
+from fine_dist.diffusion.schedule import NoiseSchedule
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS
 from fine_dist.testing import run_distributed
 from tests.conftest import lively, tiny_arch
 from tests.distributed.test_zero import OPTIM, distance, zero
 from tests.engine.toy import Outcome, ToyConfig, ToyStream, engine, toy_fit, toy_program
-from tests.methods.making import condensed, tiny
+from tests.methods.making import condensed, tiny, trained
 
 pytestmark = pytest.mark.distributed
 
@@ -23,20 +24,28 @@ CONDENSING = [name for name in METHODS if tiny(name).traits.condenses]
 
 
 def stage_1(folder: str, name: str, config: ToyConfig) -> Outcome:
-    """A short run of a method's stage 1 on made-up latents."""
+    """A short run of a method's stage 1, on its own loss and made-up latents."""
     here = dist.world("cpu")
-    condensation, _ = condensed(tiny(name))
+    method = tiny(name)
+    condensation, _ = condensed(method)
+    weights, pairs = method.traits.loss, condensation.pairs
+    teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(theirs.rpartition(".")[2]) for _, theirs in pairs])
+    terms = [
+        Diffusion(NoiseSchedule(DiffusionConfig()), weights.diffusion),
+        Output(teacher, weights.output),
+        Features(teacher, pairs, weights.features),
+    ]
     parts = {
         "model": lively(condensation.module, std=0.1),
-        "objective": Objective(DiffusionConfig(), tiny_arch(), config.seed),
+        "objective": Objective(DiffusionConfig(), tiny_arch(), config.seed, terms),
         "stream": ToyStream(config.global_batch, here, tiny_arch()),
         "before_step": condensation.before_step,
     }
     fitted = toy_fit(folder, config, toy_program(config, here, **parts))
     if not fitted.world.is_main:
         return Outcome()
-    weights = {key: p.detach().clone() for key, p in fitted.model.named_parameters()}
-    return Outcome([row["loss"] for row in fitted.rows if "loss" in row], weights, fitted.ema)
+    numbers = {key: p.detach().clone() for key, p in fitted.model.named_parameters()}
+    return Outcome([row["loss"] for row in fitted.rows if "loss" in row], numbers, fitted.ema)
 
 
 def all_of_them(folder: str, configs: dict[int, str]) -> dict[tuple[str, int], Outcome]:
@@ -66,5 +75,5 @@ def test_two_processes_under_zero_train_what_one_process_trains(tmp_path: Path) 
                 assert distance(two.weights[key], weight) < 1e-5, (name, stage, key)
             for key, value in single.ema.items():
                 assert distance(two.ema[key], value) < 1e-5, (name, stage, key)
-            moved = [key for key, weight in single.weights.items() if not torch.equal(weight, single.ema[key])]
-            assert len(moved) == len(single.weights)
+            # an average that lags behind what moves, whatever a step's path leaves out
+            assert any(not torch.equal(value, single.weights[key]) for key, value in single.ema.items())
