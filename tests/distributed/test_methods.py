@@ -54,7 +54,14 @@ def all_of_them(folder: str, configs: dict[int, str]) -> dict[tuple[str, int], O
         (name, stage): stage_1(f"{folder}/{name}-{stage}", name, ToyConfig.model_validate_json(text))
         for name in CONDENSING
         for stage, text in configs.items()
+        if stage in stages_of(name)
     }
+
+
+def stages_of(name: str) -> tuple[int, ...]:
+    """Stages of ZeRO that are the same as one process. A path drawn for a step leaves parameters out: AdamW leaves those
+    without a gradient alone, and ZeRO-3 gives them a gradient of zero, with which their moments still move them."""
+    return (2, 3) if condensed(tiny(name))[0].before_step is None else (2,)
 
 
 def test_two_processes_under_zero_train_what_one_process_trains(tmp_path: Path) -> None:
@@ -66,7 +73,7 @@ def test_two_processes_under_zero_train_what_one_process_trains(tmp_path: Path) 
     found = run_distributed(all_of_them, 2, str(tmp_path / "two"), sharded)[0]
     for name in CONDENSING:
         single = stage_1(str(tmp_path / "one" / name), name, ToyConfig(**common, engine=engine(checkpoint_every=2)))
-        for stage in sharded:
+        for stage in stages_of(name):
             two = found[name, stage]
             assert two.losses == pytest.approx(single.losses, rel=1e-5), (name, stage)
             assert two.weights.keys() == single.weights.keys()
