@@ -59,8 +59,8 @@ def all_of_them(folder: str, configs: dict[int, str]) -> dict[tuple[str, int], O
 
 
 def stages_of(name: str) -> tuple[int, ...]:
-    """Stages of ZeRO that are the same as one process. A path drawn for a step leaves parameters out: AdamW leaves those
-    without a gradient alone, and ZeRO-3 gives them a gradient of zero, with which their moments still move them."""
+    """Stages of ZeRO that equal one process. A path that is drawn for a step leaves parameters out: AdamW leaves those
+    without a gradient alone; ZeRO-3 gives them a gradient of zero, and their moments still move them."""
     return (2, 3) if condensed(tiny(name))[0].before_step is None else (2,)
 
 
