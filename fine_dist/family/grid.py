@@ -144,11 +144,6 @@ class Family:
             raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
         return base.with_depth(member.depth)
 
-    def _smallest(self, member: Member) -> Arch:
-        """A target of this sort that costs least to build: one layer, where the depth is free."""
-        arch = self.arch(member)
-        return arch.with_depth(1) if "depth" in self.method(member).traits.varies else arch
-
     def new_labels(self, member: Member) -> bool:
         """Whether the target trains a label embedder of its own."""
         return member.domain_config.labels == "new"
@@ -185,12 +180,13 @@ class Family:
         seen = set()
         for member in self.members:
             method = self.method(member)
-            if (member.variant, member.domain) in seen:
+            # The least of each sort of target is built, which finds whatever the method refuses.
+            small = method.smallest(self.arch(member))
+            if (member.variant, member.domain, small) in seen:
                 continue
-            seen.add((member.variant, member.domain))
+            seen.add((member.variant, member.domain, small))
             self.check_data(member)
-            # The smallest of each sort of target is built, which finds whatever the method refuses.
-            descend(method, self.parent, self._smallest(member), member.seed, new_labels=self.new_labels(member))
+            descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
 
@@ -277,8 +273,9 @@ class Family:
             return None
         key = (member.variant, member.domain)
         if key not in self._ranks:
-            method, labels = self.method(member), self.new_labels(member)
-            made = descend(method, self.parent, self._smallest(member), member.seed, new_labels=labels)
+            method = self.method(member)
+            small = method.smallest(self.arch(member))
+            made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None
         return self._ranks[key]

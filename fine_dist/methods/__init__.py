@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import Config, union_of
+from fine_dist.methods.auto_lg import AutoLg
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
+from fine_dist.methods.heur_lg import HeurLg
+from fine_dist.methods.kind import Kind
 from fine_dist.methods.outside import Outside
 from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.svd import Svd
+from fine_dist.methods.sws import Sws
+from fine_dist.methods.tleg import Tleg
+from fine_dist.methods.wave import Wave
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +29,13 @@ METHODS: dict[str, type[Method[Any]]] = {
     "he": He,
     "outside": Outside,
     "random_genes": RandomGenes,
+    "auto_lg": AutoLg,
+    "heur_lg": HeurLg,
+    "kind": Kind,
+    "svd": Svd,
+    "sws": Sws,
+    "tleg": Tleg,
+    "wave": Wave,
 }
 
 AnyMethod = union_of([method.Config for method in METHODS.values()])

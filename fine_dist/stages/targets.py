@@ -35,25 +35,21 @@ def descend(
     draw that tells classes apart, and trains beside whatever else does.
     """
     import torch
-    from torch import nn
+
+    from fine_dist.model.dit import labels_from_null
 
     generator = torch.Generator().manual_seed(seed)
     if method.traits.parents == ("none",):
         parent = None  # it may have given the shape; nothing else of it is taken
     same = target
-    if new_labels and parent is not None:
+    if new_labels and parent is not None and "classes" not in method.traits.varies:
         same = target.model_copy(update={"num_classes": parent.arch.num_classes})
     check(method, parent.artifact if parent else None, same)
     descent = method.descend(parent, same, generator)
-    if not new_labels or parent is None:
-        return descent
-    model: Any = descent.model
-    null = model.label.weight.detach()[-1]
-    label = nn.Embedding(target.num_classes + 1, target.hidden_size)
-    with torch.no_grad():
-        label.weight.normal_(std=0.02, generator=generator).add_(null)
-        label.weight[-1] = null
-    model.label, model.arch = label, target
+    if new_labels and parent is not None:
+        model: Any = descent.model
+        model.label = labels_from_null(model.label.weight.detach()[-1], target.num_classes, generator)
+        model.arch = target
     return descent
 
 
