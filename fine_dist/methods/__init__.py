@@ -8,8 +8,10 @@ from fine_dist.config import Config, union_of
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
+from fine_dist.methods.mimetic import Mimetic
 from fine_dist.methods.outside import Outside
 from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.weight_selection import WeightSelection
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +24,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "he": He,
     "outside": Outside,
     "random_genes": RandomGenes,
+    "mimetic": Mimetic,
+    "weight_selection": WeightSelection,
 }
 
 AnyMethod = union_of([method.Config for method in METHODS.values()])
