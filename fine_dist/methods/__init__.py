@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import Config, union_of
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
+from fine_dist.methods.difffit import DiffFit
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
 from fine_dist.methods.mimetic import Mimetic
 from fine_dist.methods.outside import Outside
 from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.svdiff import Svdiff
 from fine_dist.methods.weight_selection import WeightSelection
 
 if TYPE_CHECKING:
@@ -24,7 +26,9 @@ METHODS: dict[str, type[Method[Any]]] = {
     "he": He,
     "outside": Outside,
     "random_genes": RandomGenes,
+    "difffit": DiffFit,
     "mimetic": Mimetic,
+    "svdiff": Svdiff,
     "weight_selection": WeightSelection,
 }
 

@@ -1,4 +1,4 @@
-"""Weight selection (Xu et al., arXiv 2311.18823): a smaller model begins with a uniform choice of a trained one's weights.
+"""Weight selection (Xu et al., arXiv 2311.18823): a smaller model begins with some of a trained one's weights.
 
 The target's layers are the parent's first ones; of every axis, units are chosen at uniform spacing: by stride where the
 parent's size is a multiple of the target's, else `round(linspace(0, large - 1, small))`. Values are copied as they are.
