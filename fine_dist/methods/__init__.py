@@ -11,6 +11,7 @@ from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
 from fine_dist.methods.mimetic import Mimetic
 from fine_dist.methods.outside import Outside
+from fine_dist.methods.peft_methods import Boft, Lora, Oft, Pissa, Vera
 from fine_dist.methods.random_genes import RandomGenes
 from fine_dist.methods.svdiff import Svdiff
 from fine_dist.methods.weight_selection import WeightSelection
@@ -26,9 +27,14 @@ METHODS: dict[str, type[Method[Any]]] = {
     "he": He,
     "outside": Outside,
     "random_genes": RandomGenes,
+    "boft": Boft,
     "difffit": DiffFit,
+    "lora": Lora,
     "mimetic": Mimetic,
+    "oft": Oft,
+    "pissa": Pissa,
     "svdiff": Svdiff,
+    "vera": Vera,
     "weight_selection": WeightSelection,
 }
 
