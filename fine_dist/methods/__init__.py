@@ -9,10 +9,13 @@ from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, 
 from fine_dist.methods.difffit import DiffFit
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
+from fine_dist.methods.learngene_pool import LearngenePool
+from fine_dist.methods.ligo import Ligo
 from fine_dist.methods.mimetic import Mimetic
 from fine_dist.methods.outside import Outside
 from fine_dist.methods.peft_methods import Boft, Lora, Oft, Pissa, Vera
 from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.snnet import Snnet
 from fine_dist.methods.svdiff import Svdiff
 from fine_dist.methods.weight_selection import WeightSelection
 
@@ -29,10 +32,13 @@ METHODS: dict[str, type[Method[Any]]] = {
     "random_genes": RandomGenes,
     "boft": Boft,
     "difffit": DiffFit,
+    "learngene_pool": LearngenePool,
+    "ligo": Ligo,
     "lora": Lora,
     "mimetic": Mimetic,
     "oft": Oft,
     "pissa": Pissa,
+    "snnet": Snnet,
     "svdiff": Svdiff,
     "vera": Vera,
     "weight_selection": WeightSelection,
@@ -98,17 +104,30 @@ def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
     from fine_dist.errors import ArtifactError
 
     try:
+        _check_dense(method, parent)
         method.check(parent, target)
     except ArtifactError as error:
         able = [name for name in METHODS if name != method.config.name and _could(name, parent, target)]
         raise ArtifactError(f"{error}; methods that could: {', '.join(able)}" if able else str(error)) from None
 
 
+def _check_dense(method: Method[Any], parent: Artifact | None) -> None:
+    """A model that is no dense DiT has none of the tensors that another method takes."""
+    from fine_dist.errors import ArtifactError
+
+    if parent is None or parent.kind != "model" or parent.method.get("name") == method.config.name:
+        return
+    if "model" in method.traits.parents and not from_manifest(parent.method).traits.dense:
+        raise ArtifactError(f"{parent.folder} was made by method {parent.method['name']} and is no dense model")
+
+
 def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
     from fine_dist.errors import ArtifactError
 
     try:
-        METHODS[name](METHODS[name].Config(name=name)).check(parent, target)
+        method = METHODS[name](METHODS[name].Config(name=name))
+        _check_dense(method, parent)
+        method.check(parent, target)
     except ArtifactError:
         return False
     return True

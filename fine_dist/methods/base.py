@@ -72,6 +72,8 @@ class Traits:
     """Stage 1's loss, unless the user says otherwise."""
     dense: bool = True
     """Whether the product is an ordinary DiT; else it saves and loads as itself."""
+    samples: int = 0
+    """Samples of the target's data that `descend` looks at, where there are data."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class Parent:
 
     artifact: Artifact
     module: nn.Module
+    samples: tuple[Tensor, Tensor] | None = None
+    """Latents [N, C, H, H] and labels [N] of the target's data, for a method that looks at some (`Traits.samples`)."""
 
     @property
     def arch(self) -> Arch:
@@ -178,6 +182,10 @@ class Method(ABC, Generic[M]):
         """Methods whose learngenes this one takes."""
         return (self.config.name,)
 
+    def smallest(self, parent: Artifact | None, target: Arch) -> Arch:
+        """The cheapest target that can stand for this one where one is built to see whether it can be."""
+        return target.with_depth(1) if "depth" in self.traits.varies else target
+
     def variants(self) -> dict[str, tuple[str, ...]]:
         """Axes that a family's grid may add: a setting's name -> its legal values."""
         return {}
@@ -207,6 +215,10 @@ class Method(ABC, Generic[M]):
     @abstractmethod
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         """A target that `check` has let pass, before any training of its own."""
+
+    def before_step(self, model: nn.Module) -> Callable[[int, torch.Generator], None] | None:
+        """Called on every rank before each step that trains a target, with a generator seeded by (seed, step)."""
+        return None
 
     # --- what becomes of it -----------------------------------------------------------------------------------------
 

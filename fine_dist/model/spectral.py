@@ -24,6 +24,12 @@ class SpectralDense(nn.Module):
 
     roles: ClassVar[dict[str, Role]] = {"U": "weight", "S": "weight", "V": "weight", "delta": "scaler", "bias": "bias"}
 
+    U: nn.Parameter
+    S: nn.Parameter
+    V: nn.Parameter
+    delta: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         m, n, r = out_features, in_features, min(out_features, in_features)
