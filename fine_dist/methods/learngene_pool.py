@@ -47,6 +47,11 @@ class StitchingConfig(MethodConfig):
     route: str | None = None
     """The one route that a target keeps: an anchor (`1`), or block 3 of anchor 0 to block 2 of anchor 1 (`0.3-1.2`)."""
 
+    @field_validator("route", mode="before")
+    @classmethod
+    def _word(cls, route: Any) -> Any:
+        return str(route) if isinstance(route, int) else route  # `1` on a command line is a number
+
     @field_validator("widths")
     @classmethod
     def _rising(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
@@ -247,8 +252,8 @@ class LearngenePool(Stitching[LearngenePoolConfig]):
                 if route.last is None:
                     continue
                 stitch = pool.stitches[pool.stitch_key(route)]
-                stitch.weight.copy_(between(pool, route.anchor))  # type: ignore[operator,union-attr]
-                stitch.bias.zero_()  # type: ignore[operator,union-attr]
+                stitch.weight.copy_(between(pool, route.anchor))  # type: ignore[operator]
+                stitch.bias.zero_()  # type: ignore[operator]
 
 
 def thirds(num_layers: int) -> list[int]:
@@ -260,8 +265,8 @@ def mean_map(pool: Pool, anchor: int) -> Tensor:
     """The mean of an anchor's block maps, [D_t, D]."""
     import torch
 
-    maps = [m.weight for key, m in pool.maps.items() if key.startswith(f"{anchor}_block_")]
-    return torch.stack(maps).mean(0)  # type: ignore[arg-type]
+    maps: Any = [m.weight for key, m in pool.maps.items() if key.startswith(f"{anchor}_block_")]
+    return torch.stack(maps).mean(0)
 
 
 def between(pool: Pool, anchor: int) -> Tensor:
@@ -271,4 +276,5 @@ def between(pool: Pool, anchor: int) -> Tensor:
     to_teacher = mean_map(pool, anchor)
     if len(to_teacher) == pool.width(anchor + 1):
         return to_teacher
-    return torch.linalg.pinv(mean_map(pool, anchor + 1)) @ to_teacher
+    from_teacher: Tensor = torch.linalg.pinv(mean_map(pool, anchor + 1))
+    return from_teacher @ to_teacher

@@ -65,7 +65,7 @@ class Mimetic(Method[MimeticConfig]):
                     own = slice(head * size, (head + 1) * size)
                     for third, rows in zip(qkv.chunk(3), (q, k, v)):  # type: ignore[operator]
                         third[own] = rows
-                    o[:, own] = out  # type: ignore[index,operator]
+                    o[:, own] = out  # type: ignore[operator]
         return Descent(model)
 
     def head(self, width: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ class Svdiff(Method[SvdiffConfig]):
         model = self.module(target, {})
         model.load_state_dict({**model.state_dict(), **of_role(source, "shell")})
         for own, theirs in zip(_matrices(model), _matrices(source)):
-            own.take(theirs.weight.detach(), theirs.bias.detach())  # type: ignore[operator,union-attr]
+            own.take(theirs.weight.detach(), theirs.bias.detach())  # type: ignore[operator]
         train_only(model, "scaler")
         return Descent(model, "some")
 

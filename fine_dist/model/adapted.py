@@ -49,7 +49,7 @@ class Adapted(nn.Module):
         """peft's own merge, on a copy."""
         tuned: Any = copy.deepcopy(self.tuned)
         tuned.merge()
-        return tuned.base_layer  # type: ignore[no-any-return]
+        return tuned.base_layer
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows: the frozen base's, and the adapter's own."""

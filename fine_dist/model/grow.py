@@ -167,6 +167,7 @@ class GrownDiT(DiT):
     def take(self, source: DiT) -> None:
         """Grow from this model's weights."""
         state = source.state_dict()
+        part: Any
         for name, part in self.sources.items():
             prefixes = [f"blocks.{i}.{name}" for i in range(len(source.blocks))]
             if name not in MATRICES:

@@ -14,7 +14,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Pool(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.route.last is None:
-            return self.anchor(self.route.anchor)(z, t, y)  # type: ignore[no-any-return]
+            return self.anchor(self.route.anchor)(z, t, y)
         (front, firsts), (back, lasts) = self.segments(self.route)
         x, condition = front.embed(z, t, y)
         for layer in firsts:
@@ -140,13 +140,14 @@ class Pool(nn.Module):
         segments = dict((id(anchor), blocks) for anchor, blocks in pool.segments(route))
         kept = {pool.stitch_key(route)} if route.last is not None else set()
         pool.stitches = nn.ModuleDict({key: stitch for key, stitch in pool.stitches.items() if key in kept})
+        anchor: Any
         for index, anchor in enumerate(pool.anchors):
             blocks = segments.get(id(anchor))
             if blocks is None:
                 pool.anchors[index] = nn.Identity()
                 continue
             for layer in set(range(self.arch.num_layers)) - set(blocks):
-                anchor.blocks[layer] = nn.Identity()  # type: ignore[union-attr,index,operator]
+                anchor.blocks[layer] = nn.Identity()
             if route.last is not None:
                 unused = "final" if index == route.anchor else "patch"
                 setattr(anchor, unused, nn.Identity())
@@ -236,8 +237,8 @@ def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
     with torch.no_grad():
         for key, maps in solved.items():
             stitch = pool.stitches[key]
-            stitch.weight.copy_(torch.stack([weight for weight, _ in maps]).mean(0))  # type: ignore[operator,union-attr]
-            stitch.bias.copy_(torch.stack([bias for _, bias in maps]).mean(0))  # type: ignore[operator,union-attr]
+            stitch.weight.copy_(torch.stack([weight for weight, _ in maps]).mean(0))  # type: ignore[operator]
+            stitch.bias.copy_(torch.stack([bias for _, bias in maps]).mean(0))  # type: ignore[operator]
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
