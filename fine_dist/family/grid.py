@@ -115,17 +115,6 @@ class Family:
 
         return parent_of(load_artifact(find_artifact(self.config.parent))) if self.config.parent else None
 
-    def parent_with_samples(self, member: Member) -> Parent | None:
-        """The parent, and as many samples of the target's data as its method looks at."""
-        from dataclasses import replace
-
-        from fine_dist.data.stream import read_all
-
-        wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
-        if self.parent is None or not wanted or not shards:
-            return self.parent
-        return replace(self.parent, samples=read_all(expand_path(shards), wanted))
-
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
         if member.variant not in self._methods:
@@ -186,19 +175,18 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
-        from fine_dist.stages.targets import check_target, descend
+        from fine_dist.stages.targets import descend
 
         seen = set()
         for member in self.members:
             method = self.method(member)
-            if (member.variant, member.domain) not in seen:
-                self.check_data(member)
-            check_target(method, self.parent, self.arch(member), new_labels=self.new_labels(member))
             if (member.variant, member.domain) in seen:
                 continue
             seen.add((member.variant, member.domain))
-            # A small one of each sort of target is built, which finds whatever the method refuses.
-            descend(method, self.parent, self._small(member), member.seed, new_labels=self.new_labels(member))
+            self.check_data(member)
+            # One layer of each sort of target is built, which finds whatever the method refuses.
+            small = self.arch(member).with_depth(1)
+            descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
 
@@ -273,10 +261,6 @@ class Family:
             kin = json.dumps(["alone", member.name])
         return Shape(member.name, arch, kin, self.config.steps, activation_bytes(arch, rank or 0, bf16=bf16))
 
-    def _small(self, member: Member) -> Arch:
-        """A target that stands for this one where one is built to see whether it can be."""
-        return self.method(member).smallest(self.parent.artifact if self.parent else None, self.arch(member))
-
     @cached_property
     def _ranks(self) -> dict[Any, int | None]:
         return {}
@@ -289,9 +273,9 @@ class Family:
             return None
         key = (member.variant, member.domain)
         if key not in self._ranks:
+            small = self.arch(member).with_depth(1)
             method = self.method(member)
-            labels = self.new_labels(member)
-            made = descend(method, self.parent, self._small(member), member.seed, new_labels=labels)
+            made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None
         return self._ranks[key]

@@ -104,30 +104,17 @@ def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
     from fine_dist.errors import ArtifactError
 
     try:
-        _check_dense(method, parent)
         method.check(parent, target)
     except ArtifactError as error:
         able = [name for name in METHODS if name != method.config.name and _could(name, parent, target)]
         raise ArtifactError(f"{error}; methods that could: {', '.join(able)}" if able else str(error)) from None
 
 
-def _check_dense(method: Method[Any], parent: Artifact | None) -> None:
-    """A model that is no dense DiT has none of the tensors that another method takes."""
-    from fine_dist.errors import ArtifactError
-
-    if parent is None or parent.kind != "model" or parent.method.get("name") == method.config.name:
-        return
-    if "model" in method.traits.parents and not from_manifest(parent.method).traits.dense:
-        raise ArtifactError(f"{parent.folder} was made by method {parent.method['name']} and is no dense model")
-
-
 def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
     from fine_dist.errors import ArtifactError
 
     try:
-        method = METHODS[name](METHODS[name].Config(name=name))
-        _check_dense(method, parent)
-        method.check(parent, target)
+        METHODS[name](METHODS[name].Config(name=name)).check(parent, target)
     except ArtifactError:
         return False
     return True

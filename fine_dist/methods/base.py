@@ -182,10 +182,6 @@ class Method(ABC, Generic[M]):
         """Methods whose learngenes this one takes."""
         return (self.config.name,)
 
-    def smallest(self, parent: Artifact | None, target: Arch) -> Arch:
-        """The cheapest target that can stand for this one where one is built to see whether it can be."""
-        return target.with_depth(1) if "depth" in self.traits.varies else target
-
     def variants(self) -> dict[str, tuple[str, ...]]:
         """Axes that a family's grid may add: a setting's name -> its legal values."""
         return {}

@@ -121,9 +121,6 @@ class Stitching(Method[S]):
             found.append(validate(Shape, values, f"method.widths: an anchor of {fraction} of arch"))
         return found
 
-    def smallest(self, parent: Artifact | None, target: Arch) -> Arch:
-        return target
-
     # --- stages -----------------------------------------------------------------------------------------------------
 
     def pool_of(self, arch: Arch, generator: torch.Generator | None = None) -> Pool:

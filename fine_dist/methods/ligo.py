@@ -63,8 +63,8 @@ class Ligo(Method[LigoConfig]):
                     f"method {self.config.name} grows its parent, so a target has at least as many"
                 )
 
-    def smallest(self, parent: Artifact | None, target: Arch) -> Arch:
-        return target.with_depth(parent.arch.num_layers) if parent else target
+    def smallest(self, target: Arch) -> Arch:
+        return target  # none is shallower than its parent
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         from fine_dist.model.grow import GrownDiT

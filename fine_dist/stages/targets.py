@@ -38,7 +38,12 @@ def descend(
     from torch import nn
 
     generator = torch.Generator().manual_seed(seed)
-    parent, same = check_target(method, parent, target, new_labels=new_labels)
+    if method.traits.parents == ("none",):
+        parent = None  # it may have given the shape; nothing else of it is taken
+    same = target
+    if new_labels and parent is not None:
+        same = target.model_copy(update={"num_classes": parent.arch.num_classes})
+    check(method, parent.artifact if parent else None, same)
     descent = method.descend(parent, same, generator)
     if not new_labels or parent is None:
         return descent
@@ -50,19 +55,6 @@ def descend(
         label.weight[-1] = null
     model.label, model.arch = label, target
     return descent
-
-
-def check_target(
-    method: Method[Any], parent: Parent | None, target: Arch, *, new_labels: bool = False
-) -> tuple[Parent | None, Arch]:
-    """`ArtifactError` when the method makes no such target; what it takes of the parent, and the shape it is asked for:
-    the target's, with the parent's classes where the target gets labels of its own."""
-    if method.traits.parents == ("none",):
-        parent = None  # it may have given the shape; nothing else of it is taken
-    if new_labels and parent is not None:
-        target = target.model_copy(update={"num_classes": parent.arch.num_classes})
-    check(method, parent.artifact if parent else None, target)
-    return parent, target
 
 
 def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:

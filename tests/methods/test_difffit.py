@@ -10,7 +10,7 @@ from fine_dist.model.dit import DiT
 from fine_dist.model.scaled import ScaledDense
 from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, tiny_arch
-from tests.methods.making import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
 
 @pytest.fixture(scope="module")

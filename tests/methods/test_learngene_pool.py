@@ -15,7 +15,7 @@ from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.stitch import Imitating, Pool, Route, all_routes, parse_route
 from tests.conftest import inputs, lively, tiny_arch
-from tests.methods.making import method_of, saved_and_read, trained
+from tests.methods.tools import method_of, saved_and_read, trained
 
 TEACHER = tiny_arch(num_layers=12, hidden_size=48)
 ARCH = tiny_arch(num_layers=3)

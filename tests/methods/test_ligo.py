@@ -11,7 +11,7 @@ from fine_dist.model.axes import axes_of
 from fine_dist.model.grow import GrownDiT, Widen, count_operators, stacked
 from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, tiny_arch
-from tests.methods.making import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
 LARGE = {"hidden_size": 24, "num_heads": 3, "num_layers": 5}

@@ -13,7 +13,7 @@ from fine_dist.model.dit import DiT
 from fine_dist.model.roles import count_by_role
 from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs
-from tests.methods.making import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
 NAMES = ("lora", "pissa", "oft", "boft", "vera")
 D = 32

@@ -10,7 +10,7 @@ from fine_dist.model.spectral import SpectralDense
 from fine_dist.model.zoo import MATRICES
 from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs
-from tests.methods.making import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
 
 @pytest.fixture(scope="module")
