@@ -6,7 +6,7 @@ torch is imported inside functions, because `--help` must answer at once.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,15 @@ class Family:
 
         return parent_of(load_artifact(find_artifact(self.config.parent))) if self.config.parent else None
 
+    def parent_with_samples(self, member: Member) -> Parent | None:
+        """The parent, and as many samples of the target's data as its method looks at."""
+        from fine_dist.data.stream import read_all
+
+        wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
+        if self.parent is None or not wanted or not shards:
+            return self.parent
+        return replace(self.parent, samples=read_all(expand_path(shards), wanted))
+
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
         if member.variant not in self._methods:
@@ -175,17 +184,20 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
-        from fine_dist.stages.targets import descend
+        from fine_dist.stages.targets import check_target, descend
 
-        seen = set()
+        seen: set[Any] = set()
         for member in self.members:
             method = self.method(member)
-            if (member.variant, member.domain) in seen:
+            if (member.variant, member.domain) not in seen:
+                seen.add((member.variant, member.domain))
+                self.check_data(member)
+            check_target(method, self.parent, self.arch(member), new_labels=self.new_labels(member))
+            # The least of each sort of target is built, which finds whatever else is wrong.
+            small = method.smallest(self.arch(member))
+            if (member.variant, member.domain, small) in seen:
                 continue
-            seen.add((member.variant, member.domain))
-            self.check_data(member)
-            # One layer of each sort of target is built, which finds whatever the method refuses.
-            small = self.arch(member).with_depth(1)
+            seen.add((member.variant, member.domain, small))
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
@@ -273,8 +285,8 @@ class Family:
             return None
         key = (member.variant, member.domain)
         if key not in self._ranks:
-            small = self.arch(member).with_depth(1)
             method = self.method(member)
+            small = method.smallest(self.arch(member))
             made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None

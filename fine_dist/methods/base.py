@@ -176,6 +176,10 @@ class Method(ABC, Generic[M]):
             made = parent.method.get("name")
             raise ArtifactError(f"{parent.folder} is a learngene of method {made}, and method {self.config.name} "
                                 f"takes one of: {', '.join(self.from_methods)}")  # fmt: skip
+        if parent.kind == "model" and "blocks.0.qkv.weight" not in parent.tensors:
+            made = parent.method.get("name")
+            raise ArtifactError(f"{parent.folder} is a model of method {made} and no ordinary DiT, and method "
+                                f"{self.config.name} goes on from ordinary ones")  # fmt: skip
 
     @property
     def from_methods(self) -> tuple[str, ...]:
@@ -196,14 +200,25 @@ class Method(ABC, Generic[M]):
             raise ConfigError(f"variants.{axis}: {value!r} is none of them; {nearest(value, axes[axis])}")
         return type(self)(self.config.model_validate({**self.config.model_dump(), axis: value}))
 
+    def smallest(self, target: Arch) -> Arch:
+        """The least target of the same sort, to be built where its sort alone matters."""
+        return target.with_depth(1) if "depth" in self.traits.varies else target
+
     # --- stages 1 and 2 ---------------------------------------------------------------------------------------------
 
+    def auxiliary(self, arch: Arch) -> Arch:
+        """The shape of what stage 1 trains and keeps, where a config names `arch`: a method may set the depth itself,
+        whatever the ancestor's is. `ConfigError` for a shape that it cannot condense."""
+        return arch
+
     def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
-        """What stage 1 trains for this architecture, built and begun. Only for methods that condense."""
+        """What stage 1 trains for this architecture (`auxiliary` of it), built and begun. Only for methods that
+        condense."""
         raise ConfigError(f"method.name: {self.config.name} has no stage 1; train it directly with fine_dist.train")
 
     def blueprint(self, arch: Arch) -> nn.Module:
-        """A module of stage 1's shape, for counting: it may be made on the meta device; its values do not matter."""
+        """A module of stage 1's shape (`auxiliary`), for counting: it may be made on the meta device, and its values do
+        not matter."""
         import torch
 
         return self.condense(arch, None, torch.Generator()).module

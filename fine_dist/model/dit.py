@@ -55,6 +55,10 @@ class Dense(nn.Linear):
         dense = rows * self.out_features * self.in_features
         return dense * (1 + backward + (backward and self.weight.requires_grad))
 
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Its weight [m, n] and bias [m]: every matrix that has such a form can say it."""
+        return self.weight, self.bias
+
 
 class DiT(nn.Module):
     """`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`.
@@ -214,6 +218,16 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaln(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  #                           2 x [B, 1, D]
         return self.linear(modulate(x, shift, scale))  #                                                [B, T, ppC]
+
+
+def labels_from_null(null: Tensor, num_classes: int, generator: torch.Generator | None = None) -> nn.Embedding:
+    """A label embedder of other classes [C + 1, D]: the null label [D] of a trained one, plus a small draw that tells
+    the classes apart."""
+    label = nn.Embedding(num_classes + 1, len(null))
+    with torch.no_grad():
+        label.weight.normal_(std=0.02, generator=generator).add_(null)
+        label.weight[-1] = null
+    return label
 
 
 def position_table(d: int, side: int) -> Tensor:

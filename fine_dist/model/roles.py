@@ -12,8 +12,9 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
-Role = Literal["gene", "scaler", "weight", "bias", "shell"]
-"""gene: shared by layers or models. scaler: a layer's own, turns genes into weights. weight, bias: a block's own."""
+Role = Literal["gene", "scaler", "tailor", "weight", "bias", "shell"]
+"""gene: shared by layers or models. scaler: a layer's own, turns genes into weights. tailor: of some classes alone.
+weight, bias: a block's own."""
 
 
 def roles(model: nn.Module) -> dict[str, Role]:

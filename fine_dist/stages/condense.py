@@ -27,7 +27,7 @@ class CondenseConfig(StageConfig):
     run_dir: str = "runs/condense"
     """Where everything is written; the learngene lands in its `learngene/`."""
     arch: Arch = Field(default_factory=Arch)
-    """Architecture of the learngene's own model; an ancestor's, unless the method is one that changes it."""
+    """Shape of the model that stage 1 trains; its depth is the method's own where it has a setting for it."""
     method: AnyMethod = CONDENSES
     """How layers share weights."""
     ancestor: str | None = None
@@ -36,6 +36,11 @@ class CondenseConfig(StageConfig):
     """Licence of the ancestor's weights; kept in the learngene's manifest."""
     loss: LossConfig = LossConfig()
     """Terms of the loss and their weights."""
+
+    @property
+    def trained_arch(self) -> Arch:
+        """Shape of what is trained and kept: `arch`, in the depth that the method sets if it does."""
+        return build(self.method).auxiliary(self.arch)
 
     @property
     def weights(self) -> Weights:
@@ -51,9 +56,10 @@ class CondenseConfig(StageConfig):
         import torch
 
         method = build(self.method)
+        arch = self.trained_arch
         with torch.device("meta"):
-            module = method.blueprint(self.arch)
-        return Blueprint(self.arch, module, method, self._teacher_arch())
+            module = method.blueprint(arch)
+        return Blueprint(arch, module, method, self._teacher_arch())
 
     def _teacher_arch(self) -> Arch | None:
         from fine_dist.model.artifact import read_manifest
@@ -68,19 +74,19 @@ class CondenseConfig(StageConfig):
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
-    method = build(config.method)
+    method, arch = build(config.method), config.trained_arch
     ancestor, about = ancestor_of(config)
 
     def make(world: World) -> Plan:
         import torch
 
         generator = torch.Generator().manual_seed(config.seed)
-        condensation = method.condense(config.arch, ancestor, generator)
+        condensation = method.condense(arch, ancestor, generator)
         source = {"path": config.ancestor, "hash": about.get("hash"), "licence": config.ancestor_licence}
         weights = config.weights
         return Plan(
             condensation,
-            arch=config.arch,
+            arch=arch,
             method=method,
             identity={"ancestor": about.get("hash"), "loss": vars(weights)},
             about={"ancestor": source if ancestor else None},
@@ -109,7 +115,7 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             + (", or --method.initial decompose" if "initial" in type(config.method).model_fields else "")
         )
     ancestor, about = load_model(config.ancestor)
-    if traits.same_shape and ancestor.arch != config.arch:
-        raise ConfigError(f"ancestor: {config.ancestor} is {ancestor.arch}, and arch says {config.arch}")
+    if traits.same_shape and ancestor.arch != config.trained_arch:
+        raise ConfigError(f"ancestor: {config.ancestor} is {ancestor.arch}, and arch says {config.trained_arch}")
     check_teacher(ancestor.arch, config.arch, config.ancestor)
     return ancestor, about

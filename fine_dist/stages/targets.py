@@ -35,26 +35,32 @@ def descend(
     draw that tells classes apart, and trains beside whatever else does.
     """
     import torch
-    from torch import nn
+
+    from fine_dist.model.dit import DiT, labels_from_null
 
     generator = torch.Generator().manual_seed(seed)
+    parent, same = check_target(method, parent, target, new_labels=new_labels)
+    descent = method.descend(parent, same, generator)
+    if new_labels and parent is not None:
+        model: Any
+        descent.model.arch = target  # type: ignore[assignment]
+        for model in [m for m in descent.model.modules() if isinstance(m, DiT)]:  # one, or several of a pool
+            model.arch = model.arch.model_copy(update={"num_classes": target.num_classes})
+            model.label = labels_from_null(model.label.weight.detach()[-1], target.num_classes, generator)
+    return descent
+
+
+def check_target(
+    method: Method[Any], parent: Parent | None, target: Arch, *, new_labels: bool = False
+) -> tuple[Parent | None, Arch]:
+    """`ArtifactError` when the method makes no such target. What it takes of the parent, and the shape it is asked for:
+    the target's, with the parent's classes where labels of its own come afterwards. Builds nothing."""
     if method.traits.parents == ("none",):
         parent = None  # it may have given the shape; nothing else of it is taken
-    same = target
-    if new_labels and parent is not None:
-        same = target.model_copy(update={"num_classes": parent.arch.num_classes})
-    check(method, parent.artifact if parent else None, same)
-    descent = method.descend(parent, same, generator)
-    if not new_labels or parent is None:
-        return descent
-    model: Any = descent.model
-    null = model.label.weight.detach()[-1]
-    label = nn.Embedding(target.num_classes + 1, target.hidden_size)
-    with torch.no_grad():
-        label.weight.normal_(std=0.02, generator=generator).add_(null)
-        label.weight[-1] = null
-    model.label, model.arch = label, target
-    return descent
+    if new_labels and parent is not None and "classes" not in method.traits.varies:
+        target = target.model_copy(update={"num_classes": parent.arch.num_classes})
+    check(method, parent.artifact if parent else None, target)
+    return parent, target
 
 
 def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:

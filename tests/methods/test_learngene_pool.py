@@ -196,7 +196,7 @@ def test_a_whole_pool_comes_back_from_disk_and_a_trained_one_gives_its_routes(st
         check(method, parent.artifact, ARCH)
     with pytest.raises(ArtifactError, match=r"'0.0-1.2' is no route through 3 anchors of 3 blocks; legal: 0, 1, 2"):
         check(method_of("learngene_pool", route="0.0-1.2"), parent.artifact, ARCH)
-    with pytest.raises(ArtifactError, match="was made by method learngene_pool and is no dense model"):
+    with pytest.raises(ArtifactError, match="is a model of method learngene_pool and no ordinary DiT"):
         check(method_of("difffit"), parent.artifact, ARCH)
 
 

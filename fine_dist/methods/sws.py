@@ -1,0 +1,103 @@
+"""SWS (arXiv 2404.16897, IJCAI 2024): stages of layers that share one block each. With one stage it is Share Init.
+
+Stage 1 trains the stages' blocks and what is outside them in an auxiliary model of 16 layers in stages of [3, 3, 4, 3,
+3], by soft distillation of the ancestor's output alone. A target gives its layers to the stages in order, near-equally
+and the remainder to the first (12 layers: 3, 3, 2, 2, 2), and is an ordinary DiT at once.
+
+The auxiliary model's depth is the sum of `stages`, whatever the ancestor's: it is the depth of the learngene as an
+artifact. *Choice*: a target of fewer layers than there are stages, which cannot use them all, takes those nearest in
+relative depth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
+from fine_dist.model.depth import nearest_layers
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from fine_dist.model.dit import DiT
+    from fine_dist.model.shared import SharedDiT
+    from fine_dist.model.zoo import Arch
+
+
+class SwsConfig(MethodConfig):
+    """SWS: layers of a stage share one block; one stage is Share Init."""
+
+    name: Literal["sws"] = "sws"
+    """Stage-wise sharing."""
+    stages: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((3, 3, 4, 3, 3), min_length=1)
+    """Layers of each stage of the model that stage 1 trains, whose depth is their sum; a single one is Share Init."""
+
+
+class Sws(Method[SwsConfig]):
+    """Stage-wise sharing."""
+
+    Config: ClassVar[type[MethodConfig]] = SwsConfig
+    label: ClassVar[str] = "SWS"
+    paper: ClassVar[str] = "SWS, arXiv 2404.16897"
+    summary: ClassVar[str] = "one shared block a stage of layers"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            parents=("learngene",),
+            varies=frozenset({"depth"}),
+            condenses=True,
+            ancestor="must",
+            loss=Weights(diffusion=0.0, output=1.0),
+        )
+
+    def auxiliary(self, arch: Arch) -> Arch:
+        return arch.with_depth(sum(self.config.stages))
+
+    def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
+        return Condensation(self.blueprint(arch, generator))
+
+    def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
+        from fine_dist.model.shared import staged
+
+        return staged(self.auxiliary(arch), layers_of(self.config.stages), generator)
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        from fine_dist.model.dit import DiT
+        from fine_dist.model.shared import expanded
+
+        source = needed(parent).module
+        genes: Any = source.genes
+        stages = stages_of(target.num_layers, len(genes["qkv"]))
+        model = DiT(target, generator=generator)
+        model.load_state_dict(
+            expanded(source, target.num_layers, lambda matrix, layer: genes[matrix][stages[layer]].dense())
+        )
+        return Descent(model)
+
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        from fine_dist.model.dit import DiT
+        from fine_dist.model.shared import staged
+
+        return staged(arch, layers_of(self.config.stages)) if "genes.qkv.0.weight" in tensors else DiT(arch)
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        from fine_dist.model.shared import dense_state
+
+        return dense_state(model)
+
+
+def layers_of(stages: tuple[int, ...]) -> list[int]:
+    """The stage of each layer, from the number of layers of each stage: (2, 1) -> [0, 0, 1]."""
+    return [stage for stage, count in enumerate(stages) for _ in range(count)]
+
+
+def stages_of(num_layers: int, stages: int) -> list[int]:
+    """The stage of each of a target's layers, never falling: near-equal numbers, the remainder in the first stages."""
+    if num_layers < stages:
+        return list(map(int, nearest_layers(stages, num_layers)))
+    each, more = divmod(num_layers, stages)
+    return layers_of(tuple(each + (stage < more) for stage in range(stages)))

@@ -1,0 +1,174 @@
+"""Components behind a gate that each sample's label opens (KIND, arXiv 2408.07337).
+
+`y = ((x V) * (sigma * g(label))) U^T + bias`. A layer's own components are learngenes, which every sample uses, and
+tailors in groups, which only samples of the group's classes use; the null label uses learngenes alone. The factored
+path can gate each sample by itself; where a component is masked its product is zero, and so is every gradient of it.
+
+Shapes: B batch, m out features, n in features, G learngene components, R tailors of all groups, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.model.dit import Condition, Dense, DiT
+from fine_dist.model.factors import factored_product, sigma_std, spread_columns
+from fine_dist.model.roles import Role, of_role
+from fine_dist.model.zoo import Arch
+
+GATED = ("qkv", "o", "in", "out")
+"""Matrices made of components; the modulation is an ordinary one."""
+
+
+class Gate(nn.Module):
+    """`y [B] -> g [B, R]`: which tailors a sample uses, 1 or 0.
+
+    group: int64 [C + 1], the group of each label; -1 uses no tailors, as the null label does.
+    opens: [groups + 1, R] fp32, the tailors of each group; its last row, where -1 points, is zero.
+    """
+
+    group: Tensor
+    opens: Tensor
+
+    def __init__(self, group: Tensor, opens: Tensor):
+        super().__init__()
+        self.register_buffer("group", group)
+        self.register_buffer("opens", opens)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.opens[self.group[y]]
+
+
+class GatedLinear(nn.Module):
+    """One layer's matrix: learngenes U [m, G], V [n, G], sigma [G], tailors of the same form, and a bias [m]."""
+
+    roles: ClassVar[dict[str, Role]] = {
+        "U": "gene",
+        "V": "gene",
+        "sigma": "gene",
+        "tailor_U": "tailor",
+        "tailor_V": "tailor",
+        "tailor_sigma": "tailor",
+        "bias": "bias",
+    }
+
+    def __init__(self, gate: Gate, m: int, n: int, learngenes: int, active: int, generator: torch.Generator | None):
+        super().__init__()
+        self._gate = (gate,)
+        tailors = gate.opens.shape[1]
+        u, v = (spread_columns(side, learngenes + tailors, generator) for side in (m, n))
+        std = sigma_std(m, n, learngenes + active)  # what a sample meets has the variance of Xavier's
+        sigma = torch.randn(learngenes + tailors, generator=generator) * std
+        self.U, self.tailor_U = (nn.Parameter(part.clone()) for part in u.split([learngenes, tailors], 1))
+        self.V, self.tailor_V = (nn.Parameter(part.clone()) for part in v.split([learngenes, tailors], 1))
+        self.sigma, self.tailor_sigma = (nn.Parameter(part.clone()) for part in sigma.split([learngenes, tailors]))
+        self.bias = nn.Parameter(torch.zeros(m))
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        y = factored_product(x, self.U, self.V, self.sigma, self.bias)  #                                   [B, T, m]
+        if not self.tailor_sigma.numel():
+            return y
+        gate = self._gate[0](condition.y)[:, None]  #                                                       [B, 1, R]
+        return y + factored_product(x, self.tailor_U, self.tailor_V, self.tailor_sigma * gate, None)
+
+    def dense(self, group: int = -1) -> tuple[Tensor, Tensor]:
+        """The weight [m, n] and bias [m] that samples of a group's classes meet; -1: those that use no tailors."""
+        scaled = self.tailor_U * (self.tailor_sigma * self._gate[0].opens[group])
+        return (self.U * self.sigma) @ self.V.T + scaled @ self.tailor_V.T, self.bias
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows through all components there are; with its backward pass if there is one."""
+        sides = self.U.shape[0] + self.V.shape[0]
+        total = 0
+        for u, count in ((self.U, len(self.sigma)), (self.tailor_U, len(self.tailor_sigma))):
+            total += rows * count * sides * (1 + backward + (backward and u.requires_grad))
+        return total
+
+    def kept_numbers(self, rows: int) -> int:
+        """Numbers that its backward pass keeps beyond a dense product's: its thin ones, before and after sigma."""
+        return 2 * rows * (len(self.sigma) + len(self.tailor_sigma))
+
+
+class GatedDiT(DiT):
+    """A DiT whose token matrices are components behind a gate.
+
+    learngenes: G of every matrix. tailors: of each group. table: the group of each label, [C + 1], -1 for none.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        learngenes: int,
+        tailors: int,
+        groups: int,
+        table: Sequence[int],
+        generator: torch.Generator | None = None,
+    ):
+        gate = Gate(torch.tensor(table), opens(groups, tailors))
+
+        def matrix_of(matrix: str, layer: int) -> nn.Module:
+            m, n = arch.matrix(matrix)
+            return GatedLinear(gate, m, n, learngenes, tailors, generator) if matrix in GATED else Dense(n, m)
+
+        super().__init__(arch, matrix_of, generator)
+        self.gate = gate
+
+    def gated(self) -> list[tuple[int, str, GatedLinear]]:
+        """(layer, matrix, module) of everything behind the gate."""
+        found: list[tuple[int, str, Any]] = []
+        for layer, block in enumerate(self.blocks):
+            found += [(layer, matrix, block.get_submodule(matrix)) for matrix in GATED]
+        return found
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(learngenes, tailors of each group, groups)."""
+        groups = len(self.gate.opens) - 1
+        return len(self.gated()[0][2].sigma), self.gate.opens.shape[1] // max(groups, 1), groups
+
+    @torch.no_grad()
+    def keep(self, groups: Sequence[int]) -> GatedDiT:
+        """The same model without the tailors of all other groups, whose classes then use learngenes alone."""
+        learngenes, tailors, _ = self.sizes
+        table = [groups.index(group) if group in groups else -1 for group in self.gate.group.tolist()]
+        kept = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("gate.")}
+        for layer, matrix, _ in self.gated():
+            for name, dim in (("tailor_U", 1), ("tailor_V", 1), ("tailor_sigma", 0)):
+                key = f"blocks.{layer}.{matrix}.{name}"
+                state[key] = state[key].index_select(dim, kept.to(state[key].device))
+        model = GatedDiT(self.arch, learngenes, tailors, len(groups), table)
+        model.load_state_dict({**state, **{f"gate.{k}": v for k, v in model.gate.state_dict().items()}})
+        return model
+
+    @torch.no_grad()
+    def merge(self, group: int = -1) -> dict[str, Tensor]:
+        """The state dict of the ordinary DiT of one group's classes: the same function for their labels alone.
+
+        group: -1 is learngenes alone, the function of the null label.
+        """
+        state = {name: p.clone() for name, p in of_role(self, "shell", "bias", "weight").items()}
+        for layer, matrix, module in self.gated():
+            state[f"blocks.{layer}.{matrix}.weight"] = module.dense(group)[0].detach().clone()
+        return state
+
+    def sigma_table(self, matrix: str) -> Tensor:
+        """A matrix's sigma over depth, learngenes first, [L, G + R], detached, on the CPU."""
+        rows = [torch.cat([g.sigma, g.tailor_sigma]) for _, name, g in self.gated() if name == matrix]
+        return torch.stack(rows).detach().float().cpu()
+
+
+def opens(groups: int, tailors: int) -> Tensor:
+    """Which tailors each group opens, [groups + 1, groups x tailors]: its own; the last row none."""
+    table = torch.zeros(groups + 1, groups * tailors)
+    table[:groups] = torch.eye(groups).repeat_interleave(tailors, 1)
+    return table
+
+
+def neighbours(num_classes: int, groups: int) -> list[int]:
+    """The group of each label [C + 1] where classes that follow each other form near-equal groups; the null's is -1."""
+    return [label * groups // num_classes for label in range(num_classes)] + [-1]

@@ -1,0 +1,64 @@
+"""FINE's own: what a target keeps, how it interpolates, and the decomposition of an ancestor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fine_dist.methods import build, from_manifest
+from fine_dist.methods.fine import Fine, FineConfig
+from fine_dist.model.depth import INITIALS, relative_depth
+from fine_dist.model.dit import DiT
+from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.zoo import MATRICES
+from tests.conftest import inputs, lively, tiny_arch
+from tests.methods.making import artifact_for, parent_for
+
+
+def test_settings_of_an_earlier_version_are_read_under_todays_names():
+    assert from_manifest({"name": "fine", "start": "decompose"}).config.initial == "decompose"
+
+
+def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(generator):
+    learngene = artifact_for("fine")
+    model = build(FineConfig(sigma="linear")).descend(parent_for("fine"), tiny_arch(num_layers=7), generator).model
+    for matrix in MATRICES:
+        assert torch.equal(model.factor(matrix).U, learngene.tensors[f"genes.{matrix}.U"])
+        table = torch.stack([learngene.tensors[f"blocks.{i}.{matrix}.sigma"] for i in range(4)])
+        got = model.sigma_table(matrix)
+        torch.testing.assert_close(got[0::2], table)  # 7 layers over 4: every other one lies on a source layer
+        torch.testing.assert_close(got[1::2], (table[1:] + table[:-1]) / 2)
+
+
+def test_relative_depth_joins_ends_to_ends_and_takes_the_middle_for_one_layer():
+    table = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    assert relative_depth(table, 2).flatten().tolist() == [0, 3]
+    assert relative_depth(table, 4).flatten().tolist() == [0, 1, 2, 3]
+    assert relative_depth(table, 1).flatten().tolist() == [1.5]
+
+
+@pytest.mark.parametrize("initial", INITIALS)
+def test_every_beginning_has_the_targets_shape_and_its_meaning(initial, generator):
+    table = torch.randn(8, 500, generator=generator) * 2 + 1
+    got = INITIALS[initial](table, 5, generator)
+    assert got.shape == (5, 500) and got.isfinite().all()
+    if initial == "identical":
+        torch.testing.assert_close(got, table.mean(0).expand(5, 500))
+    if initial == "random":
+        assert float(got.mean()) == pytest.approx(float(table.mean()), abs=0.2)
+        assert float(got.std()) == pytest.approx(float(table.std()), rel=0.1)
+
+
+def test_decomposing_an_ancestor_of_the_form_recovers_it(generator):
+    method = Fine(FineConfig(rank=12, sweeps=400, initial="decompose"))
+    source = lively(FactoredDiT(tiny_arch(num_layers=6), 12))
+    ancestor = DiT(source.arch)
+    ancestor.load_state_dict(source.merge())
+    condensed = method.condense(source.arch, ancestor, generator)
+    errors = condensed.report["decomposition_error"]
+    assert set(errors) == set(MATRICES) and all(len(e) == 6 for e in errors.values())
+    assert max(max(e) for e in errors.values()) < 0.02
+    batch = inputs(source.arch)
+    expected = ancestor(*batch)
+    assert float(((condensed.module(*batch) - expected).norm() / expected.norm()).detach()) < 0.05
+    assert any("qkv" in line for line in condensed.lines)

@@ -1,0 +1,29 @@
+"""The published configs of stage 1 are dry-run: what they would train, and from what."""
+
+from __future__ import annotations
+
+import pytest
+
+from fine_dist.config import load
+from fine_dist.methods import Weights
+from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.estimates import dry_run
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "numbers", "weights"),
+    [
+        ("tleg_b", 12, 24_032_288, Weights(0, 1)),
+        ("sws_b", 16, 55_917_344, Weights(0, 1)),
+        ("wave_b", 12, 13_770_272, Weights(1, 1)),
+        ("kind_b", 12, 158_664_224, Weights(1, 0)),
+    ],
+)
+def test_a_published_config_says_what_it_would_train(name, depth, numbers, weights):
+    config = load(CondenseConfig, f"configs/condense/{name}.yaml")
+    plan = config.blueprint()
+    text = "\n".join(dry_run(config, plan))
+    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in text
+    assert config.weights == weights and config.imitates == bool(weights.output)
+    assert "dry run: nothing was done" in text and "GiB" in text
+    assert (plan.teacher is not None) == config.imitates
