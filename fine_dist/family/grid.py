@@ -122,7 +122,10 @@ class Family:
         wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
         if self.parent is None or not wanted or not shards:
             return self.parent
-        return replace(self.parent, samples=read_all(expand_path(shards), wanted))
+        latents, labels = read_all(expand_path(shards), wanted)
+        if self.new_labels(member):  # its classes mean nothing to the parent
+            labels = labels.new_full(labels.shape, self.parent.arch.num_classes)
+        return replace(self.parent, samples=(latents, labels))
 
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""

@@ -83,7 +83,8 @@ class Parent:
     artifact: Artifact
     module: nn.Module
     samples: tuple[Tensor, Tensor] | None = None
-    """Latents [N, C, H, H] and labels [N] of the target's data, for a method that looks at some (`Traits.samples`)."""
+    """Latents [N, C, H, H] of the target's data and labels [N] that the parent knows (the null label where its classes
+    are others), for a method that looks at some (`Traits.samples`)."""
 
     @property
     def arch(self) -> Arch:

@@ -77,13 +77,20 @@ class Ligo(Method[LigoConfig]):
         return Descent(train_only(model, "scaler"), "some")
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        from torch import nn
+
         from fine_dist.model.grow import GrownDiT
 
         try:
             layers, _, width = tensors["sources.qkv.weight"].shape
         except KeyError:
             raise ArtifactError("these tensors hold nothing to grow from (sources.qkv.weight)") from None
-        return GrownDiT(arch, width, layers)
+        parents = arch.model_copy(update={"num_classes": tensors["sources.label.weight"].shape[1] - 1})
+        model = GrownDiT(parents, width, layers)
+        if "label.weight" in tensors:  # labels of the target's own, which are not grown
+            model.label = nn.Embedding(arch.num_classes + 1, arch.hidden_size)
+        model.arch = arch
+        return model
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
         return model.merge()  # type: ignore[operator,no-any-return]
