@@ -8,7 +8,7 @@ front block's output to the *input* of the back block; each step then trains one
 The least squares look at 100 images of the target's data, each noised to a timestep of its own. Where a target is made
 without data, Gaussian latents stand in: latents are scaled to variance one, and noising keeps it.
 
-What an artifact holds, and how `arch` describes it: as in `learngene_pool`.
+What an artifact holds, and how `arch` describes it: `methods/stitching.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from fine_dist.methods.base import Condensation, MethodConfig, Parent, Traits
-from fine_dist.methods.learngene_pool import Stitching, StitchingConfig
+from fine_dist.methods.stitching import Stitching, StitchingConfig
 
 if TYPE_CHECKING:
     import torch
