@@ -41,6 +41,7 @@ COMMANDS = len(FLOORS)
 TOOLS = {"testing": LEVEL["launchers"]}
 """Flat files that are no commands: the test tool for several processes."""
 OWNERS = {
+    "peft": ("fine_dist/methods/",),
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
     "submitit": ("launchers/",),

@@ -162,7 +162,8 @@ class Features:
     """The mean squared difference of features, averaged over pairs of the student's and the teacher's.
 
     pairs: (student's feature, teacher's feature), names as in `Answer.features`; the student's are already mapped to
-           the teacher's width by what trains (`model.maps.Mapped`).
+           the teacher's width by what trains (`model.maps.Mapped`). An answer may hold the features of some pairs
+           only, where a step trains a part of the model: the mean is over those.
     """
 
     name = "features"
@@ -175,7 +176,10 @@ class Features:
         parts = [
             (answer.features[ours].float() - wanted[theirs].float()).square().flatten(1).mean(1)
             for ours, theirs in self.pairs
+            if ours in answer.features
         ]
+        if not parts:
+            raise ValueError(f"the answer has features {sorted(answer.features)}, and no pair names one of them")
         return torch.stack(parts).mean(0)
 
 

@@ -74,11 +74,19 @@ class DeepSpeedBackend(Backend):
     def step(self, lr: float) -> float:
         set_lr(self.optimizer, lr)
         self.engine.step()
+        if self.stage == 3:
+            self._forget_gradients()
         if self.stage == 0:
             return self.optimizer.norm
         if self.zero.overflow:
             return math.inf
         return float(self.engine.get_global_grad_norm())
+
+    def _forget_gradients(self) -> None:
+        """Stage 3 updates with what lies in its gradients' buffers, and the next step writes those alone that it uses:
+        any other parameter has to find zeros there, as in every other stage."""
+        for buffer in self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
+            buffer.zero_()
 
     def discard(self) -> None:
         self.step(0.0)  # its gradients are NaN: see `backward`

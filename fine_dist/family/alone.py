@@ -78,6 +78,7 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
         identity=family.identity(member),
         held_out=held_out,
         histograms=histograms_of(family.method(member)),
+        before_step=family.method(member).before_step(descent.model),
         look_first=True,
         flops_per_sample=train_flops(arch),
         tokens_per_sample=arch.num_tokens,

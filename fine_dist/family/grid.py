@@ -6,7 +6,7 @@ torch is imported inside functions, because `--help` must answer at once.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,18 @@ class Family:
 
         return parent_of(load_artifact(find_artifact(self.config.parent))) if self.config.parent else None
 
+    def parent_with_samples(self, member: Member) -> Parent | None:
+        """The parent, and as many samples of the target's data as its method looks at."""
+        from fine_dist.data.stream import read_all
+
+        wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
+        if self.parent is None or not wanted or not shards:
+            return self.parent
+        latents, labels = read_all(expand_path(shards), wanted)
+        if self.new_labels(member):  # its classes mean nothing to the parent
+            labels = labels.new_full(labels.shape, self.parent.arch.num_classes)
+        return replace(self.parent, samples=(latents, labels))
+
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
         if member.variant not in self._methods:
@@ -175,17 +187,20 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
-        from fine_dist.stages.targets import descend
+        from fine_dist.stages.targets import check_target, descend
 
-        seen = set()
+        seen: set[Any] = set()
         for member in self.members:
             method = self.method(member)
-            # The least of each sort of target is built, which finds whatever the method refuses.
+            if (member.variant, member.domain) not in seen:
+                seen.add((member.variant, member.domain))
+                self.check_data(member)
+            check_target(method, self.parent, self.arch(member), new_labels=self.new_labels(member))
+            # The least of each sort of target is built, which finds whatever else is wrong.
             small = method.smallest(self.arch(member))
             if (member.variant, member.domain, small) in seen:
                 continue
             seen.add((member.variant, member.domain, small))
-            self.check_data(member)
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)

@@ -93,7 +93,8 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
             continue
         labels = family.new_labels(member)
         method = family.method(member)
-        descent = descend(method, family.parent, family.arch(member), member.seed, new_labels=labels)
+        parent = family.parent_with_samples(member)
+        descent = descend(method, parent, family.arch(member), member.seed, new_labels=labels)
         if descent.trains == "nothing":
             if world.is_main:
                 _keep_as_it_is(family, member, descent, table)

@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.config import Config, union_of
 from fine_dist.methods.auto_lg import AutoLg
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
+from fine_dist.methods.difffit import DiffFit
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.methods.he import He, HeConfig
 from fine_dist.methods.heur_lg import HeurLg
 from fine_dist.methods.kind import Kind
+from fine_dist.methods.learngene_pool import LearngenePool
+from fine_dist.methods.ligo import Ligo
+from fine_dist.methods.mimetic import Mimetic
 from fine_dist.methods.outside import Outside
+from fine_dist.methods.peft_methods import Boft, Lora, Oft, Pissa, Vera
 from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.snnet import Snnet
 from fine_dist.methods.svd import Svd
+from fine_dist.methods.svdiff import Svdiff
 from fine_dist.methods.sws import Sws
 from fine_dist.methods.tleg import Tleg
 from fine_dist.methods.wave import Wave
+from fine_dist.methods.weight_selection import WeightSelection
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,12 +38,24 @@ METHODS: dict[str, type[Method[Any]]] = {
     "outside": Outside,
     "random_genes": RandomGenes,
     "auto_lg": AutoLg,
+    "boft": Boft,
+    "difffit": DiffFit,
     "heur_lg": HeurLg,
     "kind": Kind,
+    "learngene_pool": LearngenePool,
+    "ligo": Ligo,
+    "lora": Lora,
+    "mimetic": Mimetic,
+    "oft": Oft,
+    "pissa": Pissa,
+    "snnet": Snnet,
     "svd": Svd,
+    "svdiff": Svdiff,
     "sws": Sws,
     "tleg": Tleg,
+    "vera": Vera,
     "wave": Wave,
+    "weight_selection": WeightSelection,
 }
 
 AnyMethod = union_of([method.Config for method in METHODS.values()])

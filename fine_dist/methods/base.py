@@ -72,6 +72,8 @@ class Traits:
     """Stage 1's loss, unless the user says otherwise."""
     dense: bool = True
     """Whether the product is an ordinary DiT; else it saves and loads as itself."""
+    samples: int = 0
+    """Samples of the target's data that `descend` looks at, where there are data."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Parent:
 
     artifact: Artifact
     module: nn.Module
+    samples: tuple[Tensor, Tensor] | None = None
+    """Latents [N, C, H, H] of the target's data and labels [N] that the parent knows (the null label where its classes
+    are others), for a method that looks at some (`Traits.samples`)."""
 
     @property
     def arch(self) -> Arch:
@@ -222,6 +227,10 @@ class Method(ABC, Generic[M]):
     @abstractmethod
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         """A target that `check` has let pass, before any training of its own."""
+
+    def before_step(self, model: nn.Module) -> Callable[[int, torch.Generator], None] | None:
+        """Called on every rank before each step that trains a target, with a generator seeded by (seed, step)."""
+        return None
 
     # --- what becomes of it -----------------------------------------------------------------------------------------
 

@@ -1,12 +1,13 @@
 """What the parameters of a model are for, as the modules that own them declare it.
 
 A module class says `roles = {"U": "gene", ...}` for parameters of its own; what no module declares belongs to the
-shell: the embedders and the final layer. Nothing is told by a parameter's name.
+shell: the embedders and the final layer; inside a module that says `below = "scaler"` it has that role instead, which
+is for modules of other libraries. Nothing is told by a parameter's name.
 """
 
 from __future__ import annotations
 
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,10 +20,14 @@ weight, bias: a block's own."""
 def roles(model: nn.Module) -> dict[str, Role]:
     """Every parameter's role, by its name in `named_parameters`."""
     found: dict[str, Role] = {}
+    below: dict[str, Role] = {}
     for prefix, module in model.named_modules():
-        declared: dict[str, Role] = getattr(type(module), "roles", {})
+        kind: Any = type(module)
+        parent = prefix.rpartition(".")[0]
+        below[prefix] = getattr(kind, "below", below.get(parent, "shell"))
+        declared: dict[str, Role] = getattr(kind, "roles", {})
         for name, _ in module.named_parameters(recurse=False):
-            found[f"{prefix}.{name}" if prefix else name] = declared.get(name, "shell")
+            found[f"{prefix}.{name}" if prefix else name] = declared.get(name, below[prefix])
     return found
 
 

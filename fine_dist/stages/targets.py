@@ -36,21 +36,31 @@ def descend(
     """
     import torch
 
-    from fine_dist.model.dit import labels_from_null
+    from fine_dist.model.dit import DiT, labels_from_null
 
     generator = torch.Generator().manual_seed(seed)
-    if method.traits.parents == ("none",):
-        parent = None  # it may have given the shape; nothing else of it is taken
-    same = target
-    if new_labels and parent is not None and "classes" not in method.traits.varies:
-        same = target.model_copy(update={"num_classes": parent.arch.num_classes})
-    check(method, parent.artifact if parent else None, same)
+    parent, same = check_target(method, parent, target, new_labels=new_labels)
     descent = method.descend(parent, same, generator)
     if new_labels and parent is not None:
-        model: Any = descent.model
-        model.label = labels_from_null(model.label.weight.detach()[-1], target.num_classes, generator)
-        model.arch = target
+        model: Any
+        descent.model.arch = target  # type: ignore[assignment]
+        for model in [m for m in descent.model.modules() if isinstance(m, DiT)]:  # one, or several of a pool
+            model.arch = model.arch.model_copy(update={"num_classes": target.num_classes})
+            model.label = labels_from_null(model.label.weight.detach()[-1], target.num_classes, generator)
     return descent
+
+
+def check_target(
+    method: Method[Any], parent: Parent | None, target: Arch, *, new_labels: bool = False
+) -> tuple[Parent | None, Arch]:
+    """`ArtifactError` when the method makes no such target. What it takes of the parent, and the shape it is asked for:
+    the target's, with the parent's classes where labels of its own come afterwards. Builds nothing."""
+    if method.traits.parents == ("none",):
+        parent = None  # it may have given the shape; nothing else of it is taken
+    if new_labels and parent is not None and "classes" not in method.traits.varies:
+        target = target.model_copy(update={"num_classes": parent.arch.num_classes})
+    check(method, parent.artifact if parent else None, target)
+    return parent, target
 
 
 def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:

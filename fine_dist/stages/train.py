@@ -93,7 +93,7 @@ def run(config: TrainConfig) -> Path:
     def make(world: World) -> Plan:
         model, method, origin = begin(config)
         return Plan(
-            Condensation(model),
+            Condensation(model, before_step=method.before_step(model)),
             arch=model.arch,  # type: ignore[arg-type]
             method=method,
             about={"parent": config.parent, "origin": origin},

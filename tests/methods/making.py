@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fine_dist.config import validate
-from fine_dist.methods import METHODS, Method, Parent, build, parent_of
+from fine_dist.methods import METHODS, Descent, Method, Parent, build, parent_of
 from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.model.zoo import Arch
@@ -23,9 +23,11 @@ TINY: dict[str, dict[str, Any]] = {
     "tleg": {"auxiliary_layers": 3},
     "wave": {"side": 16},
 }
-WIDTHS: dict[str, int] = {}
+WIDTHS: dict[str, int] = {"weight_selection": 16}
 """Another width for a target, where a method cannot go to twice the parent's."""
 DEPTHS = (1, 2, 4, 6)
+RANGES: dict[str, tuple[int, ...]] = {"ligo": (4, 6), "weight_selection": (1, 2, 4)}
+"""Depths of targets, where a method goes from the parent's 4 in one direction alone."""
 
 
 def tiny(name: str, **settings: Any) -> Method[Any]:
@@ -37,6 +39,18 @@ def tiny(name: str, **settings: Any) -> Method[Any]:
 def trained(arch: Arch, seed: int = 0) -> DiT:
     """An ordinary model that has moved from its beginning."""
     return lively(DiT(arch), seed, std=0.15)  # type: ignore[return-value]
+
+
+def moved(descent: Descent) -> torch.nn.Module:
+    """A target as after some steps: what trains beside frozen parts has moved a little, anything else is drawn anew."""
+    if descent.trains != "some":
+        return lively(descent.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in descent.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return descent.model
 
 
 def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> tuple[Any, torch.nn.Module]:
@@ -80,9 +94,15 @@ def parent_for(name: str) -> Parent | None:
 def targets_of(name: str) -> dict[str, Arch]:
     """Shapes of targets that a method says it can make, by what is different in them."""
     varies = METHODS[name](METHODS[name].Config(name=name)).traits.varies
-    found = {f"L{depth}": tiny_arch(num_layers=depth) for depth in DEPTHS if "depth" in varies or depth == 4}
+    found = {
+        f"L{depth}": tiny_arch(num_layers=depth)
+        for depth in RANGES.get(name, DEPTHS)
+        if "depth" in varies or depth == 4
+    }
     if "width" in varies:
-        found["wider"] = tiny_arch(num_layers=3 if "depth" in varies else 4, hidden_size=WIDTHS.get(name, 64))
+        found["wider"] = tiny_arch(
+            num_layers=3 if "depth" in varies and name not in RANGES else 4, hidden_size=WIDTHS.get(name, 64)
+        )
     if "classes" in varies and name in _with_parents():
         found["classes"] = tiny_arch(num_classes=7)
     return found

@@ -1,0 +1,105 @@
+"""Weight selection (Xu et al., arXiv 2311.18823): a smaller model begins with some of a trained one's weights.
+
+The target's layers are the parent's first ones; of every axis, units are chosen at uniform spacing: by stride where the
+parent's size is a multiple of the target's, else `round(linspace(0, large - 1, small))`. Values are copied as they are.
+
+*Choice*: units are chosen alike wherever their space occurs (`model.axes`): qkv's rows by third, and in a third by head
+and within the head; adaLN's rows by sixth. So what is copied is a sub-network. `rows: whole` is the authors' own rule,
+every axis by itself over its whole length. Position tables are fixed, of the target's own width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fine_dist.errors import ArtifactError
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fine_dist.model.artifact import Artifact
+    from fine_dist.model.axes import Axis
+    from fine_dist.model.zoo import Arch
+
+
+class WeightSelectionConfig(MethodConfig):
+    """Weight selection: a uniform choice of a larger model's weights."""
+
+    name: Literal["weight_selection"] = "weight_selection"
+    """Weight selection."""
+    rows: Literal["grouped", "whole"] = "grouped"
+    """Units by third, head and sixth, alike wherever they occur; or every axis by itself, as the authors do."""
+
+
+class WeightSelection(Method[WeightSelectionConfig]):
+    """First layers, uniform units."""
+
+    Config: ClassVar[type[MethodConfig]] = WeightSelectionConfig
+    label: ClassVar[str] = "weight selection"
+    paper: ClassVar[str] = "Weight selection, arXiv 2311.18823"
+    summary: ClassVar[str] = "a smaller model takes a uniform choice of a trained one's weights"
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(parents=("model",), varies=frozenset({"depth", "width"}))
+
+    def check(self, parent: Artifact | None, target: Arch) -> None:
+        super().check(parent, target)
+        if parent is None:
+            return
+        for name in ("num_layers", "hidden_size", "num_heads"):
+            large, small = getattr(parent.arch, name), getattr(target, name)
+            if small > large:
+                raise ArtifactError(
+                    f"{parent.folder}: {name} is {large} in the parent, {small} in the target; method "
+                    f"{self.config.name} chooses among the parent's weights, so a target has at most as many"
+                )
+        if target.hidden_size // target.num_heads > parent.arch.hidden_size // parent.arch.num_heads:
+            raise ArtifactError(
+                f"{parent.folder}: a head has {parent.arch.hidden_size // parent.arch.num_heads} units in the parent, "
+                f"{target.hidden_size // target.num_heads} in the target; give the target more heads (num_heads)"
+            )
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        from fine_dist.model.axes import axes_of
+        from fine_dist.model.dit import DiT
+
+        source: Any = needed(parent).module
+        model = DiT(target, generator=generator)
+        theirs = source.state_dict()
+        state = {}
+        for name, own in model.state_dict().items():
+            tensor = theirs[name].detach()
+            for dim, axis in enumerate(axes_of(name)):
+                tensor = tensor.index_select(
+                    dim, self.choose(axis, source.arch, target, tensor.shape[dim], own.shape[dim])
+                )
+            state[name] = tensor
+        model.load_state_dict(state)
+        return Descent(model)
+
+    def choose(self, axis: Axis | None, source: Arch, target: Arch, large: int, small: int) -> Tensor:
+        """Which of an axis's `large` entries are taken, int64 [small], ascending."""
+        import torch
+
+        if axis is None or self.config.rows == "whole":
+            return uniform(large, small)
+        span = large // axis.groups
+        if axis.space == "heads":
+            size, kept = source.hidden_size // source.num_heads, target.hidden_size // target.num_heads
+            heads = uniform(source.num_heads, target.num_heads)
+            one = (heads[:, None] * size + uniform(size, kept)).flatten()
+        else:
+            one = uniform(span, small // axis.groups)
+        return (torch.arange(axis.groups)[:, None] * span + one).flatten()
+
+
+def uniform(large: int, small: int) -> Tensor:
+    """`small` of `large` indices at uniform spacing, int64, ascending: by stride where it divides."""
+    import torch
+
+    if large % small == 0:
+        return torch.arange(small) * (large // small)
+    return torch.linspace(0, large - 1, small, dtype=torch.float64).round().long()

@@ -1,0 +1,40 @@
+"""The published configs of stitched, growing and transfer methods: what they would train."""
+
+from __future__ import annotations
+
+import pytest
+
+from fine_dist.config import load
+from fine_dist.family.config import InitConfig
+from fine_dist.family.grid import expand
+from fine_dist.methods import Weights
+from fine_dist.model.stitch import all_routes
+from fine_dist.model.zoo import arch as named
+from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.estimates import dry_run
+
+ANCHORS = [{"hidden_size": 192, "num_heads": 3}, {"hidden_size": 384, "num_heads": 6}, {}]
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "maps", "weights", "routes"),
+    [
+        # maps: 6 from the narrow anchor and 2 from each wider one, to a width of 768, with biases
+        ("learngene_pool_b", 6, 768 * (6 * 193 + 2 * 385 + 2 * 769), Weights(0.1, 0.9, 1.8), 3 + 2 * 16),
+        ("snnet_b", 9, 0, Weights(), 3 + 2 * 25),
+    ],
+)
+def test_stage_1_of_a_pool_is_its_anchors_and_their_maps(name, depth, maps, weights, routes):
+    config = load(CondenseConfig, f"configs/condense/{name}.yaml")
+    plan = config.blueprint()
+    numbers = sum(named("DiT-B/2", num_layers=depth, **fields).count() for fields in ANCHORS) + maps
+    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in "\n".join(dry_run(config, plan))
+    assert config.weights == weights and config.imitates == bool(weights.output)
+    assert len(all_routes(3, depth)) == routes
+
+
+@pytest.mark.parametrize(("name", "lr"), [("stitched_b", 5e-5), ("difffit_xl", 1e-3), ("ligo_b_to_l", 2e-4)])
+def test_stage_2_has_its_papers_learning_rate_and_one_target(name, lr):
+    config = load(InitConfig, f"configs/init/{name}.yaml")
+    [member] = expand(config)
+    assert member.lr == lr
