@@ -255,7 +255,9 @@ def main() -> int:
     print("| fault | struck |\n|---|---|")
     for fault, count in sorted(total.struck.items()):
         print(f"| {fault} | {count} |")
-    took = f"{options.rounds} rounds of {options.faults} faults, {total.starts} starts, {time.monotonic() - begun:.0f} s"
+    took = (
+        f"{options.rounds} rounds of {options.faults} faults, {total.starts} starts, {time.monotonic() - begun:.0f} s"
+    )
     print(f"\n{took}: {total.hung} hung, {unequal} ended with other bytes than a calm run.")
     return 1 if unequal or total.hung else 0
 

@@ -20,14 +20,21 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not str(path.relative_to(ROOT)).startswith(MAY)
 )
-ENGLISH = {"he", "outside", "share"}
-"""Names that are words of plain English: only in quotes do they name a method."""
-UNIQUE = sorted({name for name in METHODS} - ENGLISH - {"fine"})
+ENGLISH = {"he", "outside", "wave", "kind", "svd"}
+"""Names that are words of plain English, or of linear algebra: only in quotes do they name a method."""
+WORDS = {"kind"}
+"""And one that is a key of manifests, in quotes too: there the class of its settings tells."""
+UNIQUE = sorted(set(METHODS) - ENGLISH - {"fine"})
+CLASSES = sorted({method.__name__ for method in METHODS.values()} | {m.Config.__name__ for m in METHODS.values()})
 # `fine` is the project's own name too: as a word of its own, in capitals or in quotes, it is the method's.
 PATTERN = re.compile(
-    r"\bFINE\b|\bFine(Config)?\b|[\"']fine[\"']|" + "|".join(rf"[\"']{n}[\"']" for n in ENGLISH) + "|"
-    + "|".join(rf"\b{re.escape(n)}\b" for n in UNIQUE),
-)  # fmt: skip
+    "|".join(
+        [r"\bFINE\b", r"[\"']fine[\"']"]
+        + [rf"[\"']{name}[\"']" for name in sorted(ENGLISH - WORDS)]
+        + [rf"\b{re.escape(name)}\b" for name in UNIQUE]
+        + [rf"\b{name}Config\b|\bimport .*\b{name}\b" for name in CLASSES if not name.endswith("Config")]
+    )
+)
 
 
 def code_of(path: Path) -> str:
