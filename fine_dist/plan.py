@@ -18,7 +18,7 @@ from fine_dist.jobs import Finding
 from fine_dist.jobs.prepare import launch_of, make_spec, tasks_of
 from fine_dist.jobs.worker import config_class, import_module
 
-STAGES = ("encode", "condense", "init", "train", "evaluate", "sample")
+STAGES = ("encode", "condense", "init", "creative", "train", "evaluate", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,6 +56,14 @@ PAGES = {
         ),
         ("run_dir", "parent", "depths", "data.shards", "seeds", "lrs", "variants", "steps", "batch", "optim.lr"),
     ),
+    "creative": Page(
+        (
+            "--config configs/creative/tiny.yaml",
+            "--encoders models/sd3 --run-dir runs/creative/sd3 --seeds 0 1 2",
+            "--evaluate runs/creative/sd3",
+        ),
+        ("run_dir", "encoders", "token", "start", "seeds", "concepts", "pairs", "steps", "batch", "optim.lr"),
+    ),
     "train": Page(
         (
             "--config configs/train/dit_b.yaml",

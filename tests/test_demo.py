@@ -74,7 +74,8 @@ def check_costs(run: Path) -> None:
     assert (initialised.steps_condense, initialised.steps_init, initialised.steps_train) == (8, 4, 0)
     assert initialised.samples == 4 * 64 and initialised.flops == 4 * 64 * 4.0 * macs  # no weight has a gradient
     assert initialised.samples_condense == 8 * 64 and initialised.flops_condense == 8 * 64 * 6.0 * large
-    assert initialised.stored == initialised.trained == 2 * 5 * 64 < dense
+    assert initialised.trained == 2 * 5 * 64  # sigma
+    assert initialised.stored == 2 * 5 * 64 + 2 * 15 * 64 < dense  # and what else is not the learngene's: biases
     [trained] = results.at("fine", 2, 5)
     assert trained.flops == initialised.flops + 5 * 64 * 6.0 * macs and trained.stored == trained.trained == dense
     assert trained.seconds > initialised.seconds

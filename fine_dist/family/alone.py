@@ -94,6 +94,7 @@ def _save(family: Family, member: Member, fitted: Fitted) -> None:
         "first_loss": losses[0] if losses else None,
         **{name: value for name, value in fitted.losses.items() if name != "loss"},
         "reason": None,
+        "trained": sum(p.numel() for p in fitted.model.parameters() if p.requires_grad),
     }
     own = own_tensors(fitted.model, family.parent)
     manifest = save_result(family, member, own, list(fitted.model.state_dict()), facts)

@@ -124,7 +124,8 @@ class Keeper:
             **measured,
             "reason": progress.reason,
         }
-        own = {**self.own[job], **self.packed.scalers(job)}
+        scalers = self.packed.scalers(job)
+        own, facts["trained"] = {**self.own[job], **scalers}, sum(each.numel() for each in scalers.values())
         manifest = save_result(self.family, member, own, self.names[job], facts)
         if measured:
             self._write(job, progress.step, measured)

@@ -199,7 +199,10 @@ def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: Stat
         tensors=descent.model.state_dict(),
         extra={"seed": member.seed, "diffusion": family.config.diffusion.model_dump(), "init": {"steps": 0}},
     )
-    keep(member, {"steps": 0, "seconds": 0.0, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]})
+    keep(
+        member,
+        {"steps": 0, "seconds": 0.0, "trained": 0, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]},
+    )
     table.finish(member.name, "done")
 
 

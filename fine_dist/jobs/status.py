@@ -51,17 +51,17 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     `pending`: it was stopped, or its process is gone, and the same command continues it; `queued`: a scheduler has it.
     """
     run, submitted = RunDir(run_dir), Submissions(run_dir).all()
-    kind = run.kind
-    if kind is None and not submitted:
+    kind, owner = run.kind, owner_of(run_dir)
+    if kind is None and not submitted and owner is None:  # before its first step a run has an owner and no kind
         raise RunDirError(
             f"{run_dir}: nothing has run here (neither tasks/ nor config.yaml nor a submitted job); give a run_dir"
         )
-    done, owner = run.done, owner_of(run_dir)
+    done = run.done
     newest = last_row(run.metrics, "loss") or {}
     held_out = last_row(run.metrics, "held_out_loss") or {}
     state = "done" if done is not None else "running" if owner else "queued" if submitted and not kind else "pending"
     return {
-        "name": kind or next(iter(submitted.values()))[0],
+        "name": kind or next((names[0] for names in submitted.values()), "a run before its first step"),
         "index": 0,
         "state": state,
         "owner": owner,

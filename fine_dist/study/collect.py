@@ -16,7 +16,7 @@ from fine_dist.files import read_rows, write_atomic
 from fine_dist.report import Ancestor, Picture, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
-from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+from fine_dist.study.costs import Cost, condense_cost, done_facts, init_cost, train_cost
 from fine_dist.study.surroundings import features, machine
 
 if TYPE_CHECKING:
@@ -186,10 +186,11 @@ class _Collector:
             artifact = load_artifact(find_artifact(folder))
             before = init_cost(run, folder, artifact.arch)
             own = sum(t.numel() for t in artifact.tensors.values())
+            trained = int(done_facts(folder).get("trained", own))
             numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder)
             results.add(
                 stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
-                seconds=before.seconds, stored=own, trained=own, **common, **paid, **numbers,
+                seconds=before.seconds, stored=own, trained=trained, **common, **paid, **numbers,
             )  # fmt: skip
             if seed == self.study.seeds[0] and entry.name == self.study.main:
                 for matrix, table in settings.depth_tables(folder).items():

@@ -183,17 +183,17 @@ def family_config(undisturbed_run: Path, digit_shards: Path, tmp_path_factory: p
 
 @pytest.fixture(scope="session")
 def family_digests(family_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digest of every target's sigma when one process trains them all."""
+    """Digest of every target when one process trains them all."""
     run_dir = tmp_path_factory.mktemp("family") / "run"
     here("fine_dist.init", "--config", family_config, "--run-dir", run_dir)
-    return sigmas(run_dir)
+    return targets(run_dir)
 
 
-def sigmas(run_dir: Path) -> dict[str, str]:
-    """Digest of the sigma of every target in a family's folder."""
+def targets(run_dir: Path) -> dict[str, str]:
+    """Digest of every target in a family's folder."""
     from fine_dist.model.artifact import load_artifact
 
-    return {path.parent.name: load_artifact(path).hash for path in sorted(run_dir.glob("*/sigma"))}
+    return {path.parent.name: load_artifact(path).hash for path in sorted(run_dir.glob("*/target"))}
 
 
 def here(module: str, *words: object) -> None:

@@ -24,8 +24,8 @@ from tests.cluster.conftest import (
     digest,
     losses,
     results,
-    sigmas,
     starts,
+    targets,
     until,
 )
 
@@ -183,7 +183,7 @@ def test_a_family_initialised_by_ray_tasks_is_the_one_that_a_single_process_make
     ray, family_config, family_digests, tmp_path
 ):
     ray.python("fine_dist.init", "--config", family_config, "--run-dir", tmp_path)
-    assert sigmas(tmp_path) == family_digests
+    assert targets(tmp_path) == family_digests
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_under_ray_train(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fine_dist.jobs.status import read
-from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, sigmas, starts, until
+from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, targets, until
 
 pytestmark = pytest.mark.cluster
 
@@ -126,7 +126,7 @@ def test_a_family_initialised_as_an_array_is_the_one_that_a_single_process_makes
     words = ("--config", family_config, "--run-dir", tmp_path, "--launcher", "slurm", "--launch.wait")
     said = slurm.python("fine_dist.init", *words).stdout
     assert "3 of 3 tasks done" in said and len(family_digests) == 3
-    assert sigmas(tmp_path) == family_digests
+    assert targets(tmp_path) == family_digests
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_when_submitit_starts_them(

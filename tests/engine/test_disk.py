@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -106,7 +107,8 @@ def test_a_directory_in_use_is_refused_naming_the_owner_and_free_again_when_it_i
     finally:
         child.kill()
         child.wait()
-    with RunDir(tmp_path).open("toy", {}), pytest.raises(RunDirError, match="this very process"):
+    mine = json.loads((tmp_path / "identity.json").read_text())["identity"]
+    with RunDir(tmp_path).open("toy", mine), pytest.raises(RunDirError, match="this very process"):
         RunDir(tmp_path).open("toy", {})
 
 

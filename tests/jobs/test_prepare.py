@@ -124,7 +124,7 @@ def test_every_script_is_clean_for_shellcheck():
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed")
     scripts = sorted(str(path) for path in (ROOT / "slurm").glob("*.sh") if path.name != "site.sh")
-    assert len(scripts) == 9
+    assert len(scripts) == 10
     done = subprocess.run(["shellcheck", *scripts], cwd=ROOT, capture_output=True, text=True, check=False)
     assert not done.stdout
 

@@ -45,9 +45,16 @@ class OneKey(Config):
 def test_status_of_a_single_run_tells_its_owner_its_newest_numbers_and_its_end(tmp_path, capsys):
     code = (
         "import sys, time; from tests.jobs.test_status import OneKey, RunDir\n"
-        "r = RunDir(sys.argv[1]).open('train', {}); print('ready', flush=True); time.sleep(60)"
+        "r = RunDir(sys.argv[1]).open('train', {}); print('open', flush=True); sys.stdin.readline()\n"
+        "r.claim(OneKey()); print('ready', flush=True); time.sleep(60)"
     )
-    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    run.stdout.readline()
+    assert main([str(tmp_path)]) == 0
+    assert f"a run before its first step running owner pid {run.pid} on " in " ".join(capsys.readouterr().out.split())
+    print(file=run.stdin, flush=True)
     run.stdout.readline()
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 5, "held_out_loss": 0.5}\n{"step": 6, "loss": 0.25}\n{"step": 7, '

@@ -158,3 +158,10 @@ def test_the_code_of_this_checkout_is_far_below_what_ray_takes():
 
     found = upload("fine_dist.init")
     assert found.level == "ok", found.text
+
+
+def test_an_unknown_place_is_one_line_with_the_nearest(capsys):
+    from fine_dist.condense import main
+
+    assert main(["--launcher", "slrm", "--arch", "DiT-S/2"]) == 2
+    assert "--launcher 'slrm': no such launcher; did you mean 'slurm'?" in capsys.readouterr().err
