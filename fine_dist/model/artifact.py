@@ -60,12 +60,13 @@ def save_artifact(
         written = {TENSORS: _write(draft / TENSORS, tensors)}
         if raw:
             written[RAW] = _write(draft / RAW, raw)
+        shape = arch.model_dump()
         manifest = {
             "format": FORMAT,
             "kind": kind,
             "method": method,
-            "arch": arch.model_dump(),
-            "sha256": {**written, "settings": _settings_hash(kind, method, arch)},
+            "arch": shape,
+            "sha256": {**written, "settings": _settings_hash(kind, method, shape)},
             "bytes": (draft / TENSORS).stat().st_size,
             "num_numbers": sum(t.numel() for t in tensors.values()),
             "extra": extra or {},
@@ -104,11 +105,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest["sha256"].get(TENSORS), str):
         raise ArtifactError(f"{path}: there is no sha256 of {TENSORS}: the file is damaged; copy the folder again")
     try:
-        arch = validate(Arch, manifest["arch"], f"{path}: arch")
+        validate(Arch, manifest["arch"], f"{path}: arch")
     except ConfigError as error:
         raise ArtifactError(str(error)) from None
     stated = manifest["sha256"].get("settings")
-    if stated is not None and stated != _settings_hash(manifest["kind"], manifest["method"], arch):
+    if stated is not None and stated != _settings_hash(manifest["kind"], manifest["method"], manifest["arch"]):
         raise ArtifactError(
             f"{path}: kind, method or arch is not what was written (their sha256 differs): it was edited; "
             "copy the folder again, or make it again"
@@ -162,7 +163,8 @@ def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
         raise ArtifactError(f"{path} is damaged: {error}") from None
 
 
-def _settings_hash(kind: str, method: dict[str, Any], arch: Arch) -> str:
-    """sha256 of what says how tensors are to be read: without it an altered number of heads would go unseen."""
-    text = json.dumps([kind, method, arch.model_dump()], sort_keys=True)
+def _settings_hash(kind: str, method: dict[str, Any], arch: dict[str, Any]) -> str:
+    """sha256 of what says how tensors are to be read, as it is written: without it an altered number of heads would go
+    unseen. Of the written words, not of what they mean today: a later version knows more settings."""
+    text = json.dumps([kind, method, arch], sort_keys=True)
     return sha256_text(text)

@@ -172,7 +172,7 @@ def undisturbed(undisturbed_run: Path) -> str:
 def family_config(undisturbed_run: Path, digit_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A family of three targets in two packs."""
     config = {
-        "learngene": str(undisturbed_run / "learngene"), "depths": [1, 2, 4], "steps": 20, "batch": 16,
+        "parent": str(undisturbed_run / "learngene"), "depths": [1, 2, 4], "steps": 20, "batch": 16,
         "data": {"shards": str(digit_shards / "train"), "streams": 4}, "engine": {"device": "cpu", "threads": 1},
         "pack": {"max_jobs": 2},
     }  # fmt: skip

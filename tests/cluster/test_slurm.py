@@ -98,7 +98,7 @@ def test_a_script_asked_for_more_nodes_than_sbatch_gave_it_hands_over_to_a_job_t
 def test_a_mistake_in_the_config_is_told_in_the_scripts_output(slurm, tmp_path):
     job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(tmp_path / "run"), "--no-such-key", "1")
     assert slurm.ends(job) == "FAILED"
-    assert "no-such-key" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert "no_such_key" in (tmp_path / f"slurm-{job}.out").read_text()
 
 
 def test_init_as_a_script_is_an_array_of_its_tasks(slurm, tmp_path):

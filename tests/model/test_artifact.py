@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -150,3 +151,14 @@ def test_an_error_of_a_name_is_one_line_without_addresses():
         with pytest.raises(ConfigError) as caught:
             zoo.arch(name)
         assert "\n" not in str(caught.value) and "http" not in str(caught.value)
+
+
+def test_a_manifest_of_a_version_that_knew_fewer_settings_is_whole(saved):
+    """Its hash is of what it says, not of what a later version would add by default."""
+    folder, model = saved
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["arch"]["frequency_shift"]
+    text = json.dumps([manifest["kind"], manifest["method"], manifest["arch"]], sort_keys=True)
+    manifest["sha256"]["settings"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_artifact(folder).arch == model.arch
