@@ -225,6 +225,17 @@ class RunDir:
         return True
 
 
+def promise_of(path: str | Path) -> str:
+    """What is true of a run that is interrupted now: what a command says then."""
+    if owner_of(path):
+        return "the job goes on without this command"
+    if (Path(path) / DONE).exists():
+        return "the run is finished"
+    if (Path(path) / "checkpoints" / "LATEST").exists():
+        return "the same command continues from the last checkpoint"
+    return "nothing was saved yet; the same command starts again"
+
+
 def was_stopped(*folders: str | Path) -> bool:
     """Whether somebody stopped what runs in one of these folders by a file STOP, and nobody has started it since."""
     return any((Path(folder) / word).exists() for folder in folders for word in (STOP, STOPPED))
