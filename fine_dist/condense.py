@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fine_dist.cli import parse
+from fine_dist.config import expand_path
+from fine_dist.engine.run_dir import promise_of
 from fine_dist.errors import guard
 from fine_dist.stages import PRELOAD
 from fine_dist.stages.condense import CondenseConfig, run
@@ -12,8 +15,10 @@ from fine_dist.stages.condense import CondenseConfig, run
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
+    run_dir: Path | None = None
 
     def body() -> int:
+        nonlocal run_dir
         call = parse(CondenseConfig, argv, "python -m fine_dist.condense")
         if call.dry_run:
             from launchers import check
@@ -25,9 +30,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from launchers.entry import launch
 
+        run_dir = Path(expand_path(call.config.run_dir))
         return launch("fine_dist.condense", call.config, call.launcher)
 
-    return guard(body)
+    return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 
 
 __all__ = ["PRELOAD", "CondenseConfig", "main", "run"]

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -30,12 +31,8 @@ def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True
     durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
     """
     path = Path(path)
-    draft = _draft(path, content, durable=durable)
-    try:
+    with _draft(path, content, durable=durable) as draft:
         os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
     return path
 
 
@@ -45,27 +42,59 @@ def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -
     durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
     """
     path = Path(path)
-    draft = _draft(path, content, durable=durable)
-    try:
+    with _draft(path, content, durable=durable) as draft:
         os.link(draft, path)
-    finally:
-        draft.unlink()
     return path
 
 
-def _draft(path: Path, content: str | bytes, *, durable: bool = True) -> Path:
+@contextlib.contextmanager
+def _draft(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]:
+    """A written draft, locked until the block has given it its name; gone afterwards under its own."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_name(path)
-    try:
-        with open(draft, "wb") as file:
+    with io.BufferedWriter(open_draft(path)) as file:
+        draft = Path(file.raw.name)
+        try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-    except BaseException:
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def open_draft(path: Path) -> io.FileIO:
+    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
+    draft = draft_name(path).with_suffix(".part")
+    while True:
+        file = io.FileIO(draft, "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
+            file.close()
+            continue
+        except OSError:  # no locks here; then nobody removes it either
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary path for a library that writes by name; synced, it takes the place of `path` when the block ends
+    well, and nothing of it is left when the block raises. Makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_name(path).with_suffix(suffix)
+    try:
+        yield draft
+        sync_file(draft)
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
         draft.unlink(missing_ok=True)
-        raise
-    return draft
 
 
 def draft_name(path: Path) -> Path:
@@ -101,8 +130,17 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
-    """Remove what killed writers left in a folder; drafts younger than this may have a living writer. How many."""
+    """Remove what killed writers left in a folder, on whatever host; how many there were.
+
+    older_than_s: drafts that carry no lock of their writer (folders, and files that a library writes by name) may have
+                  a living one when they are younger.
+    """
     count = 0
+    for path in Path(folder).glob(".*.part"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # locked, or gone meanwhile, or no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            count += 1
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > older_than_s:

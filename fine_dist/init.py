@@ -93,13 +93,25 @@ def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager
     return FamilyBar(expand(config), config.steps)
 
 
+def promise_of(config: InitConfig) -> str:
+    """What is true of a family that is interrupted now."""
+    rows = StateTable(run_dir_of(config)).rows()
+    done = sum(row.state == "done" for row in rows)
+    if not rows:
+        return "nothing was begun yet; the same command starts again"
+    return f"{done} of {len(rows)} targets are done and stay so; the same command continues the others"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
+
+    config: InitConfig | None = None
 
     def options(parser: ArgumentParser) -> None:
         parser.add_argument("--list", metavar="RUN_DIR", help="print a family's sizes and losses, and do nothing else")
 
     def body() -> int:
+        nonlocal config
         from launchers import launch
 
         call = parse(InitConfig, argv, "python -m fine_dist.init", options=options)
@@ -114,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             check("fine_dist.init", call.config, call.launcher)
             print("\n".join(dry_run(call.config, room_of(call.config, call.launcher))))
             return 0
+        config = call.config
         with _bar(call.config, call.launcher):
             code = launch("fine_dist.init", call.config, call.launcher)
         if code == 0 and not inside():
@@ -121,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
             code = EXIT_TASKS_FAILED if any(row.state == "failed" for row in rows) else 0
         return code
 
-    return guard(body)
+    return guard(body, lambda: promise_of(config) if config else "")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fine_dist.cli import parse
+from fine_dist.config import expand_path
+from fine_dist.engine.run_dir import promise_of
 from fine_dist.errors import guard
 from fine_dist.model.zoo import arch
 from fine_dist.stages import PRELOAD
@@ -16,8 +19,10 @@ FALLBACK = "DiT-B/2"
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
+    run_dir: Path | None = None
 
     def body() -> int:
+        nonlocal run_dir
         call = parse(TrainConfig, argv, "python -m fine_dist.train")
         config: TrainConfig = call.config
         if call.dry_run:
@@ -34,9 +39,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         from launchers.entry import launch
 
+        run_dir = Path(expand_path(call.config.run_dir))
         return launch("fine_dist.train", config, call.launcher)
 
-    return guard(body)
+    return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 
 
 __all__ = ["PRELOAD", "TrainConfig", "main", "run"]

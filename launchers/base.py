@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fine_dist.config import Config, LaunchConfig
+from fine_dist.engine.run_dir import was_stopped
 from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, ResumeLater
 from fine_dist.jobs import Finding, JobSpec, Room
 from fine_dist.jobs.prepare import job_file
@@ -209,7 +210,11 @@ class Launcher(Place):
                 self._live.remove(job)
                 self._ended(job)
         while self._queue and len(self._live) < self._width:
-            self._begin(self._queue.popleft())
+            job = self._queue.popleft()
+            if job.spec.table and was_stopped(job.spec.table):
+                job.state, job.code, job.reason = "cancelled", EXIT_RESUME, STOPPED_WORDS
+            else:
+                self._begin(job)
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """Those of earlier submissions that still wait or run."""
@@ -271,6 +276,9 @@ class Launcher(Place):
         if job.code == 0:
             job.state = "done"
             return
+        if job.code == EXIT_RESUME and stopped(job.spec):
+            job.state, job.reason = "cancelled", STOPPED_WORDS
+            return
         job.reason = job.reason or explain(job.code)
         # Told to stop, lost with its node, or another process is about to let go of the task: no failure of the task.
         if job.code in (None, EXIT_RESUME, EXIT_BUSY) and job.restarts < self.max_restarts:
@@ -307,6 +315,14 @@ def _signals_raise() -> Iterator[None]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+STOPPED_WORDS = "stopped by a file STOP; the same command continues it"
+
+
+def stopped(spec: JobSpec) -> bool:
+    """Whether somebody left a file STOP for this job or its fan-out: it is then not started again by itself."""
+    return was_stopped(spec.run_dir, spec.table or spec.run_dir)
 
 
 def explain(code: int | None) -> str:

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from fine_dist.config import Config
-from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError
+from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
+from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.jobs import JobSpec, Row, StateTable, Submissions, Task
 from fine_dist.jobs.code import code_root, snapshot
 from fine_dist.jobs.prepare import fans_out, is_done, launch_of, make_spec, make_specs, run_dir_of, tasks_of
@@ -79,6 +80,8 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
     with table.driver(f"{runner.name} fan-out"):
+        for word in (STOP, STOPPED):  # left from before: the user starts it again, so it does not count
+            (run_dir / word).unlink(missing_ok=True)
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
         specs = make_specs(module, config, tasks, code=_code(runner, module, config))
@@ -99,7 +102,10 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
             follow(runner, table, jobs)
         elif todo:
             follow(runner, table, runner.submit_many(todo, needs.max_parallel, needs.retries))
-    return report(table, specs)
+    code = report(table, specs)
+    if code and was_stopped(run_dir):
+        raise ResumeLater(f"a file STOP was in {run_dir}; the same command continues")
+    return code
 
 
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
@@ -119,7 +125,7 @@ def _refuse_second(runner: Launcher, run_dir: Path) -> None:
 def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
     """Stay with the jobs of a fan-out to their ends, and write down those that died without a word of their own."""
     for job in runner.wait(jobs):
-        if job.code in (0, EXIT_BUSY):
+        if job.code in (0, EXIT_BUSY) or job.state == "cancelled":
             continue
         for name in job.spec.rows:
             row = table.get(name) or Row(name=name)

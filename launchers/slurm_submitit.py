@@ -21,7 +21,7 @@ from fine_dist.config import LaunchConfig, load
 from fine_dist.errors import EXIT_RESUME, LaunchError
 from fine_dist.jobs import Finding, JobSpec, Submissions, worker
 from fine_dist.jobs.prepare import launch_of
-from launchers.base import Job, Launcher
+from launchers.base import Job, Launcher, stopped
 from launchers.site import Site
 from launchers.slurm_queue import (
     GHOST,
@@ -193,14 +193,15 @@ class SlurmLauncher(Launcher):
 
 @dataclass(frozen=True)
 class WorkerCall:
-    """What a task of the job does: run the job file; on exit code 75 rank 0 puts the job back into the queue."""
+    """What a task of the job does: run the job file; on exit code 75 rank 0 puts the job back into the queue,
+    unless somebody left a file STOP."""
 
     file: str
     max_restarts: int
 
     def __call__(self) -> None:
         code = worker.run_job(self.file)
-        if code == EXIT_RESUME:
+        if code == EXIT_RESUME and not stopped(JobSpec.load(self.file)):
             if worker.rank() == 0:
                 requeue(self.file, self.max_restarts)
             time.sleep(30)  # the requeue ends this process; to exit now would make the step, and the job, fail

@@ -13,9 +13,10 @@ import numpy as np
 
 from fine_dist.config import DataConfig
 from fine_dist.data.reader import NOT_FINITE, ShardSet
-from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
+from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar, latent_type
 from fine_dist.errors import DataError
+from fine_dist.files import sha256_of
 
 _PIECE = 1024
 
@@ -187,7 +188,7 @@ def index_folder(
             continue
         problems += [f"{path.name}: {found.keys[i]}: {text}" for i, text in found.faults.items()]
         largest = max(largest, int(found.labels.max(initial=-1)))
-        infos.append(ShardInfo(name=path.name, count=len(found.keys), bytes=size, sha256=file_sha256(path)))
+        infos.append(ShardInfo(name=path.name, count=len(found.keys), bytes=size, sha256=sha256_of(path)))
     if problems or want is None:
         listed = "\n  ".join(problems[:10]) or "no latents in any tar"
         raise DataError(f"{folder}: no manifest written; {len(problems)} problems:\n  {listed}")

@@ -19,10 +19,11 @@ import torch
 
 from fine_dist.config import DataConfig
 from fine_dist.data.records import BLOCK, PREFIX_BYTES, layout_of, record_key
-from fine_dist.data.shards import Manifest, ShardInfo, file_sha256
+from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.sources import is_remote, locate, open_shard
 from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
 from fine_dist.errors import DataError
+from fine_dist.files import sha256_of
 
 _CHUNK = 64
 """Records that are read, checked and converted together: they should fit into the processor's cache."""
@@ -84,7 +85,7 @@ class Shard:
         size = os.fstat(self.fd).st_size
         if self._config.verify != "none" and size != self.info.bytes:
             return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
-        if self._config.verify == "sha256" and file_sha256(f"/dev/fd/{self.fd}") != self.info.sha256:
+        if self._config.verify == "sha256" and sha256_of(f"/dev/fd/{self.fd}") != self.info.sha256:
             return "its sha256 is not the manifest's: damaged or replaced"
         # ask the system to bring the file in one sweep: the reads that follow are in random order
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)

@@ -8,13 +8,11 @@ the latents are; training reads the manifest first and the shards through it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import json
 import math
 import os
-import socket
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal
@@ -35,6 +33,7 @@ from fine_dist.data.records import (
     tar_writer,
 )
 from fine_dist.errors import DataError
+from fine_dist.files import open_draft, write_atomic
 
 MANIFEST = "manifest.json"
 SHARD_NAME = "latents-{:06d}.tar"
@@ -131,7 +130,7 @@ class Manifest(_Model):
 
     def save(self, folder: str | Path) -> Path:
         """Write `folder/manifest.json` in one step."""
-        return write_atomic(Path(folder) / MANIFEST, self.model_dump_json(indent=1).encode())
+        return write_atomic(Path(folder) / MANIFEST, self.model_dump_json(indent=1))
 
     @classmethod
     def parse(cls, text: str | bytes, where: str) -> Manifest:
@@ -161,50 +160,6 @@ class Manifest(_Model):
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
             raise DataError(f"{where}: a shard is listed twice")
         return manifest
-
-
-def write_atomic(path: Path, content: bytes) -> Path:
-    """Write a file so that a reader sees all of it or nothing."""
-    with io.BufferedWriter(open_draft(path)) as stream:
-        draft = Path(stream.raw.name)
-        try:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-    return path
-
-
-def open_draft(path: Path) -> io.FileIO:
-    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    while True:
-        file = io.FileIO(draft, "wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
-            file.close()
-            continue
-        except OSError:  # no locks here; then nobody removes it either
-            return file
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        file.close()
-
-
-def remove_drafts(folder: Path) -> int:
-    """Remove the drafts of killed writers, on whatever host: nobody holds their locks. How many there were."""
-    count = 0
-    for draft in folder.glob(".*.part"):
-        with contextlib.suppress(OSError), open(draft, "rb") as file:  # locked, or gone meanwhile, or no locks here
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            draft.unlink()
-            count += 1
-    return count
 
 
 class ShardWriter:
@@ -326,17 +281,3 @@ def write_shards(
     )
     manifest.save(folder)
     return manifest
-
-
-def file_sha256(path: str | Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _slow(stream)
-
-
-def _slow(stream: Any) -> str:
-    """`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while piece := stream.read(1 << 20):
-        digest.update(piece)
-    return digest.hexdigest()

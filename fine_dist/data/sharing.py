@@ -21,11 +21,9 @@ from fine_dist.data.shards import (
     BadInput,
     Manifest,
     ShardInfo,
-    open_draft,
-    remove_drafts,
-    write_atomic,
 )
 from fine_dist.errors import DataError
+from fine_dist.files import open_draft, remove_drafts, write_atomic
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
 _MOST_NAMES = 1000
@@ -101,7 +99,7 @@ def mark_done(
         "largest_label": largest,
         "shape": shape,
     }
-    write_atomic(_done_path(folder, unit), json.dumps(done).encode())
+    write_atomic(_done_path(folder, unit), json.dumps(done))
 
 
 def is_done(folder: Path, unit: int) -> bool:

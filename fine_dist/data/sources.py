@@ -22,8 +22,9 @@ from webdataset.gopen import gopen_schemes
 
 from fine_dist.config import DataConfig, expand_path
 from fine_dist.data.cache import Cache
-from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo, file_sha256
+from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo
 from fine_dist.errors import DataError
+from fine_dist.files import sha256_of
 
 _PIECE = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
@@ -105,7 +106,7 @@ def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
 
     def check(stream: BinaryIO) -> str | None:
         stream.flush()
-        if config.verify == "sha256" and file_sha256(f"/dev/fd/{stream.fileno()}") != info.sha256:
+        if config.verify == "sha256" and sha256_of(f"/dev/fd/{stream.fileno()}") != info.sha256:
             return "its sha256 is not the manifest's"
         return None
 

@@ -20,6 +20,8 @@ from fine_dist.errors import RunDirError, ToldElsewhere
 from fine_dist.files import remove_drafts, try_lock, write_atomic
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
+STOP, STOPPED = "STOP", "STOPPED"
+"""A file that somebody leaves to stop a run for good, and what it is called once the run has seen it."""
 
 _held: dict[str, Any] = {}  # POSIX locks do not exclude a process from itself, so it remembers what it holds
 
@@ -71,6 +73,7 @@ class RunDir:
             self._refuse_another()
             for folder in (self.path, self.checkpoints):
                 remove_drafts(folder, older_than_s=0)  # the lock is ours: no writer of them lives
+            (self.path / STOPPED).unlink(missing_ok=True)  # it was started again
         except BaseException:
             self.close()
             raise
@@ -208,12 +211,34 @@ class RunDir:
         write_atomic(self.path / DONE, json.dumps(facts, indent=1))
 
     def take_word(self, word: str) -> bool:
-        """True once if someone put a file of this name (`STOP`, `SAVE`) into the directory; it is removed."""
+        """True once if someone put a file of this name (`STOP`, `SAVE`) into the directory.
+
+        SAVE is removed; STOP becomes STOPPED until the run is started again, so that no launcher restarts it.
+        """
         try:
-            (self.path / word).unlink()
+            if word == STOP:
+                (self.path / word).replace(self.path / STOPPED)
+            else:
+                (self.path / word).unlink()
         except FileNotFoundError:
             return False
         return True
+
+
+def promise_of(path: str | Path) -> str:
+    """What is true of a run that is interrupted now: what a command says then."""
+    if owner_of(path):
+        return "the job goes on without this command"
+    if (Path(path) / DONE).exists():
+        return "the run is finished"
+    if (Path(path) / "checkpoints" / "LATEST").exists():
+        return "the same command continues from the last checkpoint"
+    return "nothing was saved yet; the same command starts again"
+
+
+def was_stopped(*folders: str | Path) -> bool:
+    """Whether somebody stopped what runs in one of these folders by a file STOP, and nobody has started it since."""
+    return any((Path(folder) / word).exists() for folder in folders for word in (STOP, STOPPED))
 
 
 def owner_of(path: str | Path) -> str | None:

@@ -247,7 +247,10 @@ class Family:
         path = member.folder / "target.json"
         if not path.is_file():
             return
-        there, now = json.loads(path.read_text(encoding="utf-8")), self.identity(member)
+        try:
+            there, now = dict(json.loads(path.read_text(encoding="utf-8"))), self.identity(member)
+        except (ValueError, TypeError) as error:
+            raise RunDirError(f"{path} is damaged ({error}); choose another run_dir, or delete that folder") from None
         differing = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in now if there.get(k) != now[k]]
         if differing:
             raise RunDirError(

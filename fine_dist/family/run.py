@@ -11,6 +11,7 @@ import torch
 
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
+from fine_dist.engine.run_dir import STOP
 from fine_dist.engine.stopping import Stopper
 from fine_dist.errors import DataError, LaunchError, ResumeLater
 from fine_dist.family.alone import train_alone
@@ -24,8 +25,6 @@ from fine_dist.pack.loop import PackJob, PackRun
 from fine_dist.pack.model import PackedDiT, identity
 from fine_dist.pack.plan import Pack
 from fine_dist.stages.targets import descend, own_tensors
-
-STOP = "STOP"
 
 
 @dataclass

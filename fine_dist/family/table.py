@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.engine.run_dir import RunDir
 from fine_dist.errors import RunDirError
 from fine_dist.files import last_row as newest_row
 from fine_dist.model.zoo import Arch
@@ -20,12 +21,10 @@ if TYPE_CHECKING:
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a target's DONE.json says; none while it is not done or its artifact is gone."""
-    try:
-        done: dict[str, Any] = json.loads((folder / "DONE.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    kept = any((folder / kind / "manifest.json").is_file() for kind in PLACES)
+    """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
+    damaged."""
+    done = RunDir(folder).done
+    kept = any((folder / place / "manifest.json").is_file() for place in PLACES)
     return done if kept else None
 
 

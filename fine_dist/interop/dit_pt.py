@@ -9,7 +9,6 @@ Letters: D width, L layers, p patch side, C latent channels, T tokens.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
 from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import draft_name, sha256_of, sync_file
+from fine_dist.files import sha256_of, whole_file
 from fine_dist.interop.imported import (
     DIT_LICENCE,
     NO_HINTS,
@@ -231,21 +230,15 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
         raise ConfigError(
             "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_name(path).with_suffix(path.suffix)
-    try:
+    with whole_file(path, path.suffix) as draft:
         if path.suffix == ".pt":
             torch.save(to_dit(arch, state), draft)
         else:
             save_file(to_dit(arch, state), draft)
-        sync_file(draft)
         written = read_tensor_file(draft)
         error = Comparison(arch, state).confirm(
             lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
         )
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return error
 
 

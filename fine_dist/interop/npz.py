@@ -8,8 +8,8 @@ Arrays are read and written in pieces; nothing in them is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from fine_dist.errors import DataError
-from fine_dist.files import draft_name, sync_file
+from fine_dist.files import whole_file
 
 IMAGES = "arr_0"
 
@@ -69,7 +69,7 @@ def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
         for name in ("mu", "sigma", "mu_s", "sigma_s")
         if (value := getattr(statistics, name)) is not None
     }
-    with _Draft(Path(path)) as archive:
+    with _new_archive(Path(path)) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
                 np.lib.format.write_array(stream, array, allow_pickle=False)
@@ -126,7 +126,7 @@ def write_samples(
     type or size, or there are more or fewer images than `count`.
     """
     shape = (count, *size, channels)
-    with _Draft(Path(path)) as archive, archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as stream:
+    with _new_archive(Path(path)) as archive, archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as stream:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(stream, header)
         done = 0
@@ -144,25 +144,11 @@ def write_samples(
 # --- archives --------------------------------------------------------------------------------------------------------
 
 
-class _Draft:
-    """A new archive under a temporary name, which becomes `path` when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.draft = path, draft_name(path)
-
-    def __enter__(self) -> zipfile.ZipFile:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.archive = zipfile.ZipFile(self.draft, "w", zipfile.ZIP_STORED)
-        return self.archive
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self.archive.close()
-            if kind is None:
-                sync_file(self.draft)
-                os.replace(self.draft, self.path)
-        finally:
-            self.draft.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    """A new archive, which is there under its name when the block has ended well."""
+    with whole_file(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
+        yield archive
 
 
 def _open(path: Path) -> zipfile.ZipFile:

@@ -1,4 +1,4 @@
-"""FINE's form as a tensor decomposition: a kind's weights, stacked over layers, in CP (PARAFAC) form.
+"""FINE's form as a tensor decomposition: the weights of one matrix, stacked over layers, in CP (PARAFAC) form.
 
 `W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`, L layers, m x n a matrix, R components. Alternating least squares:
 each step is a product with the weights and a solve with an R x R Gram matrix. Khatri-Rao products are never formed: for
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fine_dist.errors import ArtifactError
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ def decompose(
     Stops after `sweeps`, or once a sweep improves the relative error by less than `tolerance`; a sweep that does not
     improve it is undone.
 
-    `ValueError` when the weights hold NaN or Inf.
+    `ArtifactError` when the weights hold NaN or Inf.
     """
     weights = weights.float()
     if not bool(torch.isfinite(weights).all()):
-        raise ValueError("the weights hold NaN or Inf")
+        raise ArtifactError("the weights to decompose hold NaN or Inf; take a model or checkpoint from before they did")
     norm = weights.norm().clamp_min(1e-30)
 
     def measured(u: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
@@ -99,9 +101,7 @@ def jennrich(
     if size == 0:
         return []
     p, q = (vector[:, :size] for _, vector in sides)
-    small = (
-        p.T @ weights.double() @ q
-    )  #                                                                             [L, K, K]
+    small = p.T @ weights.double() @ q  # [L, K, K]
     # the two combinations of layers that hold most of the stack, turned by 45 degrees so that neither is faint
     flat = small.flatten(1)
     first, second = torch.linalg.eigh(flat @ flat.T).eigenvectors.flip(1).T[:2]
@@ -110,10 +110,10 @@ def jennrich(
         vectors = torch.linalg.eig(torch.linalg.solve(b.T, a.T).T).eigenvectors
         # a complex pair spans what its real and imaginary parts do
         x, _ = unit(torch.where(_upper_of_pair(vectors), vectors.imag, vectors.real))
-        rows = torch.linalg.solve(x, small).transpose(0, 1)  #                                             [K, L, K]
+        rows = torch.linalg.solve(x, small).transpose(0, 1)  # [K, L, K]
     except torch.linalg.LinAlgError:  # a singular combination: the stack is not of this form
         return []
-    weight = torch.linalg.eigh(rows @ rows.transpose(1, 2)).eigenvectors[:, :, -1]  #                      [K, L]
+    weight = torch.linalg.eigh(rows @ rows.transpose(1, 2)).eigenvectors[:, :, -1]  # [K, L]
     y, _ = unit(torch.einsum("kl,kli->ik", weight, rows))
     if not bool(torch.isfinite(x).all() and torch.isfinite(y).all()):
         return []

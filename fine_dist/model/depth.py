@@ -79,9 +79,7 @@ def segment_mean(table: Tensor, num_layers: int) -> Tensor:
     import torch
 
     source = len(table)
-    lower = (
-        torch.arange(num_layers)[:, None] * source / num_layers
-    )  #                       pieces in units of 1/L, [N, 1]
+    lower = torch.arange(num_layers)[:, None] * source / num_layers  # pieces in units of 1/L, [N, 1]
     upper = lower + source / num_layers
     layer = torch.arange(source)[None]
     overlap = (torch.minimum(upper, layer + 1.0) - torch.maximum(lower, layer * 1.0)).clamp(min=0)  #           [N, L]
@@ -129,9 +127,7 @@ def segment_share(source: int, num_layers: int) -> Tensor:
     taken = nearest_layers(source, num_layers)
     distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
     closest = (distance == distance.min(0).values).float()
-    share = (closest / closest.sum(0)).sum(
-        1
-    )  #                           layers that each stands for; below 1: repeated
+    share = (closest / closest.sum(0)).sum(1)  # layers that each stands for; below 1: repeated
     return torch.where(share > 1, share.sqrt(), share)
 
 

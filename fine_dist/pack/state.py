@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fine_dist.errors import CheckpointError
-from fine_dist.files import draft_name, sync_file, sync_folder
+from fine_dist.files import whole_file
 
 FORMAT = "2"
 SUFFIX = ".state.safetensors"
@@ -33,18 +33,11 @@ JobState = tuple[str, dict[str, Tensor], dict[str, Any]]
 
 def write_states(folder: Path, pack: str, states: Mapping[str, JobState]) -> Path:
     """Write the states of a pack's jobs, by name, over the older of its two files; that file."""
-    folder.mkdir(parents=True, exist_ok=True)
     path = min((folder / f"{pack}.{side}{SUFFIX}" for side in "ab"), key=_age)
     tensors = {f"{name}/{part}": x.contiguous() for name, (_, parts, _) in states.items() for part, x in parts.items()}
     about = {name: {"key": key, "values": values, "sha256": digest(t)} for name, (key, t, values) in states.items()}
-    draft = draft_name(path)
-    try:
+    with whole_file(path) as draft:
         save_file(tensors, draft, metadata={"format": FORMAT, "jobs": json.dumps(about)})
-        sync_file(draft)
-        os.replace(draft, path)
-        sync_folder(folder)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

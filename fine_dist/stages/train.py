@@ -48,14 +48,19 @@ class TrainConfig(StageConfig):
         }
 
     def blueprint(self) -> Blueprint | None:
+        """A dense DiT, or the product of the parent's method where that is none."""
         import torch
 
         from fine_dist.model.artifact import read_manifest
         from fine_dist.model.dit import DiT
 
         arch = self.arch
-        if arch is None and self.parent and Path(expand_path(self.parent)).exists():
-            arch = Arch.model_validate(read_manifest(find_artifact(self.parent))["arch"])
+        if self.parent and Path(expand_path(self.parent)).exists():
+            manifest = read_manifest(find_artifact(self.parent))
+            arch = arch or Arch.model_validate(manifest["arch"])
+            if self.method is None and not (made := from_manifest(manifest["method"])).traits.dense:
+                whole, _ = load_model(self.parent, self.learngene)  # what it is made of, its tensors alone tell
+                return Blueprint(arch, whole.requires_grad_(True).to("meta"), made)
         if arch is None:
             return None
         with torch.device("meta"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.errors import RunDirError
 from fine_dist.study.settings import step_flops, teacher_arch
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ class Cost:
 
 
 def done_facts(folder: Path) -> dict[str, Any]:
-    """What a finished run or target says of itself."""
-    facts: dict[str, Any] = json.loads((folder / "DONE.json").read_text(encoding="utf-8"))
+    """What a finished run or target says of itself. `RunDirError` when that is damaged or not there."""
+    facts = RunDir(folder).done
+    if facts is None:
+        raise RunDirError(f"{folder} is not finished: it has no DONE.json; run the same command again")
     return facts
 
 

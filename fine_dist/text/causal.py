@@ -67,10 +67,11 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
         if keep is not None:
             keep.append((k, v))
         if first:
+            # both [N, H, P + S, K]
             k, v = (
                 torch.cat([old.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=2)
                 for old, new in zip(before.layers[index], (k, v))
-            )  # [N, H, P + S, K]
+            )
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not first)
         x = x + attention.out_proj(a.transpose(1, 2).flatten(2))  # [N, S, D]
         x = x + layer.mlp(layer.layer_norm2(x))

@@ -12,9 +12,7 @@ D is an encoder's width: 768 for CLIP-L, 1280 for CLIP-G.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fine_dist.errors import ArtifactError
-from fine_dist.files import sha256_of
+from fine_dist.files import sha256_of, whole_folder
 from fine_dist.text.encoders import add_token, end_of, read_at_end, refuse_known
 
 FORMAT, KIND, MANIFEST = 1, "token", "manifest.json"
@@ -58,12 +56,7 @@ def save_token(
     """
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
+    with whole_folder(folder) as draft:
         whole = _whole(rows)
         for name, row in zip(FILES, whole.values()):
             save_file({token: row}, draft / name, metadata={"format": "pt"})
@@ -81,16 +74,6 @@ def save_token(
             **facts,
         }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        for path in draft.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        stale = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-        if folder.exists():
-            os.rename(folder, stale)
-        os.rename(draft, folder)
-        shutil.rmtree(stale, ignore_errors=True)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return manifest
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fine_dist.__main__ import main as fine_dist
 from fine_dist.files import read_rows
+from fine_dist.jobs import StateTable
 from fine_dist.model.artifact import load_artifact
 from tests.commands.test_commands import ARCH, FAST, data
 
@@ -133,3 +134,29 @@ def test_ctrl_c_saves_and_says_so(digit_shards, tmp_path):
     assert process.returncode == 75 and "SIGINT" in said and "the same command continues" in said
     step = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text()[5:])
     assert f"saved at step {step} " in said
+
+
+def test_an_interrupted_command_says_what_is_true_of_its_run(six, digit_shards, tmp_path, monkeypatch, capsys):
+    def interrupt(module, config, launcher):
+        raise KeyboardInterrupt
+
+    def said(run: Path) -> str:
+        assert condense(digit_shards, run, "--steps", "10") == 130
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("launchers.entry.launch", interrupt)
+    monkeypatch.setattr("launchers.launch", interrupt)
+    assert said(tmp_path / "new") == "interrupted; nothing was saved yet; the same command starts again\n"
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(six, tmp_path / "run")
+    assert said(tmp_path / "run") == "interrupted; the run is finished\n"
+    (tmp_path / "run" / "DONE.json").unlink()
+    assert said(tmp_path / "run") == "interrupted; the same command continues from the last checkpoint\n"
+
+    family = tmp_path / "family"
+    words = ["init", *data(digit_shards), "--run-dir", str(family), "--parent", str(six), "--depths", "2"]
+    assert fine_dist(words) == 130 and "nothing was begun yet" in capsys.readouterr().err
+    table = StateTable(family)
+    table.add(["L2", "L3"])
+    table.finish("L2", "done")
+    assert fine_dist(words) == 130 and "1 of 2 targets are done and stay so" in capsys.readouterr().err

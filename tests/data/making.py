@@ -12,8 +12,9 @@ import torch
 import webdataset as wds
 
 from fine_dist.config import DataConfig
-from fine_dist.data.shards import Manifest, ShardInfo, ShardWriter, file_sha256
+from fine_dist.data.shards import Manifest, ShardInfo, ShardWriter
 from fine_dist.data.stream import Batch, LatentStream
+from fine_dist.files import sha256_of
 
 SHAPE = (1, 4, 4)
 NUM_CLASSES = 10
@@ -60,7 +61,7 @@ def make_foreign(folder: Path, shards: list[list[dict[str, Any]]], manifest: boo
         with wds.TarWriter(str(path), encoder=False) as tar:
             for each in samples:
                 tar.write(each)
-        infos.append(ShardInfo(name=path.name, count=len(samples), bytes=path.stat().st_size, sha256=file_sha256(path)))
+        infos.append(ShardInfo(name=path.name, count=len(samples), bytes=path.stat().st_size, sha256=sha256_of(path)))
     if manifest:
         total = sum(info.count for info in infos)
         Manifest(count=total, latent_shape=SHAPE, num_classes=NUM_CLASSES, shards=tuple(infos)).save(folder)

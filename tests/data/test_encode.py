@@ -29,10 +29,11 @@ from fine_dist.data.audit import inspect
 from fine_dist.data.digits import digits
 from fine_dist.data.images import center_crop
 from fine_dist.data.progress import Progress
-from fine_dist.data.shards import Manifest, open_draft, remove_drafts, write_shards
+from fine_dist.data.shards import Manifest, write_shards
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, main, run
 from fine_dist.errors import DataError
+from fine_dist.files import open_draft, remove_drafts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -301,7 +302,7 @@ def test_a_log_gets_a_line_with_rate_and_time_left(tmp_path, monkeypatch, capsys
 def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_path):
     out = tmp_path / "train"
     out.mkdir()
-    code = "import sys, time; from pathlib import Path; from fine_dist.data.shards import open_draft; "
+    code = "import sys, time; from pathlib import Path; from fine_dist.files import open_draft; "
     code += "kept = [open_draft(Path(path)) for path in sys.argv[1:]]; print('ready', flush=True); time.sleep(60)"
     # the draft of a manifest, of a shard beyond those of this encoding, and of a mark
     paths = [out / name for name in ("manifest.json", "latents-000099.tar", ".latents-000000.tar.json")]

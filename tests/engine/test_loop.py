@@ -17,6 +17,7 @@ from fine_dist.engine.backend import PlainBackend, learning_rate
 from fine_dist.engine.checkpoint import Saved
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.loop import divide_batch
+from fine_dist.engine.run_dir import was_stopped
 from fine_dist.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import arch
@@ -131,10 +132,11 @@ def test_a_stop_file_saves_and_asks_to_be_started_again_and_the_run_then_ends_th
     (tmp_path / "run" / "STOP").touch()
     with pytest.raises(ResumeLater, match="a file STOP was in the run directory; saved at step 1 of 6"):
         toy_fit(tmp_path / "run", config)
-    assert not (tmp_path / "run" / "STOP").exists()
+    assert not (tmp_path / "run" / "STOP").exists() and was_stopped(tmp_path / "run")  # no launcher starts it again
     resumed, whole = toy_outcome(tmp_path / "run", config), toy_outcome(tmp_path / "whole", config)
     assert resumed.losses == whole.losses
     assert all(torch.equal(resumed.weights[name], w) for name, w in whole.weights.items())
+    assert not was_stopped(tmp_path / "run")
 
 
 def test_a_save_file_saves_and_goes_on(tmp_path: Path) -> None:

@@ -149,6 +149,23 @@ def test_an_interrupt_has_running_tasks_save_and_the_same_command_continues(tmp_
     assert run(tmp_path, tasks=2) == 0
 
 
+def test_a_stop_file_of_a_fan_out_ends_it_for_good_until_the_user_starts_it_again(tmp_path):
+    driver = command(tmp_path, "--tasks", 3, "--sleep-s", 0.2, "--stop-times", 10**6, "--launch.max-parallel", 1)
+    until(lambda: starts(tmp_path / "out" / "task1"), 30, "the second task")
+    (tmp_path / "STOP").touch()
+    assert driver.wait(30) == 75
+    assert "a file STOP was in" in driver.communicate()[0]
+    begun = sum(starts(tmp_path / "out" / f"task{i}") for i in range(3))
+    assert begun < 20 and {row.state for row in StateTable(tmp_path).rows()} == {"pending"}
+    assert run(tmp_path, tasks=3) == 0 and not (tmp_path / "STOP").exists()
+
+
+def test_a_run_that_saw_a_stop_file_is_not_started_again_by_its_launcher(tmp_path):
+    (tmp_path / "STOPPED").touch()  # what the engine makes of STOP when it has seen it
+    assert run(tmp_path, stop_times=3, launch=LaunchConfig(processes=2)) == 75
+    assert starts(tmp_path) == 1
+
+
 def test_a_killed_driver_leaves_no_process_and_the_same_command_repeats_nothing(tmp_path):
     driver = command(tmp_path, "--tasks", 4, "--sleep-first-s", 1, "--launch.max-parallel", 1)
     until(lambda: starts(tmp_path / "out" / "task2"), 30, "the third task")

@@ -14,6 +14,7 @@ from fine_dist.methods import METHODS
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.stages.load import load_model
+from fine_dist.stages.train import TrainConfig
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.tools import method_of
 
@@ -71,6 +72,8 @@ def test_a_target_of_new_classes_trains_and_is_read_again(name, parent, fields, 
         assert model.label.weight.shape == (11, 16) and not torch.equal(model.label.weight[0], model.label.weight[1])
     if name == "snnet":
         assert all(anchor.label.weight.shape[0] == 11 for anchor in model.anchors)
+        counted = TrainConfig(parent=str(member.folder)).blueprint()  # stage 3 would train the pool, and counts it
+        assert counted.method.cost(counted.model).trained == sum(p.numel() for p in model.parameters())
 
 
 def test_least_squares_look_at_the_targets_own_data(digit_shards, parents, tmp_path):

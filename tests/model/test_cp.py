@@ -8,6 +8,7 @@ import tensorly
 import torch
 from tensorly.decomposition import parafac
 
+from fine_dist.errors import ArtifactError
 from fine_dist.model.cp import compose, decompose, directions, jennrich, solve_sigma, unit
 
 
@@ -56,7 +57,7 @@ def test_the_tolerance_says_how_long_it_is_polished(generator):
 def test_weights_that_are_not_finite_are_refused():
     weights = torch.ones(3, 8, 8)
     weights[1, 2, 3] = float("nan")
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ArtifactError, match="NaN"):
         decompose(weights, 4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,15 @@ def test_scalers_are_refused_with_another_learngene_and_found_where_it_was_moved
     save_artifact(moved, kind="learngene", method=learngene.method, arch=learngene.arch, tensors=other)
     with pytest.raises(ArtifactError, match="the target means nothing without its own"):
         load_target(tmp_path / "target", learngene=moved)
+
+
+@pytest.mark.parametrize("file", ["DONE.json", "target.json"])
+def test_a_damaged_word_of_a_target_is_one_line_and_names_the_file(file, family, learngene, shards, tmp_path):
+    shutil.copytree(family, tmp_path / "family")
+    (tmp_path / "family" / NAMES[0] / file).write_text('{"steps": 1')
+    done = call(words(learngene, shards, tmp_path / "family", "--seeds", "0", "1", "--launcher", "here"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"error: .*{NAMES[0]}/{file} is damaged", done.stderr)
 
 
 def test_the_list_shows_sizes_losses_and_the_storage_of_the_family(family):
