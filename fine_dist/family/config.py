@@ -10,6 +10,7 @@ from fine_dist.config import Config, DataConfig, DiffusionConfig, LaunchConfig, 
 from fine_dist.methods import AnyMethod
 from fine_dist.model.zoo import Arch
 from fine_dist.pack.plan import EarlyStop, PackConfig
+from fine_dist.stages.sources import HintsConfig
 
 
 class DomainConfig(Config):
@@ -30,7 +31,10 @@ class InitConfig(Config):
     run_dir: str = "runs/init"
     """Where everything is written: a folder a target."""
     parent: str | None = None
-    """The learngene that condense wrote, or a model, or a run's directory; none for a method that needs none."""
+    """A learngene, a model, a run's directory; a model of another project (DiT's `.pt`, a folder of diffusers, a name on
+    the hub); none for a method that needs none."""
+    hints: HintsConfig = HintsConfig()
+    """What another project's file does not say of itself."""
     method: AnyMethod | None = None
     """How targets are made; none: the parent's own method, as it was condensed."""
     arch: Arch | None = None

@@ -110,10 +110,9 @@ class Family:
     def parent(self) -> Parent | None:
         """Read and checked against its hash; `ArtifactError` for one that is damaged or was never finished."""
         from fine_dist.methods import parent_of
-        from fine_dist.model.artifact import load_artifact
-        from fine_dist.stages.load import find_artifact
+        from fine_dist.stages.sources import read_artifact
 
-        return parent_of(load_artifact(find_artifact(self.config.parent))) if self.config.parent else None
+        return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
 
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.errors import RunDirError
 from fine_dist.files import last_row as newest_row
 from fine_dist.model.zoo import Arch
-from fine_dist.stages.targets import PLACES
+from fine_dist.stages.sources import PLACES
 
 if TYPE_CHECKING:
     from fine_dist.family.grid import Member

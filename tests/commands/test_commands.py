@@ -173,7 +173,7 @@ def test_decomposing_a_trained_ancestor_prints_the_error_it_leaves(trained, digi
 def test_every_published_config_loads_and_dry_runs(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     argv = ["demo", "--study"] if path.parts[1] == "study" else [path.parts[1], "--config"]
-    assert fine_dist([*argv, str(ROOT / path), "--dry-run"]) == 0, capsys.readouterr().err
+    assert fine_dist([*argv, str(ROOT / path), "--dry-run", "--launcher", "slurm"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "nothing was done" in out
     assert not list(tmp_path.iterdir())  # and nothing was
