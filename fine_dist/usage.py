@@ -83,10 +83,10 @@ PAGES = {
     "export": Page(
         (
             "--model runs/init/dit_b/L6-s0-lr0.01 --out models/l6",
-            "--model runs/condense/dit_b/learngene --out models/ancestor",
-            "--model runs/train/dit_b_l6 --out models/l6_trained",
+            "--model runs/train/dit_b_l6 --to diffusers --vae stabilityai/sd-vae-ft-ema --out models/l6_pipeline",
+            "--model runs/condense/dit_b --to dit --out models/ancestor.pt",
         ),
-        ("model", "out"),
+        ("model", "out", "to", "vae", "weights", "learngene"),
     ),
     "demo": Page(
         ("", "--seeds 3 --run-dir runs/demo3", "--depths 2 4 --no-controls"),

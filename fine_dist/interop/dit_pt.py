@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
 from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import draft_name, sha256_of, sync_file
+from fine_dist.files import draft_name, sha256_of, sync_file, written_whole
 from fine_dist.interop.imported import (
     DIT_LICENCE,
     NO_HINTS,
@@ -234,10 +234,11 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_name(path).with_suffix(path.suffix)
     try:
-        if path.suffix == ".pt":
-            torch.save(to_dit(arch, state), draft)
-        else:
-            save_file(to_dit(arch, state), draft)
+        with written_whole(draft):
+            if path.suffix == ".pt":
+                torch.save(to_dit(arch, state), draft)
+            else:
+                save_file(to_dit(arch, state), draft)
         sync_file(draft)
         written = read_tensor_file(draft)
         error = compare(arch, state, lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path))
