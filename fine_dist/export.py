@@ -13,11 +13,11 @@ from fine_dist.stages.sources import HintsConfig
 
 
 class ExportConfig(Config):
-    """Write a model as an ordinary dense one, for this project, for diffusers, or in the original DiT's layout. What was
-    written is read back and compared."""
+    """Write a model as an ordinary dense one: for this project, for diffusers, or in the original DiT's layout. What
+    was written is read back and compared."""
 
     model: str | None = None
-    """A model, an initialised target, a learngene, a run; also DiT's `.pt`, a folder of diffusers, a name on the hub."""
+    """A model, a target, a learngene, a run; also DiT's `.pt`, a folder of diffusers, a name on the hub."""
     out: str | None = None
     """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; must not exist yet."""
     to: Literal["fine_dist", "diffusers", "dit"] = "fine_dist"
@@ -40,7 +40,9 @@ def run(config: ExportConfig) -> Path:
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")
     out = Path(expand_path(config.out))
-    model, about = load_model(config.model, config.learngene, config.weights, config.hints, draws=config.to == "diffusers")
+    model, about = load_model(
+        config.model, config.learngene, config.weights, config.hints, draws=config.to == "diffusers"
+    )
     print("\n".join(export(model, about, config.to, out, config.vae)))
     return out
 

@@ -66,11 +66,14 @@ PAGES = {
     ),
     "sample": Page(
         (
-            "--model runs/train/dit_b_l6",
             "--model runs/train/dit_b_l6 --classes 1 7 9 --per-class 4 --sampler.guidance 4",
-            "--model runs/train/dit_b_l6 --sampler.scheduler ddpm --sampler.steps 250",
+            "--model models/DiT-XL-2-256 --vae models/sd-vae --formats npz --classes balanced --count 50000",
+            "--compare runs/train/a runs/train/b --classes balanced --count 10",
         ),
-        ("model", "run_dir", "classes", "per_class", "seed", "sampler.scheduler", "sampler.steps", "sampler.guidance"),
+        (
+            *("model", "compare", "run_dir", "classes", "per_class", "count", "formats", "vae", "seed", "weights"),
+            *("sampler.scheduler", "sampler.steps", "sampler.guidance"),
+        ),
     ),
     "evaluate": Page(
         (

@@ -31,7 +31,7 @@ class InitConfig(Config):
     run_dir: str = "runs/init"
     """Where everything is written: a folder a target."""
     parent: str | None = None
-    """A learngene, a model, a run's directory; a model of another project (DiT's `.pt`, a folder of diffusers, a name on
+    """A learngene, a model, a run's directory; another project's model (DiT's `.pt`, a folder of diffusers, a name on
     the hub); none for a method that needs none."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""

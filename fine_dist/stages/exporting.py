@@ -90,8 +90,8 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
     lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", written.max_error)]
     if written.stock_error > 1e-4:
         lines.append(
-            f"as diffusers loads it by itself, outputs differ by {written.stock_error:.2g}: its time frequencies are not "
-            "DiT's. README.md in the folder has the two lines that set them; fine_dist.interop.load_pipeline does it"
+            f"as diffusers loads it by itself, outputs differ by {written.stock_error:.2g}: its time frequencies "
+            "are not DiT's. README.md in the folder has the two lines that set them; fine_dist.interop.load_pipeline does it"
         )
     return lines
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from fine_dist.model.zoo import Arch
 
 
-
 def descend(
     method: Method[Any], parent: Parent | None, target: Arch, seed: int, *, new_labels: bool = False
 ) -> Descent:

@@ -35,8 +35,8 @@ class TrainConfig(StageConfig):
     run_dir: str = "runs/train"
     """Where everything is written; the model lands in its `model/`."""
     parent: str | None = None
-    """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers, a
-    name on the hub): trained as it is, or what `method` makes a target of."""
+    """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
+    a name on the hub): trained as it is, or what `method` makes a target of."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""
     learngene: str | None = None

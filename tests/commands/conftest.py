@@ -12,7 +12,18 @@ ARCH = [
     *("--arch.hidden-size", "32", "--arch.num-layers", "3", "--arch.num-heads", "4", "--arch.in-channels", "1"),
     *("--arch.input-size", "8", "--arch.num-classes", "10", "--arch.no-learn-sigma"),
 ]
-FAST = ["--steps", "4", "--batch", "16", "--engine.log-every", "2", "--engine.eval-every", "4", "--engine.device", "cpu"]
+FAST = [
+    "--steps",
+    "4",
+    "--batch",
+    "16",
+    "--engine.log-every",
+    "2",
+    "--engine.eval-every",
+    "4",
+    "--engine.device",
+    "cpu",
+]
 FAST += ["--sampler.steps", "2", "--sampler.clip", "1"]
 
 

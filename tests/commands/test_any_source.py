@@ -149,4 +149,4 @@ def test_a_model_of_velocities_is_trained_on_and_never_sampled(dense, digit_shar
 def test_an_arch_that_contradicts_the_ancestor_is_refused(folder, digit_shards, tmp_path, capsys):
     argv = ["condense", *ARCH, "--arch.input-size", "16", *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "r")]
     argv += ["--ancestor", str(folder), "--loss.output", "1"]
-    assert "1x16x16" in refused(argv, capsys)
+    assert "has input_size 8, and arch says 16" in refused(argv, capsys)

@@ -1,4 +1,4 @@
-"""A model goes out in three formats; each is what the model was, in the library it was written for, and comes in again."""
+"""A model goes out in three formats; in the library each was written for it is what it was, and it comes in again."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def latent_model(tmp_path_factory):
         "codec": {"name": "vae", "scaling_factor": 0.18215},
         "losses": {"held_out_loss": 0.5},
     }
-    save_artifact(
-        folder, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict(), extra=extra
-    )
+    save_artifact(folder, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict(), extra=extra)
     return folder
 
 
@@ -60,7 +58,9 @@ def test_a_pipeline_draws_pictures_in_diffusers_itself(latent_model, vae, tmp_pa
     assert "license: cc-by-nc-4.0" in card and "0.5" in card
 
 
-@pytest.mark.parametrize(("to", "name"), [("fine_dist", "m"), ("diffusers", "m"), ("dit", "m.pt"), ("dit", "m.safetensors")])
+@pytest.mark.parametrize(
+    ("to", "name"), [("fine_dist", "m"), ("diffusers", "m"), ("dit", "m.pt"), ("dit", "m.safetensors")]
+)
 def test_a_round_trip_through_any_format_is_exact(to, name, trained, tmp_path):
     out = tmp_path / name
     assert command(["export", "--model", str(trained), "--to", to, "--out", str(out)]) == 0
