@@ -77,11 +77,15 @@ PAGES = {
     ),
     "evaluate": Page(
         (
-            "--config configs/evaluate/dit_b.yaml",
             "--models runs/train/a runs/train/b --data.held-out data/imagenet256/held_out",
-            "--models runs/train/a --data.held-out data/digits/held_out --features digits --samples 500",
+            "--models runs/samples/samples.npz --metrics fid sfid is --reference VIRTUAL_imagenet256_labeled.npz "
+            "--features.inception pt_inception-2015-12-05-6726825d.pth",
+            "--models runs/train/a --data.shards data/digits/train --features.classifier runs/demo/features",
         ),
-        ("models", "run_dir", "data.held_out", "features", "samples", "seed", "sampler.steps", "sampler.guidance"),
+        (
+            *("models", "metrics", "run_dir", "reference", "features.inception", "features.classifier", "samples"),
+            *("data.held_out", "vae", "seed", "weights", "sampler.steps", "sampler.guidance"),
+        ),
     ),
     "export": Page(
         (
