@@ -43,6 +43,8 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark speed --json runs/benchmark/speed.json
 	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
+	$(BIN)/python -m fine_dist.benchmark metrics --json runs/benchmark/metrics.json
+	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
 	$(BIN)/python slurm/local_cluster.py

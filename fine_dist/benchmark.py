@@ -22,6 +22,9 @@ NAMES = {
     "speed": "a training step: throughput, memory, overhead of the loop",
     "data": "the latent stream and encoding, against plain webdataset and one file a sample",
     "fanout": "many targets at once, against one after the other",
+    "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
+    "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
+    "creative": "a token's training against the loops that it stands beside",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 

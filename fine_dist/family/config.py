@@ -67,6 +67,8 @@ class InitConfig(Config):
     """How targets are packed."""
     launch: LaunchConfig = LaunchConfig()
     """What a pack needs, where it is submitted."""
+    baselines: tuple[str, ...] = ()
+    """Runs whose held-out losses are drawn beside the targets', such as models trained from scratch."""
     limit: int = Field(200, ge=1)
     """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""
     yes: bool = False

@@ -114,6 +114,13 @@ class Family:
 
         return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
 
+    @cached_property
+    def beside(self) -> dict[str, list[tuple[int, float]]]:
+        """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
+        from fine_dist.family.table import baselines
+
+        return baselines(self)
+
     def method(self, member: Member) -> Method[Any]:
         """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
         if member.variant not in self._methods:
@@ -188,6 +195,7 @@ class Family:
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
+        _ = self.beside
 
     # --- one target's identity --------------------------------------------------------------------------------------
 

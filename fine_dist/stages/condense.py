@@ -12,7 +12,7 @@ from fine_dist.stages.build import Plan, check_teacher, weights_of
 from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
 from fine_dist.stages.load import load_model
 from fine_dist.stages.run import train_stage
-from fine_dist.stages.sources import HintsConfig, carried, facts_of, hash_of, is_there, licence_of
+from fine_dist.stages.sources import HintsConfig, carried, facts_of, hash_of, is_foreign, is_there, licence_of
 
 if TYPE_CHECKING:
     from fine_dist.engine.dist import World
@@ -55,6 +55,11 @@ class CondenseConfig(StageConfig):
             return self.arch
         return facts_of(self.ancestor, self.hints).arch if self.ancestor else Arch()
 
+    @property
+    def knows_shape(self) -> bool:
+        """False while the ancestor that it is to be taken from is not there."""
+        return bool(self.arch or not self.ancestor or is_there(self.ancestor) or is_foreign(self.ancestor))
+
     def origin(self) -> dict[str, Any]:
         return {
             "arch": self.shape.model_dump(),
@@ -66,7 +71,7 @@ class CondenseConfig(StageConfig):
     def blueprint(self) -> Blueprint:
         import torch
 
-        method, shape = build(self.method), self.shape
+        method, shape = build(self.method), self.shape if self.knows_shape else Arch()
         with torch.device("meta"):
             module = method.blueprint(shape)
         return Blueprint(shape, module, method, self._teacher_arch())
@@ -74,8 +79,8 @@ class CondenseConfig(StageConfig):
     def _teacher_arch(self) -> Arch | None:
         if not (self.ancestor and self.imitates):
             return None
-        if not is_there(self.ancestor):
-            return self.shape  # counts can be given before it is there
+        if not is_there(self.ancestor) and (self.arch or not self.knows_shape):
+            return self.arch or Arch()  # counts can be given before it is there
         return facts_of(self.ancestor, self.hints).arch
 
 

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fine_dist.config import Config, DataConfig, DiffusionConfig, EngineConfig, LaunchConfig, expand_path
 from fine_dist.errors import ConfigError, DataError, nearest
 from fine_dist.stages.artist import Artist, make_artist
-from fine_dist.stages.known import DrawConfig
+from fine_dist.stages.known import DrawConfig, FeaturesConfig
 from fine_dist.stages.references import References, is_images
 from fine_dist.stages.sources import HintsConfig
 
@@ -33,28 +33,9 @@ _ANY_NETWORK = ("is", "precision", "recall", "kid")
 """Metrics that are measured with another network where that alone is given."""
 
 
-class FeaturesConfig(Config):
-    """Where the weights of feature networks are."""
-
-    inception: str | None = None
-    """File pt_inception-2015-12-05-6726825d.pth: FID, sFID, IS, precision, recall, KID."""
-    dinov2: str | None = None
-    """A transformers folder of DINOv2: FDD."""
-    efflite: str | None = None
-    """A .pth of EfficientNet-lite0 (FD-EffLite); none: that of the package, where it is installed."""
-    classifier: str | None = None
-    """Folder of a classifier of the images at hand (the demo writes one): FD-classifier."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_folder(cls, value: Any) -> Any:
-        """A folder alone is a classifier's."""
-        return {"classifier": value} if isinstance(value, str) else value
-
-
 class EvaluateConfig(Config):
-    """Measure models, or files of images: the held-out noise-prediction loss, FID, sFID, IS, precision, recall, FDD,
-    KID and Fréchet distances on other networks."""
+    """Measure models, or files of images: the held-out noise-prediction loss, FID, sFID, IS, precision, recall,
+    FDD, KID and Fréchet distances on other networks."""
 
     models: tuple[str, ...] = ()
     """Models of any source or the runs that made them; also images: an .npz, a .tar or a folder of pictures."""
@@ -93,7 +74,7 @@ class EvaluateConfig(Config):
 
 
 class Evaluation:
-    """The measurements of a config, with what they share read once: `evaluation(path) -> row`. All processes call it."""
+    """The measurements of a config, with what they share read once: `evaluation(path) -> row`. All processes call."""
 
     def __init__(self, config: EvaluateConfig, world: World) -> None:
         self.config, self.world = config, world
@@ -141,14 +122,15 @@ class Evaluation:
 
     def held_out_loss(self, artist: Artist) -> float:
         """Over all questions, each process its share. `DataError` when the shards do not fit the model."""
-        from fine_dist.data.stream import read_all
+        from fine_dist.data.sources import locate
+        from fine_dist.data.stream import check_fit, read_all
         from fine_dist.diffusion.held_out import HeldOut
-        from fine_dist.stages.build import check_held_out
 
-        check_held_out(self.config.data, artist.model.arch)
+        where = expand_path(str(self.config.data.held_out))
+        check_fit(locate(where, self.config.data)[0], artist.model.arch, where)
         key = artist.diffusion.model_dump_json()
         if key not in self._questions:
-            self._questions[key] = HeldOut(*read_all(expand_path(str(self.config.data.held_out))), artist.diffusion)
+            self._questions[key] = HeldOut(*read_all(where), artist.diffusion)
         total, count = self._questions[key].sums(artist.model, self.device, 256, self.world.rank, self.world.world_size)
         both = self._sum(total, count)
         return both[0] / both[1]

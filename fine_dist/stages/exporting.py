@@ -91,7 +91,7 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
     if written.stock_error > 1e-4:
         lines.append(
             f"as diffusers loads it by itself, outputs differ by {written.stock_error:.2g}: its time frequencies "
-            "are not DiT's. README.md in the folder has the lines that set them; fine_dist.interop.load_pipeline does so"
+            "are not DiT's. README.md in it has the lines that set them; fine_dist.interop.load_pipeline does so"
         )
     return lines
 

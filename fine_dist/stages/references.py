@@ -22,7 +22,7 @@ _BATCH = 256
 
 
 class References:
-    """Networks and the statistics of real images under them; all processes ask alike, for they measure them together."""
+    """Networks and the statistics of real images under them; all processes ask alike: they measure them together."""
 
     def __init__(self, config: EvaluateConfig, networks: dict[str, list[str]], world: World) -> None:
         self.config, self.networks, self.world = config, networks, world
@@ -109,8 +109,8 @@ class References:
             return picture
         if not self.config.vae:
             raise ConfigError(
-                f"reference: {where} holds latents of {manifest.codec}; give real images with --reference FILE, or what "
-                "decodes them with --vae FOLDER"
+                f"reference: {where} holds latents of {manifest.codec}; give real images with --reference FILE, or "
+                "what decodes them with --vae FOLDER"
             )
         if self._decoder is None:
             from fine_dist.interop import Decoder

@@ -27,6 +27,10 @@ CARRIED = ("licence", "sampler", "codec", "class_names", "diffusion")
 """What a manifest hands on to whatever is made from its artifact, unless that has its own."""
 
 
+_FOLDERS = ("runs", "models", "data", "checkpoints", "output", "outputs")
+"""Folders that people keep models in: a path that begins so is one that is not there yet."""
+
+
 class HintsConfig(Config):
     """What another project's file may not say of itself; none: as it says, or as is usual."""
 
@@ -80,11 +84,11 @@ def is_foreign(source: str | Path) -> bool:
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether it looks like OWNER/MODEL, and neither it nor a folder OWNER is here."""
+    """Whether it looks like OWNER/MODEL, and neither it nor a folder OWNER is here or usual."""
     text = str(source)
     owner, slash, name = text.partition("/")
     plain = bool(owner and slash and name) and "/" not in name and not text.startswith((".", "~", "$"))
-    return plain and not Path(text).exists() and not Path(owner).is_dir()
+    return plain and owner not in _FOLDERS and not Path(text).exists() and not Path(owner).is_dir()
 
 
 def is_there(source: str | Path) -> bool:

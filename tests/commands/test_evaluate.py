@@ -1,4 +1,4 @@
-"""`evaluate` as a user sees it: any number of processes, every number with its protocol, what does not fit in one line."""
+"""`evaluate` as a user sees it: any number of processes, every number with its protocol, misfits in one line."""
 
 from __future__ import annotations
 
@@ -84,7 +84,14 @@ def test_files_of_images_are_measured_against_real_ones(trained, tmp_path):
     x = torch.rand(60, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = torch.arange(60) % 10
     save_classifier(tmp_path / "c", train_classifier(x, y, (x, y), epochs=1))
-    words = ["evaluate", "--models", str(tmp_path / "fake.npz"), str(tmp_path / "real.npz"), "--metrics", "fd-classifier"]
+    words = [
+        "evaluate",
+        "--models",
+        str(tmp_path / "fake.npz"),
+        str(tmp_path / "real.npz"),
+        "--metrics",
+        "fd-classifier",
+    ]
     words += ["--reference", str(tmp_path / "real.npz"), "--features.classifier", str(tmp_path / "c")]
     assert command([*words, "--run-dir", str(tmp_path / "e")]) == 0
     fake, real = (row["scores"]["fd-classifier"] for row in read(tmp_path / "e")["rows"])
@@ -167,9 +174,7 @@ def test_labels_and_shapes_that_do_not_fit_the_model_are_refused(digit_shards, c
 
     for name, fields in (("few", {"num_classes": 4}), ("large", {"input_size": 16})):
         model = DiT(tiny_arch(**fields))
-        save_artifact(
-            tmp_path / name, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict()
-        )
+        save_artifact(tmp_path / name, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict())
     run = tmp_path / "r"
     assert "10 classes" in refused(argv([tmp_path / "few"], run, classifier, digit_shards), capsys)
     assert "1x16x16" in refused(argv([tmp_path / "large"], run, classifier, digit_shards), capsys)
