@@ -43,6 +43,8 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark speed --json runs/benchmark/speed.json
 	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
+	$(BIN)/python -m fine_dist.benchmark metrics --json runs/benchmark/metrics.json
+	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 90 minutes on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100

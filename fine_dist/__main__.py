@@ -13,12 +13,12 @@ COMMANDS = {
     "init": "stage 2: initialise a family of targets by training sigma alone",
     "creative": 'CreTok: learn a token for "creative" on frozen text encoders',
     "train": "stage 3: train a model, from an initialised target or from scratch",
-    "sample": "draw images from a model",
-    "evaluate": "held-out loss and Fréchet distance of a model",
+    "sample": "draw images from a model, or the same from several",
+    "evaluate": "held-out loss, FID and its kin, of models or of images",
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
     "status": "the tasks of a fan-out: pending, running, done, failed",
-    "export": "merge an initialised target into an ordinary dense model",
-    "benchmark": "speed, data and fan-out, measured",
+    "export": "a model for this project, for diffusers, or in the original DiT's layout",
+    "benchmark": "speed, data, fan-out, metrics and sampling, measured",
     "demo": "the whole method on the embedded data set, with a report",
 }
 

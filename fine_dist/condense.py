@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
             check("fine_dist.condense", call.config, call.launcher)
             from fine_dist.stages.estimates import dry_run
 
+            if not call.config.knows_shape:
+                print(f"ancestor {call.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
             print("\n".join(dry_run(call.config, call.config.blueprint())))
             return 0
         from launchers.entry import launch

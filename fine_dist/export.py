@@ -1,42 +1,49 @@
-"""`python -m fine_dist.export`: an initialised target or a learngene as an ordinary dense model."""
+"""`python -m fine_dist.export`: a model for others: dense, as diffusers' folder, as DiT's state dict, with its card."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 from fine_dist.cli import parse
 from fine_dist.config import Config, dump_yaml, expand_path
-from fine_dist.errors import ArtifactError, ConfigError, guard
+from fine_dist.errors import ConfigError, guard
+from fine_dist.stages.sources import HintsConfig
 
 
 class ExportConfig(Config):
-    """Merge `W = U diag(sigma) V^T` into a dense model: safetensors by state-dict name, and a manifest."""
+    """Write a model as an ordinary dense one: for this project, for diffusers, or in the original DiT's layout. What
+    was written is read back and compared."""
 
     model: str | None = None
-    """Folder of an initialised target, a learngene, or a run."""
+    """A model, a target, a learngene, a run; also DiT's `.pt`, a folder of diffusers, a name on the hub."""
     out: str | None = None
-    """Folder for the dense model; must not exist yet."""
+    """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; must not exist yet."""
+    to: Literal["fine_dist", "diffusers", "dit"] = "fine_dist"
+    """Format: this project's `model`, a `DiTPipeline` folder, or the original DiT's state dict."""
+    vae: str | None = None
+    """Folder or hub name of the `AutoencoderKL` that goes into a pipeline."""
+    learngene: str | None = None
+    """Where the parent of an initialised target lies now, when it has moved."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The averages of what was trained, or the weights themselves."""
+    hints: HintsConfig = HintsConfig()
+    """What another project's file does not say of itself."""
 
 
 def run(config: ExportConfig) -> Path:
-    """Write the dense model; returns its folder."""
-    from fine_dist.model.artifact import save_artifact
+    """Write the model; returns where it is."""
     from fine_dist.stages import load_model
+    from fine_dist.stages.exporting import export
 
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")
     out = Path(expand_path(config.out))
-    if out.exists():
-        raise ArtifactError(f"{out} exists already; choose another folder, or remove it")
-    model, about = load_model(config.model)
-    extra = {"exported_from": about["folder"], "origin": about["hash"]}
-    manifest = save_artifact(
-        out, kind="model", method=about["method"], arch=model.arch, tensors=model.state_dict(), extra=extra
+    model, about = load_model(
+        config.model, config.learngene, config.weights, config.hints, draws=config.to == "diffusers"
     )
-    print(
-        f"export: {model.arch.name}, {manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB in {out}"
-    )
+    print("\n".join(export(model, about, config.to, out, config.vae)))
     return out
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -95,6 +96,27 @@ def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[None]:
+    """Around a library's own writing of a file: what ends it half-way (a full disk, a quota, a limit) is an `OSError`.
+
+    safetensors has the system's number in its message; torch.save hides it, so that the file is asked once more.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        if Path(path).is_file():
+            with open(path, "ab") as file:
+                file.write(bytes(_PIECE))
+                file.flush()
+                os.fsync(file.fileno())
+        raise
 
 
 def draft_name(path: Path) -> Path:

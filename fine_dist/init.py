@@ -12,11 +12,12 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from fine_dist.cli import parse
-from fine_dist.config import dump_yaml, expand_path
+from fine_dist.config import dump_yaml
 from fine_dist.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.family import Family, InitConfig, expand, run_dir_of
 from fine_dist.jobs import Room, StateTable, Task
 from fine_dist.jobs.worker import inside
+from fine_dist.stages.sources import is_hub_name, is_there
 
 PRELOAD = ("torch", "fine_dist.family.run")
 """What a local pool imports once for all packs."""
@@ -43,7 +44,7 @@ def run(config: InitConfig) -> Path:
 
 def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
-    if config.parent and not Path(expand_path(config.parent)).exists():
+    if config.parent and not is_there(config.parent) and not is_hub_name(config.parent):
         names = [member.name for member in expand(config)]
         return [
             dump_yaml(config).rstrip(),

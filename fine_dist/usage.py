@@ -74,27 +74,34 @@ PAGES = {
     ),
     "sample": Page(
         (
-            "--model runs/train/dit_b_l6",
             "--model runs/train/dit_b_l6 --classes 1 7 9 --per-class 4 --sampler.guidance 4",
-            "--model runs/train/dit_b_l6 --sampler.scheduler ddpm --sampler.steps 250",
+            "--model models/DiT-XL-2-256 --vae models/sd-vae --formats npz --classes balanced --count 50000",
+            "--compare runs/train/a runs/train/b --classes balanced --count 10",
         ),
-        ("model", "run_dir", "classes", "per_class", "seed", "sampler.scheduler", "sampler.steps", "sampler.guidance"),
+        (
+            *("model", "compare", "run_dir", "classes", "per_class", "count", "formats", "vae", "seed", "weights"),
+            *("sampler.scheduler", "sampler.steps", "sampler.guidance"),
+        ),
     ),
     "evaluate": Page(
         (
-            "--config configs/evaluate/dit_b.yaml",
             "--models runs/train/a runs/train/b --data.held-out data/imagenet256/held_out",
-            "--models runs/train/a --data.held-out data/digits/held_out --features digits --samples 500",
+            "--models runs/samples/samples.npz --metrics fid sfid is --reference VIRTUAL_imagenet256_labeled.npz "
+            "--features.inception pt_inception-2015-12-05-6726825d.pth",
+            "--models runs/train/a --data.shards data/digits/train --features.classifier runs/demo/features",
         ),
-        ("models", "run_dir", "data.held_out", "features", "samples", "seed", "sampler.steps", "sampler.guidance"),
+        (
+            *("models", "metrics", "run_dir", "reference", "features.inception", "features.classifier", "samples"),
+            *("data.held_out", "vae", "seed", "weights", "sampler.steps", "sampler.guidance"),
+        ),
     ),
     "export": Page(
         (
             "--model runs/init/dit_b/L6-s0-lr0.01 --out models/l6",
-            "--model runs/condense/dit_b/learngene --out models/ancestor",
-            "--model runs/train/dit_b_l6 --out models/l6_trained",
+            "--model runs/train/dit_b_l6 --to diffusers --vae stabilityai/sd-vae-ft-ema --out models/l6_pipeline",
+            "--model runs/condense/dit_b --to dit --out models/ancestor.pt",
         ),
-        ("model", "out"),
+        ("model", "out", "to", "vae", "weights", "learngene"),
     ),
     "demo": Page(
         ("", "--seeds 3 --run-dir runs/demo3", "--depths 2 4 --no-controls"),

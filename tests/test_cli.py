@@ -223,12 +223,8 @@ def test_help_all_has_every_setting(command, capsys):
     undocumented = [each.path for each in settings(kind_of(command)) if not each.about.partition(" (default")[0]]
     assert not undocumented
     missing = {flag for flag in leaves(kind_of(command), kind_of(command)()) if flag not in flags}
-    assert missing <= {
-        "--domains",
-        "--method",
-        "--stop",
-        "--templates",
-    }  # groups that are none or empty by default; below
+    # groups that are none or empty by default; below
+    assert missing <= {"--diffusion", "--domains", "--method", "--stop", "--templates"}
     if command == "init":
         for flag in ("--domains.NAME.data.shards", "--domains.NAME.labels", "--stop.window", "--arch.hidden-size"):
             assert flag in flags

@@ -19,6 +19,7 @@ from fine_dist.config import (
 from fine_dist.methods import AnyMethod
 from fine_dist.model.zoo import Arch
 from fine_dist.pack.plan import EarlyStop, PackConfig
+from fine_dist.stages.sources import HintsConfig
 
 
 class DomainConfig(Config):
@@ -39,7 +40,10 @@ class InitConfig(Config):
     run_dir: str = "runs/init"
     """Where everything is written: a folder a target."""
     parent: str | None = None
-    """The learngene that condense wrote, or a model, or a run's directory; none for a method that needs none."""
+    """A learngene, a model, a run's directory; another project's model (DiT's `.pt`, a folder of diffusers, a name on
+    the hub); none for a method that needs none."""
+    hints: HintsConfig = HintsConfig()
+    """What another project's file does not say of itself."""
     method: AnyMethod | None = None
     """How targets are made; none: the parent's own method, as it was condensed."""
     arch: Arch | None = None
@@ -72,6 +76,8 @@ class InitConfig(Config):
     """How targets are packed."""
     launch: LaunchConfig = LaunchConfig()
     """What a pack needs, where it is submitted."""
+    baselines: tuple[str, ...] = ()
+    """Runs whose held-out losses are drawn beside the targets', such as models trained from scratch."""
     limit: int = Field(200, ge=1)
     """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""
     yes: bool = False

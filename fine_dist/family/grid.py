@@ -110,10 +110,16 @@ class Family:
     def parent(self) -> Parent | None:
         """Read and checked against its hash; `ArtifactError` for one that is damaged or was never finished."""
         from fine_dist.methods import parent_of
-        from fine_dist.model.artifact import load_artifact
-        from fine_dist.stages.load import find_artifact
+        from fine_dist.stages.sources import read_artifact
 
-        return parent_of(load_artifact(find_artifact(self.config.parent))) if self.config.parent else None
+        return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
+
+    @cached_property
+    def beside(self) -> dict[str, list[tuple[int, float]]]:
+        """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
+        from fine_dist.family.table import baselines
+
+        return baselines(self)
 
     def parent_with_samples(self, member: Member) -> Parent | None:
         """The parent, and as many samples of the target's data as its method looks at."""
@@ -204,6 +210,7 @@ class Family:
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
+        _ = self.beside
 
     # --- one target's identity --------------------------------------------------------------------------------------
 

@@ -105,7 +105,8 @@ class Keeper:
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._drawn = time.monotonic()
             everyone = expand(self.family.config.model_copy(update={"only": ()}))
-            draw_family(run_dir_of(self.family.config), everyone, younger_than_s=DRAW_EVERY_S)
+            beside = self.family.beside
+            draw_family(run_dir_of(self.family.config), everyone, younger_than_s=DRAW_EVERY_S, beside=beside)
 
     def ended(self, job: int, progress: Progress) -> None:
         """Measure a target that is done and write its artifact; say why one has failed."""

@@ -48,6 +48,7 @@ def run_family(family: Family, inside: bool) -> Path:
     folder = run_dir_of(family.config)
     if not inside:
         family.check()
+    _ = family.beside  # now, so that nothing can be wrong with it later
     table = StateTable(folder)
     names = [member.name for member in family.members]
     if world.is_main:
@@ -70,7 +71,7 @@ def run_family(family: Family, inside: bool) -> Path:
     if world.is_main:
         others = expand(family.config.model_copy(update={"only": ()}))
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
-            draw_family(folder, others)  # the last pack to end draws the whole family
+            draw_family(folder, others, beside=family.beside)  # the last pack to end draws the whole family
     return folder
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,10 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.errors import RunDirError
 from fine_dist.files import last_row as newest_row
 from fine_dist.model.zoo import Arch
-from fine_dist.stages.targets import PLACES
+from fine_dist.stages.sources import PLACES
 
 if TYPE_CHECKING:
-    from fine_dist.family.grid import Member
+    from fine_dist.family.grid import Family, Member
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -137,10 +137,47 @@ def _cell(value: Any, form: str) -> str:
     return f"{value:{form}}" if value is not None else " " * (width - 1) + "-"
 
 
-def draw_family(run_dir: Path, members: Sequence[Member], younger_than_s: float = 0.0) -> Path | None:
+def baselines(family: Family) -> dict[str, list[tuple[int, float]]]:
+    """(depth, held-out loss) of what stands beside a family, by label: its parent, and the runs of `baselines`.
+
+    One whose manifest has no held-out loss is left out. `ArtifactError` for a run of `baselines` that holds no model.
+    """
+    from fine_dist.model.artifact import read_manifest
+    from fine_dist.stages.sources import find_artifact
+
+    found: dict[str, list[tuple[int, float]]] = {}
+
+    def add(label: str, depth: int, extra: Mapping[str, Any]) -> None:
+        loss = (extra.get("losses") or extra.get("init") or {}).get("held_out_loss")
+        if loss is not None:
+            found.setdefault(label, []).append((depth, float(loss)))
+
+    if family.parent is not None:
+        add("its parent", family.parent.arch.num_layers, family.parent.artifact.extra)
+    for run in family.config.baselines:
+        manifest = read_manifest(find_artifact(run))
+        add(_label_of(manifest), int(manifest["arch"]["num_layers"]), manifest["extra"])
+    return found
+
+
+def _label_of(manifest: Mapping[str, Any]) -> str:
+    from fine_dist.methods import from_manifest
+
+    steps = manifest["extra"].get("steps")
+    label = from_manifest(manifest["method"]).label
+    return f"{label}, {steps:,} steps" if steps else label
+
+
+def draw_family(
+    run_dir: Path,
+    members: Sequence[Member],
+    younger_than_s: float = 0.0,
+    beside: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> Path | None:
     """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
 
     younger_than_s: leave a picture that another pack has drawn so recently alone.
+    beside:         `baselines`: what has one depth is a level line, what has several a dashed curve.
 
     Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
     newest training loss.
@@ -151,6 +188,7 @@ def draw_family(run_dir: Path, members: Sequence[Member], younger_than_s: float 
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     from torch.utils.tensorboard import SummaryWriter
 
     lines: dict[str, dict[int, list[float]]] = {}
@@ -175,6 +213,13 @@ def draw_family(run_dir: Path, members: Sequence[Member], younger_than_s: float 
         axes.plot(depths, [sum(points[d]) / len(points[d]) for d in depths], marker="o", label=label)
     if open_points:
         axes.scatter(*zip(*open_points), facecolors="none", edgecolors="gray", label="still training")
+    for label, others in (beside or {}).items():
+        if len({depth for depth, _ in others}) == 1:
+            level = sum(loss for _, loss in others) / len(others)
+            axes.axhline(level, color="gray", linestyle=":", label=f"{label} ({others[0][0]} layers)")
+        else:
+            axes.plot(*zip(*sorted(others)), linestyle="--", marker="x", color="gray", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
     axes.legend(fontsize="small")
     canvas.draw()

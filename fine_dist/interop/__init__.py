@@ -6,7 +6,8 @@ In:   `load(source, Hints(...)) -> Imported` takes our own `model/` folder, a di
 Out:  `write_diffusers(folder, arch, state, vae=..., card=Card(...)) -> Written`, `write_dit(path, arch, state)`; each
       runs what it wrote and compares. `load_pipeline(folder)` is diffusers' pipeline with the model's frequencies.
 VAE:  `Decoder(name, scaling_factor=...).decode(latents)`; `decoded(batches, decoder)` decodes while the next is drawn.
-      `ImageStore` takes pictures from any process in any order, knows what is missing, and ends as an `.npz`.
+      `ImageStore` takes pictures from any process in any order, knows what is missing, and ends as an `.npz`;
+      `LatentStore` does so with latents, and ends as an `.npy`.
 npz:  `read_statistics`, `write_statistics`, `NpzImages(path).batches(n)`, `write_samples(path, batches, count=...)`.
 """
 
@@ -24,7 +25,7 @@ from fine_dist.interop.npz import (
     write_samples,
     write_statistics,
 )
-from fine_dist.interop.store import ImageStore
+from fine_dist.interop.store import ImageStore, LatentStore
 from fine_dist.interop.vae import Decoder, decoded
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Hints",
     "ImageStore",
     "Imported",
+    "LatentStore",
     "NpzImages",
     "ReferenceStatistics",
     "Written",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
 from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import whole_folder
+from fine_dist.files import whole_folder, written_whole
 from fine_dist.interop.card import Card, card_text
 from fine_dist.interop.check import Comparison
 from fine_dist.interop.diffusers_io import MARKER, PIPELINE_NULL, label_rows, to_diffusers
@@ -74,7 +74,8 @@ def write_diffusers(
         transformer.mkdir()
         theirs = to_diffusers(arch, state)
         numbers = sum(tensor.numel() for tensor in theirs.values())
-        save_file(theirs, transformer / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        with written_whole(file := transformer / "diffusion_pytorch_model.safetensors"):
+            save_file(theirs, file, metadata={"format": "pt"})
         del theirs
         _write_json(transformer / "config.json", transformer_config(arch))
         ddim_scheduler(diffusion, clip).save_pretrained(draft / "scheduler")
@@ -188,7 +189,8 @@ def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | No
             f"vae {name}: its latents have {vae.config.latent_channels} channels, not {arch.in_channels}"
         )
     check_scaling(str(name), float(vae.config.scaling_factor), scaling_factor)
-    vae.save_pretrained(str(to), safe_serialization=True)
+    with written_whole(to):
+        vae.save_pretrained(str(to), safe_serialization=True)
 
 
 def _index(class_names: tuple[str, ...]) -> dict[str, Any]:

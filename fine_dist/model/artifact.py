@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fine_dist.config import shown, validate
 from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import sha256_of, sha256_text, whole_folder
+from fine_dist.files import sha256_of, sha256_text, whole_folder, written_whole
 from fine_dist.model.zoo import Arch
 
 FORMAT = 1
@@ -79,7 +79,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors; the file's sha256."""
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+    with written_whole(path):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     return sha256_of(path)
 
 

@@ -2,7 +2,8 @@
 
 `condense`, `train`   the two stages that train one model: settings and `run`
 `build`, `run`        settings -> the engine's program -> an artifact
-`targets`, `load`     targets made, written and read; any artifact as a model
+`sources`, `load`     any source, of ours or another project's, as an artifact, as a model
+`targets`             targets made, written and read
 `estimates`, `memory`, `preflight`   what a stage will need, said before it starts
 """
 

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from fine_dist.diffusion.objective import Term
     from fine_dist.engine.dist import World
     from fine_dist.engine.loop import Program
+    from fine_dist.interop import Decoder
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
+    from fine_dist.stages.quick import Measure, Quick
 
 
 @dataclass
@@ -48,6 +50,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     from fine_dist.engine.loop import Program
     from fine_dist.model.flops import train_flops
     from fine_dist.stages.looks import Pictures, histograms_of
+    from fine_dist.stages.quick import Quick, decoder_of
 
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
@@ -60,14 +63,19 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         expect=plan.arch,
     )
     keep = plan.condensation.product
+    decoder = decoder_of(config, stream.manifest, world)
+    quick = Quick(config, stream.manifest, world) if config.quick.every else None
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
     if config.data.held_out:
         check_held_out(config.data, plan.arch)
     if config.data.held_out and world.is_main:
         measure = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
         held_out = lambda model: measure(keep(model))  # noqa: E731
+    if quick is not None and world.is_main:
+        held_out = _with_quick(quick, held_out, keep, decoder)
     drawn = plan.method if plan.draws else None
-    pictures, histograms = Pictures(config, plan.arch, drawn), histograms_of(drawn)
+    pictures = Pictures(config, plan.arch, drawn, stream.manifest, decoder)
+    histograms = histograms_of(drawn)
     return Program(
         model=plan.condensation.module,
         objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),
@@ -76,10 +84,21 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         held_out=held_out,
         pictures=lambda model, step: pictures(keep(model), step),
         histograms=lambda model: histograms(keep(model)),
-        before_step=plan.condensation.before_step,
+        before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),
         tokens_per_sample=plan.arch.num_tokens,
     )
+
+
+def _with_quick(
+    quick: Quick, held_out: Measure | None, keep: Callable[[nn.Module], nn.Module], decoder: Decoder | None
+) -> Measure:
+    """The held-out loss, and the quick scores when they are due."""
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        return {**(held_out(model) if held_out else {}), **quick(keep(model), decoder)}
+
+    return measure
 
 
 def check_held_out(data: DataConfig, arch: Arch) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from fine_dist.config import expand_path
 from fine_dist.errors import ConfigError
 from fine_dist.methods import CONDENSES, AnyMethod, Weights, build
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
 from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
-from fine_dist.stages.load import hash_of, load_model
+from fine_dist.stages.load import load_model
 from fine_dist.stages.run import train_stage
+from fine_dist.stages.sources import HintsConfig, carried, facts_of, hash_of, is_foreign, is_there, licence_of
 
 if TYPE_CHECKING:
     from fine_dist.engine.dist import World
@@ -26,21 +24,20 @@ class CondenseConfig(StageConfig):
 
     run_dir: str = "runs/condense"
     """Where everything is written; the learngene lands in its `learngene/`."""
-    arch: Arch = Field(default_factory=Arch)
-    """Shape of the model that stage 1 trains; its depth is the method's own where it has a setting for it."""
+    arch: Arch | None = None
+    """Shape of the model that stage 1 trains, but for its depth where the method has a setting for it; none: the
+    ancestor's, or DiT-B/2 without one."""
     method: AnyMethod = CONDENSES
     """How layers share weights."""
     ancestor: str | None = None
-    """Folder of a trained model: what the method begins with, and what distillation imitates."""
+    """A trained model, which the method begins with or distillation imitates: a folder or run of ours, DiT's `.pt`, a
+    folder of diffusers, or a name on the hub."""
+    hints: HintsConfig = HintsConfig()
+    """What another project's file does not say of itself."""
     ancestor_licence: str | None = None
     """Licence of the ancestor's weights; kept in the learngene's manifest."""
     loss: LossConfig = LossConfig()
     """Terms of the loss and their weights."""
-
-    @property
-    def trained_arch(self) -> Arch:
-        """Shape of what is trained and kept: `arch`, in the depth that the method sets if it does."""
-        return build(self.method).auxiliary(self.arch)
 
     @property
     def weights(self) -> Weights:
@@ -52,11 +49,23 @@ class CondenseConfig(StageConfig):
         """Whether a term of the loss imitates the ancestor."""
         return self.weights.output > 0 or self.weights.features > 0
 
+    @property
+    def shape(self) -> Arch:
+        """Of what is trained and kept: what `arch` says, or else the ancestor's, in the method's own depth if it sets
+        one. `ArtifactError` when neither can be known."""
+        said = self.arch or (facts_of(self.ancestor, self.hints).arch if self.ancestor else Arch())
+        return build(self.method).auxiliary(said)
+
+    @property
+    def knows_shape(self) -> bool:
+        """False while the ancestor that it is to be taken from is not there."""
+        return bool(self.arch or not self.ancestor or is_there(self.ancestor) or is_foreign(self.ancestor))
+
     def origin(self) -> dict[str, Any]:
         return {
-            "arch": self.arch.model_dump(),
+            "arch": self.shape.model_dump(),
             "method": self.method.model_dump(mode="json"),
-            "ancestor": hash_of(self.ancestor) if self.ancestor else None,
+            "ancestor": hash_of(self.ancestor, self.hints) if self.ancestor else None,
             "loss": vars(self.weights),
         }
 
@@ -64,39 +73,36 @@ class CondenseConfig(StageConfig):
         import torch
 
         method = build(self.method)
-        arch = self.trained_arch
+        shape = self.shape if self.knows_shape else method.auxiliary(Arch())
         with torch.device("meta"):
-            module = method.blueprint(arch)
-        return Blueprint(arch, module, method, self._teacher_arch())
+            module = method.blueprint(shape)
+        return Blueprint(shape, module, method, self._teacher_arch())
 
     def _teacher_arch(self) -> Arch | None:
-        from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages.load import find_artifact
-
         if not (self.ancestor and self.imitates):
             return None
-        if not Path(expand_path(self.ancestor)).exists():
-            return self.arch  # counts can be given before it is there
-        return Arch.model_validate(read_manifest(find_artifact(self.ancestor))["arch"])
+        if not is_there(self.ancestor) and (self.arch or not self.knows_shape):
+            return self.arch or Arch()  # counts can be given before it is there
+        return facts_of(self.ancestor, self.hints).arch
 
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
-    method, arch = build(config.method), config.trained_arch
+    method = build(config.method)
     ancestor, about = ancestor_of(config)
+    shape = config.shape
 
     def make(world: World) -> Plan:
         import torch
 
         generator = torch.Generator().manual_seed(config.seed)
-        condensation = method.condense(arch, ancestor, generator)
-        source = {"path": config.ancestor, "hash": about.get("hash"), "licence": config.ancestor_licence}
+        condensation = method.condense(shape, ancestor, generator)
         weights = config.weights
         return Plan(
             condensation,
-            arch=arch,
+            arch=shape,
             method=method,
-            about={"ancestor": source if ancestor else None},
+            about=handed_on(config, about) if ancestor else {"ancestor": None},
             weights=weights,
             teacher=ancestor if config.imitates else None,
         )
@@ -121,8 +127,21 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             "weights, and no loss imitates it; leave ancestor out, or set --loss.output 1 (distillation)"
             + (", or --method.initial decompose" if "initial" in type(config.method).model_fields else "")
         )
-    ancestor, about = load_model(config.ancestor)
-    if traits.same_shape and ancestor.arch != config.trained_arch:
-        raise ConfigError(f"ancestor: {config.ancestor} is {ancestor.arch}, and arch says {config.trained_arch}")
-    check_teacher(ancestor.arch, config.arch, config.ancestor)
+    ancestor, about = load_model(config.ancestor, hints=config.hints)
+    shape = config.shape
+    if traits.same_shape and ancestor.arch != shape:
+        raise ConfigError(
+            f"ancestor: {config.ancestor} is {ancestor.arch}, and arch says {shape}; leave arch out, and it is the "
+            "ancestor's"
+        )
+    check_teacher(ancestor.arch, shape, config.ancestor)
     return ancestor, about
+
+
+def handed_on(config: CondenseConfig, about: dict[str, Any]) -> dict[str, Any]:
+    """What the learngene's manifest says of its ancestor, the licence of whose weights is its own."""
+    licence = config.ancestor_licence or licence_of(about)
+    source: dict[str, Any] = {"path": config.ancestor, "hash": about["hash"], "licence": licence}
+    if "imported" in about:
+        source["imported"] = about["imported"]
+    return {**carried(about), "licence": licence, "ancestor": source}

@@ -20,6 +20,7 @@ from fine_dist.config import (
     expand_path,
 )
 from fine_dist.errors import ConfigError
+from fine_dist.stages.known import FeaturesConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,6 +57,21 @@ class Blueprint:
     """A frozen model that is asked at every step."""
 
 
+class QuickConfig(Config):
+    """Samples of the EMA, scored while a model trains."""
+
+    every: int = Field(0, ge=0)
+    """Steps between quick evaluations, which are made when the held-out loss is (engine.eval_every); 0: none."""
+    samples: int = Field(2048, ge=2)
+    """Images drawn each time, the same noise and classes every time."""
+    metrics: tuple[str, ...] = ()
+    """fid sfid is precision recall kid fdd fd-efflite fd-classifier; none: fd-classifier."""
+    features: FeaturesConfig = FeaturesConfig()
+    """Weights of the feature networks; a folder alone is a classifier's."""
+    reference: str | None = None
+    """Real images or their statistics; none: those of data.shards."""
+
+
 class StageConfig(Config):
     """Settings of a stage that trains."""
 
@@ -77,6 +93,10 @@ class StageConfig(Config):
     """How the loop runs."""
     sampler: SamplerConfig = SamplerConfig()
     """How pictures are sampled for TensorBoard."""
+    vae: str | None = None
+    """Folder or hub name of the `AutoencoderKL` that decodes those pictures, and what a quick evaluation draws."""
+    quick: QuickConfig = QuickConfig()
+    """Quick evaluations on the way."""
     launch: LaunchConfig = LaunchConfig()
     """What the job needs, where it is submitted."""
 

@@ -8,33 +8,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fine_dist.data.shards import Manifest
+    from fine_dist.interop import Decoder
     from fine_dist.methods import Method
     from fine_dist.model.zoo import Arch
     from fine_dist.stages.config import StageConfig
 
 
 class Pictures:
-    """`(EMA model, step) -> pictures`: samples, a row a class, and the method's tables over depth."""
+    """`(EMA model, step) -> pictures`: samples, a column a class, of the same noise every time, decoded where there is
+    a decoder; and the method's tables over depth."""
 
-    def __init__(self, config: StageConfig, arch: Arch, method: Method[Any] | None):
+    def __init__(
+        self,
+        config: StageConfig,
+        arch: Arch,
+        method: Method[Any] | None,
+        manifest: Manifest,
+        decoder: Decoder | None = None,
+    ) -> None:
         self.config, self.arch, self.method = config, arch, method
+        self.manifest, self.decoder = manifest, decoder
 
     def __call__(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         import torch
 
-        from fine_dist.diffusion.sample import grid, sample
+        from fine_dist.diffusion.sample import grid
+        from fine_dist.stages.artist import name_of
+        from fine_dist.stages.grids import labelled_grid, shown
+        from fine_dist.stages.quick import artist_of
 
-        classes = torch.arange(min(self.arch.num_classes, 10)).repeat_interleave(4)
-        images = sample(
-            model,
-            labels=classes,
-            arch=self.arch,
-            config=self.config.sampler,
-            diffusion=self.config.diffusion,
-            seed=self.config.seed,
-        )
-        zoom = max(1, 64 // self.arch.input_size)
-        pictures = {"samples": grid(images, 10, zoom=zoom)}
+        labels = torch.arange(min(self.arch.num_classes, 10)).repeat(4)
+        artist = artist_of(self.config, model, self.manifest, self.decoder)
+        drawn = [images for _, images in artist.draw(labels, torch.arange(len(labels)), self.config.seed, False)]
+        images = torch.cat(drawn)
+        captions = [name_of(int(label), artist.facts, self.arch.num_classes) for label in labels]
+        title = f"step {step}" if artist.pictures else f"step {step}: LATENTS, not decoded (--vae)"
+        picture = labelled_grid(images if artist.pictures else shown(images), captions, len(labels) // 4, title=title)
+        pictures = {"samples": picture.float() / 255}
         for name, table in sorted_tables(self.method, model).items():
             scale = table.abs().amax().clamp_min(1e-12)
             pictures[name] = grid((table / scale)[None, None], 1, zoom=8, gap=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import expand_path
 from fine_dist.stages.build import Plan, make_program
@@ -63,7 +63,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
         program.stream.close()  # type: ignore[attr-defined]
         if world.is_main:
             facts = {"steps": fitted.step, "losses": fitted.losses}
-            made = {"batch": config.batch, "seed": config.seed, "diffusion": config.diffusion.model_dump()}
+            made = {"batch": config.batch, "seed": config.seed, **used(config, plan)}
             manifest = save_artifact(
                 folder,
                 kind=artifact,
@@ -71,13 +71,51 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
                 arch=plan.arch,
                 tensors=kept_tensors(fitted, plan.condensation.prefix),
                 raw=raw_tensors(fitted, plan.condensation.prefix),
-                extra={**facts, **made, **plan.about, **plan.condensation.report},
+                extra={**plan.about, **facts, **made, **plan.condensation.report},
             )
+            write_hparams(config, plan, fitted, stage, run_dir.tensorboard)
             run_dir.finish(**facts, seconds=fitted.seconds)
             losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in fitted.losses.items())
             size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
             print(f"{stage}: {losses}; {size} in {folder}")
     return folder
+
+
+def write_hparams(config: StageConfig, plan: Plan, fitted: Fitted, stage: str, folder: Path) -> None:
+    """The run as a row of TensorBoard's table of hyperparameters."""
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    settings: dict[str, Any] = {"method": plan.method.config.name, "architecture": plan.arch.name}
+    settings |= {"depth": plan.arch.num_layers, "batch": config.batch, "steps": config.steps, "seed": config.seed}
+    settings |= {"lr": config.optim.lr, "precision": config.engine.precision}
+    for key, value in plan.method.config.model_dump(mode="json", exclude={"name"}).items():
+        if isinstance(value, (int, float, str, bool)):
+            settings[f"method.{key}"] = value
+    losses = fitted.losses
+    kept = ("held_out_loss", *(key for key in losses if key.startswith("quick_")))
+    metrics = {f"{stage}/final_{key}": losses[key] for key in kept if key in losses}
+    metrics = metrics or {f"{stage}/final_loss": losses["loss"]}
+    with SummaryWriter(str(folder)) as board:
+        for summary in hparams(settings, metrics):
+            board.file_writer.add_summary(summary)
+        for name, value in metrics.items():
+            board.add_scalar(name, value, fitted.step)
+
+
+def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
+    """What a model must be sampled and measured with: its diffusion, its sampler, and what made its latents."""
+    from fine_dist.data.sources import locate
+
+    manifest, _ = locate(expand_path(str(config.data.shards)), config.data)
+    found: dict[str, Any] = {
+        "diffusion": config.diffusion.model_dump(),
+        "sampler": config.sampler.model_dump(),
+        "codec": {"name": manifest.codec, "scaling_factor": manifest.scaling_factor},
+    }
+    if len(manifest.class_names) == plan.arch.num_classes:
+        found["class_names"] = list(manifest.class_names)
+    return found
 
 
 def raw_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:

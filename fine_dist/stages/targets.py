@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import ArtifactError
 from fine_dist.methods import Descent, Method, Parent, check, from_manifest, parent_of
+from fine_dist.stages.sources import PLACES, HintsConfig, carried, is_foreign, read_artifact
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
-
-PLACES = ("model", "target", "sigma", "learngene")
-"""Folders of a run directory that hold an artifact, in the order in which they are looked for; `sigma` is a target of
-earlier versions."""
 
 
 def descend(
@@ -92,15 +89,27 @@ def save_target(
     """
     from fine_dist.model.artifact import save_artifact
 
-    extra: dict[str, Any] = {"inherited": sorted(set(names) - own.keys()), **facts}
+    extra: dict[str, Any] = {"inherited": sorted(set(names) - own.keys())}
     if parent is not None:
         place = parent.artifact.folder.absolute()
+        extra |= _handed_on(parent, arch)
         extra["parent"] = {
             "hash": parent.artifact.hash,
             "path": str(place),
             "from_here": os.path.relpath(place, Path(folder).absolute()),
         }
+        if imported := parent.artifact.extra.get("imported"):
+            extra["parent"] |= {"source": imported["source"], "hints": imported["hints"]}
+    extra |= facts
     return save_artifact(folder, kind="target", method=dict(method), arch=arch, tensors=dict(own), extra=extra)
+
+
+def _handed_on(parent: Parent, arch: Arch) -> dict[str, Any]:
+    """What a target's manifest has of its parent's; names of classes only where the classes are the parent's."""
+    found = carried(parent.artifact.extra)
+    if arch.num_classes != parent.arch.num_classes:
+        found.pop("class_names", None)
+    return found
 
 
 def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[DiT, Artifact]:
@@ -180,16 +189,28 @@ def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
     if given:
         places = [Path(given), *(Path(given) / name for name in PLACES)]
     place = next((place for place in places if (place / MANIFEST).is_file()), None)
-    if place is None:
-        raise ArtifactError(
-            f"{artifact.folder} needs its parent (hash {named['hash'][:12]}...), which is not in "
-            + " or ".join(str(p) for p in places[:2])
-            + "; say where it lies now with --learngene FOLDER"
-        )
-    parent = load_artifact(place)
+    if place is not None:
+        parent = load_artifact(place)
+    else:
+        parent = _foreign_parent(artifact, named, places)
     if parent.hash != named["hash"]:
         raise ArtifactError(
-            f"{artifact.folder} was made from the parent {named['hash'][:12]}..., and {place} is another one "
+            f"{artifact.folder} was made from the parent {named['hash'][:12]}..., and {parent.folder} is another one "
             f"({parent.hash[:12]}...): the target means nothing without its own"
         )
     return parent_of(parent)
+
+
+def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], places: list[Path]) -> Artifact:
+    """A parent of another project's, where it lay or lies; a name on the hub is one, too."""
+    hints = HintsConfig(**named.get("hints", {}))
+    sources = [place for place in places if place.exists() and is_foreign(place)]
+    if not sources and "source" in named and is_foreign(named["source"]):
+        sources = [named["source"]]
+    if sources:
+        return read_artifact(sources[0], hints)
+    raise ArtifactError(
+        f"{artifact.folder} needs its parent (hash {named['hash'][:12]}...), which is not in "
+        + " or ".join(str(p) for p in places[:2])
+        + "; say where it lies now with --learngene FOLDER"
+    )

@@ -5,14 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import expand_path
 from fine_dist.errors import ConfigError
 from fine_dist.methods import SCRATCH, AnyMethod, Condensation, Method, build, from_manifest, parent_of
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.build import Plan
 from fine_dist.stages.config import Blueprint, StageConfig
-from fine_dist.stages.load import find_artifact, hash_of, load_model
+from fine_dist.stages.load import load_model
 from fine_dist.stages.run import train_stage
+from fine_dist.stages.sources import (
+    HintsConfig,
+    carried,
+    facts_of,
+    find_artifact,
+    hash_of,
+    is_foreign,
+    is_hub_name,
+    is_there,
+    read_artifact,
+)
 from fine_dist.stages.targets import descend
 
 if TYPE_CHECKING:
@@ -27,7 +37,10 @@ class TrainConfig(StageConfig):
     run_dir: str = "runs/train"
     """Where everything is written; the model lands in its `model/`."""
     parent: str | None = None
-    """Folder of an initialised target, a model or a learngene: trained as it is, or what `method` makes a target of."""
+    """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
+    a name on the hub): trained as it is, or what `method` makes a target of."""
+    hints: HintsConfig = HintsConfig()
+    """What another project's file does not say of itself."""
     learngene: str | None = None
     """Where the learngene of an initialised target lies now, when it has moved."""
     arch: Arch | None = None
@@ -36,15 +49,13 @@ class TrainConfig(StageConfig):
     """How the weights begin; none: as in the parent, or from scratch where there is no parent."""
 
     def origin(self) -> dict[str, Any]:
-        from fine_dist.model.artifact import read_manifest
-
         arch = self.arch
         if arch is None and self.parent:
-            arch = Arch.model_validate(read_manifest(find_artifact(self.parent))["arch"])
+            arch = facts_of(self.parent, self.hints).arch
         return {
             "arch": arch.model_dump() if arch else None,
             "method": self.method.model_dump(mode="json") if self.method else None,
-            "origin": hash_of(self.parent) if self.parent else None,
+            "origin": hash_of(self.parent, self.hints) if self.parent else None,
         }
 
     def blueprint(self) -> Blueprint | None:
@@ -55,31 +66,30 @@ class TrainConfig(StageConfig):
         from fine_dist.model.dit import DiT
 
         arch = self.arch
-        if self.parent and Path(expand_path(self.parent)).exists():
-            manifest = read_manifest(find_artifact(self.parent))
-            arch = arch or Arch.model_validate(manifest["arch"])
-            if self.method is None and not (made := from_manifest(manifest["method"])).traits.dense:
+        if arch is None and self.parent and (is_there(self.parent) or is_hub_name(self.parent)):
+            arch = facts_of(self.parent, self.hints).arch
+        if self.parent and is_there(self.parent) and not is_foreign(self.parent) and self.method is None:
+            made = from_manifest(read_manifest(find_artifact(self.parent))["method"])
+            if not made.traits.dense:
                 whole, _ = load_model(self.parent, self.learngene)  # what it is made of, its tensors alone tell
-                return Blueprint(arch, whole.requires_grad_(True).to("meta"), made)
+                return Blueprint(whole.arch, whole.requires_grad_(True).to("meta"), made)
         if arch is None:
             return None
         with torch.device("meta"):
             return Blueprint(arch, DiT(arch), build(self.method or SCRATCH))
 
 
-def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], str | None]:
-    """The model before training, the method it comes from, and the hash of what it comes from."""
-    from fine_dist.model.artifact import load_artifact
-
+def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
+    """The model before training, the method it comes from, and what its manifest says of what it comes from."""
     if config.method is None and config.parent:
-        model, about = load_model(config.parent, config.learngene)
+        model, about = load_model(config.parent, config.learngene, hints=config.hints, draws=False)
         if config.arch is not None and model.arch != config.arch:
             raise ConfigError(
                 f"arch: {config.parent} is {model.arch}, and the config says {config.arch}; leave arch out, or name "
                 "the method that makes a target of another shape"
             )
-        return model.requires_grad_(True), from_manifest(about["method"]), about["hash"]
-    parent = parent_of(load_artifact(find_artifact(config.parent))) if config.parent else None
+        return model.requires_grad_(True), from_manifest(about["method"]), _origin(about["hash"], about)
+    parent = parent_of(read_artifact(config.parent, config.hints)) if config.parent else None
     arch = config.arch or (parent.arch if parent else None)
     if arch is None:
         raise ConfigError("arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from")
@@ -89,7 +99,15 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], str | None]:
         raise ConfigError(
             f"method.name: a {method.config.name} target is made by fine_dist.init; give its folder as parent"
         )
-    return descent.model, method, parent.artifact.hash if parent else None
+    if parent is None or method.traits.parents == ("none",):
+        return descent.model, method, _origin(parent.artifact.hash if parent else None, {})
+    return descent.model, method, _origin(parent.artifact.hash, parent.artifact.extra)
+
+
+def _origin(sha256: str | None, extra: dict[str, Any]) -> dict[str, Any]:
+    """hash, licence, and where weights of another project came from."""
+    more = {"imported": extra["imported"]} if "imported" in extra else {}
+    return {"origin": sha256, **carried(extra), **more}
 
 
 def run(config: TrainConfig) -> Path:
@@ -101,7 +119,7 @@ def run(config: TrainConfig) -> Path:
             Condensation(model, before_step=method.before_step(model)),
             arch=model.arch,  # type: ignore[arg-type]
             method=method,
-            about={"parent": config.parent, "origin": origin},
+            about={"parent": config.parent, **origin},
             draws=False,
         )
 
