@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
 from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import sha256_of, whole_file
+from fine_dist.files import sha256_of, whole_file, written_whole
 from fine_dist.interop.imported import (
     DIT_LICENCE,
     NO_HINTS,
@@ -231,10 +231,11 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
             "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
         )
     with whole_file(path, path.suffix) as draft:
-        if path.suffix == ".pt":
-            torch.save(to_dit(arch, state), draft)
-        else:
-            save_file(to_dit(arch, state), draft)
+        with written_whole(draft):
+            if path.suffix == ".pt":
+                torch.save(to_dit(arch, state), draft)
+            else:
+                save_file(to_dit(arch, state), draft)
         written = read_tensor_file(draft)
         error = Comparison(arch, state).confirm(
             lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
