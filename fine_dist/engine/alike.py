@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fine_dist.config import EngineConfig
+from fine_dist.config import LoopConfig
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.errors import ToldElsewhere, TrainingError
@@ -27,7 +27,7 @@ def broadcast(model: nn.Module, world: World) -> None:
             dist.broadcast(tensor.data, world)
 
 
-def check(model: nn.Module, world: World, engine: EngineConfig, when: str) -> str:
+def check(model: nn.Module, world: World, engine: LoopConfig, when: str) -> str:
     """Compare the weights of all ranks; what is worth saying, or nothing. All ranks call it alike.
 
     A difference of rounding is mended by rank 0's weights (where every rank has its own: the plain backend). Under

@@ -7,6 +7,7 @@ jobs is one small file, so killing the process and starting the same command aga
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fine_dist.config import DataConfig, DiffusionConfig, LoopConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
-from fine_dist.engine import dist
+from fine_dist.engine import alike, dist
 from fine_dist.engine.backend import learning_rate, precision
 from fine_dist.engine.dist import World
 from fine_dist.engine.stopping import GO_ON, STOP
@@ -122,6 +123,7 @@ class PackRun:
         self._no_memory: set[int] = set()
         if world.device is None or world.device.type == "cpu":
             keep_freed_memory()
+        self._send()
         self._resume()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -316,8 +318,13 @@ class PackRun:
 
     def save(self) -> None:
         """Write the state of all jobs as one file, whole or not at all."""
-        if self.states is None or not self.world.is_main:
+        if self.states is None:
             return
+        told = alike.check(self.pack, self.world, self.engine, "at a checkpoint")
+        if not self.world.is_main:
+            return
+        if told:
+            print(told, file=sys.stderr, flush=True)
         begun = time.perf_counter()
         folder, name = self.states
         states = {
@@ -326,6 +333,18 @@ class PackRun:
         }
         write_states(folder, name, states)
         self._save_s = time.perf_counter() - begun
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        """Rank 0's beginning for every rank: processors of different kinds round differently."""
+        if self.world.world_size == 1:
+            return
+        alike.broadcast(self.pack, self.world)
+        for j in range(len(self.jobs)):
+            fixed = self.pack.fixed(j)
+            flat = dist.broadcast(torch.cat([bias.detach().flatten() for bias in fixed]), self.world)
+            for bias, theirs in zip(fixed, flat.split([bias.numel() for bias in fixed])):
+                bias.copy_(theirs.view_as(bias))
 
     def _resume(self) -> None:
         """Go on from the furthest saved state of every job, in whichever pack it was saved."""

@@ -169,6 +169,10 @@ class PackedDiT(nn.Module):
             ]
         return self._stacked[tuple(jobs)]
 
+    def fixed(self, job: int) -> list[Tensor]:
+        """A job's own tensors that do not train: its biases, one after another."""
+        return [bias for layer in self._biases[job] for bias in layer.values()]
+
     # --- a job alone ------------------------------------------------------------------------------------------------
 
     def scalers(self, job: int) -> dict[str, Tensor]:
