@@ -61,7 +61,7 @@ def test_the_tour_runs_cell_by_cell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for cell in cells:
-        exec(compile(cell, "tour.ipynb", "exec"), names)  # noqa: S102 - a file of this repository
+        exec(compile(cell, "tour.ipynb", "exec"), names)
     assert (tmp_path / "runs" / "tour" / "samples" / "samples.png").exists()
     assert (tmp_path / "runs" / "tour" / "dense" / "manifest.json").exists()
     assert names["sigma"].shape[0] == names["target"].arch.num_layers
