@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint check format benchmark chaos slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark docs chaos slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -45,9 +45,15 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
 	$(BIN)/python -m fine_dist.benchmark metrics --json runs/benchmark/metrics.json
 	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
+	$(BIN)/python -m fine_dist.benchmark creative --json runs/benchmark/creative.json
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 90 minutes on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100
+
+docs: install  ## the docs as a site, in build/site
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python docs/site.py build/docs
+	$(BIN)/python -m mkdocs build --strict
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
 	$(BIN)/python slurm/local_cluster.py

@@ -1,7 +1,9 @@
 """`python -m fine_dist.init`: stage 2, initialise a family of targets from a learngene.
 
-python -m fine_dist.init --config FILE [--dry-run] [--launcher NAME]     train the family
-python -m fine_dist.init --list RUN_DIR                                  its sizes and losses
+To train the family, or to print its sizes and losses:
+
+    python -m fine_dist.init --config FILE [--dry-run] [--launcher NAME]
+    python -m fine_dist.init --list RUN_DIR
 """
 
 from __future__ import annotations
