@@ -18,7 +18,7 @@ from fine_dist.config import DiffusionConfig
 from fine_dist.errors import ArtifactError, ConfigError
 from fine_dist.files import whole_folder, written_whole
 from fine_dist.interop.card import Card, card_text
-from fine_dist.interop.check import compare, largest_error
+from fine_dist.interop.check import Comparison
 from fine_dist.interop.diffusers_io import MARKER, PIPELINE_NULL, label_rows, to_diffusers
 from fine_dist.interop.vae import check_scaling
 from fine_dist.model.zoo import Arch
@@ -96,9 +96,10 @@ def write_diffusers(
         )
         (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, vae is not None)))
         model = _transformer(transformer)
-        stock = largest_error(arch, state, forward_of(model))
+        comparison = Comparison(arch, state)
+        stock = comparison.error(forward_of(model))
         set_frequencies(model, arch.frequency_shift)
-        error = compare(arch, state, forward_of(model), str(folder))
+        error = comparison.confirm(forward_of(model), str(folder))
     return Written(folder, error, stock, vae is not None)
 
 

@@ -222,7 +222,7 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
     """
     from safetensors.torch import save_file
 
-    from fine_dist.interop.check import compare
+    from fine_dist.interop.check import Comparison
 
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
@@ -241,7 +241,9 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
                 save_file(to_dit(arch, state), draft)
         sync_file(draft)
         written = read_tensor_file(draft)
-        error = compare(arch, state, lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path))
+        error = Comparison(arch, state).confirm(
+            lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
+        )
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
