@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint check format benchmark docs slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,12 @@ lint: install  ## format, lint, types
 check: lint  ## lint, and the fast tests
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
 
+.PHONY: docs
+docs: install  ## the docs as a site, in build/site
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python docs/site.py build/docs
+	$(BIN)/python -m mkdocs build --strict
+
 format: install  ## rewrite with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -45,11 +51,6 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
 	$(BIN)/python -m fine_dist.benchmark metrics --json runs/benchmark/metrics.json
 	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
-
-docs: install  ## the docs as a site, in build/site
-	$(BIN)/python -m pip install -q -e '.[docs]'
-	$(BIN)/python docs/site.py build/docs
-	$(BIN)/python -m mkdocs build --strict
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
 	$(BIN)/python slurm/local_cluster.py

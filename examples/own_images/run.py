@@ -56,7 +56,7 @@ def run(command: str, **settings: object) -> int:
 
 
 def split(images: Path, out: Path, fraction: float) -> Path:
-    """Links to pictures in `out/train/CLASS` and `out/held_out/CLASS`; pictures without a folder are of class `all`.
+    """Links to the pictures in `out/train/CLASS` and `out/held_out/CLASS`; those without a folder are of class `all`.
 
     Every n-th picture of a class is held out, at least one, so that the same pictures always are.
     """
