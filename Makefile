@@ -6,7 +6,11 @@ STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+<<<<<<< HEAD
 .PHONY: help install demo test test-all lint check format benchmark docs chaos slurm-cluster ray-cluster clean
+=======
+.PHONY: help install demo test test-all lint check format benchmark slurm-cluster ray-cluster clean
+>>>>>>> commands
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -35,6 +39,12 @@ lint: install  ## format, lint, types
 check: lint  ## lint, and the fast tests
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
 
+.PHONY: docs
+docs: install  ## the docs as a site, in build/site
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	$(BIN)/python docs/site.py build/docs
+	$(BIN)/python -m mkdocs build --strict
+
 format: install  ## rewrite with ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -49,11 +59,6 @@ benchmark: install  ## every benchmark, to runs/benchmark
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 90 minutes on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100
-
-docs: install  ## the docs as a site, in build/site
-	$(BIN)/python -m pip install -q -e '.[docs]'
-	$(BIN)/python docs/site.py build/docs
-	$(BIN)/python -m mkdocs build --strict
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
 	$(BIN)/python slurm/local_cluster.py
