@@ -53,7 +53,7 @@ def test_a_schedule_that_ends_at_its_last_step_is_not_continued():
 
 def test_a_trained_model_can_be_an_ancestor_and_need_not_be_a_row():
     old = {"name": "old", "method": {"name": "he"}, "train": ["2N"], "depths": [8], "shown": False}
-    copied = {**FINE, "method": {"name": "fine", "start": "decompose"}, "condense": {"steps": "C", "ancestor": "old"}}
+    copied = {**FINE, "method": {"name": "fine", "initial": "decompose"}, "condense": {"steps": "C", "ancestor": "old"}}
     graph = plan(study(old, copied, HE))
     condense = graph["condense-fine-s0"]
     assert condense.after == ("old-L8-s0",) and graph["old-L8-s0"].steps == 800
