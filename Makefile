@@ -6,11 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-<<<<<<< HEAD
 .PHONY: help install demo test test-all lint check format benchmark docs chaos slurm-cluster ray-cluster clean
-=======
-.PHONY: help install demo test test-all lint check format benchmark slurm-cluster ray-cluster clean
->>>>>>> commands
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -39,7 +35,6 @@ lint: install  ## format, lint, types
 check: lint  ## lint, and the fast tests
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
 
-.PHONY: docs
 docs: install  ## the docs as a site, in build/site
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python docs/site.py build/docs

@@ -19,18 +19,24 @@ if TYPE_CHECKING:
 
 
 Byte = Annotated[int, Field(ge=0, le=255)]
+IDX = "idx:"
+"""What the name of a folder of IDX files begins with, as a source."""
 
 
 class EncodeConfig(Config):
     """Encode images into latent shards: OUT/SPLIT/latents-000000.tar and so on, and their manifest.json."""
 
     source: str = "digits"
-    """`digits` (embedded), a folder with one sub-folder of images per class, or webdataset image shards (.tar files as
-    a brace pattern of paths or URLs)."""
+    """`digits` (embedded), a folder with one sub-folder of images per class, webdataset image shards (.tar files as a
+    brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as Fashion-MNIST's."""
+    held_out: str | None = None
+    """Source of a second split, held_out, that is encoded after the first; none: what the source itself has."""
+    classes: tuple[int, ...] | None = Field(None, min_length=1)
+    """Classes that are kept, by their labels: the first named becomes label 0; none: all."""
     out: str | None = None
     """Folder that gets one sub-folder of shards per split."""
     split: str | None = None
-    """Name of that sub-folder, such as train or held_out; none: train (for digits: both)."""
+    """Name of that sub-folder, such as train or held_out; none: train (for digits and idx: both)."""
     codec: Literal["identity", "vae"] = "identity"
     """`identity` keeps pixels, scaled to [-1, 1]; `vae` encodes with diffusers' AutoencoderKL."""
     vae: str = "stabilityai/sd-vae-ft-ema"
@@ -85,7 +91,13 @@ class EncodeConfig(Config):
             made = {key: value for key, value in made.items() if key not in ("vae", "vae_subfolder", "precision")}
         if self.source != "digits":
             made["background"] = self.background
-        return {**made, "split": split}
+        if self.classes is not None:
+            made["classes"] = list(self.classes)
+        return {**made, "source": self.source_of(split), "split": split}
+
+    def source_of(self, split: str) -> str:
+        """What a split is made of."""
+        return self.held_out if self.held_out and split == "held_out" else self.source
 
 
 def run(config: EncodeConfig) -> Path:
@@ -120,22 +132,33 @@ def _splits(config: EncodeConfig) -> tuple[str, ...]:
 
     if config.codec == "identity" and config.kind == "moments":
         raise ConfigError("kind: identity has no moments; legal with it: sample")
-    if config.source == "digits" and config.codec != "identity":
-        raise ConfigError("codec: digits are 8x8 images, which no autoencoder takes; use identity")
+    if config.codec != "identity" and (config.source == "digits" or config.source.startswith(IDX)):
+        raise ConfigError("codec: digits and idx files are small grey images, which no autoencoder takes; use identity")
     if config.split:
         return (config.split,)
-    return SPLITS if config.source == "digits" else ("train",)
+    both = config.source == "digits" or config.source.startswith(IDX) or config.held_out
+    return SPLITS if both else ("train",)
 
 
 def _source(config: EncodeConfig, split: str) -> Source:
+    from fine_dist.data.images import ChosenClasses
+
+    source = _all_classes(config, split)
+    return source if config.classes is None else ChosenClasses(source, config.classes)
+
+
+def _all_classes(config: EncodeConfig, split: str) -> Source:
+    from fine_dist.data.idx import IdxImages
     from fine_dist.data.images import DigitImages, FolderImages, TarImages
 
-    per_unit = max(1, config.shard_samples // (2 if config.flips else 1))
-    if config.source == "digits":
+    per_unit, source = max(1, config.shard_samples // (2 if config.flips else 1)), config.source_of(split)
+    if source == "digits":
         return DigitImages(split, per_unit=per_unit, limit=config.limit)
-    if config.source.endswith(".tar") or config.source.startswith("pipe:"):
+    if source.startswith(IDX):
+        return IdxImages(source.removeprefix(IDX), split, per_unit=per_unit, limit=config.limit)
+    if source.endswith(".tar") or source.startswith("pipe:"):
         return TarImages(
-            config.source,
+            source,
             image_size=config.image_size,
             data=DataConfig(),
             num_classes=config.num_classes,
@@ -143,7 +166,7 @@ def _source(config: EncodeConfig, split: str) -> Source:
             background=config.background,
         )
     return FolderImages(
-        config.source,
+        source,
         image_size=config.image_size,
         per_unit=per_unit,
         seed=config.seed,

@@ -10,7 +10,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TypeAlias
 
@@ -270,6 +270,35 @@ class DigitImages:
     def items(self, unit: int) -> Iterator[Item]:
         for i in range(unit * self.per_unit, min((unit + 1) * self.per_unit, self.count)):
             yield Item(f"digits:{i}", int(self.labels[i]), lambda i=i: self.images[i])  # type: ignore[misc]
+
+
+class ChosenClasses:
+    """Some classes of another source, in the order given: the first becomes label 0. Units keep their number.
+
+    `DataError` for a class that the source says it does not have, for one named twice, and for no images at all.
+    """
+
+    def __init__(self, source: Source, classes: Sequence[int]) -> None:
+        self.source, self.places = source, {label: place for place, label in enumerate(classes)}
+        if len(self.places) < len(classes):
+            raise DataError(f"classes: {list(classes)} names one twice")
+        known = source.num_classes
+        beyond = [label for label in classes if label < 0 or (known is not None and label >= known)]
+        if beyond:
+            legal = "0 or more" if known is None else f"0 to {known - 1}"
+            raise DataError(f"classes: there is no class {beyond[0]}; legal: {legal}")
+        self.units, self.left_out, self.num_classes = source.units, source.left_out, len(classes)
+        names = source.class_names
+        self.class_names = tuple(names[label] for label in classes) if names else ()
+        self.count = None if source.count is None else sum(1 for unit in range(self.units) for _ in self.items(unit))
+        if self.count == 0:
+            raise DataError(f"classes: {list(classes)} have no images here")
+        self.fingerprint = hashlib.sha256(f"{source.fingerprint} {list(classes)}".encode()).hexdigest()
+
+    def items(self, unit: int) -> Iterator[Item]:
+        for item in self.source.items(unit):
+            if item.label in self.places:
+                yield replace(item, label=self.places[item.label])
 
 
 def tell_left_out(names: Sequence[str], count: int | None = None) -> str:

@@ -12,7 +12,7 @@ from fine_dist.report.claims import FAILED, MEASURES, MISSING, NOISE, Comparison
 from fine_dist.report.costs import arithmetic
 from fine_dist.report.css import CSS
 from fine_dist.report.figures import bars_svg, colour, curves_svg, tables_svg
-from fine_dist.report.results import Picture, Results
+from fine_dist.report.results import Picture, Results, number
 from fine_dist.report.table import table
 from fine_dist.report.tradeoffs import costs_svg, depths_svg, storage_svg
 
@@ -20,19 +20,23 @@ _STATES = {FAILED: "no", NOISE: "noise"}
 """Classes of the style sheet for verdicts; the others are `yes`."""
 
 
-def page(results: Results) -> str:
-    """The whole page. Sections without data are left out."""
+def page(*parts: Results) -> str:
+    """The whole page, of one report or of several below each other. Sections without data are left out."""
+    body = "\n".join(_body(results) for results in parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(parts[0].title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
+        f"<body><main>\n{body}\n</main></body></html>\n"
+    )
+
+
+def _body(results: Results) -> str:
     parts = [_head(results), words.tiles(results)]
     for key, title in results.sections.items():
         content = _SECTIONS[key](results)
         if content:
             parts.append(f"<section><h2>{escape(title)}</h2>{content}</section>")
-    body = "\n".join(part for part in parts if part)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(results.title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
-        f"<body><main>\n{body}\n</main></body></html>\n"
-    )
+    return "\n".join(part for part in parts if part)
 
 
 def _figure(content: str | None, caption: str) -> str:
@@ -169,6 +173,30 @@ def _setup(results: Results) -> str:
     )
 
 
+def _tuning(results: Results) -> str:
+    """What every series tried, the losses, and which was chosen."""
+    if not results.tuning:
+        return ""
+    points = [_plain(row["values"]) for row in next(iter(results.tuning.values()))]
+    heads = "".join(f"<th>{escape(point)}</th>" for point in points)
+    body = []
+    for series, rows in results.tuning.items():
+        cells = "".join(_tried(row["held_out_loss"], row["chosen"]) for row in rows)
+        body.append(f"<tr><td class=t>{escape(results.label(series))}</td>{cells}</tr>")
+    head = f"<thead><tr><th class=t></th>{heads}</tr></thead>"
+    content = f"<div class=scroll><table>{head}<tbody>{''.join(body)}</tbody></table></div>"
+    return _figure(
+        content,
+        "Held-out loss of what was tried, the same for every series, on a seed that is not reported. The lowest (bold) "
+        "was then used for every reported seed and depth.",
+    )
+
+
+def _tried(loss: float | None, chosen: bool) -> str:
+    text = "–" if loss is None else number(loss)
+    return f"<td><b>{text}</b></td>" if chosen else f"<td>{text}</td>"
+
+
 def _plain(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
@@ -187,5 +215,6 @@ _SECTIONS: dict[str, Callable[[Results], str]] = {
     "storage": lambda results: _figure(storage_svg(results), words.storage_caption(results)),
     "pictures": _gallery,
     "tables": lambda results: _figure(tables_svg(results), words.tables_caption(results)),
+    "tuning": _tuning,
     "setup": _setup,
 }

@@ -32,6 +32,7 @@ SECTIONS = {
     "storage": "Storage",
     "pictures": "Samples",
     "tables": "Tables over depth",
+    "tuning": "What was tuned",
     "setup": "How it was made",
 }
 """A page's sections in order, and their titles. Those without data are left out."""
@@ -186,6 +187,8 @@ class Results(_Part):
     rows: list[Row] = []
     ancestors: dict[str, Ancestor] = {}
     """By series."""
+    tuning: dict[str, list[dict[str, Any]]] = {}
+    """By series: what was tried on a seed that is not here, as {values, held_out_loss, chosen}."""
     target_params: dict[int, int] = {}
     """Numbers in a full model of each depth."""
     tables: dict[str, dict[str, Any]] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fine_dist.errors import ConfigError
 from fine_dist.methods import SCRATCH, AnyMethod, Condensation, Method, build, from_manifest, parent_of
@@ -47,6 +47,9 @@ class TrainConfig(StageConfig):
     """Architecture; none: that of the parent."""
     method: AnyMethod | None = None
     """How the weights begin; none: as in the parent, or from scratch where there is no parent."""
+    shell: Literal["inherited", "scratch"] = "inherited"
+    """What is outside the blocks (embedders, final layer) begins as the parent or method has it, or from scratch: what
+    the blocks alone are worth."""
 
     def origin(self) -> dict[str, Any]:
         arch = self.arch
@@ -56,6 +59,7 @@ class TrainConfig(StageConfig):
             "arch": arch.model_dump() if arch else None,
             "method": self.method.model_dump(mode="json") if self.method else None,
             "origin": hash_of(self.parent, self.hints) if self.parent else None,
+            **({} if self.shell == "inherited" else {"shell": self.shell}),
         }
 
     def blueprint(self) -> Blueprint | None:
@@ -110,11 +114,26 @@ def _origin(sha256: str | None, extra: dict[str, Any]) -> dict[str, Any]:
     return {"origin": sha256, **carried(extra), **more}
 
 
+def with_fresh_shell(model: nn.Module, seed: int) -> None:
+    """What is outside the blocks as a model of this shape has it from scratch; the blocks stay as they are."""
+    import torch
+
+    from fine_dist.model.dit import DiT
+    from fine_dist.model.roles import of_role
+
+    arch: Any = model.arch
+    fresh = of_role(DiT(arch, generator=torch.Generator().manual_seed(seed)), "shell")
+    for name, own in of_role(model, "shell").items():
+        own.copy_(fresh[name])
+
+
 def run(config: TrainConfig) -> Path:
     """Train the model; returns its folder. Raises `ResumeLater` when stopped early."""
 
     def make(world: World) -> Plan:
         model, method, origin = begin(config)
+        if config.shell == "scratch":
+            with_fresh_shell(model, config.seed)
         return Plan(
             Condensation(model, before_step=method.before_step(model)),
             arch=model.arch,  # type: ignore[arg-type]

@@ -9,9 +9,13 @@ The same call again runs only what is not done.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fine_dist.study.config import Entry, Stage, StudyConfig, load_study
 from fine_dist.study.plan import Graph, Run, plan
+
+if TYPE_CHECKING:
+    from fine_dist.report import Results
 
 
 def run_study(study: StudyConfig, launcher: str = "auto") -> Path:
@@ -20,16 +24,26 @@ def run_study(study: StudyConfig, launcher: str = "auto") -> Path:
     Raises `TrainingError` naming the runs that failed, with the ends of their logs, after all others have ended.
     """
     from fine_dist.report import summary_png, write_report
-    from fine_dist.study.collect import collect
-    from fine_dist.study.follow import follow
 
-    graph = plan(study)
-    follow(graph, launcher)
-    results = collect(graph)
+    results = results_of(study, launcher)
     page = write_report(study.root / "report", results)
     if any(len(results.points(s, t)) > 1 for s in results.series for t in results.targets):
         summary_png(results, study.root / "report" / "summary.png")
     return page
+
+
+def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
+    """Run everything that is not done yet, tuning first, and measure it. `TrainingError` as `run_study`."""
+    from fine_dist.study.collect import collect
+    from fine_dist.study.follow import follow
+    from fine_dist.study.tune import tuned
+
+    chosen, tried = tuned(study, launcher)
+    graph = plan(chosen)
+    follow(graph, launcher)
+    results = collect(graph)
+    results.tuning = tried
+    return results
 
 
 def outline(study: StudyConfig) -> list[str]:
@@ -43,4 +57,4 @@ def outline(study: StudyConfig) -> list[str]:
     ]
 
 
-__all__ = ["Entry", "Graph", "Run", "Stage", "StudyConfig", "load_study", "outline", "plan", "run_study"]
+__all__ = ["Entry", "Graph", "Run", "Stage", "StudyConfig", "load_study", "outline", "plan", "results_of", "run_study"]

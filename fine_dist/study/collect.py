@@ -16,7 +16,7 @@ from fine_dist.files import read_rows, write_atomic
 from fine_dist.report import Ancestor, Picture, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
-from fine_dist.study.costs import Cost, condense_cost, done_facts, init_cost, train_cost
+from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
 from fine_dist.study.surroundings import features, machine
 
 if TYPE_CHECKING:
@@ -61,8 +61,7 @@ class _Collector:
             config=self._said(),
             machine=machine(),
         )
-        shown = [entry for entry in study.used if entry.shown]
-        for entry in sorted(shown, key=lambda e: e.name != study.main):
+        for entry in sorted(study.rows, key=lambda e: e.name != study.main):
             self._ancestor(results, entry)
             for depth in study.depths_of(entry):
                 for seed in study.seeds:
@@ -79,6 +78,7 @@ class _Collector:
             "steps": study.steps,
             "entries": [entry.name for entry in study.used],
             "samples": study.samples,
+            **({"tuned on seed": study.tune_seed} if study.tune else {}),
         }
 
     # --- measuring -------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ class _Collector:
         return self._measures[data]
 
     def of(self, entry: Entry) -> Measures:
-        return self.measures(entry.data or next(iter(self.study.data)))
+        return self.measures(settings.data_of(self.study, "train", entry))
 
     def kept(self, measures: Measures, name: str, folder: Path, **more: Any) -> dict[str, Any]:
         """Held-out loss and Fréchet distance of a model on disk, measured once for these weights and settings."""
@@ -122,23 +122,28 @@ class _Collector:
 
     def _parent(self, entry: Entry, seed: int) -> tuple[Run, Artifact] | None:
         """The run that made what the entry's targets come from, and its product; read once."""
-        from fine_dist.model.artifact import load_artifact
-
         found = self.graph.parent_of(entry, seed)
         if found is None:
             return None
-        run, folder = found
+        return found[0], self._artifact(found[0])
+
+    def _artifact(self, run: Run) -> Artifact:
+        from fine_dist.model.artifact import load_artifact
+        from fine_dist.stages import find_artifact
+
         if run.name not in self._artifacts:
-            self._artifacts[run.name] = load_artifact(folder)
-        return run, self._artifacts[run.name]
+            self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
+        return self._artifacts[run.name]
 
     def _shared(self, entry: Entry, seed: int) -> Cost:
-        """What an entry's targets share: stage 1 of what they come from."""
+        """What an entry's targets share: stage 1 of what they come from, and all training of its ancestors."""
         found = self._parent(entry, seed)
         if found is None:
             return Cost()
-        run, artifact = found
-        return condense_cost(run, artifact.arch)
+        cost = Cost()
+        for run in self.graph.lineage(entry, seed):
+            cost += condense_cost(run, self._artifact(run).arch)
+        return cost
 
     def _ancestor(self, results: Results, entry: Entry) -> None:
         """What the entry's targets come from."""
@@ -150,12 +155,13 @@ class _Collector:
             return
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
-        numbers = [self.kept(self.of(entry), r.name, r.run_dir) for r, _ in parents]
+        own = self.measures(Path(run.config.data.shards).parent.name)  # which need not be its targets'
+        numbers = [self.kept(own, r.name, r.run_dir) for r, _ in parents]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(
             name=artifact.arch.name,
             layers=artifact.arch.num_layers,
-            steps=run.steps,
+            steps=costs[0].steps,
             seconds=sum(c.seconds for c in costs) / len(costs),
             held_out_loss=sum(n["held_out_loss"] for n in numbers) / len(numbers),
             params=sum(p.numel() for p in model.parameters()),
@@ -184,10 +190,12 @@ class _Collector:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
             artifact = load_artifact(find_artifact(folder))
-            before = init_cost(run, folder, artifact.arch)
+            before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
-            trained = int(done_facts(folder).get("trained", own))
             numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder)
+            if entry.init.final:
+                self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
+                return
             results.add(
                 stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
                 seconds=before.seconds, stored=own, trained=trained, **common, **paid, **numbers,
@@ -198,6 +206,17 @@ class _Collector:
         if entry.untrained:
             self._untrained(results, entry, depth, seed)
         self._trained(results, entry, depth, seed, before, common | paid)
+
+    def _whole(self, results: Results, folder: Path, cost: Cost, common: dict[str, Any], end: dict[str, Any]) -> None:
+        """The curve of a target whose stage 2 is all its training, and what the one that is kept is worth."""
+        points = {row["step"]: row["held_out_loss"] for row in read_rows(folder / "metrics.jsonl")
+                  if "held_out_loss" in row}  # fmt: skip
+        for step, loss in sorted((points | {cost.steps: end["held_out_loss"]}).items()):
+            now, last = cost.share(step), step == cost.steps
+            results.add(
+                stage="train", step=step, held_out_loss=loss, frechet=end["frechet"] if last else None,
+                steps_train=step, samples=now.samples, flops=now.flops, seconds=now.seconds, **common,
+            )  # fmt: skip
 
     def _untrained(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
         """What each variant of a target is worth without any training."""
@@ -225,7 +244,8 @@ class _Collector:
         if not runs:
             return
         model, _ = load_model(runs[0].run_dir)
-        numbers = results.target_params[depth] = sum(p.numel() for p in model.parameters())
+        numbers = sum(p.numel() for p in model.parameters())
+        results.target_params[depth] = max(numbers, results.target_params.get(depth, 0))
         spent = Cost()
         for run, cost in zip(runs, train_cost(runs, model.arch)):
             start = spent if run.grows else Cost()

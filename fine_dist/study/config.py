@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,8 @@ class Stage(Config):
     """Data set of this stage; none: the study's first for stage 1, the entry's for stage 2."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Laid over the study's settings of this stage."""
+    final: bool = False
+    """Stage 2 is all the training that a target has: its steps are counted as training steps."""
 
 
 class Entry(Config):
@@ -51,6 +53,10 @@ class Entry(Config):
     """Laid over the study's settings of stage 3."""
     data: str | None = None
     """Data set of stages 2 and 3, and of the measures; none: the study's first."""
+    labels: Literal["keep", "new"] = "keep"
+    """Whether the labels of stage 2's data mean what the parent's do, or targets learn labels of their own."""
+    shell: Literal["inherited", "scratch"] = "inherited"
+    """What is outside the blocks when stage 3 begins: as the method has it, or from scratch."""
     depths: tuple[int, ...] = ()
     """Layers of its targets; empty: the study's."""
     untrained: bool = False
@@ -95,6 +101,13 @@ class StudyConfig(Config):
     """Entry that it is held against first."""
     controls: bool = True
     """Run the entries that are marked as controls."""
+    tune: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Settings of the last stage of every row, dotted, and the values to choose from: `{optim.lr: [5e-4, 1e-3]}`. The
+    held-out loss chooses, entry by entry, on a seed that is not reported."""
+    tune_seed: int = Field(1000, ge=0)
+    """That seed, of the whole chain."""
+    tune_depth: int | None = Field(None, ge=1)
+    """Layers of the targets on which it is chosen; none (or not of the entry): the entry's first."""
     features: str | None = "classifier"
     """`classifier`: one trained on the study's own data; a folder with one; none: no Fréchet distance."""
     samples: int = Field(500, ge=2)
@@ -134,6 +147,11 @@ class StudyConfig(Config):
         for where, name in named.items():
             if name not in names:
                 raise ValueError(f"{where}: no entry is called {name!r}; there are {', '.join(names)}")
+        if self.tune and self.tune_seed in self.seeds:
+            raise ValueError(f"tune_seed {self.tune_seed} is one of seeds, whose results are reported; choose another")
+        empty = [key for key, values in self.tune.items() if not values]
+        if empty:
+            raise ValueError(f"tune.{empty[0]}: give one value or more")
         if not self.data:
             raise ValueError("data: a study needs one data set or more")
         missing = [stage for stage in ("condense", "init", "train") if stage not in self.stages]
@@ -154,6 +172,11 @@ class StudyConfig(Config):
     def entry(self, name: str) -> Entry:
         """The entry of a name."""
         return next(entry for entry in self.entries if entry.name == name)
+
+    @property
+    def rows(self) -> tuple[Entry, ...]:
+        """The entries that are run and shown."""
+        return tuple(entry for entry in self.used if entry.shown)
 
     def depths_of(self, entry: Entry) -> tuple[int, ...]:
         """Layers of an entry's targets."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.errors import RunDirError
-from fine_dist.study.settings import step_flops, teacher_arch
+from fine_dist.study.settings import stage_1_flops, stage_2_cost, step_flops
 
 if TYPE_CHECKING:
     from fine_dist.model.zoo import Arch
@@ -47,18 +47,21 @@ def done_facts(folder: Path) -> dict[str, Any]:
 
 
 def condense_cost(run: Run, arch: Arch) -> Cost:
-    """Stage 1; a teacher's forward pass counts where the loss asks for it."""
+    """Stage 1, by its method's own count, or a model's whole training; a teacher's forward pass counts where the loss
+    asks for it."""
     samples = run.steps * run.config.batch
-    flops = samples * step_flops(arch, trains_all=True, teacher=teacher_arch(run.config))
+    flops = samples * (stage_1_flops(run.config) or step_flops(arch))
     return Cost(run.steps, samples, flops, float(done_facts(run.run_dir)["seconds"]))
 
 
-def init_cost(run: Run, folder: Path, arch: Arch) -> Cost:
-    """Stage 2 of one target; its seconds are its share of its pack's."""
+def init_cost(run: Run, folder: Path, depth: int) -> tuple[Cost, int]:
+    """Stage 2 of one target by its method's own count, and the numbers that trained; its seconds are its share of its
+    pack's."""
     facts = done_facts(folder)
     samples = int(facts["steps"]) * run.config.batch
-    flops = samples * step_flops(arch, trains_all=False)
-    return Cost(int(facts["steps"]), samples, flops, float(facts["seconds"]))
+    one = stage_2_cost(run.config, depth)
+    trained = one.trained if facts["steps"] else 0
+    return Cost(int(facts["steps"]), samples, samples * one.training, float(facts["seconds"])), trained
 
 
 def train_cost(runs: list[Run], arch: Arch) -> list[Cost]:
@@ -67,7 +70,7 @@ def train_cost(runs: list[Run], arch: Arch) -> list[Cost]:
     for run in runs:
         steps = run.steps - (steps_before if run.grows else 0)
         samples = steps * run.config.batch
-        flops = samples * step_flops(arch, trains_all=True)
+        flops = samples * step_flops(arch)
         found.append(Cost(steps, samples, flops, float(done_facts(run.run_dir)["seconds"])))
         steps_before = run.steps
     return found

@@ -151,6 +151,17 @@ class Graph:
         finally:
             self._open.pop()
 
+    def lineage(self, entry: Entry, seed: int) -> list[Run]:
+        """What must be trained before an entry's targets begin: ancestors' runs first, then what they come from."""
+        if entry.parent:
+            parent = self.study.entry(entry.parent)
+            return [*self.lineage(parent, seed), *([] if parent.condense else [self.parent(parent, seed)[0]])]
+        if not entry.condense:
+            return []
+        ancestor = self.study.entry(entry.condense.ancestor) if entry.condense.ancestor else None
+        before = [*self.lineage(ancestor, seed), self.parent(ancestor, seed)[0]] if ancestor else []
+        return [*before, self.condense(entry, seed)]
+
     def steps(self, formula: int | str) -> int:
         """A formula's value in this study; at least one."""
         found = steps_of(formula, self.study.steps)
@@ -165,8 +176,14 @@ class Graph:
         grows: str | None = None,
     ) -> Run:  # fmt: skip
         config = settings.stage_config(self.study, stage, name, entry, changes)
-        data = self.data(Path(config.data.shards).parent.name)
-        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after or (data.name,), grows))
+        data = self.data(settings.data_of(self.study, stage, entry))
+        if not self._comes_after(after, data.name):
+            after = (*after, data.name)
+        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after, grows))
+
+    def _comes_after(self, names: tuple[str, ...], wanted: str) -> bool:
+        """Whether one of these runs needs a run, however far back."""
+        return any(name == wanted or self._comes_after(self[name].after, wanted) for name in names)
 
     def _add(self, run: Run) -> Run:
         """The run, or the one that does the same under another name."""

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import Config, validate
-from fine_dist.study.config import Entry, StudyConfig, merged
+from fine_dist.study.config import Entry, Stage, StudyConfig, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fine_dist.methods import Method
     from fine_dist.model.artifact import Artifact
+    from fine_dist.model.cost import Cost as ModelCost
     from fine_dist.model.zoo import Arch
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
@@ -24,15 +25,29 @@ MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init
 
 def stage_config(study: StudyConfig, stage: str, run: str, entry: Entry, changes: dict[str, Any]) -> Any:
     """The config of one run: the study's settings of the stage, the entry's over them, then what the graph decides."""
-    own = {"condense": entry.condense, "init": entry.init}.get(stage)
-    chosen = (own.data if own else None) or (None if stage == "condense" else entry.data)
-    data = study.root / (chosen or next(iter(study.data)))
+    own = _own(entry, stage)
+    name = data_of(study, stage, entry)
+    data = study.root / name
     values = merged(study.stages[stage], own.settings if own else entry.settings)
     values["data"] = {**values.get("data", {}), "shards": str(data / "train"), "held_out": str(data / "held_out")}
+    if stage == "init" and entry.labels == "new":
+        values["domains"] = {name: {"data": values.pop("data"), "labels": "new"}}
+    if stage == "train" and entry.shell != "inherited":
+        values["shell"] = entry.shell
     values["run_dir"] = str(study.root / run)
     values["launch"] = merged(_needs(study), values.get("launch", {}))
     kind = getattr(importlib.import_module(MODULES[stage]), f"{stage.capitalize()}Config")
     return validate(kind, merged(values, changes), f"{stage} of entry {entry.name}")
+
+
+def data_of(study: StudyConfig, stage: str, entry: Entry) -> str:
+    """Name of the data set that a stage of an entry reads."""
+    own = _own(entry, stage)
+    return (own.data if own else None) or (None if stage == "condense" else entry.data) or next(iter(study.data))
+
+
+def _own(entry: Entry, stage: str) -> Stage | None:
+    return {"condense": entry.condense, "init": entry.init}.get(stage)
 
 
 def _needs(study: StudyConfig) -> dict[str, Any]:
@@ -129,18 +144,34 @@ def depth_tables(folder: Path) -> dict[str, Tensor]:
     return method.tables(model)
 
 
-def step_flops(arch: Arch, trains_all: bool, teacher: Arch | None = None) -> float:
-    """FLOPs of one sample's step: forward and backward; without weight gradients where almost nothing trains; and a
-    teacher's forward pass."""
+def stage_2_cost(config: Any, depth: int) -> ModelCost:
+    """What one sample's step of a target costs in stage 2, and the numbers that train, by its method's own count."""
+    from fine_dist.family import Family
+    from fine_dist.stages.targets import descend
+
+    family = Family(config)
+    member = next(member for member in family.members if member.depth == depth)
+    method, labels = family.method(member), family.new_labels(member)
+    descent = descend(method, family.parent, family.arch(member), member.seed, new_labels=labels)
+    if descent.trains == "all":
+        descent.model.requires_grad_(True)
+    return method.cost(descent.model, config.batch)
+
+
+def stage_1_flops(config: Config) -> float | None:
+    """FLOPs of one sample's step of stage 1, its teacher's forward pass included; none for another stage."""
+    from fine_dist.model.flops import forward_macs
+    from fine_dist.stages.condense import CondenseConfig
+
+    if not isinstance(config, CondenseConfig):
+        return None
+    plan = config.blueprint()
+    own = plan.method.cost(plan.model, config.batch).training
+    return own + (2.0 * forward_macs(plan.teacher) if plan.teacher else 0.0)
+
+
+def step_flops(arch: Arch) -> float:
+    """FLOPs of one sample's step of a dense model, all of which trains: forward and backward."""
     from fine_dist.model.flops import forward_macs
 
-    own = (6.0 if trains_all else 4.0) * forward_macs(arch)
-    return own + (2.0 * forward_macs(teacher) if teacher else 0.0)
-
-
-def teacher_arch(config: Config) -> Arch | None:
-    """The architecture of the model that a run's loss asks for its outputs; none for a plain loss."""
-    from fine_dist.stages import StageConfig
-
-    plan = config.blueprint() if isinstance(config, StageConfig) else None
-    return plan.teacher if plan else None
+    return 6.0 * forward_macs(arch)

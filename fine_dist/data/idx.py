@@ -1,0 +1,74 @@
+"""Grey images in IDX files, MNIST's format: Debian's package dataset-fashion-mnist puts 70,000 on a machine.
+
+A file begins with two zero bytes, the type of its numbers (8: unsigned bytes), how many axes it has, and the length of
+each as a big-endian 32-bit integer; the numbers follow. Files may be gzipped. Nothing is ever downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fine_dist.config import expand_path
+from fine_dist.data.images import Item
+from fine_dist.errors import DataError
+
+FILES = {"train": "train", "held_out": "t10k"}
+"""What the names of a split's files begin with."""
+PACKAGE = "apt-get install dataset-fashion-mnist (it puts them in /usr/share/datasets/fashion-mnist)"
+_BYTES = 8
+"""Type of unsigned bytes."""
+
+
+class IdxImages:
+    """A split of a folder of IDX files: uint8 [1, H, W]; `train` is train-*, `held_out` is t10k-*.
+
+    `DataError` for another split, and for files that are not there (saying what to install), damaged, or do not belong
+    together.
+    """
+
+    def __init__(self, folder: str, split: str, *, per_unit: int, limit: int | None = None) -> None:
+        if split not in FILES:
+            raise DataError(f"split: idx files have no split {split!r}; legal: {', '.join(FILES)}")
+        root, head = Path(expand_path(folder)), FILES[split]
+        self.name = f"{head}-images-idx3-ubyte"
+        self.images = read_idx(root, self.name, 3)[:limit]
+        self.labels = read_idx(root, f"{head}-labels-idx1-ubyte", 1)[:limit]
+        if len(self.images) != len(self.labels):
+            raise DataError(f"source: {root}: {len(self.images)} images and {len(self.labels)} labels in {split}")
+        self.count, self.per_unit = len(self.images), per_unit
+        self.units = -(-self.count // per_unit)
+        self.num_classes = int(self.labels.max(initial=0)) + 1
+        self.class_names = tuple(map(str, range(self.num_classes)))
+        self.left_out: tuple[str, ...] = ()
+        self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+
+    def items(self, unit: int) -> Iterator[Item]:
+        for i in range(unit * self.per_unit, min((unit + 1) * self.per_unit, self.count)):
+            yield Item(f"{self.name}:{i}", int(self.labels[i]), lambda i=i: self.images[i][None])  # type: ignore[misc]
+
+
+def read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
+    """An IDX file of unsigned bytes, gzipped or not: uint8, of so many axes. `DataError` with what is wrong."""
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise DataError(f"source: {folder} has no {name} or {name}.gz; for Fashion-MNIST: {PACKAGE}")
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"source: {path} cannot be read: {error}") from None
+    head = 4 + 4 * axes
+    if len(content) < head or content[:4] != bytes([0, 0, _BYTES, axes]):
+        raise DataError(f"source: {path} is no IDX file of unsigned bytes with {axes} axes")
+    shape = struct.unpack(f">{axes}I", content[4:head])
+    if len(content) - head != math.prod(shape):
+        raise DataError(f"source: {path} holds {len(content) - head} numbers, and its head says {list(shape)}")
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
