@@ -135,7 +135,9 @@ run() {
         wait "$pid" && code=0 || code=$?
     done
     [[ ! -s $FINE_DIST_EXIT_FILE ]] || code=75
-    if ((code == 75 || (code != 0 && told))); then
+    if ((code == 75)) && [[ -e $RUN_DIR/STOP || -e $RUN_DIR/STOPPED ]]; then
+        echo "stopped by a file STOP; the same command continues it" >&2
+    elif ((code == 75 || (code != 0 && told))); then
         requeue
     fi
     exit "$code"

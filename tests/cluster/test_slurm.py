@@ -101,6 +101,15 @@ def test_a_mistake_in_the_config_is_told_in_the_scripts_output(slurm, tmp_path):
     assert "no_such_key" in (tmp_path / f"slurm-{job}.out").read_text()
 
 
+def test_a_script_whose_run_was_stopped_by_a_file_does_not_go_back_into_the_queue(slurm, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOPPED").touch()  # the engine's mark that a file STOP was obeyed; without it, 75 means the queue
+    job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(run_dir), "--stop-times", "1")
+    assert slurm.ends(job) == "FAILED" and starts(run_dir) == 1
+    assert "stopped by a file STOP" in (tmp_path / f"slurm-{job}.out").read_text()
+
+
 def test_init_as_a_script_is_an_array_of_its_tasks(slurm, tmp_path):
     run_dir = tmp_path / "run"
     job = sbatch(slurm, "init.sh", tmp_path, "--run-dir", str(run_dir), "--tasks", "5", "--launch.max-parallel", "2")
