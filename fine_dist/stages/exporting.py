@@ -133,12 +133,14 @@ def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
 
 
 def _read_back(model: DiT, out: Path) -> float:
-    from fine_dist.interop.check import compare
+    from fine_dist.interop.check import Comparison
     from fine_dist.model.dit import DiT
     from fine_dist.stages.load import load_model
 
     again, _ = load_model(out, draws=False)
-    return compare(model.arch, model.state_dict(), again.eval(), str(out)) if type(model) is DiT else 0.0
+    if type(model) is not DiT:
+        return 0.0
+    return Comparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))
 
 
 def _compared(where: str, error: float) -> str:
