@@ -39,11 +39,10 @@ def build(folder: Path) -> None:
         (folder / name).write_text(rewritten(path, known), encoding="utf-8")
     for picture in sorted((ROOT / "docs").glob("*.png")):
         shutil.copy(picture, folder / picture.name)
-    lines = ["# Reference\n", "The public modules, from their docstrings.\n"]
+    reference = folder / "reference"
+    reference.mkdir()
     for module in modules():
-        lines.append(f"- [`{module}`](api_{module}.md)")
-        (folder / f"api_{module}.md").write_text(f"# {module}\n\n::: {module}\n", encoding="utf-8")
-    (folder / "reference.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (reference / f"{module}.md").write_text(f"# {module}\n\n::: {module}\n", encoding="utf-8")
 
 
 def rewritten(path: Path, known: dict[Path, str]) -> str:

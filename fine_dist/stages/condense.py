@@ -127,7 +127,7 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             "weights, and no loss imitates it; leave ancestor out, or set --loss.output 1 (distillation)"
             + (", or --method.initial decompose" if "initial" in type(config.method).model_fields else "")
         )
-    ancestor, about = load_model(config.ancestor, hints=config.hints)
+    ancestor, about = load_model(config.ancestor, hints=config.hints, draws=config.imitates)
     shape = config.shape
     if traits.same_shape and ancestor.arch != shape:
         raise ConfigError(

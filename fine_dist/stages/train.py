@@ -109,9 +109,12 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
 
 
 def _origin(sha256: str | None, extra: dict[str, Any]) -> dict[str, Any]:
-    """hash, licence, and where weights of another project came from."""
-    more = {"imported": extra["imported"]} if "imported" in extra else {}
-    return {"origin": sha256, **carried(extra), **more}
+    """hash, licence, and the first ancestor, such as weights of another project."""
+    ancestor = extra.get("ancestor")
+    if imported := extra.get("imported"):
+        licence = extra.get("licence")
+        ancestor = {"path": imported["source"], "hash": sha256, "licence": licence, "imported": imported}
+    return {"origin": sha256, **carried(extra), **({"ancestor": ancestor} if ancestor else {})}
 
 
 def with_fresh_shell(model: nn.Module, seed: int) -> None:

@@ -107,7 +107,7 @@ def test_a_script_whose_run_was_stopped_by_a_file_does_not_go_back_into_the_queu
     (run_dir / "STOPPED").touch()  # the engine's mark that a file STOP was obeyed; without it, 75 means the queue
     job = sbatch(slurm, "condense.sh", tmp_path, "--run-dir", str(run_dir), "--stop-times", "1")
     assert slurm.ends(job) == "FAILED" and starts(run_dir) == 1
-    assert "stopped by a file STOP" in (tmp_path / f"slurm-{job}.out").read_text()
+    assert "stopped by a file STOP" in (run_dir / "logs" / f"toy_stage-{job}.log").read_text()
 
 
 def test_init_as_a_script_is_an_array_of_its_tasks(slurm, tmp_path):

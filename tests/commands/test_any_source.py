@@ -90,7 +90,7 @@ def test_training_goes_on_from_a_folder_of_diffusers(folder, dense, digit_shards
     argv = ["train", "--parent", str(folder), *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "t")]
     assert command(argv) == 0
     extra = load_artifact(tmp_path / "t" / "model").extra
-    assert extra["imported"]["layout"] == "diffusers" and extra["origin"] == hash_of(folder)
+    assert extra["ancestor"]["imported"]["layout"] == "diffusers" and extra["origin"] == hash_of(folder)
     assert command(argv) == 0  # the same run, although its parent is a foreign one
 
 
@@ -144,6 +144,8 @@ def test_a_model_of_velocities_is_trained_on_and_never_sampled(dense, digit_shar
     assert "velocities" in refused(sample, capsys)
     train = ["train", "--parent", str(path), *HEADS, *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "t")]
     assert command(train) == 0
+    sample[2] = str(tmp_path / "t")  # it has learned noise at timesteps
+    assert command([*sample, "--sampler.steps", "2"]) == 0
 
 
 def test_an_arch_that_contradicts_the_ancestor_is_refused(folder, digit_shards, tmp_path, capsys):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -93,6 +95,23 @@ def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, 
     command(argv(trained, tmp_path / "whole", "--classes", "balanced", "--count", "10", "--sampler.batch", "2"))
     assert np.array_equal(latents(tmp_path / "run"), latents(tmp_path / "whole"))
     assert command(words) == 0 and "drawn before" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on_when_there_is_room(trained, tmp_path, capsys):
+    """A limit on the size of files stands in for a full disk: the latents fit, what is made of them does not."""
+    words = argv(trained, tmp_path / "run", "--classes", "balanced", "--count", "10")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for size in (2000, 2600):  # 10 latents of 64 numbers are 2,560 bytes: the store is refused, then its .npy is
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+            assert "too large" in refused(words, capsys)
+            assert not (tmp_path / "run" / "samples.npy").exists()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert command(words) == 0
+    assert latents(tmp_path / "run").shape == (10, 1, 8, 8) and not list((tmp_path / "run").glob("*.draft*"))
 
 
 def test_other_images_do_not_overwrite_those_that_are_there(trained, tmp_path, capsys):
