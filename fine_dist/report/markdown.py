@@ -1,10 +1,21 @@
-"""Results as Markdown, for READMEs and docs: every method in a row, costs, storage for n models, and the verdicts."""
+"""Results as Markdown: every series in a row, costs, storage for n models, and the verdicts.
+
+`python -m fine_dist.report.markdown NAME FOLDER... FILE` puts the tables of some reports' folders into a document,
+between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fine_dist.errors import ConfigError, guard
+from fine_dist.files import write_atomic
 from fine_dist.report.claims import MEASURES, MISSING, verdicts
 from fine_dist.report.costs import short
-from fine_dist.report.results import Results
+from fine_dist.report.readme import fill
+from fine_dist.report.results import Results, read_results
 from fine_dist.report.storage import COUNTS, storage
 from fine_dist.report.table import cell
 
@@ -104,6 +115,23 @@ def decided(results: Results) -> str:
     return "\n".join([*lines, ""])
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite a named place in a document from reports' folders."""
+
+    def body() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if len(words) < 3:
+            raise ConfigError("give the name of a place, one folder of a report or more, and the document")
+        name, *folders, document = words
+        content = "\n".join(markdown(read_results(folder)) for folder in folders)
+        path = Path(document)
+        write_atomic(path, fill(path.read_text(encoding="utf-8"), name, content))
+        print(path)
+        return 0
+
+    return guard(body)
+
+
 def _series(results: Results) -> list[str]:
     return [series for series in results.series if ":" not in series]
 
@@ -128,3 +156,7 @@ def _heads(names: list[str]) -> list[str]:
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -107,7 +107,12 @@ class _Collector:
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
 
-        told = [read_manifest(find_artifact(folder)), measures.config.model_dump(mode="json"), self.accuracy, {}]
+        told: list[Any] = [
+            read_manifest(find_artifact(folder)),
+            measures.config.model_dump(mode="json"),
+            self.accuracy,
+            {},
+        ]
         distances = not self.study.frechet_seeds or seed in self.study.frechet_seeds
         told += [] if distances else ["loss alone"]
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
