@@ -25,6 +25,7 @@ NAMES = {
     "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
     "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
     "creative": "a token's training against the loops that it stands beside",
+    "methods": "every method and control as one study: quality, costs and verdicts (--config FILE)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 
@@ -41,13 +42,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES, help="what to measure")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows, machine and versions here")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: a smoke test")
+    study = parser.add_argument_group("methods alone")
+    study.add_argument("--config", metavar="FILE", help="the benchmark, such as configs/benchmark/digits.yaml")
+    study.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a setting of its study")
+    study.add_argument("--launcher", default="auto", help="where jobs run: local, slurm, ray, auto, here")
+    study.add_argument("--dry-run", action="store_true", help="name the runs and what they would take; run nothing")
     options = parser.parse_args(argv)
-    return guard(lambda: _run(options))
+    if options.name == "methods" and not options.config:
+        parser.error("methods: --config FILE says which benchmark, such as configs/benchmark/digits.yaml")
+    return guard(lambda: _methods(options) if options.name == "methods" else _run(options))
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from fine_dist.benchmarks import methods
+
+    benchmark = methods.load_benchmark(options.config, options.set, options.quick)
+    if options.dry_run:
+        print("\n".join([*methods.outline(benchmark), "dry run: nothing was done"]))
+        return 0
+    started = time.perf_counter()
+    found = methods.run(benchmark, options.launcher)
+    about = {"benchmark": "methods", "quick": options.quick, "seconds": round(time.perf_counter() - started, 1)}
+    _write(options.json, {**about, **machine(), **found})
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:
-    from fine_dist.files import write_atomic
-
     module = importlib.import_module(f"fine_dist.benchmarks.{options.name}")
     started = time.perf_counter()
     rows: list[Row] = module.run(options.quick)
@@ -58,11 +78,16 @@ def _run(options: argparse.Namespace) -> int:
         **machine(),
     }
     show(rows, about)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**about, "rows": [row.as_json() for row in rows]}, indent=1)
-        write_atomic(options.json, text + "\n")
+    _write(options.json, {**about, "rows": [row.as_json() for row in rows]})
     return 0
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    from fine_dist.files import write_atomic
+
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
 def show(rows: list[Row], about: dict[str, Any]) -> None:

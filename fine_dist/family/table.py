@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from fine_dist.family.grid import Family, Member
 
 
+COUNTS = (1, 10, 100)
+"""Numbers of models, each as large as the family's largest, that storage is told for."""
+
+
 def result_of(folder: Path) -> dict[str, Any] | None:
     """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
     damaged."""
@@ -108,13 +112,17 @@ def list_family(run_dir: Path) -> list[str]:
 
 def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     """The family's storage beside that of as many dense models."""
-    dense, parents = 0, {}
+    dense, largest, parents = 0, 0, {}
+    by_method: dict[str, list[int]] = {}
     for name in names:
         place = next((run_dir / name / p for p in PLACES if (run_dir / name / p / "manifest.json").is_file()), None)
         if place is None:
             continue
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        dense += 4 * Arch.model_validate(manifest["arch"]).count()
+        whole = 4 * Arch.model_validate(manifest["arch"]).count()
+        dense += whole
+        by_method.setdefault(str(manifest["method"]["name"]), []).append(manifest["bytes"])
+        largest = max(largest, whole)
         named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
         if named:
             gene = Path(named["path"]) / "manifest.json"
@@ -122,9 +130,17 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     if not parents:
         return []
     gene_bytes = sum(parents.values())
+    told = []
+    for method, sizes in by_method.items():
+        kept = [(n, gene_bytes + n * max(sizes), n * largest) for n in COUNTS]
+        told.append(
+            f"n models by {method}, beside n dense ones: "
+            + "; ".join(f"{n}: {mib(ours)} beside {mib(theirs)}" for n, ours, theirs in kept)
+        )
     return [
         f"stored: parent {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
-        f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)"
+        f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)",
+        *told,
     ]
 
 

@@ -13,6 +13,7 @@ from fine_dist.report.costs import arithmetic
 from fine_dist.report.css import CSS
 from fine_dist.report.figures import bars_svg, colour, curves_svg, tables_svg
 from fine_dist.report.results import Picture, Results, number
+from fine_dist.report.storage import COUNTS, storage
 from fine_dist.report.table import table
 from fine_dist.report.tradeoffs import costs_svg, depths_svg, storage_svg
 
@@ -126,6 +127,22 @@ def _rows(results: Results) -> str:
     return _figure(content, words.rows_caption(results))
 
 
+def _stored(results: Results) -> str:
+    """Numbers for so many models, series by series."""
+    found = storage(results)
+    if len(found) < 2:
+        return ""
+    heads = "".join(f"<th>{n} models</th>" for n in COUNTS)
+    rows = "".join(
+        f"<tr><td class=t>{escape(kept.label)}</td><td>{kept.shared:,}</td><td>{kept.own:,}</td>"
+        + "".join(f"<td>{kept.of(n):,}</td>" for n in COUNTS)
+        + "</tr>"
+        for kept in found
+    )
+    head = f"<thead><tr><th class=t>series</th><th>shared</th><th>own</th>{heads}</tr></thead>"
+    return f"<div class=scroll><table>{head}<tbody>{rows}</tbody></table></div>"
+
+
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +229,7 @@ _SECTIONS: dict[str, Callable[[Results], str]] = {
     "bars": lambda results: _figure(bars_svg(results), words.bars_caption(results)),
     "depths": lambda results: _figure(depths_svg(results), words.depths_caption(results)),
     "costs": lambda results: _figure(costs_svg(results), words.costs_caption(results)),
-    "storage": lambda results: _figure(storage_svg(results), words.storage_caption(results)),
+    "storage": lambda results: _figure(storage_svg(results), words.storage_caption(results)) + _stored(results),
     "pictures": _gallery,
     "tables": lambda results: _figure(tables_svg(results), words.tables_caption(results)),
     "tuning": _tuning,

@@ -282,6 +282,15 @@ class Results(_Part):
         found = (r.step for r in self.rows if (r.series, r.target, r.stage) == (series, target, "train"))
         return max(found, default=0)
 
+    def told_steps(self, series: str, target: int) -> list[int]:
+        """Training steps of a series at which a table tells of it: N, its last, and what a claim names."""
+        from fine_dist.report.formula import steps_of
+
+        named = {steps_of(at, self.steps) for claim in self.claims for name, at in claim.chain if name == series}
+        wanted = {self.budget, self.trained_steps(series, target), *named}
+        found = {r.step for r in self.rows if (r.series, r.target, r.stage) == (series, target, "train")}
+        return sorted(found & wanted)
+
     def init_steps(self, series: str, target: int) -> int:
         """Steps that initialising a target of this series took."""
         return max((r.steps_init for r in self.rows if (r.series, r.target) == (series, target)), default=0)

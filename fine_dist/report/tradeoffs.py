@@ -8,6 +8,7 @@ from fine_dist.report.canvas import FAINT, INK, figure_of, svg_of
 from fine_dist.report.costs import short
 from fine_dist.report.figures import colour
 from fine_dist.report.results import Results
+from fine_dist.report.storage import storage
 
 
 def depths_svg(results: Results) -> str | None:
@@ -68,21 +69,23 @@ def costs_svg(results: Results) -> str | None:
 
 def storage_svg(results: Results) -> str | None:
     """Numbers stored against the number of initialised targets. None when no series shares anything."""
-    target = max((r.target for r in results.rows), default=0)
-    lines = {}
-    for series, ancestor in results.ancestors.items():
-        own = max((r.stored for r in results.at(series, target, 0)), default=0)
-        if ancestor.stored and own:
-            lines[series] = (ancestor.stored, own)
-    whole = results.target_params.get(target)
-    if not lines or not whole:
+    found = storage(results)
+    if len(found) < 2:
         return None
+    target, whole = max(results.target_params), found[0].own
+    lines = {kept.series: (kept.shared, kept.own) for kept in found[1:]}
     counts = np.arange(0, 11)
     with figure_of(1, 9.4, 3.0) as (figure, axes):
         axis = axes[0]
         axis.plot(counts, counts * whole, color=FAINT, lw=1.4, ls=(0, (4, 3)), label="stored whole")
         for series, (shared, own) in lines.items():
-            axis.plot(counts, shared + counts * own, color=colour(series, results), lw=2, label=results.label(series))
+            axis.plot(
+                counts,
+                shared + counts * own,
+                color=colour(series, results),
+                lw=2 if series == results.main else 1.2,
+                label=results.label(series),
+            )
         axis.yaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(f"targets of {target} layers")
         axis.set_ylabel("numbers stored")

@@ -102,19 +102,27 @@ class _Collector:
     def of(self, entry: Entry) -> Measures:
         return self.measures(settings.data_of(self.study, "train", entry))
 
-    def kept(self, measures: Measures, name: str, folder: Path, **more: Any) -> dict[str, Any]:
+    def kept(self, measures: Measures, name: str, folder: Path, seed: int) -> dict[str, Any]:
         """Held-out loss and Fréchet distance of a model on disk, measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
 
-        told = [read_manifest(find_artifact(folder)), measures.config.model_dump(mode="json"), self.accuracy, more]
+        told: list[Any] = [
+            read_manifest(find_artifact(folder)),
+            measures.config.model_dump(mode="json"),
+            self.accuracy,
+            {},
+        ]
+        distances = not self.study.frechet_seeds or seed in self.study.frechet_seeds
+        told += [] if distances else ["loss alone"]
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["key"] == key:
                 return dict(found["numbers"])
-        numbers = measures(load_model(folder)[0], name)
+        model = load_model(folder)[0]
+        numbers = measures(model, name) if distances else {"held_out_loss": measures.loss(model), "frechet": None}
         write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
         return numbers
 
@@ -156,7 +164,7 @@ class _Collector:
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
         own = self.measures(Path(run.config.data.shards).parent.name)  # which need not be its targets'
-        numbers = [self.kept(own, r.name, r.run_dir) for r, _ in parents]
+        numbers = [self.kept(own, r.name, r.run_dir, r.config.seed) for r, _ in parents]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(
             name=artifact.arch.name,
@@ -192,7 +200,7 @@ class _Collector:
             artifact = load_artifact(find_artifact(folder))
             before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
-            numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder)
+            numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder, seed)
             if entry.init.final:
                 self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
                 return
@@ -249,7 +257,7 @@ class _Collector:
         spent = Cost()
         for run, cost in zip(runs, train_cost(runs, model.arch)):
             start = spent if run.grows else Cost()
-            end = self.kept(self.of(entry), run.name, run.run_dir)
+            end = self.kept(self.of(entry), run.name, run.run_dir, seed)
             for row in read_rows(run.run_dir / "metrics.jsonl"):
                 if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
                     continue  # in the shorter run's rows

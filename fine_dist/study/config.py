@@ -57,6 +57,8 @@ class Entry(Config):
     """Whether the labels of stage 2's data mean what the parent's do, or targets learn labels of their own."""
     shell: Literal["inherited", "scratch"] = "inherited"
     """What is outside the blocks when stage 3 begins: as the method has it, or from scratch."""
+    bare: bool = False
+    """Also a row NAME_bare: the same entry but for `shell: scratch`."""
     depths: tuple[int, ...] = ()
     """Layers of its targets; empty: the study's."""
     untrained: bool = False
@@ -65,6 +67,12 @@ class Entry(Config):
     """Whether its targets are rows of the report; an ancestor need not be."""
     control: bool = False
     """Whether it can be left out by `controls: false`."""
+
+    @model_validator(mode="after")
+    def _one_shell(self) -> Entry:
+        if self.shell == "scratch" and self.init and self.init.final:
+            raise ValueError(f"entries.{self.name}: shell is where stage 3 begins, and init.final leaves it none")
+        return self
 
     @field_validator("name")
     @classmethod
@@ -112,6 +120,8 @@ class StudyConfig(Config):
     """`classifier`: one trained on the study's own data; a folder with one; none: no Fréchet distance."""
     samples: int = Field(500, ge=2)
     """Images drawn for each Fréchet distance."""
+    frechet_seeds: tuple[int, ...] = ()
+    """Seeds whose models have a Fréchet distance; empty: all."""
     sampler: SamplerConfig = SamplerConfig()
     """How they are drawn."""
     pictures: int = Field(40, ge=0)
@@ -128,6 +138,25 @@ class StudyConfig(Config):
     """Sections of the report in order, and their titles."""
     launch: LaunchConfig = LaunchConfig(retries=0)
     """What a job needs, and how many run at once (`max_parallel`)."""
+
+    @field_validator("tune", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        return {} if value is None else value  # what a mapping that is laid over another cannot say
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_bare_rows(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("entries"), (list, tuple)):
+            return values
+        entries: list[Any] = []
+        for entry in values["entries"]:
+            if not isinstance(entry, dict) or entry.get("bare") is not True:
+                entries.append(entry)
+                continue
+            more = {"name": f"{entry.get('name')}_bare", "shell": "scratch", "untrained": False}
+            entries += [{**entry, "bare": False}, {**entry, "bare": False, **more}]
+        return {**values, "entries": entries}
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyConfig:

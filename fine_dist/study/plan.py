@@ -28,6 +28,8 @@ class Run:
     after: tuple[str, ...] = ()
     grows: str | None = None
     """The shorter run that this one goes on from: up to there the two are the same, bit for bit."""
+    depths: tuple[int, ...] = ()
+    """Layers of what it trains, a model each; empty for stage 1, whose method says."""
 
     @property
     def run_dir(self) -> Path:
@@ -104,10 +106,13 @@ class Graph:
         changes = settings.init_settings(
             entry, seed, self.steps(stage.steps), depths, parent[1] if parent else None, own and not entry.parent
         )
-        return self._stage("init", name, entry, changes, (parent[0].name,) if parent else ())
+        return self._stage("init", name, entry, changes, (parent[0].name,) if parent else (), depths)
 
     def train(self, entry: Entry, depth: int, seed: int) -> list[Run]:
-        """Stage 3 of one target: its lengths, shortest first; a longer one continues the shorter."""
+        """Stage 3 of one target: its lengths, shortest first; a longer one continues the shorter. None where stage 2 is
+        all the training there is."""
+        if entry.init and entry.init.final:
+            return []
         lengths = sorted({self.steps(formula) for formula in entry.train})
         parent = None if entry.init else self.parent_of(entry, seed)
         target: Path | None = None
@@ -122,7 +127,7 @@ class Graph:
             changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
             # A schedule that knows its end makes another curve from the first step on.
             grows = made[-1].name if made and made[-1].config.optim.schedule == "constant" else None
-            made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, grows))
+            made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
         return made
 
     def parent_of(self, entry: Entry, seed: int) -> tuple[Run, Path] | None:
@@ -173,13 +178,13 @@ class Graph:
 
     def _stage(
         self, stage: str, name: str, entry: Entry, changes: dict[str, Any], after: tuple[str, ...],
-        grows: str | None = None,
+        depths: tuple[int, ...] = (), grows: str | None = None,
     ) -> Run:  # fmt: skip
         config = settings.stage_config(self.study, stage, name, entry, changes)
         data = self.data(settings.data_of(self.study, stage, entry))
         if not self._comes_after(after, data.name):
             after = (*after, data.name)
-        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after, grows))
+        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
 
     def _comes_after(self, names: tuple[str, ...], wanted: str) -> bool:
         """Whether one of these runs needs a run, however far back."""

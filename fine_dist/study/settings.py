@@ -125,7 +125,8 @@ def method_of(settings: dict[str, Any]) -> Method[Any]:
 
 def label_of(entry: Entry) -> str:
     """How an entry is called."""
-    return entry.label or method_of(entry.method).label
+    label = entry.label or method_of(entry.method).label
+    return label if entry.shell == "inherited" else f"{label}, scratch shell"
 
 
 def untrained(method: Method[Any], parent: Artifact, depth: int, seed: int) -> Any:

@@ -1,0 +1,162 @@
+"""Results as Markdown: every series in a row, costs, storage for n models, and the verdicts.
+
+`python -m fine_dist.report.markdown NAME FOLDER... FILE` puts the tables of some reports' folders into a document,
+between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fine_dist.errors import ConfigError, guard
+from fine_dist.files import write_atomic
+from fine_dist.report.claims import MEASURES, MISSING, verdicts
+from fine_dist.report.costs import short
+from fine_dist.report.readme import fill
+from fine_dist.report.results import Results, read_results
+from fine_dist.report.storage import COUNTS, storage
+from fine_dist.report.table import cell
+
+HEADS = (
+    "method|layers|steps before|init steps|train steps|own samples|FLOPs before|own FLOPs|seconds before|own seconds|"
+    "stored|trained"
+)
+
+
+def markdown(results: Results) -> str:
+    """All of it, under a heading."""
+    parts = [f"## {results.title}", "", about(results), "", quality(results), costs(results), stored(results)]
+    return "\n".join([*parts, decided(results)])
+
+
+def about(results: Results) -> str:
+    """What was run, in a sentence."""
+    seeds = ", ".join(map(str, results.seeds))
+    steps = ", ".join(f"{name} = {value:,}" for name, value in results.steps.items())
+    made = f" Made by `{results.command}`." if results.command else ""
+    classifier = (
+        f" Fréchet distances: {results.frechet_samples:,} samples, features of a classifier that gets "
+        f"{results.classifier_accuracy:.1%} of held-out images right."
+        if results.classifier_accuracy is not None and results.frechet_samples
+        else ""
+    )
+    where = f"On {results.dataset}; s" if results.dataset else "S"
+    return f"{where}eeds {seeds}; {steps}. Lower is better.{classifier}{made}"
+
+
+def quality(results: Results) -> str:
+    """Held-out loss and Fréchet distance of every series after N steps, and at its other milestones."""
+    frechet = any(row.frechet is not None for row in results.rows)
+    heads = ["method", "steps"]
+    for target in results.targets:
+        heads += [f"loss, {target} layers"] + ([f"Fréchet, {target} layers"] if frechet else [])
+    lines = _heads([*heads, *(["tuned"] if results.tuning else [])])
+    for series, step in _states(results):
+        cells = [results.label(series), f"{step:,}"]
+        for target in results.targets:
+            cells.append(cell(results.mean(series, target, step)))
+            cells += [cell(results.mean(series, target, step, "frechet"))] if frechet else []
+        if results.tuning:
+            cells.append(_chosen(results, series))
+        lines.append(_line(cells))
+    return "\n".join([*lines, ""])
+
+
+def costs(results: Results) -> str:
+    """What each series has spent at its last step: own steps, samples and FLOPs, what came before, seconds, numbers."""
+    lines = _heads(HEADS.split("|"))
+    for series in _series(results):
+        for target in results.targets:
+            rows = results.at(series, target, results.trained_steps(series, target))
+            if not rows:
+                continue
+            mean = {key: sum(getattr(r, key) for r in rows) / len(rows) for key in ("seconds", "seconds_condense")}
+            row = rows[0]
+            lines.append(
+                _line(
+                    [
+                        results.label(series), str(target), f"{row.steps_condense:,}", f"{row.steps_init:,}",
+                        f"{row.steps_train:,}", f"{row.samples:,}", short(row.flops_condense), short(row.flops),
+                        f"{mean['seconds_condense']:.0f}", f"{mean['seconds']:.0f}", f"{row.stored:,}",
+                        f"{row.trained:,}",
+                    ]
+                )
+            )  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def stored(results: Results) -> str:
+    """Numbers to keep for n initialised models of the largest depth."""
+    found = storage(results)
+    if not found:
+        return ""
+    lines = _heads(["method", "shared", "own", *(f"{n} models" for n in COUNTS)])
+    for kept in found:
+        cells = [kept.label, f"{kept.shared:,}", f"{kept.own:,}", *(f"{kept.of(n):,}" for n in COUNTS)]
+        lines.append(_line(cells))
+    title = f"Numbers to keep for n initialised models of {max(results.targets)} layers:"
+    return "\n".join([title, "", *lines, ""])
+
+
+def decided(results: Results) -> str:
+    """Each claim and its verdict, with the comparisons behind it."""
+    lines = ["Verdicts:", ""]
+    for verdict in verdicts(results):
+        lines.append(f"- {verdict.claim}: **{verdict.word}** ({verdict.source})")
+        if verdict.plain == MISSING:
+            continue
+        for measure, name in MEASURES.items():
+            told = [f"{c.target} layers {c.text()} ({c.word})" for c in verdict.of(measure) if c.held is not None]
+            lines += [f"  - {name}: {'; '.join(told)}"] if told else []
+        lines += [f"  - {what}: {value}" for what, value in verdict.facts]
+        lines += [f"  - {verdict.note}"] if verdict.note else []
+    return "\n".join([*lines, ""])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite a named place in a document from reports' folders."""
+
+    def body() -> int:
+        words = list(sys.argv[1:] if argv is None else argv)
+        if len(words) < 3:
+            raise ConfigError("give the name of a place, one folder of a report or more, and the document")
+        name, *folders, document = words
+        content = "\n".join(markdown(read_results(folder)) for folder in folders)
+        path = Path(document)
+        write_atomic(path, fill(path.read_text(encoding="utf-8"), name, content))
+        print(path)
+        return 0
+
+    return guard(body)
+
+
+def _series(results: Results) -> list[str]:
+    return [series for series in results.series if ":" not in series]
+
+
+def _states(results: Results) -> list[tuple[str, int]]:
+    """(series, steps) of the table: N, and every later end of a training."""
+    found = []
+    for series in _series(results):
+        ends = {step for target in results.targets for step in results.told_steps(series, target)}
+        found += [(series, step) for step in sorted(ends)]
+    return found
+
+
+def _chosen(results: Results, series: str) -> str:
+    row = next((row for row in results.tuning.get(series, []) if row["chosen"]), None)
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in row["values"].items()) if row else "–"
+
+
+def _heads(names: list[str]) -> list[str]:
+    return [_line(names), _line(["---", *["---:"] * (len(names) - 1)])]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Tuning: the same values for every row, on a seed of its own, and the lowest held-out loss is used."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fine_dist.errors import ConfigError, TrainingError
+from fine_dist.report import read_results
+from fine_dist.study import load_study, plan, run_study
+from fine_dist.study.tune import FILE, Trial, choose, trials, with_choices
+from tests.study.test_plan import DEMO
+
+SMALL = {
+    "seeds": [0],
+    "depths": [1, 2],
+    "steps": {"C": 2, "I": 2, "N": 4},
+    "features": None,
+    "pictures": 0,
+    "claims": [],
+    "stages": {stage: {"batch": 8} for stage in ("condense", "init", "train")},
+    "tune": {"optim.lr": [1e-5, 1e-2]},
+    "tune_depth": 2,
+}
+FINE = {"name": "fine", "method": {"name": "fine"}, "condense": {"steps": "C"}, "init": {"steps": "I"}}
+HE = {"name": "he", "method": {"name": "he"}, "train": ["N", "3N"]}
+
+
+def test_trials_share_what_comes_before_and_differ_in_the_last_stage(tmp_path):
+    study = load_study(DEMO, run_dir=str(tmp_path), entries=[FINE, {**HE, "bare": False}], **SMALL)
+    graph, tried = trials(study)
+    assert [(trial.entry, trial.values["optim.lr"]) for trial in tried] == [
+        ("fine", 1e-5), ("fine", 1e-2), ("he", 1e-5), ("he", 1e-2)
+    ]  # fmt: skip
+    assert [run.name for run in graph.runs if run.depths != (2,)] == ["data", "condense-fine-s1000"]
+    assert [run.config.optim.lr for run in graph.runs if run.name.startswith("tune-")] == [1e-5, 1e-2, 1e-5, 1e-2]
+    assert all(trial.run.config.seed == 1000 and trial.run.steps == 4 for trial in tried)
+
+
+def test_where_stage_2_is_all_the_training_it_is_tuned(tmp_path):
+    parent = {"name": "old", "method": {"name": "he"}, "depths": [2], "shown": False}
+    lora = {"name": "lora", "method": {"name": "lora"}, "parent": "old", "init": {"steps": "N", "final": True},
+            "depths": [2]}  # fmt: skip
+    changes = {**SMALL, "main": "lora", "baseline": "lora"}
+    study = load_study(DEMO, run_dir=str(tmp_path), entries=[parent, lora], **changes)
+    _, tried = trials(study)
+    assert [trial.run.config.optim.lr for trial in tried] == [1e-5, 1e-2] and all(trial.final for trial in tried)
+    rows = {"lora": [{"values": {"optim.lr": 1e-2}, "chosen": True}]}
+    graph = plan(with_choices(study, rows))
+    assert graph["init-lora-s0"].config.optim.lr == 1e-2
+    assert not [run.name for run in graph.runs if run.name.startswith("lora-L")]  # no stage 3
+
+
+def test_the_lowest_loss_is_chosen_and_used_for_every_reported_run(tmp_path):
+    study = load_study(DEMO, run_dir=str(tmp_path / "run"), entries=[HE], **{**SMALL, "main": "he"})
+    run_study(study, "here")
+    tried = json.loads((study.root / FILE).read_text())["he"]
+    best = min(tried, key=lambda row: row["held_out_loss"])
+    assert best["chosen"] and best["values"] == {"optim.lr": 1e-2}  # 1e-5 moves nothing in four steps
+    results = read_results(study.root / "report")
+    assert results.tuning["he"] == tried and {row.seed for row in results.rows} == {0}
+    assert results.config["tuned on seed"] == 1000
+    page = (study.root / "report" / "report.html").read_text()
+    for run in plan(with_choices(study, {"he": tried})).runs[1:]:
+        assert run.config.optim.lr == 1e-2 and run.done
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_value_that_comes_to_no_loss_is_never_chosen():
+    class Known(Trial):
+        loss = None  # type: ignore[assignment]
+
+    bad = Known("he", {"optim.lr": 10.0}, None, 2, False)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"tuning of he: no value of optim\.lr came to a finite loss"):
+        choose([bad])
+
+
+def test_the_seed_that_is_tuned_on_is_never_reported():
+    with pytest.raises(ConfigError, match="tune_seed 0 is one of seeds"):
+        load_study(DEMO, tune={"optim.lr": [1e-3]}, tune_seed=0)
