@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.methods import from_manifest, parent_of
+from fine_dist.model.artifact import load_artifact
 from fine_dist.model.flops import forward_macs
 from fine_dist.model.zoo import Arch
 from fine_dist.report import read_results
+from fine_dist.stages.targets import descend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,8 +75,14 @@ def check_costs(run: Path) -> None:
     macs, large = forward_macs(arch), forward_macs(arch.with_depth(8))
     [initialised] = [row for row in results.at("fine", 2, 0) if row.stage == "init"]
     assert (initialised.steps_condense, initialised.steps_init, initialised.steps_train) == (8, 4, 0)
-    assert initialised.samples == 4 * 64 and initialised.flops == 4 * 64 * 4.0 * macs  # no weight has a gradient
-    assert initialised.samples_condense == 8 * 64 and initialised.flops_condense == 8 * 64 * 6.0 * large
+    # Stages 1 and 2 are counted as the method does: no weight has a gradient in stage 2, and factors cost something.
+    parent = parent_of(load_artifact(run / "condense-s0" / "learngene"))
+    method = from_manifest(parent.artifact.method)
+    stage_2 = method.cost(descend(method, parent, arch, 0).model, 64).training
+    assert initialised.samples == 4 * 64 and initialised.flops == 4 * 64 * stage_2 and 3 * macs < stage_2 < 8 * macs
+    stage_1 = method.cost(parent.module.requires_grad_(True), 64).training
+    assert initialised.samples_condense == 8 * 64 and initialised.flops_condense == 8 * 64 * stage_1
+    assert 6.0 * large < stage_1 < 1.5 * 6.0 * large
     assert initialised.trained == 2 * 5 * 64  # sigma
     assert initialised.stored == 2 * 5 * 64 + 2 * 15 * 64 < dense  # and what else is not the learngene's: biases
     [trained] = results.at("fine", 2, 5)

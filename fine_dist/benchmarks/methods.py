@@ -43,6 +43,8 @@ def load_benchmark(path: str | Path, changes: list[str] | None = None, quick: bo
     benchmark = validate(BenchmarkConfig, load_yaml(path), str(path))
     given = [_change(text) for text in changes or []]
     root = next((change["run_dir"] for change in reversed(given) if "run_dir" in change), benchmark.run_dir)
+    told = "".join(f" --set {text}" for text in changes or [] if not text.startswith("run_dir="))
+    command = f"python -m fine_dist.benchmark methods --config {_short(path)}{told}{' --quick' if quick else ''}"
     found = {}
     for name, part in benchmark.parts.items():
         values = merged(benchmark.study, part)
@@ -50,12 +52,16 @@ def load_benchmark(path: str | Path, changes: list[str] | None = None, quick: bo
             values = merged(merged(values, benchmark.quick), benchmark.quick_parts.get(name, {}))
         for change in given:
             values = merged(values, {key: value for key, value in change.items() if key != "run_dir"})
-        command = f"python -m fine_dist.benchmark methods --config {path}" + "".join(
-            f" --set {c}" for c in changes or []
-        )
-        values |= {"run_dir": str(Path(root) / name), "command": command + (" --quick" if quick else "")}
+        values |= {"run_dir": str(Path(root) / name), "command": command}
         found[name] = validate(StudyConfig, values, f"{path}, part {name}")
     return found
+
+
+def _short(path: str | Path) -> str:
+    """A benchmark's file as it is called from the project's folder."""
+    root = Path(__file__).resolve().parents[2]
+    full = Path(path).resolve()
+    return str(full.relative_to(root)) if full.is_relative_to(root) else str(path)
 
 
 def _change(text: str) -> dict[str, Any]:

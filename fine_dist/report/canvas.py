@@ -66,6 +66,22 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
+FEW = 8
+"""Series that a key inside a panel has room for."""
+
+
+def key(figure: Any, axis: Any, handles: list[Any], names: list[str], loc: str) -> None:
+    """Name the series: in a panel where they are few, else below the figure, which grows by the room that takes."""
+    look = {"fontsize": 9.5, "handlelength": 1.4, "labelcolor": INK}
+    if len(names) <= FEW:
+        axis.legend(handles, names, loc=loc, **look)
+        return
+    width, height = figure.get_size_inches()
+    columns = max(2, int(width / 2.4))
+    figure.set_size_inches(width, height + 0.22 * -(-len(names) // columns) + 0.2)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, **look)
+
+
 def svg_of(figure: Any, name: str, title: str) -> str:
     """The figure as an inline SVG that takes the page's font and width; ids are its own (`name` salts them)."""
     import matplotlib

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, new_figure, pixels_of, style, svg_of
+from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, key, new_figure, pixels_of, style, svg_of
 from fine_dist.report.costs import ratio
 from fine_dist.report.depth import linearity
 from fine_dist.report.results import Picture, Results, number
@@ -22,7 +23,12 @@ def colour(series: str, results: Results) -> str:
     others = [s for s in results.series if s not in given]
     if series in given or series not in others:
         return given.get(series, _MAIN)
-    return _OTHERS[others.index(series) % len(_OTHERS)]
+    place = others.index(series)
+    if place < len(_OTHERS):
+        return _OTHERS[place]
+    # hues a golden section apart never come near each other soon
+    shades = hsv_to_rgb(place * 0.618034 % 1, 0.75, 0.8 if place % 2 else 0.6)
+    return "#" + "".join(f"{round(255 * shade):02x}" for shade in shades)
 
 
 def curves_svg(results: Results) -> str | None:
@@ -127,7 +133,7 @@ def _curve_panels(axes: list[Any], results: Results, targets: list[int]) -> None
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("held-out loss")
     handles, names = axes[0].get_legend_handles_labels()
-    axes[0].legend(handles[::-1], names[::-1], loc="upper right", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+    key(axes[0].figure, axes[0], handles[::-1], names[::-1], "upper right")
 
 
 def _curve(axis: Any, results: Results, series: str, target: int) -> None:

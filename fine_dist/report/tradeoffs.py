@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fine_dist.report.canvas import FAINT, INK, figure_of, svg_of
+from fine_dist.report.canvas import FAINT, figure_of, key, svg_of
 from fine_dist.report.costs import short
 from fine_dist.report.figures import colour
 from fine_dist.report.results import Results
@@ -31,7 +31,7 @@ def depths_svg(results: Results) -> str | None:
         axis.grid(axis="y")
         axis.set_axisbelow(True)
         handles, names = axis.get_legend_handles_labels()
-        axis.legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        key(figure, axis, handles[::-1], names[::-1], "best")
         return svg_of(figure, "depths", "Held-out loss after N steps against depth, by series")
 
 
@@ -63,7 +63,7 @@ def costs_svg(results: Results) -> str | None:
             axis.set_xlabel("FLOPs spent in all")
         axes[0].set_ylabel("held-out loss")
         handles, names = axes[0].get_legend_handles_labels()
-        axes[0].legend(handles[::-1], names[::-1], loc="best", fontsize=9.5, handlelength=1.4, labelcolor=INK)
+        key(figure, axes[0], handles[::-1], names[::-1], "best")
         return svg_of(figure, "costs", "Held-out loss against FLOPs spent in all stages, by depth")
 
 
@@ -93,5 +93,5 @@ def storage_svg(results: Results) -> str | None:
         axis.set_ylim(bottom=0)
         axis.grid(axis="y")
         axis.set_axisbelow(True)
-        axis.legend(loc="upper left", fontsize=9.5, handlelength=1.6, labelcolor=INK)
+        key(figure, axis, *axis.get_legend_handles_labels(), "upper left")
         return svg_of(figure, "storage", "Numbers stored against the number of targets")
