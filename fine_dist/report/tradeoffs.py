@@ -93,5 +93,6 @@ def storage_svg(results: Results) -> str | None:
         axis.set_ylim(bottom=0)
         axis.grid(axis="y")
         axis.set_axisbelow(True)
-        key(figure, axis, *axis.get_legend_handles_labels(), "upper left")
+        handles, names = axis.get_legend_handles_labels()
+        key(figure, axis, handles, names, "upper left")
         return svg_of(figure, "storage", "Numbers stored against the number of targets")
