@@ -40,6 +40,8 @@ def storage(results: Results) -> list[Kept]:
             continue
         last = max(depths)
         initial = [row.stored for row in results.at(series, last, 0) if row.stage == "init"]
+        if initial and not max(initial):
+            continue  # it was not counted
         end = results.at(series, last, results.trained_steps(series, last))
         final = [row.stored for row in end if row.steps_train and row.stored < results.target_params.get(last, 0)]
         own = max(initial or final or [0])
