@@ -52,7 +52,7 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
 	$(BIN)/python -m fine_dist.benchmark creative --json runs/benchmark/creative.json
 
-chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 90 minutes on 2 cores)
+chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
