@@ -317,7 +317,7 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
         "--index",
     }
     known |= {"--stage", "--rate", "--json", "--watch", "--all"}  # of plan and status
-    known |= {"--evaluate", "--images", "--clip"}  # of creative
+    known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
     for command in KINDS:
         known |= {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(command))}
     for path in [*(ROOT / "fine_dist").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]:
