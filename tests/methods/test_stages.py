@@ -27,8 +27,8 @@ def settings(name, run_dir, digit_shards, **more):
     return validate(InitConfig, {**common, "domains": {"digits": {"data": data, **more.pop("domain", {})}}, **more})
 
 
-def test_tleg_is_distilled_from_an_ancestor_of_another_depth_and_gives_ready_targets(tmp_path, digit_shards):
-    save(tmp_path / "ancestor", "model", tiny("he"), trained(tiny_arch(num_layers=5)))
+def test_tleg_is_distilled_from_an_ancestor_of_another_depth_and_width_and_gives_ready_targets(tmp_path, digit_shards):
+    save(tmp_path / "ancestor", "model", tiny("he"), trained(tiny_arch(num_layers=5, hidden_size=48)))
     method = {"name": "tleg", **TINY["tleg"]}
     run_dir = tmp_path / "condense"
     condense(settings("condense", run_dir, digit_shards, method=method, ancestor=str(tmp_path / "ancestor")))
