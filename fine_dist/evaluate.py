@@ -8,7 +8,8 @@ from pathlib import Path
 from fine_dist.cli import parse
 from fine_dist.config import dump_yaml, expand_path
 from fine_dist.errors import ConfigError, guard
-from fine_dist.stages.evaluation import EvaluateConfig, Evaluation, keep, table
+from fine_dist.stages.drawn import EvaluateConfig
+from fine_dist.stages.evaluation import Evaluation, keep, table
 
 
 def run(config: EvaluateConfig) -> Path:

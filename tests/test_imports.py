@@ -58,13 +58,13 @@ OWNERS = {
 }
 
 
-def imports_of(path: Path) -> list[tuple[str, int]]:
-    """(module, line) of every import, also inside functions; those for type checkers alone do not count."""
+def imports_of(path: Path, types: bool = False) -> list[tuple[str, int]]:
+    """(module, line) of every import, also inside functions. types: those for type checkers alone count too."""
     tree = ast.parse((ROOT / path).read_text())
     skip = {
         id(node)
         for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        if not types and isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for node in ast.walk(block)
     }
     found = []
@@ -113,11 +113,11 @@ def test_imports_run_one_way(path):
 
 
 def edges() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports, the `__init__` of another room on the way included."""
+    """Module -> modules of ours that it imports, if only for their types, the `__init__` of another room included."""
     found: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         reached = set()
-        for name, _ in imports_of(path):
+        for name, _ in imports_of(path, types=True):
             parts = name.split(".")
             for end in range(1, len(parts) + 1):
                 part = ".".join(parts[:end])

@@ -308,7 +308,8 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
     from fine_dist.data.stream import LatentStream
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.dist import World
-    from fine_dist.engine.loop import Program, Run
+    from fine_dist.engine.loop import Run
+    from fine_dist.engine.program import Program
     from fine_dist.engine.run_dir import RunDir
     from fine_dist.engine.stopping import Stopper
     from fine_dist.model.flops import train_flops

@@ -24,7 +24,7 @@ from fine_dist.engine.dist import World, all_reduce_sum
 from fine_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fine_dist.engine.checkpoint import Saved
+    from fine_dist.engine.saved import Saved
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of one weight, beside the step count."""

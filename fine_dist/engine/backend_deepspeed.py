@@ -24,7 +24,7 @@ from fine_dist.engine.dist import World, gather_objects, join_alone
 from fine_dist.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fine_dist.engine.checkpoint import Saved
+    from fine_dist.engine.saved import Saved
 
 SEND_VALUES = 1 << 24
 """Values (fp32) in one message when shards are gathered: 64 MiB."""

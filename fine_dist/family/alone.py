@@ -10,7 +10,8 @@ from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.diffusion.held_out import HeldOut
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine.dist import World
-from fine_dist.engine.loop import Fitted, Program, fit
+from fine_dist.engine.loop import fit
+from fine_dist.engine.program import Fitted, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
 from fine_dist.errors import TrainingError

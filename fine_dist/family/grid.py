@@ -117,9 +117,9 @@ class Family:
     @cached_property
     def beside(self) -> dict[str, list[tuple[int, float]]]:
         """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
-        from fine_dist.family.table import baselines
+        from fine_dist.family.results import baselines
 
-        return baselines(self)
+        return baselines(self.parent, self.config.baselines)
 
     def parent_with_samples(self, member: Member) -> Parent | None:
         """The parent, and as many samples of the target's data as its method looks at."""
@@ -242,7 +242,7 @@ class Family:
 
     def done(self, member: Member) -> bool:
         """Whether nothing is left to do: its artifact is there, and it was trained for as many steps as are wanted."""
-        from fine_dist.family.table import result_of
+        from fine_dist.family.results import result_of
 
         result = result_of(member.folder)
         return result is not None and (

@@ -17,7 +17,8 @@ from fine_dist.errors import DataError, LaunchError, ResumeLater
 from fine_dist.family.alone import train_alone
 from fine_dist.family.grid import Family, Member, expand, run_dir_of
 from fine_dist.family.keeper import Keeper, keep, write_identity
-from fine_dist.family.table import draw_family, result_of
+from fine_dist.family.results import result_of
+from fine_dist.family.table import draw_family
 from fine_dist.jobs import StateTable
 from fine_dist.methods import Descent
 from fine_dist.model.factors import SharedForm

@@ -10,31 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.engine.run_dir import RunDir
 from fine_dist.errors import RunDirError
-from fine_dist.files import last_row as newest_row
+from fine_dist.family.results import last_row, result_of
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.sources import PLACES
 
 if TYPE_CHECKING:
-    from fine_dist.family.grid import Family, Member
+    from fine_dist.family.grid import Member
 
 
 COUNTS = (1, 10, 100)
 """Numbers of models, each as large as the family's largest, that storage is told for."""
-
-
-def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
-    damaged."""
-    done = RunDir(folder).done
-    kept = any((folder / place / "manifest.json").is_file() for place in PLACES)
-    return done if kept else None
-
-
-def last_row(folder: Path) -> dict[str, Any] | None:
-    """The newest row of a target's metrics.jsonl that has a training loss."""
-    return newest_row(folder / "metrics.jsonl", "loss")
 
 
 class FamilyBar:
@@ -151,37 +137,6 @@ def mib(size: float) -> str:
 def _cell(value: Any, form: str) -> str:
     width = int("".join(c for c in form.split(".")[0] if c.isdigit()))
     return f"{value:{form}}" if value is not None else " " * (width - 1) + "-"
-
-
-def baselines(family: Family) -> dict[str, list[tuple[int, float]]]:
-    """(depth, held-out loss) of what stands beside a family, by label: its parent, and the runs of `baselines`.
-
-    One whose manifest has no held-out loss is left out. `ArtifactError` for a run of `baselines` that holds no model.
-    """
-    from fine_dist.model.artifact import read_manifest
-    from fine_dist.stages.sources import find_artifact
-
-    found: dict[str, list[tuple[int, float]]] = {}
-
-    def add(label: str, depth: int, extra: Mapping[str, Any]) -> None:
-        loss = (extra.get("losses") or extra.get("init") or {}).get("held_out_loss")
-        if loss is not None:
-            found.setdefault(label, []).append((depth, float(loss)))
-
-    if family.parent is not None:
-        add("its parent", family.parent.arch.num_layers, family.parent.artifact.extra)
-    for run in family.config.baselines:
-        manifest = read_manifest(find_artifact(run))
-        add(_label_of(manifest), int(manifest["arch"]["num_layers"]), manifest["extra"])
-    return found
-
-
-def _label_of(manifest: Mapping[str, Any]) -> str:
-    from fine_dist.methods import from_manifest
-
-    steps = manifest["extra"].get("steps")
-    label = from_manifest(manifest["method"]).label
-    return f"{label}, {steps:,} steps" if steps else label
 
 
 def draw_family(

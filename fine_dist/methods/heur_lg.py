@@ -7,6 +7,7 @@ the last of them. As for every method, what is outside the blocks is copied.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
 
 from pydantic import Field
@@ -43,9 +44,9 @@ class KeptBlocks(Method[K]):
     def traits(self) -> Traits:
         return Traits(parents=("model",), varies=frozenset({"depth"}))
 
+    @abstractmethod
     def places(self, source: int, num_layers: int) -> list[tuple[int, int]]:
         """(layer of the target, the ancestor's layer that it is): which blocks are kept, and where they go."""
-        raise NotImplementedError
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         from fine_dist.model.dit import DiT

@@ -110,6 +110,14 @@ def _plain_butterflies() -> Iterator[None]:
 # --- LoRA and PiSSA ----------------------------------------------------------------------------------------------
 
 
+class _ThinProducts(Adapters[M]):
+    """A product of two matrices of a small rank beside each frozen one."""
+
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        rank: int = self.config.rank  # type: ignore[attr-defined]
+        return rows * rank * (m + n) * (3 if backward else 1)
+
+
 class LoraConfig(MethodConfig):
     """LoRA: a trained product of two thin matrices beside each frozen one."""
 
@@ -121,7 +129,7 @@ class LoraConfig(MethodConfig):
     """The product counts alpha / rank times."""
 
 
-class Lora(Adapters[LoraConfig]):
+class Lora(_ThinProducts[LoraConfig]):
     """`W + (alpha / r) B A`, B from zero."""
 
     Config: ClassVar[type[MethodConfig]] = LoraConfig
@@ -135,9 +143,6 @@ class Lora(Adapters[LoraConfig]):
         alpha: Any = self.config.alpha
         return peft.LoraConfig(r=self.config.rank, lora_alpha=alpha, target_modules=TARGETS)
 
-    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        return rows * self.config.rank * (m + n) * (3 if backward else 1)
-
 
 class PissaConfig(MethodConfig):
     """PiSSA: LoRA on a matrix's principal components, its remainder frozen."""
@@ -148,7 +153,7 @@ class PissaConfig(MethodConfig):
     """Principal components that train."""
 
 
-class Pissa(Adapters[PissaConfig]):
+class Pissa(_ThinProducts[PissaConfig]):
     """`(W - B A) + B A`, B A the best approximation of W of rank r (eqs. 2 to 4)."""
 
     Config: ClassVar[type[MethodConfig]] = PissaConfig
@@ -162,9 +167,6 @@ class Pissa(Adapters[PissaConfig]):
         rank = self.config.rank
         initial: Any = "pissa" if fresh else True
         return peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=initial, target_modules=TARGETS)
-
-    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        return rows * self.config.rank * (m + n) * (3 if backward else 1)
 
 
 # --- rotations ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ that one route needs. A product is no dense DiT and loads as itself. Of a pool t
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -122,9 +123,9 @@ class Stitching(Method[S]):
 
         return Pool(self.archs(arch), self.windows, generator)
 
+    @abstractmethod
     def begin_stitches(self, pool: Pool, parent: Parent, generator: torch.Generator) -> None:
         """Set the values of all stitches before stage 2."""
-        raise NotImplementedError
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         import copy

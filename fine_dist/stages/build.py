@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fine_dist.diffusion.objective import Term
     from fine_dist.engine.dist import World
-    from fine_dist.engine.loop import Program
+    from fine_dist.engine.program import Program
     from fine_dist.interop import Decoder
     from fine_dist.model.dit import DiT
     from fine_dist.model.zoo import Arch
@@ -47,7 +47,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     from fine_dist.data.stream import LatentStream, read_all
     from fine_dist.diffusion.held_out import HeldOut
     from fine_dist.diffusion.objective import Objective
-    from fine_dist.engine.loop import Program
+    from fine_dist.engine.program import Program
     from fine_dist.model.flops import train_flops
     from fine_dist.stages.looks import Pictures, histograms_of
     from fine_dist.stages.quick import Quick, decoder_of

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from fine_dist.config import Config, DiffusionConfig, EngineConfig, LaunchConfig, expand_path
+from fine_dist.config import expand_path
 from fine_dist.errors import ConfigError, DataError, nearest
 from fine_dist.stages.artist import Artist, make_artist, name_of
-from fine_dist.stages.known import DrawConfig
-from fine_dist.stages.sources import HintsConfig
+from fine_dist.stages.drawn import DrawnConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +33,7 @@ GRID_IMAGES = 100
 Kind = Literal["npy", "grid", "png", "npz"]
 
 
-class SampleConfig(Config):
+class SampleConfig(DrawnConfig):
     """Draw images from a model, or the same images from several (`--compare`). Guidance, clip and diffusion are the
     model's own unless they are said."""
 
@@ -52,26 +51,6 @@ class SampleConfig(Config):
     """Images in all, classes in turn; none: per_class of each."""
     formats: tuple[Kind, ...] = ("npy", "grid")
     """npy: latents and labels. grid: samples.png. png: single pictures. npz: ADM's file of all pictures (uint8)."""
-    vae: str | None = None
-    """Folder or hub name of the `AutoencoderKL` that decodes latents."""
-    vae_precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the decoder."""
-    seed: int = Field(0, ge=0)
-    """Seeds the noise: image i of a seed is the same whatever the batch or the number of processes."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averages of what was trained, or the weights themselves."""
-    learngene: str | None = None
-    """Where the parent of an initialised target lies now, when it has moved."""
-    hints: HintsConfig = HintsConfig()
-    """What another project's file does not say of itself."""
-    sampler: DrawConfig = DrawConfig()
-    """Scheduler, steps, guidance."""
-    diffusion: DiffusionConfig | None = None
-    """The process the model was trained for; none: as its manifest says."""
-    engine: EngineConfig = EngineConfig()
-    """Device and threads."""
-    launch: LaunchConfig = LaunchConfig()
-    """What the job needs, where it is submitted."""
 
 
 def labels_of(config: SampleConfig, num_classes: int, names: Sequence[str]) -> Tensor:

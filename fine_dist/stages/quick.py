@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.errors import ConfigError
 from fine_dist.stages.artist import Artist
-from fine_dist.stages.evaluation import HELD_OUT, EvaluateConfig, networks_of, wanted_of
+from fine_dist.stages.drawn import EvaluateConfig
+from fine_dist.stages.evaluation import HELD_OUT, networks_of, wanted_of
 from fine_dist.stages.known import Known
 from fine_dist.stages.references import References
 

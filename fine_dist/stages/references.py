@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fine_dist.engine.dist import World
     from fine_dist.metrics import Features, Statistics
-    from fine_dist.stages.evaluation import EvaluateConfig
+    from fine_dist.stages.drawn import EvaluateConfig
 
 _BATCH = 256
 

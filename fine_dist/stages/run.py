@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fine_dist.engine.dist import World
-    from fine_dist.engine.loop import Fitted
+    from fine_dist.engine.program import Fitted
 
 
 def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[[World], Plan]) -> Path:

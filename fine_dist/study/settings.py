@@ -105,7 +105,7 @@ def finished(module: str, config: Any) -> bool | None:
     folder = Path(config.run_dir)
     if module == MODULES["init"]:
         from fine_dist.family import expand
-        from fine_dist.family.table import result_of
+        from fine_dist.family.results import result_of
 
         return all(result_of(member.folder) is not None for member in expand(config))
     if module in (MODULES["condense"], MODULES["train"]):

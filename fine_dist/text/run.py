@@ -13,7 +13,8 @@ import torch
 from fine_dist.config import expand_path
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
-from fine_dist.engine.loop import Fitted, Program, fit
+from fine_dist.engine.loop import fit
+from fine_dist.engine.program import Fitted, Program
 from fine_dist.engine.run_dir import RunDir, write_atomic
 from fine_dist.errors import TrainingError
 from fine_dist.jobs import StateTable

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 
 from fine_dist.engine import checkpoint
-from fine_dist.engine.checkpoint import Saved
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.saved import Saved
 from fine_dist.engine.tensor_file import write_tensors
 from fine_dist.errors import RunDirError
+from fine_dist.files import sha256_of
 from tests.engine.test_resume import start_child, wait_for_step
 from tests.engine.toy import ToyConfig, engine, toy_fit, toy_outcome
 
@@ -141,7 +142,7 @@ def test_our_tensor_files_are_read_by_the_safetensors_library(tmp_path: Path) ->
     about = write_tensors(tmp_path / "file.safetensors", tensors)
     assert about == {
         "bytes": (tmp_path / "file.safetensors").stat().st_size,
-        "sha256": checkpoint.sha256_of(tmp_path / "file.safetensors"),
+        "sha256": sha256_of(tmp_path / "file.safetensors"),
     }
     read = load_file(tmp_path / "file.safetensors")
     assert read.keys() == tensors.keys()

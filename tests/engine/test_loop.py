@@ -14,10 +14,10 @@ from fine_dist.config import DiffusionConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
 from fine_dist.engine.backend import PlainBackend, learning_rate
-from fine_dist.engine.checkpoint import Saved
 from fine_dist.engine.ema import Ema
-from fine_dist.engine.loop import divide_batch
+from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import was_stopped
+from fine_dist.engine.saved import Saved
 from fine_dist.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.zoo import arch

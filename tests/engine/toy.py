@@ -14,7 +14,8 @@ from fine_dist.config import Config, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.schedule import mix
 from fine_dist.engine.dist import World, world
-from fine_dist.engine.loop import Fitted, Program, fit
+from fine_dist.engine.loop import fit
+from fine_dist.engine.program import Fitted, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT

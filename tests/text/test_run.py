@@ -12,7 +12,7 @@ import torch
 
 from fine_dist import creative
 from fine_dist.config import load
-from fine_dist.engine.checkpoint import Saved
+from fine_dist.engine.saved import Saved
 from fine_dist.errors import FineDistError, ResumeLater, RunDirError, TrainingError
 from fine_dist.jobs import StateTable
 from fine_dist.jobs.code import code_files
