@@ -10,7 +10,6 @@ Shapes: D1, L1 the source's width and layers, D2, L2 the target's; m x n a matri
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -193,10 +192,3 @@ class GrownDiT(DiT):
 def key(name: str) -> str:
     """A module's name as a key of a `ModuleDict`."""
     return name.replace(".", "_")
-
-
-def count_operators(arch: Arch, width: int, layers: int) -> int:
-    """Numbers that train: five depth operators, and M of the five spaces."""
-    small = arch.model_copy(update={"hidden_size": width})
-    sides = [(size_of(small, space), size_of(arch, space)) for space in SPACES]
-    return len(MATRICES) * math.prod((arch.num_layers, layers)) + sum((d2 - d1) * d1 for d1, d2 in sides)

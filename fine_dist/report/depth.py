@@ -10,13 +10,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Linearity:
-    """How a table [L, R] moves with depth: `score` [L] on its first principal component, the share of variance that
-    component explains, its correlation with depth, and the share a straight line in depth explains (R²)."""
+    """How a table [L, R] moves with depth: `score` [L] on its first principal component, that score's correlation
+    with depth, and the share of variance that a straight line in depth explains (R²)."""
 
     mean: np.ndarray
     direction: np.ndarray
     score: np.ndarray
-    explained: float
     correlation: float
     r_squared: float
 
@@ -38,7 +37,6 @@ def linearity(table: Any) -> Linearity | None:
         mean,
         direction,
         score,
-        float(singular[0] ** 2 / (singular**2).sum()),
         float(np.corrcoef(score, depth)[0, 1]),
         float(((depth[:, None] * slope) ** 2).sum() / (centred**2).sum()),
     )

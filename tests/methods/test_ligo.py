@@ -8,13 +8,21 @@ import torch
 from fine_dist.errors import ArtifactError
 from fine_dist.methods import check
 from fine_dist.model.axes import axes_of
-from fine_dist.model.grow import GrownDiT, Widen, count_operators, stacked
+from fine_dist.model.grow import SPACES, GrownDiT, Widen, size_of, stacked
+from fine_dist.model.zoo import MATRICES
 from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, tiny_arch
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
 LARGE = {"hidden_size": 24, "num_heads": 3, "num_layers": 5}
+
+
+def count_operators(arch, width, layers):
+    """Numbers that train: five depth operators, and M of the five spaces."""
+    small = arch.model_copy(update={"hidden_size": width})
+    sides = [(size_of(small, space), size_of(arch, space)) for space in SPACES]
+    return len(MATRICES) * arch.num_layers * layers + sum((d2 - d1) * d1 for d1, d2 in sides)
 
 
 @pytest.fixture(scope="module")
