@@ -18,7 +18,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $(STAMP)
 
-demo: install  ## the whole method on the embedded data set (about 4 minutes on 2 cores)
+demo: install  ## the whole method on the embedded data set (about 5 minutes on 2 cores)
 	$(BIN)/python -m fine_dist demo
 
 test: install  ## the test suite, clusters where this machine has them
