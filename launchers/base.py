@@ -342,6 +342,12 @@ def explain(code: int | None) -> str:
 
 
 def joint_code(codes: Sequence[int]) -> int:
-    """The exit code of a job of several processes: its first real failure, else 75 if any said so, else 0."""
-    real = [code for code in codes if code not in (0, EXIT_RESUME)]
-    return real[0] if real else max(codes, default=0)
+    """The exit code of a job of several processes: its first real failure, else 75 if any said so, else 0.
+
+    A process that was ended by SIGTERM, after another had ended with a code of its own, says nothing.
+    """
+    said = [code for code in codes if code != -signal.SIGTERM]
+    if not any(said):
+        said = list(codes)
+    real = [code for code in said if code not in (0, EXIT_RESUME)]
+    return real[0] if real else max(said, default=0)

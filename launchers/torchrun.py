@@ -8,11 +8,11 @@ that was told to stop (a file STOP, a signal, a time limit) from one that crashe
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from fine_dist.errors import EXIT_RESUME
+from fine_dist.errors import EXIT_RESUME, EXIT_USER_ERROR
+from launchers.base import joint_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,15 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         torchrun(sys.argv[1:] if argv is None else argv)
     except ChildFailedError as error:
-        return joint_code(failure.exitcode for failure in error.failures.values())
+        return exit_code([failure.exitcode for failure in error.failures.values()])
     return 0
 
 
-def joint_code(codes: Iterable[int]) -> int:
-    """What the exit codes of failed ranks mean together. A rank that torchrun itself has ended, because another was
-    done first, says nothing."""
-    said = {code for code in codes if code != -signal.SIGTERM}
-    return said.pop() if said in ({EXIT_RESUME}, {2}) else 1
+def exit_code(codes: Sequence[int]) -> int:
+    """What the exit codes of failed ranks mean to a script: 75, 2, else 1."""
+    code = joint_code(codes)
+    return code if code in (EXIT_RESUME, EXIT_USER_ERROR) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 
 from fine_dist.files import last_row, locked, read_rows, remove_drafts, sync_disk, try_lock, whole_folder, write_atomic
 from fine_dist.processes import derived_port, free_ports, rank_words
-from launchers.torchrun import joint_code
+from launchers.torchrun import exit_code
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path):
@@ -90,4 +90,4 @@ def test_a_rank_is_told_in_torchruns_words():
     ("codes", "code"), [([75, 75], 75), ([75, -15], 75), ([75, 1], 1), ([-9, -15], 1), ([2, 2], 2), ([-15], 1)]
 )
 def test_torchrun_tells_a_stop_from_a_crash(codes, code):
-    assert joint_code(codes) == code
+    assert exit_code(codes) == code

@@ -162,7 +162,8 @@ def test_a_stop_file_of_a_fan_out_ends_it_for_good_until_the_user_starts_it_agai
 
 def test_a_run_that_saw_a_stop_file_is_not_started_again_by_its_launcher(tmp_path):
     (tmp_path / "STOPPED").touch()  # what the engine makes of STOP when it has seen it
-    assert run(tmp_path, stop_times=3, launch=LaunchConfig(processes=2)) == 75
+    # a second of work, so that neither process is ended before it has begun
+    assert run(tmp_path, stop_times=3, sleep_s=1, launch=LaunchConfig(processes=2)) == 75
     assert starts(tmp_path) == 1
 
 
@@ -203,7 +204,13 @@ def test_environment_of_a_job_is_its_own(tmp_path):
     assert "MASTER_ADDR" not in os.environ
 
 
-@pytest.mark.parametrize(("codes", "code"), [((0, 0), 0), ((0, 75), 75), ((75, -9, 75), -9), ((0, 2), 2)])
+@pytest.mark.parametrize(
+    ("codes", "code"),
+    [
+        *[((0, 0), 0), ((0, 75), 75), ((75, -9, 75), -9), ((0, 2), 2)],
+        *[((75, -15), 75), ((-15, 2), 2), ((0, -15), -15), ((-15, -15), -15)],  # -15: ended because another was
+    ],
+)
 def test_the_joint_code_of_a_job_is_its_first_real_failure(codes, code):
     assert joint_code(codes) == code
 
