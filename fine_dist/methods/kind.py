@@ -125,6 +125,8 @@ class Kind(Method[KindConfig]):
     # --- targets ----------------------------------------------------------------------------------------------------
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        import torch
+
         from fine_dist.model.dit import labels_from_null
         from fine_dist.model.gates import GatedDiT
         from fine_dist.model.roles import of_role, train_only
@@ -136,7 +138,9 @@ class Kind(Method[KindConfig]):
         same = target.num_classes == source.arch.num_classes
         keeps_table = same and self.config.table is None
         table = source.gate.group.tolist() if keeps_table else self._table(target.num_classes, groups)
-        model = GatedDiT(target, learngenes, each, groups, table, generator)
+        # a seed of their own: this generator may well be seeded as stage 1's was, and would draw its tailors again
+        anew = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        model = GatedDiT(target, learngenes, each, groups, table, anew)
         taken = of_role(source, *_ROLES, *(_TAILORS if self.config.transfer == "keep" else ()))
         if not same:
             null = taken["label.weight"][-1]

@@ -140,6 +140,17 @@ def test_a_transfer_freezes_learngenes_and_trains_tailors_and_the_label_embedder
     assert all(p.grad is None for name, p in model.named_parameters() if name not in moving)
 
 
+def test_tailors_drawn_anew_are_not_those_that_stage_1_drew_with_the_same_seed():
+    parent = parent_for("kind")
+    arch = parent.arch
+    drawn = tiny("kind").condense(arch, None, torch.Generator().manual_seed(7)).module
+    again = tiny("kind", transfer="redraw").descend(parent, arch, torch.Generator().manual_seed(7)).model
+    known = roles(drawn)
+    for name, p in again.named_parameters():
+        if known[name] == "tailor" and p.std() > 0:
+            assert not torch.equal(p, drawn.get_parameter(name)), name
+
+
 def test_a_stage_that_wants_new_labels_gets_a_gate_for_them():
     descent = descend(tiny("kind"), parent_for("kind"), tiny_arch(num_classes=3), seed=0, new_labels=True)
     assert descent.model.arch.num_classes == 3 and descent.model.gate.group.tolist() == [0, 0, 1, -1]
