@@ -139,6 +139,7 @@ def rows(part: str, results: Results) -> list[dict[str, Any]]:
                 "steps": row.step,
                 "held_out_loss": row.held_out_loss,
                 "frechet": row.frechet,
+                "fd_efflite": row.fd_efflite,
                 "stored": row.stored,
                 "trained": row.trained,
                 "flops": row.flops + row.flops_condense,

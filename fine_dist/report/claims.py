@@ -15,7 +15,7 @@ from fine_dist.report.depth import linearity
 from fine_dist.report.formula import steps_of
 from fine_dist.report.results import Claim, Mean, Results, number
 
-MEASURES = {"held_out_loss": "held-out loss", "frechet": "Fréchet distance"}
+MEASURES = {"held_out_loss": "held-out loss", "frechet": "Fréchet distance", "fd_efflite": "FD-EffLite"}
 HELD, NOISE, FAILED, MISSING = "held", "within noise", "did not hold", "not measured"
 
 
@@ -107,8 +107,15 @@ class Verdict:
         return self.plain != MISSING and any(c.held is None for c in self.of("held_out_loss"))
 
     @property
+    def one_seed(self) -> bool:
+        """No comparison has a second seed, so nothing is known of the spread."""
+        means = [m for c in self.comparisons for m in (c.left_value, c.right_value) if m is not None]
+        return bool(means) and all(m.num == 1 for m in means)
+
+    @property
     def word(self) -> str:
-        return self.plain + (" where measured" if self.partial and self.plain == HELD else "")
+        partly = " where measured" if self.partial and self.plain == HELD else ""
+        return self.plain + partly + (" on one seed" if self.one_seed else "")
 
     def as_json(self) -> dict[str, Any]:
         return {

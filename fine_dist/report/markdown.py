@@ -48,20 +48,29 @@ def about(results: Results) -> str:
 
 def quality(results: Results) -> str:
     """Held-out loss and Fréchet distance of every series after N steps, and at its other milestones."""
-    frechet = any(row.frechet is not None for row in results.rows)
+    distances = [
+        (key, name)
+        for key, name in (("frechet", "Fréchet"), ("fd_efflite", "FD-EffLite"))
+        if any(getattr(row, key) is not None for row in results.rows)
+    ]
     heads = ["method", "steps"]
+    columns: list[tuple[int, str]] = []
     for target in results.targets:
-        heads += [f"loss, {target} layers"] + ([f"Fréchet, {target} layers"] if frechet else [])
+        measured = [(key, name) for key, name in distances if _measured(results, target, key)]
+        columns += [(target, "held_out_loss"), *((target, key) for key, _ in measured)]
+        heads += [f"loss, {target} layers", *(f"{name}, {target} layers" for _, name in measured)]
     lines = _heads([*heads, *(["tuned"] if results.tuning else [])])
     for series, step in _states(results):
         cells = [results.label(series), f"{step:,}"]
-        for target in results.targets:
-            cells.append(cell(results.mean(series, target, step)))
-            cells += [cell(results.mean(series, target, step, "frechet"))] if frechet else []
+        cells += [cell(results.mean(series, target, step, key)) for target, key in columns]
         if results.tuning:
             cells.append(_chosen(results, series))
         lines.append(_line(cells))
     return "\n".join([*lines, ""])
+
+
+def _measured(results: Results, target: int, measure: str) -> bool:
+    return any(row.target == target and getattr(row, measure) is not None for row in results.rows)
 
 
 def costs(results: Results) -> str:

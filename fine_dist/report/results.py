@@ -79,6 +79,8 @@ class Row(_Part):
     """Mean squared error of the predicted noise on data never trained on, at fixed timesteps and noise."""
     frechet: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Squared Fréchet distance of samples to real data, if measured here."""
+    fd_efflite: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """The same on EfficientNet-lite0's ImageNet features, if measured here."""
     train_loss: float | None = None
     steps_condense: int = Field(0, ge=0)
     """Steps of stage 1 behind what this target came from; paid once for all its targets."""

@@ -12,6 +12,7 @@ from fine_dist.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from fine_dist.metrics.base import Features
     from fine_dist.metrics.moments import Moments
     from fine_dist.model.dit import DiT
 
@@ -52,6 +53,7 @@ class Measures:
         self.held_out = HeldOut(*held_out, config.diffusion) if held_out else None
         self.reference: Moments | None = None
         self.floor: float | None = None
+        self._efflite: tuple[Features, Moments] | None = None
         if config.features:
             from fine_dist.metrics.features import load_classifier
             from fine_dist.metrics.frechet import frechet_distance
@@ -72,11 +74,21 @@ class Measures:
         with torch.no_grad():
             return Moments.of(self.classifier.features(images))
 
-    def __call__(self, model: DiT, title: str) -> dict[str, Any]:
-        """Both numbers of a model; none for what is not measured. title: of the progress bar of its samples."""
+    def __call__(self, model: DiT, title: str, efflite: bool = False) -> dict[str, Any]:
+        """All numbers of a model; none for what is not measured. title: of the progress bar of its samples.
+
+        efflite: with `fd_efflite`, of the same samples. `ConfigError` where there is no real data to compare with.
+        """
         model = model.to(self.device).eval()
-        loss = self.loss(model) if self.held_out else None
-        return {"held_out_loss": loss, "frechet": self.frechet(model, title) if self.reference else None}
+        numbers: dict[str, Any] = {"held_out_loss": self.loss(model) if self.held_out else None, "frechet": None}
+        if not self.reference and not efflite:
+            return numbers
+        drawn = self.draw(model, self.config.samples, title)
+        if self.reference:
+            numbers["frechet"] = self.frechet(drawn)
+        if efflite:
+            numbers["fd_efflite"] = self.efflite(drawn)
+        return numbers
 
     def loss(self, model: nn.Module) -> float:
         """The held-out loss of a dense or a composed model. `ConfigError` without held-out data."""
@@ -84,13 +96,30 @@ class Measures:
             raise ConfigError("data.held_out: the held-out loss needs shards that were never trained on")
         return float(self.held_out(model.to(self.device).eval())["held_out_loss"])
 
-    def frechet(self, model: DiT, title: str) -> float:
-        """Of samples of the model to the reference. `ConfigError` without features."""
+    def frechet(self, images: Tensor) -> float:
+        """Of images to the reference, on the classifier's features. `ConfigError` without features."""
         from fine_dist.metrics.frechet import frechet_distance
 
         if self.reference is None:
             raise ConfigError("features: the Fréchet distance needs the folder of a feature extractor")
-        return frechet_distance(self.moments(self.draw(model, self.config.samples, title)), self.reference)
+        return frechet_distance(self.moments(images), self.reference)
+
+    def efflite(self, images: Tensor) -> float:
+        """Of images to as many real ones, spaced evenly over the data, on EfficientNet-lite0's ImageNet features."""
+        from fine_dist.metrics.frechet import frechet_distance
+
+        if self._efflite is None:
+            from fine_dist.data.stream import read_all
+            from fine_dist.metrics.features import load_features
+
+            if not self.config.data.shards:
+                raise ConfigError("data.shards: the Fréchet distance needs real data to compare with")
+            network = load_features("efflite", None, self.device)
+            real = read_all(expand_path(self.config.data.shards))[0]
+            some = real[:: max(1, len(real) // len(images))][: len(images)]
+            self._efflite = (network, _streamed(network, some, "real images through EfficientNet"))
+        network, reference = self._efflite
+        return frechet_distance(_streamed(network, images, "samples through EfficientNet"), reference)
 
     def draw(self, model: DiT, count: int, title: str) -> Tensor:
         """Samples [count, C, H, H], classes in turn; image i is the same for every model of a seed."""
@@ -107,3 +136,15 @@ class Measures:
             seed=self.config.seed,
             progress=f"sample {title}",
         )
+
+
+def _streamed(network: Features, images: Tensor, title: str, batch: int = 64) -> Moments:
+    """The moments of a network's features of images, batch by batch."""
+    from tqdm import tqdm
+
+    from fine_dist.metrics.moments import Moments
+
+    total = Moments.empty(network.num_features)
+    for part in tqdm(images.split(batch), desc=title, unit="batch", leave=False):
+        total.update(network(part).pooled)
+    return total

@@ -36,8 +36,10 @@ def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
     """Run everything that is not done yet, tuning first, and measure it. `TrainingError` as `run_study`."""
     from fine_dist.study.collect import collect
     from fine_dist.study.follow import follow
+    from fine_dist.study.surroundings import check_features
     from fine_dist.study.tune import tuned
 
+    check_features(study)
     chosen, tried = tuned(study, launcher)
     graph = plan(chosen)
     follow(graph, launcher)

