@@ -89,6 +89,7 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small):
     kept = {part.series: part for part in storage(read_results(run / "depths" / "report"))}
     # sigma of five matrices and two layers, and the biases that are not a layer of the learngene's own
     assert 2 * 5 * 32 <= kept["fine"].own <= 2 * (5 + 15) * 32
+    assert "tleg_bare" not in kept and len({k.label for k in kept.values()}) == len(kept)
     assert kept["tleg"].own == 0 and kept[""].shared == 0
     assert kept["fine"].of(10) == kept["fine"].shared + 10 * kept["fine"].own < kept[""].of(10)
 
