@@ -1,14 +1,12 @@
-"""Reading records out of many shards: one positioned read a sample, checks and conversion a batch at a time.
+"""Reading records out of many shards: one positioned read a sample, straight to its place in the batch, then checks.
 
 Letters: B rows of a read, S shards.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,17 +16,14 @@ import numpy as np
 import torch
 
 from fine_dist.config import DataConfig
-from fine_dist.data.records import BLOCK, PREFIX_BYTES, layout_of, record_key
-from fine_dist.data.shards import Manifest, ShardInfo
-from fine_dist.data.sources import is_remote, locate, open_shard
-from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
+from fine_dist.data.batch import as_float
+from fine_dist.data.opened import Shard
+from fine_dist.data.records import PREFIX_BYTES, all_finite, layout_of
+from fine_dist.data.sources import is_remote, locate
 from fine_dist.errors import DataError
-from fine_dist.files import sha256_of
 
 _CHUNK = 64
-"""Records that are read, checked and converted together: they should fit into the processor's cache."""
-_GRAIN = 32768
-"""torch hands operations on so many numbers to its pool of threads."""
+"""Records that are read and checked together: they should fit into the processor's cache."""
 _FETCHERS = 8
 """Threads that bring remote shards."""
 _SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
@@ -36,97 +31,20 @@ _SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "th
 
 @dataclass
 class Rows:
-    """latents float32 [B, ...] unscaled, labels int64 [B], and what is wrong with which row (its numbers are void)."""
+    """Records of a read: what they hold, and what is wrong with which row (its numbers are void).
 
-    latents: torch.Tensor
-    labels: np.ndarray
-    faults: dict[int, str] = field(default_factory=dict)
-
-
-class Shard:
-    """One shard, opened when it is first needed.
-
-    `fault`: why none of it can be used. `index`: where its samples are, when they are not at regular places.
-    `regular`: usable, and all its records have one size.
+    stored: [B, ...] as in the shards, unscaled. labels: int64 [B]. scale: what the reader was asked to multiply by.
     """
 
-    def __init__(self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig) -> None:
-        self.url, self.info = url, info
-        self.fault: str | None = None
-        self.index: ShardIndex | None = None
-        self.regular = False
-        self.fd = -1
-        self._manifest, self._config = manifest, config
-        self._lock = threading.Lock()
-        self._opened = False
+    stored: torch.Tensor
+    labels: np.ndarray
+    scale: float
+    faults: dict[int, str] = field(default_factory=dict)
 
-    def ready(self) -> Shard:
-        """Open the shard, once; threads that come later wait. `DataError` when a remote one cannot be had."""
-        if not self._opened:
-            with self._lock:
-                if not self._opened:
-                    self.fault = self._open()
-                    self.regular = self.fault is None and self.index is None
-                    self._opened = True
-        return self
-
-    def _open(self) -> str | None:
-        """Open the file and return what is wrong with it."""
-        try:
-            self.fd = open_shard(self.url, self.info, self._config)
-        except (FileNotFoundError, NotADirectoryError):
-            return "the manifest lists this shard, but it is absent"
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                return f"it cannot be opened: {error.strerror}"
-            raise DataError(
-                f"{self.url}: too many open files; raise the limit (ulimit -n) or lower data.window or data.streams"
-            ) from None
-        size = os.fstat(self.fd).st_size
-        if self._config.verify != "none" and size != self.info.bytes:
-            return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
-        if self._config.verify == "sha256" and sha256_of(f"/dev/fd/{self.fd}") != self.info.sha256:
-            return "its sha256 is not the manifest's: damaged or replaced"
-        # ask the system to bring the file in one sweep: the reads that follow are in random order
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
-        if self.info.key_prefix is not None:
-            return self._count_regular(size)
-        return self._find(size)
-
-    def _count_regular(self, size: int) -> str | None:
-        """Whether a shard of records of one size ends where the manifest says: a block of zeros ends a tar."""
-        count, stride = self.info.count, layout_of(self._manifest.stored_shape, self._manifest.dtype).stride
-        room = size // stride
-        if room < count:
-            return f"the manifest says {count} samples; it has {room}"
-        if size >= count * stride + BLOCK and any(os.pread(self.fd, BLOCK, count * stride)):
-            return f"the manifest says {count} samples; it has more, or records of another size"
-        if count and not any(os.pread(self.fd, BLOCK, (count - 1) * stride)):
-            return f"the manifest says {count} samples; it has fewer, or records of another size"
-        return None
-
-    def _find(self, size: int) -> str | None:
-        """Look for the samples of a tar that another program wrote."""
-        manifest = self._manifest
-        try:
-            with open(self.fd, "rb", buffering=1 << 18, closefd=False) as stream:
-                self.index = index_tar(stream, size, manifest.stored_shape, manifest.dtype, manifest.num_classes)
-        except TarFault as error:
-            return str(error)
-        if len(self.index.keys) != self.info.count:
-            return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"
-        return None
-
-    def key(self, number: int) -> str:
-        """The key of a sample."""
-        if self.index is not None:
-            return self.index.keys[number]
-        return record_key(self.info.key_prefix or "", number)
-
-    def __del__(self) -> None:
-        # readers hold the object while they read, so the file is closed under nobody
-        if self.fd >= 0:
-            os.close(self.fd)
+    @property
+    def latents(self) -> torch.Tensor:
+        """float32 [B, ...], multiplied by the scale."""
+        return as_float(self.stored, self.scale)
 
 
 class ShardSet:
@@ -166,45 +84,51 @@ class ShardSet:
         return self._shards[number]
 
     def read(self, shard_B: np.ndarray, index_B: np.ndarray, scale: float = 1.0) -> Rows:
-        """The records at (shard, index), as float32 times `scale`, with the faults of those that are not good."""
+        """The records at (shard, index) as they are stored, with the faults of those that are not good.
+
+        scale: what `latents` of the result is multiplied by.
+        """
         numbers = shard_B.tolist()
         with self._lock:
             shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
         regular = all([shard.ready().regular for shard in shards.values()])
         # NumPy's memory, not torch's aligned blocks: with those the heap was seen to grow by up to 90 MiB
-        latents = torch.from_numpy(np.empty((len(numbers), *self._layout.shape), np.float32))
-        rows = Rows(latents, np.empty(len(numbers), np.int64))
+        stored = np.empty((len(numbers), *self._layout.shape), self._layout.dtype)
+        rows = Rows(torch.from_numpy(stored), np.empty(len(numbers), np.int64), scale)
         if regular:
-            self._read_regular(shards, shard_B, index_B, scale, rows, 0)
+            self._read_regular(shards, shard_B, index_B, stored, rows, 0)
         else:
-            self._read_any(shards, shard_B, index_B, scale, rows)
+            self._read_any(shards, shard_B, index_B, stored, rows)
         return rows
 
     def _read_regular(
-        self, shards: dict[int, Shard], shard_N: np.ndarray, index_N: np.ndarray, scale: float, rows: Rows, first: int
+        self,
+        shards: dict[int, Shard],
+        shard_N: np.ndarray,
+        index_N: np.ndarray,
+        stored_N: np.ndarray,
+        rows: Rows,
+        first: int,
     ) -> None:
-        """Read records of shards in which all have one size, whole, into the rows from `first` on."""
+        """Read records of shards in which all have one size: payloads to where they belong, heads into scratch memory.
+
+        A chunk is read and checked while the processor's cache holds it. first: the row of `rows` that comes first.
+        """
         layout, count = self._layout, len(index_N)
         files, offsets = [shards[number].fd for number in shard_N.tolist()], (index_N * layout.stride).tolist()
-        latents, marks, finite = rows.latents[first : first + count], [], True
-        sizes: list[int] = []
+        payloads_NP = stored_N.reshape(count, -1).view(np.uint8)
+        heads_NH, heads = self._scratch_for(min(_CHUNK, count))
+        marks, sizes, finite = [], list[int](), True
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
-            buffer_NB, views, pieces = self._scratch_for(min(_CHUNK, count - start))
             try:
-                sizes += map(os.preadv, files[part], views, offsets[part])
+                sizes += map(os.preadv, files[part], zip(heads, payloads_NP[part]), offsets[part])
             except OSError:
                 del sizes[start:]
-                sizes += map(_try_to_read, files[part], views, offsets[part])
-            marks.append(layout.marks(buffer_NB))
-            finite = layout.all_finite(buffer_NB) and finite
-            for to, piece in zip(latents[part].split(len(pieces[0])), pieces):
-                to.copy_(piece)
-            if scale != 1:
-                numbers = latents[part].numpy()
-                np.multiply(numbers, np.float32(scale), out=numbers)
-        marks_NW = np.concatenate(marks)
-        good_N, labels_N = layout.check(marks_NW, self._prefixes_SP[shard_N], index_N)
+                sizes += map(_try_to_read, files[part], zip(heads, payloads_NP[part]), offsets[part])
+            marks.append(layout.marks(heads_NH[: count - start]))
+            finite = finite and all_finite(stored_N[part])
+        good_N, labels_N = layout.check(np.concatenate(marks), self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
         rows.labels[first : first + count] = labels_N
         if finite and min(sizes) == layout.size and good_N.all():
@@ -214,7 +138,7 @@ class ShardSet:
                 rows.faults[first + row] = _SHORT
             elif not good_N[row]:
                 rows.faults[first + row] = self._explain(shards[int(shard_N[row])], int(index_N[row]))
-            elif not bool(torch.isfinite(latents[row]).all()):
+            elif not all_finite(stored_N[row]):
                 rows.faults[first + row] = NOT_FINITE
 
     def _explain(self, shard: Shard, index: int) -> str:
@@ -224,41 +148,32 @@ class ShardSet:
         return layout.explain(record, shard.key(index), self.manifest.num_classes)
 
     def _read_any(
-        self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, scale: float, rows: Rows
+        self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, stored_B: np.ndarray, rows: Rows
     ) -> None:
         """Read samples of which some are in shards that another program wrote, or in damaged ones."""
         for row, (number, index) in enumerate(zip(shard_B.tolist(), index_B.tolist())):
-            shard, one = shards[number], slice(row, row + 1)
+            shard, one, stored = shards[number], slice(row, row + 1), stored_B[row]
             if shard.fault is not None:
                 rows.faults[row] = shard.fault
             elif shard.index is None:
-                self._read_regular(shards, shard_B[one], index_B[one], scale, rows, row)
+                self._read_regular(shards, shard_B[one], index_B[one], stored_B[one], rows, row)
             elif index in shard.index.faults:
                 rows.faults[row] = shard.index.faults[index]
             else:
-                latent = np.empty(self._layout.shape, self._layout.dtype)
-                got = os.preadv(shard.fd, (latent.data,), int(shard.index.offsets[index]))
+                got = os.preadv(shard.fd, (stored.data,), int(shard.index.offsets[index]))
                 rows.labels[row] = shard.index.labels[index]
-                rows.latents[row].copy_(torch.from_numpy(latent)).mul_(scale)
-                if got != latent.nbytes:
+                if got != stored.nbytes:
                     rows.faults[row] = _SHORT
-                elif not np.isfinite(latent).all():
+                elif not all_finite(stored):
                     rows.faults[row] = NOT_FINITE
 
-    def _scratch_for(self, count: int) -> tuple[np.ndarray, list[tuple[memoryview]], tuple[torch.Tensor, ...]]:
-        """This thread's scratch memory for so many records: the buffer, a view of each, and their latents.
-
-        The latents are in pieces that torch converts in the calling thread: its pool of threads is the model's, and
-        on a busy machine a reader would wait for all of them at every piece.
-        """
+    def _scratch_for(self, count: int) -> tuple[np.ndarray, list[memoryview]]:
+        """This thread's scratch memory for the heads of so many records, and a view of each."""
         kept: dict[Any, Any] = self._scratch.__dict__
-        grain = _GRAIN if torch.get_num_threads() > 1 else sys.maxsize
-        if (count, grain) not in kept:
-            buffer = self._layout.buffer(count)
-            views = [(memoryview(row)[: self._layout.size],) for row in buffer]
-            payload = torch.from_numpy(self._layout.payload(buffer))
-            kept[count, grain] = (buffer, views, payload.split(max(1, (grain - 1) // payload[0].numel())))
-        return kept[count, grain]
+        if count not in kept:
+            heads_NH = self._layout.heads(count)
+            kept[count] = (heads_NH, [memoryview(head) for head in heads_NH])
+        return kept[count]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:
         """Count a damaged sample, or a whole damaged shard, once. `DataError` above `max_bad_fraction`."""
@@ -284,10 +199,10 @@ class ShardSet:
         self._shards.clear()
 
 
-def _try_to_read(file: int, view: tuple[memoryview], offset: int) -> int:
+def _try_to_read(file: int, views: tuple[Any, ...], offset: int) -> int:
     """Bytes read; none where the device fails."""
     try:
-        return os.preadv(file, view, offset)
+        return os.preadv(file, views, offset)
     except OSError:
         return 0
 

@@ -1,8 +1,8 @@
 """One sample inside a shard: `KEY.cls` then `KEY.latent.npy`, and what can be wrong with it.
 
 Every record of a shard that this package writes has the same size, so that record i begins at `i * layout.stride` and
-one positioned read brings its label, its headers and its payload. Each read is checked against the layout, many
-records at once.
+one positioned read brings its head (label and headers) and, to another place, its payload. Each read is checked against
+the layout, many records at once.
 
 Shapes: N records, H bytes of a record's head, K bytes of a key.
 """
@@ -25,11 +25,8 @@ LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
 _KEY = PREFIX_BYTES + KEY_DIGITS
-_EXPONENTS = {2: (np.uint16, 0x7C00), 4: (np.uint32, 0x7F800000)}
-"""By bytes of a float: the word it fills, and its bits of the exponent; all of them set mean NaN or Inf."""
-_POWERS = 10 ** np.arange(LABEL_DIGITS - 1, -1, -1)
-_SHORTER = 10 ** np.arange(LABEL_DIGITS, -1, -1)
-"""A label of n digits is its digits times the powers, divided by this."""
+_WORDS = {2: (np.uint16, np.int16, 0x7C00), 4: (np.uint32, np.int32, 0x7F800000)}
+"""By bytes of a float: words of its size, and the bits of +Inf, the first pattern that is no number."""
 _LATENT = 2 * BLOCK
 """Where the latent's entry begins in a record: after the label's header and content."""
 
@@ -104,30 +101,13 @@ class Layout:
         self._label_at, self._latent_at = (8 * int(np.searchsorted(self._words, at // 8)) for at in (BLOCK, _LATENT))
         self._texts = np.empty((0, KEY_DIGITS), np.uint8)
 
-    def buffer(self, count: int) -> np.ndarray:
-        """Scratch memory for so many records: uint8 [count, size and some]."""
-        return np.zeros((count, -(-self.size // 64) * 64), np.uint8)
+    def heads(self, count: int) -> np.ndarray:
+        """Scratch memory for the heads of so many records: uint8 [count, H]."""
+        return np.zeros((count, self.head), np.uint8)
 
-    def payload(self, buffer: np.ndarray) -> np.ndarray:
-        """The latents in a buffer of records: [N, *shape], a view."""
-        inner = np.empty(self.shape, self.dtype).strides
-        return np.ndarray((len(buffer), *self.shape), self.dtype, buffer, self.head, (buffer.strides[0], *inner))
-
-    def all_finite(self, buffer_NB: np.ndarray) -> bool:
-        """Whether all numbers in a buffer of records are finite: no exponent has all its bits set."""
-        word, exponent = _EXPONENTS[self.dtype.itemsize]
-        bits = np.ndarray(
-            (len(buffer_NB), (self.size - self.head) // self.dtype.itemsize),
-            word,
-            buffer_NB,
-            self.head,
-            (buffer_NB.strides[0], self.dtype.itemsize),
-        )
-        return int((bits & exponent).max(initial=0)) != exponent
-
-    def marks(self, buffer_NB: np.ndarray) -> np.ndarray:
-        """What `check` looks at, out of a buffer of records: uint64 [N, W]."""
-        return buffer_NB.view(np.uint64).take(self._words, axis=1)
+    def marks(self, heads_NH: np.ndarray) -> np.ndarray:
+        """What `check` looks at, out of the heads of records: uint64 [N, W]."""
+        return heads_NH.view(np.uint64).take(self._words, axis=1)
 
     def check(self, marks_NW: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """Which records are what they should be, and their labels.
@@ -138,18 +118,16 @@ class Layout:
 
         Returns (good bool [N], labels int64 [N]); a bad record's label is meaningless.
         """
-        good_N = ((marks_NW & self._mask) == self._want).all(1)
+        same_NW = (marks_NW & self._mask) == self._want
+        good_N = np.ones(len(marks_NW), bool) if same_NW.all() else same_NW.all(1)
         bytes_NM = marks_NW.view(np.uint8)
         keys_NK = np.concatenate([prefixes_NP, self._digits(index_N)], 1)
         for at in (0, self._latent_at):
-            good_N &= (bytes_NM[:, at : at + _KEY] == keys_NK).all(1)
-        text_NC = bytes_NM[:, self._label_at : self._label_at + LABEL_DIGITS]
-        values_NC = text_NC - np.uint8(ord("0"))  # what is no digit becomes 10 or more
-        leading_NC = np.logical_and.accumulate(values_NC < 10, axis=1)
-        length_N = leading_NC.sum(1)
-        good_N &= (length_N > 0) & (leading_NC | (text_NC == 0)).all(1)
-        labels_N = (values_NC * leading_NC) @ _POWERS // _SHORTER[length_N]
-        return good_N, labels_N
+            same_NK = bytes_NM[:, at : at + _KEY] == keys_NK
+            if not same_NK.all():
+                good_N &= same_NK.all(1)
+        labels_N, is_label_N = _labels(bytes_NM[:, self._label_at : self._label_at + LABEL_DIGITS])
+        return good_N & is_label_N, labels_N
 
     def _digits(self, index_N: np.ndarray) -> np.ndarray:
         """The numbers of records as text: uint8 [N, KEY_DIGITS]."""
@@ -174,6 +152,37 @@ class Layout:
         if int(label) >= num_classes:
             return f"label {int(label)}, but there are {num_classes} classes"
         return "its tar headers are damaged"
+
+
+def all_finite(numbers: np.ndarray) -> bool:
+    """Whether a contiguous array of float16 or float32 has neither NaN nor Inf.
+
+    Infinities and NaNs are the largest bit patterns of their sign: as signed words those without a sign, and as
+    unsigned words those with one, lie above every number. So two maxima, which stream through the cache, say it.
+    """
+    unsigned, signed, infinity = _WORDS[numbers.itemsize]
+    sign = 1 << (8 * numbers.itemsize - 1)
+    return (
+        int(numbers.view(signed).max(initial=0)) < infinity
+        and int(numbers.view(unsigned).max(initial=0)) < sign + infinity
+    )
+
+
+def _labels(text_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number that each row of ASCII digits, then zeros, spells, int64 [N]; and whether it does, bool [N]."""
+    text_CN = np.ascontiguousarray(text_NC.T)  # operations run along rows, many records at once
+    values_CN = text_CN - np.uint8(ord("0"))  # what is no digit becomes 10 or more
+    leading_CN = values_CN < 10
+    good_N, labels_N = leading_CN[0].copy(), np.zeros(text_CN.shape[1], np.int64)
+    for place in range(len(text_CN)):
+        if place:
+            leading_CN[place] &= leading_CN[place - 1]
+        if not text_CN[place:].any():
+            break
+        digit_N = leading_CN[place]
+        good_N &= digit_N | (text_CN[place] == 0)
+        labels_N = np.where(digit_N, labels_N * 10 + values_CN[place], labels_N)
+    return labels_N, good_N
 
 
 @lru_cache(maxsize=16)

@@ -7,7 +7,7 @@
 The order of samples depends on (shards, seed, global batch, streams, window) and on nothing else (`order.py`). A
 process reads only the positions of the global batch that are its own: rank r of W has r B/W .. (r + 1) B/W.
 
-B samples of a batch, C channels, H height, W width.
+B samples of a batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from fine_dist.config import DataConfig
+from fine_dist.data.batch import Batch, draw_moments
 from fine_dist.data.order import Order
 from fine_dist.data.reader import Rows, ShardSet
 from fine_dist.data.shards import Manifest
@@ -31,39 +31,6 @@ from fine_dist.model.zoo import Arch
 
 _PLAN_SAMPLES = 8192
 """Samples whose places are looked up at once; it changes speed only."""
-_NOISE = 0x6D6F6D656E7473
-"""Keeps the noise of moments apart from every other use of (seed, step, position)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A process's part of a global batch.
-
-    latents:   float32 [B, C, H, W], multiplied by the manifest's scaling factor.
-    labels:    int64 [B].
-    positions: int64 [B], places in the global batch; seed whatever is random by (seed, step, position).
-    """
-
-    step: int
-    epoch: int
-    latents: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device) -> Batch:
-        """On the device; positions stay in host memory, where randomness is drawn."""
-        if device.type == "cpu":
-            return self
-        latents, labels = (x.to(device, non_blocking=True) for x in (self.latents, self.labels))
-        return replace(self, latents=latents, labels=labels)
-
-    def part(self, start: int, size: int) -> Batch:
-        """Some samples of it: a micro-batch."""
-        rows = slice(start, start + size)
-        return replace(self, latents=self.latents[rows], labels=self.labels[rows], positions=self.positions[rows])
 
 
 class LatentStream:
@@ -201,10 +168,11 @@ class LatentStream:
         for row, fault in rows.faults.items():
             self._set.count_bad(int(shard[row]), int(index[row]), fault)
             self._replace(step, row, rows)
-        latents = rows.latents
+        stored, scale = rows.stored, self._scale
         if self.manifest.kind == "moments":  # scaling the mean and the deviation scales the sample
-            latents = draw_moments(latents, self._seed, step, self._low)
-        return Batch(step, self._order.epoch(step), latents, torch.from_numpy(rows.labels), self._positions)
+            stored, scale = draw_moments(rows.latents, self._seed, step, self._low), 1.0
+        labels = torch.from_numpy(rows.labels)
+        return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions)
 
     def _replace(self, step: int, row: int, rows: Rows) -> None:
         """Put the stream's next good sample into a damaged one's place: the same on every world size, with no state."""
@@ -214,7 +182,7 @@ class LatentStream:
         for shard, index in self._candidates(stream, j):
             found = self._set.read(shard, index, self._scale)
             if not found.faults:
-                rows.latents[row], rows.labels[row] = found.latents[0], found.labels[0]
+                rows.stored[row], rows.labels[row] = found.stored[0], found.labels[0]
                 return
             self._set.count_bad(int(shard[0]), int(index[0]), found.faults[0])
         raise DataError(f"{self._set.base}: no sample of canonical stream {stream} can be read: {rows.faults[row]}")
@@ -230,19 +198,6 @@ class LatentStream:
         for later in range(window.stop, window.stop + self._order.total):
             with self._lock:
                 yield self._order.take(stream, later, 1)
-
-
-def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
-    """Sample latents from their moments [B, 2C, H, W] (mean, then standard deviation): [B, C, H, W].
-
-    The noise of a sample is seeded by (seed, step, position), so it is the same on every world size.
-    """
-    mean, std = moments.chunk(2, dim=1)
-    noise = np.empty(mean.shape, np.float32)
-    for row in range(len(noise)):
-        rng = np.random.Generator(np.random.Philox(key=[seed, _NOISE], counter=[0, 0, first + row, step]))
-        rng.standard_normal(dtype=np.float32, out=noise[row])
-    return torch.addcmul(mean, std, torch.from_numpy(noise))
 
 
 def check_fit(manifest: Manifest, arch: Arch, where: str) -> None:

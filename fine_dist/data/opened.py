@@ -1,0 +1,101 @@
+"""One shard as a reader holds it: opened when it is first needed, checked then, closed when nobody reads it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+from fine_dist.config import DataConfig
+from fine_dist.data.records import BLOCK, layout_of, record_key
+from fine_dist.data.shards import Manifest, ShardInfo
+from fine_dist.data.sources import open_shard
+from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
+from fine_dist.errors import DataError
+from fine_dist.files import sha256_of
+
+
+class Shard:
+    """One shard, opened when it is first needed.
+
+    `fault`: why none of it can be used. `index`: where its samples are, when they are not at regular places.
+    `regular`: usable, and all its records have one size.
+    """
+
+    def __init__(self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig) -> None:
+        self.url, self.info = url, info
+        self.fault: str | None = None
+        self.index: ShardIndex | None = None
+        self.regular = False
+        self.fd = -1
+        self._manifest, self._config = manifest, config
+        self._lock = threading.Lock()
+        self._opened = False
+
+    def ready(self) -> Shard:
+        """Open the shard, once; threads that come later wait. `DataError` when a remote one cannot be had."""
+        if not self._opened:
+            with self._lock:
+                if not self._opened:
+                    self.fault = self._open()
+                    self.regular = self.fault is None and self.index is None
+                    self._opened = True
+        return self
+
+    def _open(self) -> str | None:
+        """Open the file and return what is wrong with it."""
+        try:
+            self.fd = open_shard(self.url, self.info, self._config)
+        except (FileNotFoundError, NotADirectoryError):
+            return "the manifest lists this shard, but it is absent"
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                return f"it cannot be opened: {error.strerror}"
+            raise DataError(
+                f"{self.url}: too many open files; raise the limit (ulimit -n) or lower data.window or data.streams"
+            ) from None
+        size = os.fstat(self.fd).st_size
+        if self._config.verify != "none" and size != self.info.bytes:
+            return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
+        if self._config.verify == "sha256" and sha256_of(f"/dev/fd/{self.fd}") != self.info.sha256:
+            return "its sha256 is not the manifest's: damaged or replaced"
+        # ask the system to bring the file in one sweep: the reads that follow are in random order
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        if self.info.key_prefix is not None:
+            return self._count_regular(size)
+        return self._find(size)
+
+    def _count_regular(self, size: int) -> str | None:
+        """Whether a shard of records of one size ends where the manifest says: a block of zeros ends a tar."""
+        count, stride = self.info.count, layout_of(self._manifest.stored_shape, self._manifest.dtype).stride
+        room = size // stride
+        if room < count:
+            return f"the manifest says {count} samples; it has {room}"
+        if size >= count * stride + BLOCK and any(os.pread(self.fd, BLOCK, count * stride)):
+            return f"the manifest says {count} samples; it has more, or records of another size"
+        if count and not any(os.pread(self.fd, BLOCK, (count - 1) * stride)):
+            return f"the manifest says {count} samples; it has fewer, or records of another size"
+        return None
+
+    def _find(self, size: int) -> str | None:
+        """Look for the samples of a tar that another program wrote."""
+        manifest = self._manifest
+        try:
+            with open(self.fd, "rb", buffering=1 << 18, closefd=False) as stream:
+                self.index = index_tar(stream, size, manifest.stored_shape, manifest.dtype, manifest.num_classes)
+        except TarFault as error:
+            return str(error)
+        if len(self.index.keys) != self.info.count:
+            return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"
+        return None
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        if self.index is not None:
+            return self.index.keys[number]
+        return record_key(self.info.key_prefix or "", number)
+
+    def __del__(self) -> None:
+        # readers hold the object while they read, so the file is closed under nobody
+        if self.fd >= 0:
+            os.close(self.fd)
