@@ -50,7 +50,7 @@ OWNERS = {
     "diffusers": (
         "fine_dist/interop/",
         "fine_dist/diffusion/sample.py",
-        "fine_dist/data/encode.py",
+        "fine_dist/data/codecs.py",
         "fine_dist/text/",
         # benchmarks that measure against diffusers' own
         "fine_dist/benchmarks/",

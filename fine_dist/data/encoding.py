@@ -192,7 +192,8 @@ def _job(config: EncodeConfig, split: str, folder: Path) -> Job:
 
 
 def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
-    from fine_dist.data.encode import Autoencoder, Codec, Identity, encode
+    from fine_dist.data.codecs import Autoencoder, Codec, Identity
+    from fine_dist.data.encode import encode
 
     source = _source(config, split)
     codec: Codec = Identity()

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fine_dist.data.audit import verify
-from fine_dist.data.records import layout_of
+from fine_dist.data.records import all_finite, layout_of
 from fine_dist.data.shards import MANIFEST, Manifest, ShardWriter
 from fine_dist.data.stream import read_all
 from fine_dist.encode import main
@@ -172,6 +172,21 @@ def test_damage_within_our_own_shards_is_seen_at_every_reading_and_by_verify(fau
     assert 35 not in numbers(take(source, 20)) and source.bad == 1
     _, problems = verify(str(tmp_path))
     assert problems == ["latents-000001.tar: its sha256 is not the manifest's: damaged or replaced"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_pattern_that_is_no_number_is_found_and_no_number_is_taken_for_one(dtype):
+    # the upper 16 bits of a number: some of all, and those beside the borders; below them zeros, or ones
+    some = np.r_[
+        0 : 2**16 : 61, 0x7BFF, 0x7C00, 0x7C01, 0x7F7F, 0x7F80, 0x7F81, 0x7FFF, 0x8000, 0xFBFF, 0xFC00, 0xFF80, 0xFFFF
+    ]
+    words = some.astype(np.uint16) if dtype == "float16" else (np.r_[some, some].astype(np.uint32) << 16)
+    if dtype == "float32":
+        words[len(some) :] |= 0xFFFF
+    numbers = words.view(dtype)
+    found = [all_finite(number) for number in numbers[:, None]]
+    assert found == np.isfinite(numbers).tolist()
+    assert all_finite(numbers[np.isfinite(numbers)]) and all_finite(numbers[:0])
 
 
 def test_verify_names_the_samples_of_tars_whose_hash_is_right_but_whose_content_is_not(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,35 @@ def test_latents_are_scaled_once(tmp_path):
     order = [int((expected == latent).flatten(1).all(1).nonzero()[0]) for latent in batch.latents]
     assert sorted(order) == list(range(20)) and labels.tolist() == [0] * 20
     assert read_all(str(tmp_path), limit=9)[0].shape == (9, 4, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_batch_has_the_shards_dtype_and_becomes_float32_bit_for_bit_wherever_it_is_cut(tmp_path, dtype):
+    latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)).astype(dtype)
+    write_shards(tmp_path, latents, np.arange(24), num_classes=24, scaling_factor=0.18215, dtype=dtype)
+    (batch,) = take(stream(tmp_path, global_batch=24), 1)
+    assert batch.stored.dtype == getattr(torch, dtype)
+    assert torch.equal(batch.stored, torch.from_numpy(latents)[batch.labels])
+    # one float32 product a number: what the reader itself once gave, and what any device gives
+    expected = torch.from_numpy(latents.astype(np.float32) * np.float32(0.18215))[batch.labels]
+    assert torch.equal(batch.latents, expected)
+    assert torch.equal(batch.part(5, 7).latents, expected[5:12])
+
+
+def test_losses_are_the_same_whether_latents_come_as_stored_or_as_float32(tmp_path):
+    from fine_dist.config import DiffusionConfig
+    from fine_dist.diffusion.objective import Objective
+
+    latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)) / 0.18215
+    write_shards(tmp_path, latents, np.zeros(24), num_classes=1, scaling_factor=0.18215)
+    objective = Objective(
+        DiffusionConfig(), Arch(in_channels=4, input_size=8, num_classes=1, learn_sigma=False), seed=0
+    )
+    for batch in take(stream(tmp_path), 3):
+        whole = replace(
+            batch, stored=torch.from_numpy(batch.stored.numpy().astype(np.float32) * np.float32(0.18215)), scale=1.0
+        )
+        assert torch.equal(*(objective(lambda z, t, y: z.tanh(), each) for each in (batch, whole)))
 
 
 def test_moments_are_sampled_by_seed_step_and_position_and_have_the_moments(tmp_path):

@@ -1,0 +1,81 @@
+"""One unit's latents on their way from the codec into a shard, written by a thread while the codec goes on.
+
+Letters: B images of a batch, C channels, H height and W width of a latent.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+import numpy as np
+import torch
+
+from fine_dist.data.shards import ShardInfo, ShardWriter
+from fine_dist.data.sharing import Job
+
+_NOISE = 0x656E636F6465
+"""Keeps the noise of sampled latents apart from other uses of the seed."""
+_BEHIND = 2
+"""Batches that may wait to be written; then the codec waits."""
+Encoded = tuple[torch.Tensor, torch.Tensor | None]
+"""Mean and standard deviation (None: there is none) of a batch, float32 [B, C, H, W]."""
+
+
+class Output:
+    """The shard of a unit. `images`: handed in so far; `shape`, `largest`: of the latents and labels, once closed.
+
+    An error of the thread (a full disk, a latent that is not finite) is raised by the `add` or `close` that follows.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor, job: Job, unit: int) -> None:
+        self.unit, self.images, self.largest = unit, 0, -1
+        self.shape: tuple[int, ...] | None = None
+        self._thread, self._job = thread, job
+        self._writer: ShardWriter | None = None
+        self._behind: deque[Future[None]] = deque()
+
+    def add(self, sides: list[Encoded], labels: list[int]) -> None:
+        """Append a batch: what the codec says of the images, and of their mirror images where there are any."""
+        while len(self._behind) >= _BEHIND:
+            self._behind.popleft().result()
+        self._behind.append(self._thread.submit(self._write, sides, labels, self.images))
+        self.images += len(labels)
+        self.largest = max(self.largest, *labels)
+
+    def close(self) -> ShardInfo | None:
+        """Finish the shard; None when it has no image."""
+        while self._behind:
+            self._behind.popleft().result()
+        return self._writer.close() if self._writer else None
+
+    def abandon(self) -> None:
+        """Drop the unfinished shard."""
+        for future in self._behind:
+            future.cancel()
+        wait(self._behind)
+        if self._writer:
+            self._writer.abandon()
+
+    def _write(self, sides: list[Encoded], labels: list[int], first: int) -> None:
+        latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
+        for row, label in enumerate(labels):
+            for side in latents:
+                if self._writer is None:
+                    self.shape = side[row].shape
+                    self._writer = ShardWriter(self._job.folder, self.unit, side[row].shape, self._job.dtype)
+                self._writer.add(side[row], label)
+
+    def _latents(self, mean: torch.Tensor, std: torch.Tensor | None, side: int, first: int) -> np.ndarray:
+        """What is stored of a batch: the moments, or mean + std * noise, seeded by (seed, side, image, unit)."""
+        if std is None:
+            return mean.numpy()
+        if self._job.kind == "moments":
+            return torch.cat([mean, std], 1).numpy()
+        noise = np.empty(mean.shape, np.float32)
+        for row in range(len(noise)):
+            rng = np.random.Generator(
+                np.random.Philox(key=[self._job.seed, _NOISE], counter=[0, side, first + row, self.unit])
+            )
+            rng.standard_normal(dtype=np.float32, out=noise[row])
+        return (mean + std * torch.from_numpy(noise)).numpy()
