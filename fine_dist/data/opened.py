@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from dataclasses import replace
 
 from fine_dist.config import DataConfig
 from fine_dist.data.records import BLOCK, layout_of, record_key
@@ -14,6 +15,9 @@ from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
 from fine_dist.errors import DataError
 from fine_dist.files import sha256_of
 
+Indexes = dict[str, tuple[tuple[int, int, int], ShardIndex]]
+"""By a shard's name: size, time of change and inode of the file that was walked, and what was found there."""
+
 
 class Shard:
     """One shard, opened when it is first needed.
@@ -22,13 +26,16 @@ class Shard:
     `regular`: usable, and all its records have one size.
     """
 
-    def __init__(self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig) -> None:
+    def __init__(
+        self, url: str, info: ShardInfo, manifest: Manifest, config: DataConfig, indexes: Indexes | None = None
+    ) -> None:
         self.url, self.info = url, info
         self.fault: str | None = None
         self.index: ShardIndex | None = None
         self.regular = False
         self.fd = -1
         self._manifest, self._config = manifest, config
+        self._indexes: Indexes = {} if indexes is None else indexes
         self._lock = threading.Lock()
         self._opened = False
 
@@ -78,22 +85,35 @@ class Shard:
         return None
 
     def _find(self, size: int) -> str | None:
-        """Look for the samples of a tar that another program wrote."""
-        manifest = self._manifest
+        """Look for the samples of a tar that another program wrote; one that was walked before is not walked again."""
+        stat = os.fstat(self.fd)
+        version = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        known = self._indexes.get(self.info.name)
+        if known and known[0] == version:
+            self.index = known[1]
+            return None
         try:
-            with open(self.fd, "rb", buffering=1 << 18, closefd=False) as stream:
-                self.index = index_tar(stream, size, manifest.stored_shape, manifest.dtype, manifest.num_classes)
+            self.index = self._walk(size)
         except TarFault as error:
             return str(error)
         if len(self.index.keys) != self.info.count:
             return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"
+        # without its keys, which are most of its memory and are asked for in error messages alone
+        self._indexes[self.info.name] = (version, replace(self.index, keys=[]))
         return None
+
+    def _walk(self, size: int) -> ShardIndex:
+        manifest = self._manifest
+        with open(self.fd, "rb", buffering=1 << 18, closefd=False) as stream:
+            return index_tar(stream, size, manifest.stored_shape, manifest.dtype, manifest.num_classes)
 
     def key(self, number: int) -> str:
         """The key of a sample."""
-        if self.index is not None:
-            return self.index.keys[number]
-        return record_key(self.info.key_prefix or "", number)
+        if self.index is None:
+            return record_key(self.info.key_prefix or "", number)
+        if not self.index.keys:
+            self.index = self._walk(os.fstat(self.fd).st_size)
+        return self.index.keys[number]
 
     def __del__(self) -> None:
         # readers hold the object while they read, so the file is closed under nobody

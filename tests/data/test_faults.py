@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from fine_dist.config import DataConfig
 from fine_dist.data.audit import verify
 from fine_dist.data.records import all_finite, layout_of
 from fine_dist.data.shards import MANIFEST, Manifest, ShardWriter
@@ -203,6 +204,32 @@ def test_a_truncated_tar_of_another_program_is_named_even_when_nothing_is_verifi
     os.truncate(tmp_path / "other-0.tar", 20_000)
     with pytest.raises(DataError, match=r"other-0\.tar: .*truncated"):
         take(stream(tmp_path, verify="none"), 2)
+
+
+def test_a_tar_of_another_program_is_walked_once_and_again_when_it_changed(tmp_path, monkeypatch):
+    from fine_dist.data import opened
+    from fine_dist.data.reader import ShardSet
+
+    make_foreign(tmp_path, [[sample(i) for i in range(6)]])
+    walked, real = [], opened.index_tar
+    monkeypatch.setattr(opened, "index_tar", lambda *each: walked.append(1) or real(*each))
+    shards = ShardSet(str(tmp_path), DataConfig())
+    every = np.zeros(6, np.int64), np.arange(6)
+
+    def read():
+        rows = shards.read(*every)
+        shards.keep(set(), [])
+        assert rows.latents.flatten(1)[:, 0].tolist() == list(range(6)) and not rows.faults
+
+    read()
+    read()
+    assert len(walked) == 1
+    assert shards.shard(0).ready().key(4) == "sample0004"  # only who asks for a name walks again
+    assert len(walked) == 2
+    shards.keep(set(), [])
+    os.utime(tmp_path / "other-0.tar", (1, 1))
+    read()
+    assert len(walked) == 3
 
 
 def test_a_data_set_in_which_nothing_can_be_read_is_an_error_and_not_a_hang(tmp_path):
