@@ -5,6 +5,7 @@ Shapes: J jobs, B samples a job, T tokens, D width, R rank, L layers.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,20 +78,33 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
     Jobs of one kin are dealt out longest first, each to the pack with the least to do (LPT).
     """
     packs: list[Pack] = []
-    kins = {shape.kin: [s for s in jobs if s.kin == shape.kin] for shape in jobs}
+    kins: dict[str, list[Shape]] = {}
+    for shape in jobs:
+        kins.setdefault(shape.kin, []).append(shape)
     total = sum(_work(s) for s in jobs)
     for group in kins.values():
         work = sum(_work(s) for s in group)
         count = max(math.ceil(len(group) / config.max_jobs), round(workers * work / total), 1)
-        bins: list[list[Shape]] = [[] for _ in range(min(count, len(group)))]
-        for shape in sorted(group, key=lambda s: (-_work(s), s.name)):
-            open_bins = [b for b in bins if len(b) < config.max_jobs]
-            min(open_bins, key=lambda b: sum(_work(s) for s in b)).append(shape)
-        for members in bins:
+        for members in _deal(group, min(count, len(group)), config.max_jobs):
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             packs.append(Pack(tuple(s.name for s in members), min(chunk, len(members)), sum(map(_work, members))))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
+
+
+def _deal(jobs: Sequence[Shape], count: int, most: int) -> list[list[Shape]]:
+    """`count` hands of at most `most` jobs: longest first, each to the hand with the least to do, the first of equals.
+
+    J jobs are dealt in J log(count): a full hand leaves the heap.
+    """
+    hands: list[list[Shape]] = [[] for _ in range(count)]
+    open_hands = [(0, place) for place in range(count)]
+    for shape in sorted(jobs, key=lambda s: (-_work(s), s.name)):
+        work, place = heapq.heappop(open_hands)
+        hands[place].append(shape)
+        if len(hands[place]) < most:
+            heapq.heappush(open_hands, (work + _work(shape), place))
+    return hands
 
 
 def _work(shape: Shape) -> int:
