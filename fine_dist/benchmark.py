@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 NAMES = {
     "speed": "a training step: throughput, memory, overhead of the loop",
     "data": "the latent stream and encoding, against plain webdataset and one file a sample",
+    "scale": "steps of 2 and 4 processes against their prediction, and the books of 10,000 targets",
     "fanout": "many targets at once, against one after the other",
     "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
     "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
@@ -99,7 +100,9 @@ def show(rows: list[Row], about: dict[str, Any]) -> None:
     for column in (1, 2):
         table.columns[column].justify = "right"
     for row in rows:
-        bar = "" if row.bar is None else f"{'≥' if row.better == 'higher' else '≤'} {_figure(row.bar)}"
+        sign = {"higher": "≥ ", "lower": "≤ ", "near": ""}[row.better]
+        low = f"{_figure(2 - row.bar)} to " if row.bar is not None and row.better == "near" else ""
+        bar = "" if row.bar is None else f"{sign}{low}{_figure(row.bar)}"
         mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[row.passed]
         table.add_row(row.measure, f"{_figure(row.value)} {row.unit}", bar, mark)
     console = Console(width=None if sys.stdout.isatty() else 140)

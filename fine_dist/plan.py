@@ -2,21 +2,28 @@
 
 Looks at accelerators, memory, steps and hours, shards against ranks, disk, shared storage, and what the scheduler would
 say. Every submission does the same and refuses what cannot work, with the remedy.
+
+With `--scale 8 64 512` it predicts instead what a step takes on so many processes, under each stage of ZeRO: from the
+parts of a step on this machine's device, measured now or earlier, and from links as stated or measured.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fine_dist.cli import Call, parse
-from fine_dist.config import load
+from fine_dist.config import Config, load
 from fine_dist.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
 from fine_dist.jobs import Finding
 from fine_dist.jobs.prepare import launch_of, make_spec, tasks_of
 from fine_dist.jobs.worker import config_class, import_module
+from fine_dist.stages.scale import Link, Network
+from fine_dist.stages.scaling import Question
 
 STAGES = ("encode", "condense", "init", "creative", "train", "evaluate", "sample")
 
@@ -27,24 +34,105 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    own = ArgumentParser(prog="python -m fine_dist.plan", description=__doc__, add_help=False)
+    own = ArgumentParser(
+        prog="python -m fine_dist.plan", description=__doc__, add_help=False, allow_abbrev=False,
+        formatter_class=RawDescriptionHelpFormatter,
+    )  # fmt: skip
     own.add_argument(
         "--stage", help=f"which command the config is for ({', '.join(STAGES)}; default: tell by the config)"
     )
     own.add_argument("--rate", type=float, help="updates a second, when no earlier run here has measured them")
-    own.add_argument("--json", action="store_true", help="print the findings as JSON")
+    own.add_argument("--json", action="store_true", help="print the findings, or the predictions, as JSON")
+    asks = bool({"-h", "--help", "--scale"} & {*argv}) or not argv
+    if asks:
+        _add_scale(own)
+    elif alone := [flag for flag in _ONLY_WITH_SCALE if flag in argv]:
+        raise ConfigError(f"{alone[0]}: belongs to --scale P, the number of processes to predict")
     known, rest = own.parse_known_args(argv)
     if "-h" in rest or "--help" in rest or not rest:
         print(own.format_help() + "\nand the flags of that command: --config FILE --launcher NAME --KEY.KEY VALUE ...")
         return 0
     module = _module(known.stage, rest)
     call = parse(config_class(import_module(module)), rest, "python -m fine_dist.plan")
+    if asks:
+        return _scale(call.config, known)
     found = findings(module, call, known.rate)
     if known.json:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         print("\n".join(f"{finding.level:5} {finding.what:8} {finding.text}" for finding in found))
     return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
+
+
+_ONLY_WITH_SCALE = ("--zero", "--hold", "--per-node", "--bandwidth", "--latency", "--overlap", "--cores", "--gloo",
+                    "--parts")  # fmt: skip
+
+
+def _add_scale(own: ArgumentParser) -> None:
+    asked = Question(())
+    group = own.add_argument_group("scale", "what a step takes on so many processes (a stage that trains one model)")
+    add = group.add_argument
+    add("--scale", metavar="P", nargs="+", type=int, help="numbers of processes to predict")
+    add("--zero", metavar="STAGE", nargs="+", type=int, default=asked.stages, help="stages of ZeRO (default: 0 1 2 3)")
+    add("--hold", choices=("process", "batch"), default=asked.hold,
+        help="what stays as in the config: a process's share of the batch (default), or the whole batch")  # fmt: skip
+    add("--per-node", metavar="N", type=int, default=asked.per_node, help="processes of a node (default: 8)")
+    add("--bandwidth", metavar="GB/S", nargs=2, type=float, default=asked.gigabytes_per_s,
+        help="of a process inside its node, and between nodes (default: 150 25)")  # fmt: skip
+    add("--latency", metavar="US", nargs=2, type=float, default=asked.microseconds,
+        help="of a hop inside a node, and between nodes, in microseconds (default: 5 15)")  # fmt: skip
+    add("--overlap", metavar="SHARE", type=float, default=asked.overlap,
+        help="share of a pass that ZeRO communication may run beside (default: 0)")  # fmt: skip
+    add(
+        "--cores", metavar="N", type=int, help="cores of a node that its processes share (default: each has its device)"
+    )
+    add("--gloo", action="store_true", help="measure links and shared cores between local processes instead")
+    add("--parts", metavar="FILE", help="the parts of a step from an earlier --json, such as one of a GPU node")
+    add("--out", metavar="FILE", help="also draw the curves: a .png, .svg or .pdf")
+
+
+def _scale(config: Config, known: Namespace) -> int:
+    from fine_dist.report.scale import check_picture, curve, draw, lines
+    from fine_dist.stages.config import StageConfig
+    from fine_dist.stages.scaling import answer
+
+    if not isinstance(config, StageConfig):
+        raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
+    asked = Question(
+        tuple(sorted(known.scale)), tuple(known.zero), known.hold, known.per_node, tuple(known.bandwidth),
+        tuple(known.latency), known.overlap, known.cores, known.gloo,
+    )  # fmt: skip
+    asked.check()
+    if known.out:
+        check_picture(known.out)
+    found = answer(config, asked, known.parts, _gloo() if asked.gloo else None)
+    if known.json:
+        print(json.dumps(found.as_json(), indent=1))
+    else:
+        print("\n".join([*found.words, "", *lines(found.series), "", *curve(found.series)]))
+    if known.out:
+        print(f"drawn in {draw(found.series, known.out, found.words[0].partition(';')[0])}", file=sys.stderr)
+    return 0
+
+
+def _gloo() -> Callable[[int], tuple[Network, float]]:
+    """Links between local gloo processes, and how much slower each computes beside the others; measured when asked."""
+    from fine_dist.benchmarks.ranks import as_links, measure
+    from fine_dist.testing import run_distributed
+
+    def measured(processes: int) -> dict[str, Any]:
+        found: dict[str, Any] = run_distributed(measure, processes, "", 1, 0, ())[0]
+        return found
+
+    alone = measured(1)["kernel_s"]
+
+    def network_of(processes: int) -> tuple[Network, float]:
+        found = measured(processes)
+        links = as_links(found["links"])
+        one = links.get("all_reduce", Link(1e9, 0.0))
+        return Network(one, one, processes, links, grouped=False), max(1.0, found["kernel_s"] / alone)
+
+    return network_of
 
 
 def findings(module: str, call: Call, rate: float | None) -> list[Finding]:

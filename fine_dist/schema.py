@@ -154,9 +154,20 @@ def validate(
     raise ConfigError("\n  ".join(f"{place}: " + "\n  ".join(lines) for place, lines in found.items()))
 
 
-def dump_yaml(config: Config) -> str:
-    """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=110)
+def dump_yaml(config: Config, known: dict[str, tuple[Any, str]] | None = None) -> str:
+    """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`.
+
+    known: for many configs that are copies of one but for a few keys: an empty dictionary, given to every call, which
+           keeps the text of each key's value. The text is the same without it.
+    """
+    known, text = {} if known is None else known, ""
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        if key not in known or known[key][0] is not value:
+            part = config.model_dump(mode="json", include={key})
+            known[key] = (value, yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=110))
+        text += known[key][1]
+    return text or "{}\n"
 
 
 def load(kind: type[C], path: str | Path) -> C:

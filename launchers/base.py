@@ -262,7 +262,9 @@ class Launcher(Place):
     # --- the queue
 
     def _job(self, spec: JobSpec, retries: int) -> Job:
-        file = spec.save(job_file(spec))
+        file = job_file(spec)  # its name is a hash of what it holds
+        if not file.is_file():
+            spec.save(file)
         return Job(spec, file, retries=retries)
 
     def _begin(self, job: Job) -> None:

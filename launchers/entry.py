@@ -10,7 +10,7 @@ from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
 from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.jobs import JobSpec, Row, StateTable, Submissions, Task
 from fine_dist.jobs.code import code_root, snapshot
-from fine_dist.jobs.prepare import fans_out, is_done, launch_of, make_spec, make_specs, run_dir_of, tasks_of
+from fine_dist.jobs.prepare import fans_out, launch_of, make_spec, make_specs, run_dir_of, tasks_of
 from fine_dist.jobs.worker import EXIT_BUSY, inside
 from fine_dist.stages.preflight import preflight, refuse
 from launchers.base import Job, Launcher, Whole
@@ -87,8 +87,9 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
         specs = make_specs(module, config, tasks, code=_code(runner, module, config))
         queued = runner.alive(Submissions(run_dir).all())
         taken = {name for names in queued.values() for name in names}
-        todo = [spec for spec in specs if not is_done(table, spec) and not taken.intersection(spec.rows)]
-        done = sum(is_done(table, spec) for spec in specs)
+        over = {row.name for row in table.rows() if row.state == "done"}
+        todo = [spec for spec in specs if not over.issuperset(spec.rows) and taken.isdisjoint(spec.rows)]
+        done = sum(over.issuperset(spec.rows) for spec in specs)
         waiting = f", {len(specs) - done - len(todo)} in the queue already" if taken else ""
         print(f"{module}: {len(specs)} tasks, {done} done before{waiting}, {len(todo)} to run", flush=True)
         if runner.detached:

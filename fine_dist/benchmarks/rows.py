@@ -18,20 +18,22 @@ class Row:
     value:   the figure.
     unit:    its unit (`x` for a ratio).
     bar:     the figure it should reach; none: for information.
-    better:  which side of the bar is the good one.
+    better:  which side of the bar is the good one; `near`: a ratio no further from 1 than the bar, on both sides.
     """
 
     measure: str
     value: float
     unit: str
     bar: float | None = None
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower", "near"] = "higher"
 
     @property
     def passed(self) -> bool | None:
         """Whether the bar is reached; none without a bar."""
         if self.bar is None:
             return None
+        if self.better == "near":
+            return abs(self.value - 1) <= self.bar - 1 + 1e-9
         return self.value >= self.bar if self.better == "higher" else self.value <= self.bar
 
     def as_json(self) -> dict[str, Any]:

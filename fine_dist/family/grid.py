@@ -79,10 +79,12 @@ def expand(config: InitConfig) -> list[Member]:
         variant = tuple(zip(config.variants, chosen))
         folder = run_dir_of(config) / _named(name)
         members.append(Member(name, depth, domain, domains[domain], seed, lr, variant, folder))
-    unknown = [name for name in config.only if name not in {m.name for m in members}]
+    wanted = set(config.only)
+    unknown = wanted - {m.name for m in members}
     if unknown:
-        raise ConfigError(f"only: no target is called {unknown[0]!r}; {nearest(unknown[0], [m.name for m in members])}")
-    return [m for m in members if m.name in config.only] if config.only else members
+        first = next(name for name in config.only if name in unknown)
+        raise ConfigError(f"only: no target is called {first!r}; {nearest(first, [m.name for m in members])}")
+    return [m for m in members if m.name in wanted] if wanted else members
 
 
 def _named(name: str) -> str:

@@ -57,20 +57,22 @@ def run_family(family: Family, inside: bool) -> Path:
     claim = None if inside else table.claim(names)
     if claim is None and not inside:
         raise LaunchError(f"{folder}: another live process trains targets of this family; wait for it, or stop it")
+    members = {member.name: member for member in family.members}
     try:
         if not inside:
             (folder / STOP).unlink(missing_ok=True)
         for pack in family.packs():
             if claim is not None:
-                for member in family.members:
-                    if member.name in pack.jobs and not family.done(member):
-                        table.start(member.name)
+                table.start_all(name for name in pack.jobs if not family.done(members[name]))
             run_pack(family, pack, table, world)
     finally:
         if claim is not None:
             claim.release()
     if world.is_main:
+        # those without a row of their own come first: most likely they are not done, and no other need be read
+        started = table.started()
         others = expand(family.config.model_copy(update={"only": ()}))
+        others.sort(key=lambda member: member.name in started)
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
             draw_family(folder, others, beside=family.beside)  # the last pack to end draws the whole family
     return folder

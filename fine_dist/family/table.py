@@ -28,6 +28,8 @@ class FamilyBar:
 
     def __init__(self, members: Sequence[Member], steps: int, every_s: float = 1.0) -> None:
         self.members, self.steps, self.every_s = list(members), steps, every_s
+        self._finished: dict[str, float | None] = {}
+        """Targets that have ended, with their last losses: none of them is read again."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="family-bar", daemon=True)
 
@@ -43,9 +45,12 @@ class FamilyBar:
         from tqdm import tqdm
 
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
-        begun, bar = self._look()[0], None
-        while not self._stop.wait(self.every_s):
+        begun, bar, took = self._look()[0], None, 0.0
+        # looking takes a tenth of the time at most, however many targets there are
+        while not self._stop.wait(max(self.every_s, 9 * took)):
+            before = time.monotonic()
             done, losses = self._look()
+            took = time.monotonic() - before
             if bar is None and done > begun:  # until something trains, other messages have the terminal
                 bar = tqdm(total=self.steps * len(self.members), initial=begun, desc="init", unit="step", **quiet)
             if bar is not None:
@@ -61,13 +66,18 @@ class FamilyBar:
 
     def _look(self) -> tuple[int, list[float]]:
         """Steps of all targets together, and their newest losses."""
-        done, losses = 0, []
+        done, losses = self.steps * len(self._finished), []
         for member in self.members:
+            if member.name in self._finished:
+                continue
             row = last_row(member.folder)
-            finished = result_of(member.folder) is not None
-            done += self.steps if finished else row["step"] if row else 0
-            losses += [row["loss"]] if row else []
-        return done, losses
+            if result_of(member.folder) is not None:
+                self._finished[member.name] = row["loss"] if row else None
+                done += self.steps
+            elif row:
+                done += row["step"]
+                losses.append(row["loss"])
+        return done, [*losses, *(loss for loss in self._finished.values() if loss is not None)]
 
 
 def list_family(run_dir: Path) -> list[str]:

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from fine_dist.config import Config, LaunchConfig, dump_yaml, expand_path
 from fine_dist.errors import ConfigError, LaunchError
@@ -56,15 +57,18 @@ def tasks_of(module: str, config: Config, room: Room | None = None) -> list[Task
 def make_spec(
     module: str, config: Config, name: str | None = None, *, code: str | None = None, table: Path | None = None,
     rows: Sequence[str] = (), write: bool = True, durable: bool = True,
+    known: dict[str, tuple[Any, str]] | None = None,
 ) -> JobSpec:  # fmt: skip
     """The job of one config, whose resolved YAML is written into the run directory (unless `write` is false).
+
+    known: what the tasks of a fan-out share of their YAML (`dump_yaml`).
 
     File names carry a hash of what they hold: a second submission never changes the files of the first.
     """
     launch = launch_of(config)
     run_dir = run_dir_of(config)
     name = name or module.rpartition(".")[2]
-    text = dump_yaml(config)
+    text = dump_yaml(config, known)
     home = table or run_dir
     path = home / "jobs" / f"{name}-{short_hash(text)}.yaml"
     if write:
@@ -95,11 +99,12 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
     launch = launch_of(config)
     specs = []
     run_dirs: dict[str, str] = {}
+    known: dict[str, tuple[Any, str]] = {}
     for task in tasks:
         part = task.config
         if "launch" in type(part).model_fields:
             part = part.model_copy(update={"launch": launch})
-        spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows, durable=False)
+        spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows, durable=False, known=known)
         spec.save(job_file(spec), durable=False)
         run_dirs |= dict.fromkeys(spec.rows, spec.run_dir)
         specs.append(spec)

@@ -11,9 +11,11 @@ moment the process dies, however it dies, so nothing has to expire and a restart
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from typing import Any, Literal
 
 from fine_dist.config import Config, validate
 from fine_dist.errors import RunDirError
-from fine_dist.files import sha256_text, try_lock, write_atomic
+from fine_dist.files import sha256_text, try_lock, write_all, write_atomic
 from fine_dist.jobs.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]
@@ -81,6 +83,8 @@ class StateTable:
         self.folder = Path(run_dir) / "tasks"
         self._lists: dict[str, dict[str, Row]] = {}
         """What each list says; lists never change, so each is read once."""
+        self._joined: tuple[list[str], dict[str, Row]] = ([], {})
+        """The lists that there were, and what they say together."""
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
         """Make a pending row for every name that has none; rows that exist keep their state. One file for all."""
@@ -118,12 +122,12 @@ class StateTable:
         for name in lists:
             if name not in self._lists:
                 self._lists[name] = self._read_list(self.folder / ADDED / name)
-        if len(lists) == 1:
-            return self._lists[lists[0]]
-        found: dict[str, Row] = {}
-        for name in lists:
-            found = {**self._lists[name], **found}
-        return found
+        if lists != self._joined[0]:
+            found: dict[str, Row] = {}
+            for name in reversed(lists):  # the first that names a task has it
+                found |= self._lists[name]
+            self._joined = lists, found
+        return self._joined[1]
 
     def _read_list(self, path: Path) -> dict[str, Row]:
         try:
@@ -134,37 +138,56 @@ class StateTable:
 
     def update(self, name: str, **changes: Any) -> Row:
         """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""
-        row = self.get(name) or Row(name=name)
-        row = validate(Row, {**row.model_dump(), **changes}, f"row {name}")
-        write_atomic(self._row_path(name), row.model_dump_json() + "\n")
-        return row
+        return self._write([(self.get(name) or Row(name=name), changes)])[0]
 
     def start(self, name: str, job: str | None = None) -> Row:
         """The task starts here and now: one more attempt."""
-        row = self.get(name) or Row(name=name)
+        return self.start_all([name], job)[0]
+
+    def start_all(self, names: Iterable[str], job: str | None = None) -> list[Row]:
+        """All of these start here and now; their rows are made durable together."""
         here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
-        died = row.deaths + (row.state == "running")
-        return self.update(
-            name, state="running", reason=None, attempts=row.attempts + 1, deaths=died, started=time.time(),
-            seconds=None, **here,
-        )  # fmt: skip
+        fresh = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **here}
+        rows = [self.get(name) or Row(name=name) for name in names]
+        return self._write(
+            [(r, {**fresh, "attempts": r.attempts + 1, "deaths": r.deaths + (r.state == "running")}) for r in rows]
+        )
 
     def finish(self, name: str, state: State, reason: str | None = None) -> Row:
         """The attempt is over: `done`, `failed` with its reason, or `pending` again."""
-        row = self.get(name) or Row(name=name)
-        seconds = time.time() - row.started if row.started else None
-        return self.update(name, state=state, reason=reason, seconds=seconds)
+        return self.finish_all([name], state, reason)[0]
+
+    def finish_all(self, names: Iterable[str], state: State, reason: str | None = None) -> list[Row]:
+        """The attempt at all of these is over; their rows are made durable together."""
+        now, rows = time.time(), [self.get(name) or Row(name=name) for name in names]
+        changes = {"state": state, "reason": reason}
+        return self._write([(r, {**changes, "seconds": now - r.started if r.started else None}) for r in rows])
+
+    def started(self) -> set[str]:
+        """Names of the tasks that have a row of their own: those that were ever started. One look at the folder."""
+        try:
+            return {name[:-5] for name in os.listdir(self.folder) if name.endswith(".json")}
+        except FileNotFoundError:
+            return set()
+
+    def _write(self, changed: Sequence[tuple[Row, dict[str, Any]]]) -> list[Row]:
+        """Rows with changes, written with one sync."""
+        rows = [validate(Row, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
+        write_all({self._row_path(row.name): row.model_dump_json() + "\n" for row in rows})
+        return rows
 
     def claim(self, names: Iterable[str], wait_s: float = 2.0) -> Claim | None:
         """The right to run these tasks, all or none; None when another live process has one of them.
 
         wait_s: seconds to try, because `lost` looks at a lock by taking it for an instant.
+
+        `RunDirError` for more tasks than this process may have files open.
         """
         files: list[int] = []
         deadline = time.monotonic() + wait_s
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            file = os.open(self._lock_path(name), os.O_RDWR | os.O_CREAT, 0o666)
+            file = self._open_lock(name, files)
             files.append(file)
             while not try_lock(file, self.folder):
                 if time.monotonic() > deadline:
@@ -172,6 +195,28 @@ class StateTable:
                     return None
                 time.sleep(0.02)
         return Claim(files)
+
+    def _open_lock(self, name: str, held: list[int]) -> int:
+        """A task's lock file. Where the soft limit of open files is reached it is raised to the hard one."""
+        path, flags = self._lock_path(name), os.O_RDWR | os.O_CREAT
+        try:
+            return os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                Claim(held).release()
+                raise
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        try:
+            return os.open(path, flags, 0o666)
+        except OSError:
+            count = len(held)
+            Claim(held).release()
+            raise RunDirError(
+                f"{self.folder}: a process holds one open file a task, and the limit here is {hard} (at task "
+                f"{count + 1}, {name}); raise it (ulimit -Hn), or let fewer tasks run in one process (pack.max_jobs, "
+                "--launcher local)"
+            ) from None
 
     def lost(self, row: Row) -> bool:
         """Whether the row says `running` although no live process holds the task."""

@@ -72,14 +72,11 @@ def _keep_rows(spec: JobSpec, table: StateTable) -> int:
     if not open_rows:
         print(f"{spec.name}: done already")
         return 0
-    for name in open_rows:
-        table.start(name, scheduler_job())
+    table.start_all(open_rows, scheduler_job())
 
     def close(state: Literal["pending", "done", "failed"], reason: str | None = None) -> None:
-        for name in open_rows:  # a pack writes rows of its own while it runs; those stay
-            row = table.get(name)
-            if row is None or row.state not in FINAL:
-                table.finish(name, state, reason)
+        # a pack writes rows of its own while it runs; those stay
+        table.finish_all([n for n in open_rows if (r := table.get(n)) is None or r.state not in FINAL], state, reason)
 
     try:
         code = _call(spec)
