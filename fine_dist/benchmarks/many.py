@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -81,7 +81,7 @@ def family(root: Path, targets: int) -> InitConfig:
     )  # fmt: skip
 
 
-def _commands(commands: dict[str, Sequence[str]], targets: int, bars: bool) -> list[Row]:
+def _commands(commands: Mapping[str, Sequence[str]], targets: int, bars: bool) -> list[Row]:
     rows = []
     for name, words in commands.items():
         say(f"{name} of {targets:,} targets")

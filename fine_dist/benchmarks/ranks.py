@@ -5,6 +5,7 @@ Every function here is called by all ranks of a world (`fine_dist.testing.run_di
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -28,10 +29,10 @@ from fine_dist.engine.stopping import Stopper
 from fine_dist.methods import CONDENSES, build
 from fine_dist.model.dit import DiT
 from fine_dist.model.zoo import Arch
-from fine_dist.stages.scale import HOPS, SIZE, Collective, Link
+from fine_dist.stages.scale import HOPS, SIZE, Collective, Link, counts
 
-SMALL, LARGE = 1 << 8, 1 << 20
-"""Numbers of the two messages that a link is told from."""
+SMALL, LARGE, BURST = 1 << 8, 1 << 20, 16
+"""Numbers of the two messages that a link is told from, and how many small ones follow each other."""
 WARMUP = 3
 """Steps of a run that are not counted."""
 OFTEN = 10**9
@@ -42,6 +43,9 @@ def measure(arch: str, micro: int, steps: int, kinds: Sequence[tuple[str, int]])
 
     Returns `links` {collective: [bytes/s, s]}, `kernel_s`, and `runs` {"model stage": medians of `Clock`'s parts}.
     """
+    cores = sorted(os.sched_getaffinity(0))
+    # bound to a core, as schedulers bind a job's processes: else those that talk are drawn together onto one
+    os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", 0)) % len(cores)]})
     world = dist.world("cpu")
     found: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world), "runs": {}}
     for model, stage in kinds:
@@ -59,21 +63,27 @@ def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
     if world.world_size == 1:
         return {}
 
-    def call(kind: Collective, whole: torch.Tensor, part: torch.Tensor) -> None:
-        if kind == "all_reduce":
-            td.all_reduce(whole)
-        elif kind == "all_gather":
-            td.all_gather_into_tensor(whole, part)
-        else:
-            td.reduce_scatter_tensor(part, whole)
+    def call(kind: Collective, whole: torch.Tensor, part: torch.Tensor, times: int) -> None:
+        if kind == "all_gather":  # ZeRO-3 asks for all that it needs before it waits for any
+            for handle in [td.all_gather_into_tensor(whole, part, async_op=True) for _ in range(times)]:
+                handle.wait()
+            return
+        for _ in range(times):
+            if kind == "all_reduce":
+                td.all_reduce(whole)
+            else:
+                td.reduce_scatter_tensor(part, whole)
 
     found: dict[Collective, list[float]] = {}
     for kind, round_trips in HOPS.items():
         seconds = {}
-        for numbers in (SMALL, LARGE):
+        for numbers, times in ((SMALL, BURST), (LARGE, 1)):
             whole, part = torch.zeros(numbers), torch.zeros(numbers // world.world_size)
-            made = [together(world, lambda k=kind, w=whole, p=part: call(k, w, p)) for _ in range(rounds)]  # type: ignore[misc]
-            seconds[numbers] = median(made[2:])
+
+            def body(k: Collective = kind, w: torch.Tensor = whole, p: torch.Tensor = part, n: int = times) -> None:
+                call(k, w, p, n)
+
+            seconds[numbers] = median([together(world, body) for _ in range(rounds)][2:]) / times
         hops = round_trips * (world.world_size - 1)
         moved = hops * SIZE * (LARGE - SMALL) / world.world_size
         found[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
@@ -163,7 +173,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
     model: `dense`, or `learngene`: what stage 1 trains. stage: of ZeRO; 0 is the plain backend.
 
     Parts: forward, backward, step (all of it), `numbers` (AdamW and the EMA), `joined` (what the plain backend copies
-    around its all-reduce), `trained` numbers in so many `tensors`.
+    around its all-reduce), `trained` numbers in so many `tensors`, `small` of them in so many `small_tensors`.
     """
     generator = torch.Generator().manual_seed(0)
     module = (
@@ -176,7 +186,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
             update={"backend": "deepspeed", "deepspeed": settings.deepspeed.model_copy(update={"stage": stage})}
         )
     trained = [p for p in module.parameters() if p.requires_grad]
-    facts = {"trained": float(sum(p.numel() for p in trained)), "tensors": float(len(trained))}
+    facts = dict(zip(("trained", "tensors", "small", "small_tensors"), map(float, counts(trained))))
     clock = Clock()
     program = Program(
         module, clock.timed("forward", Objective(DiffusionConfig(), arch, 0)), MadeUpStream(arch, micro, world)

@@ -103,6 +103,5 @@ def parts_of(run: Mapping[str, float]) -> Parts:
         backward=Affine(run["backward"], 0.0),
         per_number_s=run["numbers"],
         fixed_s=max(0.0, rest) + run["joined"],
-        trained=int(run["trained"]),
-        tensors=int(run["tensors"]),
+        **{key: int(run[key]) for key in ("trained", "tensors", "small", "small_tensors")},
     )

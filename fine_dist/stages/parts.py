@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.errors import ConfigError
-from fine_dist.stages.scale import Affine, Parts
+from fine_dist.stages.scale import Affine, Parts, counts
 
 if TYPE_CHECKING:
     import torch
@@ -57,10 +57,10 @@ def measure(
     forward, backward = (_line({b: median(pair[i] for pair in found) for b, found in seconds.items()}) for i in (0, 1))
     model.zero_grad(set_to_none=True)
     named = trainable(model)
-    trained = sum(p.numel() for p in named.values())
+    trained, *others = counts(list(named.values()))
     per_number, fixed = _per_number(min(SLICE, trained), optim, device)
     words = f"passes at {' and '.join(map(str, sizes))} samples, {ROUNDS} rounds, on {device.type}"
-    return Parts(forward, backward, per_number * trained, fixed * trained, trained, len(named)), words
+    return Parts(forward, backward, per_number * trained, fixed * trained, trained, *others), words
 
 
 def _line(seconds: dict[int, float]) -> Affine:

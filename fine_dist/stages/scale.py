@@ -17,7 +17,8 @@ What is sent is what the engine sends, counted in `tests/stages/test_scale.py`:
     ZeRO-1          all-reduces of n in buckets, once a step; an all-gather of the n updated weights
     ZeRO-2          the same, but gradients are summed for every micro-batch
     ZeRO-3          an all-gather of n for every micro-batch, again in the backward pass of what was not kept (more than
-                    `LIVE` numbers are not), and a reduce-scatter of n
+                    `LIVE` numbers are not), and a reduce-scatter of n; tensors of at most `PERSISTENT` numbers are
+                    gathered once instead, after the update
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fine_dist.engine.deepspeed_json import BUCKET, LIVE
 from fine_dist.errors import ConfigError
@@ -37,6 +38,10 @@ STAGES = (0, 1, 2, 3)
 """ZeRO stages; 0 is the plain backend."""
 SIZE = 4
 """Bytes of a number that travels: gradients and weights are fp32 in every precision."""
+
+
+PERSISTENT = 100_000
+"""Numbers of a tensor that ZeRO-3 keeps whole on every process, at most: DeepSpeed's own default."""
 
 
 class Affine(NamedTuple):
@@ -64,6 +69,16 @@ class Parts:
     """Numbers that train."""
     tensors: int = 1
     """Tensors that hold them: ZeRO-3 gathers each by itself where messages are not grouped."""
+    small: int = 0
+    """Numbers of them in tensors of at most `PERSISTENT`."""
+    small_tensors: int = 0
+
+
+def counts(trained: Sequence[Any]) -> tuple[int, int, int, int]:
+    """Of parameters that train: numbers, tensors, and both of those of at most `PERSISTENT` numbers."""
+    sizes = [p.numel() for p in trained]
+    small = [size for size in sizes if size <= PERSISTENT]
+    return sum(sizes), len(sizes), sum(small), len(small)
 
 
 class Link(NamedTuple):
@@ -99,11 +114,11 @@ class Network:
 
 
 class Message(NamedTuple):
-    """`count` collectives that move `numbers` between them, in one step."""
+    """`times` collectives that move `numbers` between them, in one step."""
 
     kind: Collective
     numbers: float
-    count: int
+    times: int
     behind: Literal["forward", "backward"] | None = None
     """The pass that it can hide behind, where the backend overlaps the two."""
 
@@ -152,15 +167,15 @@ def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) 
     if stage in (1, 2):
         times = accumulation if stage == 2 else 1
         return [Message("all_reduce", n * times, buckets * times, "backward"), Message("all_gather", n, 1)]
-    gathers = buckets if grouped else parts.tensors
-    again = max(0, n - LIVE)
-    found = [
-        Message("all_gather", n * accumulation, gathers * accumulation, "forward"),
-        Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward"),
-    ]
-    if again:
-        share = max(1, round(gathers * again / n))
-        found.append(Message("all_gather", again * accumulation, share * accumulation, "backward"))
+    found = [Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward")]
+    if parts.small:
+        found.append(Message("all_gather", parts.small, 1 if grouped else parts.small_tensors))
+    if large := n - parts.small:
+        gathers = max(1, math.ceil(large / BUCKET)) if grouped else parts.tensors - parts.small_tensors
+        found.append(Message("all_gather", large * accumulation, gathers * accumulation, "forward"))
+        if again := max(0, large - LIVE):
+            share = max(1, round(gathers * again / large))
+            found.append(Message("all_gather", again * accumulation, share * accumulation, "backward"))
     return found
 
 
@@ -197,7 +212,7 @@ def ring_s(message: Message, network: Network, processes: int) -> float:
     """Seconds of a message over a ring: hops of latency, and a P-th of its bytes at every hop."""
     link = network.link(message.kind, processes)
     hops = HOPS[message.kind] * (processes - 1)
-    return hops * (message.count * link.latency_s + SIZE * message.numbers / processes / link.bytes_per_s)
+    return hops * (message.times * link.latency_s + SIZE * message.numbers / processes / link.bytes_per_s)
 
 
 def shares(

@@ -1,4 +1,4 @@
-"""From a config and the question of `fine_dist.plan --scale` to predictions: parts measured or read, links as stated."""
+"""From a config and the question of `plan --scale` to predictions: parts measured or read, links as stated."""
 
 from __future__ import annotations
 
@@ -54,15 +54,15 @@ class Question:
             raise ConfigError(f"--overlap: {self.overlap:g}; give a share of the passes, from 0 to 1")
         if self.gloo and max(self.processes) > GLOO_PROCESSES:
             raise ConfigError(
-                f"--gloo: measures between local processes, {GLOO_PROCESSES} at most (got {max(self.processes)}); for more, "
-                "state --bandwidth and --latency"
+                f"--gloo: measures between local processes, {GLOO_PROCESSES} at most (got {max(self.processes)}); "
+                "for more, state --bandwidth and --latency"
             )
 
     @property
     def network(self) -> Network:
         """The links as stated."""
-        links = [Link(g * 1e9, us * 1e-6) for g, us in zip(self.gigabytes_per_s, self.microseconds)]
-        return Network(*links, self.per_node)
+        inside, between = (Link(g * 1e9, us * 1e-6) for g, us in zip(self.gigabytes_per_s, self.microseconds))
+        return Network(inside, between, self.per_node)
 
 
 @dataclass(frozen=True)
