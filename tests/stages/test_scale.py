@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from fine_dist.engine.deepspeed_json import LIVE
 from fine_dist.errors import ConfigError
+from fine_dist.plan import main
 from fine_dist.stages.scale import (
     SIZE,
     Affine,
@@ -156,3 +158,79 @@ def test_the_model_sends_what_the_engine_sends():
             # tensors are padded to a multiple of the processes
             assert found[name][1] == pytest.approx(numbers, rel=0.01), (stage, name)
             assert found[name][0] == calls, (stage, name)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "condense.yaml"
+    arch = (
+        "{hidden_size: 32, num_layers: 2, num_heads: 2, patch_size: 2, in_channels: 1, input_size: 8, num_classes: 10}"
+    )
+    path.write_text(f"arch: {arch}\nbatch: 16\nlaunch: {{processes: 8}}\n")
+    return ["--stage", "condense", "--config", str(path)]
+
+
+def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts_back(config, tmp_path, capsys):
+    assert main([*config, "--scale", "64", "8", "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert "measured here" in first["measured"] and len(first["parts"]) == 2
+    ours, theirs = first["parts"].values()
+    assert 0 < ours["trained"] < theirs["trained"]
+    assert all(parts["forward"]["sample"] > 0 and parts["per_number_s"] > 0 for parts in (ours, theirs))
+    made = first["predictions"]
+    assert len(made) == 2 * 4 * 2 and [p["processes"] for p in made[:2]] == [8, 64]
+    assert all(p["micro"] == 2 and p["step_s"] > p["compute_s"] for p in made)
+    kept = tmp_path / "parts.json"
+    kept.write_text(json.dumps(first))
+    picture = tmp_path / "curve.svg"
+    asked = [*config, "--scale", "8", "64", "--parts", str(kept)]
+    assert main([*asked, "--json", "--out", str(picture)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["predictions"] == made and f"given by {kept}" in again["measured"]
+    assert "<svg" in picture.read_text()
+    # a link ten times as slow: more communication, the same volume and the same passes
+    assert main([*asked, "--json", "--bandwidth", "15", "2.5", "--latency", "50", "150"]) == 0
+    for slow, fast in zip(json.loads(capsys.readouterr().out)["predictions"], made):
+        assert slow["communication_s"] == pytest.approx(10 * fast["communication_s"])
+        assert slow["sent_bytes"] == fast["sent_bytes"] and slow["compute_s"] == fast["compute_s"]
+    assert main([*asked, "--cores", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 processes of a node share 2 cores" in shown and "efficiency" in shown and "100% |" in shown
+    assert f"{theirs['trained'] / ours['trained']:.1f} times as many" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--scale", "0"], "--scale: 0; give 1 or more"),
+        (["--scale", "8", "8"], "a number of processes stands there twice"),
+        (["--scale", "8", "--zero", "4"], "--zero: 4; legal: 0, 1, 2, 3"),
+        (["--scale", "8", "--bandwidth", "0", "25"], "--bandwidth: 0; give two numbers above 0"),
+        (["--scale", "8", "--latency", "-1", "2"], "--latency: -1"),
+        (["--scale", "8", "--overlap", "1.5"], "--overlap: 1.5; give a share"),
+        (["--scale", "8", "--per-node", "0"], "--per-node: 0; give 1 or more"),
+        (["--scale", "32", "--gloo"], "--gloo: measures between local processes, 16 at most"),
+        (["--scale", "8", "--out", "curve.txt"], "--out curve.txt: a picture's name ends in one of .png, .svg, .pdf"),
+        (["--scale", "8", "--parts", "no.json"], "--parts no.json: No such file"),
+        (["--scale", "64", "--hold", "batch"], "global batch 16 cannot be divided over 64"),
+        (["--overlap", "0.5"], "--overlap: belongs to --scale P"),
+    ],
+)
+def test_a_wrong_flag_is_one_message(config, flags, words, capsys):
+    assert main([*config, *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_parts_of_another_model_and_a_config_of_no_training_stage_are_refused(config, tmp_path, capsys):
+    (tmp_path / "odd.json").write_text('{"measured": "there", "parts": {}}')
+    assert main([*config, "--scale", "8", "--parts", str(tmp_path / "odd.json")]) == 2
+    assert "has nothing of 'FINE stage 1'" in capsys.readouterr().err
+    (tmp_path / "odd.json").write_text("[1]")
+    assert main([*config, "--scale", "8", "--parts", str(tmp_path / "odd.json")]) == 2
+    assert "not what `plan --scale P --json` prints" in capsys.readouterr().err
+    (tmp_path / "init.yaml").write_text("depths: [2]\n")
+    assert main(["--stage", "init", "--config", str(tmp_path / "init.yaml"), "--scale", "8"]) == 2
+    assert "predicts a stage that trains one model" in capsys.readouterr().err
