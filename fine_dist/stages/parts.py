@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SLICE = 1 << 24
 """Numbers that the optimiser is timed on, at most."""
 ROUNDS = 3
-BUDGET_S = 30.0
+BUDGET_S = 12.0
 """Seconds that the passes of one model may take to be timed; fewer samples are taken where more would not fit."""
 
 

@@ -346,5 +346,5 @@ def test_the_list_of_commands_names_them_all(capsys):
 def test_every_benchmark_that_is_listed_is_there():
     from fine_dist.benchmark import NAMES
 
-    assert {"speed", "data", "fanout", "metrics", "sample", "creative"} <= set(NAMES)
+    assert {"speed", "data", "fanout", "scale", "metrics", "sample", "creative"} <= set(NAMES)
     assert all(callable(importlib.import_module(f"fine_dist.benchmarks.{name}").run) for name in NAMES)
