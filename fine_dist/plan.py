@@ -105,6 +105,10 @@ def _scale(config: Config, known: Namespace) -> int:
     asked.check()
     if known.out:
         check_picture(known.out)
+    if asked.gloo:
+        import torch
+
+        torch.set_num_threads(1)  # as each of the local processes has it
     found = answer(config, asked, known.parts, _gloo() if asked.gloo else None)
     if known.json:
         print(json.dumps(found.as_json(), indent=1))

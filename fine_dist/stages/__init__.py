@@ -5,6 +5,7 @@
 `sources`, `load`     any source, of ours or another project's, as an artifact, as a model
 `targets`             targets made, written and read
 `estimates`, `memory`, `preflight`   what a stage will need, said before it starts
+`scale`, `parts`, `scaling`   what a step takes on many processes, predicted from its parts on one
 """
 
 from fine_dist.stages.config import PRELOAD, Blueprint, LossConfig, StageConfig
