@@ -31,7 +31,7 @@ from fine_dist.model.dit import DiT
 from fine_dist.model.zoo import Arch
 from fine_dist.stages.scale import HOPS, SIZE, Collective, Link, counts
 
-SMALL, LARGE, BURST = 1 << 8, 1 << 20, 8
+SMALL, LARGE, BURST = 1 << 8, 1 << 20, 16
 """Numbers of the two messages that a link is told from, and how many small ones follow each other."""
 WARMUP = 3
 """Steps of a run that are not counted."""
@@ -41,27 +41,22 @@ OFTEN = 10**9
 def measure(arch: str, micro: int, steps: int, kinds: Sequence[tuple[str, int]]) -> dict[str, Any]:
     """One world's round: its links, its shared cores, and a short run of the engine of each (model, ZeRO stage).
 
-    Returns `links` {collective: [bytes/s, s]}, `kernel_s`, and `runs` {"model stage": the parts of `run`, and both of
-    those again as they were beside it}.
+    Returns `links` {collective: [bytes/s, s]}, `kernel_s`, and `runs` {"model stage": medians of `Clock`'s parts}.
     """
     cores = sorted(os.sched_getaffinity(0))
     # bound to a core, as schedulers bind a job's processes: else those that talk are drawn together onto one
     os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", 0)) % len(cores)]})
     world = dist.world("cpu")
-    machine: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world)}
-    runs = {}
+    found: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world), "runs": {}}
     for model, stage in kinds:
-        # the machine is looked at beside every run, so that both are of the same minute
-        before, between = kernel_s(world), links(world)
-        timed = run(world, Arch.model_validate_json(arch), model, stage, micro, steps)
-        runs[f"{model} {stage}"] = {**timed, "kernel_s": (before + kernel_s(world)) / 2, "links": between}
-    return {**machine, "runs": runs}
+        found["runs"][f"{model} {stage}"] = run(world, Arch.model_validate_json(arch), model, stage, micro, steps)
+    return found
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
-def links(world: World, rounds: int = 6) -> dict[Collective, list[float]]:
+def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
     """A link for each collective: its latency from a small message, its bandwidth from a large one."""
     import torch.distributed as td
 
@@ -88,7 +83,7 @@ def links(world: World, rounds: int = 6) -> dict[Collective, list[float]]:
             def body(k: Collective = kind, w: torch.Tensor = whole, p: torch.Tensor = part, n: int = times) -> None:
                 call(k, w, p, n)
 
-            seconds[numbers] = median([together(world, body) for _ in range(rounds)][1:]) / times
+            seconds[numbers] = median([together(world, body) for _ in range(rounds)][2:]) / times
         hops = round_trips * (world.world_size - 1)
         moved = hops * SIZE * (LARGE - SMALL) / world.world_size
         found[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
@@ -104,7 +99,7 @@ def together(world: World, body: Callable[[], object]) -> float:
     return float(dist.all_reduce_max(seconds, world))
 
 
-def kernel_s(world: World, rounds: int = 10) -> float:
+def kernel_s(world: World, rounds: int = 15) -> float:
     """Seconds of a fixed computation that all ranks do at once: products and passes over memory, as a block has them.
 
     Over one process's, it says how much slower a process computes while the others of its node do.

@@ -50,11 +50,10 @@ def against_reality(
         one = world_of(1, kinds)
         for processes in worlds:
             several = world_of(processes, kinds)
+            slower[processes].append(several["kernel_s"] / one["kernel_s"])
             for model, stage in kinds:
-                alone, beside = (world["runs"][f"{model} {stage}"] for world in (one, several))
-                slower[processes].append(beside["kernel_s"] / alone["kernel_s"])
-                expected = prediction(alone, beside, stage, processes)
-                measured = beside["step"]
+                expected = prediction(one, several, model, stage, processes)
+                measured = several["runs"][f"{model} {stage}"]["step"]
                 found.setdefault((processes, model, stage), []).append((expected, measured))
     cores = len(os.sched_getaffinity(0))
     rows = [
@@ -84,14 +83,16 @@ def world_of(processes: int, kinds: Sequence[tuple[str, int]], steps: int = 14) 
     return found
 
 
-def prediction(alone: Mapping[str, Any], beside: Mapping[str, Any], stage: int, processes: int) -> Prediction:
-    """Of a step of several processes: from a run of one, and from the links and the kernel beside a run of several."""
+def prediction(
+    one: Mapping[str, Any], several: Mapping[str, Any], model: str, stage: int, processes: int
+) -> Prediction:
+    """Of a step of several processes, from a step of one, and the links and the kernel of several."""
     from fine_dist.benchmarks.ranks import as_links
 
-    links = as_links(beside["links"])
+    links = as_links(several["links"])
     network = Network(links["all_reduce"], links["all_reduce"], processes, links, grouped=False)
-    slowdown = beside["kernel_s"] / alone["kernel_s"]
-    return predict(parts_of(alone), stage, network, processes, MICRO, slowdown=slowdown)
+    slowdown = several["kernel_s"] / one["kernel_s"]
+    return predict(parts_of(one["runs"][f"{model} {stage}"]), stage, network, processes, MICRO, slowdown=slowdown)
 
 
 def parts_of(run: Mapping[str, float]) -> Parts:

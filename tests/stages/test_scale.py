@@ -242,15 +242,17 @@ def test_parts_of_another_model_and_a_config_of_no_training_stage_are_refused(co
 def test_a_run_whose_processes_cost_nothing_to_each_other_is_predicted_to_last_as_long_as_one():
     from fine_dist.benchmarks.scale import prediction
 
-    alone = {"forward": 0.02, "backward": 0.04, "numbers": 0.01, "step": 0.08, "joined": 0.0, "kernel_s": 0.01,
-             "trained": 1e6, "tensors": 10.0, "small": 0.0, "small_tensors": 0.0}  # fmt: skip
+    run = {"forward": 0.02, "backward": 0.04, "numbers": 0.01, "step": 0.08, "joined": 0.0,
+           "trained": 1e6, "tensors": 10.0, "small": 0.0, "small_tensors": 0.0}  # fmt: skip
+    one = {"kernel_s": 0.01, "runs": {"dense 0": run, "dense 1": run}}
     free = {"kernel_s": 0.01, "links": {kind: [1e30, 0.0] for kind in ("all_reduce", "all_gather", "reduce_scatter")}}
-    assert prediction(alone, free, 0, 4).step_s == pytest.approx(0.08)
+    assert prediction(one, free, "dense", 0, 4).step_s == pytest.approx(0.08)
     # two processes on each core, and an optimiser that four share
-    assert prediction(alone, {**free, "kernel_s": 0.02}, 1, 4).step_s == pytest.approx(2 * (0.08 - 0.01 * 3 / 4))
+    shared = prediction(one, {**free, "kernel_s": 0.02}, "dense", 1, 4)
+    assert shared.step_s == pytest.approx(2 * (0.08 - 0.01 * 3 / 4))
     # 4 MB around a ring of four at 1 GB/s: six hops of 1 MB
     slow = {**free, "links": {**free["links"], "all_reduce": [1e9, 0.0]}}
-    assert prediction(alone, slow, 0, 4).step_s == pytest.approx(0.08 + 6e-3, rel=1e-3)
+    assert prediction(one, slow, "dense", 0, 4).step_s == pytest.approx(0.08 + 6e-3, rel=1e-3)
 
 
 def test_a_ratio_is_near_one_on_both_sides_of_it():
