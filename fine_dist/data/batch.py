@@ -48,7 +48,8 @@ class Batch:
         """On the device, as stored; positions stay in host memory, where randomness is drawn."""
         if device.type == "cpu":
             return self
-        stored, labels = (x.to(device, non_blocking=True) for x in (self.stored, self.labels))
+        # from page-locked memory alone does a copy to a GPU go on beside the host's work
+        stored, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.stored, self.labels))
         return replace(self, stored=stored, labels=labels)
 
     def part(self, start: int, size: int) -> Batch:

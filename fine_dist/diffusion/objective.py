@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fine_dist.config import DiffusionConfig
-from fine_dist.diffusion.schedule import NoiseSchedule, draw
+from fine_dist.diffusion.schedule import DrawAhead, Draws, NoiseSchedule, draw
 from fine_dist.model.dit import Answer, DiT
 from fine_dist.model.zoo import Arch
 
@@ -65,13 +66,28 @@ class Objective:
     """The losses of a batch: `objective(model, batch) -> [B]` float32, a weighted sum of terms.
 
     num_classes: the null label, which dropped labels become. terms: none is noise prediction alone.
+    ahead:       the next step is drawn by a thread while this one computes; off where a thread asks already.
     """
 
     def __init__(
-        self, config: DiffusionConfig, arch: Arch, seed: int, terms: Sequence[Term] = (), num_classes: int | None = None
+        self,
+        config: DiffusionConfig,
+        arch: Arch,
+        seed: int,
+        terms: Sequence[Term] = (),
+        num_classes: int | None = None,
+        ahead: bool = True,
     ):
-        self.config, self.seed = config, seed
-        self.shape, self.null = arch.latent_shape, arch.num_classes if num_classes is None else num_classes
+        self.null = arch.num_classes if num_classes is None else num_classes
+        self.draws: Callable[..., Draws] = partial(
+            draw,
+            seed,
+            shape=arch.latent_shape,
+            num_timesteps=config.num_timesteps,
+            label_drop=config.label_drop,
+        )
+        if ahead:
+            self.draws = DrawAhead(self.draws)
         self.schedule = NoiseSchedule(config)
         self.terms = [term for term in terms or (Diffusion(self.schedule),) if term.weight]
 
@@ -82,14 +98,7 @@ class Objective:
     def ask(self, batch: LatentBatch) -> Question:
         """The question of a batch, on the batch's device; drawn from (seed, step, position) alone."""
         device = batch.latents.device
-        draws = draw(
-            self.seed,
-            batch.step,
-            batch.positions,
-            self.shape,
-            num_timesteps=self.config.num_timesteps,
-            label_drop=self.config.label_drop,
-        )
+        draws = self.draws(batch.step, batch.positions, pin=device.type == "cuda")
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
         self.schedule.to(device)
         z_t = self.schedule.add_noise(batch.latents, t, eps)

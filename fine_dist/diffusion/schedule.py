@@ -6,6 +6,8 @@ the global batch), so that it depends neither on the number of processes nor on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -58,20 +60,56 @@ class Draws:
 
 
 def draw(
-    seed: int, step: int, positions: Tensor, shape: tuple[int, int, int], *, num_timesteps: int, label_drop: float
+    seed: int,
+    step: int,
+    positions: Tensor,
+    shape: tuple[int, int, int],
+    *,
+    num_timesteps: int,
+    label_drop: float,
+    pin: bool = False,
 ) -> Draws:
-    """The draws of some positions of a step's global batch; each is the same whichever others are asked for."""
+    """The draws of some positions of a step's global batch; each is the same whichever others are asked for.
+
+    positions: int64 [B], in host memory. pin: into page-locked memory, which a GPU copies from beside the host's work.
+    """
     generator = torch.Generator()
-    noise = torch.empty(len(positions), *shape)
-    t = torch.empty(len(positions), dtype=torch.int64)
-    drop = torch.empty(len(positions), dtype=torch.bool)
-    for row, position in enumerate(positions.tolist()):
+    times, dropped = [], []
+    noise = torch.empty(len(positions), *shape, pin_memory=pin)
+    for position, values in zip(positions.tolist(), noise):
         generator.manual_seed(mix(seed, step, position))
-        u = torch.rand(2, generator=generator, dtype=torch.float64)
-        t[row] = int(u[0] * num_timesteps)
-        drop[row] = bool(u[1] < label_drop)
-        noise[row].normal_(generator=generator)
-    return Draws(t, noise, drop)
+        time, chance = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        times.append(int(time * num_timesteps))
+        dropped.append(chance < label_drop)
+        values.normal_(generator=generator)
+    t = torch.tensor(times, dtype=torch.int64, pin_memory=pin)
+    return Draws(t, noise, torch.tensor(dropped, dtype=torch.bool, pin_memory=pin))
+
+
+class DrawAhead:
+    """Whoever asks for some positions of a step has the next step's drawn by a thread meanwhile.
+
+    A draw is a function of (seed, step, position), so what was drawn ahead and is not asked for (a run that resumed
+    elsewhere) is dropped, what is asked for and was not drawn is drawn at once, and both are the same numbers.
+
+    draw: `draw` with its other arguments: `(step, positions, pin=...) -> Draws`.
+    """
+
+    def __init__(self, draw: Callable[..., Draws]) -> None:
+        self._draw = draw
+        self._ready: dict[tuple[int, bytes], Future[Draws]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __call__(self, step: int, positions: Tensor, pin: bool = False) -> Draws:
+        """The draws of these positions of a step."""
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="draws")
+        places = positions.numpy().tobytes()
+        for stale in [key for key in self._ready if key[0] < step]:
+            self._ready.pop(stale).cancel()
+        ready = self._ready.pop((step, places), None)
+        if (step + 1, places) not in self._ready:
+            self._ready[step + 1, places] = self._pool.submit(self._draw, step + 1, positions, pin=pin)
+        return self._draw(step, positions, pin=pin) if ready is None else ready.result()
 
 
 def mix(*words: int) -> int:

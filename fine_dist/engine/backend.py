@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Piece:
 class Backend(ABC):
     """Weights, optimiser and gradient sums of one run.
 
-    The calls of a step: `backward` once a micro-batch, then either `step` or `discard`.
+    The calls of a step: `backward` once a micro-batch, then `step`. None of them need wait for the device.
     """
 
     model: nn.Module
@@ -62,15 +62,12 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def step(self, lr: float) -> float:
-        """Sum gradients over ranks, clip, update, forget the gradients. The global norm before clipping.
+    def step(self, lr: float, good: Tensor | None = None) -> Tensor:
+        """Sum gradients over ranks, clip, update, forget the gradients. The global norm before clipping, a number [].
 
-        A norm that is not finite leaves weights and optimiser untouched.
+        good: bool [], on the device: whether the losses of all ranks are finite; none: they are. Where they are not,
+        or the norm is not, weights and optimiser stay untouched.
         """
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Forget the gradients of this step."""
 
     @abstractmethod
     def pieces(self) -> list[Piece]:
@@ -114,7 +111,7 @@ class PlainBackend(Backend):
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
         (losses.sum() / global_batch).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, good: Tensor | None = None) -> Tensor:
         # A parameter that no sample used has a zero gradient, not none: the same arithmetic as under ZeRO.
         for p in self.parameters:
             if p.grad is None:
@@ -123,23 +120,20 @@ class PlainBackend(Backend):
         if self.world.world_size > 1:
             self._sum_over_ranks(gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
-        value = norm.item()
-        if math.isfinite(value):
-            if self.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-            set_lr(self.optimizer, lr)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        set_lr(self.optimizer, lr)
+        finite = norm.isfinite()
+        with only_where(self.optimizer, finite if good is None else finite & good):
             self.optimizer.step()
-        self.discard()
-        return value
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
         """One all-reduce of all gradients."""
         flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients]), self.world)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
             gradient.copy_(part.view_as(gradient))
-
-    def discard(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
 
     def pieces(self) -> list[Piece]:
         if not self.world.is_main:
@@ -148,11 +142,11 @@ class PlainBackend(Backend):
 
     def moments(self, piece: Piece) -> dict[str, Tensor]:
         state = self.optimizer.state.get(self.named[piece.name], {})
-        return {key: state[key].view(-1) for key in MOMENTS if key in state}
+        return {key: state[key].view(-1) for key in MOMENTS if updates_of(state)}
 
     def optimizer_steps(self) -> dict[str, int]:
-        states = {name: self.optimizer.state.get(p, {}) for name, p in self.named.items()}
-        return {name: int(state["step"]) for name, state in states.items() if "step" in state}
+        found = {name: updates_of(self.optimizer.state.get(p, {})) for name, p in self.named.items()}
+        return {name: updates for name, updates in found.items() if updates}
 
     def load(self, saved: Saved) -> None:
         for name, p in self.named.items():
@@ -183,6 +177,25 @@ def adamw(
     return (kind or torch.optim.AdamW)(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
     )
+
+
+@contextlib.contextmanager
+def only_where(optimizer: torch.optim.Optimizer, good: Tensor) -> Iterator[None]:
+    """A context in which `optimizer.step()` changes nothing, its count included, where `good` is false.
+
+    good: bool [], on the device of a fused optimiser's parameters; it is not read by the host. The optimiser is told
+    in the words that gradient scaling (torch.amp) has for gradients that overflowed.
+    """
+    optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def updates_of(state: dict[str, Any]) -> int:
+    """Updates that AdamW's state of one parameter stands for; a first step that was bad leaves a state of none."""
+    return int(state["step"]) if "step" in state else 0
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

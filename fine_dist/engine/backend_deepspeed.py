@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.config import EngineConfig, OptimConfig
-from fine_dist.engine.backend import MOMENTS, Backend, Piece, adamw, set_lr, trainable
+from fine_dist.engine.backend import MOMENTS, Backend, Piece, adamw, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.checkpoint import restore_moments
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.dist import World, gather_objects, join_alone
@@ -71,25 +71,23 @@ class DeepSpeedBackend(Backend):
         if not last:
             self.engine.step()  # not at the boundary yet: it counts the micro-batch
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, good: Tensor | None = None) -> Tensor:
+        # Bad losses have made the gradients NaN: see `backward`. DeepSpeed asks the device about that by itself, in
+        # every step of stages 1 to 3: the one wait of a step that is not ours to leave out.
         set_lr(self.optimizer, lr)
         self.engine.step()
         if self.stage == 3:
             self._forget_gradients()
         if self.stage == 0:
             return self.optimizer.norm
-        if self.zero.overflow:
-            return math.inf
-        return float(self.engine.get_global_grad_norm())
+        norm = math.inf if self.zero.overflow else float(self.engine.get_global_grad_norm())
+        return torch.full((), norm, dtype=torch.float64, device=self.world.device)
 
     def _forget_gradients(self) -> None:
         """Stage 3 updates with what lies in its gradients' buffers, and the next step writes those alone that it uses:
         any other parameter has to find zeros there, as in every other stage."""
         for buffer in self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
             buffer.zero_()
-
-    def discard(self) -> None:
-        self.step(0.0)  # its gradients are NaN: see `backward`
 
     # --- pieces -----------------------------------------------------------------------------------------------------
 
@@ -131,15 +129,12 @@ class DeepSpeedBackend(Backend):
         flat, offset = self._flat_of(self.named[piece.name])
         state = self.optimizer.state.get(flat, {})
         size = piece.stop - piece.start
-        return {key: state[key].view(-1).narrow(0, offset, size) for key in MOMENTS if key in state}
+        return {key: state[key].view(-1).narrow(0, offset, size) for key in MOMENTS if updates_of(state)}
 
     def optimizer_steps(self) -> dict[str, int]:
-        found = {}
-        for piece in self._pieces:
-            state = self.optimizer.state.get(self._flat_of(self.named[piece.name])[0], {})
-            if "step" in state:
-                found[piece.name] = int(state["step"])
-        return found
+        flat = {piece.name: self._flat_of(self.named[piece.name])[0] for piece in self._pieces}
+        found = {name: updates_of(self.optimizer.state.get(tensor, {})) for name, tensor in flat.items()}
+        return {name: updates for name, updates in found.items() if updates}
 
     @torch.no_grad()
     def load(self, saved: Saved) -> None:
@@ -200,7 +195,7 @@ class _ClippingAdamW(torch.optim.AdamW):
     weights and moments alone when the norm is not finite, as ZeRO's optimisers do."""
 
     clip_norm: float | None = None
-    norm = math.nan
+    norm: Tensor
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -209,10 +204,10 @@ class _ClippingAdamW(torch.optim.AdamW):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.norm = norm.item()
-        if math.isfinite(self.norm):
-            if self.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        self.norm = norm
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        with only_where(self, norm.isfinite()):
             super().step(closure)
 
 

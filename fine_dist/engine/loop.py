@@ -7,7 +7,6 @@ restart changes what is computed. Starting the same command again continues from
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import time
 import warnings
@@ -25,7 +24,9 @@ from fine_dist.engine.backends import make_backend
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
 from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
+from fine_dist.engine.looks import Looks, second_model
 from fine_dist.engine.monitor import Monitor
+from fine_dist.engine.outcome import Later, Taken, agree
 from fine_dist.engine.program import Fitted, Program, divide_batch
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
@@ -99,7 +100,7 @@ class Run:
         if engine.threads:
             torch.set_num_threads(engine.threads)
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a no-op on CPU
-        self.shown = self._copy_for_showing()
+        shown = second_model(program, engine, world)
         prepare_model(program.model, engine)
         alike.broadcast(program.model, world)
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
@@ -117,12 +118,16 @@ class Run:
             peak=flops.peak_flops(self.device, engine.precision, engine.peak_tflops) if world.is_main else None,
             log_every=engine.log_every,
         )
-        self.held_out: dict[str, float] = {}
+        self.looks = Looks(shown, program, engine, steps, self.device, self.backend, self.ema, self.monitor)
+        self.late = self.device.type != "cpu"
+        """Whether a step is read while the next one is under way. On CPU it is over when its calls return."""
+        self.taken: Taken | None = None
+        """The step that was taken and is not read yet."""
+        self.step_s = 0.0
         self.begun, self.claim = False, claim
         self.row: dict[str, Any] | None = None
         """The unfinished row of an earlier start."""
         self.bad_steps = 0
-        self.overhead_s = 0.0
 
     def train(self) -> Fitted:
         begun = time.perf_counter()
@@ -130,20 +135,20 @@ class Run:
         alike.check(self.program.model, self.world, self.engine, "at the start")
         batches = self.program.stream.batches(step)
         while step < self.steps:
+            started = time.perf_counter()
             batch, waited_s = self.next_batch(batches)
             if self.program.before_step is not None:
                 self.program.before_step(step, self.drawn.manual_seed(mix(self.seed, step, _BEFORE_STEP)))
-            lr = learning_rate(self.optim, step, self.steps)
-            loss, grad_norm, wish = self.update(batch, lr, step)
-            self.begin(step)
+            total = self.gradients(batch)
+            wish = self.hear()  # of the step before, while the device is at this one
+            self.taken = self.update(total, step, waited_s)
+            self.step_s = time.perf_counter() - started
             step += 1
-            if math.isfinite(loss):
-                self.ema.update(step)
-                bad = getattr(self.program.stream, "bad", 0)
-                self.monitor.step(step, loss=loss, grad_norm=grad_norm, lr=lr, waited_s=waited_s, bad=bad)
+            if wish or self.is_due(step):
+                wish = max(wish, self.hear())
             if step % self.engine.checkpoint_every == 0 or step == self.steps or wish:
                 self.save(step)
-            self.look(step)  # after the save: whatever goes wrong in looking, the step is kept
+            self.looks.look(step)  # after the save: whatever goes wrong in looking, the step is kept
             if wish == stopping.STOP and step < self.steps:
                 self.stop(step)
             self.checkpoints.check()
@@ -164,8 +169,8 @@ class Run:
             )
         return batch.to(self.device), waited_s
 
-    def update(self, batch: Any, lr: float, step: int) -> tuple[float, float, int]:
-        """One update: (loss over all ranks, gradient norm, greatest wish). A bad loss updates nothing."""
+    def gradients(self, batch: Any) -> Tensor:
+        """Forward and backward of every micro-batch: the sum of this rank's losses, fp64 [], on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(self.accumulation):
             micro = batch.part(index * self.micro, self.micro)
@@ -174,27 +179,47 @@ class Run:
             total += losses.detach().sum(dtype=torch.float64)
             last = index == self.accumulation - 1
             self.backend.backward(losses, global_batch=self.global_batch, last=last)
-        loss, wish, bad_ranks = self.agree(float(total))
-        if not math.isfinite(loss):
-            self.backend.discard()
-            self.bad_step(step, f"the loss is {loss} on rank {', '.join(map(str, bad_ranks))}")
-            return loss, math.nan, wish
-        grad_norm = self.backend.step(lr)
-        if not math.isfinite(grad_norm):
-            self.bad_step(step, f"the gradient norm is {grad_norm}")
-            return math.nan, grad_norm, wish
-        return loss, grad_norm, wish
+        return total
 
-    def agree(self, total: float) -> tuple[float, int, list[int]]:
-        """One small all-reduce a step: the mean loss over all ranks' samples, the greatest wish, and who is bad."""
-        wish = self.stopper.wish(2 * self.checkpoints.stall_s)
-        words = torch.zeros(2 + 2 * self.world.world_size, dtype=torch.float64)
-        words[0] = total
-        words[2 + self.world.rank] = 0.0 if math.isfinite(total) else 1.0
-        words[2 + self.world.world_size + self.world.rank] = wish
-        dist.all_reduce_sum(words, self.world)
-        bad = words[2 : 2 + self.world.world_size].nonzero().flatten().tolist()
-        return float(words[0]) / self.global_batch, int(words[2 + self.world.world_size :].max()), bad
+    def update(self, total: Tensor, step: int, waited_s: float) -> Taken:
+        """Agree with the other ranks and update, without waiting for either. A bad loss updates nothing."""
+        # A step that is read late leaves room for one more before the time limit.
+        wish = self.stopper.wish(2 * self.checkpoints.stall_s + (self.step_s if self.late else 0.0))
+        words = agree(total, wish, self.world)
+        lr = learning_rate(self.optim, step, self.steps)
+        grad_norm = self.backend.step(lr, words[0].isfinite())
+        numbers = Later(torch.cat([words, grad_norm.to(words).view(1)]))
+        return Taken(step, lr, waited_s, getattr(self.program.stream, "bad", 0), numbers)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the step that was just taken must be read before anything else: someone looks at what came of it."""
+        if not self.late or not self.begun or step % self.engine.checkpoint_every == 0:
+            return True
+        return self.looks.due(step)
+
+    def hear(self) -> int:
+        """Read the step that was taken last, if it is not read yet, and log it: the greatest wish of all ranks.
+
+        No later update has been made then, so the average takes in the weights of that very step.
+        """
+        taken, self.taken = self.taken, None
+        if taken is None:
+            return stopping.GO_ON
+        outcome = taken.read(self.world, self.global_batch)
+        if outcome.what:
+            self.bad_step(taken.step, outcome.what)
+        self.begin(taken.step)
+        if not outcome.what:
+            self.ema.update(taken.step + 1)
+            self.monitor.step(
+                taken.step + 1,
+                loss=outcome.loss,
+                grad_norm=outcome.grad_norm,
+                lr=taken.lr,
+                waited_s=taken.waited_s,
+                bad=taken.damaged,
+            )
+        return outcome.wish
 
     def bad_step(self, step: int, what: str) -> None:
         """Stop, or count and go on, as configured."""
@@ -230,7 +255,7 @@ class Run:
         self.backend.load(saved)
         restore_ema(saved, self.ema, self.backend.pieces())
         self.bad_steps = saved.extra["bad_steps"]
-        self.held_out = saved.extra["held_out"]
+        self.looks.held_out = saved.extra["held_out"]
         saved.close()
         self.row = saved.extra["monitor"]
         if saved.step == self.steps:
@@ -246,23 +271,15 @@ class Run:
         self.monitor.start(step, self.row)
         if step == 0:
             if self.program.look_first:
-                self.evaluate(0)
+                self.looks.evaluate(0)
             return
         # An earlier start may have saved this step and ended before it had looked at it. Rank 0 knows.
         measures = self.program.held_out is not None and self.world.is_main
         if dist.broadcast_object(measures and not self.monitor.has_row(step, "held_out_loss"), self.world):
-            self.look(step)
-
-    def look(self, step: int) -> None:
-        """Measure and picture the model when they are due."""
-        last = step == self.steps
-        if step % self.engine.eval_every == 0 or last:
-            self.evaluate(step)
-        if step % self.engine.picture_every == 0 or last:
-            self.show(step)
+            self.looks.look(step)
 
     def save(self, step: int) -> None:
-        extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.held_out}
+        extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.looks.held_out}
         told = alike.check(self.program.model, self.world, self.engine, f"at step {step}")
         if told:
             self.monitor.note(told)
@@ -274,70 +291,12 @@ class Run:
         reason = next((text for text in reasons if "another rank" not in text), reasons[0])
         raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")
 
-    def evaluate(self, step: int) -> None:
-        """Measure the held-out loss (at the end also of the weights themselves), and show histograms, on rank 0."""
-        if self.program.held_out is None and self.program.histograms is None and self.program.texts is None:
-            return
-        values = self.ema.gather()
-        raw = self.backend.weights() if step == self.steps and self.engine.ema_decay else {}
-        if self.shown is None:
-            return
-        model = self.worn(values)
-        if self.program.held_out is not None:
-            measured = {key: float(value) for key, value in self.program.held_out(model).items()}
-            if raw:
-                set_parameters(model, raw)
-                found = self.program.held_out(model)
-                measured |= {f"raw_{key}": float(value) for key, value in found.items()}
-                set_parameters(model, values)
-            self.held_out = measured
-            self.monitor.scalars(step, self.held_out)
-        if self.program.histograms is not None:
-            self.monitor.histograms(step, self.program.histograms(model))
-        if self.program.texts is not None:
-            self.monitor.texts(step, self.program.texts(model))
-
-    def show(self, step: int) -> None:
-        """Pictures made with the EMA weights, on rank 0."""
-        if self.program.pictures is None:
-            return
-        model = self.ema_model()
-        if model is not None:
-            self.monitor.pictures(step, self.program.pictures(model, step))
-
-    def worn(self, values: dict[str, Tensor]) -> nn.Module:
-        """Rank 0's second model with these weights, on its device."""
-        assert self.shown is not None
-        set_parameters(self.shown, values)
-        return self.shown.to(self.device)
-
-    def ema_model(self) -> nn.Module | None:
-        """A model with the EMA weights, in eval mode, on rank 0; none on the others (all of them take part)."""
-        values = self.ema.gather()
-        return None if self.shown is None else self.worn(values)
-
-    def _copy_for_showing(self) -> nn.Module | None:
-        """Rank 0's second model: looking at the EMA never touches the weights that train."""
-        program = self.program
-        looks = program.held_out or program.pictures or program.histograms or program.texts
-        wanted = looks or self.engine.backend == "deepspeed"
-        if not (self.world.is_main and wanted):
-            return None
-        return copy.deepcopy(program.model).eval().requires_grad_(False)
-
     def fitted(self, step: int, seconds: float) -> Fitted:
         rows = self.monitor.rows if self.world.is_main else []
         last = next((row["loss"] for row in reversed(rows) if "loss" in row), math.nan)
         ema = self.ema.gather()
-        model = self.program.model
-        if self.engine.backend == "deepspeed":
-            weights = self.backend.weights()
-            if self.shown is not None:
-                model = copy.deepcopy(self.shown)
-                set_parameters(model, weights)
-                for name, p in model.named_parameters():
-                    p.requires_grad_(name in weights)
-        return Fitted(model, ema, step, {"loss": last, **self.held_out}, rows, seconds, self.world)
+        losses = {"loss": last, **self.looks.held_out}
+        return Fitted(self.looks.trained(), ema, step, losses, rows, seconds, self.world)
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
@@ -373,14 +332,6 @@ def compile_or_fall_back(block: nn.Module) -> None:
             return eager(*args, **kwargs)
 
     block.forward = forward
-
-
-@torch.no_grad()
-def set_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy values into a model's parameters, by name."""
-    for name, p in model.named_parameters():
-        if name in values:
-            p.copy_(values[name])
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -67,7 +67,9 @@ class Feeds:
         self, sources: Sequence[Source], arch: Arch, batch: int, diffusion: DiffusionConfig, world: World
     ) -> None:
         self.sources, self.world = list(sources), world
-        self._objectives = [Objective(diffusion, arch, s.seed, num_classes=s.num_classes) for s in self.sources]
+        self._objectives = [
+            Objective(diffusion, arch, s.seed, num_classes=s.num_classes, ahead=False) for s in self.sources
+        ]
         self.bad: dict[int, str] = {}
         self._streams: list[LatentStream | None] = []
         self._batches: list[Iterator[Any]] = []

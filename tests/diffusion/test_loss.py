@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from fine_dist.diffusion.objective import (
     per_sample,
     variance_bound,
 )
-from fine_dist.diffusion.schedule import NoiseSchedule, draw, mix
+from fine_dist.diffusion.schedule import DrawAhead, NoiseSchedule, draw, mix
 from fine_dist.model.dit import DiT
 from fine_dist.model.maps import Mapped
 from tests.conftest import inputs, lively, tiny_arch
@@ -48,6 +49,30 @@ def test_a_draw_depends_on_seed_step_and_position_alone():
     for seed, step in ((4, 7), (3, 8)):
         other = draw(seed, step, torch.arange(8), shape, num_timesteps=1000, label_drop=0.5)
         assert not (other.noise == whole.noise).any()
+
+
+def test_draws_ahead_are_the_draws_wherever_a_run_goes_on_and_whichever_positions_are_asked_for():
+    plain = partial(draw, 3, shape=(1, 4, 4), num_timesteps=1000, label_drop=0.5)
+    ahead = DrawAhead(plain)
+    first, second = torch.arange(4), torch.arange(4, 8)
+    asked = [(0, first), (0, second), (1, first), (1, second), (2, first), (2, first), (2, second)]
+    asked += [(9, first), (10, first), (5, second), (6, second), (7, torch.tensor([6, 1]))]  # resumed, and cut anew
+    for step, positions in asked:
+        got, expected = ahead(step, positions), plain(step, positions)
+        assert torch.equal(got.noise, expected.noise)
+        assert torch.equal(got.t, expected.t) and torch.equal(got.drop, expected.drop)
+    assert len(ahead._ready) <= 3  # what no one will ask for is dropped, but for steps that are still to come
+
+
+def test_a_draws_numbers_are_those_of_every_earlier_version():
+    """Seeds of finished runs mean something as long as these stand."""
+    draws = draw(7, 11, torch.tensor([0, 5]), (1, 2, 2), num_timesteps=1000, label_drop=0.5)
+    generator = torch.Generator()
+    for row, position in enumerate((0, 5)):
+        generator.manual_seed(mix(7, 11, position))
+        u = torch.rand(2, generator=generator, dtype=torch.float64)
+        assert int(draws.t[row]) == int(u[0] * 1000) and bool(draws.drop[row]) == bool(u[1] < 0.5)
+        assert torch.equal(draws.noise[row], torch.randn(1, 2, 2, generator=generator))
 
 
 def test_draws_are_uniform_in_time_gaussian_in_noise_and_drop_at_their_rate():
