@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint check format benchmark methods docs chaos slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs chaos slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -54,6 +54,9 @@ benchmark: install  ## every benchmark, to runs/benchmark
 
 methods: install  ## every method and control on digits, to runs/benchmark/digits (about 45 minutes on 2 quiet cores)
 	$(BIN)/python -m fine_dist.benchmark methods --config configs/benchmark/digits.yaml --json runs/benchmark/digits.json
+
+gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json (about 8 minutes)
+	$(BIN)/python -m fine_dist.benchmark gpu
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100

@@ -26,13 +26,15 @@ NAMES = {
     "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
     "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
     "creative": "a token's training against the loops that it stands beside",
+    "gpu": "what only a GPU can show: its tests, steps at DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
     "methods": "every method and control as one study: quality, costs and verdicts (--config FILE)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 0 when everything was measured, whether or not a bar was reached."""
+    """The command. Returns 0 when everything was measured, whether or not a bar was reached; 1 when a part of `gpu`
+    failed."""
     parser = argparse.ArgumentParser(
         prog="python -m fine_dist.benchmark",
         description=__doc__,
@@ -43,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", choices=NAMES, help="what to measure")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows, machine and versions here")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: a smoke test")
+    size = parser.add_argument_group("speed alone")
+    size.add_argument("--arch", metavar="NAME", help="another size than DiT-S/2, such as DiT-XL/2 or DiT-B/2-L6")
+    size.add_argument("--batch", metavar="N", type=_positive, help="samples a step; 16 unless told")
     study = parser.add_argument_group("methods alone")
     study.add_argument("--config", metavar="FILE", help="the benchmark, such as configs/benchmark/digits.yaml")
     study.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a setting of its study")
@@ -51,7 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.name == "methods" and not options.config:
         parser.error("methods: --config FILE says which benchmark, such as configs/benchmark/digits.yaml")
-    return guard(lambda: _methods(options) if options.name == "methods" else _run(options))
+    if options.name != "speed" and (options.arch or options.batch):
+        parser.error(f"{options.name}: --arch and --batch are the speed benchmark's")
+    commands = {"methods": _methods, "gpu": _gpu}
+    return guard(lambda: commands.get(options.name, _run)(options))
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number
 
 
 def _methods(options: argparse.Namespace) -> int:
@@ -68,10 +83,26 @@ def _methods(options: argparse.Namespace) -> int:
     return 0
 
 
+def _gpu(options: argparse.Namespace) -> int:
+    from fine_dist.benchmarks import gpu
+
+    gpu.require_gpu()
+    started = time.perf_counter()
+    found = gpu.run(gpu.parts(options.quick))
+    about = {"benchmark": "gpu", "quick": options.quick, **machine(), **found.as_json()}
+    del about["machine"]  # a published file names the card, not the host
+    show(found.rows, {**machine(), **about, "seconds": round(time.perf_counter() - started, 1)})
+    _write(options.json or gpu.FIGURES, about)
+    for name, said in found.failed.items():
+        print(f"{name} failed: {said}", file=sys.stderr)
+    return 1 if found.failed else 0
+
+
 def _run(options: argparse.Namespace) -> int:
     module = importlib.import_module(f"fine_dist.benchmarks.{options.name}")
     started = time.perf_counter()
-    rows: list[Row] = module.run(options.quick)
+    size = {"arch": options.arch, "batch": options.batch} if options.name == "speed" else {}
+    rows: list[Row] = module.run(options.quick, **size)
     about = {
         "benchmark": options.name,
         "quick": options.quick,
@@ -104,7 +135,8 @@ def show(rows: list[Row], about: dict[str, Any]) -> None:
         low = f"{_figure(2 - row.bar)} to " if row.bar is not None and row.better == "near" else ""
         bar = "" if row.bar is None else f"{sign}{low}{_figure(row.bar)}"
         mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[row.passed]
-        table.add_row(row.measure, f"{_figure(row.value)} {row.unit}", bar, mark)
+        share = "" if row.share is None else f" = {row.share:.1f}%"
+        table.add_row(row.measure, f"{_figure(row.value)} {row.unit}{share}", bar, mark)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fine_dist.benchmarks.resident import resident_growth
 from fine_dist.benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
-from fine_dist.benchmarks.speed import resident_growth
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,6 +19,7 @@ class Row:
     unit:    its unit (`x` for a ratio).
     bar:     the figure it should reach; none: for information.
     better:  which side of the bar is the good one; `near`: a ratio no further from 1 than the bar, on both sides.
+    share:   percent that it is of the whole which it is a part of; none: it is no part.
     """
 
     measure: str
@@ -26,6 +27,7 @@ class Row:
     unit: str
     bar: float | None = None
     better: Literal["higher", "lower", "near"] = "higher"
+    share: float | None = None
 
     @property
     def passed(self) -> bool | None:

@@ -72,7 +72,8 @@ def test_recomputing_blocks_keeps_one_block_and_every_input():
 MEASURED = """
 import json, sys
 from pathlib import Path
-from fine_dist.benchmarks.speed import Bench, Kind, _kib, made_up_batch
+from fine_dist.benchmarks.resident import kib
+from fine_dist.benchmarks.steps import Bench, Kind
 from fine_dist.config import OptimConfig
 from fine_dist.engine import dist
 from fine_dist.model.zoo import arch
@@ -84,12 +85,12 @@ status = Path("/proc/self/status")
 here = dist.alone("cpu")
 toy_fit(sys.argv[1] + "/warm", ToyConfig(steps=1))  # imports and allocators
 shape = arch("DiT-S/2", learn_sigma=False)
-before = _kib(status, "VmRSS")
+before = kib(status, "VmRSS")
 model = Bench(shape, here.device, 1).model(Kind("dense"))
 program = toy_program(ToyConfig(), here, model=model, objective=Objective(DiffusionConfig(), shape, 0),
                       stream=ToyStream(4, here, shape))
 toy_fit(sys.argv[1] + "/run", ToyConfig(steps=2, global_batch=4, engine=engine(checkpoint_every=1)), program)
-print("PEAK", (_kib(status, "VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters()))
+print("PEAK", (kib(status, "VmHWM") - before) * 1024, sum(p.numel() for p in model.parameters()))
 """
 
 

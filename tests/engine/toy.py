@@ -39,7 +39,7 @@ class ToyBatch:
         return len(self.labels)
 
     def to(self, device: torch.device) -> ToyBatch:
-        return self
+        return ToyBatch(self.step, self.latents.to(device), self.labels.to(device), self.positions)
 
     def part(self, start: int, size: int) -> ToyBatch:
         rows = slice(start, start + size)

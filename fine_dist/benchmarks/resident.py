@@ -1,0 +1,53 @@
+"""Memory that a call takes at its peak: a GPU's allocator asked, or this process's resident set watched (Linux)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def peak_memory_of(step: Callable[[], float], device: torch.device) -> float:
+    """Bytes that a step (its second: the optimiser has its state) takes beyond what lay there before it."""
+    import torch
+
+    step()
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    return resident_growth(step)
+
+
+def resident_growth(body: Callable[[], object]) -> float:
+    """Bytes by which this process's resident set grew at most during a call (Linux; 0 where it cannot be told)."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not (status.exists() and reset.exists()):
+        body()
+        return 0.0
+    release_free_memory()
+    reset.write_text("5")  # the peak starts again from what is resident now
+    before = kib(status, "VmRSS")
+    body()
+    return (kib(status, "VmHWM") - before) * 1024.0
+
+
+def release_free_memory() -> None:
+    """Give freed memory back to the system (glibc), so that what a step takes is seen to grow."""
+    import ctypes
+
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def kib(status: Path, key: str) -> int:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key + ":"))
+    return int(line.split()[1])
