@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.errors import guard
 
 if TYPE_CHECKING:
+    from fine_dist.benchmarks.gpu import Found as GpuFound
     from fine_dist.benchmarks.rows import Row
 
 NAMES = {
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("methods: --config FILE says which benchmark, such as configs/benchmark/digits.yaml")
     if options.name != "speed" and (options.arch or options.batch):
         parser.error(f"{options.name}: --arch and --batch are the speed benchmark's")
-    commands = {"methods": _methods, "gpu": _gpu}
+    commands = {"methods": _methods, "gpu": _gpu_check}
     return guard(lambda: commands.get(options.name, _run)(options))
 
 
@@ -83,16 +84,19 @@ def _methods(options: argparse.Namespace) -> int:
     return 0
 
 
-def _gpu(options: argparse.Namespace) -> int:
+def _gpu_check(options: argparse.Namespace) -> int:
     from fine_dist.benchmarks import gpu
 
     gpu.require_gpu()
-    started = time.perf_counter()
-    found = gpu.run(gpu.parts(options.quick))
-    about = {"benchmark": "gpu", "quick": options.quick, **machine(), **found.as_json()}
+    return report(gpu.run(gpu.parts(options.quick)), options.json or gpu.FIGURES, options.quick)
+
+
+def report(found: GpuFound, out: Path, quick: bool) -> int:
+    """Show what the parts of `gpu` gave and write it to a file; 1 when a part failed, else 0."""
+    about = {"benchmark": "gpu", "quick": quick, **machine(), **found.as_json()}
+    show(found.rows, {**about, "seconds": round(sum(found.seconds.values()), 1)})
     del about["machine"]  # a published file names the card, not the host
-    show(found.rows, {**machine(), **about, "seconds": round(time.perf_counter() - started, 1)})
-    _write(options.json or gpu.FIGURES, about)
+    _write(out, about)
     for name, said in found.failed.items():
         print(f"{name} failed: {said}", file=sys.stderr)
     return 1 if found.failed else 0

@@ -46,12 +46,12 @@ def reference_step(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     schedule = NoiseSchedule(DiffusionConfig())
     schedule.to(device)
-    data = made_up_batch(arch, batch, device)
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Any] = {"batch": made_up_batch(arch, batch, device)}
 
     def forward() -> None:
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
-            t = torch.randint(0, 1000, (batch,), device=device)
+            data = kept["batch"]
+            t = torch.randint(0, 1000, data.labels.shape, device=device)
             noise = torch.randn_like(data.latents)
             z_t = schedule.add_noise(data.latents, t, noise)
             out = ranged("model", lambda: answer(z_t, t, data.labels))
@@ -61,13 +61,20 @@ def reference_step(
         optimizer.zero_grad()
         kept.pop("loss").backward()
 
-    @torch.no_grad()
-    def update_average() -> None:
-        for mean, p in zip(average.parameters(), model.parameters()):
-            mean.mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
+    parts = {
+        "forward": forward,
+        "backward": backward,
+        "optimiser": optimizer.step,
+        "EMA": lambda: follow(average, model),
+    }
+    return Step(device, parts, arch.hidden_size, taken=kept, ready=made_up_batch(arch, 1, device))
 
-    parts = {"forward": forward, "backward": backward, "optimiser": optimizer.step, "EMA": update_average}
-    return Step(device, parts, arch.hidden_size)
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module) -> None:
+    """One step of the average, a parameter at a time."""
+    for mean, p in zip(average.parameters(), model.parameters()):
+        mean.mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
 
 
 def original_step(arch: Arch, batch: int, precision: str, device: torch.device, compiled: bool = False) -> Step:

@@ -34,25 +34,42 @@ def test_without_a_gpu_it_says_so_writes_nothing_and_ends_with_2(tmp_path: Path,
     assert "no GPU is at hand" in capsys.readouterr().err and not out.exists()
 
 
-def test_every_part_runs_and_one_that_fails_costs_its_own_rows_alone(tmp_path: Path, monkeypatch) -> None:
+def test_every_part_runs_and_one_that_fails_costs_its_own_rows_alone(tmp_path: Path) -> None:
     cases = tmp_path / "test_cases.py"
     cases.write_text(TEST)
-    words = ["--arch", "DiT-S/2-L1", "--batch", "1", "--quick"]
     programs = {
-        "tests": gpu.tests_part(cases, "-c", "setup.cfg", "--rootdir", "."),
         "broken": gpu.benchmark_part("speed", "--arch", "DiT-Z/2"),
-        "speed": gpu.benchmark_part("speed", *words, about="S: "),
+        "tests": gpu.tests_part(cases, "-c", "setup.cfg", "--rootdir", "."),
     }
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = gpu.run(programs)
     rows = {row.measure: row for row in found.rows}
     assert [rows[f"tests on the GPU: {what}"].value for what in ("passed", "failed", "skipped")] == [1, 1, 1]
     assert found.failed.keys() == {"tests", "broken"}
     assert "exit code 2" in found.failed["broken"] and "DiT-Z/2" in found.failed["broken"]
-    assert "S: dense, bf16: images/s" in rows
-    written = json.loads(json.dumps(found.as_json()))
-    assert written["torch"] == torch.__version__ and written.keys() >= {"card", "driver", "cuda", "seconds"}
-    assert len(written["rows"]) == len(found.rows) and set(written["seconds"]) == set(programs)
+    assert found.as_json()["seconds"].keys() == programs.keys()
+
+
+def test_what_was_found_becomes_one_file_without_the_hosts_name(tmp_path: Path, capsys) -> None:
+    cases, out = tmp_path / "test_cases.py", tmp_path / "figures" / "gpu.json"
+    cases.write_text(TEST.replace("assert False", "pass"))
+    found = gpu.run({"tests": gpu.tests_part(cases, "-c", "setup.cfg", "--rootdir", ".")})
+    assert benchmark.report(found, out, quick=True) == 0
+    written = json.loads(out.read_text())
+    assert written["torch"] == torch.__version__ and written.keys() >= {"card", "driver", "cuda", "versions", "seconds"}
+    assert "machine" not in written and [row["value"] for row in written["rows"]] == [2, 0, 1]
+    assert "tests on the GPU: passed" in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == ["gpu.json"]  # nothing half-written lies beside it
+    found.failed["speed"] = "exit code 1: out of memory"
+    assert benchmark.report(found, out, quick=True) == 1 and json.loads(out.read_text())["failed"]
+    assert "speed failed: exit code 1: out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_benchmark_run_for_real_are_taken_over_by_its_name() -> None:
+    words = ["--arch", "DiT-S/2-L1", "--batch", "1", "--quick"]
+    found = gpu.run({"speed": gpu.benchmark_part("speed", *words, about="S: ")})
+    assert not found.failed
+    assert {"S: dense, bf16: images/s", "S: dense, fp32: images/s"} <= {row.measure for row in found.rows}
 
 
 def test_the_parts_are_the_tests_both_sizes_and_packs() -> None:
