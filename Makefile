@@ -55,7 +55,7 @@ benchmark: install  ## every benchmark, to runs/benchmark
 methods: install  ## every method and control on digits, to runs/benchmark/digits (about 45 minutes on 2 quiet cores)
 	$(BIN)/python -m fine_dist.benchmark methods --config configs/benchmark/digits.yaml --json runs/benchmark/digits.json
 
-gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json (about 8 minutes)
+gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json
 	$(BIN)/python -m fine_dist.benchmark gpu
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)

@@ -122,10 +122,10 @@ def step_rows(plan: Plan, precision: str, name: str, steps: dict[str, Step], fig
         Row(f"{where}: share of its own products' rate", limit.share(figures["own"], seconds, flops), "%"),
         *mfu_rows(plan, precision, name, seconds, flops),
     ]
+    least = flops / steps["dense"].flops
     if name == "stage 1":
-        rows.append(stage_1_row(plan, precision, ratio(figures, name, "dense")))
+        rows.append(stage_1_row(plan, precision, ratio(figures, name, "dense"), least))
     elif name != "dense":
-        least = flops / steps["dense"].flops
         divisor = plan.arch.hidden_size // kinds(plan.arch)[name].rank  # type: ignore[operator]
         bar = limit.sigma_bar(divisor, least) if plan.cpu_bars else None
         over = ratio(figures, name, "dense")
@@ -138,4 +138,6 @@ def stage_1_of(plan: Plan) -> list[Row]:
     bench, kind = plan.bench(), kinds(plan.arch)
     steps = {name: bench.step(kind[name], plan.batch) for name in ("dense", "stage 1")}
     figures = bench.times(steps, plan.seconds)  # type: ignore[arg-type]
-    return [stage_1_row(plan, "fp32", ratio(figures, "stage 1", "dense"))]
+    return [
+        stage_1_row(plan, "fp32", ratio(figures, "stage 1", "dense"), steps["stage 1"].flops / steps["dense"].flops)
+    ]

@@ -144,12 +144,12 @@ def test_the_rows_of_a_tiny_size_are_complete_and_have_no_bar() -> None:
 
 def test_bars_are_those_of_the_size_and_device_they_were_set_for() -> None:
     plan = speed_plan.Plan(named("DiT-S/2"), 16, CPU, quick=False, own_size=False, seconds=1.0)
-    assert speed_plan.stage_1_row(plan, "fp32", 1.0).bar == 1.10
+    assert speed_plan.stage_1_row(plan, "fp32", 1.0, 0.9).bar == 1.10
     assert speed_plan.reference_row(plan, "original", "bf16", 1.0).bar == 1.25
     assert speed_plan.reference_row(plan, "original", "bf16", 1.0, "ours, compiled").bar == 1.30
     assert speed_plan.reference_row(plan, "diffusers", "bf16", 1.0).bar is None
     card = speed_plan.Plan(named("DiT-XL/2"), 32, torch.device("cuda"), quick=False, own_size=True, seconds=1.0)
-    assert speed_plan.stage_1_row(card, "bf16", 1.0).bar == 1.06
+    assert speed_plan.stage_1_row(card, "bf16", 1.0, 0.9).bar == 1.06
     assert speed_plan.reference_row(card, "original", "fp32", 1.0).bar is None
 
 
