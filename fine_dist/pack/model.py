@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fine_dist.errors import ArtifactError
-from fine_dist.model.dit import DiT, attention
+from fine_dist.model.dit import DiT
 from fine_dist.model.factors import SharedForm, cheaper_path
-from fine_dist.model.ops import FactoredProduct, compute_dtype, gelu
+from fine_dist.model.ops import compute_dtype
 from fine_dist.model.zoo import MATRICES
+from fine_dist.pack.ops import Frozen, block
 
 _KEPT_SELECTIONS = 64
 """Selections of jobs whose biases are kept stacked."""
@@ -121,6 +122,9 @@ class PackedDiT(nn.Module):
         x, c = self._embed(inputs, feeds, jobs)  #                                              [N, T, D], [N, D]
         # adaLN's input is the same at every layer, so its product with V is made once.
         gate = F.silu(c) @ self.factors("adaln")[1]  #                                                        [N, R]
+        dtype = compute_dtype(gate)
+        factors = {name: tuple(x.to(dtype) for x in self.factors(name)) for name in MATRICES}
+        composed = self._composed(batch * x.shape[1])
         layers = self.sigma[jobs].unflatten(1, (-1, len(MATRICES), self.rank)).unbind(1)  #         L x [J', K, R]
         finished: list[Tensor] = []
         alive = len(jobs)
@@ -131,13 +135,14 @@ class PackedDiT(nn.Module):
                 x, done = x.split([deep * batch, (alive - deep) * batch])
                 finished.append(done)
                 alive = deep
-            sigma = dict(zip(MATRICES, layers[layer][:alive].unbind(1)))  #                             K x [J', R]
-            linear = _Linear(self, sigma, biases[layer], gate[: alive * batch], batch)
+            sigma = layers[layer][:alive].unbind(1)  #                                                  K x [J', R]
+            matrices = {name: Frozen(*factors[name], biases[layer][name], composed[name]) for name in MATRICES}
+            inputs = (x, gate[: alive * batch], dict(zip(MATRICES, sigma)), matrices, self.arch.num_heads)
             again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
             if again and torch.is_grad_enabled():
-                x = checkpoint(_block, x, linear, self.arch.num_heads, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = _block(x, linear, self.arch.num_heads)  #                                             [N, T, D]
+                x = block(*inputs)  #                                                                     [N, T, D]
         x = torch.cat([x, *reversed(finished)]) if finished else x
         return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
 
@@ -152,6 +157,12 @@ class PackedDiT(nn.Module):
             rows = torch.arange(len(jobs), device=inputs.y.device)[:, None]
             c = c[feeds] + self.labels[jobs][rows, inputs.y[feeds]]
         return x.unflatten(0, (f, b))[feeds].flatten(0, 1), c.flatten(0, 1)
+
+    def _composed(self, rows: int) -> dict[str, bool]:
+        """Of each matrix, whether W is made for so many rows of a job. adaLN's product with V is made once for all."""
+        how = {"train_factors": False, "train_scalers": True, "backward": torch.is_grad_enabled()}
+        sides = {name: (*self.arch.matrix(name), self.rank) for name in MATRICES}
+        return {n: n != "adaln" and cheaper_path(rows, *size, **how) == "composed" for n, size in sides.items()}
 
     def _stacked_biases(self, jobs: list[int]) -> list[dict[str, Tensor]]:
         """Per layer, `{matrix: [J', m]}` of the jobs that reach it; made once for each selection of jobs."""
@@ -197,49 +208,6 @@ class JobView(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.pack(Inputs(z[None], t[None], y[None]), [0], [self.job])[0]
-
-
-class _Linear:
-    """`linear(matrix, h)` of one virtual layer: shared factors, a vector sigma and a bias a job."""
-
-    def __init__(self, pack: PackedDiT, sigma: dict[str, Tensor], bias: dict[str, Tensor], gate: Tensor, batch: int):
-        self.pack, self.sigma, self.bias, self.gate, self.batch = pack, sigma, bias, gate, batch
-        self.dtype = compute_dtype(gate)
-
-    def __call__(self, matrix: str, h: Tensor | None = None) -> Tensor:
-        """`[N, T, n] -> [N, T, m]`; adaLN's input is known: `-> [N, 1, 6 D]`."""
-        x = self.gate[:, None] if h is None else h
-        sigma, bias = self.sigma[matrix], self.bias[matrix]
-        jobs, rows = len(sigma), x.shape[:-1].numel() // len(sigma)
-        stacked = x.reshape(jobs, rows, -1)
-        u, v = (factor.to(self.dtype) for factor in self.pack.factors(matrix))
-        if h is None:
-            y = FactoredProduct.apply(stacked, sigma, bias, u, None, self.dtype)
-        elif self._path(matrix, rows) == "composed":
-            weight = (u * sigma[:, None, :]) @ v.T  #                                                      [J, m, n]
-            y = torch.baddbmm(bias[:, None], stacked, weight.transpose(1, 2))
-        else:
-            y = FactoredProduct.apply(stacked, sigma, bias, u, v, self.dtype)
-        return y.reshape(*x.shape[:-1], -1)
-
-    def _path(self, matrix: str, rows: int) -> str:
-        m, n = self.pack.arch.matrix(matrix)
-        return cheaper_path(
-            rows, m, n, self.pack.rank, train_factors=False, train_scalers=True, backward=torch.is_grad_enabled()
-        )
-
-
-def _block(x: Tensor, linear: _Linear, num_heads: int) -> Tensor:
-    """`model.dit.block_forward` with fewer passes over memory: x [N, T, D] -> [N, T, D]."""
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear("adaln").chunk(6, dim=2)  #               6 x [N, 1, D]
-    h = _modulate(x, shift_a, scale_a)
-    x = torch.addcmul(x, gate_a, linear("o", attention(linear("qkv", h), num_heads)))
-    h = _modulate(x, shift_m, scale_m)
-    return torch.addcmul(x, gate_m, linear("out", gelu(linear("in", h))))
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def identity(form: SharedForm) -> str:
