@@ -63,8 +63,9 @@ def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
     lines = [dump_yaml(config).rstrip(), "", f"{len(members)} targets in {len(packs)} packs:"]
     for pack in packs:
         memory = pack.chunk * config.batch * bytes_of[pack.jobs[0]] / 2**20
+        how = "one after the other" if pack.apart else f"{pack.chunk} at once"
         lines.append(
-            f"  {pack.name}: {len(pack.jobs)} targets, {pack.chunk} at once, "
+            f"  {pack.name}: {len(pack.jobs)} targets, {how}, "
             f"{pack.layer_steps:,} layer-steps, about {memory:,.0f} MiB of activations"
         )
         lines += [f"    {name}: {config.steps} steps of {config.batch} at {members[name].lr:g}" for name in pack.jobs]

@@ -44,8 +44,13 @@ def run(quick: bool) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:
         root = Path(folder)
         learngene = _prepare(root)
-        rows = _wall_times(root, steps=10 if quick else 300, bars=not quick)
+        rows = []
+        for batch, steps, against_separate, against_turns in ((64, 60, 0.70, 0.60), (16, 60, 0.5, 0.5)):
+            if batch == 64 or not quick:
+                bars = (None, None) if quick else (against_separate, against_turns)
+                rows += _wall_times(root, batch, 4 if quick else steps, bars, SEEDS[:1] if quick else SEEDS)
         rows += _curve(root, learngene, torch.device("cpu"), quick)
+        rows += _large(root, torch.device("cpu"), quick)
         rows += _memory(root, quick)
         rows += _artifact(root)
         if device.type == "cuda":
@@ -73,20 +78,24 @@ def _prepare(root: Path) -> Artifact:
 # --- wall time of whole runs ---------------------------------------------------------------------------------------
 
 
-def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
+def _wall_times(
+    root: Path, batch: int, steps: int, bars: tuple[float | None, float | None], seeds: Sequence[int]
+) -> list[Row]:
+    """bars: of packed over separate, and of packed over in turn."""
+
     def command(out: str, *more: str) -> list[str]:
-        base = [sys.executable, "-m", "fine_dist.init", "--run-dir", str(root / out)]
+        base = [sys.executable, "-m", "fine_dist.init", "--run-dir", str(root / f"{out} at {batch}")]
         flags = {
-            "learngene": root / "learngene",
+            "learngene": root / "learngene", "batch": batch,
             "data.shards": root / "data/train", "data.held-out": root / "data/held_out",
             "optim.lr": 0.03, "steps": steps, "engine.device": "cpu", "engine.log-every": 10,
         }  # fmt: skip
         words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
-        return [*base, *words, "--depths", *map(str, DEPTHS), "--seeds", *map(str, SEEDS), *more]
+        return [*base, *words, "--depths", *map(str, DEPTHS), "--seeds", *map(str, seeds), *more]
 
     cores = len(os.sched_getaffinity(0))
     names = root / "names"
-    names.write_text("".join(f"L{depth}-s{seed}-lr0.03\n" for depth in DEPTHS for seed in SEEDS))
+    names.write_text("".join(f"L{depth}-s{seed}-lr0.03\n" for depth in DEPTHS for seed in seeds))
     two = ["xargs", "-a", str(names), "-P", "2", "-n", "1"]
     programs = {
         "packed": command("packed", "--launcher", "local"),
@@ -95,16 +104,18 @@ def _wall_times(root: Path, steps: int, bars: bool) -> list[Row]:
         **{f"in turn {n}": command(f"turn{n}", "--launcher", "here", "--pack.max-jobs", "1") for n in {1, cores}},
     }
     threads = {name: {"OMP_NUM_THREADS": name.split()[-1] if "turn" in name else "1"} for name in programs}
-    say(f"{steps} steps of 12 targets: packed, as separate processes, in turn")
+    count = len(DEPTHS) * len(seeds)
+    say(f"{steps} steps of {count} targets at batch {batch}: packed, as separate processes, in turn")
     took = wall_times(programs, threads)
     packed_s, separate_s = took["packed"], took["separate"]
     in_turn_s = min(spent for name, spent in took.items() if "turn" in name)
+    at = f"batch {batch}: "
     return [
-        Row(f"12 targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
-        Row("separate processes, two at a time", separate_s, "s"),
-        Row("one process, one target after the other", in_turn_s, "s"),
-        Row("packed / separate", packed_s / separate_s, "x", 0.75 if bars else None, "lower"),
-        Row("packed / in turn", packed_s / in_turn_s, "x", 0.95 if bars else None, "lower"),
+        Row(f"{at}{count} targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
+        Row(f"{at}separate processes, two at a time", separate_s, "s"),
+        Row(f"{at}one process, one target after the other", in_turn_s, "s"),
+        Row(f"{at}packed / separate", packed_s / separate_s, "x", bars[0], "lower"),
+        Row(f"{at}packed / in turn", packed_s / in_turn_s, "x", bars[1], "lower"),
     ]
 
 
@@ -126,12 +137,12 @@ class _Silent:
 def _pack(
     root: Path, learngene: Artifact, depths: Sequence[int], batch: int, device: torch.device, precision: str = "fp32"
 ) -> PackRun:
-    """A pack on the digits, the jobs of different seeds, in chunks as the planner has them."""
+    """A pack on the digits, four jobs of a seed as in a family, in chunks as the planner has them."""
     from fine_dist.engine.dist import World
     from fine_dist.methods import from_manifest, parent_of
     from fine_dist.pack.loop import PackJob, PackRun
     from fine_dist.pack.model import PackedDiT
-    from fine_dist.pack.plan import Shape, activation_bytes, chunk_size
+    from fine_dist.pack.plan import activation_bytes
     from fine_dist.stages.targets import descend
 
     method = from_manifest(learngene.method)
@@ -139,11 +150,9 @@ def _pack(
     made = (descend(method, parent, learngene.arch.with_depth(d), s).model for s, d in enumerate(depths))
     forms = [form for model in made if (form := method.pack(model))]
     data = DataConfig(shards=str(root / "data/train"))
-    jobs = [PackJob(f"{s}", "", "digits", data, 10, s, 1e-3, 10**9) for s in range(len(depths))]
+    jobs = [PackJob(f"{j}", "", "digits", data, 10, j // len(DEPTHS), 1e-3, 10**9) for j in range(len(depths))]
     arch = learngene.arch.with_depth(max(depths))
     size = activation_bytes(arch, forms[0].rank, bf16=precision == "bf16")
-    deepest = Shape("deepest", arch, "", 1, size)
-    cpu = device.type == "cpu"
     return PackRun(
         PackedDiT(forms).to(device),
         jobs,
@@ -153,7 +162,7 @@ def _pack(
         engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),
         watcher=_Silent(),
         world=World(device=device),
-        chunk=chunk_size(deepest, len(depths), batch, 4 * 2**30, cpu=cpu),
+        chunk=_chunk(arch, size, len(depths), batch, device),
     )
 
 
@@ -188,20 +197,55 @@ def _ratio(root: Path, learngene: Artifact, depths: Sequence[int], batch: int, d
 
 
 def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -> list[Row]:
-    """Small batches gain from larger products; at the demo's batch there is nothing left to gain on a CPU."""
+    """Small batches gain from larger products and fewer calls; one that fills the cache alone is planned apart."""
     import torch
 
     torch.set_num_threads(1)  # as a worker of the local pool has it
     rows = []
-    for batch, bar in ((4, 1.0), (16, 1.0), (64, 1.05), (256, 1.05)):
-        for jobs in (2, 12) if quick else (2, 4, 8, 12):
-            depths = [DEPTHS[i % 4] for i in range(jobs)]
+    for batch in (4, 64) if quick else (4, 16, 64, 256):
+        for jobs in (2,) if quick else (2, 4, 12) if batch < 256 else (4,):
             say(f"steps of {jobs} jobs at batch {batch}")
             # single pairs differ by a tenth and more on a shared machine: many short ones, and their median
             count = max(1, min(4, 128 // batch))
-            ratio, _ = _ratio(root, learngene, depths, batch, device, count, 1 if quick else 11)
-            rows.append(Row(f"step: {jobs} jobs at batch {batch} / sum of solo steps", ratio, "x", bar, "lower"))
+            rows.append(_step_row(root, learngene, [DEPTHS[i % 4] for i in range(jobs)], batch, device, count,
+                                  1 if quick else 9))  # fmt: skip
     return rows
+
+
+def _large(root: Path, device: torch.device, quick: bool) -> list[Row]:
+    """Width 256 and 12 layers: what a pack gains where a job's own products are large."""
+    import torch
+
+    from fine_dist.model.artifact import load_artifact, save_artifact
+    from fine_dist.model.factors import FactoredDiT
+
+    if quick:
+        return []
+    arch = DEMO.model_copy(update={"hidden_size": 256, "num_layers": 12})
+    tensors = FactoredDiT(arch, 256, torch.Generator().manual_seed(0)).state_dict()
+    save_artifact(root / "large", kind="learngene", method=CONDENSES.model_dump(), arch=arch, tensors=tensors)
+    learngene, rows = load_artifact(root / "large"), []
+    for batch in (4, 16):
+        say(f"steps of 4 jobs of width 256 and 12 layers at batch {batch}")
+        rows.append(_step_row(root, learngene, [12] * 4, batch, device, 1, 7))
+    return rows
+
+
+def _step_row(root: Path, learngene: Artifact, depths: Sequence[int], batch: int, device: torch.device, count: int,
+              rounds: int) -> Row:  # fmt: skip
+    """A pack's step over its jobs' own. Where the plan has jobs apart, it says what they would lose together."""
+    ratio, _ = _ratio(root, learngene, depths, batch, device, count, rounds)
+    width = learngene.arch.hidden_size
+    apart = _chunk(learngene.arch.with_depth(max(depths)), 0, len(depths), batch, device) == 1
+    what = f"step: {len(depths)} jobs of width {width} at batch {batch} / sum of solo steps"
+    return Row(f"{what} (planned apart)" if apart else what, ratio, "x", None if apart else 1.0, "lower")
+
+
+def _chunk(arch: Arch, size: int, jobs: int, batch: int, device: torch.device) -> int:
+    """Jobs at once, as the planner has it. size: bytes of a sample."""
+    from fine_dist.pack.plan import Shape, chunk_size
+
+    return chunk_size(Shape("deepest", arch, "", 1, size), jobs, batch, 4 * 2**30, cpu=device.type == "cpu")
 
 
 def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
@@ -272,7 +316,7 @@ def _memory(root: Path, quick: bool) -> list[Row]:
     # Every tensor gets a mapping of its own, so that what is freed leaves the resident set.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     found: dict[int, list[int]] = {}
-    for jobs in (1, 2, 4, 8):
+    for jobs in (1, 8) if quick else (1, 2, 4, 8):
         say(f"memory of {jobs} jobs")
         words = [sys.executable, "-c", _MEASURE, str(jobs), str(width), str(batch)]
         done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
@@ -287,7 +331,7 @@ def _memory(root: Path, quick: bool) -> list[Row]:
                 1.15,
                 "lower",
             )
-            for j in (2, 4, 8)
+            for j in sorted(set(found) - {1})
         ),
         Row("memory: activations measured / planned", found[8][1] / (8 * found[8][2]), "x", 1.15, "lower"),
     ]

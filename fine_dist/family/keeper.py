@@ -70,9 +70,8 @@ class Keeper:
                 self._first[index], self._last[index] = rows[0]["loss"], rows[-1]["loss"]
         total = self.family.config.steps * len(self.members)
         done = sum(p.step for p in progress)
-        print(
-            f"init: {len(self.members)} targets in one pack; files are in {run_dir_of(self.family.config)}", flush=True
-        )
+        what = f"{len(self.members)} targets in one pack" if len(self.members) > 1 else self.members[0].name
+        print(f"init: {what}; files are in {run_dir_of(self.family.config)}", flush=True)
         # A log file gets a line now and then, a terminal a live bar.
         quiet = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=total, initial=done, desc="init", unit="step", **quiet)

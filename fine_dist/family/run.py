@@ -106,7 +106,8 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
         waiting.append(Built(member, descent, form))
     with Stopper(Words(run_dir_of(family.config)), family.config.engine.time_limit_min, world.is_main) as stopper:
         for group in sharing([built for built in waiting if built.form]):
-            _train_packed(family, pack, group, table, world, stopper)
+            for part in [[built] for built in group] if pack.apart else [group]:
+                _train_packed(family, pack, part, table, world, stopper)
         for built in waiting:
             if not built.form:
                 train_alone(family, built.member, built.descent, table, world, stopper)
@@ -162,7 +163,7 @@ def _train_packed(
         world=world,
         chunk=max(1, pack.chunk >> deaths),
         stop=config.stop,
-        states=(run_dir_of(config) / "packs", pack.name),
+        states=(run_dir_of(config) / "packs", members[0].name if pack.apart else pack.name),
         wish=stopper.wish,
     )
     keeper.start(run.progress)

@@ -59,6 +59,8 @@ class Pack:
     chunk: int
     layer_steps: int
     """Layers times steps over all jobs: what its time is proportional to."""
+    apart: bool = False
+    """Its jobs train one after the other in its process: a step of them all would not be faster than a step of each."""
 
     @property
     def name(self) -> str:
@@ -67,7 +69,8 @@ class Pack:
 
 
 CACHE_NUMBERS = 2**17
-"""On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache."""
+"""On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache. A job that fills
+it alone gains nothing from company: its products are large already, and other jobs' activations are in its way."""
 
 
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
@@ -88,7 +91,9 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
         for members in _deal(group, min(count, len(group)), config.max_jobs):
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
-            packs.append(Pack(tuple(s.name for s in members), min(chunk, len(members)), sum(map(_work, members))))
+            chunk = min(chunk, len(members))
+            apart = cpu and config.chunk is None and chunk == 1 < len(members)
+            packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), apart))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
 
 
@@ -126,9 +131,10 @@ def activation_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
     """
     d, t, r = arch.hidden_size, arch.num_tokens, rank
     size = 2 if bf16 else 4
-    # a token's, in fp32: two normalisations and their inputs, and two residual branches
-    norms = 4 * d + 2 * d
-    # in the products' precision: q k v, attention and its output for `o`, the MLP's inside twice, three products with V
-    products = 3 * d + 2 * d + 8 * d + 3 * r
+    # a token's, in fp32: what two normalisations give
+    norms = 2 * d
+    # in the products' precision: q k v and attention, two branches before their gates, the MLP's inside twice, and
+    # four products with V
+    products = 3 * d + d + 2 * d + 8 * d + 4 * r
     sample = 6 * d + 2 * d + r + arch.num_heads * t
     return arch.num_layers * (t * (norms * 4 + products * size) + sample * 4)

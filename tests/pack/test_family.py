@@ -17,7 +17,7 @@ from fine_dist.methods.fine import FineConfig
 from fine_dist.methods.he import HeConfig
 from fine_dist.methods.random_genes import RandomGenesConfig
 from fine_dist.model.zoo import arch as named
-from fine_dist.pack.plan import PackConfig, Shape, activation_bytes, chunk_size, plan
+from fine_dist.pack.plan import CACHE_NUMBERS, PackConfig, Shape, activation_bytes, chunk_size, plan
 from tests.conftest import tiny_arch
 
 
@@ -193,6 +193,21 @@ def test_a_chunk_is_what_memory_holds():
     assert chunk_size(shape, 10, 16, one // 2, cpu=False) == 1
     # bf16 halves the products' part and leaves the norms' as it is
     assert 0.5 < activation_bytes(arch, 768, bf16=True) / activation_bytes(arch, 768) < 0.75
+
+
+def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other():
+    jobs = shapes([2, 4])
+
+    def apart(batch: int, **how) -> bool:
+        cpu = how.pop("cpu", True)
+        [pack] = plan(how.pop("jobs", jobs), PackConfig(**how), workers=1, batch=batch, memory=2**30, cpu=cpu)
+        return pack.apart
+
+    one = CACHE_NUMBERS // (jobs[0].arch.num_tokens * jobs[0].arch.hidden_size)  # the batch that fills it alone
+    assert apart(one) and not apart(one // 2)
+    assert not apart(one, cpu=False)  # what an accelerator gains is fewer launches
+    assert not apart(one, chunk=1)  # as it was asked for
+    assert not apart(one, jobs=jobs[:1])
 
 
 def test_control_methods_join_the_family_and_never_share_a_pack_with_other_genes(config):

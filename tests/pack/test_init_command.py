@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -315,3 +316,28 @@ def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learn
     rows = {row.name: row for row in table.rows()}
     assert rows["L2-good-s0-lr0.01"].state == "done"
     assert rows["L2-broken-s0-lr0.01"].state == "failed" and str(broken) in rows["L2-broken-s0-lr0.01"].reason
+
+
+def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_were(learngene, shards, tmp_path):
+    config = InitConfig(
+        run_dir=str(tmp_path / "run"), parent=str(learngene.folder), depths=(2, 3), steps=6, batch=16,
+        data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=0.01),
+        engine=LoopConfig(device="cpu", log_every=1, checkpoint_every=2),
+    )  # fmt: skip
+    family = Family(config)
+    family.check()
+    [pack] = family.packs()
+    pack = replace(pack, apart=True)
+    table = StateTable(tmp_path / "run")
+    table.add([member.name for member in family.members])
+    stop = tmp_path / "run/STOP"
+    stop.touch()
+    with pytest.raises(ResumeLater, match="the state of 1 targets is saved"):
+        run_pack(family, pack, table, dist.alone("cpu"))
+    stop.unlink()
+    assert [len(rows_of(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
+    run_pack(family, pack, table, dist.alone("cpu"))
+    for name in pack.jobs:
+        losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
+        assert [row["loss"] for row in rows_of(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
+    assert {row.state for row in table.rows()} == {"done"}
