@@ -286,7 +286,8 @@ class Family:
         kin = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
         if rank is None:
             kin = json.dumps(["alone", member.name])
-        return Shape(member.name, arch, kin, self.config.steps, activation_bytes(arch, rank or 0, bf16=bf16))
+        size = activation_bytes(arch, rank or 0, bf16=bf16)
+        return Shape(member.name, arch, kin, self.config.steps, size, json.dumps([member.domain, member.seed]))
 
     @cached_property
     def _ranks(self) -> dict[Any, int | None]:

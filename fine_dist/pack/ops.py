@@ -20,6 +20,8 @@ from torch import Tensor
 from fine_dist.model.dit import attention
 from fine_dist.model.ops import FactoredProduct, gelu
 
+EPS = 1e-6
+"""Added to a variance, as in the dense model."""
 SHORT = 32
 """Tokens up to which attention is written out: the scores of a sequence are fewer than a fused kernel's overhead."""
 
@@ -95,7 +97,7 @@ class ModulatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, sigma: Tensor, matrix: Frozen) -> Tensor:
         jobs = len(sigma)
-        normed, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)  #          [N, T, D], [N, T, 1]
+        normed, inverse = _normalised(x)  #                                                     [N, T, D], [N, T, 1]
         shift, factor = shift.to(x.dtype), scale.to(x.dtype) + 1
         h = torch.addcmul(shift, normed, factor)
         y, kept = matrix.times(h.view(jobs, -1, h.shape[-1]), sigma)
@@ -113,12 +115,26 @@ class ModulatedProduct(torch.autograd.Function):
         g_h, g_sigma = ctx.matrix.back(g.reshape(jobs, -1, g.shape[-1]), sigma, kept)
         g_h = g_h.to(normed.dtype).view(normed.shape)  #                                                     [N, T, D]
         product = g_h * normed
-        column = factor.transpose(1, 2)  #                                                                   [N, D, 1]
-        along = (product @ column).div_(-d)  #                                                    -mean(e n) [N, T, 1]
-        middle = (g_h @ column).div_(d)  #                                                           mean(e) [N, T, 1]
         g_scale, g_shift = product.sum(1, keepdim=True), g_h.sum(1, keepdim=True)
-        g_x = torch.mul(g_h, factor, out=product).sub_(middle).addcmul_(normed, along).mul_(inverse)
+        e = torch.mul(g_h, factor, out=product)
+        # torch's own backward pass, told that the tokens it sees are normalised already
+        ones = torch.ones_like(inverse)
+        g_x, _, _ = torch.ops.aten.native_layer_norm_backward(
+            e, normed, [d], torch.zeros_like(ones), ones, None, None, [True, False, False]
+        )
+        g_x = g_x.mul_(inverse)
         return g_x, g_shift, g_scale, g_sigma, None
+
+
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`(x - mean) / std` over the width [..., D], and 1 / std [..., 1]."""
+    if x.device.type != "cpu":
+        normed, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        return normed, inverse
+    # On a CPU torch's kernel goes row by row, and rows of a small model are short: it takes longer than plain sweeps.
+    centred = x - x.mean(-1, keepdim=True)
+    inverse = centred.square().mean(-1, keepdim=True).add_(EPS).rsqrt_()
+    return centred.mul_(inverse), inverse
 
 
 class GatedProduct(torch.autograd.Function):

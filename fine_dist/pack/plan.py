@@ -49,6 +49,8 @@ class Shape:
     steps: int
     sample_bytes: int
     """Bytes that one sample keeps for the backward pass."""
+    feed: str = ""
+    """Jobs of one feed see the same samples and draws, which a pack makes once."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Pack:
     layer_steps: int
     """Layers times steps over all jobs: what its time is proportional to."""
     apart: bool = False
-    """Its jobs train one after the other in its process: a step of them all would not be faster than a step of each."""
+    """Its jobs train one after the other in its process: a step of them all would share nothing."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Pack:
 
 CACHE_NUMBERS = 2**17
 """On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache. A job that fills
-it alone gains nothing from company: its products are large already, and other jobs' activations are in its way."""
+it alone shares no product with others; all that company can save it then is the making of its samples."""
 
 
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
@@ -92,7 +94,8 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             chunk = min(chunk, len(members))
-            apart = cpu and config.chunk is None and chunk == 1 < len(members)
+            strangers = len({s.feed for s in members}) == len(members)
+            apart = cpu and config.chunk is None and chunk == 1 < len(members) and strangers
             packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), apart))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -153,7 +154,11 @@ def test_the_published_families_are_what_their_comments_say():
 
 
 def shapes(depths, kin="fine", steps=300):
-    return [Shape(f"{kin}-L{d}-{i}", tiny_arch(num_layers=d), kin, steps, d * 1000) for i, d in enumerate(depths)]
+    archs = [tiny_arch(num_layers=depth) for depth in depths]
+    return [
+        Shape(f"{kin}-L{arch.num_layers}-{i}", arch, kin, steps, arch.num_layers * 1000, feed=f"seed {i}")
+        for i, arch in enumerate(archs)
+    ]
 
 
 def planned(jobs, workers, **config):
@@ -207,6 +212,7 @@ def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other
     assert apart(one) and not apart(one // 2)
     assert not apart(one, cpu=False)  # what an accelerator gains is fewer launches
     assert not apart(one, chunk=1)  # as it was asked for
+    assert not apart(one, jobs=[*jobs, replace(jobs[0], name="again")])  # two of one seed share their samples
     assert not apart(one, jobs=jobs[:1])
 
 
