@@ -142,8 +142,10 @@ class LoopConfig(Config):
     """Samples a process takes through the model at once (of one target, in a pack); none: global batch / world size."""
     activation_checkpointing: Literal["none", "blocks", "every_other"] = "none"
     """Recompute blocks in the backward pass instead of keeping their activations."""
-    compile: bool = False
-    """torch.compile each block; falls back with a warning."""
+    compile: bool | None = None
+    """torch.compile the blocks, once for all layers; falls back with a warning. none: on a GPU with `plain`."""
+    keep_freed_memory: bool = False
+    """On a CPU with glibc: freed memory stays with the process for the next step; faster, and more may be resident."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
     checkpoint_every: int = Field(1000, ge=1)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.diffusion.schedule import mix
 from fine_dist.engine import alike, dist, stopping
+from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.backend import Backend, learning_rate, precision, trainable
 from fine_dist.engine.backends import make_backend
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
+from fine_dist.engine.compiling import prepare_model
 from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.looks import Looks, second_model
@@ -99,9 +100,11 @@ class Run:
         self.micro, self.accumulation = divide_batch(global_batch, engine.micro_batch, world.world_size)
         if engine.threads:
             torch.set_num_threads(engine.threads)
+        if engine.keep_freed_memory and self.device.type == "cpu":
+            keep_freed_memory()
         torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a no-op on CPU
         shown = second_model(program, engine, world)
-        prepare_model(program.model, engine)
+        prepare_model(program.model, engine, self.device)
         alike.broadcast(program.model, world)
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
         self.backend: Backend = make_backend(program.model, optim, engine, world, self.micro, self.accumulation)
@@ -300,38 +303,6 @@ class Run:
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
-
-
-def prepare_model(model: nn.Module, engine: EngineConfig) -> None:
-    """Activation checkpointing and compilation, a block at a time. `ConfigError` when the model has no blocks."""
-    if engine.activation_checkpointing != "none" and not hasattr(model, "recompute"):
-        raise ConfigError(
-            f"engine.activation_checkpointing: {type(model).__name__} cannot recompute its blocks; legal: none"
-        )
-    if hasattr(model, "recompute"):
-        model.recompute = engine.activation_checkpointing  # type: ignore[assignment]
-    if engine.compile:
-        for block in getattr(model, "blocks", [model]):
-            compile_or_fall_back(block)
-
-
-def compile_or_fall_back(block: nn.Module) -> None:
-    """Replace a module's forward by its compiled form; the first failure warns once and goes back to eager."""
-    eager = block.forward
-    compiled = torch.compile(eager)
-    chosen = [compiled]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return chosen[0](*args, **kwargs)
-        except Exception as error:  # whatever a compiler throws, eager mode can still say what is really wrong
-            if chosen[0] is eager:
-                raise
-            chosen[0] = eager
-            warnings.warn(f"torch.compile failed, running without it: {str(error).splitlines()[0]}", stacklevel=2)
-            return eager(*args, **kwargs)
-
-    block.forward = forward
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

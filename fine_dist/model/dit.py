@@ -17,7 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fine_dist.model.attention import attention
+from fine_dist.model.ops import gelu
+from fine_dist.model.ops import linear as product
 from fine_dist.model.roles import Role
+from fine_dist.model.sweeps import gated_add, modulate
 from fine_dist.model.zoo import MATRICES, Arch, check_size
 
 LinearFactory = Callable[[str, int], nn.Module]
@@ -48,7 +52,7 @@ class Dense(nn.Linear):
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return product(x, self.weight, self.bias)
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows; with its backward pass if there is one."""
@@ -176,21 +180,9 @@ def block_forward(
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #                 6 x [B, 1, D]
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
     attended = linear("o", attention(linear("qkv", h), num_heads))  #                                      [B, T, D]
-    x = x + gate_a * attended  #                                                                           [B, T, D]
+    x = gated_add(x, gate_a, attended)  #                                                                  [B, T, D]
     h = modulate(x, shift_m, scale_m)  #                                                                   [B, T, D]
-    return x + gate_m * linear("out", F.gelu(linear("in", h), approximate="tanh")), attended  #            [B, T, D]
-
-
-def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Multi-head self-attention without its projections: `[B, T, 3D] -> [B, T, D]`."""
-    b, t, d3 = qkv.shape
-    q, k, v = qkv.reshape(b, t, 3, num_heads, d3 // 3 // num_heads).permute(2, 0, 3, 1, 4)  #       3 x [B, A, T, D/A]
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, d3 // 3)
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then the conditioning's own scale and shift."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return gated_add(x, gate_m, linear("out", gelu(linear("in", h)))), attended  #                         [B, T, D]
 
 
 class TimeEmbedder(nn.Module):

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, DiT
-from fine_dist.model.ops import FactoredProduct, compute_dtype
+from fine_dist.model.ops import FactoredProduct, composed_product, compute_dtype
 from fine_dist.model.roles import Role, of_role, roles
 from fine_dist.model.zoo import MATRICES, Arch, check_size
 
@@ -66,7 +65,7 @@ class Genes(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, bias: Tensor | None = None) -> Tensor:
         if sigma.dim() > 1 or self.choose(x.numel() // x.shape[-1], sigma) == "factored":
             return factored_product(x, self.U, self.V, sigma, bias)
-        return F.linear(x, self.compose(sigma), bias)
+        return composed_product(x, self.U, sigma, self.V, bias)
 
     def compose(self, sigma: Tensor) -> Tensor:
         """`U diag(sigma) V^T` [m, n]."""
@@ -101,7 +100,7 @@ def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tenso
     """
     frozen = not (u.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     dtype = compute_dtype(x)
-    if frozen and dtype != sigma.dtype and sigma.requires_grad:
+    if frozen and sigma.requires_grad and sigma.dtype == torch.float32 and not torch.compiler.is_compiling():
         per_sample = sigma.dim() > 1
         rows = sigma.reshape(-1, sigma.shape[-1]) if per_sample else sigma[None]  #                          [J, R]
         stacked = x.reshape(len(rows), -1, x.shape[-1])  #                                                   [J, S, n]
