@@ -125,7 +125,7 @@ class MadeUpStream:
         generator = torch.Generator().manual_seed(world.rank)
         latents = torch.randn(micro, *arch.latent_shape, generator=generator)
         labels = torch.randint(0, arch.num_classes, (micro,), generator=generator)
-        self._batch = (latents, labels, torch.arange(micro) * world.world_size + world.rank)
+        self._batch = (latents, 1.0, labels, torch.arange(micro) * world.world_size + world.rank)
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         step = start_step

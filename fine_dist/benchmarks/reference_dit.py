@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fine_dist.benchmarks.steps import Step, made_up_batch, ranged
 from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.schedule import NoiseSchedule
-from fine_dist.engine.loop import compile_or_fall_back
+from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.model.dit import position_table
 from fine_dist.model.zoo import Arch
 
@@ -82,8 +82,7 @@ def original_step(arch: Arch, batch: int, precision: str, device: torch.device, 
     torch.manual_seed(0)
     model = PlainDiT(arch)
     if compiled:
-        for block in model.blocks:
-            compile_or_fall_back(block)
+        compile_or_fall_back(list(model.blocks))
     return reference_step(model, model, arch, batch, precision, device)
 
 

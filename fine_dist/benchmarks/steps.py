@@ -101,16 +101,16 @@ class Bench:
         """A training step, as the loop takes it."""
         from fine_dist.diffusion.objective import Objective
         from fine_dist.engine import backend as backends
+        from fine_dist.engine.compiling import prepare_model
         from fine_dist.engine.dist import World
         from fine_dist.engine.ema import Ema
-        from fine_dist.engine.loop import prepare_model
         from fine_dist.model.cost import model_cost
 
         model = self.model(kind)
         engine = EngineConfig.model_validate(
             {"precision": precision, "activation_checkpointing": recompute, "compile": compiled}
         )
-        prepare_model(model, engine)
+        prepare_model(model, engine, self.device)
         backend = backends.PlainBackend(model, OptimConfig(), World(device=self.device))
         ema = Ema(backend, engine.ema_decay, engine.ema_warmup)
         objective = Objective(DiffusionConfig(), self.arch, seed=0)

@@ -44,7 +44,7 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
 
     backend: torch.compile's.
     """
-    eager = {kind: kind.forward for kind in map(type, blocks)}
+    eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
     chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
 
     def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:

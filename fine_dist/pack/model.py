@@ -123,7 +123,8 @@ class PackedDiT(nn.Module):
         # adaLN's input is the same at every layer, so its product with V is made once.
         gate = F.silu(c) @ self.factors("adaln")[1]  #                                                        [N, R]
         dtype = compute_dtype(gate)
-        factors = {name: tuple(x.to(dtype) for x in self.factors(name)) for name in MATRICES}
+        known = ((name, self.factors(name)) for name in MATRICES)
+        factors = {name: (u.to(dtype), v.to(dtype)) for name, (u, v) in known}
         composed = self._composed(batch * x.shape[1])
         layers = self.sigma[jobs].unflatten(1, (-1, len(MATRICES), self.rank)).unbind(1)  #         L x [J', K, R]
         finished: list[Tensor] = []
@@ -137,12 +138,12 @@ class PackedDiT(nn.Module):
                 alive = deep
             sigma = layers[layer][:alive].unbind(1)  #                                                  K x [J', R]
             matrices = {name: Frozen(*factors[name], biases[layer][name], composed[name]) for name in MATRICES}
-            inputs = (x, gate[: alive * batch], dict(zip(MATRICES, sigma)), matrices, self.arch.num_heads)
+            given = (x, gate[: alive * batch], dict(zip(MATRICES, sigma)), matrices, self.arch.num_heads)
             again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
             if again and torch.is_grad_enabled():
-                x = checkpoint(block, *inputs, use_reentrant=False)
+                x = checkpoint(block, *given, use_reentrant=False)
             else:
-                x = block(*inputs)  #                                                                     [N, T, D]
+                x = block(*given)  #                                                                     [N, T, D]
         x = torch.cat([x, *reversed(finished)]) if finished else x
         return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
 

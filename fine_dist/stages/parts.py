@@ -39,10 +39,10 @@ def measure(
     The passes are the engine's: its objective, precision and recomputation. Weights are left with no gradients.
     """
     from fine_dist.engine.backend import trainable
-    from fine_dist.engine.loop import prepare_model
+    from fine_dist.engine.compiling import prepare_model
 
     model = model.to(device).train()
-    prepare_model(model, engine)
+    prepare_model(model, engine, device)
     sizes = {1: _passes(model, arch, engine, 1, device)}
     once = sum(sizes[1]())  # warms up, and tells how long it takes
     again = sum(sizes[1]())
@@ -81,14 +81,14 @@ def _passes(
     import torch
 
     from fine_dist.config import DiffusionConfig
-    from fine_dist.data.stream import Batch
+    from fine_dist.data.batch import Batch
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.backend import precision
 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(samples, *arch.latent_shape, generator=generator)
     labels = torch.randint(0, arch.num_classes, (samples,), generator=generator)
-    batch = Batch(0, 0, latents, labels, torch.arange(samples)).to(device)
+    batch = Batch(0, 0, latents, 1.0, labels, torch.arange(samples)).to(device)
     objective = Objective(DiffusionConfig(), arch, seed=0)
 
     def passes() -> tuple[float, float]:
