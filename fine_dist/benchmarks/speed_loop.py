@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.benchmarks.rows import Row, median
-from fine_dist.benchmarks.steps import Bench, Kind
+from fine_dist.benchmarks.steps import Bench, StepKind
 from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.model.zoo import Arch
 
@@ -66,7 +66,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
     with tempfile.TemporaryDirectory() as folder:
         shards = made_up_shards(Path(folder) / "shards", arch, count=batch * 8)
         stream = LatentStream(DataConfig(shards=str(shards), streams=4), seed=0, global_batch=batch, expect=arch)
-        model = Bench(arch, device, 1).model(Kind("dense"))
+        model = Bench(arch, device, 1).model(StepKind("dense"))
         model.forward = clock.timed(model.forward)
         program = Program(
             model,

@@ -8,7 +8,7 @@ from fine_dist.benchmarks import limit
 from fine_dist.benchmarks.resident import peak_memory_of
 from fine_dist.benchmarks.rows import Row, say
 from fine_dist.benchmarks.speed_plan import DENSE, Plan, at, kinds, reference_row, release
-from fine_dist.benchmarks.steps import Kind, Step, compiles, ratio
+from fine_dist.benchmarks.steps import Step, StepKind, compiles, ratio
 
 AUTO_SLACK = 1.03
 """The automatic choice never loses to either path: equal up to what the clock can tell."""
@@ -46,7 +46,9 @@ def paths_of(plan: Plan) -> list[Row]:
     bench, rows = plan.bench(), []
     for divisor in limit.SIGMA_AIMS:
         rank = plan.arch.hidden_size // divisor
-        steps = {path: bench.step(Kind(path, rank, joint=False, path=path), plan.batch) for path in ("auto", *PATHS)}
+        steps = {
+            path: bench.step(StepKind(path, rank, joint=False, path=path), plan.batch) for path in ("auto", *PATHS)
+        }
         figures = bench.times(steps, plan.seconds / 4)  # type: ignore[arg-type]
         better = min(PATHS, key=lambda path: ratio(figures, path, "auto"))
         bar = None if plan.quick else AUTO_SLACK

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from fine_dist.benchmarks import limit
 from fine_dist.benchmarks.rows import Row, median
-from fine_dist.benchmarks.steps import Bench, Kind
+from fine_dist.benchmarks.steps import Bench, StepKind
 from fine_dist.model.zoo import Arch
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ STAGE_1_BARS = {16: 1.10, 64: 1.05}
 STAGE_1_BAR_GPU = 1.06
 MFU_BAR_GPU = 50.0
 """Percent of a GPU's stated peak that the dense step's arithmetic reaches: DiT-XL/2, bf16."""
-DENSE = Kind("dense")
+DENSE = StepKind("dense")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Plan:
         return Bench(self.arch, self.device, rounds=2 if self.quick else 20 if self.device.type == "cuda" else 5)
 
 
-def kinds(arch: Arch) -> dict[str, Kind]:
+def kinds(arch: Arch) -> dict[str, StepKind]:
     """Every kind of step of ours, by name."""
-    sigma = [Kind(at(divisor), arch.hidden_size // divisor, joint=False) for divisor in limit.SIGMA_AIMS]
-    return {kind.name: kind for kind in (DENSE, Kind("stage 1", arch.hidden_size), *sigma)}
+    sigma = [StepKind(at(divisor), arch.hidden_size // divisor, joint=False) for divisor in limit.SIGMA_AIMS]
+    return {kind.name: kind for kind in (DENSE, StepKind("stage 1", arch.hidden_size), *sigma)}
 
 
 def at(divisor: int) -> str:

@@ -27,7 +27,7 @@ RANGE = "part: "
 
 
 @dataclass(frozen=True)
-class Kind:
+class StepKind:
     """What is trained: dense, or factors of a rank with all (`joint`) or only sigma training, through a path."""
 
     name: str
@@ -80,7 +80,7 @@ class Bench:
     def __init__(self, arch: Arch, device: torch.device, rounds: int) -> None:
         self.arch, self.device, self.rounds = arch, device, rounds
 
-    def model(self, kind: Kind) -> nn.Module:
+    def model(self, kind: StepKind) -> nn.Module:
         import torch
 
         from fine_dist.model.dit import DiT
@@ -96,7 +96,7 @@ class Bench:
         return model.to(self.device)
 
     def step(
-        self, kind: Kind, batch: int, precision: str = "fp32", recompute: str = "none", compiled: bool = False
+        self, kind: StepKind, batch: int, precision: str = "fp32", recompute: str = "none", compiled: bool = False
     ) -> Step:
         """A training step, as the loop takes it."""
         from fine_dist.diffusion.objective import Objective

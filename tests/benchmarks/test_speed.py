@@ -11,7 +11,7 @@ import torch
 from fine_dist.benchmarks import limit, parts, speed, speed_plan
 from fine_dist.benchmarks.reference_dit import EMA_DECAY, PlainDiT, diffusers_dit, follow, reference_step
 from fine_dist.benchmarks.rows import Row
-from fine_dist.benchmarks.steps import Bench, Kind, Step
+from fine_dist.benchmarks.steps import Bench, Step, StepKind
 from fine_dist.interop.diffusers_io import to_diffusers
 from fine_dist.interop.diffusers_out import forward_of, set_frequencies
 from fine_dist.model.dit import DiT
@@ -57,8 +57,8 @@ def test_the_average_of_a_reference_follows_its_model() -> None:
     assert average.weight.item() == pytest.approx(1 - EMA_DECAY, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [Kind("dense"), Kind("stage 1", 32), Kind("sigma", 16, joint=False)])
-def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [StepKind("dense"), StepKind("stage 1", 32), StepKind("sigma", 16, joint=False)])
+def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: StepKind) -> None:
     step = Bench(tiny_arch(num_layers=2), CPU, 2).step(kind, 4)
     step()
     began = time.perf_counter()
@@ -116,9 +116,9 @@ def test_the_bar_of_sigma_alone_is_the_aim_or_what_arithmetic_leaves() -> None:
 
 def test_a_step_counts_the_flops_of_what_trains() -> None:
     bench, arch = Bench(tiny_arch(), CPU, 1), tiny_arch()
-    dense = bench.step(Kind("dense"), 4).flops
+    dense = bench.step(StepKind("dense"), 4).flops
     assert dense == pytest.approx(4 * train_flops(arch), rel=0.05)
-    assert bench.step(Kind("sigma", 8, joint=False), 4).flops < dense
+    assert bench.step(StepKind("sigma", 8, joint=False), 4).flops < dense
 
 
 def test_measuring_ends_when_the_seconds_are_over_and_takes_two_rounds_at_least() -> None:
@@ -170,7 +170,7 @@ def test_a_step_runs_its_parts_in_order() -> None:
 
 
 def test_a_step_is_made_ready_by_one_sample_and_then_takes_its_own_batch() -> None:
-    step = Bench(tiny_arch(num_layers=2), CPU, 1).step(Kind("dense"), 3)
+    step = Bench(tiny_arch(num_layers=2), CPU, 1).step(StepKind("dense"), 3)
     seen: list[int] = []
     hook = torch.nn.modules.module.register_module_forward_pre_hook(
         lambda module, given: seen.append(len(given[0])) if isinstance(module, DiT) else None

@@ -73,7 +73,7 @@ MEASURED = """
 import json, sys
 from pathlib import Path
 from fine_dist.benchmarks.resident import kib
-from fine_dist.benchmarks.steps import Bench, Kind
+from fine_dist.benchmarks.steps import Bench, StepKind
 from fine_dist.config import OptimConfig
 from fine_dist.engine import dist
 from fine_dist.model.zoo import arch
@@ -86,7 +86,7 @@ here = dist.alone("cpu")
 toy_fit(sys.argv[1] + "/warm", ToyConfig(steps=1))  # imports and allocators
 shape = arch("DiT-S/2", learn_sigma=False)
 before = kib(status, "VmRSS")
-model = Bench(shape, here.device, 1).model(Kind("dense"))
+model = Bench(shape, here.device, 1).model(StepKind("dense"))
 program = toy_program(ToyConfig(), here, model=model, objective=Objective(DiffusionConfig(), shape, 0),
                       stream=ToyStream(4, here, shape))
 toy_fit(sys.argv[1] + "/run", ToyConfig(steps=2, global_batch=4, engine=engine(checkpoint_every=1)), program)
