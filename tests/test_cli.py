@@ -316,7 +316,7 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
         "--verify",
         "--index",
     }
-    known |= {"--stage", "--rate", "--json", "--watch", "--all"}  # of plan and status
+    known |= {"--stage", "--rate", "--json", "--watch", "--all", "--scale", "--parts"}  # of plan and status
     known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
     for command in KINDS:
         known |= {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(command))}

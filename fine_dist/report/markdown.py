@@ -1,7 +1,8 @@
 """Results as Markdown: every series in a row, costs, storage for n models, and the verdicts.
 
-`python -m fine_dist.report.markdown NAME FOLDER... FILE` puts the tables of some reports' folders into a document,
-between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`.
+`python -m fine_dist.report.markdown [--brief] NAME FOLDER... FILE` puts the tables of some reports' folders into a
+document, between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`; `--brief`: one table
+each, of quality after N steps beside all that was spent.
 """
 
 from __future__ import annotations
@@ -69,6 +70,22 @@ def quality(results: Results) -> str:
     return "\n".join([*lines, ""])
 
 
+def brief(results: Results) -> str:
+    """One table: the loss of every series after N steps, the best of the depth that most have first, and its FLOPs."""
+    at = results.budget or 0
+    found = {series: [results.mean(series, target, at) for target in results.targets] for series in _series(results)}
+    column = max(range(len(results.targets)), key=lambda i: sum(means[i] is not None for means in found.values()))
+    ranked = sorted((mean.mean, series) for series, means in found.items() if (mean := means[column]) is not None)
+    heads = ["method", *(f"loss, {target} layers" for target in results.targets), "FLOPs before", "own FLOPs"]
+    lines = _heads(heads)
+    for _, series in ranked:
+        row = results.at(series, results.targets[column], at)[0]
+        name = f"**{results.label(series)}**" if series == results.main else results.label(series)
+        lines.append(_line([name, *map(cell, found[series]), short(row.flops_condense), short(row.flops)]))
+    said = f"{about(results)} FLOPs of {results.targets[column]} layers."
+    return "\n".join([f"**{results.title}**", "", said, "", *lines, ""])
+
+
 def _measured(results: Results, target: int, measure: str) -> bool:
     return any(row.target == target and getattr(row, measure) is not None for row in results.rows)
 
@@ -129,10 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body() -> int:
         words = list(sys.argv[1:] if argv is None else argv)
+        form = brief if "--brief" in words else markdown
+        words = [word for word in words if word != "--brief"]
         if len(words) < 3:
             raise ConfigError("give the name of a place, one folder of a report or more, and the document")
         name, *folders, document = words
-        content = "\n".join(markdown(read_results(folder)) for folder in folders)
+        content = "\n".join(form(read_results(folder)) for folder in folders)
         path = Path(document)
         write_atomic(path, fill(path.read_text(encoding="utf-8"), name, content))
         print(path)

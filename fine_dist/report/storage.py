@@ -29,7 +29,7 @@ def storage(results: Results) -> list[Kept]:
 
     A series without a stage 2 makes its targets from what they come from alone: they have no numbers of their own until
     they are trained. A series whose stage 2 is all its training keeps what that stage trained. A row that stores what
-    the row it is called after stores ("TLEG, scratch shell") is not told twice.
+    the row it is called after stores (its bare row) is not told twice.
     """
     if not results.target_params:
         return []
@@ -44,7 +44,7 @@ def storage(results: Results) -> list[Kept]:
         if initial and not max(initial):
             continue  # it was not counted
         end = results.at(series, last, results.trained_steps(series, last))
-        final = [row.stored for row in end if row.steps_train and row.stored < results.target_params.get(last, 0)]
+        final = [row.stored for row in end if row.steps_train and row.stored != results.target_params.get(last, 0)]
         kept = Kept(series, results.label(series), ancestor.stored, max(initial or final or [0]))
         if not any((k.shared, k.own) == (kept.shared, kept.own) and kept.label.startswith(k.label) for k in found):
             found.append(kept)

@@ -71,7 +71,7 @@ def test_bf16_keeps_weights_moments_and_ema_in_fp32(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compiled_runs_without_and_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(function):
+    def broken(function, backend):
         def compiled(*args):
             raise RuntimeError("no compiler here")
 

@@ -15,6 +15,7 @@ from fine_dist.errors import ConfigError
 from fine_dist.methods import METHODS
 from fine_dist.model.dit import DiT
 from fine_dist.report import read_results
+from fine_dist.report.markdown import main as fill_in
 from fine_dist.report.storage import storage
 from fine_dist.stages.train import with_fresh_shell
 from fine_dist.study import plan
@@ -74,11 +75,17 @@ def test_every_row_that_copies_a_shell_has_one_beside_it_that_does_not(small):
     assert labels["tleg_bare"] == "TLEG, scratch shell"
 
 
-def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small):
+def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_path):
     run, found = small
     text = (run / "results.md").read_text()
     assert "| TLEG | 3 |" in text and "Numbers to keep for n initialised models" in text and "Verdicts:" in text
     page = (run / "report.html").read_text()
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- x table: begin -->\n<!-- x table: end -->\n")
+    assert fill_in(["--brief", "x", str(run / "depths" / "report"), str(readme)]) == 0
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
+    losses = [float(row.split("|")[2].split("±")[0]) for row in rows[2:]]
+    assert len(losses) > 25 and losses == sorted(losses)
     assert "what KIND comes from" in page  # its classes' pictures, before and after
     assert "to classes 6-9" in page and "Storage" in page and "http" not in page.replace("http://www.w3.org", "")
     verdicts = {v["claim"]: v["verdict"] for v in found["verdicts"]["depths"]}
