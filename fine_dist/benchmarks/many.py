@@ -111,25 +111,20 @@ def cost_of(command: Sequence[str]) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def slow_disk(sync_s: float) -> Iterator[list[int]]:
-    """Every sync of this process, of a file or of a file system, takes so long more; what is given counts them."""
+    """Every sync of this process, of a file or of a file system, takes so long and does nothing else; what is given
+    counts them. So the figure is that file system's, whatever the disk beneath does."""
     from fine_dist import files
     from fine_dist.jobs import prepare
 
-    count, fsync, sync_disk = [0], os.fsync, files.sync_disk
+    count = [0]
 
-    def slow_fsync(file: int) -> None:
+    def sync(where: object) -> None:
         count[0] += 1
         time.sleep(sync_s)
-        fsync(file)
 
-    def slow_sync_disk(folder: str | Path) -> None:
-        count[0] += 1
-        time.sleep(sync_s)
-        sync_disk(folder)
-
-    with mock.patch("os.fsync", slow_fsync), contextlib.ExitStack() as stack:
+    with mock.patch("os.fsync", sync), contextlib.ExitStack() as stack:
         for module in (files, prepare):
-            stack.enter_context(mock.patch.object(module, "sync_disk", slow_sync_disk))
+            stack.enter_context(mock.patch.object(module, "sync_disk", sync))
         yield count
 
 
