@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Two test files at once; each test process computes on one thread, so that two cores are not shared by four.
+# Three test files at once, since many wait for clusters and jobs; each test process computes on one thread.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs chaos slurm-cluster ray-cluster clean
@@ -22,7 +22,7 @@ demo: install  ## the whole method on the embedded data set (about 5 minutes on 
 	$(BIN)/python -m fine_dist demo
 
 test: install  ## the test suite, clusters where this machine has them
-	$(TESTS) -n 2 --dist loadfile -m "not slow and not benchmark"
+	$(TESTS) -n 3 --dist loadfile -m "not slow and not benchmark"
 
 test-all: install  ## the slow tests as well: the demo over three seeds
 	$(TESTS) -m "not benchmark"
