@@ -83,13 +83,12 @@ def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_p
 
 def test_ctrl_c_promises_what_is_true(tmp_path):
     argv = ["--source", "pipe:exec sleep 60", "--out", str(tmp_path), "--launcher", "here"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fine_dist.encode", *argv], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    command = [sys.executable, "-m", "fine_dist.encode", *argv]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 60
     while not (tmp_path / "train" / ".latents-000000.tar.lock").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the command started
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     assert f"interrupted; the shards that are done stay in {tmp_path}, and the same command continues" in said
