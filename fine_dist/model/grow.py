@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.axes import MATRIX_AXES, SHELL_AXES, SPACES, Axis, size_of
 from fine_dist.model.dit import Condition, DiT
+from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
 from fine_dist.model.zoo import MATRICES, Arch
 
@@ -104,7 +105,7 @@ class Grown(nn.Module):
         return self.grow()[1]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return F.linear(x, *self.grow())
+        return linear(x, *self.grow())
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows, the growing of its weight included; with its backward pass if there is one."""

@@ -13,11 +13,11 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.factors import line_in_depth, spread_columns
+from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
 from fine_dist.model.zoo import MATRICES, Arch
 
@@ -49,7 +49,7 @@ class Templates(nn.Module):
         self.T = nn.Parameter(spread_columns(side * side, count, generator).T.reshape(count, side, side).contiguous())
 
     def forward(self, x: Tensor, scaler: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, self.compose(scaler), bias)
+        return linear(x, self.compose(scaler), bias)
 
     def compose(self, scaler: Tensor) -> Tensor:
         """The weight [m, n] that these scalers make."""

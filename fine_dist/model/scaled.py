@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, Dense
+from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
 
 
@@ -30,9 +30,9 @@ class ScaledDense(Dense):
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         if torch.is_grad_enabled():
-            y = F.linear(x, self.weight, self.bias)
+            y = linear(x, self.weight, self.bias)
             return y * self.gamma.to(y.dtype)
-        return F.linear(x, *self.folded())
+        return linear(x, *self.folded())
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] of the ordinary matrix of the same function."""

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition, Dense, DiT, LinearFactory
+from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role, of_role
 from fine_dist.model.zoo import MATRICES, Arch
 
@@ -50,7 +50,7 @@ class LineMatrix(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, generator=generator)
 
     def forward(self, x: Tensor, place: float) -> Tensor:
-        return F.linear(x, *self.dense(place))
+        return linear(x, *self.dense(place))
 
     def dense(self, place: float) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] at a place on the line."""

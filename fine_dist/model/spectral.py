@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.dit import Condition
 from fine_dist.model.factors import cheaper_path, factored_product, multiply_adds
+from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
 
 
@@ -47,7 +48,7 @@ class SpectralDense(nn.Module):
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         if self.choose(x.numel() // x.shape[-1], torch.is_grad_enabled()) == "factored":
             return factored_product(x, self.U, self.V, self.spectrum, self.bias)
-        return F.linear(x, self.compose(), self.bias)
+        return linear(x, self.compose(), self.bias)
 
     @property
     def spectrum(self) -> Tensor:
