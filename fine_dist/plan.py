@@ -46,7 +46,7 @@ def _main(argv: list[str]) -> int:
     asks = bool({"-h", "--help", "--scale"} & {*argv}) or not argv
     if asks:
         _add_scale(own)
-    elif alone := [flag for flag in _ONLY_WITH_SCALE if flag in argv]:
+    elif alone := [flag for flag in ONLY_WITH_SCALE if flag in argv]:
         raise ConfigError(f"{alone[0]}: belongs to --scale P, the number of processes to predict")
     known, rest = own.parse_known_args(argv)
     if "-h" in rest or "--help" in rest or not rest:
@@ -64,7 +64,7 @@ def _main(argv: list[str]) -> int:
     return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
 
 
-_ONLY_WITH_SCALE = ("--zero", "--hold", "--per-node", "--bandwidth", "--latency", "--overlap", "--cores", "--gloo",
+ONLY_WITH_SCALE = ("--zero", "--hold", "--per-node", "--bandwidth", "--latency", "--overlap", "--cores", "--gloo",
                     "--parts")  # fmt: skip
 
 

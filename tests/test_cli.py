@@ -17,6 +17,7 @@ from fine_dist.cli import parse
 from fine_dist.config import Config, load
 from fine_dist.errors import ConfigError, guard
 from fine_dist.family import InitConfig
+from fine_dist.plan import ONLY_WITH_SCALE
 from fine_dist.usage import PAGES, settings
 from tests.data.making import make_foreign, sample
 from tests.test_config import Toy
@@ -316,7 +317,8 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
         "--verify",
         "--index",
     }
-    known |= {"--stage", "--rate", "--json", "--watch", "--all", "--scale", "--parts"}  # of plan and status
+    known |= {"--stage", "--rate", "--json", "--watch", "--all"}  # of plan and status
+    known |= {"--scale", *ONLY_WITH_SCALE}  # of plan
     known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
     for command in KINDS:
         known |= {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(command))}
