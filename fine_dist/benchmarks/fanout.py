@@ -86,7 +86,7 @@ def _wall_times(
     def command(out: str, *more: str) -> list[str]:
         base = [sys.executable, "-m", "fine_dist.init", "--run-dir", str(root / f"{out} at {batch}")]
         flags = {
-            "learngene": root / "learngene", "batch": batch,
+            "parent": root / "learngene", "batch": batch,
             "data.shards": root / "data/train", "data.held-out": root / "data/held_out",
             "optim.lr": 0.03, "steps": steps, "engine.device": "cpu", "engine.log-every": 10,
         }  # fmt: skip
