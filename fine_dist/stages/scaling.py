@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,8 @@ def _measured(
     device = pick_device(config.engine.device)
     parts, words = {}, ""
     for label, (arch, make) in models.items():
+        # on stderr: what is asked for, such as --json, is on stdout
+        print(f"measuring a step of {label} on this {device.type} ...", file=sys.stderr, flush=True)
         parts[label], words = measure(make(), arch, config.engine, config.optim, micro, device)
     threads = f", {_threads()} threads" if device.type == "cpu" else ""
     return parts, f"measured here: {words}{threads}, {config.engine.precision}"
