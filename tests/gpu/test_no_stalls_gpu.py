@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fine_dist.benchmarks.speed import made_up_shards
+from fine_dist.benchmarks.speed_loop import made_up_shards
 from fine_dist.config import DataConfig, DiffusionConfig
 from fine_dist.data.stream import LatentStream
 from fine_dist.diffusion.objective import Objective
