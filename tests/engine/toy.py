@@ -121,8 +121,10 @@ def toy_program(config: ToyConfig, here: World, **parts: Any) -> Program:
     )
 
 
-def toy_fit(folder: Path | str, config: ToyConfig, program: Program | None = None, **parts: Any) -> Fitted:
-    here = world("cpu")
+def toy_fit(
+    folder: Path | str, config: ToyConfig, program: Program | None = None, here: World | None = None, **parts: Any
+) -> Fitted:
+    here = here or world("cpu")
     bound = {key: getattr(config.engine, key) for key in ("precision", "ema_decay")}
     identity = {**config.model_dump(mode="json", exclude={"steps", "engine"}), "engine": bound}
     with RunDir(folder).open("toy", identity, here) as run_dir:

@@ -11,11 +11,9 @@ from fine_dist.config import DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
-from fine_dist.engine.loop import fit
-from fine_dist.engine.run_dir import RunDir
 from fine_dist.testing import run_distributed
 from tests.conftest import lively
-from tests.engine.toy import ARCH, Outcome, ToyConfig, ToyStream, engine, toy_model, toy_program
+from tests.engine.toy import ARCH, Outcome, ToyConfig, ToyStream, engine, toy_fit, toy_model
 from tests.pack.tools import packed, solo
 
 pytestmark = pytest.mark.gpu
@@ -28,18 +26,7 @@ OPTIM = OptimConfig(lr=1e-3, eps=1e-4)
 
 def outcome(folder: Path, here: World, config: ToyConfig) -> Outcome:
     """A toy run on a device: its losses, its weights and their average, in host memory."""
-    with RunDir(folder).open("toy", config.model_dump(mode="json", exclude={"steps", "engine"}), here) as run_dir:
-        fitted = fit(
-            toy_program(config, here),
-            steps=config.steps,
-            global_batch=config.global_batch,
-            optim=config.optim,
-            engine=config.engine,
-            run_dir=run_dir,
-            seed=config.seed,
-            title="toy",
-            world=here,
-        )
+    fitted = toy_fit(folder, config, here=here)
     assert next(iter(fitted.model.parameters())).device.type in (here.device.type, "cpu")  # ZeRO-3's copy: the host
     weights = {name: p.detach().cpu().clone() for name, p in fitted.model.named_parameters()}
     return Outcome([row["loss"] for row in fitted.rows if "loss" in row], weights, fitted.ema)
