@@ -13,17 +13,21 @@ from torch import Tensor, nn
 from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.schedule import NoiseSchedule, mix
 
+ENOUGH = 10_000
+"""Questions beyond which more of each sample only take longer."""
+
 
 class HeldOut:
     """Held-out noise-prediction loss at fixed timesteps and noise: `measure(model) -> {"held_out_loss": float}`.
 
-    Every sample is measured at `per_sample` timesteps, spread evenly over the chain, with its own fixed noise and its
-    true label, so that two models are compared on the very same questions.
+    Every sample is measured at one to four timesteps, as many as make `ENOUGH` questions, spread evenly over the chain,
+    with its own fixed noise and its true label, so that two models are compared on the very same questions.
     """
 
-    def __init__(self, latents: Tensor, labels: Tensor, config: DiffusionConfig, seed: int = 0, per_sample: int = 4):
+    def __init__(self, latents: Tensor, labels: Tensor, config: DiffusionConfig, seed: int = 0):
         self.schedule = NoiseSchedule(config)
         n, shape = len(latents), latents.shape[1:]
+        per_sample = min(4, max(1, ENOUGH // n))
         generator = torch.Generator().manual_seed(mix(seed, 0x4E1D))
         stratum = torch.arange(n * per_sample).double()
         self.t = ((stratum + 0.5) / (n * per_sample) * config.num_timesteps).long()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fine_dist.errors import ArtifactError
 from fine_dist.files import sha256_of
@@ -33,6 +34,15 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+
+# each convolution's name with its norm's, wherever they are: stem and head, then a block's own
+_NORMED = {
+    "_conv_stem": "_bn0",
+    "_conv_head": "_bn1",
+    "_expand_conv": "_bn0",
+    "_depthwise_conv": "_bn1",
+    "_project_conv": "_bn2",
+}
 
 
 class _Same(nn.Conv2d):
@@ -94,13 +104,30 @@ class EffLite(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Extracted:
         """images: as `Features` takes them; any size."""
+        # a few images' widest activations stay in a core's cache; a whole batch's do not: five times as long
+        parts = images.split(4) if self._fc.weight.device.type == "cpu" else (images,)
+        pooled = torch.cat([self._pooled(part) for part in parts])
+        return Extracted(pooled, None, self._fc(pooled))
+
+    def _pooled(self, images: Tensor) -> Tensor:
         x = as_rgb(images).to(self._fc.weight.device).float()
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
         x = F.relu6(self._bn0(self._conv_stem((x - 127) / 128)))  #                                   [N, 32, 112, 112]
         for block in self._blocks:
             x = block(x)
-        pooled = F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))  #                                       [N, 1280]
-        return Extracted(pooled, None, self._fc(pooled))
+        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))  #                                         [N, 1280]
+
+    def folded(self) -> EffLite:
+        """Itself, each norm folded into the convolution before it (the weights are final), channels last."""
+        for module in [self, *self._blocks]:
+            for conv, norm in _NORMED.items():
+                if hasattr(module, conv):
+                    setattr(module, conv, fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm)))
+                    setattr(module, norm, nn.Identity())
+        for parameter in self.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        return self
 
 
 def load_efflite(path: str | Path | None = None, device: torch.device | str = "cpu") -> EffLite:
@@ -120,4 +147,4 @@ def load_efflite(path: str | Path | None = None, device: torch.device | str = "c
     check_tensors(model, state, str(path), "EfficientNet-lite0")
     model.load_state_dict(state, strict=False)
     model.identity = sha256_of(path)
-    return model.requires_grad_(False).eval().to(device)
+    return model.requires_grad_(False).eval().folded().to(device)

@@ -109,19 +109,23 @@ class _Collector:
     def of(self, entry: Entry) -> Measures:
         return self.measures(settings.data_of(self.study, "train", entry))
 
-    def kept(self, measures: Measures, name: str, folder: Path, seed: int, efflite: bool = False) -> dict[str, Any]:
-        """Held-out loss and Fréchet distance of a model on disk, measured once for these weights and settings."""
+    def kept(self, entry: Entry, depth: int, seed: int, name: str, folder: Path, at_budget: bool) -> dict[str, Any]:
+        """Held-out loss and distances of an entry's model on disk, measured once for these weights and settings.
+
+        at_budget: it had N steps, after which the distance on EfficientNet's features is measured as well.
+        """
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
 
+        measures = self.of(entry)
         told: list[Any] = [
             read_manifest(find_artifact(folder)),
             measures.config.model_dump(mode="json"),
             self.accuracy,
             {},
         ]
-        distances = not self.study.frechet_seeds or seed in self.study.frechet_seeds
-        efflite = efflite and distances
+        distances = _among(self.study.frechet_seeds, seed) and _among(self.study.frechet_depths, depth)
+        efflite = distances and at_budget and self._has_efflite(entry, depth)
         told += [] if distances else ["loss alone"]
         told += ["efflite"] if efflite else []
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -218,9 +222,7 @@ class _Collector:
             before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
             last = entry.init.final
-            numbers = self.kept(
-                self.of(entry), f"{run.name}-L{depth}", folder, seed, last and self._has_efflite(entry, depth)
-            )
+            numbers = self.kept(entry, depth, seed, f"{run.name}-L{depth}", folder, last)
             if last:
                 self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
                 if seed == self.study.seeds[0]:
@@ -280,7 +282,7 @@ class _Collector:
         for run, cost in zip(runs, train_cost(runs, model.arch)):
             start = spent if run.grows else Cost()
             at_budget = run.steps == self.study.steps.get("N")
-            end = self.kept(self.of(entry), run.name, run.run_dir, seed, at_budget and self._has_efflite(entry, depth))
+            end = self.kept(entry, depth, seed, run.name, run.run_dir, at_budget)
             for row in read_rows(run.run_dir / "metrics.jsonl"):
                 if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
                     continue  # in the shorter run's rows
@@ -303,6 +305,11 @@ class _Collector:
     def _picture(self, results: Results, entry: Entry, folder: Path, **fields: Any) -> None:
         if pictured(self.study, entry):
             results.pictures.append(samples(self.study, self.of(entry), folder, **fields))
+
+
+def _among(chosen: tuple[int, ...], value: int) -> bool:
+    """None chosen: all are."""
+    return not chosen or value in chosen
 
 
 def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:

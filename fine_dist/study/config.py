@@ -122,10 +122,12 @@ class StudyConfig(Config):
     """Images drawn for each Fréchet distance."""
     frechet_seeds: tuple[int, ...] = ()
     """Seeds whose models have a Fréchet distance; empty: all."""
+    frechet_depths: tuple[int, ...] = ()
+    """Layers of the models that have one; empty: any."""
     efflite: tuple[str, ...] = ()
-    """Entries whose models, after N steps, at `tune_depth` and of `frechet_seeds`, also have a Fréchet distance on the
-    ImageNet features of EfficientNet-lite0 (FD-EffLite): of as many samples, to as many real images; minutes a model on
-    a GPU, half an hour on 2 cores for 10,000."""
+    """Entries whose models, after N steps and at `tune_depth`, where they have a Fréchet distance, also have one on the
+    ImageNet features of EfficientNet-lite0 (FD-EffLite): of as many samples, to as many real images; 10,000 take four
+    minutes on 2 cores."""
     sampler: SamplerConfig = SamplerConfig()
     """How they are drawn."""
     pictures: int = Field(40, ge=0)
