@@ -109,15 +109,13 @@ class _Collector:
     def of(self, entry: Entry) -> Measures:
         return self.measures(settings.data_of(self.study, "train", entry))
 
-    def kept(self, entry: Entry, depth: int, seed: int, name: str, folder: Path, at_budget: bool) -> dict[str, Any]:
-        """Held-out loss and distances of an entry's model on disk, measured once for these weights and settings.
-
-        at_budget: it had N steps, after which the distance on EfficientNet's features is measured as well.
-        """
+    def kept(
+        self, measures: Measures, depth: int, seed: int, name: str, folder: Path, efflite: bool = False
+    ) -> dict[str, Any]:
+        """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
 
-        measures = self.of(entry)
         told: list[Any] = [
             read_manifest(find_artifact(folder)),
             measures.config.model_dump(mode="json"),
@@ -125,7 +123,7 @@ class _Collector:
             {},
         ]
         distances = _among(self.study.frechet_seeds, seed) and _among(self.study.frechet_depths, depth)
-        efflite = distances and at_budget and self._has_efflite(entry, depth)
+        efflite = efflite and distances
         told += [] if distances else ["loss alone"]
         told += ["efflite"] if efflite else []
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
@@ -179,7 +177,7 @@ class _Collector:
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
         own = self.measures(Path(run.config.data.shards).parent.name)  # which need not be its targets'
-        numbers = [self.kept(own, r.name, r.run_dir, r.config.seed) for r, _ in parents]
+        numbers = [self.kept(own, a.arch.num_layers, r.config.seed, r.name, r.run_dir) for r, a in parents]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(
             name=artifact.arch.name,
@@ -222,7 +220,8 @@ class _Collector:
             before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
             last = entry.init.final
-            numbers = self.kept(entry, depth, seed, f"{run.name}-L{depth}", folder, last)
+            efflite = last and self._has_efflite(entry, depth)
+            numbers = self.kept(self.of(entry), depth, seed, f"{run.name}-L{depth}", folder, efflite)
             if last:
                 self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
                 if seed == self.study.seeds[0]:
@@ -282,7 +281,8 @@ class _Collector:
         for run, cost in zip(runs, train_cost(runs, model.arch)):
             start = spent if run.grows else Cost()
             at_budget = run.steps == self.study.steps.get("N")
-            end = self.kept(entry, depth, seed, run.name, run.run_dir, at_budget)
+            efflite = at_budget and self._has_efflite(entry, depth)
+            end = self.kept(self.of(entry), depth, seed, run.name, run.run_dir, efflite)
             for row in read_rows(run.run_dir / "metrics.jsonl"):
                 if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
                     continue  # in the shorter run's rows
