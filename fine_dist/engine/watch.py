@@ -72,12 +72,12 @@ class Watch:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._thread is None:
             return
-        if error is None or isinstance(error, ResumeLater):
-            barrier(self.world)  # rank 0 keeps the store: no one looks any more when it goes
-            self._stop.set()
-            return
+        if ended := error is None or isinstance(error, ResumeLater):
+            barrier(self.world)  # rank 0 keeps the store: no one needs it any more when it goes
         self._stop.set()
-        self._thread.join()
+        self._thread.join()  # a thread still inside the store when Python ends would take the process down with it
+        if ended:
+            return
         if isinstance(error, RuntimeError) and _is_lost_connection(error):
             self._explain(error)
         self._say("failed " + (str(error) or type(error).__name__).splitlines()[0])

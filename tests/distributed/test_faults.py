@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fine_dist.engine import dist
+from fine_dist.engine import dist, watch
 from fine_dist.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
 from fine_dist.testing import Ranks, run_distributed
 from tests.engine.test_resume import assert_same, wait_for_step
@@ -85,6 +87,25 @@ def test_a_signal_to_any_rank_makes_all_of_them_save_the_same_step_and_exit_75(t
     assert f"received {signal.Signals(word).name}" in errors_in(tmp_path)[0]
     saved = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text()[5:])
     assert f"saved at step {saved} of" in errors_in(tmp_path)[0]
+
+
+def watched_through_a_slow_store(folder: str) -> list[str]:
+    """The threads that are left when a run has ended while its watch was asking the store."""
+    look = watch.Watch._look
+
+    def slowly(watching: watch.Watch, dead_after_s: float) -> Any:
+        time.sleep(0.5)
+        return look(watching, dead_after_s)
+
+    watch.Watch._look = slowly  # type: ignore[method-assign]
+    watch.BEAT_S = 0.01
+    toy_fit(folder, ToyConfig(steps=4, engine=engine()))
+    return [thread.name for thread in threading.enumerate()]
+
+
+def test_a_run_that_ends_leaves_no_thread_that_watches_others(tmp_path: Path) -> None:
+    for names in run_distributed(watched_through_a_slow_store, 2, str(tmp_path / "run"), timeout_s=60):
+        assert "fine-dist-watch" not in names  # Python ending beside it would abort the process
 
 
 def test_an_error_on_one_rank_is_told_by_that_rank_alone(tmp_path: Path) -> None:
