@@ -61,6 +61,8 @@ class DataConfig(Config):
     """Folder, URL or brace pattern of webdataset latent shards with their manifest.json."""
     held_out: str | None = None
     """Shards that are never trained on; the held-out loss is measured on them."""
+    held_out_samples: int = Field(2048, ge=1)
+    """Samples of them, at most, that are measured each time while a model trains, at one to four timesteps each."""
     streams: int = Field(64, ge=1)
     """Canonical streams C: the order of samples depends on it, never on the number of processes."""
     window: int = Field(1024, ge=1)

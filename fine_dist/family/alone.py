@@ -20,7 +20,6 @@ from fine_dist.family.keeper import keep, save_result, write_identity
 from fine_dist.jobs import StateTable
 from fine_dist.methods import Descent
 from fine_dist.model.flops import train_flops
-from fine_dist.stages.config import HELD_OUT_LIMIT
 from fine_dist.stages.looks import histograms_of
 from fine_dist.stages.targets import own_tensors
 
@@ -71,7 +70,7 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
     )
     held_out = None
     if data.held_out and world.is_main:
-        held_out = HeldOut(*read_all(expand_path(data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
+        held_out = HeldOut(*read_all(expand_path(data.held_out), data.held_out_samples), config.diffusion)
     return Program(
         model=descent.model,
         objective=Objective(config.diffusion, arch, member.seed),

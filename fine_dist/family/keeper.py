@@ -23,7 +23,6 @@ from fine_dist.files import write_atomic
 from fine_dist.jobs import StateTable
 from fine_dist.pack.loop import Progress
 from fine_dist.pack.model import JobView, PackedDiT
-from fine_dist.stages.config import HELD_OUT_LIMIT
 from fine_dist.stages.targets import save_target
 
 DRAW_EVERY_S = 60.0
@@ -53,7 +52,7 @@ class Keeper:
         self._boards: dict[int, Any] = {}
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
-        self._held_out: dict[str, HeldOut] = {}
+        self._held_out: dict[tuple[str, int], HeldOut] = {}
         self._bar: Any = None
         self._drawn = time.monotonic()
 
@@ -134,11 +133,12 @@ class Keeper:
         self.table.finish(member.name, "done")
 
     def _measure(self, job: int) -> dict[str, float]:
-        where = self.members[job].domain_config.data.held_out
-        if not where:
+        data = self.members[job].domain_config.data
+        if not data.held_out:
             return {}
+        where = (data.held_out, data.held_out_samples)
         if where not in self._held_out:
-            questions = read_all(expand_path(where), HELD_OUT_LIMIT)
+            questions = read_all(expand_path(data.held_out), data.held_out_samples)
             self._held_out[where] = HeldOut(*questions, self.family.config.diffusion)
         view: nn.Module = JobView(self.packed, job)
         return self._held_out[where](view.eval())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.config import DataConfig, expand_path
 from fine_dist.errors import ConfigError
 from fine_dist.methods import Condensation, Method, Weights
-from fine_dist.stages.config import HELD_OUT_LIMIT, LossConfig, StageConfig
+from fine_dist.stages.config import LossConfig, StageConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,8 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     if config.data.held_out:
         check_held_out(config.data, plan.arch)
     if config.data.held_out and world.is_main:
-        measure = HeldOut(*read_all(expand_path(config.data.held_out), limit=HELD_OUT_LIMIT), config.diffusion)
+        questions = read_all(expand_path(config.data.held_out), config.data.held_out_samples)
+        measure = HeldOut(*questions, config.diffusion)
         held_out = lambda model: measure(keep(model))  # noqa: E731
     if quick is not None and world.is_main:
         held_out = _with_quick(quick, held_out, keep, decoder)

@@ -40,8 +40,6 @@ PRELOAD = (
 """What a local pool imports once for all jobs of a stage that trains."""
 BOUND = ("precision", "on_bad_loss", "ema_decay", "ema_warmup")
 """Engine settings that change what is computed."""
-HELD_OUT_LIMIT = 2048
-"""Held-out samples that are measured, at most: four timesteps each."""
 
 
 @dataclass(frozen=True)
