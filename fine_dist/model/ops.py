@@ -19,7 +19,10 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 1 << 22
 """Multiply-adds from which a product on a CPU is oneDNN's: below, setting one up costs more than it saves."""
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN: tuple[torch.dtype, ...] = ()
+"""Dtypes of which oneDNN has a product here: bf16 needs AVX-512, and without it there is none to be had."""
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _ONEDNN = (torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,7 +68,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     bias = None if bias is None else bias.to(x.dtype)
     large = len(x) * weight.numel() >= ONEDNN_FROM
-    if _ONEDNN and large and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    if large and x.device.type == "cpu" and x.dtype in _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
 
