@@ -47,7 +47,7 @@ def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     from fine_dist.benchmarks.speed_modes import compiled_of, memory_of, paths_of
 
     found: dict[str, Callable[[], list[Row]]] = {}
-    for precision in ("fp32", "bf16"):
+    for precision in precisions(plan.device):
         found[f"steps, {precision}"] = lambda p=precision: steps_of(plan, p)  # type: ignore[misc]
         if not plan.quick:  # compiling alone takes longer than all else then
             found[f"compiled, {precision}"] = lambda p=precision: compiled_of(plan, p)  # type: ignore[misc]
@@ -61,6 +61,16 @@ def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     if not plan.own_size:
         found["the loop"] = lambda: loop(small.arch, plan.device, plan.batch, 8 if plan.quick else 14, plan.cpu_bars)
     return found
+
+
+def precisions(device: torch.device) -> list[str]:
+    """fp32, and bf16 where the device has products of its own in it: emulated ones say nothing of a step."""
+    import torch
+
+    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if emulated:
+        print("speed: bf16 is left out: this CPU has no products in it (it would need AVX-512)", flush=True)
+    return ["fp32"] if emulated else ["fp32", "bf16"]
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------
