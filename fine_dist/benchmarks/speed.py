@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fine_dist.benchmarks import limit
 from fine_dist.benchmarks.rows import Row, median
 from fine_dist.benchmarks.speed_plan import Plan, at, kinds, mfu_rows, reference_row, release, stage_1_row
 from fine_dist.benchmarks.steps import Step, ratio
 from fine_dist.model.zoo import arch as named
+
+if TYPE_CHECKING:
+    import torch
 
 
 def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[Row]:
