@@ -17,6 +17,8 @@ from fine_dist.report.formula import steps_of
 from fine_dist.report.results import SECTIONS, Ancestor, Claim, Mean, Picture, Results, Row, read_results
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 
@@ -48,11 +50,11 @@ def write_report(folder: str | Path, results: Results, *, echo: bool = True, con
     return folder / "report.html"
 
 
-def summary_png(results: Results, path: str | Path) -> Path:
-    """One picture for a README: curves for every depth, and samples; returns its path."""
+def summary_png(results: Results, path: str | Path, series: Sequence[str] | None = None) -> Path:
+    """One picture for a README: curves for every depth, of some series or all, and samples; returns its path."""
     from fine_dist.report.figures import summary_png as draw
 
-    return draw(results, path)
+    return draw(results, path, series)
 
 
 __all__ = [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fine_dist.errors import ConfigError
 from fine_dist.report.canvas import FAINT, INK, LINES, figure_of, key, new_figure, pixels_of, style, svg_of
 from fine_dist.report.costs import ratio
 from fine_dist.report.depth import linearity
@@ -89,12 +91,17 @@ def tables_svg(results: Results) -> str | None:
         return svg_of(figure, "tables", "Numbers of each layer over depth, by matrix")
 
 
-def summary_png(results: Results, path: str | Path) -> Path:
+def summary_png(results: Results, path: str | Path, series: Sequence[str] | None = None) -> Path:
     """One picture for a README: the curves of every depth, and below them real data and samples at one depth.
 
     Writes a PNG of about 1600 pixels' width and returns its path. Needs a row with a curve; pictures are optional.
+    series: whose curves; all unless told. `ConfigError` for one that is not there.
     """
     path = Path(path)
+    if series is not None:
+        if unknown := sorted(set(series) - set(results.series)):
+            raise ConfigError(f"no such series: {', '.join(unknown)}; there are {', '.join(results.series)}")
+        results = results.model_copy(update={"rows": [row for row in results.rows if row.series in series]})
     path.parent.mkdir(parents=True, exist_ok=True)
     targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
     if not targets:

@@ -2,17 +2,20 @@
 
 `python -m fine_dist.report.markdown [--brief] NAME FOLDER... FILE` puts the tables of some reports' folders into a
 document, between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`; `--brief`: one table
-each, of quality after N steps beside all that was spent.
+each, of quality after N steps beside all that was spent. `--png FILE --series NAME,...` also draws the first report's
+curves, of some series.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fine_dist.errors import ConfigError, guard
+from fine_dist.errors import guard
 from fine_dist.files import write_atomic
+from fine_dist.report import summary_png
 from fine_dist.report.claims import MEASURES, MISSING, verdicts
 from fine_dist.report.costs import short
 from fine_dist.report.readme import fill
@@ -145,16 +148,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite a named place in a document from reports' folders."""
 
     def body() -> int:
-        words = list(sys.argv[1:] if argv is None else argv)
-        form = brief if "--brief" in words else markdown
-        words = [word for word in words if word != "--brief"]
-        if len(words) < 3:
-            raise ConfigError("give the name of a place, one folder of a report or more, and the document")
-        name, *folders, document = words
-        content = "\n".join(form(read_results(folder)) for folder in folders)
-        path = Path(document)
-        write_atomic(path, fill(path.read_text(encoding="utf-8"), name, content))
-        print(path)
+        parser = argparse.ArgumentParser(prog="python -m fine_dist.report.markdown", description=__doc__)
+        parser.add_argument("name", metavar="NAME", help="of the place in the document")
+        parser.add_argument("folders", metavar="FOLDER", nargs="+", help="of a report")
+        parser.add_argument("document", metavar="FILE", type=Path, help="a Markdown document")
+        parser.add_argument("--brief", action="store_true", help="one table each")
+        parser.add_argument("--png", metavar="FILE", type=Path, help="curves of the first report, as a picture")
+        parser.add_argument("--series", metavar="NAME,...", help="whose curves; all of them unless told")
+        given = parser.parse_args(argv)
+        parts = [read_results(folder) for folder in given.folders]
+        content = "\n".join((brief if given.brief else markdown)(part) for part in parts)
+        write_atomic(given.document, fill(given.document.read_text(encoding="utf-8"), given.name, content))
+        print(given.document)
+        if given.png:
+            print(summary_png(parts[0], given.png, given.series.split(",") if given.series else None))
         return 0
 
     return guard(body)

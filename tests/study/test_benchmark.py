@@ -82,6 +82,10 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_pa
     page = (run / "report.html").read_text()
     readme = tmp_path / "README.md"
     readme.write_text("<!-- x table: begin -->\n<!-- x table: end -->\n")
+    picture = ["--png", str(tmp_path / "curves.png"), "--series"]
+    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "fine,he"]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "nobody"]) == 2
     assert fill_in(["--brief", "x", str(run / "depths" / "report"), str(readme)]) == 0
     rows = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
     losses = [float(row.split("|")[2].split("±")[0]) for row in rows[2:]]
