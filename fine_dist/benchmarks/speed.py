@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fine_dist.benchmarks import limit
 from fine_dist.benchmarks.rows import Row, median
-from fine_dist.benchmarks.speed_plan import Plan, at, kinds, mfu_rows, reference_row, release, stage_1_row
+from fine_dist.benchmarks.speed_plan import Plan, at, kinds, mfu_rows, precisions, reference_row, release, stage_1_row
 from fine_dist.benchmarks.steps import Step, ratio
 from fine_dist.model.zoo import arch as named
-
-if TYPE_CHECKING:
-    import torch
 
 
 def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[Row]:
@@ -35,6 +32,8 @@ def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[
     own_size = arch is not None or batch is not None
     seconds = 20.0 if device.type == "cpu" else 3.0
     plan = Plan(shape, batch or (4 if quick else 16), device, quick, own_size, seconds)
+    if precisions(device) == ["fp32"]:
+        print("speed: bf16 is left out: this CPU has no products in it (it would need AVX-512)", flush=True)
     rows: list[Row] = []
     with tqdm(pieces(plan).items(), desc="speed", unit="part") as bar:
         for name, measure in bar:
@@ -64,16 +63,6 @@ def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     if not plan.own_size:
         found["the loop"] = lambda: loop(small.arch, plan.device, plan.batch, 8 if plan.quick else 14, plan.cpu_bars)
     return found
-
-
-def precisions(device: torch.device) -> list[str]:
-    """fp32, and bf16 where the device has products of its own in it: emulated ones say nothing of a step."""
-    import torch
-
-    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if emulated:
-        print("speed: bf16 is left out: this CPU has no products in it (it would need AVX-512)", flush=True)
-    return ["fp32"] if emulated else ["fp32", "bf16"]
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fine_dist.benchmarks import limit
 from fine_dist.benchmarks.resident import peak_memory_of
 from fine_dist.benchmarks.rows import Row, say
-from fine_dist.benchmarks.speed_plan import DENSE, Plan, at, kinds, reference_row, release
+from fine_dist.benchmarks.speed_plan import DENSE, Plan, at, kinds, precisions, reference_row, release
 from fine_dist.benchmarks.steps import Step, StepKind, compiles, ratio
 
 AUTO_SLACK = 1.03
@@ -61,7 +61,7 @@ def paths_of(plan: Plan) -> list[Row]:
 def memory_of(plan: Plan) -> list[Row]:
     """Peak memory of a step of each kind and precision, and what recomputing blocks saves of it and takes in time."""
     bench, rows = plan.bench(), []
-    for precision in ("fp32", "bf16"):
+    for precision in precisions(plan.device):
         for name, kind in kinds(plan.arch).items():
             if name not in ("dense", "stage 1", at(1)):
                 continue

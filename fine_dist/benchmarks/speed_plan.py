@@ -53,6 +53,14 @@ class Plan:
         return Bench(self.arch, self.device, rounds=2 if self.quick else 20 if self.device.type == "cuda" else 5)
 
 
+def precisions(device: torch.device) -> list[str]:
+    """fp32, and bf16 where the device has products of its own in it: emulated ones say nothing of a step."""
+    import torch
+
+    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ["fp32"] if emulated else ["fp32", "bf16"]
+
+
 def kinds(arch: Arch) -> dict[str, StepKind]:
     """Every kind of step of ours, by name."""
     sigma = [StepKind(at(divisor), arch.hidden_size // divisor, joint=False) for divisor in limit.SIGMA_AIMS]
