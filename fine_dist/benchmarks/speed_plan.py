@@ -55,10 +55,9 @@ class Plan:
 
 def precisions(device: torch.device) -> list[str]:
     """fp32, and bf16 where the device has products of its own in it: emulated ones say nothing of a step."""
-    import torch
+    from fine_dist.model.ops import emulates_bf16
 
-    emulated = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return ["fp32"] if emulated else ["fp32", "bf16"]
+    return ["fp32"] if emulates_bf16(device) else ["fp32", "bf16"]
 
 
 def kinds(arch: Arch) -> dict[str, StepKind]:

@@ -34,6 +34,7 @@ from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.watch import Watch
 from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 from fine_dist.model import flops
+from fine_dist.model.ops import emulates_bf16
 
 _BEFORE_STEP = 0x6265666F7265
 """Keeps the draws of `before_step` apart from every other use of (seed, step)."""
@@ -272,6 +273,8 @@ class Run:
         self.begun = True
         self.claim()
         self.monitor.start(step, self.row)
+        if self.engine.precision == "bf16" and emulates_bf16(self.device):
+            self.monitor.note("this CPU has no products in bf16 (AVX-512 has): they are emulated, far slower than fp32")
         if step == 0:
             if self.program.look_first:
                 self.looks.evaluate(0)

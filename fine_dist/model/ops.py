@@ -19,10 +19,16 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 1 << 22
 """Multiply-adds from which a product on a CPU is oneDNN's: below, setting one up costs more than it saves."""
+_CPU_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ONEDNN: tuple[torch.dtype, ...] = ()
 """Dtypes of which oneDNN has a product here: bf16 needs AVX-512, and without it there is none to be had."""
 if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    _ONEDNN = (torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []))
+    _ONEDNN = (torch.float32, torch.bfloat16) if _CPU_BF16 else (torch.float32,)
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are emulated there, many times slower than fp32: a CPU without AVX-512."""
+    return device.type == "cpu" and not _CPU_BF16
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

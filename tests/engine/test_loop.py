@@ -298,3 +298,10 @@ def test_compiled_blocks_compute_what_eager_ones_do_and_nothing_is_warned_of(
     assert not [w for w in recwarn if "torch.compile failed" in str(w.message)]
     eager = toy_outcome(tmp_path / "eager", ToyConfig(kind=kind, steps=4))
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bf16_on_a_cpu_that_only_emulates_it_is_said_once(tmp_path, capsys, monkeypatch, emulated):
+    monkeypatch.setattr("fine_dist.engine.loop.emulates_bf16", lambda device: emulated)
+    toy_fit(str(tmp_path / "run"), ToyConfig(steps=3, engine=engine(precision="bf16")))
+    assert capsys.readouterr().err.count("emulated") == emulated
