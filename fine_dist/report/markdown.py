@@ -22,6 +22,7 @@ from fine_dist.report.readme import fill
 from fine_dist.report.results import Results, read_results
 from fine_dist.report.storage import COUNTS, storage
 from fine_dist.report.table import cell
+from fine_dist.report.tuning import MARK, at_an_end, chosen, ends
 
 HEADS = (
     "method|layers|steps before|init steps|train steps|own samples|FLOPs before|own FLOPs|seconds before|own seconds|"
@@ -47,7 +48,8 @@ def about(results: Results) -> str:
         else ""
     )
     where = f"On {results.dataset}; s" if results.dataset else "S"
-    return f"{where}eeds {seeds}; {steps}. Lower is better.{classifier}{made}"
+    tuned = ends(results)
+    return f"{where}eeds {seeds}; {steps}. Lower is better.{classifier}{' ' * bool(tuned)}{tuned}{made}"
 
 
 def quality(results: Results) -> str:
@@ -181,8 +183,9 @@ def _states(results: Results) -> list[tuple[str, int]]:
 
 
 def _chosen(results: Results, series: str) -> str:
-    row = next((row for row in results.tuning.get(series, []) if row["chosen"]), None)
-    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in row["values"].items()) if row else "–"
+    values = chosen(results, series)
+    mark = MARK if at_an_end(results, series) else ""
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in values.items()) + mark if values else "–"
 
 
 def _heads(names: list[str]) -> list[str]:

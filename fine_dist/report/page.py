@@ -16,6 +16,7 @@ from fine_dist.report.results import Picture, Results, number
 from fine_dist.report.storage import COUNTS, storage
 from fine_dist.report.table import table
 from fine_dist.report.tradeoffs import costs_svg, depths_svg, storage_svg
+from fine_dist.report.tuning import MARK, at_an_end, ends
 
 _STATES = {FAILED: "no", NOISE: "noise"}
 """Classes of the style sheet for verdicts; the others are `yes`."""
@@ -198,20 +199,21 @@ def _tuning(results: Results) -> str:
     heads = "".join(f"<th>{escape(point)}</th>" for point in points)
     body = []
     for series, rows in results.tuning.items():
-        cells = "".join(_tried(row["held_out_loss"], row["chosen"]) for row in rows)
+        mark = MARK if at_an_end(results, series) else ""
+        cells = "".join(_tried(row["held_out_loss"], row["chosen"], mark) for row in rows)
         body.append(f"<tr><td class=t>{escape(results.label(series))}</td>{cells}</tr>")
     head = f"<thead><tr><th class=t></th>{heads}</tr></thead>"
     content = f"<div class=scroll><table>{head}<tbody>{''.join(body)}</tbody></table></div>"
     return _figure(
         content,
         "Held-out loss of what was tried, the same for every series, on a seed that is not reported. The lowest (bold) "
-        "was then used for every reported seed and depth.",
+        f"was then used for every reported seed and depth. {ends(results)}",
     )
 
 
-def _tried(loss: float | None, chosen: bool) -> str:
+def _tried(loss: float | None, chosen: bool, mark: str) -> str:
     text = "–" if loss is None else number(loss)
-    return f"<td><b>{text}</b></td>" if chosen else f"<td>{text}</td>"
+    return f"<td><b>{text}</b>{mark}</td>" if chosen else f"<td>{text}</td>"
 
 
 def _plain(value: object) -> str:

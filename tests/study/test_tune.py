@@ -8,6 +8,7 @@ import pytest
 
 from fine_dist.errors import ConfigError, TrainingError
 from fine_dist.report import read_results
+from fine_dist.report.markdown import markdown
 from fine_dist.study import load_study, plan, run_study
 from fine_dist.study.tune import FILE, Trial, choose, trials, with_choices
 from tests.study.test_plan import DEMO
@@ -65,6 +66,10 @@ def test_the_lowest_loss_is_chosen_and_used_for_every_reported_run(tmp_path):
     for run in plan(with_choices(study, {"he": tried})).runs[1:]:
         assert run.config.optim.lr == 1e-2 and run.done
     assert "http" not in page.replace("http://www.w3.org", "")
+    # the greatest that was tried was the best: whoever reads the table is told that the grid may end too soon
+    assert "lr 0.01†" in markdown(results) and "1 of 1 rows chose" in markdown(results)
+    results.tuning["he"].append({"values": {"optim.lr": 0.1}, "held_out_loss": 9.0, "chosen": False})
+    assert "lr 0.01 |" in markdown(results) and "†" not in markdown(results)
 
 
 def test_a_value_that_comes_to_no_loss_is_never_chosen():
