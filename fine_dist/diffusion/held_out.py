@@ -26,7 +26,8 @@ class HeldOut:
 
     def __init__(self, latents: Tensor, labels: Tensor, config: DiffusionConfig, seed: int = 0):
         self.schedule = NoiseSchedule(config)
-        n, shape = len(latents), latents.shape[1:]
+        self.samples = n = len(latents)
+        shape = latents.shape[1:]
         per_sample = min(4, max(1, ENOUGH // n))
         generator = torch.Generator().manual_seed(mix(seed, 0x4E1D))
         stratum = torch.arange(n * per_sample).double()

@@ -223,7 +223,8 @@ class _Collector:
             efflite = last and self._has_efflite(entry, depth)
             numbers = self.kept(self.of(entry), depth, seed, f"{run.name}-L{depth}", folder, efflite)
             if last:
-                self._whole(results, folder, before, common | paid | {"stored": own, "trained": trained}, numbers)
+                points = self._points(entry, run, folder / "metrics.jsonl")
+                self._whole(results, points, before, common | paid | {"stored": own, "trained": trained}, numbers)
                 if seed == self.study.seeds[0]:
                     self._picture(results, entry, folder, method=entry.name, target=depth, step=before.steps)
                 return
@@ -238,10 +239,20 @@ class _Collector:
             self._untrained(results, entry, depth, seed)
         self._trained(results, entry, depth, seed, before, common | paid)
 
-    def _whole(self, results: Results, folder: Path, cost: Cost, common: dict[str, Any], end: dict[str, Any]) -> None:
+    def _points(self, entry: Entry, run: Run, metrics: Path) -> dict[int, float]:
+        """Held-out losses by step while a run trained; none where it asked fewer samples than are measured here, whose
+        mean is another number."""
+        held_out = self.of(entry).held_out
+        config = run.config
+        data = next((domain.data for domain in getattr(config, "domains", {}).values()), config.data)
+        if held_out is not None and data.held_out_samples < held_out.samples:
+            return {}
+        return {row["step"]: row["held_out_loss"] for row in read_rows(metrics) if "held_out_loss" in row}
+
+    def _whole(
+        self, results: Results, points: dict[int, float], cost: Cost, common: dict[str, Any], end: dict[str, Any]
+    ) -> None:
         """The curve of a target whose stage 2 is all its training, and what the one that is kept is worth."""
-        points = {row["step"]: row["held_out_loss"] for row in read_rows(folder / "metrics.jsonl")
-                  if "held_out_loss" in row}  # fmt: skip
         for step, loss in sorted((points | {cost.steps: end["held_out_loss"]}).items()):
             now, last = cost.share(step), step == cost.steps
             results.add(
@@ -283,14 +294,14 @@ class _Collector:
             at_budget = run.steps == self.study.steps.get("N")
             efflite = at_budget and self._has_efflite(entry, depth)
             end = self.kept(self.of(entry), depth, seed, run.name, run.run_dir, efflite)
-            for row in read_rows(run.run_dir / "metrics.jsonl"):
-                if "held_out_loss" not in row or (run.grows and row["step"] <= start.steps):
+            points = self._points(entry, run, run.run_dir / "metrics.jsonl") | {run.steps: end["held_out_loss"]}
+            for step, loss in sorted(points.items()):
+                if run.grows and step <= start.steps:
                     continue  # in the shorter run's rows
-                now = before + start + cost.share(row["step"] - start.steps)
+                now = before + start + cost.share(step - start.steps)
                 results.add(
-                    stage="train", step=row["step"], held_out_loss=row["held_out_loss"],
-                    **_distances(end if row["step"] == run.steps else {}),
-                    steps_init=before.steps, steps_train=row["step"], samples=now.samples, flops=now.flops,
+                    stage="train", step=step, held_out_loss=loss, **_distances(end if step == run.steps else {}),
+                    steps_init=before.steps, steps_train=step, samples=now.samples, flops=now.flops,
                     seconds=now.seconds, stored=numbers, trained=numbers, **common,
                 )  # fmt: skip
             spent = start + cost
