@@ -6,9 +6,12 @@ import json
 
 import pytest
 
+from fine_dist.config import DataConfig
 from fine_dist.errors import ConfigError, TrainingError
 from fine_dist.report import read_results
 from fine_dist.report.markdown import markdown
+from fine_dist.stages import load_model
+from fine_dist.stages.measure import MeasureConfig, Measures
 from fine_dist.study import load_study, plan, run_study
 from fine_dist.study.tune import FILE, Trial, choose, trials, with_choices
 from tests.study.test_plan import DEMO
@@ -84,3 +87,19 @@ def test_a_value_that_comes_to_no_loss_is_never_chosen():
 def test_the_seed_that_is_tuned_on_is_never_reported():
     with pytest.raises(ConfigError, match="tune_seed 0 is one of seeds"):
         load_study(DEMO, tune={"optim.lr": [1e-3]}, tune_seed=0)
+
+
+def test_a_final_loss_is_of_the_whole_held_out_set_also_where_runs_ask_a_part_of_it(tmp_path):
+    he, few = {**HE, "train": ["N"]}, {"data": {"held_out_samples": 16}, "engine": {"eval_every": 2}}
+    stages = {**SMALL["stages"], "train": {"batch": 8, **few}}
+    changes = {**SMALL, "tune": {}, "depths": [1], "main": "he", "stages": stages}
+    study = load_study(DEMO, run_dir=str(tmp_path / "run"), entries=[he], **changes)
+    run_study(study, "here")
+    rows = read_results(study.root / "report").rows
+    assert [row.step for row in rows if row.stage == "train"] == [4]  # no point of a curve that asked something else
+    folder = study.root / "he-L1-s0"
+    asked = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    data = study.root / "data"
+    whole = Measures(MeasureConfig(data=DataConfig(shards=str(data / "train"), held_out=str(data / "held_out"))))
+    assert rows[-1].held_out_loss == whole.loss(load_model(folder)[0])
+    assert rows[-1].held_out_loss not in [row.get("held_out_loss") for row in asked]
