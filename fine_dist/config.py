@@ -146,8 +146,9 @@ class LoopConfig(Config):
     """Recompute blocks in the backward pass instead of keeping their activations."""
     compile: bool | None = None
     """torch.compile the blocks, once for all layers; falls back with a warning. none: on a GPU with `plain`."""
-    keep_freed_memory: bool = False
-    """On a CPU with glibc: freed memory stays with the process for the next step; faster, and more may be resident."""
+    keep_freed_memory: bool = True
+    """On a CPU with glibc: freed memory stays with the process for the next step, not to be faulted in again. Settings
+    of your own (MALLOC_...) are left as they are."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
     checkpoint_every: int = Field(1000, ge=1)

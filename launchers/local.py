@@ -235,7 +235,8 @@ class ForkServer:
 
     def close(self) -> None:
         os.close(self._commands)
-        if not self._next:
-            self._process.kill()  # no job was started; an import need not be waited for
+        self.read()
+        if len(self.codes) == self._next:
+            self._process.kill()  # no job is left that it would have to end; its own end takes most of a second
         self._process.wait()
         os.close(self._replies)

@@ -22,9 +22,9 @@ WHOLE = ("optimiser", "EMA", "loss", "the rest")
 """Parts that are not told apart by direction."""
 
 _GEMM = re.compile(r"::(_?(add)?(mm|bmm|baddbmm|mv)|_addmm_activation|linear|\w*linear\w*|einsum|\w*convolution\w*)$")
-_ATTENTION = re.compile(r"scaled_?dot_?product|flash_?attention|efficient_?attention", re.IGNORECASE)
+_ATTENTION = re.compile(r"attention|scaled_?dot_?product", re.IGNORECASE)
 _GELU = re.compile(r"gelu", re.IGNORECASE)
-_NORM = re.compile(r"layer_?norm|modulat", re.IGNORECASE)
+_NORM = re.compile(r"layer_?norm|modulat|gated_?add", re.IGNORECASE)
 _COPY = re.compile(r"::(copy_|_to_copy|to|clone|contiguous|empty\w*)$")
 _BACKWARD = "autograd::engine::evaluate_function"
 _SCALED = re.compile(r"factored|accumulategrad", re.IGNORECASE)

@@ -47,12 +47,15 @@ def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[
 
 def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
     """What is measured, by what the bar says meanwhile."""
+    from fine_dist.benchmarks.apart import apart_of
     from fine_dist.benchmarks.speed_loop import loop
     from fine_dist.benchmarks.speed_modes import compiled_of, memory_of, paths_of
 
     found: dict[str, Callable[[], list[Row]]] = {}
     for precision in precisions(plan.device):
         found[f"steps, {precision}"] = lambda p=precision: steps_of(plan, p)  # type: ignore[misc]
+        if plan.device.type == "cpu":
+            found[f"apart, {precision}"] = lambda p=precision: apart_of(plan, p)  # type: ignore[misc]
         if not plan.quick:  # compiling alone takes longer than all else then
             found[f"compiled, {precision}"] = lambda p=precision: compiled_of(plan, p)  # type: ignore[misc]
     if not (plan.quick or plan.own_size):

@@ -7,6 +7,7 @@ of a step's activations and gradients is then faulted in and zeroed anew. Here f
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
@@ -17,9 +18,9 @@ def keep_freed_memory() -> bool:
     """Let freed host memory stay with this process until it ends; whether that could be set (Linux with glibc).
 
     It holds for the whole process and cannot be taken back. What a step frees, the next one uses; the resident set
-    stays at its peak.
+    stays at its peak. Settings of the user's own (MALLOC_...) are left as they are.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     return set_option is not None and bool(set_option(_MMAP_MAX, 0) and set_option(_TRIM_THRESHOLD, _NEVER))

@@ -53,6 +53,7 @@ class Keeper:
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._held_out: dict[tuple[str, int], HeldOut] = {}
+        self._looks: dict[tuple[str, int, str], dict[str, float]] = {}
         self._bar: Any = None
         self._drawn = time.monotonic()
 
@@ -140,8 +141,11 @@ class Keeper:
         if where not in self._held_out:
             questions = read_all(expand_path(data.held_out), data.held_out_samples)
             self._held_out[where] = HeldOut(*questions, self.family.config.diffusion)
-        view: nn.Module = JobView(self.packed, job)
-        return self._held_out[where](view.eval())
+        key = (*where, self.packed.state_of(job))
+        if key not in self._looks:  # seeds of one depth often begin as the same model
+            view: nn.Module = JobView(self.packed, job)
+            self._looks[key] = self._held_out[where](view.eval())
+        return self._looks[key]
 
     def _board(self, job: int, step: int) -> Any:
         if job not in self._boards:

@@ -19,11 +19,11 @@ from typing import Any, TextIO
 
 from fine_dist.jobs.spec import JobSpec
 from fine_dist.jobs.worker import run_job
-from fine_dist.processes import die_with_parent
+from fine_dist.processes import die_with_parent, leave
 
 
 def serve(commands_fd: int, replies_fd: int) -> int:
-    """Fork one process a job; the exit code of the server, or of the job in its fork.
+    """Fork one process a job; the exit code of the server. A fork ends with its job's.
 
     Lines in: {"id", "job", "env", "log"} or {"preload", "code"}; lines out: {"id", "pid"} and {"id", "rc"}.
 
@@ -44,7 +44,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
                 _preload(spec.module, spec.code)
             pid = os.fork()
             if pid == 0:
-                return _forked(request, server)
+                leave(_forked(request, server))
             children[pid] = request["id"]
             print(json.dumps({"id": request["id"], "pid": pid}), file=replies)
     for pid in children:

@@ -59,9 +59,9 @@ class Attention(torch.autograd.Function):
             p = _probabilities(q, k)
             g_v.copy_(p.transpose(1, 2) @ g_out)
             g_p = g_out @ v.transpose(1, 2)  #                                                             [A, T, T]
-            g_s = torch.ops.aten._softmax_backward_data(g_p, p, -1, p.dtype) * _scale(q)
-            g_q.copy_(g_s @ k)
-            g_k.copy_(g_s.transpose(1, 2) @ q)
+            g_s = torch.ops.aten._softmax_backward_data(g_p, p, -1, p.dtype)
+            torch.mul(g_s @ k, _scale(q), out=g_q)
+            torch.mul(g_s.transpose(1, 2) @ q, _scale(q), out=g_k)
         return g_qkv, None
 
 
@@ -71,9 +71,8 @@ def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 
 
 def _probabilities(q: Tensor, k: Tensor) -> Tensor:
-    """`softmax(q k^T / sqrt(d))` [A, T, T] in the dtype of q; what is normalised is fp32."""
-    scores = q @ k.transpose(1, 2)
-    return torch.softmax(scores.float().mul_(_scale(q)), -1).to(q.dtype)
+    """`softmax(q k^T / sqrt(d))` [A, T, T] in the dtype of q; torch's kernel sums in fp32."""
+    return torch.softmax((q * _scale(q)) @ k.transpose(1, 2), -1)
 
 
 def _scale(q: Tensor) -> float:

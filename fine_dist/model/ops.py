@@ -1,4 +1,4 @@
-"""Products and GELU with backward passes written by hand.
+"""Products with backward passes written by hand.
 
 All are exact; what they save is passes over memory, kept activations and gradients that nobody asked for. The factored
 product keeps `x V` alone (not `x V sigma` as well) and never forms a gradient for U or V; the composed one makes the
@@ -9,7 +9,6 @@ Shapes: J jobs, S rows of a job (tokens, or samples for adaLN), N rows, R rank, 
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch.autograd.function import once_differentiable
 
 ONEDNN_FROM = 1 << 22
 """Multiply-adds from which a product on a CPU is oneDNN's: below, setting one up costs more than it saves."""
+SUMMED = 256
+"""Rows of bf16 that are summed at a time."""
 _CPU_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _ONEDNN: tuple[torch.dtype, ...] = ()
 """Dtypes of which oneDNN has a product here: bf16 needs AVX-512, and without it there is none to be had."""
@@ -63,7 +64,7 @@ class Linear(torch.autograd.Function):
         g = g.reshape(-1, g.shape[-1]).to(weight.dtype)
         g_x = product(g, weight.T).view(ctx.shape).to(of_x) if ctx.needs_input_grad[0] else None
         g_weight = (g.T @ rows).to(of_weight) if ctx.needs_input_grad[1] else None
-        g_bias = g.sum(0, dtype=of_bias) if ctx.needs_input_grad[2] else None
+        g_bias = column_sums(g, of_bias) if ctx.needs_input_grad[2] else None
         return g_x, g_weight, g_bias, None
 
 
@@ -77,6 +78,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if large and x.device.type == "cpu" and x.dtype in _ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return x @ weight.T if bias is None else torch.addmm(bias, x, weight.T)
+
+
+def column_sums(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """`sum_rows g` [m] of g [N, m], a product with ones: torch's sum over rows takes twice its time on a CPU, and has
+    all of g in `dtype` before it begins; here that is some rows at a time, which stay in a processor's cache."""
+    if g.dtype == dtype:
+        return g.T @ g.new_ones(len(g))
+    ones = torch.ones(SUMMED, dtype=dtype, device=g.device)
+    return torch.stack([part.to(dtype).T @ ones[: len(part)] for part in g.split(SUMMED)]).sum(0)
 
 
 class ComposedProduct(torch.autograd.Function):
@@ -111,7 +121,7 @@ class ComposedProduct(torch.autograd.Function):
                 g_sigma = (u * h).sum(0, dtype=sigma.dtype) if ctx.needs_input_grad[2] else None
             if ctx.needs_input_grad[3]:
                 g_v = (g_weight.T @ (u * sigma).to(g.dtype)).to(v.dtype)  #                                [n, R]
-        g_bias = g.sum(0, dtype=ctx.of_bias) if ctx.needs_input_grad[4] else None
+        g_bias = column_sums(g, ctx.of_bias) if ctx.needs_input_grad[4] else None
         return g_x, g_u, g_sigma, g_v, g_bias, None
 
 
@@ -158,47 +168,6 @@ class FactoredProduct(torch.autograd.Function):
 def _stacked(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T` of one W for all jobs: [J, S, n] -> [J, S, m]."""
     return product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
-
-
-_CUBE = 0.044715
-_SLOPE = 2 * math.sqrt(2 / math.pi)
-
-
-class SigmoidGelu(torch.autograd.Function):
-    """`gelu(x, approximate="tanh")`, in place of tanh the sigmoid it equals: `x s`, `s = sigmoid(k (x + c x^3))`.
-
-    Keeping s makes the backward pass free of any exponential, and both passes are few sweeps over memory.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        s = torch.add(_slope_like(x), x * x, alpha=_SLOPE * _CUBE).mul_(x).sigmoid_()
-        ctx.save_for_backward(x, s)
-        return x * s
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        x, s = ctx.saved_tensors
-        # d(x s)/dx = s + x s (1 - s) k (1 + 3 c x^2)
-        change = torch.add(_slope_like(x), x * x, alpha=3 * _SLOPE * _CUBE).mul_(x)
-        change.addcmul_(change, s, value=-1)
-        return torch.addcmul(s, change, s).mul_(g)
-
-
-def _slope_like(x: Tensor) -> Tensor:
-    return torch.full((), _SLOPE, dtype=x.dtype, device=x.device)
-
-
-SIGMOID_GELU_UP_TO = 1 << 20
-"""Numbers up to which `SigmoidGelu`'s sweeps stay in a processor's cache, where they win over torch's one pass."""
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (DiT's)."""
-    by_hand = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if by_hand and x.numel() <= SIGMOID_GELU_UP_TO:
-        return SigmoidGelu.apply(x)
-    return F.gelu(x, approximate="tanh")
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:

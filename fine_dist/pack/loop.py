@@ -20,6 +20,7 @@ from torch import Tensor
 from fine_dist.config import DataConfig, DiffusionConfig, LoopConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine import alike, dist
+from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.backend import learning_rate, precision
 from fine_dist.engine.dist import World
 from fine_dist.engine.stopping import GO_ON, STOP
@@ -29,7 +30,6 @@ from fine_dist.pack.model import Inputs, PackedDiT
 from fine_dist.pack.optim import PackedAdamW
 from fine_dist.pack.plan import EarlyStop
 from fine_dist.pack.state import read_states, write_states
-from fine_dist.processes import keep_freed_memory
 
 State = Literal["running", "done", "failed"]
 
@@ -121,7 +121,7 @@ class PackRun:
         self._objective.schedule.to(world.device or "cpu")
         self._save_s = 0.0
         self._no_memory: set[int] = set()
-        if world.device is None or world.device.type == "cpu":
+        if engine.keep_freed_memory and (world.device is None or world.device.type == "cpu"):
             keep_freed_memory()
         self._send()
         self._resume()

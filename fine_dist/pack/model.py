@@ -187,6 +187,13 @@ class PackedDiT(nn.Module):
 
     # --- a job alone ------------------------------------------------------------------------------------------------
 
+    def state_of(self, job: int) -> str:
+        """A hash of all that is a job's own, as it is now: jobs of equal hash are one model."""
+        digest = hashlib.sha256(str(self.depths[job]).encode())
+        for tensor in [*(p[job] for p in self.trained()), *self.fixed(job)]:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
     def scalers(self, job: int) -> dict[str, Tensor]:
         """What a job trained, by the names of its own model's state dict (copies, on the CPU)."""
         rows = self.sigma[job].detach().cpu().unflatten(0, (-1, len(MATRICES), self.rank))

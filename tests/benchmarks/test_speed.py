@@ -81,6 +81,9 @@ def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: StepKind) -> None:
     [
         (["aten::addmm", "aten::linear"], [[64, 32]], "GEMM"),
         (["aten::bmm", "aten::scaled_dot_product_attention"], [[8, 16, 16]], "attention"),
+        (["aten::bmm", "Attention"], [[2, 16, 16]], "attention"),
+        (["aten::_softmax", "aten::softmax", "AttentionBackward"], [[2, 16, 16]], "attention"),
+        (["aten::addcmul", "GatedAdd"], [[16, 32]], "norm and modulation"),
         (["aten::mul", "SigmoidGelu"], [[2, 16, 128]], "GELU"),
         (["aten::mul"], [[2, 16, 128]], "GELU"),
         (["aten::mul"], [[2, 16, 32]], "norm and modulation"),

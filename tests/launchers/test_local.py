@@ -225,3 +225,16 @@ def test_fifty_trivial_tasks_take_at_most_ten_seconds(tmp_path, capsys):
         print(f"\n50 trivial tasks, local: {seconds:.1f} s (bar 10)")
     assert seconds < 20
     assert json.loads((tmp_path / "out" / "task49" / "result-0.json").read_text())["value"] == 49
+
+
+def test_a_process_that_leaves_keeps_its_promises_and_its_code():
+    script = """
+import atexit, threading, time
+from fine_dist.processes import leave
+atexit.register(print, "exit function")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+print("body")
+leave(7)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split("\n"), done.stderr) == (7, ["body", "thread", "exit function", ""], "")

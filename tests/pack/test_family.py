@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fine_dist.config import DataConfig, LoopConfig, load_yaml, validate
+from fine_dist.diffusion.held_out import HeldOut
 from fine_dist.errors import ArtifactError, ConfigError, DataError, RunDirError
 from fine_dist.family import DomainConfig, Family, InitConfig, expand
+from fine_dist.family.run import run_family
 from fine_dist.init import dry_run, main, tasks
 from fine_dist.jobs import Room
 from fine_dist.methods.fine import FineConfig
@@ -249,3 +251,17 @@ def test_every_task_carries_its_targets_as_rows(config):
     for task in found:
         assert task.config.only == task.rows
         assert torch.is_tensor(torch.zeros(1)) and task.config.run_dir == config.run_dir
+
+
+def test_targets_that_begin_as_one_model_are_looked_at_once(config, monkeypatch):
+    looked = []
+    measure = HeldOut.__call__
+    monkeypatch.setattr(HeldOut, "__call__", lambda self, model, *how: looked.append(1) or measure(self, model, *how))
+    run_family(Family(changed(config, seeds=(0, 1), steps=1)), inside=False)
+    # two depths begin alike whatever the seed, four targets end each in its own way
+    assert len(looked) == 2 + 4
+    firsts = {}
+    for member in expand(changed(config, seeds=(0, 1))):
+        rows = [json.loads(line) for line in (member.folder / "metrics.jsonl").read_text().splitlines()]
+        firsts[member.depth, member.seed] = next(row["held_out_loss"] for row in rows if row["step"] == 0)
+    assert firsts[2, 0] == firsts[2, 1] != firsts[3, 0] == firsts[3, 1]

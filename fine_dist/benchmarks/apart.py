@@ -1,0 +1,87 @@
+"""Steps in processes of their own, taken by turns: what cannot be had both ways in one process (Linux, CPU).
+
+`engine.keep_freed_memory` is a setting of the whole process. Here our step is timed with it, as the loop has it, and
+without; the original-style DiT without, as a script has it that sets nothing.
+
+    python -m fine_dist.benchmarks.apart KIND ARCH BATCH PRECISION THREADS     takes a step a line of input
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from types import TracebackType
+
+from fine_dist.benchmarks.rows import Row
+from fine_dist.benchmarks.speed_plan import DENSE, ORIGINAL_BARS, Plan
+from fine_dist.benchmarks.steps import ratio
+
+
+class Apart:
+    """A process that takes a step whenever it is called, and says how many seconds it took."""
+
+    def __init__(self, kind: str, plan: Plan, precision: str) -> None:
+        import torch
+
+        shape = plan.arch.model_dump_json()
+        words = [kind, shape, str(plan.batch), precision, str(torch.get_num_threads())]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fine_dist.benchmarks.apart", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __call__(self) -> float:
+        assert self._process.stdin and self._process.stdout  # both are pipes
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of a step ended with code {self._process.wait()}")
+        return float(answer)
+
+    def __enter__(self) -> Apart:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._process.communicate(timeout=60)  # its input is over, and so is it
+
+
+def apart_of(plan: Plan, precision: str) -> list[Row]:
+    """Our dense step, freed memory kept over given back; the original-style step over ours as the loop has it."""
+    with contextlib.ExitStack() as stack:
+        steps = {kind: stack.enter_context(Apart(kind, plan, precision)) for kind in ("kept", "dense", "original")}
+        figures = plan.bench().times(steps, plan.seconds / 2)  # type: ignore[arg-type]
+    bar = ORIGINAL_BARS[precision] if plan.cpu_bars else None
+    where = f"{precision}, {plan.label}"
+    return [
+        Row(f"dense, {where}: freed memory kept / given back", ratio(figures, "kept", "dense"), "x", None, "lower"),
+        Row(f"original-style DiT / ours as the loop has it, {where}", ratio(figures, "original", "kept"), "x", bar),
+    ]
+
+
+def main(kind: str, shape: str, batch: str, precision: str, threads: str) -> None:
+    """The process's end: `kept`, `dense` or `original`."""
+    import torch
+
+    from fine_dist.benchmarks.reference_dit import original_step
+    from fine_dist.benchmarks.steps import Bench
+    from fine_dist.engine.allocator import keep_freed_memory
+    from fine_dist.model.zoo import Arch
+
+    torch.set_num_threads(int(threads))
+    if kind == "kept":
+        keep_freed_memory()
+    arch, cpu = Arch.model_validate_json(shape), torch.device("cpu")
+    if kind == "original":
+        step = original_step(arch, int(batch), precision, cpu)
+    else:
+        step = Bench(arch, cpu, 1).step(DENSE, int(batch), precision)
+    step.warm()
+    for _ in sys.stdin:
+        print(step(), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
