@@ -24,9 +24,12 @@ def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[
     import torch
     from tqdm import tqdm
 
+    from fine_dist.engine.allocator import keep_freed_memory
     from fine_dist.engine.dist import pick_device
 
     device = pick_device("auto")
+    if device.type == "cpu":
+        keep_freed_memory()  # as the loop does
     torch.set_float32_matmul_precision("high")
     # On a CPU half the depth: layers are alike, and on a shared machine many turns of few say more than two of twelve.
     size = "DiT-S/2-L2" if quick else "DiT-S/2-L6" if device.type == "cpu" else "DiT-S/2"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fine_dist.model.attention import attention
-from fine_dist.model.gelu import gelu
+from fine_dist.model.ops import gelu
 from fine_dist.model.ops import linear as product
 from fine_dist.model.roles import Role
 from fine_dist.model.sweeps import gated_add, modulate

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from fine_dist.model.attention import attention
-from fine_dist.model.gelu import gelu
-from fine_dist.model.ops import FactoredProduct
+from fine_dist.model.ops import FactoredProduct, gelu
 from fine_dist.model.sweeps import EPS
 
 SWEEPS_UP_TO = 3 << 16
