@@ -11,48 +11,39 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
-from types import TracebackType
+from collections.abc import Callable, Iterator
 
 from fine_dist.benchmarks.rows import Row
 from fine_dist.benchmarks.speed_plan import DENSE, ORIGINAL_BARS, Plan
 from fine_dist.benchmarks.steps import ratio
 
 
-class Apart:
-    """A process that takes a step whenever it is called, and says how many seconds it took."""
+@contextlib.contextmanager
+def apart(kind: str, plan: Plan, precision: str) -> Iterator[Callable[[], float]]:
+    """A process that takes a step whenever this is called, and its seconds; it ends with its input."""
+    import torch
 
-    def __init__(self, kind: str, plan: Plan, precision: str) -> None:
-        import torch
+    words = [kind, plan.arch.model_dump_json(), str(plan.batch), precision, str(torch.get_num_threads())]
+    command = [sys.executable, "-m", "fine_dist.benchmarks.apart", *words]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout  # both are pipes
+        asked, answers = process.stdin, process.stdout
 
-        shape = plan.arch.model_dump_json()
-        words = [kind, shape, str(plan.batch), precision, str(torch.get_num_threads())]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "fine_dist.benchmarks.apart", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        def step() -> float:
+            print(file=asked, flush=True)
+            answer = answers.readline()
+            if not answer:
+                raise RuntimeError(f"the process of a step ended with code {process.wait()}")
+            return float(answer)
 
-    def __call__(self) -> float:
-        assert self._process.stdin and self._process.stdout  # both are pipes
-        self._process.stdin.write(b"\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process of a step ended with code {self._process.wait()}")
-        return float(answer)
-
-    def __enter__(self) -> Apart:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        self._process.communicate(timeout=60)  # its input is over, and so is it
+        yield step
 
 
 def apart_of(plan: Plan, precision: str) -> list[Row]:
     """Our dense step, freed memory kept over given back; the original-style step over ours as the loop has it."""
     with contextlib.ExitStack() as stack:
-        steps = {kind: stack.enter_context(Apart(kind, plan, precision)) for kind in ("kept", "dense", "original")}
-        figures = plan.bench().times(steps, plan.seconds / 2)  # type: ignore[arg-type]
+        steps = {kind: stack.enter_context(apart(kind, plan, precision)) for kind in ("kept", "dense", "original")}
+        figures = plan.bench().times(steps, plan.seconds / 2)
     bar = ORIGINAL_BARS[precision] if plan.cpu_bars else None
     where = f"{precision}, {plan.label}"
     return [

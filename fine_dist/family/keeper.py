@@ -141,7 +141,7 @@ class Keeper:
         if where not in self._held_out:
             questions = read_all(expand_path(data.held_out), data.held_out_samples)
             self._held_out[where] = HeldOut(*questions, self.family.config.diffusion)
-        key = (*where, self.packed.state_of(job))
+        key = (*where, self.packed.fingerprint(job))
         if key not in self._looks:  # seeds of one depth often begin as the same model
             view: nn.Module = JobView(self.packed, job)
             self._looks[key] = self._held_out[where](view.eval())

@@ -187,7 +187,7 @@ class PackedDiT(nn.Module):
 
     # --- a job alone ------------------------------------------------------------------------------------------------
 
-    def state_of(self, job: int) -> str:
+    def fingerprint(self, job: int) -> str:
         """A hash of all that is a job's own, as it is now: jobs of equal hash are one model."""
         digest = hashlib.sha256(str(self.depths[job]).encode())
         for tensor in [*(p[job] for p in self.trained()), *self.fixed(job)]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fine_dist.benchmarks import limit, parts, speed, speed_plan
+from fine_dist.benchmarks.apart import apart, apart_of
 from fine_dist.benchmarks.reference_dit import EMA_DECAY, PlainDiT, diffusers_dit, follow, reference_step
 from fine_dist.benchmarks.rows import Row
 from fine_dist.benchmarks.steps import Bench, Step, StepKind
@@ -143,6 +144,13 @@ def test_the_rows_of_a_tiny_size_are_complete_and_have_no_bar() -> None:
     for wanted in ("original-style DiT / ours", "DiTTransformer2DModel / ours", "share of the best square product",
                    "limit by multiply-adds", "room, all but GEMM and attention", "GELU, backward"):  # fmt: skip
         assert wanted in words, wanted
+
+
+def test_steps_in_processes_of_their_own_are_timed_and_a_dead_one_is_an_error() -> None:
+    plan = speed_plan.Plan(tiny_arch(num_layers=1), 2, CPU, quick=True, own_size=False, seconds=0.1)
+    assert all(row.value > 0 and row.bar is None for row in apart_of(plan, "fp32"))
+    with apart("kept", plan, "no such precision") as step, pytest.raises((RuntimeError, BrokenPipeError)):
+        step()
 
 
 def test_bars_are_those_of_the_size_and_device_they_were_set_for() -> None:
