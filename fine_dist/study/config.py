@@ -116,6 +116,9 @@ class StudyConfig(Config):
     """That seed, of the whole chain."""
     tune_depth: int | None = Field(None, ge=1)
     """Layers of the targets on which it is chosen; none (or not of the entry): the entry's first."""
+    chosen: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What tuning has chosen before, entry by entry, each one of `tune`'s combinations: nothing is tried again for
+    these; null: everything is tried."""
     features: str | None = "classifier"
     """`classifier`: one trained on the study's own data; a folder with one; none: no Fréchet distance."""
     samples: int = Field(500, ge=2)
@@ -147,7 +150,7 @@ class StudyConfig(Config):
     launch: LaunchConfig = LaunchConfig(retries=0)
     """What a job needs, and how many run at once (`max_parallel`)."""
 
-    @field_validator("tune", mode="before")
+    @field_validator("tune", "chosen", mode="before")
     @classmethod
     def _nothing(cls, value: Any) -> Any:
         return {} if value is None else value  # what a mapping that is laid over another cannot say
@@ -174,6 +177,7 @@ class StudyConfig(Config):
             raise ValueError(f"entries: two are called {twice[0]!r}")
         named = {"main": self.main, "baseline": self.baseline}
         named |= {f"efflite.{i}": name for i, name in enumerate(self.efflite)}
+        named |= {f"chosen.{name}": name for name in self.chosen}
         named |= {f"pictured.{i}": name for i, name in enumerate(self.pictured)}
         for entry in self.entries:
             named[f"entries.{entry.name}.parent"] = entry.parent or entry.name
@@ -191,6 +195,11 @@ class StudyConfig(Config):
         empty = [key for key, values in self.tune.items() if not values]
         if empty:
             raise ValueError(f"tune.{empty[0]}: give one value or more")
+        for name, values in self.chosen.items():
+            wrong = [key for key in self.tune if values.get(key) not in self.tune[key]]
+            if wrong:
+                tried = ", ".join(map(str, self.tune[wrong[0]]))
+                raise ValueError(f"chosen.{name}: {wrong[0]} {values.get(wrong[0])} is none of tune's values, {tried}")
         if not self.data:
             raise ValueError("data: a study needs one data set or more")
         missing = [stage for stage in ("condense", "init", "train") if stage not in self.stages]

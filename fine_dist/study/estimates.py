@@ -70,8 +70,11 @@ def estimate(study: StudyConfig, graph: Graph | None = None) -> Estimate:
 
 
 def tuning_estimate(study: StudyConfig) -> Estimate | None:
-    """Of what tuning takes; none where nothing is tuned."""
-    return estimate(study, trials(study)[0]) if study.tune else None
+    """Of what tuning takes; none where nothing is tried."""
+    if not study.tune:
+        return None
+    graph, tried = trials(study)
+    return estimate(study, graph) if tried else None
 
 
 def run_flops(study: StudyConfig, graph: Graph, run: Run) -> float:

@@ -47,6 +47,8 @@ def trials(study: StudyConfig) -> tuple[Graph, list[Trial]]:
     for name in study.data:
         graph.data(name)
     for entry in study.rows:
+        if entry.name in study.chosen:
+            continue
         depth = depth_of(study, entry)
         small = entry.model_copy(update={"depths": (depth,)})
         for i, point in enumerate(points(study)):
@@ -108,6 +110,18 @@ def choose(tried: list[Trial]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def known(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
+    """What `choose` says of the entries whose choice the study's file gives: its losses are not known here."""
+    return {
+        entry.name: [
+            {"values": point, "held_out_loss": None, "chosen": point == {k: study.chosen[entry.name][k] for k in point}}
+            for point in points(study)
+        ]
+        for entry in study.rows
+        if entry.name in study.chosen
+    }
+
+
 def tuned(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, list[dict[str, Any]]]]:
     """The study with the values that were chosen in its entries, and what was tried. Runs what is not done."""
     from fine_dist.study.follow import follow
@@ -116,8 +130,9 @@ def tuned(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, lis
         return study, {}
     graph, tried = trials(study)
     print(f"tuning: {len(tried)} trials of {', '.join(study.tune)} on seed {study.tune_seed}", flush=True)
-    follow(graph, launcher)
-    found = choose(tried)
+    if tried:
+        follow(graph, launcher)
+    found = choose(tried) | known(study)
     write_atomic(study.root / FILE, json.dumps(found, indent=1) + "\n")
     return with_choices(study, found), found
 

@@ -13,7 +13,8 @@ from fine_dist.report.markdown import markdown
 from fine_dist.stages import load_model
 from fine_dist.stages.measure import MeasureConfig, Measures
 from fine_dist.study import load_study, plan, run_study
-from fine_dist.study.tune import FILE, Trial, choose, trials, with_choices
+from fine_dist.study.estimates import tuning_estimate
+from fine_dist.study.tune import FILE, Trial, choose, known, trials, tuned, with_choices
 from tests.study.test_plan import DEMO
 
 SMALL = {
@@ -40,6 +41,25 @@ def test_trials_share_what_comes_before_and_differ_in_the_last_stage(tmp_path):
     assert [run.name for run in graph.runs if run.depths != (2,)] == ["data", "condense-fine-s1000"]
     assert [run.config.optim.lr for run in graph.runs if run.name.startswith("tune-")] == [1e-5, 1e-2, 1e-5, 1e-2]
     assert all(trial.run.config.seed == 1000 and trial.run.steps == 4 for trial in tried)
+
+
+def test_a_choice_that_the_file_gives_is_used_and_not_tried_again(tmp_path):
+    given = {"fine": {"optim.lr": 1e-2}}
+    changes = {**SMALL, "run_dir": str(tmp_path), "entries": [FINE, HE]}
+    study = load_study(DEMO, **changes, chosen=given)
+    assert {trial.entry for trial in trials(study)[1]} == {"he"}
+    said = known(study)
+    assert [(row["values"]["optim.lr"], row["chosen"]) for row in said["fine"]] == [(1e-5, False), (1e-2, True)]
+    runs = plan(with_choices(study, said)).runs
+    assert [run.config.optim.lr for run in runs if run.name.startswith("fine-L")] == [1e-2, 1e-2]
+    # where every row's is given nothing is left to try, and null tries all again
+    whole = load_study(DEMO, **changes, chosen={**given, "he": {"optim.lr": 1e-5}})
+    assert tuning_estimate(whole) is None and tuned(whole, "here")[1].keys() == {"fine", "he"}
+    assert len(trials(load_study(DEMO, **changes, chosen=None))[1]) == 4
+    with pytest.raises(ConfigError, match=r"chosen\.fine: optim\.lr 0\.5 is none of tune's values, 1e-05, 0\.01"):
+        load_study(DEMO, **changes, chosen={"fine": {"optim.lr": 0.5}})
+    with pytest.raises(ConfigError, match=r"chosen\.nobody: no entry is called 'nobody'"):
+        load_study(DEMO, **changes, chosen={"nobody": {"optim.lr": 1e-2}})
 
 
 def test_where_stage_2_is_all_the_training_it_is_tuned(tmp_path):
