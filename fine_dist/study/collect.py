@@ -1,28 +1,22 @@
-"""What a study's run directories say, as the rows and pictures of its report. Every number is read or measured.
-
-A model's measurements are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
-"""
+"""What a study's run directories say, as the rows and pictures of its report. Every number is read or measured."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import DataConfig
-from fine_dist.files import read_rows, write_atomic
+from fine_dist.files import read_rows
 from fine_dist.report import Ancestor, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
 from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+from fine_dist.study.measuring import Measuring, Model, measure_ahead
 from fine_dist.study.pictures import pictured, real, samples
-from fine_dist.study.surroundings import features, machine
+from fine_dist.study.surroundings import machine
 
 if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
-    from fine_dist.stages.measure import Measures
     from fine_dist.study.plan import Graph, Run
 
 
@@ -32,22 +26,24 @@ ENOUGH = 0.9
 
 def collect(graph: Graph) -> Results:
     """Measure what the runs made and put it with what they wrote down. Every run must be done."""
-    return _Collector(graph).collect()
+    collector = _Collector(graph)
+    measure_ahead(graph)
+    return collector.collect()
 
 
 class _Collector:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.study = graph, graph.study
-        self.features, self.accuracy = features(self.study)
-        if self.accuracy is not None:
-            low = "" if self.accuracy >= ENOUGH else f"; below {ENOUGH}, so that its Fréchet distances say little"
-            print(f"features: a classifier of this data, held-out accuracy {self.accuracy:.4f}{low}", flush=True)
-        self._measures: dict[str, Measures] = {}
+        self.measuring = Measuring(graph)
+        accuracy = self.measuring.accuracy
+        if accuracy is not None:
+            low = "" if accuracy >= ENOUGH else f"; below {ENOUGH}, so that its Fréchet distances say little"
+            print(f"features: a classifier of this data, held-out accuracy {accuracy:.4f}{low}", flush=True)
         self._artifacts: dict[str, Artifact] = {}
 
     def collect(self) -> Results:
         study = self.study
-        measures = self.measures(next(iter(study.data)))
+        measures = self.measuring.on(next(iter(study.data)))
         results = Results(
             title=study.title,
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -61,7 +57,7 @@ class _Collector:
             claims=list(study.claims),
             sections=study.sections,
             tables_note=study.tables_note,
-            classifier_accuracy=self.accuracy,
+            classifier_accuracy=self.measuring.accuracy,
             frechet_floor=measures.floor,
             frechet_samples=study.samples if measures.floor is not None else None,
             config=self._said(),
@@ -87,57 +83,6 @@ class _Collector:
             "samples": study.samples,
             **({"tuned on seed": study.tune_seed} if study.tune else {}),
         }
-
-    # --- measuring -------------------------------------------------------------------------------------------------
-
-    def measures(self, data: str) -> Measures:
-        """The measurements on one data set."""
-        from fine_dist.stages.measure import MeasureConfig, Measures
-
-        if data not in self._measures:
-            folder = self.study.root / data
-            self._measures[data] = Measures(
-                MeasureConfig(
-                    data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
-                    features=self.features,
-                    samples=self.study.samples,
-                    sampler=self.study.sampler,
-                )
-            )
-        return self._measures[data]
-
-    def of(self, entry: Entry) -> Measures:
-        return self.measures(settings.data_of(self.study, "train", entry))
-
-    def kept(
-        self, measures: Measures, depth: int, seed: int, name: str, folder: Path, efflite: bool = False
-    ) -> dict[str, Any]:
-        """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
-        from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages import find_artifact, load_model
-
-        told: list[Any] = [
-            read_manifest(find_artifact(folder)),
-            measures.config.model_dump(mode="json"),
-            self.accuracy,
-            {},
-        ]
-        distances = _among(self.study.frechet_seeds, seed) and _among(self.study.frechet_depths, depth)
-        efflite = efflite and distances
-        told += [] if distances else ["loss alone"]
-        told += ["efflite"] if efflite else []
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        file = self.study.root / "measures" / f"{name}.json"
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["key"] == key:
-                return dict(found["numbers"])
-        model = load_model(folder)[0]
-        numbers = (
-            measures(model, name, efflite) if distances else {"held_out_loss": measures.loss(model), "frechet": None}
-        )
-        write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
-        return numbers
 
     # --- an entry --------------------------------------------------------------------------------------------------
 
@@ -176,8 +121,9 @@ class _Collector:
             return
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
-        own = self.measures(Path(run.config.data.shards).parent.name)  # which need not be its targets'
-        numbers = [self.kept(own, a.arch.num_layers, r.config.seed, r.name, r.run_dir) for r, a in parents]
+        own = self.measuring.on(Path(run.config.data.shards).parent.name)  # which need not be its targets'
+        models = [Model(r.name, r.run_dir, a.arch.num_layers, r.config.seed) for r, a in parents]
+        numbers = [self.measuring.numbers(own, model) for model in models]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(
             name=artifact.arch.name,
@@ -213,36 +159,36 @@ class _Collector:
             "steps_condense": shared.steps, "samples_condense": shared.samples,
             "flops_condense": shared.flops, "seconds_condense": shared.seconds,
         }  # fmt: skip
+        measures = self.measuring.of(entry)
+        numbers = [self.measuring.numbers(measures, model) for model in self.measuring.models(entry, depth, seed)]
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
             artifact = load_artifact(find_artifact(folder))
             before, trained = init_cost(run, folder, depth)
             own = sum(t.numel() for t in artifact.tensors.values())
-            last = entry.init.final
-            efflite = last and self._has_efflite(entry, depth)
-            numbers = self.kept(self.of(entry), depth, seed, f"{run.name}-L{depth}", folder, efflite)
-            if last:
+            initialised = numbers.pop(0)
+            if entry.init.final:
                 points = self._points(entry, run, folder / "metrics.jsonl")
-                self._whole(results, points, before, common | paid | {"stored": own, "trained": trained}, numbers)
+                self._whole(results, points, before, common | paid | {"stored": own, "trained": trained}, initialised)
                 if seed == self.study.seeds[0]:
                     self._picture(results, entry, folder, method=entry.name, target=depth, step=before.steps)
                 return
             results.add(
                 stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
-                seconds=before.seconds, stored=own, trained=trained, **common, **paid, **numbers,
+                seconds=before.seconds, stored=own, trained=trained, **common, **paid, **initialised,
             )  # fmt: skip
             if seed == self.study.seeds[0] and entry.name == self.study.main:
                 for matrix, table in settings.depth_tables(folder).items():
                     results.add_table(f"target {depth}", matrix, table)
         if entry.untrained:
             self._untrained(results, entry, depth, seed)
-        self._trained(results, entry, depth, seed, before, common | paid)
+        self._trained(results, entry, depth, seed, before, common | paid, numbers)
 
     def _points(self, entry: Entry, run: Run, metrics: Path) -> dict[int, float]:
         """Held-out losses by step while a run trained; none where it asked fewer samples than are measured here, whose
         mean is another number."""
-        held_out = self.of(entry).held_out
+        held_out = self.measuring.of(entry).held_out
         config = run.config
         data = next((domain.data for domain in getattr(config, "domains", {}).values()), config.data)
         if held_out is not None and data.held_out_samples < held_out.samples:
@@ -263,7 +209,7 @@ class _Collector:
     def _untrained(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
         """What each variant of a target is worth without any training."""
         found = self._parent(entry, seed)
-        measures = self.of(entry)
+        measures = self.measuring.of(entry)
         if found is None or measures.held_out is None:
             return
         method = settings.method_of(found[1].method if entry.condense else entry.method)
@@ -277,8 +223,9 @@ class _Collector:
                 )  # fmt: skip
 
     def _trained(
-        self, results: Results, entry: Entry, depth: int, seed: int, before: Cost, common: dict[str, Any]
-    ) -> None:
+        self, results: Results, entry: Entry, depth: int, seed: int, before: Cost, common: dict[str, Any],
+        ends: list[dict[str, Any]],
+    ) -> None:  # fmt: skip
         """The curves of a target's training runs, and the distances of the models they ended with."""
         from fine_dist.stages import load_model
 
@@ -286,14 +233,11 @@ class _Collector:
         if not runs:
             return
         model, _ = load_model(runs[0].run_dir)
-        numbers = sum(p.numel() for p in model.parameters())
-        results.target_params[depth] = max(numbers, results.target_params.get(depth, 0))
+        size = sum(p.numel() for p in model.parameters())
+        results.target_params[depth] = max(size, results.target_params.get(depth, 0))
         spent = Cost()
-        for run, cost in zip(runs, train_cost(runs, model.arch)):
+        for run, cost, end in zip(runs, train_cost(runs, model.arch), ends):
             start = spent if run.grows else Cost()
-            at_budget = run.steps == self.study.steps.get("N")
-            efflite = at_budget and self._has_efflite(entry, depth)
-            end = self.kept(self.of(entry), depth, seed, run.name, run.run_dir, efflite)
             points = self._points(entry, run, run.run_dir / "metrics.jsonl") | {run.steps: end["held_out_loss"]}
             for step, loss in sorted(points.items()):
                 if run.grows and step <= start.steps:
@@ -302,25 +246,15 @@ class _Collector:
                 results.add(
                     stage="train", step=step, held_out_loss=loss, **_distances(end if step == run.steps else {}),
                     steps_init=before.steps, steps_train=step, samples=now.samples, flops=now.flops,
-                    seconds=now.seconds, stored=numbers, trained=numbers, **common,
+                    seconds=now.seconds, stored=size, trained=size, **common,
                 )  # fmt: skip
             spent = start + cost
             if seed == self.study.seeds[0]:
                 self._picture(results, entry, run.run_dir, method=entry.name, target=depth, step=run.steps)
 
-    def _has_efflite(self, entry: Entry, depth: int) -> bool:
-        depths = self.study.depths_of(entry)
-        chosen = self.study.tune_depth if self.study.tune_depth in depths else depths[0]
-        return entry.name in self.study.efflite and depth == chosen
-
     def _picture(self, results: Results, entry: Entry, folder: Path, **fields: Any) -> None:
         if pictured(self.study, entry):
-            results.pictures.append(samples(self.study, self.of(entry), folder, **fields))
-
-
-def _among(chosen: tuple[int, ...], value: int) -> bool:
-    """None chosen: all are."""
-    return not chosen or value in chosen
+            results.pictures.append(samples(self.study, self.measuring.of(entry), folder, **fields))
 
 
 def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:

@@ -1,0 +1,178 @@
+"""Measuring a study's models: each once, and several at a time where the study runs several jobs.
+
+A model's measurements are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fine_dist.config import DataConfig
+from fine_dist.errors import TrainingError
+from fine_dist.files import write_atomic
+from fine_dist.study import settings
+from fine_dist.study.config import Entry
+from fine_dist.study.surroundings import features
+
+if TYPE_CHECKING:
+    from fine_dist.stages.measure import Measures
+    from fine_dist.study.plan import Graph
+
+
+class Model(NamedTuple):
+    """A finished model of a study."""
+
+    name: str
+    """Of its measurements' file."""
+    folder: Path
+    depth: int
+    seed: int
+    efflite: bool = False
+    """Whether its samples' distance on EfficientNet's features is wanted as well."""
+
+
+class Measuring:
+    """The measurements of a study's models.
+
+    accuracy: held-out, of the classifier whose features the Fréchet distance has; none without one.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.study = graph, graph.study
+        self.features, self.accuracy = features(self.study)
+        self._measures: dict[str, Measures] = {}
+
+    def on(self, data: str) -> Measures:
+        """The measurements on one data set."""
+        from fine_dist.stages.measure import MeasureConfig, Measures
+
+        if data not in self._measures:
+            folder = self.study.root / data
+            self._measures[data] = Measures(
+                MeasureConfig(
+                    data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
+                    features=self.features,
+                    samples=self.study.samples,
+                    sampler=self.study.sampler,
+                )
+            )
+        return self._measures[data]
+
+    def of(self, entry: Entry) -> Measures:
+        """The measurements of an entry's targets."""
+        return self.on(settings.data_of(self.study, "train", entry))
+
+    def models(self, entry: Entry, depth: int, seed: int) -> list[Model]:
+        """What is measured of one target: as initialised, where it has a stage 2, and after each training."""
+        wanted = entry.name in self.study.efflite and depth == self._efflite_depth(entry)
+        found = []
+        if entry.init:
+            run = self.graph.init(entry, seed)
+            folder = settings.target_folder(run.config, depth)
+            found.append(Model(f"{run.name}-L{depth}", folder, depth, seed, wanted and entry.init.final))
+        for run in self.graph.train(entry, depth, seed):
+            at_budget = run.steps == self.study.steps.get("N")
+            found.append(Model(run.name, run.run_dir, depth, seed, wanted and at_budget))
+        return found
+
+    def _efflite_depth(self, entry: Entry) -> int:
+        depths = self.study.depths_of(entry)
+        return self.study.tune_depth if self.study.tune_depth in depths else depths[0]
+
+    def numbers(self, measures: Measures, model: Model) -> dict[str, Any]:
+        """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
+        from fine_dist.model.artifact import read_manifest
+        from fine_dist.stages import find_artifact, load_model
+
+        told: list[Any] = [
+            read_manifest(find_artifact(model.folder)), measures.config.model_dump(mode="json"), self.accuracy, {}
+        ]  # fmt: skip
+        study = self.study
+        distances = _among(study.frechet_seeds, model.seed) and _among(study.frechet_depths, model.depth)
+        efflite = model.efflite and distances
+        told += [] if distances else ["loss alone"]
+        told += ["efflite"] if efflite else []
+        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        file = study.root / "measures" / f"{model.name}.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found["key"] == key:
+                return dict(found["numbers"])
+        network = load_model(model.folder)[0]
+        if distances:
+            numbers = measures(network, model.name, efflite)
+        else:
+            numbers = {"held_out_loss": measures.loss(network), "frechet": None}
+        write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
+        return numbers
+
+
+def _among(chosen: tuple[int, ...], value: int) -> bool:
+    """None chosen: all are."""
+    return not chosen or value in chosen
+
+
+# --- several at a time -----------------------------------------------------------------------------------------------
+
+
+def measure_ahead(graph: Graph) -> None:
+    """Measure all targets' models in as many processes as the study runs jobs (`launch.max_parallel`), a share of the
+    cores each: small models in two processes are done sooner than by two threads. Nothing where it is one process, or
+    models are measured on an accelerator. What is trained once, the classifier, must be there.
+
+    Raises what a measurement raises, and `TrainingError` when a process was killed.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    from tqdm import tqdm
+
+    from fine_dist.engine.dist import pick_device
+    from fine_dist.jobs.machine import cores
+
+    study = graph.study
+    processes = min(study.launch.max_parallel or 1, cores())
+    if processes < 2 or pick_device("auto").type != "cpu":
+        return
+    work = [
+        (entry.name, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)
+    ]
+    given = (graph, cores() // processes, os.getpid())
+    try:
+        with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
+            list(tqdm(pool.map(_measure, work), total=len(work), desc="measure", unit="target", leave=False))
+    except BrokenProcessPool as error:
+        raise TrainingError(
+            f"a process that measured models of {study.root} was killed (out of memory?); what is measured is kept and "
+            "the same command goes on; with launch.max_parallel 1 models are measured one after the other"
+        ) from error
+
+
+_here: Measuring
+"""Of a process of the pool."""
+
+
+def _begin(graph: Graph, threads: int, parent: int) -> None:
+    import torch
+
+    from fine_dist.processes import die_with_parent
+
+    global _here
+    die_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all of the group: the parent alone says so
+    os.environ["TQDM_DISABLE"] = "1"  # the parent has the bar
+    torch.set_num_threads(threads)
+    _here = Measuring(graph)
+
+
+def _measure(target: tuple[str, int, int]) -> None:
+    name, depth, seed = target
+    entry = _here.study.entry(name)
+    for model in _here.models(entry, depth, seed):
+        _here.numbers(_here.of(entry), model)

@@ -1,0 +1,56 @@
+"""Models measured several at a time: the numbers of one process, kept, and a killed process told."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from fine_dist.errors import TrainingError
+from fine_dist.jobs.machine import cores
+from fine_dist.study import load_study, measuring, plan
+from fine_dist.study.follow import follow
+from fine_dist.study.measuring import Measuring, measure_ahead
+from tests.study.test_plan import DEMO
+from tests.study.test_tune import HE, SMALL
+
+pytestmark = pytest.mark.skipif(cores() < 2, reason="measuring in two processes takes two cores")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """A finished study of two models."""
+    folder = tmp_path_factory.mktemp("measured")
+    changes = {**SMALL, "tune": {}, "depths": [1], "seeds": [0, 1], "steps": {"C": 2, "I": 2, "N": 2}, "main": "he"}
+    entry = {**HE, "train": ["N"]}
+    study = load_study(DEMO, run_dir=str(folder), entries=[entry], launch={"max_parallel": 2}, **changes)
+    graph = plan(study)
+    follow(graph, "here")
+    return graph
+
+
+def test_two_processes_measure_what_one_does(graph):
+    measure_ahead(graph)
+    one = Measuring(graph)
+    [entry] = graph.study.rows
+    for seed in graph.study.seeds:
+        [model] = one.models(entry, 1, seed)
+        file = graph.study.root / "measures" / f"{model.name}.json"
+        apart = json.loads(file.read_text())["numbers"]
+        before = file.stat().st_mtime_ns
+        assert one.numbers(one.of(entry), model) == apart and file.stat().st_mtime_ns == before  # not measured again
+        file.unlink()
+        # products of fewer threads are summed in another order
+        assert one.numbers(one.of(entry), model)["held_out_loss"] == pytest.approx(apart["held_out_loss"], rel=1e-5)
+
+
+def _killed(target: tuple[str, int, int]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_told_and_nothing_hangs(graph, monkeypatch):
+    monkeypatch.setattr(measuring, "_measure", _killed)
+    with pytest.raises(TrainingError, match=r"was killed .* the same command goes on"):
+        measure_ahead(graph)
