@@ -79,16 +79,18 @@ class Measures:
 
         efflite: with `fd_efflite`, of the same samples. `ConfigError` where there is no real data to compare with.
         """
-        model = model.to(self.device).eval()
-        numbers: dict[str, Any] = {"held_out_loss": self.loss(model) if self.held_out else None, "frechet": None}
+        loss = self.loss(model) if self.held_out else None
+        return {"held_out_loss": loss, "frechet": None} | self.distances(model, title, efflite)
+
+    def distances(self, model: DiT, title: str, efflite: bool = False) -> dict[str, Any]:
+        """`frechet`, where there are features, and `fd_efflite`, where it is asked for, of one draw of samples."""
         if not self.reference and not efflite:
-            return numbers
-        drawn = self.draw(model, self.config.samples, title)
-        if self.reference:
-            numbers["frechet"] = self.frechet(drawn)
-        if efflite:
-            numbers["fd_efflite"] = self.efflite(drawn)
-        return numbers
+            return {}
+        drawn = self.draw(model.to(self.device).eval(), self.config.samples, title)
+        return {
+            **({"frechet": self.frechet(drawn)} if self.reference else {}),
+            **({"fd_efflite": self.efflite(drawn)} if efflite else {}),
+        }
 
     def loss(self, model: nn.Module) -> float:
         """The held-out loss of a dense or a composed model. `ConfigError` without held-out data."""

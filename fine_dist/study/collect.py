@@ -122,7 +122,10 @@ class _Collector:
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
         own = self.measuring.on(Path(run.config.data.shards).parent.name)  # which need not be its targets'
-        models = [Model(r.name, r.run_dir, a.arch.num_layers, r.config.seed) for r, a in parents]
+        models = [
+            Model(r.name, r.run_dir, self.measuring.distances(entry, a.arch.num_layers, r.config.seed))
+            for r, a in parents
+        ]
         numbers = [self.measuring.numbers(own, model) for model in models]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(

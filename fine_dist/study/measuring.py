@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from fine_dist.study.config import Entry
 from fine_dist.study.surroundings import features
 
 if TYPE_CHECKING:
+    from fine_dist.model.dit import DiT
     from fine_dist.stages.measure import Measures
     from fine_dist.study.plan import Graph
 
@@ -30,8 +32,8 @@ class Model(NamedTuple):
     name: str
     """Of its measurements' file."""
     folder: Path
-    depth: int
-    seed: int
+    distances: bool = False
+    """Whether a Fréchet distance is wanted."""
     efflite: bool = False
     """Whether its samples' distance on EfficientNet's features is wanted as well."""
 
@@ -69,52 +71,58 @@ class Measuring:
 
     def models(self, entry: Entry, depth: int, seed: int) -> list[Model]:
         """What is measured of one target: as initialised, where it has a stage 2, and after each training."""
-        wanted = entry.name in self.study.efflite and depth == self._efflite_depth(entry)
+        distances = self.distances(entry, depth, seed)
+        wanted = distances and entry.name in self.study.efflite and depth == self._efflite_depth(entry)
         found = []
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
-            found.append(Model(f"{run.name}-L{depth}", folder, depth, seed, wanted and entry.init.final))
+            found.append(Model(f"{run.name}-L{depth}", folder, distances, wanted and entry.init.final))
         for run in self.graph.train(entry, depth, seed):
             at_budget = run.steps == self.study.steps.get("N")
-            found.append(Model(run.name, run.run_dir, depth, seed, wanted and at_budget))
+            found.append(Model(run.name, run.run_dir, distances, wanted and at_budget))
         return found
+
+    def distances(self, entry: Entry, depth: int, seed: int) -> bool:
+        """Whether an entry's models of a depth and seed have a Fréchet distance."""
+        study = self.study
+        wanted = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
+        return all(not chosen or value in chosen for chosen, value in wanted)
 
     def _efflite_depth(self, entry: Entry) -> int:
         depths = self.study.depths_of(entry)
         return self.study.tune_depth if self.study.tune_depth in depths else depths[0]
 
     def numbers(self, measures: Measures, model: Model) -> dict[str, Any]:
-        """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
+        """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages import find_artifact, load_model
+        from fine_dist.stages import find_artifact
 
-        told: list[Any] = [
-            read_manifest(find_artifact(model.folder)), measures.config.model_dump(mode="json"), self.accuracy, {}
-        ]  # fmt: skip
-        study = self.study
-        distances = _among(study.frechet_seeds, model.seed) and _among(study.frechet_depths, model.depth)
-        efflite = model.efflite and distances
-        told += [] if distances else ["loss alone"]
-        told += ["efflite"] if efflite else []
+        manifest, config = read_manifest(find_artifact(model.folder)), measures.config.model_dump(mode="json")
+        asked = [manifest, config["data"], config["diffusion"]]
+        loss = self._once(model, "loss", asked, lambda network: {"held_out_loss": measures.loss(network)})
+        if not model.distances or (self.features is None and not model.efflite):
+            return loss | {"frechet": None}
+        drawn = [manifest, config, self.accuracy, model.efflite]
+        return loss | self._once(
+            model, "distances", drawn, lambda network: measures.distances(network, model.name, model.efflite)
+        )
+
+    def _once(
+        self, model: Model, what: str, told: list[Any], measure: Callable[[DiT], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What was measured of a model when all that it depends on was the same, or is now."""
+        from fine_dist.stages import load_model
+
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        file = study.root / "measures" / f"{model.name}.json"
+        file = self.study.root / "measures" / f"{model.name}.{what}.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["key"] == key:
                 return dict(found["numbers"])
-        network = load_model(model.folder)[0]
-        if distances:
-            numbers = measures(network, model.name, efflite)
-        else:
-            numbers = {"held_out_loss": measures.loss(network), "frechet": None}
+        numbers = measure(load_model(model.folder)[0])
         write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
         return numbers
-
-
-def _among(chosen: tuple[int, ...], value: int) -> bool:
-    """None chosen: all are."""
-    return not chosen or value in chosen
 
 
 # --- several at a time -----------------------------------------------------------------------------------------------

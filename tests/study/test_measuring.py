@@ -8,13 +8,13 @@ import signal
 
 import pytest
 
-from fine_dist.errors import TrainingError
+from fine_dist.errors import ConfigError, TrainingError
 from fine_dist.jobs.machine import cores
 from fine_dist.study import load_study, measuring, plan
 from fine_dist.study.follow import follow
 from fine_dist.study.measuring import Measuring, measure_ahead
 from tests.study.test_plan import DEMO
-from tests.study.test_tune import HE, SMALL
+from tests.study.test_tune import FINE, HE, SMALL
 
 pytestmark = pytest.mark.skipif(cores() < 2, reason="measuring in two processes takes two cores")
 
@@ -37,13 +37,29 @@ def test_two_processes_measure_what_one_does(graph):
     [entry] = graph.study.rows
     for seed in graph.study.seeds:
         [model] = one.models(entry, 1, seed)
-        file = graph.study.root / "measures" / f"{model.name}.json"
+        file = graph.study.root / "measures" / f"{model.name}.loss.json"
         apart = json.loads(file.read_text())["numbers"]
         before = file.stat().st_mtime_ns
-        assert one.numbers(one.of(entry), model) == apart and file.stat().st_mtime_ns == before  # not measured again
+        assert one.numbers(one.of(entry), model) == {**apart, "frechet": None}
+        assert file.stat().st_mtime_ns == before  # not measured again
         file.unlink()
         # products of fewer threads are summed in another order
         assert one.numbers(one.of(entry), model)["held_out_loss"] == pytest.approx(apart["held_out_loss"], rel=1e-5)
+
+
+def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_path):
+    changes = {**SMALL, "tune": {}, "run_dir": str(tmp_path), "seeds": [0, 1]}
+    few = {"frechet": ["fine"], "frechet_depths": [2], "frechet_seeds": [0]}
+    study = load_study(DEMO, **changes, entries=[FINE, HE], **few)
+    measuring = Measuring(plan(study))
+    wanted = {
+        (entry.name, depth, seed)
+        for seed in study.seeds for entry in study.rows for depth in study.depths
+        for model in measuring.models(entry, depth, seed) if model.distances
+    }  # fmt: skip
+    assert wanted == {("fine", 2, 0)}
+    with pytest.raises(ConfigError, match=r"frechet\.0: no entry is called 'nobody'"):
+        load_study(DEMO, **changes, entries=[FINE, HE], frechet=["nobody"])
 
 
 def _killed(target: tuple[str, int, int]) -> None:
