@@ -169,6 +169,7 @@ _here: Measuring
 def _begin(graph: Graph, threads: int, parent: int) -> None:
     import torch
 
+    from fine_dist.engine.allocator import keep_freed_memory
     from fine_dist.processes import die_with_parent
 
     global _here
@@ -176,6 +177,7 @@ def _begin(graph: Graph, threads: int, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all of the group: the parent alone says so
     os.environ["TQDM_DISABLE"] = "1"  # the parent has the bar
     torch.set_num_threads(threads)
+    keep_freed_memory()  # every batch asks for what the one before had
     _here = Measuring(graph)
 
 
