@@ -61,7 +61,7 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
     assert len(models) == 8
     check_costs(run)
     measured = {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
-    assert len(measured) == 11  # eight trained models, two initialised ones, the ancestor
+    assert len(measured) == 2 * 11  # a loss and distances: eight trained models, two initialised ones, the ancestor
     demo(run, *small)
     assert measured == {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
     assert models == {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
