@@ -184,8 +184,8 @@ class _Collector:
             if seed == self.study.seeds[0] and entry.name == self.study.main:
                 for matrix, table in settings.depth_tables(folder).items():
                     results.add_table(f"target {depth}", matrix, table)
-        if entry.untrained:
-            self._untrained(results, entry, depth, seed)
+        for variant, loss in self.measuring.untrained(entry, depth, seed).items():
+            results.add(**common, variant=variant, stage="init", step=0, held_out_loss=loss)
         self._trained(results, entry, depth, seed, before, common | paid, numbers)
 
     def _points(self, entry: Entry, run: Run, metrics: Path) -> dict[int, float]:
@@ -208,22 +208,6 @@ class _Collector:
                 stage="train", step=step, held_out_loss=loss, **_distances(end if last else {}),
                 steps_train=step, samples=now.samples, flops=now.flops, seconds=now.seconds, **common,
             )  # fmt: skip
-
-    def _untrained(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
-        """What each variant of a target is worth without any training."""
-        found = self._parent(entry, seed)
-        measures = self.measuring.of(entry)
-        if found is None or measures.held_out is None:
-            return
-        method = settings.method_of(found[1].method if entry.condense else entry.method)
-        for axis, values in method.variants().items():
-            for value in values:
-                model = settings.untrained(method.vary(axis, value), found[1], depth, seed)
-                loss = measures.loss(model)
-                results.add(
-                    method=entry.name, variant=str(value), target=depth, seed=seed, stage="init", step=0,
-                    held_out_loss=loss,
-                )  # fmt: skip
 
     def _trained(
         self, results: Results, entry: Entry, depth: int, seed: int, before: Cost, common: dict[str, Any],

@@ -21,7 +21,6 @@ from fine_dist.study.config import Entry
 from fine_dist.study.surroundings import features
 
 if TYPE_CHECKING:
-    from fine_dist.model.dit import DiT
     from fine_dist.stages.measure import Measures
     from fine_dist.study.plan import Graph
 
@@ -96,31 +95,54 @@ class Measuring:
     def numbers(self, measures: Measures, model: Model) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages import find_artifact
+        from fine_dist.stages import find_artifact, load_model
 
-        manifest, config = read_manifest(find_artifact(model.folder)), measures.config.model_dump(mode="json")
-        asked = [manifest, config["data"], config["diffusion"]]
-        loss = self._once(model, "loss", asked, lambda network: {"held_out_loss": measures.loss(network)})
+        manifest = read_manifest(find_artifact(model.folder))
+        config = measures.config.model_dump(mode="json")
+        loss = self._once(
+            f"{model.name}.loss",
+            [manifest, config["data"], config["diffusion"]],
+            lambda: {"held_out_loss": measures.loss(load_model(model.folder)[0])},
+        )
         if not model.distances or (self.features is None and not model.efflite):
             return loss | {"frechet": None}
-        drawn = [manifest, config, self.accuracy, model.efflite]
         return loss | self._once(
-            model, "distances", drawn, lambda network: measures.distances(network, model.name, model.efflite)
+            f"{model.name}.distances",
+            [manifest, config, self.accuracy, model.efflite],
+            lambda: measures.distances(load_model(model.folder)[0], model.name, model.efflite),
         )
 
-    def _once(
-        self, model: Model, what: str, told: list[Any], measure: Callable[[DiT], dict[str, Any]]
-    ) -> dict[str, Any]:
-        """What was measured of a model when all that it depends on was the same, or is now."""
-        from fine_dist.stages import load_model
+    def untrained(self, entry: Entry, depth: int, seed: int) -> dict[str, float]:
+        """Held-out losses of every variant of an entry's target without any training; empty where nobody asks."""
+        from fine_dist.model.artifact import load_artifact, read_manifest
+        from fine_dist.stages import find_artifact
 
+        parent, measures = self.graph.parent_of(entry, seed), self.of(entry)
+        if not entry.untrained or parent is None or measures.held_out is None:
+            return {}
+        folder, config = find_artifact(parent[0].run_dir), measures.config.model_dump(mode="json")
+
+        def measure() -> dict[str, float]:
+            artifact = load_artifact(folder)
+            method = settings.method_of(artifact.method if entry.condense else entry.method)
+            return {
+                str(value): measures.loss(settings.untrained(method.vary(axis, value), artifact, depth, seed))
+                for axis, values in method.variants().items()
+                for value in values
+            }
+
+        told = [read_manifest(folder), entry.method, depth, seed, config["data"], config["diffusion"]]
+        return self._once(f"{entry.name}-L{depth}-s{seed}.untrained", told, measure)
+
+    def _once(self, name: str, told: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was measured when all that it depends on was the same, or is now."""
         key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-        file = self.study.root / "measures" / f"{model.name}.{what}.json"
+        file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
             if found["key"] == key:
                 return dict(found["numbers"])
-        numbers = measure(load_model(model.folder)[0])
+        numbers = measure()
         write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
         return numbers
 
@@ -186,3 +208,4 @@ def _measure(target: tuple[str, int, int]) -> None:
     entry = _here.study.entry(name)
     for model in _here.models(entry, depth, seed):
         _here.numbers(_here.of(entry), model)
+    _here.untrained(entry, depth, seed)
