@@ -91,18 +91,25 @@ class Trained(NamedTuple):
     accuracy: float
 
 
+ENOUGH_SHOWN = 240_000
+"""Images that a classifier has seen, repeats counted, when more of them change little."""
+MANY = 10_000
+"""Images from which batches are larger."""
+
+
 def train_classifier(
     images: Tensor,
     labels: Tensor,
     held_out: tuple[Tensor, Tensor],
     *,
     seed: int = 0,
-    epochs: int = 40,
-    batch: int = 50,
+    epochs: int | None = None,
+    batch: int | None = None,
 ) -> Trained:
     """Train on images [N, C, H, H] in [-1, 1] and labels [N] int64.
 
-    1,500 digits take a few seconds of one core (40 epochs); 60,000 garments a few minutes (4 epochs, batch 100).
+    epochs, batch: none: as many as show `ENOUGH_SHOWN` images, at most 40, in batches of 50, or of 100 where there are many.
+    1,500 digits take a few seconds of one core (40 epochs of 50); 60,000 garments a few minutes (4 epochs of 100).
 
     Deterministic by seed: weights, order and jitter come from one generator, and it runs on one thread, because
     sums over threads round differently. Each image is turned, stretched and moved a little every time, or 1,500 digits
@@ -116,6 +123,8 @@ def train_classifier(
             f"{len(images)} images of {'x'.join(map(str, shape))}, {len(labels)} labels and held-out images "
             f"{list(held_out[0].shape)} do not fit each other"
         )
+    epochs = epochs or max(1, min(40, ENOUGH_SHOWN // len(images)))
+    batch = batch or (100 if len(images) > MANY else 50)
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
