@@ -117,8 +117,8 @@ def train_classifier(
     1,500 digits take a few seconds of one core (40 epochs of 50); 60,000 garments a minute or two (8 epochs of 100).
 
     Deterministic by seed: weights, order and jitter come from one generator, and it runs on one thread, because
-    sums over threads round differently. Up to `MANY` images are turned, stretched and moved a little every time, or 1,500
-    digits are learned by heart. `DataError` for images that are not square, not finite, or without a label each.
+    sums over threads round differently. Up to `MANY` images are turned, stretched and moved a little every time, or
+    1,500 digits are learned by heart. `DataError` for images that are not square, not finite, or without a label each.
     """
     shape = tuple(images.shape[1:])
     if len(shape) != 3 or shape[1] != shape[2]:
