@@ -255,7 +255,7 @@ def line_in_depth(num_layers: int, rank: int, std: float, generator: torch.Gener
     layers drawn independently have no depth to interpolate over, and training does not give them one.
     """
     ends = torch.randn(2, rank, generator=generator) * std
-    t = torch.linspace(0, 1, num_layers)[:, None]
+    t = torch.linspace(0, 1, num_layers, device=ends.device)[:, None]
     return ((1 - t) * ends[0] + t * ends[1]) / ((1 - t) ** 2 + t**2).sqrt()
 
 
