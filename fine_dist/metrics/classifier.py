@@ -92,7 +92,7 @@ class Trained(NamedTuple):
 
 
 ENOUGH_SHOWN = 480_000
-"""Images that a classifier has seen, repeats counted, when more of them change little."""
+"""Images that a classifier is shown in all, repeats counted."""
 MANY = 10_000
 """Images from which batches are larger, and none is learned by heart: they are shown as they are."""
 

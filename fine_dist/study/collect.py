@@ -11,7 +11,7 @@ from fine_dist.report import Ancestor, Results
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
 from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
-from fine_dist.study.measuring import Measuring, Model, measure_ahead
+from fine_dist.study.measuring import Measuring, measure_ahead
 from fine_dist.study.pictures import pictured, real, samples
 from fine_dist.study.surroundings import machine
 
@@ -27,7 +27,7 @@ ENOUGH = 0.9
 def collect(graph: Graph) -> Results:
     """Measure what the runs made and put it with what they wrote down. Every run must be done."""
     collector = _Collector(graph)
-    measure_ahead(graph)
+    measure_ahead(collector.measuring)
     return collector.collect()
 
 
@@ -121,12 +121,8 @@ class _Collector:
             return
         costs = [self._shared(entry, seed) for seed in self.study.seeds]
         run, artifact = parents[0]
-        own = self.measuring.on(Path(run.config.data.shards).parent.name)  # which need not be its targets'
-        models = [
-            Model(r.name, r.run_dir, self.measuring.distances(entry, a.arch.num_layers, r.config.seed))
-            for r, a in parents
-        ]
-        numbers = [self.measuring.numbers(own, model) for model in models]
+        models = [self.measuring.parent(entry, seed) for seed in self.study.seeds]
+        numbers = [self.measuring.numbers(model) for model in models if model is not None]
         model, _ = load_model(run.run_dir)
         results.ancestors[entry.name] = Ancestor(
             name=artifact.arch.name,
@@ -162,8 +158,7 @@ class _Collector:
             "steps_condense": shared.steps, "samples_condense": shared.samples,
             "flops_condense": shared.flops, "seconds_condense": shared.seconds,
         }  # fmt: skip
-        measures = self.measuring.of(entry)
-        numbers = [self.measuring.numbers(measures, model) for model in self.measuring.models(entry, depth, seed)]
+        numbers = [self.measuring.numbers(model) for model in self.measuring.models(entry, depth, seed)]
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)

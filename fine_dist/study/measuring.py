@@ -6,6 +6,7 @@ A model's measurements are kept in RUN_DIR/measures, so that a study that grows 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -29,8 +30,10 @@ class Model(NamedTuple):
     """A finished model of a study."""
 
     name: str
-    """Of its measurements' file."""
+    """Of its measurements' files."""
     folder: Path
+    data: str
+    """Data set that it is measured on."""
     distances: bool = False
     """Whether a Fréchet distance is wanted."""
     efflite: bool = False
@@ -68,22 +71,34 @@ class Measuring:
         """The measurements of an entry's targets."""
         return self.on(settings.data_of(self.study, "train", entry))
 
+    def parent(self, entry: Entry, seed: int) -> Model | None:
+        """What an entry's targets come from, on the data that it was trained on, which need not be theirs."""
+        from fine_dist.model.artifact import read_manifest
+        from fine_dist.stages import find_artifact
+
+        found = self.graph.parent_of(entry, seed)
+        if found is None:
+            return None
+        run = found[0]
+        depth = read_manifest(find_artifact(run.run_dir))["arch"]["num_layers"]
+        data = Path(run.config.data.shards).parent.name
+        return Model(run.name, run.run_dir, data, self._has_distances(entry, depth, seed))
+
     def models(self, entry: Entry, depth: int, seed: int) -> list[Model]:
         """What is measured of one target: as initialised, where it has a stage 2, and after each training."""
-        distances = self.distances(entry, depth, seed)
+        data, distances = settings.data_of(self.study, "train", entry), self._has_distances(entry, depth, seed)
         wanted = distances and entry.name in self.study.efflite and depth == self._efflite_depth(entry)
         found = []
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
-            found.append(Model(f"{run.name}-L{depth}", folder, distances, wanted and entry.init.final))
+            found.append(Model(f"{run.name}-L{depth}", folder, data, distances, wanted and entry.init.final))
         for run in self.graph.train(entry, depth, seed):
             at_budget = run.steps == self.study.steps.get("N")
-            found.append(Model(run.name, run.run_dir, distances, wanted and at_budget))
+            found.append(Model(run.name, run.run_dir, data, distances, wanted and at_budget))
         return found
 
-    def distances(self, entry: Entry, depth: int, seed: int) -> bool:
-        """Whether an entry's models of a depth and seed have a Fréchet distance."""
+    def _has_distances(self, entry: Entry, depth: int, seed: int) -> bool:
         study = self.study
         wanted = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
         return all(not chosen or value in chosen for chosen, value in wanted)
@@ -92,12 +107,12 @@ class Measuring:
         depths = self.study.depths_of(entry)
         return self.study.tune_depth if self.study.tune_depth in depths else depths[0]
 
-    def numbers(self, measures: Measures, model: Model) -> dict[str, Any]:
+    def numbers(self, model: Model) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
         from fine_dist.model.artifact import read_manifest
         from fine_dist.stages import find_artifact, load_model
 
-        manifest = read_manifest(find_artifact(model.folder))
+        manifest, measures = read_manifest(find_artifact(model.folder)), self.on(model.data)
         config = measures.config.model_dump(mode="json")
         loss = self._once(
             f"{model.name}.loss",
@@ -150,10 +165,10 @@ class Measuring:
 # --- several at a time -----------------------------------------------------------------------------------------------
 
 
-def measure_ahead(graph: Graph) -> None:
-    """Measure all targets' models in as many processes as the study runs jobs (`launch.max_parallel`), a share of the
+def measure_ahead(measuring: Measuring) -> None:
+    """Measure all models of a study in as many processes as the study runs jobs (`launch.max_parallel`), a share of the
     cores each: small models in two processes are done sooner than by two threads. Nothing where it is one process, or
-    models are measured on an accelerator. What is trained once, the classifier, must be there.
+    models are measured on an accelerator.
 
     Raises what a measurement raises, and `TrainingError` when a process was killed.
     """
@@ -166,17 +181,22 @@ def measure_ahead(graph: Graph) -> None:
     from fine_dist.engine.dist import pick_device
     from fine_dist.jobs.machine import cores
 
-    study = graph.study
+    study = measuring.study
     processes = min(study.launch.max_parallel or 1, cores())
     if processes < 2 or pick_device("auto").type != "cpu":
         return
-    work = [
-        (entry.name, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)
-    ]
-    given = (graph, cores() // processes, os.getpid())
+    targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
+    parents = [
+        measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows
+    ]  # several rows may have one
+    models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]
+    models = list(dict.fromkeys(models))
+    bare = [target for target in targets if target[0].untrained]
+    given = (measuring.graph, cores() // processes, os.getpid())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
-            list(tqdm(pool.map(_measure, work), total=len(work), desc="measure", unit="target", leave=False))
+            done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, bare))
+            list(tqdm(done, total=len(models) + len(bare), desc="measure", unit="model", leave=False))
     except BrokenProcessPool as error:
         raise TrainingError(
             f"a process that measured models of {study.root} was killed (out of memory?); what is measured is kept and "
@@ -203,9 +223,9 @@ def _begin(graph: Graph, threads: int, parent: int) -> None:
     _here = Measuring(graph)
 
 
-def _measure(target: tuple[str, int, int]) -> None:
-    name, depth, seed = target
-    entry = _here.study.entry(name)
-    for model in _here.models(entry, depth, seed):
-        _here.numbers(_here.of(entry), model)
-    _here.untrained(entry, depth, seed)
+def _numbers(model: Model) -> None:
+    _here.numbers(model)
+
+
+def _untrained(target: tuple[Entry, int, int]) -> None:
+    _here.untrained(*target)

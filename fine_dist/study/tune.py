@@ -129,8 +129,8 @@ def tuned(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, lis
     if not study.tune:
         return study, {}
     graph, tried = trials(study)
-    print(f"tuning: {len(tried)} trials of {', '.join(study.tune)} on seed {study.tune_seed}", flush=True)
     if tried:
+        print(f"tuning: {len(tried)} trials of {', '.join(study.tune)} on seed {study.tune_seed}", flush=True)
         follow(graph, launcher)
     found = choose(tried) | known(study)
     write_atomic(study.root / FILE, json.dumps(found, indent=1) + "\n")

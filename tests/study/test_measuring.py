@@ -32,19 +32,19 @@ def graph(tmp_path_factory):
 
 
 def test_two_processes_measure_what_one_does(graph):
-    measure_ahead(graph)
     one = Measuring(graph)
+    measure_ahead(one)
     [entry] = graph.study.rows
     for seed in graph.study.seeds:
         [model] = one.models(entry, 1, seed)
         file = graph.study.root / "measures" / f"{model.name}.loss.json"
         apart = json.loads(file.read_text())["numbers"]
         before = file.stat().st_mtime_ns
-        assert one.numbers(one.of(entry), model) == {**apart, "frechet": None}
+        assert one.numbers(model) == {**apart, "frechet": None}
         assert file.stat().st_mtime_ns == before  # not measured again
         file.unlink()
         # products of fewer threads are summed in another order
-        assert one.numbers(one.of(entry), model)["held_out_loss"] == pytest.approx(apart["held_out_loss"], rel=1e-5)
+        assert one.numbers(model)["held_out_loss"] == pytest.approx(apart["held_out_loss"], rel=1e-5)
 
 
 def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_path):
@@ -62,11 +62,11 @@ def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_pa
         load_study(DEMO, **changes, entries=[FINE, HE], frechet=["nobody"])
 
 
-def _killed(target: tuple[str, int, int]) -> None:
+def _killed(model: measuring.Model) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_is_told_and_nothing_hangs(graph, monkeypatch):
-    monkeypatch.setattr(measuring, "_measure", _killed)
+    monkeypatch.setattr(measuring, "_numbers", _killed)
     with pytest.raises(TrainingError, match=r"was killed .* the same command goes on"):
-        measure_ahead(graph)
+        measure_ahead(Measuring(graph))
