@@ -186,17 +186,15 @@ def measure_ahead(measuring: Measuring) -> None:
     if processes < 2 or pick_device("auto").type != "cpu":
         return
     targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
-    parents = [
-        measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows
-    ]  # several rows may have one
+    parents = [measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows]
     models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]
-    models = list(dict.fromkeys(models))
-    bare = [target for target in targets if target[0].untrained]
+    models = list(dict.fromkeys(models))  # several rows may come from one
+    untrained = [target for target in targets if target[0].untrained]
     given = (measuring.graph, cores() // processes, os.getpid())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
-            done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, bare))
-            list(tqdm(done, total=len(models) + len(bare), desc="measure", unit="model", leave=False))
+            done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, untrained))
+            list(tqdm(done, total=len(models) + len(untrained), desc="measure", unit="model", leave=False))
     except BrokenProcessPool as error:
         raise TrainingError(
             f"a process that measured models of {study.root} was killed (out of memory?); what is measured is kept and "
