@@ -45,18 +45,18 @@ format: install  ## rewrite with ruff
 	$(BIN)/ruff check --fix .
 
 benchmark: install  ## every benchmark, to runs/benchmark
-	$(BIN)/python -m fine_dist.benchmark speed --json runs/benchmark/speed.json
-	$(BIN)/python -m fine_dist.benchmark data --json runs/benchmark/data.json
-	$(BIN)/python -m fine_dist.benchmark fanout --json runs/benchmark/fanout.json
-	$(BIN)/python -m fine_dist.benchmark metrics --json runs/benchmark/metrics.json
-	$(BIN)/python -m fine_dist.benchmark sample --json runs/benchmark/sample.json
-	$(BIN)/python -m fine_dist.benchmark creative --json runs/benchmark/creative.json
+	$(BIN)/python -m benchmarks speed --json runs/benchmark/speed.json
+	$(BIN)/python -m benchmarks data --json runs/benchmark/data.json
+	$(BIN)/python -m benchmarks fanout --json runs/benchmark/fanout.json
+	$(BIN)/python -m benchmarks metrics --json runs/benchmark/metrics.json
+	$(BIN)/python -m benchmarks sample --json runs/benchmark/sample.json
+	$(BIN)/python -m benchmarks creative --json runs/benchmark/creative.json
 
 methods: install  ## every method and control on digits, to runs/benchmark/digits (about 45 minutes on 2 quiet cores)
-	$(BIN)/python -m fine_dist.benchmark methods --config configs/benchmark/digits.yaml --json runs/benchmark/digits.json
+	$(BIN)/python -m benchmarks methods --config configs/benchmark/digits.yaml --json runs/benchmark/digits.json
 
 gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json
-	$(BIN)/python -m fine_dist.benchmark gpu
+	$(BIN)/python -m benchmarks gpu
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100

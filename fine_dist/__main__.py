@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-from fine_dist.errors import EXIT_USER_ERROR, guard, nearest
+from fine_dist.core.errors import EXIT_USER_ERROR, guard, nearest
 
 COMMANDS = {
     "encode": "images or the embedded digits -> latent shards; --inspect and --verify them",

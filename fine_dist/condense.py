@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.cli import parse
-from fine_dist.config import expand_path
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import guard
 from fine_dist.engine.run_dir import promise_of
-from fine_dist.errors import guard
-from fine_dist.stages import PRELOAD
 from fine_dist.stages.condense import CondenseConfig, run
+from fine_dist.stages.config import PRELOAD
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,10 +21,10 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal run_dir
         call = parse(CondenseConfig, argv, "python -m fine_dist.condense")
         if call.dry_run:
-            from launchers import check
+            from launchers.entry import check
 
             check("fine_dist.condense", call.config, call.launcher)
-            from fine_dist.stages.estimates import dry_run
+            from fine_dist.planning.estimates import dry_run
 
             if not call.config.knows_shape:
                 print(f"ancestor {call.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")

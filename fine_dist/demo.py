@@ -14,10 +14,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fine_dist.cli import parse
-from fine_dist.config import Config, dump_yaml
-from fine_dist.errors import guard
-from fine_dist.study import StudyConfig, load_study, outline, run_study
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import Config, dump_yaml
+from fine_dist.core.errors import guard
+from fine_dist.study import outline, run_study
+from fine_dist.study.config import StudyConfig, load_study
 
 STUDY = Path(__file__).resolve().parents[1] / "configs" / "study" / "digits_demo.yaml"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fine_dist.cli import parse
-from fine_dist.config import expand_path
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import guard
 from fine_dist.data.encoding import EncodeConfig, dry_run, out_of, run, show, verified
-from fine_dist.errors import guard
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         out_of(config)
         if call.dry_run:
-            from launchers import check
+            from launchers.entry import check
 
             check("fine_dist.encode", call.config, call.launcher)
             print("\n".join(dry_run(config)))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.cli import parse
-from fine_dist.config import dump_yaml, expand_path
-from fine_dist.errors import ConfigError, guard
-from fine_dist.stages.drawn import EvaluateConfig
-from fine_dist.stages.evaluation import Evaluation, keep, table
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import dump_yaml, expand_path
+from fine_dist.core.errors import ConfigError, guard
+from fine_dist.evaluation.evaluator import Evaluation, keep, table
+from fine_dist.sampling.settings import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> Path:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from fine_dist.cli import parse
-from fine_dist.config import Config, dump_yaml, expand_path
-from fine_dist.errors import ConfigError, guard
-from fine_dist.stages.sources import HintsConfig
+from fine_dist.artifacts.locate import HintsConfig
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import Config, dump_yaml, expand_path
+from fine_dist.core.errors import ConfigError, guard
 
 
 class ExportConfig(Config):
@@ -34,8 +34,8 @@ class ExportConfig(Config):
 
 def run(config: ExportConfig) -> Path:
     """Write the model; returns where it is."""
-    from fine_dist.stages import load_model
-    from fine_dist.stages.exporting import export
+    from fine_dist.artifacts.exporting import export
+    from fine_dist.artifacts.load import load_model
 
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")

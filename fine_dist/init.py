@@ -13,15 +13,17 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from fine_dist.cli import parse
-from fine_dist.config import dump_yaml
-from fine_dist.errors import EXIT_TASKS_FAILED, guard
-from fine_dist.family import Family, InitConfig, expand, run_dir_of
-from fine_dist.jobs import Room, StateTable, Task
-from fine_dist.jobs.worker import inside
-from fine_dist.stages.sources import is_hub_name, is_there
+from fine_dist.artifacts.locate import is_hub_name, is_there
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import dump_yaml
+from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
+from fine_dist.family.config import InitConfig
+from fine_dist.family.members import Family, expand, run_dir_of
+from launchers.spec import Room, Task
+from launchers.state_table import StateTable
+from launchers.worker import inside
 
-PRELOAD = ("torch", "fine_dist.family.run")
+PRELOAD = ("torch", "fine_dist.family.train_family")
 """What a local pool imports once for all packs."""
 
 
@@ -39,7 +41,7 @@ def tasks(config: InitConfig, room: Room | None = None) -> list[Task]:
 
 def run(config: InitConfig) -> Path:
     """Train the targets (`only` those named) that are not done, in this process; the family's folder."""
-    from fine_dist.family.run import run_family
+    from fine_dist.family.train_family import run_family
 
     return run_family(Family(config), inside())
 
@@ -75,8 +77,9 @@ def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
 
 def room_of(config: InitConfig, launcher: str) -> Room | None:
     """The machines that the family's packs would run on; none where this process does it all."""
-    from fine_dist.jobs.prepare import make_spec
-    from launchers import Launcher, pick
+    from launchers.base import Launcher
+    from launchers.prepare import make_spec
+    from launchers.registry import pick
 
     place = pick(launcher, config.launch)
     if inside() or not issubclass(place, Launcher) or not place.on_this_machine:
@@ -87,12 +90,13 @@ def room_of(config: InitConfig, launcher: str) -> Room | None:
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
-    from launchers import Launcher, pick
+    from launchers.base import Launcher
+    from launchers.registry import pick
 
     # A bar follows jobs of this machine; those of a cluster may run long after this command has ended.
     if inside() or not issubclass(place := pick(launcher, config.launch), Launcher) or place.detached:
         return contextlib.nullcontext()
-    from fine_dist.family.table import FamilyBar
+    from fine_dist.family.summary import FamilyBar
 
     return FamilyBar(expand(config), config.steps)
 
@@ -116,16 +120,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         nonlocal config
-        from launchers import launch
+        from launchers.entry import launch
 
         call = parse(InitConfig, argv, "python -m fine_dist.init", options=options)
         if call.options.list:
-            from fine_dist.family.table import list_family
+            from fine_dist.family.summary import list_family
 
             print("\n".join(list_family(Path(call.options.list))))
             return 0
         if call.dry_run:
-            from launchers import check
+            from launchers.entry import check
 
             check("fine_dist.init", call.config, call.launcher)
             print("\n".join(dry_run(call.config, room_of(call.config, call.launcher))))

@@ -16,14 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fine_dist.cli import Call, parse
-from fine_dist.config import Config, load
-from fine_dist.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
-from fine_dist.jobs import Finding
-from fine_dist.jobs.prepare import launch_of, make_spec, tasks_of
-from fine_dist.jobs.worker import config_class, import_module
-from fine_dist.stages.scale import Link, Network
-from fine_dist.stages.scaling import Question
+from fine_dist.core.arguments import Call, parse
+from fine_dist.core.config import Config, load
+from fine_dist.core.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
+from fine_dist.planning.scaling import Question
+from fine_dist.planning.scaling_model import Link, Network
+from launchers.prepare import launch_of, make_spec, tasks_of
+from launchers.spec import Finding
+from launchers.worker import config_class, import_module
 
 STAGES = ("encode", "condense", "init", "creative", "train", "evaluate", "sample")
 
@@ -92,9 +92,9 @@ def _add_scale(own: ArgumentParser) -> None:
 
 
 def _scale(config: Config, known: Namespace) -> int:
-    from fine_dist.report.scale import check_picture, curve, draw, lines
+    from fine_dist.planning.scaling import answer
     from fine_dist.stages.config import StageConfig
-    from fine_dist.stages.scaling import answer
+    from fine_dist.study.report.scaling_table import check_picture, curve, draw, lines
 
     if not isinstance(config, StageConfig):
         raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
@@ -121,7 +121,7 @@ def _scale(config: Config, known: Namespace) -> int:
 
 def _gloo() -> Callable[[int], tuple[Network, float]]:
     """Links between local gloo processes, and how much slower each computes beside the others; measured when asked."""
-    from fine_dist.benchmarks.ranks import as_links, measure
+    from fine_dist.planning.rank_timing import as_links, measure
     from fine_dist.testing import run_distributed
 
     def measured(processes: int) -> dict[str, Any]:
@@ -141,8 +141,9 @@ def _gloo() -> Callable[[int], tuple[Network, float]]:
 
 def findings(module: str, call: Call, rate: float | None) -> list[Finding]:
     """What is known of a call before it is made: of one of its tasks, when it has several."""
-    from fine_dist.stages.preflight import preflight, upload
-    from launchers import Launcher, pick
+    from launchers.base import Launcher
+    from launchers.preflight import preflight, upload
+    from launchers.registry import pick
 
     place = pick(call.launcher, launch_of(call.config))
     with place(launch_of(call.config)) as runner:

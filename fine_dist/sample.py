@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from fine_dist.cli import parse
-from fine_dist.config import dump_yaml
-from fine_dist.errors import guard
-from fine_dist.stages.drawing import SampleConfig, run
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import dump_yaml
+from fine_dist.core.errors import guard
+from fine_dist.sampling.drawing import SampleConfig, run
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fine_dist.errors import EXIT_TASKS_FAILED, guard
-from fine_dist.jobs.status import ENDED, read, show, summary
+from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
+from launchers.status import ENDED, read, show, summary
 
 
 def main(argv: list[str] | None = None) -> int:

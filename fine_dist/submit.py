@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from fine_dist.errors import EXIT_USER_ERROR, guard
+from fine_dist.core.errors import EXIT_USER_ERROR, guard
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from fine_dist.processes import free_port, rank_words
+from fine_dist.core.processes import free_port, rank_words
 
 _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.cli import parse
-from fine_dist.config import expand_path
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import guard
 from fine_dist.engine.run_dir import promise_of
-from fine_dist.errors import guard
-from fine_dist.model.zoo import arch
-from fine_dist.stages import PRELOAD
+from fine_dist.model.arch import arch
+from fine_dist.stages.config import PRELOAD
 from fine_dist.stages.train import TrainConfig, run
 
 FALLBACK = "DiT-B/2"
@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(TrainConfig, argv, "python -m fine_dist.train")
         config: TrainConfig = call.config
         if call.dry_run:
-            from launchers import check
+            from launchers.entry import check
 
             check("fine_dist.train", call.config, call.launcher)
-            from fine_dist.stages.estimates import dry_run
+            from fine_dist.planning.estimates import dry_run
 
             plan = config.blueprint()
             if plan is None:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from fine_dist.config import Config, LaunchConfig
+from fine_dist.core.config import Config
+from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, ResumeLater
+from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
-from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, ResumeLater
-from fine_dist.jobs import Finding, JobSpec, Room
-from fine_dist.jobs.prepare import job_file
-from fine_dist.jobs.worker import EXIT_BUSY
+from launchers.prepare import job_file
+from launchers.spec import Finding, JobSpec, Room
+from launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.config import Config
+from fine_dist.core.config import Config
+from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
-from fine_dist.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
-from fine_dist.jobs import JobSpec, Row, StateTable, Submissions, Task
-from fine_dist.jobs.code import code_root, snapshot
-from fine_dist.jobs.prepare import fans_out, launch_of, make_spec, make_specs, run_dir_of, tasks_of
-from fine_dist.jobs.worker import EXIT_BUSY, inside
-from fine_dist.stages.preflight import preflight, refuse
 from launchers.base import Job, Launcher, Whole
+from launchers.code_snapshot import code_root, snapshot
 from launchers.here import Here, check_accelerators, run_here
+from launchers.preflight import preflight, refuse
+from launchers.prepare import fans_out, launch_of, make_spec, make_specs, run_dir_of, tasks_of
 from launchers.registry import pick
+from launchers.spec import JobSpec, Task
+from launchers.state_table import Row, StateTable, Submissions
+from launchers.worker import EXIT_BUSY, inside
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fine_dist.config import Config
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import Finding, JobSpec
-from fine_dist.jobs.machine import visible_devices
-from fine_dist.jobs.prepare import make_spec
-from fine_dist.jobs.worker import exit_code, import_module, inside
-from fine_dist.stages.preflight import accelerators
+from fine_dist.core.config import Config
+from fine_dist.core.errors import LaunchError
 from launchers.base import Whole
+from launchers.machine import visible_devices
+from launchers.preflight import accelerators
+from launchers.prepare import make_spec
+from launchers.spec import Finding, JobSpec
+from launchers.worker import exit_code, import_module, inside
 
 
 class Here(Whole):

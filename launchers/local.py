@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import Finding, JobSpec, Room
-from fine_dist.jobs.machine import fits_here, local_room, visible_devices
-from fine_dist.jobs.worker import LIFELINE
-from fine_dist.processes import free_port, rank_words
-from fine_dist.stages.preflight import accelerators
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher, joint_code
 from launchers.here import check_accelerators
+from launchers.machine import fits_here, local_room, visible_devices
+from launchers.preflight import accelerators
+from launchers.spec import Finding, JobSpec, Room
+from launchers.worker import LIFELINE
 
 GRACE_S = 30.0
 """Seconds a job has to save after SIGTERM before it is killed."""

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fine_dist.processes import die_with_parent, free_ports
+from fine_dist.core.processes import die_with_parent, free_ports
 
 SETTINGS = {
     "RAY_AUTH_MODE": "disabled",

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import JobSpec
+from fine_dist.core.errors import LaunchError
+from launchers.spec import JobSpec
 
 
 def inside_ray() -> bool:

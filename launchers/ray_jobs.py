@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import Config, LaunchConfig, dump_yaml
-from fine_dist.errors import LaunchError
-from fine_dist.jobs.code import stage_code
-from fine_dist.jobs.prepare import launch_of
-from fine_dist.stages.preflight import refuse, upload
+from fine_dist.core.config import Config, dump_yaml
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import Whole
+from launchers.code_snapshot import stage_code
+from launchers.preflight import refuse, upload
+from launchers.prepare import launch_of
 from launchers.ray_cluster import inside_ray
 
 AGENT_WAIT_S = 90.0

@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
-from fine_dist.jobs import Finding, JobSpec, Room
-from fine_dist.jobs.worker import LIFELINE
-from fine_dist.processes import free_port, rank_words
+from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
+from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher
 from launchers.local import ForkServer
 from launchers.ray_cluster import check_storage, connect, copies, demand, grows, inside_ray, nodes, one_rank
+from launchers.spec import Finding, JobSpec, Room
+from launchers.worker import LIFELINE
 
 QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
 """Exit codes that starting the workers again would not change; others count as failures of the worker group."""

@@ -3,8 +3,8 @@ that says it is the one. None of them imports Ray or submitit before it is used.
 
 from __future__ import annotations
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError, nearest
+from fine_dist.core.errors import LaunchError, nearest
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import Launcher, Place
 from launchers.here import Here
 from launchers.local import LocalLauncher

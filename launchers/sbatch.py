@@ -8,13 +8,15 @@ import shlex
 import signal
 from pathlib import Path
 
-from fine_dist.cli import parse
-from fine_dist.config import LaunchConfig, load
-from fine_dist.errors import ResumeLater
-from fine_dist.files import write_atomic
-from fine_dist.jobs import JobSpec, StateTable
-from fine_dist.jobs.code import code_root, snapshot
-from fine_dist.jobs.prepare import (
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import load
+from fine_dist.core.errors import ResumeLater
+from fine_dist.core.files import write_atomic
+from fine_dist.core.settings import LaunchConfig
+from launchers.code_snapshot import code_root, snapshot
+from launchers.entry import launch
+from launchers.preflight import preflight, refuse
+from launchers.prepare import (
     fans_out,
     is_done,
     job_file,
@@ -25,12 +27,12 @@ from fine_dist.jobs.prepare import (
     short_hash,
     tasks_of,
 )
-from fine_dist.jobs.worker import config_class, import_module
-from fine_dist.stages.preflight import preflight, refuse
-from launchers.entry import launch
 from launchers.site import Site
 from launchers.slurm_queue import slurm_findings
 from launchers.slurm_submitit import SlurmLauncher
+from launchers.spec import JobSpec
+from launchers.state_table import StateTable
+from launchers.worker import config_class, import_module
 
 
 def prepare(module: str, argv: list[str], whole: bool = False) -> Path:

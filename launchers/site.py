@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import fine_dist
-from fine_dist.errors import LaunchError, nearest
+from fine_dist.core.errors import LaunchError, nearest
 
 FILE = "FINE_DIST_SITE"
 """Environment variable that names another file."""

@@ -11,10 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import Finding, JobSpec
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import EXIT_INTERRUPTED, JobState
+from launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
 GHOST = "alive in the accounting only"

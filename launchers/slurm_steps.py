@@ -10,12 +10,12 @@ import sys
 import time
 from dataclasses import replace
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import JobSpec, Room
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher
 from launchers.site import Site
 from launchers.slurm_queue import Machine, fits_on
+from launchers.spec import JobSpec, Room
 
 GRACE_S = 60.0
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import LaunchConfig, load
-from fine_dist.errors import EXIT_RESUME, LaunchError
-from fine_dist.jobs import Finding, JobSpec, Submissions, worker
-from fine_dist.jobs.prepare import launch_of
+from fine_dist.core.config import load
+from fine_dist.core.errors import EXIT_RESUME, LaunchError
+from fine_dist.core.settings import LaunchConfig
+from launchers import worker
 from launchers.base import Job, Launcher, stopped
+from launchers.prepare import launch_of
 from launchers.site import Site
 from launchers.slurm_queue import (
     GHOST,
@@ -34,6 +35,8 @@ from launchers.slurm_queue import (
     slurm,
     slurm_findings,
 )
+from launchers.spec import Finding, JobSpec
+from launchers.state_table import Submissions
 
 GHOST_S = 30.0
 """Seconds after which a job that only the accounting believes in counts as lost."""

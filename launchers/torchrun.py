@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fine_dist.errors import EXIT_RESUME, EXIT_USER_ERROR
+from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
 from launchers.base import joint_code
 
 

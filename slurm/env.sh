@@ -119,7 +119,7 @@ run() {
     export JOB PROCS PYTHON MASTER_ADDR MASTER_PORT FINE_DIST_EXIT_FILE="$RUN_DIR/jobs/.exit-$SLURM_JOB_ID"
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    # As fine_dist.processes.derived_port: below the ports that the system hands out, of this job alone.
+    # As fine_dist.core.processes.derived_port: below the ports that the system hands out, of this job alone.
     MASTER_PORT=$((20000 + SLURM_JOB_ID * 131 % 10000))
     rm -f "$FINE_DIST_EXIT_FILE"
     cd "$CODE" || exit 2

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.artifacts.targets import descend
 from fine_dist.methods import from_manifest, parent_of
+from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.flops import forward_macs
-from fine_dist.model.zoo import Arch
-from fine_dist.report import read_results
-from fine_dist.stages.targets import descend
+from fine_dist.study.report.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,19 +24,19 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fine_dist.cli import parse
+from fine_dist.core.arguments import parse
+from fine_dist.core.errors import ArtifactError, DataError, guard
+from fine_dist.core.help import settings as settings_of
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig
 from fine_dist.encode import main as encode_main
-from fine_dist.errors import ArtifactError, DataError, guard
-from fine_dist.family import InitConfig
+from fine_dist.family.config import InitConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.factors import FactoredDiT
-from fine_dist.usage import settings as settings_of
 from tests.conftest import lively, tiny_arch
+from tests.core.test_config import Toy
 from tests.data.making import SHAPE, make, make_foreign, npy, sample
-from tests.test_config import Toy
 
 KINDS = (Toy, InitConfig, EncodeConfig)
 

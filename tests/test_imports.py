@@ -16,45 +16,31 @@ FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in 
 # Every room, from the bottom up: a file imports its own room and rooms further down; those of one line not each other.
 # Whatever lies flat in `fine_dist/` and is not named here is a command, which is above all of them.
 FLOORS = [
-    ["errors"],
-    ["files", "processes", "schema"],
-    ["config"],
-    ["usage"],
-    ["cli"],
+    ["core"],
     ["model"],
     ["diffusion"],
     ["methods"],
-    ["data", "interop"],
-    ["metrics"],
-    ["engine"],
-    ["jobs"],
-    ["pack"],
+    ["data", "engine"],
+    ["artifacts"],
+    ["sampling"],
+    ["evaluation"],
     ["stages"],
-    ["family", "text"],
+    ["planning"],
     ["launchers"],
-    ["report"],
+    ["family", "creative"],
     ["study"],
-    ["benchmarks"],
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = len(FLOORS)
-TOOLS = {"testing": LEVEL["launchers"]}
+TOOLS = {"testing": LEVEL["planning"]}
 """Flat files that are no commands: the test tool for several processes."""
 OWNERS = {
     "peft": ("fine_dist/methods/",),
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
     "submitit": ("launchers/",),
-    # the data benchmark measures against plain webdataset, and makes the autoencoder that it encodes with
-    "webdataset": ("fine_dist/data/", "fine_dist/benchmarks/data.py"),
-    "diffusers": (
-        "fine_dist/interop/",
-        "fine_dist/diffusion/sample.py",
-        "fine_dist/data/codecs.py",
-        "fine_dist/text/",
-        # benchmarks that measure against diffusers' own
-        "fine_dist/benchmarks/",
-    ),
+    "webdataset": ("fine_dist/data/",),
+    "diffusers": ("fine_dist/artifacts/", "fine_dist/diffusion/", "fine_dist/data/codecs.py", "fine_dist/creative/"),
 }
 
 
@@ -169,7 +155,7 @@ def test_no_file_of_ours_shadows_a_library():
 
 
 def test_configs_methods_and_jobs_are_read_without_torch():
-    code = "import sys, fine_dist.cli, fine_dist.methods, fine_dist.jobs; sys.exit('torch' in sys.modules)"
+    code = "import sys, fine_dist.core.arguments, fine_dist.methods, fine_dist.jobs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

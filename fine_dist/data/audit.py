@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import sha256_of
 from fine_dist.data.reader import NOT_FINITE, ShardSet
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar, latent_type
-from fine_dist.errors import DataError
-from fine_dist.files import sha256_of
 
 _PIECE = 1024
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from fine_dist.errors import DataError
+from fine_dist.core.errors import DataError
 
 
 class Codec(Protocol):

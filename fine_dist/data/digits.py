@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fine_dist.errors import DataError
+from fine_dist.core.errors import DataError
 
 NUM_TRAIN = 1500
 SPLITS = ("train", "held_out")

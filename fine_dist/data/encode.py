@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from fine_dist.core.errors import DataError
 from fine_dist.data.codecs import Codec
 from fine_dist.data.images import Item, Source
 from fine_dist.data.output import Output
 from fine_dist.data.progress import Progress
 from fine_dist.data.shards import BadInput, Manifest
 from fine_dist.data.sharing import Claims, Job, agree, count_done, mark_done, merge, too_many
-from fine_dist.errors import DataError
 
 
 @dataclass(frozen=True)

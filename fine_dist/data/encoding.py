@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from fine_dist.config import Config, DataConfig, LaunchConfig, Seed, dump_yaml, expand_path
-from fine_dist.errors import ConfigError, DataError
-from fine_dist.processes import rank_here
+from fine_dist.core.config import Config, Seed, dump_yaml, expand_path
+from fine_dist.core.errors import ConfigError, DataError
+from fine_dist.core.processes import rank_here
+from fine_dist.core.settings import LaunchConfig
+from fine_dist.data.settings import DataConfig
 
 if TYPE_CHECKING:
     from fine_dist.data.audit import Summary

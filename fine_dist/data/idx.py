@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fine_dist.config import expand_path
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import DataError
 from fine_dist.data.images import Item
-from fine_dist.errors import DataError
 
 FILES = {"train": "train", "held_out": "t10k"}
 """What the names of a split's files begin with."""

@@ -18,11 +18,12 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from fine_dist.config import DataConfig, expand_path
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import DataError
 from fine_dist.data.digits import digits
 from fine_dist.data.records import LABEL_DIGITS
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy, is_remote, local_path
-from fine_dist.errors import DataError
 
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),

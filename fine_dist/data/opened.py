@@ -7,13 +7,13 @@ import os
 import threading
 from dataclasses import replace
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import sha256_of
 from fine_dist.data.records import BLOCK, layout_of, record_key
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.sources import open_shard
 from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
-from fine_dist.errors import DataError
-from fine_dist.files import sha256_of
 
 Indexes = dict[str, tuple[tuple[int, int, int], ShardIndex]]
 """By a shard's name: size, time of change and inode of the file that was walked, and what was found there."""

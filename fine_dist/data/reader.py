@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
 from fine_dist.data.batch import as_float
 from fine_dist.data.opened import Indexes, Shard
 from fine_dist.data.records import PREFIX_BYTES, all_finite, layout_of
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import is_remote, locate
-from fine_dist.errors import DataError
 
 _CHUNK = 64
 """Records that are read and checked together: they should fit into the processor's cache."""

@@ -20,7 +20,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fine_dist.config import shown
+from fine_dist.core.config import shown
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import open_draft, write_atomic
 from fine_dist.data.records import (
     BLOCK,
     LABEL,
@@ -32,8 +34,6 @@ from fine_dist.data.records import (
     shard_prefix,
     tar_writer,
 )
-from fine_dist.errors import DataError
-from fine_dist.files import open_draft, write_atomic
 
 MANIFEST = "manifest.json"
 SHARD_NAME = "latents-{:06d}.tar"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import open_draft, remove_drafts, write_atomic
 from fine_dist.data.images import Source
 from fine_dist.data.shards import (
     MANIFEST,
@@ -22,8 +24,6 @@ from fine_dist.data.shards import (
     Manifest,
     ShardInfo,
 )
-from fine_dist.errors import DataError
-from fine_dist.files import open_draft, remove_drafts, write_atomic
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
 _MOST_NAMES = 1000

@@ -20,11 +20,12 @@ from typing import Any, BinaryIO
 import webdataset as wds
 from webdataset.gopen import gopen_schemes
 
-from fine_dist.config import DataConfig, expand_path
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import sha256_of
 from fine_dist.data.cache import Cache
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo
-from fine_dist.errors import DataError
-from fine_dist.files import sha256_of
 
 _PIECE = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0

@@ -21,13 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import torch
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
 from fine_dist.data.batch import Batch, draw_moments
 from fine_dist.data.order import Order
 from fine_dist.data.reader import Rows, ShardSet
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest
-from fine_dist.errors import DataError
-from fine_dist.model.zoo import Arch
+from fine_dist.model.arch import Arch
 
 _PLAN_SAMPLES = 8192
 """Samples whose places are looked up at once; it changes speed only."""

@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fine_dist.config import shown
+from fine_dist.core.config import shown
 from fine_dist.data.records import BLOCK, LABEL, LABEL_DIGITS, LATENT
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.schedule import NoiseSchedule, mix
+from fine_dist.diffusion.settings import DiffusionConfig
 
 ENOUGH = 10_000
 """Questions beyond which more of each sample only take longer."""

@@ -17,10 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.schedule import DrawAhead, Draws, NoiseSchedule, draw
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.model.arch import Arch
 from fine_dist.model.dit import Answer, DiT
-from fine_dist.model.zoo import Arch
 
 Model = Callable[[Tensor, Tensor, Tensor], "Tensor | Answer"]
 """`(z_t [B, C, H, H], t [B], y [B])` -> the output, or an `Answer` where a term looks at features."""

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import DiffusionConfig, SamplerConfig
-from fine_dist.errors import ConfigError
-from fine_dist.model.zoo import Arch
+from fine_dist.core.errors import ConfigError
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.model.arch import Arch
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`model(z [B,C,H,W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`; a `DiT`, or any function."""

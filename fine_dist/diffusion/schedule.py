@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import DiffusionConfig
+from fine_dist.diffusion.settings import DiffusionConfig
 
 _MASK = (1 << 64) - 1
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fine_dist.config import LoopConfig
+from fine_dist.core.errors import ToldElsewhere, TrainingError
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
-from fine_dist.errors import ToldElsewhere, TrainingError
+from fine_dist.engine.settings import LoopConfig
 
 DRIFT = 1e-4
 """Relative distance of all weights up to which a difference is rounding: some 1e-8 an update."""

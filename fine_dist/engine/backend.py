@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import LoopConfig, OptimConfig
+from fine_dist.core.errors import ConfigError
 from fine_dist.engine.dist import World, all_reduce_sum
-from fine_dist.errors import ConfigError
+from fine_dist.engine.settings import LoopConfig, OptimConfig
 
 if TYPE_CHECKING:
     from fine_dist.engine.saved import Saved

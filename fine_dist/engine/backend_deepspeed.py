@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.core.errors import ConfigError
 from fine_dist.engine.backend import MOMENTS, Backend, Piece, adamw, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.checkpoint import restore_moments
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.dist import World, gather_objects, join_alone
-from fine_dist.errors import ConfigError
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 
 if TYPE_CHECKING:
     from fine_dist.engine.saved import Saved

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fine_dist.config import EngineConfig, OptimConfig
 from fine_dist.engine.backend import Backend, PlainBackend
 from fine_dist.engine.dist import World
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 
 
 def make_backend(

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fine_dist.core.errors import CheckpointError
+from fine_dist.core.files import sync_folder, write_atomic
 from fine_dist.engine.backend import MOMENTS, Backend, Piece
 from fine_dist.engine.dist import World, broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.run_dir import flat
 from fine_dist.engine.saved import FORMAT, Saved
 from fine_dist.engine.tensor_file import write_tensors
-from fine_dist.errors import CheckpointError
-from fine_dist.files import sync_folder, write_atomic
 
 PARTS_TIMEOUT_S = 600
 """Rank 0 waits so long for the other ranks' files of one checkpoint."""

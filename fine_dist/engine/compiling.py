@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fine_dist.config import EngineConfig
-from fine_dist.errors import ConfigError
+from fine_dist.core.errors import ConfigError
+from fine_dist.engine.settings import EngineConfig
 
 
 def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fine_dist.config import DeepSpeedConfig, EngineConfig, OptimConfig
-from fine_dist.errors import ConfigError
+from fine_dist.core.errors import ConfigError
+from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 
 BUCKET = 50_000_000
 """Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise."""

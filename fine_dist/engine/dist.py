@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.errors import ConfigError, LaunchError
-from fine_dist.processes import derived_port, rank_words
+from fine_dist.core.errors import ConfigError, LaunchError
+from fine_dist.core.processes import derived_port, rank_words
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import EngineConfig
 from fine_dist.engine.backend import Backend
 from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.program import Program
+from fine_dist.engine.settings import EngineConfig
 
 
 def second_model(program: Program, engine: EngineConfig, world: World) -> nn.Module | None:

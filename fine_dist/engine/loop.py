@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import EngineConfig, OptimConfig
+from fine_dist.core.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 from fine_dist.diffusion.schedule import mix
 from fine_dist.engine import alike, dist, stopping
 from fine_dist.engine.allocator import keep_freed_memory
@@ -30,9 +30,9 @@ from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.outcome import Later, Taken, agree
 from fine_dist.engine.program import Fitted, Program, divide_batch
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.watch import Watch
-from fine_dist.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
 from fine_dist.model import flops
 from fine_dist.model.ops import emulates_bf16
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fine_dist.core.errors import ConfigError
 from fine_dist.engine.dist import World
-from fine_dist.errors import ConfigError
 
 
 class Batch(Protocol):

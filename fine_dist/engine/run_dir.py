@@ -14,10 +14,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import Config, dump_yaml
+from fine_dist.core.config import Config, dump_yaml
+from fine_dist.core.errors import RunDirError, ToldElsewhere
+from fine_dist.core.files import remove_drafts, try_lock, write_atomic
 from fine_dist.engine.dist import World, broadcast_object, read_environment
-from fine_dist.errors import RunDirError, ToldElsewhere
-from fine_dist.files import remove_drafts, try_lock, write_atomic
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
 STOP, STOPPED = "STOP", "STOPPED"

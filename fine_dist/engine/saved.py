@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fine_dist.errors import CheckpointError
-from fine_dist.files import sha256_of
+from fine_dist.core.errors import CheckpointError
+from fine_dist.core.files import sha256_of
 
 FORMAT = 1
 

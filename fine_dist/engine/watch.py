@@ -17,8 +17,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import NamedTuple
 
+from fine_dist.core.errors import EXIT_USER_ERROR, FineDistError, ResumeLater, ToldElsewhere, TrainingError
 from fine_dist.engine.dist import World, barrier, broadcast_object
-from fine_dist.errors import EXIT_USER_ERROR, FineDistError, ResumeLater, ToldElsewhere, TrainingError
 
 BEAT_S = 1.0
 """Seconds between two beats."""

@@ -6,20 +6,15 @@ from typing import Literal
 
 from pydantic import Field
 
-from fine_dist.config import (
-    Config,
-    DataConfig,
-    Depth,
-    DiffusionConfig,
-    LaunchConfig,
-    LoopConfig,
-    OptimConfig,
-    Seed,
-)
+from fine_dist.artifacts.locate import HintsConfig
+from fine_dist.core.config import Config, Depth, Seed
+from fine_dist.core.settings import LaunchConfig
+from fine_dist.data.settings import DataConfig
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine.settings import LoopConfig, OptimConfig
+from fine_dist.family.packing import EarlyStop, PackConfig
 from fine_dist.methods import AnyMethod
-from fine_dist.model.zoo import Arch
-from fine_dist.pack.plan import EarlyStop, PackConfig
-from fine_dist.stages.sources import HintsConfig
+from fine_dist.model.arch import Arch
 
 
 class DomainConfig(Config):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import Config, union_of
+from fine_dist.core.config import Config, union_of
 from fine_dist.methods.auto_lg import AutoLg
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.difffit import DiffFit
@@ -29,8 +29,8 @@ from fine_dist.methods.weight_selection import WeightSelection
 if TYPE_CHECKING:
     from torch import nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.zoo import Arch
 
 METHODS: dict[str, type[Method[Any]]] = {
     "fine": Fine,
@@ -73,8 +73,8 @@ def build(config: MethodConfig) -> Method[Any]:
 
 def from_manifest(settings: dict[str, Any]) -> Method[Any]:
     """The method that an artifact's manifest names."""
-    from fine_dist.config import validate
-    from fine_dist.errors import ArtifactError, nearest
+    from fine_dist.core.config import validate
+    from fine_dist.core.errors import ArtifactError, nearest
 
     name = str(settings.get("name"))
     if name not in METHODS:
@@ -104,7 +104,7 @@ def parent_of(artifact: Artifact) -> Parent:
 
 def load_into(module: nn.Module, artifact: Artifact) -> None:
     """Put an artifact's tensors into a module. `ArtifactError` when names or shapes are not the module's."""
-    from fine_dist.errors import ArtifactError
+    from fine_dist.core.errors import ArtifactError
 
     try:
         module.load_state_dict(artifact.tensors)
@@ -115,7 +115,7 @@ def load_into(module: nn.Module, artifact: Artifact) -> None:
 
 def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
     """`Method.check`, whose error also names the methods that could."""
-    from fine_dist.errors import ArtifactError
+    from fine_dist.core.errors import ArtifactError
 
     try:
         method.check(parent, target)
@@ -125,7 +125,7 @@ def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
 
 
 def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
-    from fine_dist.errors import ArtifactError
+    from fine_dist.core.errors import ArtifactError
 
     try:
         METHODS[name](METHODS[name].Config(name=name)).check(parent, target)

@@ -14,18 +14,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
-from fine_dist.config import Config
-from fine_dist.errors import ArtifactError, ConfigError, nearest
+from fine_dist.core.config import Config
+from fine_dist.core.errors import ArtifactError, ConfigError, nearest
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.cost import Cost
     from fine_dist.model.dit import DiT
     from fine_dist.model.factors import SharedForm
-    from fine_dist.model.zoo import Arch
 
 
 class MethodConfig(Config):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import Arch
 
 
 class DiffFitConfig(MethodConfig):

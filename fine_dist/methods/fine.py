@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, needed
 from fine_dist.model.depth import INITIALS
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
     from fine_dist.model.factors import FactoredDiT, SharedForm
-    from fine_dist.model.zoo import Arch
 
 
 class FineConfig(MethodConfig):
@@ -95,9 +95,9 @@ class Fine(Method[FineConfig]):
         """
         import torch
 
+        from fine_dist.model.arch import MATRICES
         from fine_dist.model.cp import decompose
         from fine_dist.model.roles import of_role
-        from fine_dist.model.zoo import MATRICES
 
         depth = ancestor.arch.num_layers
         state = ancestor.state_dict()
@@ -133,9 +133,9 @@ class Fine(Method[FineConfig]):
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         import torch
 
+        from fine_dist.model.arch import MATRICES
         from fine_dist.model.factors import FactoredDiT
         from fine_dist.model.roles import of_role, train_only
-        from fine_dist.model.zoo import MATRICES
 
         source: Any = needed(parent).module
         model = FactoredDiT(target, source.rank, generator, self.config.path)
@@ -164,7 +164,7 @@ class Fine(Method[FineConfig]):
         return model.shared_form()  # type: ignore[operator,no-any-return]
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.zoo import MATRICES
+        from fine_dist.model.arch import MATRICES
 
         return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]
 

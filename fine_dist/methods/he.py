@@ -9,7 +9,7 @@ from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
 if TYPE_CHECKING:
     import torch
 
-    from fine_dist.model.zoo import Arch
+    from fine_dist.model.arch import Arch
 
 
 class HeConfig(MethodConfig):

@@ -17,7 +17,7 @@ from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits
 if TYPE_CHECKING:
     import torch
 
-    from fine_dist.model.zoo import Arch
+    from fine_dist.model.arch import Arch
 
 
 class KeptBlocksConfig(MethodConfig):

@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, needed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.gates import GatedDiT
     from fine_dist.model.roles import Role
-    from fine_dist.model.zoo import Arch
 
 Group = Annotated[int, Field(ge=0)]
 

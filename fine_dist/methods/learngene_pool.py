@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Condensation, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.stitching import Stitching, StitchingConfig
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
     from fine_dist.model.stitch import Pool
-    from fine_dist.model.zoo import Arch
 
 
 class LearngenePoolConfig(StitchingConfig):

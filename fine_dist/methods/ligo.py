@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.cost import Cost
-    from fine_dist.model.zoo import Arch
 
 
 class LigoConfig(MethodConfig):
@@ -103,7 +103,7 @@ class Ligo(Method[LigoConfig]):
         return replace(cost, training=cost.training + 2 * outside_macs(model.arch))  # type: ignore[arg-type]
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.zoo import MATRICES
+        from fine_dist.model.arch import MATRICES
 
         sources: Any = model.sources
         return {matrix: sources[matrix].depth.detach().float().cpu() for matrix in MATRICES}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from fine_dist.model.zoo import Arch
+    from fine_dist.model.arch import Arch
 
 
 class MimeticConfig(MethodConfig):

@@ -12,8 +12,8 @@ from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits
 if TYPE_CHECKING:
     import torch
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.zoo import Arch
 
 
 class OutsideConfig(MethodConfig):

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.factors import SharedForm
-    from fine_dist.model.zoo import Arch
 
 
 class RandomGenesConfig(MethodConfig):
@@ -59,6 +59,6 @@ class RandomGenes(Method[RandomGenesConfig]):
         return model.shared_form()  # type: ignore[operator,no-any-return]
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.zoo import MATRICES
+        from fine_dist.model.arch import MATRICES
 
         return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]

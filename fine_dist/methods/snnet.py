@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
     from fine_dist.model.stitch import Pool
-    from fine_dist.model.zoo import Arch
 
 
 class SnnetConfig(StitchingConfig):
@@ -81,8 +81,8 @@ class Snnet(Stitching[SnnetConfig]):
         """(z_t, t, y) that the least squares look at."""
         import torch
 
-        from fine_dist.config import DiffusionConfig
         from fine_dist.diffusion.schedule import NoiseSchedule
+        from fine_dist.diffusion.settings import DiffusionConfig
 
         if parent.samples is None:
             z = torch.randn(self.config.images, *arch.latent_shape, generator=generator)

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pydantic import field_validator
 
-from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, needed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.cost import Cost
     from fine_dist.model.stitch import Pool, Route
-    from fine_dist.model.zoo import Arch
 
 
 class StitchingConfig(MethodConfig):
@@ -103,8 +103,8 @@ class Stitching(Method[S]):
 
     def archs(self, arch: Arch) -> list[Arch]:
         """The anchors' shapes, narrow ones first. `ConfigError` for a width that no DiT has."""
-        from fine_dist.config import validate
-        from fine_dist.model.zoo import Arch as Shape
+        from fine_dist.core.config import validate
+        from fine_dist.model.arch import Arch as Shape
 
         found = []
         for fraction in self.config.widths:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.model.arch import MATRICES
 from fine_dist.model.depth import nearest_layers
-from fine_dist.model.zoo import MATRICES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.zoo import Arch
 
 
 class SvdConfig(MethodConfig):

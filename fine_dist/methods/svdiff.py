@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import Arch
 
 
 class SvdiffConfig(MethodConfig):
@@ -71,7 +71,7 @@ class Svdiff(Method[SvdiffConfig]):
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
         import torch
 
-        from fine_dist.model.zoo import MATRICES
+        from fine_dist.model.arch import MATRICES
 
         blocks = list(model.blocks)  # type: ignore[arg-type]
         return {
@@ -81,6 +81,6 @@ class Svdiff(Method[SvdiffConfig]):
 
 
 def _matrices(model: nn.Module) -> list[nn.Module]:
-    from fine_dist.model.zoo import MATRICES
+    from fine_dist.model.arch import MATRICES
 
     return [block.get_submodule(matrix) for block in model.blocks for matrix in MATRICES]  # type: ignore[union-attr]

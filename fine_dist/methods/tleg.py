@@ -13,16 +13,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fine_dist.config import Depth
+from fine_dist.core.config import Depth
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
     from fine_dist.model.shared import SharedDiT
-    from fine_dist.model.zoo import Arch
 
 
 class TlegConfig(MethodConfig):

@@ -20,19 +20,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
+from fine_dist.model.arch import MATRICES
 from fine_dist.model.depth import INITIALS
-from fine_dist.model.zoo import MATRICES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.kron import KronDiT
-    from fine_dist.model.zoo import Arch
 
 
 class WaveConfig(MethodConfig):

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.axes import Axis
-    from fine_dist.model.zoo import Arch
 
 
 class WeightSelectionConfig(MethodConfig):

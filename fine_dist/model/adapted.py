@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES
 from fine_dist.model.dit import Condition, Dense, DiT
 from fine_dist.model.roles import Role
-from fine_dist.model.zoo import MATRICES
 
 BASE = "tuned.base_layer."
 """Where peft's layer keeps what it wraps."""

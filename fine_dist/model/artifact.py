@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from fine_dist.config import shown, validate
-from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.files import sha256_of, sha256_text, whole_folder, written_whole
-from fine_dist.model.zoo import Arch
+from fine_dist.core.config import shown, validate
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.files import sha256_of, sha256_text, whole_folder, written_whole
+from fine_dist.model.arch import Arch
 
 FORMAT = 1
 TENSORS, RAW, MANIFEST = "tensors.safetensors", "raw.safetensors", "manifest.json"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fine_dist.model.zoo import Arch
+from fine_dist.model.arch import Arch
 
 
 class Axis(NamedTuple):

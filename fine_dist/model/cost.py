@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.model.arch import MATRICES
 from fine_dist.model.flops import attention_macs, outside_macs
-from fine_dist.model.zoo import MATRICES
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 
 
 @dataclass(frozen=True)

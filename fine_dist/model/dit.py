@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fine_dist.model.arch import MATRICES, Arch, check_size
 from fine_dist.model.attention import attention
 from fine_dist.model.ops import gelu
 from fine_dist.model.ops import linear as product
 from fine_dist.model.roles import Role
 from fine_dist.model.sweeps import gated_add, modulate
-from fine_dist.model.zoo import MATRICES, Arch, check_size
 
 LinearFactory = Callable[[str, int], nn.Module]
 """(matrix, layer) -> a `Matrix`, the module that multiplies by this matrix and adds its bias."""

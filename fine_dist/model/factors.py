@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES, Arch, check_size
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.ops import FactoredProduct, composed_product, compute_dtype
 from fine_dist.model.roles import Role, of_role, roles
-from fine_dist.model.zoo import MATRICES, Arch, check_size
 
 Path = Literal["auto", "composed", "factored"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from fine_dist.model.zoo import MATRICES, Arch
+from fine_dist.model.arch import MATRICES, Arch
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fine_dist.model.arch import Arch
 from fine_dist.model.dit import Condition, Dense, DiT
 from fine_dist.model.factors import factored_product, sigma_std, spread_columns
 from fine_dist.model.roles import Role, of_role
-from fine_dist.model.zoo import Arch
 
 GATED = ("qkv", "o", "in", "out")
 """Matrices made of components; the modulation is an ordinary one."""

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.axes import MATRIX_AXES, SHELL_AXES, SPACES, Axis, size_of
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
-from fine_dist.model.zoo import MATRICES, Arch
 
 
 class Widen(nn.Module):

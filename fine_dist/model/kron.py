@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import Condition, DiT
 from fine_dist.model.factors import line_in_depth, spread_columns
 from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role
-from fine_dist.model.zoo import MATRICES, Arch
 
 Order = Literal["scaler_template", "template_scaler"]
 

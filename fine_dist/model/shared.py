@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import Condition, Dense, DiT, LinearFactory
 from fine_dist.model.ops import linear
 from fine_dist.model.roles import Role, of_role
-from fine_dist.model.zoo import MATRICES, Arch
 
 
 class SharedMatrix(Dense):

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.cost import Cost
 from fine_dist.model.dit import Answer, Condition, DiT
 from fine_dist.model.flops import attention_macs
 from fine_dist.model.roles import Role
-from fine_dist.model.zoo import MATRICES, Arch
 
 
 class Route(NamedTuple):

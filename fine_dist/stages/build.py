@@ -6,21 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import DataConfig, expand_path
-from fine_dist.errors import ConfigError
-from fine_dist.methods import Condensation, Method, Weights
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import ConfigError
+from fine_dist.data.settings import DataConfig
+from fine_dist.methods.base import Condensation, Method, Weights
 from fine_dist.stages.config import LossConfig, StageConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from fine_dist.artifacts.autoencoder import Decoder
     from fine_dist.diffusion.objective import Term
     from fine_dist.engine.dist import World
     from fine_dist.engine.program import Program
-    from fine_dist.interop import Decoder
+    from fine_dist.evaluation.quick import Measure, Quick
+    from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
-    from fine_dist.model.zoo import Arch
-    from fine_dist.stages.quick import Measure, Quick
 
 
 @dataclass
@@ -48,9 +49,9 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     from fine_dist.diffusion.held_out import HeldOut
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.program import Program
+    from fine_dist.evaluation.quick import Quick, decoder_of
     from fine_dist.model.flops import train_flops
-    from fine_dist.stages.looks import Pictures, histograms_of
-    from fine_dist.stages.quick import Quick, decoder_of
+    from fine_dist.stages.previews import Pictures, histograms_of
 
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")

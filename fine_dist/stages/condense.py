@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.errors import ConfigError
-from fine_dist.methods import CONDENSES, AnyMethod, Weights, build
-from fine_dist.model.zoo import Arch
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import HintsConfig, carried, facts_of, hash_of, is_foreign, is_there, licence_of
+from fine_dist.core.errors import ConfigError
+from fine_dist.methods import CONDENSES, AnyMethod, build
+from fine_dist.methods.base import Weights
+from fine_dist.model.arch import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
 from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
-from fine_dist.stages.load import load_model
-from fine_dist.stages.run import train_stage
-from fine_dist.stages.sources import HintsConfig, carried, facts_of, hash_of, is_foreign, is_there, licence_of
+from fine_dist.stages.stage import train_stage
 
 if TYPE_CHECKING:
     from fine_dist.engine.dist import World

@@ -8,25 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_dist.config import (
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    EngineConfig,
-    LaunchConfig,
-    OptimConfig,
-    SamplerConfig,
-    Seed,
-    expand_path,
-)
-from fine_dist.errors import ConfigError
-from fine_dist.stages.known import FeaturesConfig
+from fine_dist.artifacts.model_facts import FeaturesConfig
+from fine_dist.core.config import Config, Seed, expand_path
+from fine_dist.core.errors import ConfigError
+from fine_dist.core.settings import LaunchConfig
+from fine_dist.data.settings import DataConfig
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from fine_dist.methods import Method
-    from fine_dist.model.zoo import Arch
+    from fine_dist.methods.base import Method
+    from fine_dist.model.arch import Arch
 
 PRELOAD = (
     "torch.utils.tensorboard",

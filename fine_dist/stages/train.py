@@ -5,14 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fine_dist.errors import ConfigError
-from fine_dist.methods import SCRATCH, AnyMethod, Condensation, Method, build, from_manifest, parent_of
-from fine_dist.model.zoo import Arch
-from fine_dist.stages.build import Plan
-from fine_dist.stages.config import Blueprint, StageConfig
-from fine_dist.stages.load import load_model
-from fine_dist.stages.run import train_stage
-from fine_dist.stages.sources import (
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import (
     HintsConfig,
     carried,
     facts_of,
@@ -23,7 +17,14 @@ from fine_dist.stages.sources import (
     is_there,
     read_artifact,
 )
-from fine_dist.stages.targets import descend
+from fine_dist.artifacts.targets import descend
+from fine_dist.core.errors import ConfigError
+from fine_dist.methods import SCRATCH, AnyMethod, build, from_manifest, parent_of
+from fine_dist.methods.base import Condensation, Method
+from fine_dist.model.arch import Arch
+from fine_dist.stages.build import Plan
+from fine_dist.stages.config import Blueprint, StageConfig
+from fine_dist.stages.stage import train_stage
 
 if TYPE_CHECKING:
     from torch import nn

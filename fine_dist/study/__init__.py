@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fine_dist.study.config import Entry, Stage, StudyConfig, load_study
-from fine_dist.study.plan import Graph, Run, plan
+from fine_dist.study.graph import Graph, Run, plan
 
 if TYPE_CHECKING:
-    from fine_dist.report import Results
+    from fine_dist.study.report.results import Results
 
 
 def run_study(study: StudyConfig, launcher: str = "auto") -> Path:
@@ -23,7 +23,7 @@ def run_study(study: StudyConfig, launcher: str = "auto") -> Path:
 
     Raises `TrainingError` naming the runs that failed, with the ends of their logs, after all others have ended.
     """
-    from fine_dist.report import summary_png, write_report
+    from fine_dist.study.report import summary_png, write_report
 
     results = results_of(study, launcher)
     page = write_report(study.root / "report", results)
@@ -35,8 +35,8 @@ def run_study(study: StudyConfig, launcher: str = "auto") -> Path:
 def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
     """Run everything that is not done yet, tuning first, and measure it. `TrainingError` as `run_study`."""
     from fine_dist.study.collect import collect
-    from fine_dist.study.follow import follow
-    from fine_dist.study.surroundings import check_features
+    from fine_dist.study.environment import check_features
+    from fine_dist.study.scheduler import follow
     from fine_dist.study.tune import tuned
 
     check_features(study)

@@ -6,18 +6,18 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.files import read_rows
-from fine_dist.report import Ancestor, Results
+from fine_dist.core.files import read_rows
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
 from fine_dist.study.costs import Cost, condense_cost, init_cost, train_cost
+from fine_dist.study.environment import machine
 from fine_dist.study.measuring import Measuring, measure_ahead
 from fine_dist.study.pictures import pictured, real, samples
-from fine_dist.study.surroundings import machine
+from fine_dist.study.report.results import Ancestor, Results
 
 if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
-    from fine_dist.study.plan import Graph, Run
+    from fine_dist.study.graph import Graph, Run
 
 
 ENOUGH = 0.9
@@ -94,8 +94,8 @@ class _Collector:
         return found[0], self._artifact(found[0])
 
     def _artifact(self, run: Run) -> Artifact:
+        from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import load_artifact
-        from fine_dist.stages import find_artifact
 
         if run.name not in self._artifacts:
             self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
@@ -113,7 +113,7 @@ class _Collector:
 
     def _ancestor(self, results: Results, entry: Entry) -> None:
         """What the entry's targets come from."""
-        from fine_dist.stages import load_model
+        from fine_dist.artifacts.load import load_model
 
         found = [self._parent(entry, seed) for seed in self.study.seeds]
         parents = [parent for parent in found if parent is not None]
@@ -149,8 +149,8 @@ class _Collector:
 
     def _target(self, results: Results, entry: Entry, depth: int, seed: int) -> None:
         """All states of one target: untrained, initialised, trained."""
+        from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import load_artifact
-        from fine_dist.stages import find_artifact
 
         shared = self._shared(entry, seed)
         before, common = Cost(), {"method": entry.name, "target": depth, "seed": seed}
@@ -209,7 +209,7 @@ class _Collector:
         ends: list[dict[str, Any]],
     ) -> None:  # fmt: skip
         """The curves of a target's training runs, and the distances of the models they ended with."""
-        from fine_dist.stages import load_model
+        from fine_dist.artifacts.load import load_model
 
         runs = self.graph.train(entry, depth, seed)
         if not runs:

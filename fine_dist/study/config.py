@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fine_dist.config import Config, LaunchConfig, SamplerConfig, load_yaml, validate
-from fine_dist.jobs import check_name
-from fine_dist.report import SECTIONS, Claim
+from fine_dist.core.config import Config, load_yaml, validate
+from fine_dist.core.settings import LaunchConfig
+from fine_dist.diffusion.settings import SamplerConfig
+from fine_dist.study.report.results import SECTIONS, Claim
+from launchers.spec import check_name
 
 
 class Stage(Config):

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.core.errors import RunDirError
 from fine_dist.engine.run_dir import RunDir
-from fine_dist.errors import RunDirError
 from fine_dist.study.settings import stage_1_flops, stage_2_cost, step_flops
 
 if TYPE_CHECKING:
-    from fine_dist.model.zoo import Arch
-    from fine_dist.study.plan import Run
+    from fine_dist.model.arch import Arch
+    from fine_dist.study.graph import Run
 
 
 @dataclass(frozen=True)

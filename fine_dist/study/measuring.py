@@ -14,16 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fine_dist.config import DataConfig
-from fine_dist.errors import TrainingError
-from fine_dist.files import write_atomic
+from fine_dist.core.errors import TrainingError
+from fine_dist.core.files import write_atomic
+from fine_dist.data.settings import DataConfig
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
-from fine_dist.study.surroundings import features
+from fine_dist.study.environment import features
 
 if TYPE_CHECKING:
-    from fine_dist.stages.measure import Measures
-    from fine_dist.study.plan import Graph
+    from fine_dist.evaluation.measure import Measures
+    from fine_dist.study.graph import Graph
 
 
 class Model(NamedTuple):
@@ -53,7 +53,7 @@ class Measuring:
 
     def on(self, data: str) -> Measures:
         """The measurements on one data set."""
-        from fine_dist.stages.measure import MeasureConfig, Measures
+        from fine_dist.evaluation.measure import MeasureConfig, Measures
 
         if data not in self._measures:
             folder = self.study.root / data
@@ -73,8 +73,8 @@ class Measuring:
 
     def parent(self, entry: Entry, seed: int) -> Model | None:
         """What an entry's targets come from, on the data that it was trained on, which need not be theirs."""
+        from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages import find_artifact
 
         found = self.graph.parent_of(entry, seed)
         if found is None:
@@ -109,8 +109,8 @@ class Measuring:
 
     def numbers(self, model: Model) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
+        from fine_dist.artifacts.load import find_artifact, load_model
         from fine_dist.model.artifact import read_manifest
-        from fine_dist.stages import find_artifact, load_model
 
         manifest, measures = read_manifest(find_artifact(model.folder)), self.on(model.data)
         config = measures.config.model_dump(mode="json")
@@ -129,8 +129,8 @@ class Measuring:
 
     def untrained(self, entry: Entry, depth: int, seed: int) -> dict[str, float]:
         """Held-out losses of every variant of an entry's target without any training; empty where nobody asks."""
+        from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import load_artifact, read_manifest
-        from fine_dist.stages import find_artifact
 
         parent, measures = self.graph.parent_of(entry, seed), self.of(entry)
         if not entry.untrained or parent is None or measures.held_out is None:
@@ -179,7 +179,7 @@ def measure_ahead(measuring: Measuring) -> None:
     from tqdm import tqdm
 
     from fine_dist.engine.dist import pick_device
-    from fine_dist.jobs.machine import cores
+    from launchers.machine import cores
 
     study = measuring.study
     processes = min(study.launch.max_parallel or 1, cores())
@@ -209,8 +209,8 @@ _here: Measuring
 def _begin(graph: Graph, threads: int, parent: int) -> None:
     import torch
 
+    from fine_dist.core.processes import die_with_parent
     from fine_dist.engine.allocator import keep_freed_memory
-    from fine_dist.processes import die_with_parent
 
     global _here
     die_with_parent(parent)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.report import Picture
 from fine_dist.study.config import Entry, StudyConfig
+from fine_dist.study.report.results import Picture
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fine_dist.stages.measure import Measures
+    from fine_dist.evaluation.measure import Measures
 
 COLUMNS = 10
 """Of a grid, about: a multiple of the classes, where they are not too many."""
@@ -24,7 +24,7 @@ def pictured(study: StudyConfig, entry: Entry) -> bool:
 
 def samples(study: StudyConfig, measures: Measures, folder: Path, **fields: Any) -> Picture:
     """Samples of a model on disk; `fields` are the picture's."""
-    from fine_dist.stages import load_model
+    from fine_dist.artifacts.load import load_model
 
     model = load_model(folder)[0]
     images = measures.draw(model, study.pictures, "pictures")

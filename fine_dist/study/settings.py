@@ -6,16 +6,16 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.config import Config, validate
+from fine_dist.core.config import Config, validate
 from fine_dist.study.config import Entry, Stage, StudyConfig, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fine_dist.methods import Method
+    from fine_dist.methods.base import Method
+    from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.cost import Cost as ModelCost
-    from fine_dist.model.zoo import Arch
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
 
@@ -92,7 +92,7 @@ def train_settings(
 
 def target_folder(config: Any, depth: int) -> Path:
     """Where an init run puts the target of a depth."""
-    from fine_dist.family import expand
+    from fine_dist.family.members import expand
 
     return Path(config.run_dir) / next(member.name for member in expand(config) if member.depth == depth)
 
@@ -104,8 +104,8 @@ def finished(module: str, config: Any) -> bool | None:
     """Whether a run's directory holds its whole product; none for a stage that only its own end can tell of."""
     folder = Path(config.run_dir)
     if module == MODULES["init"]:
-        from fine_dist.family import expand
-        from fine_dist.family.results import result_of
+        from fine_dist.family.listing import result_of
+        from fine_dist.family.members import expand
 
         return all(result_of(member.folder) is not None for member in expand(config))
     if module in (MODULES["condense"], MODULES["train"]):
@@ -131,15 +131,15 @@ def label_of(entry: Entry) -> str:
 
 def untrained(method: Method[Any], parent: Artifact, depth: int, seed: int) -> Any:
     """A target before any training, as a model that can be measured."""
+    from fine_dist.artifacts.targets import descend
     from fine_dist.methods import parent_of
-    from fine_dist.stages.targets import descend
 
     return descend(method, parent_of(parent), parent.arch.with_depth(depth), seed).model
 
 
 def depth_tables(folder: Path) -> dict[str, Tensor]:
     """name -> [L, R]: what the method of a learngene or target draws over depth; empty where it draws nothing."""
-    from fine_dist.stages.load import load_unmerged
+    from fine_dist.artifacts.load import load_unmerged
 
     method, model = load_unmerged(folder)
     return method.tables(model)
@@ -147,8 +147,8 @@ def depth_tables(folder: Path) -> dict[str, Tensor]:
 
 def stage_2_cost(config: Any, depth: int) -> ModelCost:
     """What one sample's step of a target costs in stage 2, and the numbers that train, by its method's own count."""
-    from fine_dist.family import Family
-    from fine_dist.stages.targets import descend
+    from fine_dist.artifacts.targets import descend
+    from fine_dist.family.members import Family
 
     family = Family(config)
     member = next(member for member in family.members if member.depth == depth)

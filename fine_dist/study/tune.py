@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fine_dist.config import validate
-from fine_dist.errors import TrainingError
-from fine_dist.files import last_row, write_atomic
+from fine_dist.core.config import validate
+from fine_dist.core.errors import TrainingError
+from fine_dist.core.files import last_row, write_atomic
 from fine_dist.study import settings
 from fine_dist.study.config import Entry, Stage, StudyConfig, merged
-from fine_dist.study.plan import Graph, Run
+from fine_dist.study.graph import Graph, Run
 
 FILE = "tuned.json"
 
@@ -124,7 +124,7 @@ def known(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
 
 def tuned(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, list[dict[str, Any]]]]:
     """The study with the values that were chosen in its entries, and what was tried. Runs what is not done."""
-    from fine_dist.study.follow import follow
+    from fine_dist.study.scheduler import follow
 
     if not study.tune:
         return study, {}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist import benchmark
-from fine_dist.benchmarks import gpu
+from benchmarks import __main__ as benchmark
+from benchmarks import gpu
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 

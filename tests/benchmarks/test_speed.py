@@ -8,16 +8,16 @@ import time
 import pytest
 import torch
 
-from fine_dist.benchmarks import limit, parts, speed, speed_plan
-from fine_dist.benchmarks.apart import apart, apart_of
-from fine_dist.benchmarks.reference_dit import EMA_DECAY, PlainDiT, diffusers_dit, follow, reference_step
-from fine_dist.benchmarks.rows import Row
-from fine_dist.benchmarks.steps import Bench, Step, StepKind
-from fine_dist.interop.diffusers_io import to_diffusers
-from fine_dist.interop.diffusers_out import forward_of, set_frequencies
+from benchmarks import limit, parts, speed, speed_plan
+from benchmarks.apart import apart, apart_of
+from benchmarks.reference_dit import EMA_DECAY, PlainDiT, diffusers_dit, follow, reference_step
+from benchmarks.rows import Row
+from benchmarks.steps import Bench, Step, StepKind
+from fine_dist.artifacts.diffusers_export import forward_of, set_frequencies
+from fine_dist.artifacts.diffusers_folder import to_diffusers
+from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import train_flops
-from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, lively, tiny_arch
 
 CPU = torch.device("cpu")
@@ -165,7 +165,7 @@ def test_bars_are_those_of_the_size_and_device_they_were_set_for() -> None:
 
 
 def test_a_share_is_printed_beside_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    from fine_dist.benchmark import machine, show
+    from benchmarks.__main__ import machine, show
 
     show([Row("x: GEMM, forward", 12.0, "ms", share=34.5)], {**machine(), "seconds": 0, "quick": False})
     assert "12 ms = 34.5%" in capsys.readouterr().out

@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fine_dist.config import DataConfig, LoopConfig, OptimConfig
-from fine_dist.errors import FineDistError, ResumeLater
-from fine_dist.family import InitConfig
-from fine_dist.model.zoo import Arch
+from fine_dist.core.errors import FineDistError, ResumeLater
+from fine_dist.data.settings import DataConfig
+from fine_dist.engine.settings import LoopConfig, OptimConfig
+from fine_dist.family.config import InitConfig
+from fine_dist.model.arch import Arch
 from fine_dist.stages.condense import CondenseConfig
 from fine_dist.testing import Ranks
 
@@ -77,8 +78,8 @@ def run_stage(stage: str, root: str, shards: str, room: int | None) -> str:
 
             run(condense_config(Path(root), Path(shards)))
         else:
-            from fine_dist.family.grid import Family
-            from fine_dist.family.run import run_family
+            from fine_dist.family.members import Family
+            from fine_dist.family.train_family import run_family
 
             run_family(Family(family_config(Path(root), Path(shards))), inside=False)
     except ResumeLater:
@@ -186,7 +187,7 @@ class Chaos:
     def _stolen_lock(self) -> None:
         """Somebody else holds the directory: the start is refused, and nothing is harmed."""
         from fine_dist.engine.run_dir import RunDir
-        from fine_dist.jobs import StateTable
+        from launchers.state_table import StateTable
 
         if self.stage == "condense":
             if not (self.folder / "identity.json").exists():

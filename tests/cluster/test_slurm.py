@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.jobs.status import read
+from launchers.status import read
 from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, targets, until
 
 pytestmark = pytest.mark.cluster

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from fine_dist.jobs import Submissions
-from fine_dist.jobs.status import read
+from launchers.state_table import Submissions
+from launchers.status import read
 from tests.cluster.conftest import TOY, results, starts, until
 
 pytestmark = pytest.mark.cluster

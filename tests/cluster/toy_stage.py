@@ -8,9 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-from fine_dist.config import Config, LaunchConfig
-from fine_dist.errors import DataError, ResumeLater, guard
-from fine_dist.jobs import Task
+from fine_dist.core.config import Config
+from fine_dist.core.errors import DataError, ResumeLater, guard
+from fine_dist.core.settings import LaunchConfig
+from launchers.spec import Task
 
 PRELOAD = ()
 VERSION = "as submitted"
@@ -89,8 +90,8 @@ def run(config: ToyConfig) -> Path:
 
 def main() -> int:
     def body() -> int:
-        from fine_dist.cli import parse
-        from launchers import launch
+        from fine_dist.core.arguments import parse
+        from launchers.entry import launch
 
         call = parse(ToyConfig, None, "toy")
         return launch("tests.cluster.toy_stage", call.config, call.launcher)

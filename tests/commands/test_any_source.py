@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.interop import write_diffusers, write_dit
-from fine_dist.interop.card import Card
+from fine_dist.artifacts.card import Card
+from fine_dist.artifacts.diffusers_export import write_diffusers
+from fine_dist.artifacts.dit_pt import write_dit
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import HintsConfig, facts_of, hash_of
 from fine_dist.model.artifact import load_artifact, read_manifest
 from fine_dist.model.dit import DiT
-from fine_dist.stages import load_model
-from fine_dist.stages.sources import HintsConfig, facts_of, hash_of
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.conftest import inputs, lively, tiny_arch
 

@@ -17,10 +17,10 @@ import torch
 
 from fine_dist.__main__ import COMMANDS
 from fine_dist.__main__ import main as fine_dist
-from fine_dist.cli import parse
-from fine_dist.config import load, load_yaml
+from fine_dist.artifacts.load import load_model
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import load, load_yaml
 from fine_dist.model.artifact import load_artifact
-from fine_dist.stages import load_model
 from tests.conftest import inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,7 +143,7 @@ def test_sample_writes_latents_labels_and_a_picture(trained, tmp_path):
 
 def test_evaluate_measures_several_models_beside_each_other(condensed, trained, digit_shards, tmp_path, capsys):
     from fine_dist.data.digits import digits
-    from fine_dist.metrics.features import save_classifier, train_classifier
+    from fine_dist.evaluation.features import save_classifier, train_classifier
 
     parts = [torch.as_tensor(part) for split in ("train", "held_out") for part in digits(split)]
     save_classifier(tmp_path / "features", train_classifier(parts[0], parts[1], (parts[2], parts[3]), epochs=1))
@@ -344,7 +344,7 @@ def test_the_list_of_commands_names_them_all(capsys):
 
 
 def test_every_benchmark_that_is_listed_is_there():
-    from fine_dist.benchmark import NAMES
+    from benchmarks.__main__ import NAMES
 
     assert {"speed", "data", "fanout", "scale", "metrics", "sample", "creative"} <= set(NAMES)
-    assert all(callable(importlib.import_module(f"fine_dist.benchmarks.{name}").run) for name in NAMES)
+    assert all(callable(importlib.import_module(f"benchmarks.{name}").run) for name in NAMES)

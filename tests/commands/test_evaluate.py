@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.stages.evaluation import table
+from fine_dist.evaluation.evaluator import table
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.commands.test_export import latent_model, vae  # noqa: F401 - fixtures
@@ -19,7 +19,7 @@ from tests.commands.test_sample_command import share
 def classifier(tmp_path_factory):
     """A classifier of digits that has hardly learned."""
     from fine_dist.data.digits import digits
-    from fine_dist.metrics.features import save_classifier, train_classifier
+    from fine_dist.evaluation.features import save_classifier, train_classifier
 
     parts = [torch.as_tensor(part) for split in ("train", "held_out") for part in digits(split)]
     folder = tmp_path_factory.mktemp("features")
@@ -53,9 +53,10 @@ def test_two_processes_measure_what_one_does(trained, classifier, digit_shards, 
 
 def test_the_distance_is_that_of_the_samples_that_sample_draws(trained, classifier, digit_shards, tmp_path):
     """Three ways to one number: drawn by evaluate, drawn by sample and measured from its file, and computed here."""
-    from fine_dist.interop import NpzImages
-    from fine_dist.metrics import Moments, frechet_distance
-    from fine_dist.metrics.features import load_classifier
+    from fine_dist.evaluation.features import load_classifier
+    from fine_dist.evaluation.frechet import frechet_distance
+    from fine_dist.evaluation.moments import Moments
+    from fine_dist.sampling.npz import NpzImages
 
     sample = ["sample", "--model", str(trained), "--run-dir", str(tmp_path / "s"), "--classes", "balanced"]
     assert command([*sample, "--count", "40", "--sampler.steps", "2", "--formats", "npz"]) == 0
@@ -74,8 +75,8 @@ def test_the_distance_is_that_of_the_samples_that_sample_draws(trained, classifi
 
 def test_files_of_images_are_measured_against_real_ones(trained, tmp_path):
     """EfficientNet's or Inception's weights are not here: the classifier of RGB images stands in for them."""
-    from fine_dist.interop import write_samples
-    from fine_dist.metrics.features import save_classifier, train_classifier
+    from fine_dist.evaluation.features import save_classifier, train_classifier
+    from fine_dist.sampling.npz import write_samples
 
     rng = np.random.default_rng(0)
     for name, level in (("real", 60), ("fake", 90)):

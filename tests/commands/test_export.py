@@ -8,9 +8,9 @@ import signal
 import pytest
 import torch
 
-from fine_dist.interop import load_pipeline
-from fine_dist.stages import load_model
-from fine_dist.stages.sources import HintsConfig
+from fine_dist.artifacts.diffusers_export import load_pipeline
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import HintsConfig
 from tests.commands.conftest import command, refused
 from tests.conftest import inputs, lively, tiny_arch
 
@@ -18,7 +18,7 @@ from tests.conftest import inputs, lively, tiny_arch
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """A tiny random autoencoder of 4 latent channels."""
-    from fine_dist.benchmarks.sample import tiny_vae
+    from benchmarks.sample import tiny_vae
 
     folder = tmp_path_factory.mktemp("vae") / "vae"
     tiny_vae(folder, 4)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from fine_dist.family import Family, InitConfig
+from fine_dist.family.config import InitConfig
+from fine_dist.family.members import Family
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 
 
@@ -42,7 +43,7 @@ def test_a_target_has_a_held_out_curve_and_the_figure_its_parents_and_the_baseli
 def test_the_axis_of_depth_has_whole_numbers_and_a_line_a_baseline(learngene, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
-    from fine_dist.family import table
+    from fine_dist.family import summary as table
 
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))

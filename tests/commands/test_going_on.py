@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from fine_dist.__main__ import main as fine_dist
-from fine_dist.files import read_rows
-from fine_dist.jobs import StateTable
+from fine_dist.core.files import read_rows
 from fine_dist.model.artifact import load_artifact
+from launchers.state_table import StateTable
 from tests.commands.test_commands import ARCH, FAST, data
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fine_dist.stages import artist, drawing
+from fine_dist.sampling import drawing
+from fine_dist.sampling import renderer as artist
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.commands.test_export import latent_model, vae  # noqa: F401 - fixtures

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import webdataset as wds
 
-from fine_dist.config import DataConfig
+from fine_dist.core.files import sha256_of
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo, ShardWriter
 from fine_dist.data.stream import Batch, LatentStream
-from fine_dist.files import sha256_of
 
 SHAPE = (1, 4, 4)
 NUM_CLASSES = 10

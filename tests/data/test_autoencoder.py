@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from fine_dist.core.errors import DataError
 from fine_dist.data.images import center_crop
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import read_all
 from fine_dist.encode import main, run
-from fine_dist.errors import DataError
 from tests.data.picturing import config
 
 

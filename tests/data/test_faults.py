@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
 from fine_dist.data.audit import verify
 from fine_dist.data.records import all_finite, layout_of
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import MANIFEST, Manifest, ShardWriter
 from fine_dist.data.stream import read_all
 from fine_dist.encode import main
-from fine_dist.errors import DataError
 from tests.data.making import SHAPE, make, make_foreign, npy, numbers, sample, stream, take
 
 BAD = 12

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import open_draft, remove_drafts
 from fine_dist.data import images
 from fine_dist.data.codecs import Identity
 from fine_dist.data.encode import encode
@@ -24,8 +26,6 @@ from fine_dist.data.images import FolderImages, center_crop
 from fine_dist.data.progress import Progress
 from fine_dist.data.sharing import Job
 from fine_dist.encode import EncodeConfig, run
-from fine_dist.errors import DataError
-from fine_dist.files import open_draft, remove_drafts
 from tests.data.picturing import config, hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_a_log_gets_a_line_with_rate_and_time_left(tmp_path, monkeypatch, capsys
 def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_path):
     out = tmp_path / "train"
     out.mkdir()
-    code = "import sys, time; from pathlib import Path; from fine_dist.files import open_draft; "
+    code = "import sys, time; from pathlib import Path; from fine_dist.core.files import open_draft; "
     code += "kept = [open_draft(Path(path)) for path in sys.argv[1:]]; print('ready', flush=True); time.sleep(60)"
     # the draft of a manifest, of a shard beyond those of this encoding, and of a mark
     paths = [out / name for name in ("manifest.json", "latents-000099.tar", ".latents-000000.tar.json")]

@@ -14,10 +14,10 @@ from functools import partial
 import pytest
 import torch
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
 from fine_dist.data.cache import Cache
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy
-from fine_dist.errors import DataError
 from tests.data.making import make, numbers, stream, take
 
 COUNTS = (20, 30, 25, 15)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.config import DataConfig
+from fine_dist.core.errors import DataError
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import write_shards
 from fine_dist.data.stream import LatentStream, read_all
-from fine_dist.errors import DataError
-from fine_dist.model.zoo import Arch
+from fine_dist.model.arch import Arch
 from fine_dist.testing import run_distributed
 from tests.data.making import UNEVEN, make, make_foreign, numbers, sample, stream, take
 
@@ -146,8 +146,8 @@ def test_a_batch_has_the_shards_dtype_and_becomes_float32_bit_for_bit_wherever_i
 
 
 def test_losses_are_the_same_whether_latents_come_as_stored_or_as_float32(tmp_path):
-    from fine_dist.config import DiffusionConfig
     from fine_dist.diffusion.objective import Objective
+    from fine_dist.diffusion.settings import DiffusionConfig
 
     latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)) / 0.18215
     write_shards(tmp_path, latents, np.zeros(24), num_classes=1, scaling_factor=0.18215)

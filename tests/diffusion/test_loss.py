@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.held_out import HeldOut
 from fine_dist.diffusion.objective import (
     Diffusion,
@@ -22,6 +21,7 @@ from fine_dist.diffusion.objective import (
     variance_bound,
 )
 from fine_dist.diffusion.schedule import DrawAhead, NoiseSchedule, draw, mix
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.dit import DiT
 from fine_dist.model.maps import Mapped
 from tests.conftest import inputs, lively, tiny_arch

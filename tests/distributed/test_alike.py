@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.config import EngineConfig
+from fine_dist.core.errors import ToldElsewhere, TrainingError
+from fine_dist.core.processes import free_port, rank_words
 from fine_dist.engine import alike, dist
-from fine_dist.errors import ToldElsewhere, TrainingError
+from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.processes import free_port, rank_words
 from fine_dist.testing import run_distributed
 from tests.conftest import lively, tiny_arch
 

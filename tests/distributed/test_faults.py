@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
 from fine_dist.engine import dist, watch
-from fine_dist.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
 from fine_dist.testing import Ranks, run_distributed
 from tests.engine.test_resume import assert_same, wait_for_step
 from tests.engine.toy import ToyConfig, ToyStream, engine, toy_fit, toy_outcome, toy_program
@@ -115,7 +115,7 @@ def test_an_error_on_one_rank_is_told_by_that_rank_alone(tmp_path: Path) -> None
 
 
 def bad_data_on_rank_1(folder: str) -> None:
-    from fine_dist.errors import DataError
+    from fine_dist.core.errors import DataError
 
     class Bad(ToyStream):
         def batches(self, start_step=0):
@@ -155,7 +155,7 @@ def test_a_nan_loss_names_step_and_rank_and_skipping_it_leaves_weights_and_momen
 
 def nan_on_rank_1(folder: str, stage: int | None) -> tuple[str, float]:
     """(the error of `stop`; the largest change of any weight over a skipped step), with accumulation."""
-    from fine_dist.errors import FineDistError
+    from fine_dist.core.errors import FineDistError
 
     choice = {"backend": "plain"} if stage is None else {"backend": "deepspeed", "deepspeed": {"stage": stage}}
     here = dist.world("cpu")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.core.errors import EXIT_RESUME
+from fine_dist.core.processes import free_port
 from fine_dist.data.digits import digits
 from fine_dist.data.shards import write_shards
-from fine_dist.errors import EXIT_RESUME
 from fine_dist.model.artifact import load_artifact
-from fine_dist.processes import free_port
 
 pytestmark = pytest.mark.distributed
 

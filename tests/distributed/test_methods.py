@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.config import DiffusionConfig
 from fine_dist.diffusion.objective import Diffusion, Features, Objective, Output, Teacher
 from fine_dist.diffusion.schedule import NoiseSchedule
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS
 from fine_dist.testing import run_distributed

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.config import OptimConfig
+from fine_dist.core.errors import ResumeLater
 from fine_dist.engine import dist
 from fine_dist.engine.saved import Saved
-from fine_dist.errors import ResumeLater
+from fine_dist.engine.settings import OptimConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.testing import run_distributed
 from tests.engine.test_resume import assert_same

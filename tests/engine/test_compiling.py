@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.config import EngineConfig
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.compiling import compile_or_fall_back, compiles
+from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from tests.conftest import inputs, lively, tiny_arch

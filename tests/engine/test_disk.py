@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fine_dist.core.errors import RunDirError
+from fine_dist.core.files import sha256_of
 from fine_dist.engine import checkpoint
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.saved import Saved
 from fine_dist.engine.tensor_file import write_tensors
-from fine_dist.errors import RunDirError
-from fine_dist.files import sha256_of
 from tests.engine.test_resume import start_child, wait_for_step
 from tests.engine.toy import ToyConfig, engine, toy_fit, toy_outcome
 

@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from fine_dist.config import DiffusionConfig, OptimConfig
+from fine_dist.core.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.backend import PlainBackend, learning_rate
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import was_stopped
 from fine_dist.engine.saved import Saved
-from fine_dist.errors import ConfigError, ResumeLater, TrainingError
+from fine_dist.engine.settings import OptimConfig
+from fine_dist.model.arch import arch
 from fine_dist.model.factors import FactoredDiT
-from fine_dist.model.zoo import arch
 from tests.engine.toy import ARCH, ToyConfig, ToyStream, engine, toy_fit, toy_model, toy_outcome, toy_program
 
 

@@ -21,15 +21,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fine_dist.config import DiffusionConfig
+from fine_dist.core.errors import ResumeLater, TrainingError
 from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.backend import PlainBackend, adamw, only_where
 from fine_dist.engine.loop import Run
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.saved import Saved
 from fine_dist.engine.stopping import Stopper
-from fine_dist.errors import ResumeLater, TrainingError
 from tests.engine.test_loop import nan_at
 from tests.engine.toy import ARCH, ToyConfig, engine, toy_program
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.config import OptimConfig
+from fine_dist.core.errors import CheckpointError, RunDirError
 from fine_dist.engine import dist
-from fine_dist.errors import CheckpointError, RunDirError
-from fine_dist.model.zoo import Arch
+from fine_dist.engine.settings import OptimConfig
+from fine_dist.model.arch import Arch
 from tests.engine.toy import ARCH, Outcome, ToyConfig, engine, toy_fit, toy_model, toy_outcome, toy_program
 
 CHILD = """

@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.config import Config, DiffusionConfig, EngineConfig, OptimConfig
+from fine_dist.core.config import Config
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.schedule import mix
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import Fitted, Program
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.roles import train_only
-from fine_dist.model.zoo import Arch
 
 ARCH = Arch(
     hidden_size=32, num_layers=2, num_heads=2, patch_size=2, in_channels=1, input_size=8, num_classes=10,

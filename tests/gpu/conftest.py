@@ -9,7 +9,7 @@ import torch
 
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
-from tests.pack.conftest import learngene, shards
+from tests.family.conftest import learngene, shards
 
 __all__ = ["here", "learngene", "shards"]
 

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fine_dist.benchmarks.speed_loop import made_up_shards
-from fine_dist.config import DataConfig, DiffusionConfig
+from benchmarks.speed_loop import made_up_shards
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
 from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Run
 from fine_dist.engine.run_dir import RunDir

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.config import DiffusionConfig, EngineConfig, OptimConfig
 from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.testing import run_distributed
 from tests.conftest import lively
 from tests.engine.toy import ARCH, Outcome, ToyConfig, ToyStream, engine, toy_fit, toy_model
-from tests.pack.tools import packed, solo
+from tests.family.tools import packed, solo
 
 pytestmark = pytest.mark.gpu
 

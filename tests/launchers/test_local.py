@@ -13,18 +13,19 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError, RunDirError
-from fine_dist.jobs import StateTable
-from fine_dist.jobs.prepare import make_spec
-from launchers import launch, pick
+from fine_dist.core.errors import LaunchError, RunDirError
+from fine_dist.core.settings import LaunchConfig
 from launchers.base import joint_code
+from launchers.entry import launch
 from launchers.here import Here
 from launchers.local import LocalLauncher
+from launchers.prepare import make_spec
 from launchers.ray_jobs import RayJobs
 from launchers.ray_train import RayLauncher
+from launchers.registry import pick
 from launchers.slurm_steps import StepLauncher
 from launchers.slurm_submitit import SlurmLauncher
+from launchers.state_table import StateTable
 from tests.cluster.conftest import results, starts, until
 from tests.cluster.toy_stage import ToyConfig
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import Room, Task
-from fine_dist.jobs.prepare import make_spec, tasks_of
-from fine_dist.jobs.worker import import_module
-from launchers import check, launch, names
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.settings import LaunchConfig
+from launchers.entry import check, launch
 from launchers.local import LocalLauncher
+from launchers.prepare import make_spec, tasks_of
 from launchers.ray_cluster import copies, demand
-from launchers.registry import PLACES
+from launchers.registry import PLACES, names
 from launchers.slurm_queue import Machine, fits_on
 from launchers.slurm_steps import StepLauncher
+from launchers.spec import Room, Task
+from launchers.worker import import_module
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"
@@ -154,7 +154,7 @@ create_package(sys.argv[1], pathlib.Path(sys.argv[2]), include_gitignore={gitign
 
 
 def test_the_code_of_this_checkout_is_far_below_what_ray_takes():
-    from fine_dist.stages.preflight import upload
+    from launchers.preflight import upload
 
     found = upload("fine_dist.init")
     assert found.level == "ok", found.text

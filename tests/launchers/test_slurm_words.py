@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.config import LaunchConfig
-from fine_dist.errors import LaunchError
-from fine_dist.jobs import Room
-from fine_dist.jobs.prepare import make_spec
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.settings import LaunchConfig
 from launchers import slurm_queue, slurm_submitit
+from launchers.prepare import make_spec
 from launchers.sbatch import sbatch_flags
 from launchers.site import Site
 from launchers.slurm_queue import job_states, limits, scheduler_words
 from launchers.slurm_steps import _counts
 from launchers.slurm_submitit import SlurmLauncher
+from launchers.spec import Room
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from fine_dist.config import validate
-from fine_dist.methods import METHODS, Descent, Method, Parent, build, parent_of
+from fine_dist.core.config import validate
+from fine_dist.methods import METHODS, build, parent_of
+from fine_dist.methods.base import Descent, Method, Parent
+from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.model.zoo import Arch
 from tests.conftest import lively, tiny_arch
 
 TINY: dict[str, dict[str, Any]] = {

@@ -7,15 +7,15 @@ import copy
 import pytest
 import torch
 
-from fine_dist.config import DiffusionConfig
+from fine_dist.artifacts.targets import descend as make_target
+from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import Diffusion, Features, Objective, Output, Teacher
 from fine_dist.diffusion.schedule import NoiseSchedule
-from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
 from fine_dist.methods.fine import FineConfig
 from fine_dist.model.dit import FinalLayer
-from fine_dist.stages.targets import descend as make_target
-from fine_dist.stages.targets import load_target, merged, own_tensors, save_target
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, moved, parent_for, save, targets_of, tiny, trained
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
 from fine_dist.model.scaled import ScaledDense
-from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, tiny_arch
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
@@ -109,7 +109,7 @@ def _standing_for(model):
 
 
 def test_a_parent_of_another_size_is_refused(parent):
-    from fine_dist.errors import ArtifactError
+    from fine_dist.core.errors import ArtifactError
     from fine_dist.methods import check
 
     with pytest.raises(ArtifactError, match="num_layers is 4 in the parent, 2 in the target"):

@@ -7,10 +7,10 @@ import torch
 
 from fine_dist.methods import build, from_manifest
 from fine_dist.methods.fine import Fine, FineConfig
+from fine_dist.model.arch import MATRICES
 from fine_dist.model.depth import INITIALS, relative_depth
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
-from fine_dist.model.zoo import MATRICES
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, parent_for
 

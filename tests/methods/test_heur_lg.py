@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check
 from tests.conftest import lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, save, tiny

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import Features, Question, Teacher
-from fine_dist.errors import ArtifactError, ConfigError
 from fine_dist.methods import METHODS, build, check, parent_of
 from fine_dist.methods.learngene_pool import between, thirds
 from fine_dist.model.artifact import load_artifact, save_artifact
@@ -54,7 +54,7 @@ def test_two_anchors_of_six_blocks_have_18_routes_and_of_nine_27(blocks, count):
 
 
 def test_anchors_are_those_of_the_paper_for_dit_b():
-    from fine_dist.model.zoo import arch as named
+    from fine_dist.model.arch import arch as named
 
     archs = method_of("learngene_pool").archs(named("DiT-B/2-L6"))
     assert [(a.hidden_size, a.num_heads, a.num_layers) for a in archs] == [(192, 3, 6), (384, 6, 6), (768, 12, 6)]
@@ -215,13 +215,14 @@ def test_costs_are_those_of_anchors_and_of_what_is_stitched(stitched):
 
 
 def test_a_pool_is_condensed_stitched_and_cut_by_the_commands_own_stages(digit_shards, tmp_path):
-    from fine_dist.config import DataConfig, EngineConfig, LoopConfig
+    from fine_dist.artifacts.load import load_model
+    from fine_dist.data.settings import DataConfig
+    from fine_dist.engine.settings import EngineConfig, LoopConfig
     from fine_dist.family.config import InitConfig
-    from fine_dist.family.grid import Family
-    from fine_dist.family.run import run_family
+    from fine_dist.family.members import Family
+    from fine_dist.family.train_family import run_family
     from fine_dist.stages.condense import CondenseConfig
     from fine_dist.stages.condense import run as condense
-    from fine_dist.stages.load import load_model
 
     ancestor = lively(DiT(tiny_arch(num_layers=4, hidden_size=48)))
     save_artifact(

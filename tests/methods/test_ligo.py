@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check
+from fine_dist.model.arch import MATRICES
+from fine_dist.model.arch import arch as named
 from fine_dist.model.axes import axes_of
 from fine_dist.model.grow import SPACES, GrownDiT, Widen, size_of, stacked
-from fine_dist.model.zoo import MATRICES
-from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs, tiny_arch
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 

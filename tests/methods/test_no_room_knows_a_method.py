@@ -60,5 +60,5 @@ def test_no_room_names_a_method(path: Path) -> None:
 def test_the_pattern_finds_what_it_should() -> None:
     for text in ('name == "fine"', "FineConfig()", 'x["he"]', "random_genes"):
         assert PATTERN.search(text), text
-    for text in ("fine_dist.config", "he said", "what is outside", "fine-dist-watch"):
+    for text in ("fine_dist.core.config", "he said", "what is outside", "fine-dist-watch"):
         assert not PATTERN.search(text), text

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fine_dist.model.adapted import Adapted
+from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import count_by_role
-from fine_dist.model.zoo import arch as named
 from tests.conftest import inputs
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 

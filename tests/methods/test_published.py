@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fine_dist.config import load
-from fine_dist.methods import Weights
+from fine_dist.core.config import load
+from fine_dist.methods.base import Weights
+from fine_dist.planning.estimates import dry_run
 from fine_dist.stages.condense import CondenseConfig
-from fine_dist.stages.estimates import dry_run
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fine_dist.config import load
+from fine_dist.core.config import load
 from fine_dist.family.config import InitConfig
-from fine_dist.family.grid import expand
-from fine_dist.methods import Weights
+from fine_dist.family.members import expand
+from fine_dist.methods.base import Weights
+from fine_dist.model.arch import arch as named
 from fine_dist.model.stitch import all_routes
-from fine_dist.model.zoo import arch as named
+from fine_dist.planning.estimates import dry_run
 from fine_dist.stages.condense import CondenseConfig
-from fine_dist.stages.estimates import dry_run
 
 ANCHORS = [{"hidden_size": 192, "num_heads": 3}, {"hidden_size": 384, "num_heads": 6}, {}]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.config import DataConfig, DeepSpeedConfig, EngineConfig, OptimConfig
+from fine_dist.data.settings import DataConfig
+from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 from fine_dist.methods import METHODS
 from fine_dist.model.artifact import load_artifact
 from fine_dist.stages.condense import CondenseConfig, run

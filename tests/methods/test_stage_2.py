@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.config import DataConfig, LoopConfig
-from fine_dist.errors import ArtifactError
+from fine_dist.artifacts.load import load_model
+from fine_dist.core.errors import ArtifactError
+from fine_dist.data.settings import DataConfig
+from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
-from fine_dist.family.grid import Family
-from fine_dist.family.run import run_family
+from fine_dist.family.members import Family
+from fine_dist.family.train_family import run_family
 from fine_dist.methods import METHODS
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.stages.load import load_model
 from fine_dist.stages.train import TrainConfig
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.tools import method_of

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from fine_dist import init
-from fine_dist.config import validate
-from fine_dist.errors import ArtifactError
-from fine_dist.family import Family, InitConfig
+from fine_dist.artifacts.load import load_model
+from fine_dist.core.config import validate
+from fine_dist.core.errors import ArtifactError
+from fine_dist.family.config import InitConfig
+from fine_dist.family.members import Family
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.gates import GatedDiT
 from fine_dist.stages.condense import CondenseConfig
 from fine_dist.stages.condense import run as condense
-from fine_dist.stages.load import load_model
 from tests.conftest import tiny_arch
 from tests.methods.making import TINY, artifact_for, save, tiny, trained
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError, ConfigError
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods import build, check, from_manifest
 from fine_dist.methods.svd import SvdConfig, shared_numbers, top_components
+from fine_dist.model.arch import arch
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.roles import count_by_role
-from fine_dist.model.zoo import arch
 from tests.conftest import tiny_arch
 from tests.methods.making import artifact_for, parent_for, tiny
 

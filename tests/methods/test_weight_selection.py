@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import METHODS, build, check, parent_of
 from fine_dist.methods.weight_selection import uniform
 from fine_dist.model.artifact import load_artifact, save_artifact

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from fine_dist.methods import METHODS, Method, Parent, build, parent_of
+from fine_dist.artifacts.targets import load_target_module, own_tensors, save_target
+from fine_dist.methods import METHODS, build, parent_of
+from fine_dist.methods.base import Method, Parent
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.stages.targets import load_target_module, own_tensors, save_target
 from tests.conftest import lively, tiny_arch
 
 

@@ -8,12 +8,12 @@ import json
 import pytest
 import torch
 
-from fine_dist.errors import ArtifactError, ConfigError
-from fine_dist.model import zoo
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.model import arch as zoo
+from fine_dist.model.arch import check_size
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
-from fine_dist.model.zoo import check_size
 from tests.conftest import lively, tiny_arch
 
 

@@ -8,7 +8,7 @@ import tensorly
 import torch
 from tensorly.decomposition import parafac
 
-from fine_dist.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.model.cp import compose, decompose, directions, jennrich, solve_sigma, unit
 
 

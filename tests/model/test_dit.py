@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.errors import ConfigError
+from fine_dist.core.errors import ConfigError
+from fine_dist.model.arch import MATRICES, Arch, arch
 from fine_dist.model.dit import DiT, position_table
-from fine_dist.model.zoo import MATRICES, Arch, arch
 from tests.conftest import inputs, lively, tiny_arch
 
 

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
+from fine_dist.model.arch import MATRICES, arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT, Genes, cheaper_path, multiply_adds, sigma_std
 from fine_dist.model.roles import roles, train_only
-from fine_dist.model.zoo import MATRICES, arch
 from tests.conftest import inputs, lively, tiny_arch
 
 

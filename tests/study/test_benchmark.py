@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.benchmark import main
-from fine_dist.benchmarks.methods import load_benchmark
-from fine_dist.errors import ConfigError
+from benchmarks.__main__ import main
+from fine_dist.core.errors import ConfigError
 from fine_dist.methods import METHODS
 from fine_dist.model.dit import DiT
-from fine_dist.report import read_results
-from fine_dist.report.markdown import main as fill_in
-from fine_dist.report.storage import storage
 from fine_dist.stages.train import with_fresh_shell
-from fine_dist.study import plan
+from fine_dist.study.graph import plan
+from fine_dist.study.methods import load_benchmark
+from fine_dist.study.report.markdown import main as fill_in
+from fine_dist.study.report.results import read_results
+from fine_dist.study.report.storage import storage
 from tests.conftest import lively, tiny_arch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"

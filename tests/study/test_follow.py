@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fine_dist.errors import TrainingError
-from fine_dist.study import Graph, Run, load_study, plan
-from fine_dist.study.follow import _prepare, follow, inherit
+from fine_dist.core.errors import TrainingError
+from fine_dist.study.config import load_study
+from fine_dist.study.graph import Graph, Run, plan
+from fine_dist.study.scheduler import _prepare, follow, inherit
 from tests.study.test_plan import DEMO
 from tests.study.toy import ToyConfig
 

@@ -8,11 +8,13 @@ import signal
 
 import pytest
 
-from fine_dist.errors import ConfigError, TrainingError
-from fine_dist.jobs.machine import cores
-from fine_dist.study import load_study, measuring, plan
-from fine_dist.study.follow import follow
+from fine_dist.core.errors import ConfigError, TrainingError
+from fine_dist.study import measuring
+from fine_dist.study.config import load_study
+from fine_dist.study.graph import plan
 from fine_dist.study.measuring import Measuring, measure_ahead
+from fine_dist.study.scheduler import follow
+from launchers.machine import cores
 from tests.study.test_plan import DEMO
 from tests.study.test_tune import FINE, HE, SMALL
 

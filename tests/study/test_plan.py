@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.errors import ConfigError
-from fine_dist.study import StudyConfig, load_study, plan
-from fine_dist.study.config import merged
+from fine_dist.core.errors import ConfigError
+from fine_dist.study.config import StudyConfig, load_study, merged
+from fine_dist.study.graph import plan
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "study" / "digits_demo.yaml"

@@ -6,14 +6,16 @@ import json
 
 import pytest
 
-from fine_dist.config import DataConfig
-from fine_dist.errors import ConfigError, TrainingError
-from fine_dist.report import read_results
-from fine_dist.report.markdown import markdown
-from fine_dist.stages import load_model
-from fine_dist.stages.measure import MeasureConfig, Measures
-from fine_dist.study import load_study, plan, run_study
-from fine_dist.study.estimates import tuning_estimate
+from fine_dist.artifacts.load import load_model
+from fine_dist.core.errors import ConfigError, TrainingError
+from fine_dist.data.settings import DataConfig
+from fine_dist.evaluation.measure import MeasureConfig, Measures
+from fine_dist.study import run_study
+from fine_dist.study.budget import tuning_estimate
+from fine_dist.study.config import load_study
+from fine_dist.study.graph import plan
+from fine_dist.study.report.markdown import markdown
+from fine_dist.study.report.results import read_results
 from fine_dist.study.tune import FILE, Trial, choose, known, trials, tuned, with_choices
 from tests.study.test_plan import DEMO
 

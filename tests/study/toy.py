@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from fine_dist.config import Config, LaunchConfig
-from fine_dist.errors import ConfigError
+from fine_dist.core.config import Config
+from fine_dist.core.errors import ConfigError
+from fine_dist.core.settings import LaunchConfig
 
 PRELOAD = ()
 
@@ -42,9 +43,10 @@ def main() -> int:
     """Follow a graph of toys: `python -m tests.study.toy ROOT LAUNCHER [SECONDS]`; `two` and `three` need `one`."""
     import sys
 
-    from fine_dist.errors import guard
-    from fine_dist.study import Graph, Run, load_study
-    from fine_dist.study.follow import follow
+    from fine_dist.core.errors import guard
+    from fine_dist.study.config import load_study
+    from fine_dist.study.graph import Graph, Run
+    from fine_dist.study.scheduler import follow
 
     def body() -> int:
         root = Path(sys.argv[1])

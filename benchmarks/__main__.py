@@ -1,0 +1,194 @@
+"""`python -m benchmarks NAME`: measure speed and memory on this machine, beside the figures to reach."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.core.errors import guard
+
+if TYPE_CHECKING:
+    from benchmarks.gpu import Found as GpuFound
+    from benchmarks.rows import Row
+
+NAMES = {
+    "speed": "a training step: throughput, memory, overhead of the loop",
+    "data": "the latent stream and encoding, against plain webdataset and one file a sample",
+    "scale": "steps of 2 and 4 processes against their prediction, and the books of 10,000 targets",
+    "fanout": "many targets at once, against one after the other",
+    "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
+    "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
+    "creative": "a token's training against the loops that it stands beside",
+    "gpu": "what only a GPU can show: its tests, steps at DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
+    "methods": "every method and control as one study: quality, costs and verdicts (--config FILE)",
+}
+_PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns 0 when everything was measured, whether or not a bar was reached; 1 when a part of `gpu`
+    failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        epilog="\n".join(f"{name:8} {what}" for name, what in NAMES.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=NAMES, help="what to measure")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows, machine and versions here")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: a smoke test")
+    size = parser.add_argument_group("speed alone")
+    size.add_argument("--arch", metavar="NAME", help="another size than DiT-S/2, such as DiT-XL/2 or DiT-B/2-L6")
+    size.add_argument("--batch", metavar="N", type=_positive, help="samples a step; 16 unless told")
+    study = parser.add_argument_group("methods alone")
+    study.add_argument("--config", metavar="FILE", help="the benchmark, such as configs/benchmark/digits.yaml")
+    study.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a setting of its study")
+    study.add_argument("--launcher", default="auto", help="where jobs run: local, slurm, ray, auto, here")
+    study.add_argument("--dry-run", action="store_true", help="name the runs and what they would take; run nothing")
+    options = parser.parse_args(argv)
+    if options.name == "methods" and not options.config:
+        parser.error("methods: --config FILE says which benchmark, such as configs/benchmark/digits.yaml")
+    if options.name != "speed" and (options.arch or options.batch):
+        parser.error(f"{options.name}: --arch and --batch are the speed benchmark's")
+    commands = {"methods": _methods, "gpu": _gpu_check}
+    return guard(lambda: commands.get(options.name, _run)(options))
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from fine_dist.study import methods
+
+    benchmark = methods.load_benchmark(options.config, options.set, options.quick)
+    if options.dry_run:
+        print("\n".join([*methods.outline(benchmark), "dry run: nothing was done"]))
+        return 0
+    started = time.perf_counter()
+    found = methods.run(benchmark, options.launcher)
+    about = {"benchmark": "methods", "quick": options.quick, "seconds": round(time.perf_counter() - started, 1)}
+    _write(options.json, {**about, **machine(), **found})
+    return 0
+
+
+def _gpu_check(options: argparse.Namespace) -> int:
+    from benchmarks import gpu
+
+    gpu.require_gpu()
+    return report(gpu.run(gpu.parts(options.quick)), options.json or gpu.FIGURES, options.quick)
+
+
+def report(found: GpuFound, out: Path, quick: bool) -> int:
+    """Show what the parts of `gpu` gave and write it to a file; 1 when a part failed, else 0."""
+    about = {"benchmark": "gpu", "quick": quick, **machine(), **found.as_json()}
+    show(found.rows, {**about, "seconds": round(sum(found.seconds.values()), 1)})
+    del about["machine"]  # a published file names the card, not the host
+    _write(out, about)
+    for name, said in found.failed.items():
+        print(f"{name} failed: {said}", file=sys.stderr)
+    return 1 if found.failed else 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    module = importlib.import_module(f"benchmarks.{options.name}")
+    started = time.perf_counter()
+    size = {"arch": options.arch, "batch": options.batch} if options.name == "speed" else {}
+    rows: list[Row] = module.run(options.quick, **size)
+    about = {
+        "benchmark": options.name,
+        "quick": options.quick,
+        "seconds": round(time.perf_counter() - started, 1),
+        **machine(),
+    }
+    show(rows, about)
+    _write(options.json, {**about, "rows": [row.as_json() for row in rows]})
+    return 0
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    from fine_dist.core.files import write_atomic
+
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def show(rows: list[Row], about: dict[str, Any]) -> None:
+    """Print the rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measure", "value", "bar", "")
+    for column in (1, 2):
+        table.columns[column].justify = "right"
+    for row in rows:
+        sign = {"higher": "≥ ", "lower": "≤ ", "near": ""}[row.better]
+        low = f"{_figure(2 - row.bar)} to " if row.bar is not None and row.better == "near" else ""
+        bar = "" if row.bar is None else f"{sign}{low}{_figure(row.bar)}"
+        mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[row.passed]
+        share = "" if row.share is None else f" = {row.share:.1f}%"
+        table.add_row(row.measure, f"{_figure(row.value)} {row.unit}{share}", bar, mark)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    console.print(
+        f"{about['machine']}: {about['cpu']}, {about['cores']} cores, {about['gpu'] or 'no GPU'}", soft_wrap=True
+    )
+    console.print(f"{versions}; {about['seconds']} s" + (" (quick)" if about["quick"] else ""), soft_wrap=True)
+
+
+def _figure(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.2e}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on: machine, processor, cores, GPU, versions."""
+    versions = {"python": platform.python_version()}
+    for package in ("fine_dist", *_PACKAGES):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": platform.node(),
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": _gpu(),
+        "versions": versions,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

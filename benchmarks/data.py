@@ -1,0 +1,245 @@
+"""The latent stream against plain webdataset, one file a sample and `cat`; memory, start-up, resuming; encoding.
+
+All with latents of 4x32x32 float16, the page cache warm, in one process without reader threads unless a row says so.
+The stream gives what the shards store; what it is held against gives float32, so its conversion is counted there too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset as wds
+
+from benchmarks.encoding import encoding
+from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from fine_dist.data.settings import DataConfig
+from fine_dist.data.shards import Manifest, ShardWriter, write_shards
+from fine_dist.data.stream import LatentStream
+
+SHAPE, BATCH, CLASSES, FACTOR = (4, 32, 32), 256, 1000, 0.18215
+
+
+def run(quick: bool) -> list[Row]:
+    """All rows; `quick` measures less of each."""
+    with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:
+        root = Path(folder)
+        count = 16_384 if quick else 65_536
+        _make(root / "shards", count)
+        return [
+            *_throughput(root, count, rounds=2 if quick else 7),
+            *_memory(root / "shards", epochs=3 if quick else 10),
+            *_start_up(root, num_shards=1000 if quick else 10_000),
+            *encoding(root, count=32 if quick else 96, rounds=1 if quick else 5),
+        ]
+
+
+def _make(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((1024, *SHAPE), np.float32) / FACTOR
+    infos = []
+    for number, start in enumerate(range(0, count, 1024)):
+        with ShardWriter(folder, number, SHAPE) as writer:
+            for i in range(start, min(start + 1024, count)):
+                writer.add(latents[i % 1024], i % CLASSES)
+        infos.append(writer.info)
+    manifest = Manifest(
+        count=count, latent_shape=SHAPE, num_classes=CLASSES, scaling_factor=FACTOR, shards=tuple(filter(None, infos))
+    )
+    manifest.save(folder)
+
+
+# --- samples a second ----------------------------------------------------------------------------------------------
+
+
+class _Files(torch.utils.data.Dataset):
+    """One .npy a sample."""
+
+    def __init__(self, folder: Path) -> None:
+        self.paths = sorted(str(path) for path in folder.glob("*.npy"))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.from_numpy(np.load(self.paths[index])), int(self.paths[index].rpartition("-")[2][:-4])
+
+
+def _plain_webdataset(paths: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """As its documentation has it: tar -> decode .npy -> batch; float32 and scaled, as ours come."""
+
+    def decode(sample: dict) -> tuple[np.ndarray, int]:
+        return np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False), int(sample["cls"])
+
+    for latents, labels in wds.WebDataset(paths, shardshuffle=False).map(decode).batched(BATCH, partial=False):
+        yield torch.from_numpy(latents).float().mul_(FACTOR), torch.from_numpy(labels)
+
+
+def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
+    say("samples a second")
+    shards = root / "shards"
+    paths = sorted(str(path) for path in shards.glob("*.tar"))
+    streams = {
+        workers: LatentStream(DataConfig(shards=str(shards), workers=workers), seed=0, global_batch=BATCH)
+        for workers in (0, 1, 2)
+    }
+    batches = {workers: stream.batches() for workers, stream in streams.items()}
+    files = _write_files(root / "files", 4096)
+    num_plain = min(len(paths), 8)
+    num_steps = count // BATCH
+
+    def ours(workers: int) -> float:
+        """Batches as the shards store them."""
+        return seconds(lambda: [None for _ in islice(batches[workers], num_steps)]) / (num_steps * BATCH)
+
+    def as_float() -> float:
+        """The same, converted to float32 and scaled by whoever uses them."""
+        return seconds(lambda: [batch.latents is None for batch in islice(batches[0], num_steps)]) / (num_steps * BATCH)
+
+    def plain() -> float:
+        return seconds(lambda: [None for _ in _plain_webdataset(paths[:num_plain])]) / (num_plain * 1024)
+
+    def one_file_a_sample() -> float:
+        loader = torch.utils.data.DataLoader(files, BATCH, shuffle=True, num_workers=0)
+        return seconds(lambda: [latents.float().mul_(FACTOR) for latents, _ in loader]) / len(files)
+
+    def cat() -> float:
+        with open(os.devnull, "wb") as nowhere:
+            return seconds(lambda: subprocess.run(["cat", *paths], stdout=nowhere, check=True)) / count
+
+    # one thread each: idle threads of torch's pool would spin on the cores of whoever is measured next
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = interleaved(
+        {
+            "ours": lambda: ours(0),
+            "float": as_float,
+            "plain": plain,
+            "files": one_file_a_sample,
+            "cat": cat,
+            "one thread": lambda: ours(1),
+            "two threads": lambda: ours(2),
+        },
+        rounds,
+    )
+    torch.set_num_threads(threads)
+    for stream in streams.values():
+        stream.close()
+    rate = {name: 1 / median(figures) for name, figures in found.items()}
+    share = {
+        name: median_of_ratios(found["cat"], found[name]) for name in ("ours", "float", "one thread", "two threads")
+    }
+    return [
+        Row("stream, samples a second", rate["ours"], "1/s"),
+        Row("stream and conversion to float32", rate["float"], "1/s"),
+        Row("plain webdataset, samples a second", rate["plain"], "1/s"),
+        Row("one .npy a sample through DataLoader", rate["files"], "1/s"),
+        Row("stream, to float32 / plain webdataset", median_of_ratios(found["plain"], found["float"]), "x", 5),
+        Row("stream, to float32 / one .npy a sample", median_of_ratios(found["files"], found["float"]), "x", 10),
+        Row("stream / cat shards > /dev/null", share["ours"], "x", 0.25),
+        Row("stream, to float32 / cat", share["float"], "x"),
+        Row("stream with 1 reader thread / cat", share["one thread"], "x"),
+        Row("stream with 2 reader threads / cat", share["two threads"], "x"),
+    ]
+
+
+def _write_files(folder: Path, count: int) -> _Files:
+    folder.mkdir()
+    latents = np.random.default_rng(1).standard_normal((64, *SHAPE)).astype(np.float16)
+    for i in range(count):
+        np.save(folder / f"{i:06d}-{i % CLASSES}.npy", latents[i % 64])
+    return _Files(folder)
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+_MEASURE_MEMORY = """
+import json, sys
+from fine_dist.config import DataConfig
+from fine_dist.data.stream import LatentStream
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+libraries = resident()
+stream = LatentStream(DataConfig(shards=sys.argv[1]), seed=0, global_batch=256)
+batches, found = stream.batches(), []
+for epoch in range(int(sys.argv[2])):
+    most = 0
+    for step in range(stream.manifest.count // 256):
+        next(batches).latents
+        if step % 8 == 0:
+            most = max(most, resident())
+    found.append(most)
+print(json.dumps([libraries, found]))
+"""
+
+
+def _memory(shards: Path, epochs: int) -> list[Row]:
+    """Resident memory of a process of its own that reads epochs at the default settings."""
+    say(f"memory over {epochs} epochs")
+    ran = subprocess.run(
+        [sys.executable, "-c", _MEASURE_MEMORY, str(shards), str(epochs)], capture_output=True, text=True, check=True
+    )
+    libraries, peaks = json.loads(ran.stdout)
+    # the first epoch fills the allocator's pools
+    settled = peaks[1:] or peaks
+    return [
+        Row("memory of a process, highest", max(peaks), "MiB", 300, "lower"),
+        Row("of which imported libraries", libraries, "MiB"),
+        Row(f"memory's growth from epoch 2 to {epochs}", settled[-1] - settled[0], "MiB", 10, "lower"),
+    ]
+
+
+# --- start-up and resuming -----------------------------------------------------------------------------------------
+
+
+def _start_up(root: Path, num_shards: int) -> list[Row]:
+    """Until the first batch is there: from the beginning, and at 90% of an epoch of small shards."""
+    say(f"starting and resuming with {num_shards:,} shards")
+    folder, per_shard = root / "many", 8
+    latents = np.zeros((per_shard, *SHAPE), np.float16)
+    # the same shard under many names, but for its keys: their content does not matter here, their number does
+    write_shards(folder, latents, np.zeros(per_shard), num_classes=CLASSES, shard_samples=per_shard)
+    template = (folder / "latents-000000.tar").read_bytes()
+    first = Manifest.parse((folder / "manifest.json").read_bytes(), "").shards[0]
+    infos = [first]
+    for number in range(1, num_shards):
+        name = f"latents-{number:06d}.tar"
+        content = bytearray(template)
+        _rename(content, f"{number:06d}-".encode())
+        (folder / name).write_bytes(content)
+        infos.append(first.model_copy(update={"name": name, "key_prefix": f"{number:06d}-"}))
+    manifest = Manifest(count=per_shard * num_shards, latent_shape=SHAPE, num_classes=CLASSES, shards=tuple(infos))
+    manifest.save(folder)
+
+    def until_first(step: int) -> float:
+        started = time.perf_counter()
+        with LatentStream(DataConfig(shards=str(folder)), seed=0, global_batch=BATCH) as stream:
+            next(stream.batches(step))
+            return time.perf_counter() - started
+
+    last = int(0.9 * manifest.count / BATCH)
+    found = interleaved({"start": lambda: until_first(0), "resume": lambda: until_first(last)}, 5)
+    later = median([b - a for a, b in zip(found["start"], found["resume"])])
+    return [
+        Row(f"start with {num_shards:,} shards, to the first batch", median(found["start"]), "s", 2, "lower"),
+        Row("resuming at 90% of an epoch, beyond starting", later, "s", 3, "lower"),
+    ]
+
+
+def _rename(content: bytearray, prefix: bytes) -> None:
+    """Give all records of a shard another prefix in their keys (and so their headers another checksum)."""
+    for at in range(0, len(content), 512):
+        if content[at + 257 : at + 262] == b"ustar":
+            content[at : at + len(prefix)] = prefix
+            content[at + 148 : at + 156] = b" " * 8
+            content[at + 148 : at + 156] = f"{sum(content[at : at + 512]):06o}\0 ".encode()

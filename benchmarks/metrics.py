@@ -1,0 +1,131 @@
+"""`python -m benchmarks metrics`: every metric at 50,000 images of Inception's sizes, and its memory.
+
+Features are noise of the right shapes (N images, 2048 pooled features, 2023 spatial ones, 1008 classes), so that no
+weights are needed: what is timed is what comes after the network. The Fréchet distance is timed beside scipy's `sqrtm`,
+which the literature uses, in turns. One thread each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from benchmarks.resident import resident_growth
+from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FRECHET_BAR = 0.2
+"""Our Fréchet distance over scipy's `sqrtm` alone, in seconds."""
+MEMORY_BAR_GIB = 2.0
+"""Of precision and recall, 10,000 against 10,000."""
+BATCH = 500
+
+
+def run(quick: bool) -> list[Row]:
+    """All rows. quick: 2,000 images of 256 features; the Fréchet ratio is a smoke test."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        images, pooled, spatial, classes = (2000, 256, 200, 100) if quick else (50_000, 2048, 2023, 1008)
+        rows = frechet_rows(pooled, rounds=2 if quick else 3, bar=None if quick else FRECHET_BAR)
+        return rows + metric_rows(images, pooled, spatial, classes, kept=min(images, 10_000), bars=not quick)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def frechet_rows(num: int, rounds: int, bar: float | None) -> list[Row]:
+    """The distance against `scipy.linalg.sqrtm`, by turns; with regular and with singular covariances."""
+    import scipy.linalg
+
+    from fine_dist.evaluation.frechet import frechet_from
+
+    say(f"the Fréchet distance of {num} features")
+    a, b = covariance(num, 4 * num, 0), covariance(num, 4 * num, 1)
+    few = covariance(num, num // 2, 2)
+    mean = a.new_zeros(num)
+    product = (a @ b).numpy()
+    times = interleaved(
+        {
+            "ours": lambda: seconds(lambda: frechet_from(mean, a, mean, b)),
+            "singular": lambda: seconds(lambda: frechet_from(mean, few, mean, b)),
+            "sqrtm": lambda: seconds(lambda: scipy.linalg.sqrtm(product)),
+        },
+        rounds,
+        warmup=0,
+    )
+    ours = frechet_from(mean, a, mean, b)
+    theirs = float(a.trace() + b.trace()) - 2 * float(scipy.linalg.sqrtm(product).trace().real)
+    return [
+        Row(f"Fréchet distance, {num} features", median(times["ours"]), "s", None, "lower"),
+        Row("  over scipy's sqrtm", median_of_ratios(times["ours"], times["sqrtm"]), "x", bar, "lower"),
+        Row("  difference to sqrtm's result, relative", abs(ours - theirs) / theirs, "x", None, "lower"),
+        Row(
+            "  singular covariance, over sqrtm", median_of_ratios(times["singular"], times["sqrtm"]), "x", None, "lower"
+        ),
+    ]
+
+
+def covariance(num: int, samples: int, seed: int) -> Tensor:
+    """Of normal samples whose deviations span two decades, float64 [num, num]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, num, generator=generator, dtype=torch.float64)
+    return torch.cov((x * torch.logspace(0, -2, num)).T)
+
+
+def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int, bars: bool) -> list[Row]:
+    """Seconds and memory of each metric, network apart."""
+    import torch
+
+    from fine_dist.evaluation.moments import Moments
+    from fine_dist.evaluation.scores import ClassSums, kernel_distance, precision_recall
+
+    generator = torch.Generator().manual_seed(0)
+
+    def batches(width: int) -> list[Tensor]:
+        """A few batches that are used again and again: nobody holds 50,000 rows of all features at once."""
+        return [torch.randn(BATCH, width, generator=generator) for _ in range(4)]
+
+    def moments(width: int) -> Callable[[], object]:
+        parts = batches(width)
+
+        def body() -> object:
+            total = Moments.empty(width)
+            for i in range(images // BATCH):
+                total.update(parts[i % 4])
+            return total.covariance()
+
+        return body
+
+    logits = batches(classes)
+
+    def inception_score() -> object:
+        sums = ClassSums.empty(images, classes)
+        for i in range(images // BATCH):
+            sums.update(logits[i % 4], torch.arange(i * BATCH, (i + 1) * BATCH))
+        return sums.score()
+
+    real, fake = (torch.randn(kept, pooled, generator=generator) for _ in range(2))
+    bodies: dict[str, tuple[Callable[[], object], float | None]] = {
+        f"moments for FID, {images} x {pooled}": (moments(pooled), None),
+        f"moments for sFID, {images} x {spatial}": (moments(spatial), None),
+        f"Inception Score, {images} x {classes}": (inception_score, None),
+        f"precision and recall, {kept} x {kept} x {pooled}": (
+            lambda: precision_recall(real, fake),
+            MEMORY_BAR_GIB if bars else None,
+        ),
+        f"KID, 100 subsets of {min(kept, 1000)} x {pooled}": (lambda: kernel_distance(real, fake), None),
+    }
+    rows = []
+    for name, (body, bar) in bodies.items():
+        say(name)
+        times: list[float] = []
+        grown = resident_growth(lambda body=body, times=times: times.append(seconds(body)))  # type: ignore[misc]
+        rows.append(Row(name, times[0], "s", None, "lower"))
+        rows.append(Row("  memory beside its inputs", grown / 2**30, "GiB", bar, "lower"))
+    return rows

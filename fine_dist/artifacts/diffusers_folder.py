@@ -1,0 +1,246 @@
+"""diffusers' `DiTTransformer2DModel` and `DiTPipeline` folders, in and out.
+
+diffusers gives every block a time and a label embedder of its own. Folders converted from DiT repeat one of each, which
+is checked on the way in and repeated on the way out.
+
+Two facts about diffusers (0.42) decide what a folder means:
+
+- Its time frequencies are `10000^(-i / 127)`, DiT's are `10000^(-i / 128)` (`Arch.frequency_shift` 1 and 0). The
+  published `facebook/DiT-XL-2-*` hold the original's weights, unchanged, so that diffusers runs them with frequencies
+  they were not trained with. A folder written here holds our weights unchanged, too; `load_pipeline` (or
+  `set_frequencies` on any pipeline) makes diffusers compute what the model was trained for.
+- `DiTPipeline` takes label 1000 for the null label. A label table of fewer classes is written with its null label in
+  every row up to 1000, so that guidance works; `fine_dist.json` beside it says how many rows are classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fine_dist.artifacts.card import licence_of_card
+from fine_dist.artifacts.imported import DIT_LICENCE, NO_HINTS, UNKNOWN_LICENCE, Hints, Imported, check_keys, finish
+from fine_dist.artifacts.tensor_files import fetch, read_json, read_weights_folder
+from fine_dist.core.errors import ArtifactError
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.model.arch import Arch
+
+MARKER = "fine_dist.json"
+"""What diffusers' own files cannot say; written beside them."""
+PIPELINE_NULL = 1000
+"""The label that `DiTPipeline` takes for the null label, whatever the model."""
+CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
+"""The second is what the published folders are called in their configs: converted from the original by diffusers."""
+
+_OUTSIDE = {"patch": "pos_embed.proj", "final.adaln": "proj_out_1", "final.linear": "proj_out_2"}
+_BLOCK = {"o": "attn1.to_out.0", "in": "ff.net.0.proj", "out": "ff.net.2", "adaln": "norm1.linear"}
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+_EMBED = {
+    "time.hidden.weight": "timestep_embedder.linear_1.weight",
+    "time.hidden.bias": "timestep_embedder.linear_1.bias",
+    "time.out.weight": "timestep_embedder.linear_2.weight",
+    "time.out.bias": "timestep_embedder.linear_2.bias",
+    "label.weight": "class_embedder.embedding_table.weight",
+}
+_FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
+_FIXED |= {"attention_bias": True}
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """What a folder says besides its weights. vae, scheduler: their configs, empty where there are none."""
+
+    root: Path
+    transformer: Path
+    config: dict[str, Any]
+    scheduler: dict[str, Any]
+    vae: dict[str, Any]
+    class_names: tuple[str, ...]
+    marker: dict[str, Any]
+
+
+def is_diffusers_folder(folder: Path) -> bool:
+    """Whether a folder is a `DiTPipeline` or a `DiTTransformer2DModel`."""
+    if (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
+        return True
+    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in CLASSES
+
+
+def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> Imported:
+    """A pipeline's or a transformer's folder, or a name on the hub.
+
+    `ArtifactError` when it is damaged, another model's, its per-block embedders differ, or it cannot be downloaded.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = fetch(str(source))
+    found = _look(folder)
+    tensors, sha256 = read_weights_folder(found.transformer)
+    config, where = found.config, str(source)
+    notes: list[str] = []
+    shift = _shift(found, str(source), hints, notes)
+    arch = _arch_of(config, hints, shift, found, where)
+    state = {}
+    check_keys((name for name, _ in _their_names(arch.num_layers)), tensors, where, "a DiTTransformer2DModel")
+    for ours, theirs in _EMBED.items():
+        first = tensors[f"transformer_blocks.0.norm1.emb.{theirs}"]
+        for layer in range(1, arch.num_layers):
+            name = f"transformer_blocks.{layer}.norm1.emb.{theirs}"
+            if not torch.equal(tensors.pop(name), first):
+                raise ArtifactError(
+                    f"{where}: {name} is not block 0's: its blocks were trained with embedders of their own, which a "
+                    "DiT (one time and one label embedder) cannot hold"
+                )
+        state[ours] = first
+    state["label.weight"] = state["label.weight"][: arch.num_classes + 1]
+    for ours, theirs in _OUTSIDE.items():
+        for part in ("weight", "bias"):
+            state[f"{ours}.{part}"] = tensors[f"{theirs}.{part}"]
+    state["patch.weight"] = state["patch.weight"].flatten(1)
+    for layer in range(arch.num_layers):
+        at = f"transformer_blocks.{layer}."
+        for part in ("weight", "bias"):
+            for ours, theirs in _BLOCK.items():
+                state[f"blocks.{layer}.{ours}.{part}"] = tensors[f"{at}{theirs}.{part}"]
+            state[f"blocks.{layer}.qkv.{part}"] = torch.cat([tensors[f"{at}{name}.{part}"] for name in _QKV])
+    if float(config.get("norm_eps", 1e-5)) != 1e-6:
+        notes.append(f"norm_eps {config.get('norm_eps', 1e-5):g} of its MLPs' LayerNorms becomes DiT's 1e-6")
+    licence = hints.licence or found.marker.get("licence") or licence_of_card(found.root / "README.md")
+    if not licence and _is_published(str(source)):
+        licence = DIT_LICENCE
+    if not licence:
+        notes.append("its files name no licence; say it with licence")
+    return Imported(
+        arch=arch,
+        state=finish(state, arch, where),
+        source=where,
+        layout="diffusers",
+        sha256=sha256,
+        licence=licence or UNKNOWN_LICENCE,
+        diffusion=_diffusion_of(found.scheduler, where),
+        scaling_factor=found.vae.get("scaling_factor"),
+        class_names=found.class_names,
+        notes=tuple(notes),
+    )
+
+
+def _look(folder: Path) -> PipelineFolder:
+    transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    config = read_json(transformer / "config.json")
+    if config.get("_class_name") not in CLASSES:
+        raise ArtifactError(
+            f"{transformer / 'config.json'} is of a {config.get('_class_name', 'model without a name')}; legal: "
+            + ", ".join(CLASSES)
+        )
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    labels = index.get("id2label") or {}
+    marker = read_json(folder / MARKER) if (folder / MARKER).is_file() else {}
+    parts = [
+        read_json(path) if (path := folder / part / name).is_file() else {}
+        for part, name in (("scheduler", "scheduler_config.json"), ("vae", "config.json"))
+    ]
+    class_names = tuple(str(labels[key]) for key in sorted(labels, key=int)) or tuple(marker.get("class_names", ()))
+    return PipelineFolder(folder, transformer, config, parts[0], parts[1], class_names, marker)
+
+
+def _is_published(source: str) -> bool:
+    return Path(source).name.startswith(("DiT-XL-2-256", "DiT-XL-2-512")) and "facebook" in source
+
+
+def _shift(found: PipelineFolder, source: str, hints: Hints, notes: list[str]) -> int:
+    """0 for weights that were trained with DiT's frequencies, 1 for those trained in diffusers."""
+    if hints.frequency_shift is not None:
+        return hints.frequency_shift
+    if "frequency_shift" in found.marker:
+        return int(found.marker["frequency_shift"])
+    if found.config["_class_name"] == "Transformer2DModel" or _is_published(source):
+        notes.append("frequency_shift 0: converted from the original DiT, whose time frequencies its weights know")
+        return 0
+    notes.append(
+        "frequency_shift 1: taken for trained in diffusers; say frequency_shift=0 if it was converted from a DiT"
+    )
+    return 1
+
+
+def _arch_of(config: Mapping[str, Any], hints: Hints, shift: int, found: PipelineFolder, where: str) -> Arch:
+    for key, wanted in _FIXED.items():
+        if config.get(key, wanted) != wanted:
+            raise ArtifactError(f"{where}: {key} is {config[key]!r}, and a DiT's is {wanted!r}")
+    try:
+        heads, head_size, channels = (
+            int(config.get(key, usual))
+            for key, usual in (("num_attention_heads", 16), ("attention_head_dim", 72), ("in_channels", 4))
+        )
+        out = int(config.get("out_channels") or channels)
+        if out not in (channels, 2 * channels):
+            raise ArtifactError(f"{where}: out_channels is {out} and in_channels {channels}; a DiT has C or 2C")
+        classes = hints.num_classes or found.marker.get("num_classes") or config.get("num_embeds_ada_norm", 1000)
+        return Arch(
+            hidden_size=heads * head_size,
+            num_layers=int(config.get("num_layers", 28)),
+            num_heads=heads,
+            patch_size=int(config.get("patch_size", 2)),
+            in_channels=channels,
+            input_size=int(config.get("sample_size", 32)),
+            num_classes=int(classes),
+            learn_sigma=out == 2 * channels,
+            frequency_shift=shift,
+        )
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{where}: its config is of no possible DiT: {error}") from None
+
+
+def _diffusion_of(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
+    """The chain that a scheduler's config describes; DiT's where there is none."""
+    if not scheduler:
+        return DiffusionConfig()
+    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
+    if schedule != "linear" or prediction != "epsilon" or scheduler.get("trained_betas") is not None:
+        raise ArtifactError(
+            f"{where}: its scheduler has beta_schedule {schedule!r}, prediction_type {prediction!r}"
+            f"{', trained_betas' if scheduler.get('trained_betas') is not None else ''}; legal: linear, epsilon"
+        )
+    return DiffusionConfig(
+        num_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
+        beta_start=float(scheduler.get("beta_start", 1e-4)),
+        beta_end=float(scheduler.get("beta_end", 2e-2)),
+    )
+
+
+def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A dense DiT's tensors under `DiTTransformer2DModel`'s names; float32, embedders repeated for each block."""
+    state = {name: tensor.detach().cpu().float() for name, tensor in state.items()}
+    rows = label_rows(arch)
+    table = state["label.weight"]
+    null = table[arch.num_classes].expand(rows - len(table), -1)
+    state["label.weight"] = torch.cat([table, null])
+    p, theirs = arch.patch_size, {}
+    for name, (ours, third) in _their_names(arch.num_layers):
+        tensor = state[ours] if third is None else state[ours].chunk(3)[third]
+        theirs[name] = tensor.clone()  # a safetensors file holds no tensor twice
+    theirs["pos_embed.proj.weight"] = theirs["pos_embed.proj.weight"].reshape(-1, arch.in_channels, p, p)
+    return theirs
+
+
+def label_rows(arch: Arch) -> int:
+    """Rows of the label table in a diffusers folder: classes, and null labels up to the one that the pipeline takes."""
+    return max(arch.num_classes, PIPELINE_NULL) + 1
+
+
+def _their_names(num_layers: int) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """Pairs (diffusers' name, (our name, which third of it; none: all of it)) of all tensors."""
+    parts = ("weight", "bias")
+    for ours, theirs in _OUTSIDE.items():
+        yield from ((f"{theirs}.{part}", (f"{ours}.{part}", None)) for part in parts)
+    for layer in range(num_layers):
+        at = f"transformer_blocks.{layer}."
+        yield from ((f"{at}norm1.emb.{theirs}", (ours, None)) for ours, theirs in _EMBED.items())
+        for ours, theirs in _BLOCK.items():
+            yield from ((f"{at}{theirs}.{part}", (f"blocks.{layer}.{ours}.{part}", None)) for part in parts)
+        for third, theirs in enumerate(_QKV):
+            yield from ((f"{at}{theirs}.{part}", (f"blocks.{layer}.qkv.{part}", third)) for part in parts)

@@ -1,0 +1,280 @@
+"""The original DiT's state dict, in and out; fast-DiT's and SiT's have the same names.
+
+Its layout is read off the published checkpoints: a patch embedding that is a convolution, one time and one label
+embedder, a fused qkv, the position table as a tensor. A training script's checkpoint nests it under `ema` and `model`.
+
+Letters: D width, L layers, p patch side, C latent channels, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fine_dist.artifacts.imported import (
+    DIT_LICENCE,
+    NO_HINTS,
+    UNKNOWN_LICENCE,
+    Hints,
+    Imported,
+    check_keys,
+    finish,
+    heads_of,
+    read_int,
+)
+from fine_dist.artifacts.tensor_files import read_tensor_file
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.files import sha256_of, whole_file, written_whole
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.model.arch import Arch, parse_name
+from fine_dist.model.dit import position_table
+
+_OUTSIDE = {
+    "patch": "x_embedder.proj",
+    "time.hidden": "t_embedder.mlp.0",
+    "time.out": "t_embedder.mlp.2",
+    "final.adaln": "final_layer.adaLN_modulation.1",
+    "final.linear": "final_layer.linear",
+}
+_BLOCK = {"qkv": "attn.qkv", "o": "attn.proj", "in": "mlp.fc1", "out": "mlp.fc2", "adaln": "adaLN_modulation.1"}
+_LABEL, _POSITION = "y_embedder.embedding_table.weight", "pos_embed"
+_PUBLISHED = re.compile(r"^DiT-XL-2-(256x256|512x512)\.pt$")
+_NESTS = ("ema", "model", "state_dict")
+
+
+def names(num_layers: int) -> Iterator[tuple[str, str]]:
+    """Pairs (our name, the original's name) of all trained tensors."""
+    for ours, theirs in _OUTSIDE.items():
+        for part in ("weight", "bias"):
+            yield f"{ours}.{part}", f"{theirs}.{part}"
+    yield "label.weight", _LABEL
+    for layer in range(num_layers):
+        for ours, theirs in _BLOCK.items():
+            for part in ("weight", "bias"):
+                yield f"blocks.{layer}.{ours}.{part}", f"blocks.{layer}.{theirs}.{part}"
+
+
+# --- in --------------------------------------------------------------------------------------------------------------
+
+
+def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> Imported:
+    """A checkpoint in the original layout: `.pt` or `.safetensors`, flat or under `ema` / `model`.
+
+    `ArtifactError` when the file is damaged, holds code (none is run), or is another model's.
+    """
+    path = Path(path)
+    content = read_tensor_file(path)
+    state, nest = _state_of(content, hints.weights, path)
+    said = _arguments(content)
+    notes = [f"weights: {nest}"] if nest else []
+    arch, has_null = _arch_of(state, hints, said, str(path))
+    if not has_null:
+        notes.append(
+            "no null label: its label table has one row a class; it cannot be guided, and a row of zeros is added"
+        )
+        state[_LABEL] = torch.cat([state[_LABEL], torch.zeros_like(state[_LABEL][:1])])
+    _check_positions(state.pop(_POSITION, None), arch, str(path))
+    ours = {mine: state[theirs] for mine, theirs in names(arch.num_layers)}
+    ours["patch.weight"] = ours["patch.weight"].flatten(1)
+    licence = hints.licence or (DIT_LICENCE if _PUBLISHED.match(path.name) else UNKNOWN_LICENCE)
+    if licence == UNKNOWN_LICENCE:
+        notes.append("the file names no licence; say it with licence (the published weights of DiT are cc-by-nc-4.0)")
+    is_sit = "sit" in re.split(r"[^a-z]+", f"{path.name} {said.get('model', '')}".lower())
+    if is_sit:
+        notes.append("SiT: it predicts velocities at times 0..1; a start for training, not a teacher")
+    return Imported(
+        arch=arch,
+        state=finish(ours, arch, str(path)),
+        source=str(path),
+        layout="dit",
+        sha256=sha256_of(path),
+        licence=licence,
+        diffusion=DiffusionConfig() if has_null else DiffusionConfig(label_drop=0.0),
+        prediction="velocity" if is_sit else "noise",
+        notes=tuple(notes),
+    )
+
+
+def _state_of(content: Mapping[str, Any], wanted: str, path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors, without the prefixes of DataParallel and torch.compile, and the nest they lay in ("": none)."""
+    if wanted not in ("auto", *_NESTS):
+        raise ConfigError(f"weights {wanted!r}; legal: auto, {', '.join(_NESTS)}")
+    nests = [name for name in _NESTS if isinstance(content.get(name), dict)]
+    if wanted != "auto" and nests and wanted not in nests:
+        raise ArtifactError(f"{path}: weights {wanted!r}: it holds {', '.join(nests)}")
+    nest = wanted if wanted in nests else (nests[0] if nests else "")
+    state = {
+        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
+        for name, value in (content[nest] if nest else content).items()
+        if isinstance(value, Tensor)
+    }
+    if not state:
+        raise ArtifactError(f"{path} holds no tensors by name (its keys: {', '.join(map(str, list(content)[:8]))})")
+    return state, nest
+
+
+def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training script saved of its arguments; they are believed only where the tensors are silent."""
+    args = content.get("args")
+    return dict(args) if isinstance(args, dict) else dict(vars(args)) if hasattr(args, "__dict__") else {}
+
+
+def _arch_of(state: Mapping[str, Tensor], hints: Hints, said: Mapping[str, Any], where: str) -> tuple[Arch, bool]:
+    """The architecture that the shapes speak of, and whether the label table has a null label."""
+    layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    if layers and max(layers) > 10_000:
+        raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
+    num_layers = max(layers, default=-1) + 1
+    check_keys((theirs for _, theirs in names(num_layers or 1)), (k for k in state if k != _POSITION), where, "a DiT")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    patch, out = "x_embedder.proj.weight", "final_layer.linear.weight"
+    width = read_int(shapes[patch], 0, patch, where, 4)
+    channels, side = shapes[patch][1], shapes[patch][2]
+    out_channels = read_int(shapes[out], 0, out, where, 2) // (side * side)
+    if out_channels not in (channels, 2 * channels):
+        raise ArtifactError(f"{where}: {out_channels} channels come out and {channels} go in; a DiT has C or 2C")
+    rows = read_int(shapes[_LABEL], 0, _LABEL, where, 2)
+    if said.get("num_classes") == rows and hints.num_classes is None:
+        hints = Hints(**{**vars(hints), "num_classes": rows})
+    num_classes = hints.num_classes or rows - 1
+    if num_classes not in (rows, rows - 1):
+        raise ArtifactError(
+            f"{where}: num_classes {num_classes}: the label table has {rows} rows; legal: {rows - 1}, {rows}"
+        )
+    try:
+        arch = Arch(
+            hidden_size=width,
+            num_layers=num_layers,
+            num_heads=heads_of(width, hints.num_heads, _named_heads(said), where),
+            patch_size=side,
+            in_channels=channels,
+            input_size=_input_size(shapes.get(_POSITION), side, hints, where),
+            num_classes=num_classes,
+            learn_sigma=out_channels == 2 * channels,
+            frequency_shift=hints.frequency_shift or 0,
+        )
+    except ValueError as error:
+        raise ArtifactError(f"{where} is no DiT of a possible shape: {error}") from None
+    return arch, rows == num_classes + 1
+
+
+def _named_heads(said: Mapping[str, Any]) -> int | None:
+    try:
+        return int(parse_name(str(said.get("model", "")).replace("SiT", "DiT"))["num_heads"])
+    except ValueError:
+        return None
+
+
+def _input_size(positions: tuple[int, ...] | None, patch: int, hints: Hints, where: str) -> int:
+    if positions is None:
+        if hints.input_size is None:
+            raise ArtifactError(
+                f"{where} has no position table ({_POSITION}); say the side of a latent with input_size"
+            )
+        return hints.input_size
+    side = math.isqrt(positions[-2]) if len(positions) == 3 else 0
+    if not side or side * side != positions[-2]:
+        raise ArtifactError(f"{where}: {_POSITION} is {list(positions)}, and a square table [1, T, D] is needed")
+    if hints.input_size not in (None, side * patch):
+        raise ArtifactError(f"{where}: input_size {hints.input_size}: its position table is for {side * patch}")
+    return side * patch
+
+
+def _check_positions(table: Tensor | None, arch: Arch, where: str) -> None:
+    """The table is not kept, because ours is the same; another one (learned, say) would be lost."""
+    if table is None:
+        return
+    ours = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+    if table.shape[1:] != ours.shape or (gap := float((table[0].float() - ours).abs().max())) > 1e-5:
+        told = (
+            f"it differs from that by up to {gap:.3g}" if table.shape[1:] == ours.shape else f"is {list(table.shape)}"
+        )
+        raise ArtifactError(f"{where}: {_POSITION} is not DiT's fixed sine-cosine table ({told}); it cannot be kept")
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def to_dit(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A dense DiT's tensors under the original's names, its position table included; float32."""
+    p, theirs = arch.patch_size, {}
+    for ours, name in names(arch.num_layers):
+        theirs[name] = state[ours].detach().cpu().float().contiguous()
+    theirs["x_embedder.proj.weight"] = theirs["x_embedder.proj.weight"].reshape(-1, arch.in_channels, p, p)
+    theirs[_POSITION] = position_table(arch.hidden_size, arch.input_size // p)[None]
+    return theirs
+
+
+def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> float:
+    """Write the original layout (`.pt` or `.safetensors`); returns the largest error of a forward pass with it.
+
+    What was written is read back and run through this file's own forward pass in that layout, beside ours.
+    `ConfigError` for another ending, or for time frequencies that the layout does not know; `ArtifactError` when the
+    two differ by more than 1e-4.
+    """
+    from safetensors.torch import save_file
+
+    from fine_dist.artifacts.export_check import Comparison
+
+    path = Path(path)
+    if path.suffix not in (".pt", ".safetensors"):
+        raise ConfigError(f"{path}: a state dict in DiT's layout ends in .pt or .safetensors")
+    if arch.frequency_shift:
+        raise ConfigError(
+            "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
+        )
+    with whole_file(path, path.suffix) as draft:
+        with written_whole(draft):
+            if path.suffix == ".pt":
+                torch.save(to_dit(arch, state), draft)
+            else:
+                save_file(to_dit(arch, state), draft)
+        written = read_tensor_file(draft)
+        error = Comparison(arch, state).confirm(
+            lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
+        )
+    return error
+
+
+def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """A forward pass with tensors under the original's names: `z [B, C, H, H], t [B], y [B] -> [B, C or 2C, H, H]`.
+
+    It shares no code with `fine_dist.model`, so that a mistake in the names or in an order shows.
+    """
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def normal(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        gap = x - x.mean(-1, keepdim=True)
+        return gap / (gap.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+
+    kernel = state["x_embedder.proj.weight"]
+    p, blocks = kernel.shape[-1], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    x = F.conv2d(z, kernel, state["x_embedder.proj.bias"], stride=p).flatten(2).transpose(1, 2)  #         [B, T, D]
+    x = x + state[_POSITION]
+    angle = t.float()[:, None] * 10000.0 ** -(torch.arange(128) / 128)
+    wave = torch.cat([angle.cos(), angle.sin()], dim=1)
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", wave))) + state[_LABEL][y]
+    b, tokens, d = x.shape
+    for i in range(blocks):
+        at: Callable[[str], str] = f"blocks.{i}.{{}}".format
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(at(_BLOCK["adaln"]), F.silu(c)).split(d, dim=1)
+        h = linear(at(_BLOCK["qkv"]), normal(x, shift_a, scale_a))
+        q, k, v = (part.reshape(b, tokens, num_heads, -1).transpose(1, 2) for part in h.split(d, dim=2))
+        weights = (q @ k.transpose(2, 3) / math.sqrt(d // num_heads)).softmax(dim=-1)
+        x = x + gate_a[:, None] * linear(at(_BLOCK["o"]), (weights @ v).transpose(1, 2).reshape(b, tokens, d))
+        h = F.gelu(linear(at(_BLOCK["in"]), normal(x, shift_m, scale_m)), approximate="tanh")
+        x = x + gate_m[:, None] * linear(at(_BLOCK["out"]), h)
+    shift, scale = linear(_OUTSIDE["final.adaln"], F.silu(c)).split(d, dim=1)
+    x = linear(_OUTSIDE["final.linear"], normal(x, shift, scale))  #                                     [B, T, ppC]
+    side = math.isqrt(tokens)
+    x = x.reshape(b, side, side, p, p, -1)
+    return torch.einsum("bhwpqc->bchpwq", x).reshape(b, -1, side * p, side * p)

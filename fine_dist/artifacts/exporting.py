@@ -1,0 +1,148 @@
+"""A model written for others: in this project's format, as a folder of diffusers, as the original DiT's state dict.
+
+What was written is read back, by the other library where there is one, and a forward pass is compared with the model's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fine_dist.artifacts.locate import carried, licence_of
+from fine_dist.artifacts.model_facts import known
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.diffusion.settings import DiffusionConfig
+
+if TYPE_CHECKING:
+    from fine_dist.artifacts.card import Card
+    from fine_dist.model.dit import DiT
+
+Format = Literal["fine_dist", "diffusers", "dit"]
+
+
+def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | None = None) -> list[str]:
+    """Write a dense model with its card; lines that say what was written and how far its outputs are from the model's.
+
+    about: as `load_model` gives it. vae: a folder or hub name; it makes a whole `DiTPipeline` of a diffusers folder.
+    `ConfigError` when the format cannot hold the model; `ArtifactError` when outputs differ by more than 1e-4.
+    """
+    if out.exists():
+        raise ArtifactError(f"{out} exists already; choose another folder, or remove it")
+    if vae and to != "diffusers":
+        raise ConfigError(f"vae: only a diffusers folder holds a VAE, not --to {to}; leave it out, or --to diffusers")
+    _check_dense(model, to)
+    if to == "diffusers":
+        return _diffusers(model, about, out, vae)
+    return _dit(model, about, out) if to == "dit" else _ours(model, about, out)
+
+
+def card_of(about: dict[str, Any]) -> Card:
+    """What a model card says, from a manifest."""
+    from fine_dist.artifacts.card import Card
+    from fine_dist.artifacts.imported import UNKNOWN_LICENCE
+
+    imported = about.get("imported") or (about.get("ancestor") or {}).get("imported") or {}
+    ancestor = about.get("ancestor") or {}
+    gene = about["hash"] if about["kind"] == "learngene" else (about.get("parent_hash") or about.get("origin"))
+    parent = about.get("parent")
+    if isinstance(parent, dict):
+        gene = parent["hash"]
+    losses = {**(about.get("losses") or {}), **_numbers(about.get("init") or {})}
+    metrics = {name.replace("_", " "): value for name, value in losses.items() if isinstance(value, (int, float))}
+    foreign = "imported" in about and not gene
+    return Card(
+        method="none" if foreign else str(about["method"]["name"]),
+        learngene=gene,
+        licence=licence_of(about) or UNKNOWN_LICENCE,
+        source=imported.get("source") or ancestor.get("path") or about.get("folder"),
+        metrics=metrics,
+        notes=tuple(imported.get("notes", ())),
+    )
+
+
+def _numbers(made: dict[str, Any]) -> dict[str, Any]:
+    return {name: made[name] for name in ("loss", "held_out_loss") if made.get(name) is not None}
+
+
+def _check_dense(model: Any, to: Format) -> None:
+    from fine_dist.model.dit import DiT
+
+    if to != "fine_dist" and type(model) is not DiT:
+        raise ConfigError(f"to {to}: the model is a {type(model).__name__}, which only --to fine_dist can hold")
+
+
+def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) -> list[str]:
+    from fine_dist.artifacts.diffusers_export import write_diffusers
+
+    facts = known(about)
+    written = write_diffusers(
+        out,
+        model.arch,
+        model.state_dict(),
+        diffusion=facts.diffusion or DiffusionConfig(),
+        vae=vae,
+        scaling_factor=facts.scaling_factor,
+        class_names=facts.class_names,
+        clip=facts.sampler.get("clip"),
+        card=card_of(about),
+    )
+    what = "a DiTPipeline" if written.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
+    lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", written.max_error)]
+    if written.stock_error > 1e-4:
+        lines.append(
+            f"as diffusers loads it by itself, outputs differ by {written.stock_error:.2g}: its time frequencies "
+            "are not DiT's. README.md in it has the lines that set them; fine_dist.artifacts.load_pipeline does so"
+        )
+    return lines
+
+
+def _dit(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
+    from fine_dist.artifacts.card import card_text
+    from fine_dist.artifacts.dit_pt import write_dit
+    from fine_dist.core.files import write_atomic
+
+    error = write_dit(out, model.arch, model.state_dict())
+    load = f"A state dict under the original DiT's names: `torch.load({out.name!r}, weights_only=True)`."
+    if out.suffix == ".safetensors":
+        load = f"A state dict under the original DiT's names: `safetensors.torch.load_file({out.name!r})`."
+    numbers = sum(p.numel() for p in model.parameters())
+    write_atomic(out.with_suffix(".md"), card_text(card_of(about), model.arch, numbers, load))
+    return [f"export: {model.arch.name} as DiT's state dict in {out}", _compared("the original layout", error)]
+
+
+def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
+    from fine_dist.artifacts.card import card_text
+    from fine_dist.core.files import write_atomic
+    from fine_dist.model.artifact import save_artifact
+
+    extra = {**carried(about), "exported_from": about["folder"], "origin": about["hash"]}
+    if "imported" in about:
+        extra["imported"] = about["imported"]
+    manifest = save_artifact(
+        out, kind="model", method=about["method"], arch=model.arch, tensors=model.state_dict(), extra=extra
+    )
+    try:
+        error = _read_back(model, out)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    load = f"Load it with `fine_dist.stages.load_model({out.name!r})`."
+    write_atomic(out / "README.md", card_text(card_of(about), model.arch, manifest["num_numbers"], load))
+    size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
+    return [f"export: {model.arch.name}, {size} in {out}", _compared("the folder", error)]
+
+
+def _read_back(model: DiT, out: Path) -> float:
+    from fine_dist.artifacts.export_check import Comparison
+    from fine_dist.artifacts.load import load_model
+    from fine_dist.model.dit import DiT
+
+    again, _ = load_model(out, draws=False)
+    if type(model) is not DiT:
+        return 0.0
+    return Comparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))
+
+
+def _compared(where: str, error: float) -> str:
+    return f"read back from {where}, outputs differ by at most {error:.2g} (limit 1e-4)"

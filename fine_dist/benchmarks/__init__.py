@@ -1,1 +1,0 @@
-"""What `python -m fine_dist.benchmark` measures; each module has `run(quick) -> list[Row]`."""

@@ -1,0 +1,1 @@
+"""What every room rests on: errors, atomic files, processes, settings, the command line, grids. No torch."""

@@ -1,0 +1,244 @@
+"""What a config is: a frozen tree of typed keys, its YAML, and errors that say where, what, and what would be right."""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fine_dist.core.errors import ConfigError, nearest
+
+C = TypeVar("C", bound="Config")
+MAX_DEPTH = 1000
+"""Layers of a model, at most: thirty times the deepest DiT. More is a slip, and would be built for hours."""
+Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
+"""A number of layers."""
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+"""A seed, as torch's generators take it."""
+MAX_CONFIG_BYTES = 4 * 2**20
+
+
+class Config(BaseModel):
+    """Base of all configs: frozen, and an unknown key is an error.
+
+    A group of keys that has a default of its own keeps it where a file or flag names only some of the group's keys.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        for key, field in cls.model_fields.items():
+            if isinstance(value.get(key), dict) and isinstance(field.default, Config):
+                value[key] = _over(field.default, value[key])
+        return value
+
+
+def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a group over what its default says of its own; another variant of a union has no part in that."""
+    own = {
+        key: getattr(default, key) for key in default.model_fields_set | {"name"} if key in type(default).model_fields
+    }
+    if given.get("name", own.get("name")) != own.get("name"):
+        return given
+    for key, value in given.items():
+        inner = own.get(key)
+        own[key] = _over(inner, value) if isinstance(value, dict) and isinstance(inner, Config) else value
+    return own
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """A mapping read from a YAML file by the safe loader. `ConfigError` when it is not one, or has a key twice."""
+    try:
+        with open(path, "rb") as stream:
+            raw = stream.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"config file {path}: {error.strerror}; give a YAML file of keys and values") from None
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"config file {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; give a YAML file of keys and values"
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"config file {path} is not text (byte {error.start} is {raw[error.start]:#04x}, which UTF-8 does not "
+            "have there); give a YAML file of keys and values"
+        ) from None
+    return parse_yaml(text, f"config file {path}")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """A mapping from YAML text, by the safe loader. `ConfigError` says what is wrong and in which line."""
+    try:
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where} is not YAML: {str(error).partition(chr(10))[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: values lie too deep inside each other to be a config") from None
+    if not isinstance(values if values is not None else {}, dict):
+        raise ConfigError(f"{where}: a mapping of keys to values is needed, not {type(values).__name__}")
+    return values or {}
+
+
+def parse_word(word: str) -> Any:
+    """A word of a command line as the scalar, list or mapping that it is in YAML; a word that is no YAML is text."""
+    try:
+        return yaml.load(word, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, RecursionError):
+        return word
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, reading `1e-4` as the number it is (YAML 1.1 wants `1.0e-4`) and refusing a key given twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"key {key.value!r} is there twice, first in line {seen[key.value] + 1}; keep one",
+                    key.start_mark,
+                )
+            seen[key.value] = key.start_mark.line
+        return super().construct_mapping(node, deep)
+
+
+_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+"""libyaml's where it is built in: a fan-out of thousands of tasks writes as many files."""
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def validate(
+    kind: type[C], values: dict[str, Any], where: str = "config", flags: Collection[tuple[str, ...]] = ()
+) -> C:
+    """`values` as a `kind`; a `ConfigError` names every wrong key by its full path, with value and legal values.
+
+    where: what the values come from, such as a file's path. flags: paths of the keys that the command line gave.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        found: dict[str, list[str]] = {}
+        for item in error.errors(include_url=False):
+            path, sentence = _explain(kind, item)
+            given = any(path[: len(flag)] == flag or (path and flag[: len(path)] == path) for flag in flags)
+            found.setdefault("command line" if given else where, []).append(sentence)
+    except RecursionError:
+        found = {where: ["values lie too deep inside each other to be a config"]}
+    raise ConfigError("\n  ".join(f"{place}: " + "\n  ".join(lines) for place, lines in found.items()))
+
+
+def dump_yaml(config: Config, known: dict[str, tuple[Any, str]] | None = None) -> str:
+    """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`.
+
+    known: for many configs that are copies of one but for a few keys: an empty dictionary, given to every call, which
+           keeps the text of each key's value. The text is the same without it.
+    """
+    known, text = {} if known is None else known, ""
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        if key not in known or known[key][0] is not value:
+            part = config.model_dump(mode="json", include={key})
+            known[key] = (value, yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=110))
+        text += known[key][1]
+    return text or "{}\n"
+
+
+def load(kind: type[C], path: str | Path) -> C:
+    """A config file as a `kind`."""
+    return validate(kind, load_yaml(path), str(path))
+
+
+def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
+    """The path of a wrong key as the user wrote it, and the sentence about it."""
+    parts, owners = _walk(kind, [str(part) for part in item["loc"]])
+    path, got = ".".join(parts), shown(item["input"])
+    fields = {key: field for model in owners for key, field in model.model_fields.items()}
+    inner = models_in(fields[parts[-1]].annotation) if parts and parts[-1] in fields else []
+    if item["type"] == "extra_forbidden":
+        return parts, f"{path}: unknown key (value {got}); {nearest(parts[-1], fields)}"
+    if item["type"].startswith("union_tag"):
+        names = [model.model_fields["name"].default for model in inner]
+        name = item["input"].get("name") if isinstance(item["input"], dict) else item["input"]
+        if name is None:
+            return parts, f"{path}.name: a name is needed (got {got}); legal: {', '.join(sorted(names))}"
+        return (*parts, "name"), f"{path}.name: no variant is called {shown(name)}; {nearest(str(name), names)}"
+    if item["type"] in ("model_type", "dict_type"):
+        keys = dict.fromkeys(key for model in inner for key in model.model_fields)
+        hint = f"; legal keys: {', '.join(keys)}" if keys else ""
+        return parts, f"{path}: a mapping of keys to values is needed (got {got}){hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    return parts, f"{path}: {message[0].lower() + message[1:]} (got {got})" if path else message
+
+
+def _walk(kind: type[Config], loc: list[str]) -> tuple[tuple[str, ...], list[type[Config]]]:
+    """A path without the names of union variants, which no user wrote, and the classes that may own its last key."""
+    path: list[str] = []
+    owners: list[type[Config]] = []
+    here: list[type[Config]] = [kind]
+    for part in loc:
+        tagged = [m for m in here if "name" in m.model_fields and m.model_fields["name"].default == part]
+        if tagged and len(here) > 1:
+            here = tagged
+            continue
+        owners = here
+        fields = [m.model_fields[part].annotation for m in here if part in m.model_fields]
+        # a key of a free mapping is a field of none: its values are of the class that is there
+        here = [model for field in fields for model in models_in(field)] if fields else here
+        path.append(part)
+    return tuple(path), owners
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: its `repr`, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
+_SHORT.maxlevel = 3
+
+
+def models_in(annotation: Any) -> list[type[Config]]:
+    """All config classes inside an annotation (optional, union, annotated)."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def union_of(variants: list[type[Config]]) -> Any:
+    """The annotation of a field that holds one of several configs, told apart by their `name`."""
+    return Annotated[typing.Union[tuple(variants)], Field(discriminator="name")] if len(variants) > 1 else variants[0]
+
+
+def expand_path(path: str) -> str:
+    """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone."""
+    return path if "://" in path or path.startswith("pipe:") else os.path.expandvars(os.path.expanduser(path))

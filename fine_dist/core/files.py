@@ -1,0 +1,296 @@
+"""Files that are whole or not there, hashes, locks, and the rows of a metrics.jsonl, for every room."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fine_dist.core.errors import RunDirError
+
+_PIECE = 1 << 20
+_DRAFTS = 256
+"""Files that `write_all` has open at once."""
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
+    """Replace a file as a whole: a reader, or a power cut, sees the old content or the new. Makes its folder.
+
+    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
+    """
+    path = Path(path)
+    with _draft(path, content, durable=durable) as draft:
+        os.replace(draft, path)
+    return path
+
+
+def write_all(contents: Mapping[Path, str]) -> None:
+    """Replace many files, each as a whole: all drafts are made durable with one sync, then each takes its name.
+
+    A sync of a slow file system takes as long for one file as for a hundred. Their folder is one, and is made.
+    """
+    if len(contents) < 2:
+        for path, content in contents.items():
+            write_atomic(path, content)
+        return
+    waiting = list(contents.items())
+    while waiting:  # each draft is an open file until it has its name
+        some, waiting = waiting[:_DRAFTS], waiting[_DRAFTS:]
+        with contextlib.ExitStack() as stack:
+            drafts = {path: stack.enter_context(_draft(path, content, durable=False)) for path, content in some}
+            sync_disk(some[0][0].parent)
+            for path, draft in drafts.items():
+                os.replace(draft, path)
+
+
+def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
+    """As `write_atomic`, but `FileExistsError` when the file is there already.
+
+    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
+    """
+    path = Path(path)
+    with _draft(path, content, durable=durable) as draft:
+        os.link(draft, path)
+    return path
+
+
+@contextlib.contextmanager
+def _draft(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]:
+    """A written draft, locked until the block has given it its name; gone afterwards under its own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with io.BufferedWriter(open_draft(path)) as file:
+        draft = Path(file.raw.name)
+        try:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+            yield draft
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def open_draft(path: Path) -> io.FileIO:
+    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
+    draft = draft_name(path).with_suffix(".part")
+    while True:
+        file = io.FileIO(draft, "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
+            file.close()
+            continue
+        except OSError:  # no locks here; then nobody removes it either
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        file.close()
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """A temporary path for a library that writes by name; synced, it takes the place of `path` when the block ends
+    well, and nothing of it is left when the block raises. Makes its folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_name(path).with_suffix(suffix)
+    try:
+        yield draft
+        sync_file(draft)
+        os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[None]:
+    """Around a library's own writing of a file: what ends it half-way (a full disk, a quota, a limit) is an `OSError`.
+
+    safetensors has the system's number in its message; torch.save hides it, so that the file is asked once more.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        if Path(path).is_file():
+            with open(path, "ab") as file:
+                file.write(bytes(_PIECE))
+                file.flush()
+                os.fsync(file.fileno())
+        raise
+
+
+def draft_name(path: Path) -> Path:
+    """A hidden name beside `path` that no other writer, on whatever host, uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A new folder under a temporary name, which takes the place of `folder` when the block ends well.
+
+    Files in it are synced before it gets its name; when the block raises, nothing of it is left.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = draft_name(folder)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in draft.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        if folder.exists():
+            stale = draft_name(folder)
+            os.rename(folder, stale)
+            os.rename(draft, folder)
+            shutil.rmtree(stale)
+        else:
+            os.rename(draft, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
+    """Remove what killed writers left in a folder, on whatever host; how many there were.
+
+    older_than_s: drafts that carry no lock of their writer (folders, and files that a library writes by name) may have
+                  a living one when they are younger.
+    """
+    count = 0
+    for path in Path(folder).glob(".*.part"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:  # locked, or gone meanwhile, or no locks here
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            count += 1
+    for path in Path(folder).glob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > older_than_s:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                count += 1
+    return count
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Make renames and new names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_disk(folder: str | Path) -> None:
+    """Make everything durable that was written to the file system of a folder: one call for thousands of files."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(descriptor)
+
+
+# --- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_text(text: str) -> str:
+    """Hex sha256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# --- locks -----------------------------------------------------------------------------------------------------------
+
+
+def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
+    """Take an exclusive lock on an open file if nobody has it; gone with its holder, however that ends.
+
+    posix: a lock of the process (seen over NFS before version 4, not inherited by children) instead of the open file's.
+    where: what to name when the file system has no working locks (`RunDirError`).
+    """
+    take = fcntl.lockf if posix else fcntl.flock
+    try:
+        take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise RunDirError(
+            f"{where}: this file system has no working locks ({error.strerror}); mount it with locks "
+            "(Lustre: -o flock, NFS: version 4) or use a run_dir on another one"
+        ) from None
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file that is there, waiting for whoever has it."""
+    with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# --- rows of a metrics.jsonl -----------------------------------------------------------------------------------------
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """All whole rows; a line that is being written, or that a crash cut short, is left out. Empty without a file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [row for line in lines if (row := _row(line)) is not None]
+
+
+def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str, Any] | None:
+    """The newest whole row (that has `key`) within the last bytes of the file; none where there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - within))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    return next((row for line in reversed(lines) if (row := _row(line)) is not None and (not key or key in row)), None)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

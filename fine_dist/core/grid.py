@@ -1,0 +1,52 @@
+"""The points of a grid: every combination of some axes, named by what varies."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fine_dist.core.errors import ConfigError
+
+
+class Axis(NamedTuple):
+    """One axis of a grid."""
+
+    name: str
+    """The setting, for messages."""
+    values: Sequence[Any]
+    label: Callable[[Any], str]
+    """A value's part of a point's name; an empty one leaves it out."""
+
+
+class Point(NamedTuple):
+    """One point of a grid: its name, and a value of each axis."""
+
+    name: str
+    values: tuple[Any, ...]
+
+
+def expand(axes: Sequence[Axis]) -> list[Point]:
+    """All combinations, the last axis fastest. `ConfigError` for an axis without values, or two points of one name."""
+    for axis in axes:
+        if not axis.values:
+            raise ConfigError(f"{axis.name}: an empty list makes no target; give one value or more")
+        seen = [str(value) for value in axis.values]
+        twice = sorted({value for value in seen if seen.count(value) > 1})
+        if twice:
+            raise ConfigError(f"{axis.name}: {twice[0]} is listed twice, and two targets would have one name")
+    points = []
+    for chosen in itertools.product(*(axis.values for axis in axes)):
+        parts = [slug(axis.label(value)) for axis, value in zip(axes, chosen)]
+        points.append(Point("-".join(part for part in parts if part), chosen))
+    names = {point.name for point in points}
+    if len(names) < len(points):
+        raise ConfigError("two targets of this grid have one name: numbers are told apart by six digits")
+    return points
+
+
+def slug(text: str) -> str:
+    """A part of a file's name."""
+    text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("_")
+    return text if len(text) <= 40 else text[-40:]

@@ -1,0 +1,257 @@
+"""What `--help` and `--help-all` print: a summary, examples and the most used settings; every setting.
+
+The examples and the choice of what is used most are a table by command, `PAGES`, and are checked like code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic_core import PydanticUndefined
+
+from fine_dist.core.config import Config, models_in
+
+WIDTH = 110
+_FLAGS = 34
+
+
+@dataclass(frozen=True)
+class Page:
+    """Examples: words after the program's name. usual: keys by their paths."""
+
+    examples: tuple[str, ...]
+    usual: tuple[str, ...]
+
+
+_STAGE = ("run_dir", "data.shards", "data.held_out", "steps", "batch", "optim.lr", "seed")
+PAGES = {
+    "encode": Page(
+        (
+            "--config configs/encode/digits.yaml",
+            "--source photos --out data/photos --image-size 256 --codec vae",
+            "--verify data/photos/train",
+        ),
+        ("source", "out", "split", "codec", "vae", "image_size", "kind", "background", "max_bad_fraction", "workers"),
+    ),
+    "condense": Page(
+        (
+            "--config configs/condense/dit_b.yaml --dry-run",
+            "--config configs/condense/dit_b.yaml --method.rank 384 --run-dir runs/condense/r384",
+            "--arch DiT-S/2 --data.shards data/imagenet256/train --steps 1000",
+        ),
+        (*_STAGE, "arch", "method.name", "method.rank", "ancestor", "engine.precision", "launch.processes"),
+    ),
+    "init": Page(
+        (
+            "--config configs/init/dit_b_family.yaml --dry-run",
+            "--parent runs/condense/dit_b/learngene --data.shards data/imagenet256/train --depths 4 6 8",
+            "--list runs/init/dit_b",
+        ),
+        ("run_dir", "parent", "depths", "data.shards", "seeds", "lrs", "variants", "steps", "batch", "optim.lr"),
+    ),
+    "creative": Page(
+        (
+            "--config configs/creative/tiny.yaml",
+            "--encoders models/sd3 --run-dir runs/creative/sd3 --seeds 0 1 2",
+            "--evaluate runs/creative/sd3",
+        ),
+        ("run_dir", "encoders", "token", "start", "seeds", "concepts", "pairs", "steps", "batch", "optim.lr"),
+    ),
+    "train": Page(
+        (
+            "--config configs/train/dit_b.yaml",
+            "--parent runs/init/dit_b/L6-s0-lr0.01 --data.shards data/imagenet256/train --steps 100000",
+            "--arch DiT-B/2-L6 --data.shards data/imagenet256/train --steps 300000 --run-dir runs/train/scratch",
+        ),
+        (*_STAGE, "parent", "arch", "method.name", "engine.precision", "engine.backend", "launch.processes"),
+    ),
+    "sample": Page(
+        (
+            "--model runs/train/dit_b_l6 --classes 1 7 9 --per-class 4 --sampler.guidance 4",
+            "--model models/DiT-XL-2-256 --vae models/sd-vae --formats npz --classes balanced --count 50000",
+            "--compare runs/train/a runs/train/b --classes balanced --count 10",
+        ),
+        (
+            *("model", "compare", "run_dir", "classes", "per_class", "count", "formats", "vae", "seed", "weights"),
+            *("sampler.scheduler", "sampler.steps", "sampler.guidance"),
+        ),
+    ),
+    "evaluate": Page(
+        (
+            "--models runs/train/a runs/train/b --data.held-out data/imagenet256/held_out",
+            "--models runs/samples/samples.npz --metrics fid sfid is --reference VIRTUAL_imagenet256_labeled.npz "
+            "--features.inception pt_inception-2015-12-05-6726825d.pth",
+            "--models runs/train/a --data.shards data/digits/train --features.classifier runs/demo/features",
+        ),
+        (
+            *("models", "metrics", "run_dir", "reference", "features.inception", "features.classifier", "samples"),
+            *("data.held_out", "vae", "seed", "weights", "sampler.steps", "sampler.guidance"),
+        ),
+    ),
+    "export": Page(
+        (
+            "--model runs/init/dit_b/L6-s0-lr0.01 --out models/l6",
+            "--model runs/train/dit_b_l6 --to diffusers --vae stabilityai/sd-vae-ft-ema --out models/l6_pipeline",
+            "--model runs/condense/dit_b --to dit --out models/ancestor.pt",
+        ),
+        ("model", "out", "to", "vae", "weights", "learngene"),
+    ),
+    "demo": Page(
+        ("", "--seeds 3 --run-dir runs/demo3", "--depths 2 4 --no-controls"),
+        ("run_dir", "seeds", "depths", "condense_steps", "init_steps", "train_steps", "controls", "parallel"),
+    ),
+}
+
+
+def summary(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
+    """The short help of a command."""
+    page = PAGES.get(re.split(r"[ .]", prog)[-1]) or Page((), tuple(kind.model_fields))
+    every = list(settings(kind))
+    lines = _head(kind, prog)
+    if page.examples:
+        lines += ["", "examples:", *(f"  {prog} {words}".rstrip() for words in page.examples)]
+    lines += ["", "the settings used most (keys of the YAML, and flags):"]
+    for key in page.usual:
+        lines += next((each.lines() for each in every if each.path == key), [])  # a group has no line of its own
+    lines += ["", "flags of the command:", *_own_lines(own)]
+    return "\n".join([*lines, "", f"--help-all lists all {len(every)} settings."])
+
+
+def every_setting(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
+    """The long help: all settings, by group."""
+    lines = [*_head(kind, prog), "", "flags of the command:", *_own_lines(own)]
+    group = None
+    for setting in settings(kind):
+        if setting.group != group:
+            group = setting.group
+            lines += ["", f"{group}:" if group else "settings (keys of the YAML, and flags):"]
+        lines += setting.lines()
+    return "\n".join(lines)
+
+
+def _head(kind: type[Config], prog: str) -> list[str]:
+    about = " ".join((kind.__doc__ or "").split())
+    return [
+        f"usage: {prog} [--config FILE] [--dry-run] [--launcher NAME] [--KEY VALUE ...]",
+        "",
+        *textwrap.wrap(about, WIDTH),
+    ]
+
+
+def _own_lines(own: argparse.ArgumentParser) -> list[str]:
+    lines = []
+    for action in own._actions:
+        shape = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        lines += _columns(
+            ", ".join(action.option_strings) + (f" [{shape[1:]}]" if action.nargs == "?" else shape), action
+        )
+    return lines + _columns("--help, --help-all", "this, briefly or with every setting")
+
+
+def _columns(left: str, right: argparse.Action | str) -> list[str]:
+    text = right if isinstance(right, str) else right.help or ""
+    wrapped = textwrap.wrap(text, WIDTH - _FLAGS - 3) or [""]
+    first = (
+        [f"  {left:{_FLAGS}} {wrapped[0]}"] if len(left) <= _FLAGS else [f"  {left}", " " * (_FLAGS + 3) + wrapped[0]]
+    )
+    return [*first, *(" " * (_FLAGS + 3) + line for line in wrapped[1:])]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of help. path: its keys, joined by dots. group: the part of the path that it stands under."""
+
+    path: str
+    group: str
+    shape: str
+    about: str
+
+    def lines(self) -> list[str]:
+        """Flag, shape of its value, what it means."""
+        return _columns(f"--{self.path.replace('_', '-')} {self.shape}".rstrip(), self.about)
+
+
+def settings(kind: type[Config], path: tuple[str, ...] = (), default: Any = None) -> Iterator[Setting]:
+    """Every setting of a config, in order: first a group's own keys, then the groups in it; all variants of a union."""
+    groups = []
+    for key, field in kind.model_fields.items():
+        here = (*path, key)
+        options = alternatives(field.annotation)
+        models = [each for each in options if isinstance(each, type) and issubclass(each, Config)]
+        inner = [model for each in options if get_origin(each) is dict for model in models_in(value_of_mapping(each))]
+        own = getattr(default, key, PydanticUndefined) if default is not None else field.default
+        about = " ".join((field.description or "").split())
+        if (not models and not inner) or has_a_name(models):
+            yield Setting(".".join(here), _group(path), shape_of(field.annotation), about + _default(own))
+        for model in models:
+            groups.append((model, here, own if isinstance(own, model) else None, len(models) > 1))
+        groups += [(model, (*here, "NAME"), None, False) for model in inner]
+    for model, here, own, variant in groups:
+        inner_settings = settings(model, here, own)
+        if not variant:
+            yield from inner_settings
+            continue
+        name = model.model_fields["name"].default
+        for each in inner_settings:
+            about = " ".join((model.__doc__ or "").split()) if each.path.endswith(".name") else each.about
+            shape = name if each.path == ".".join((*here, "name")) else each.shape
+            yield Setting(each.path, f"{each.group}, with --{'.'.join(here)}.name {name}", shape, about)
+
+
+def _group(path: tuple[str, ...]) -> str:
+    return ".".join(path)
+
+
+def has_a_name(models: list[type[Config]]) -> bool:
+    """Whether a group may be given as one name (`--arch DiT-B/2`)."""
+    return any(getattr(model, "BY_NAME", False) for model in models)
+
+
+def _default(value: Any) -> str:
+    if value is PydanticUndefined or isinstance(value, Config):
+        return ""
+    if isinstance(value, (tuple, list)):
+        value = " ".join(map(str, value)) or "empty"
+    if isinstance(value, bool):
+        value = str(value).lower()
+    return f" (default: {'none' if value is None else value})"
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of an annotation that is a union; itself otherwise."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return [each for part in get_args(annotation) for each in alternatives(part)]
+    return [annotation]
+
+
+def value_of_mapping(annotation: Any) -> Any:
+    """What the values of a `dict[str, X]` are."""
+    return get_args(annotation)[1]
+
+
+def shape_of(annotation: Any) -> str:
+    """How a value is written: `NUMBER|none`, `fp32|bf16`, `INT ...`."""
+    words = {str: "TEXT", int: "INT", float: "NUMBER", bool: "[true|false]", type(None): "none"}
+    shapes = []
+    for each in alternatives(annotation):
+        origin = get_origin(each)
+        if str(origin) == "typing.Literal":
+            shapes += [str(value) for value in get_args(each)]
+        elif origin in (tuple, list):
+            item = shape_of(get_args(each)[0])
+            fixed = origin is tuple and Ellipsis not in get_args(each)
+            shapes.append(" ".join([item] * len(get_args(each))) if fixed else f"{item} ...")
+        elif origin is dict:
+            shapes.append("KEY=VALUE ...")
+        else:
+            shapes.append(words.get(each, "NAME"))
+    return "|".join(dict.fromkeys(shapes))

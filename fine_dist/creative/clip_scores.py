@@ -1,0 +1,111 @@
+"""CLIP scores of images (Hessel et al., arXiv 2104.08718, without its factor 2.5): 100 max(cos(image, prompt), 0).
+
+B images of a batch, E the projection's width.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fine_dist.core.errors import ArtifactError, DataError
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PROMPTS = "prompts.csv"
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's own normalisation, where a folder has no preprocessor_config.json."""
+_BATCH = 32
+
+
+class Scores(NamedTuple):
+    """The mean over images, in 0..100, and how many there were."""
+
+    mean: float
+    num_images: int
+
+
+def clip_scores(images: str | Path, clip: str | Path, prompt: str, device: torch.device | None = None) -> Scores:
+    """The mean CLIP score of a folder of images.
+
+    images: a folder; `prompts.csv` in it (columns file and prompt) says what each image shows.
+    clip:   local folder of a `CLIPModel` with its tokenizer.
+    prompt: for images without one of their own.
+
+    `DataError` for a folder without images or a list that names none; `ArtifactError` for a CLIP that cannot be read.
+    """
+    from transformers import CLIPModel, CLIPTokenizer
+
+    paths = sorted(path for path in Path(images).glob("*") if path.suffix.lower() in ENDINGS)
+    if not paths:
+        raise DataError(f"images: {images} holds no image; legal endings: {', '.join(ENDINGS)}")
+    prompts = _prompts(Path(images), prompt)
+    try:
+        model = CLIPModel.from_pretrained(str(clip), use_safetensors=True, local_files_only=True).eval()
+        tokenizer = CLIPTokenizer.from_pretrained(str(clip), local_files_only=True)
+    except (OSError, ValueError) as error:
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"clip: {clip} is no local folder of a CLIP model with its tokenizer ({words})") from None
+    model = model.to(device or "cpu")
+    prepare = _Prepare(Path(clip), int(model.config.vision_config.image_size))
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(paths), _BATCH):
+            part = paths[start : start + _BATCH]
+            pixels = torch.stack([prepare(path) for path in part]).to(model.device)  # [B, 3, H, W]
+            words = tokenizer([prompts.get(path.name, prompt) for path in part], padding=True, truncation=True,
+                              return_tensors="pt").to(model.device)  # fmt: skip
+            seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)  # [B, E]
+            read = model.text_projection(model.text_model(**words).pooler_output)  # [B, E]
+            total += float(F.cosine_similarity(seen, read).clamp_min(0).sum())
+    return Scores(100 * total / len(paths), len(paths))
+
+
+def _prompts(folder: Path, default: str) -> dict[str, str]:
+    path = folder / PROMPTS
+    if not path.is_file():
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if not {"file", "prompt"} <= set(reader.fieldnames or ()):
+            raise DataError(f"{path}: columns file and prompt are needed, and it has {reader.fieldnames}")
+        rows = {row["file"]: row["prompt"] or default for row in reader}
+    missing = [name for name in rows if not (folder / name).is_file()]
+    if missing:
+        raise DataError(f"{path}: {missing[0]!r} is no file of {folder}")
+    return rows
+
+
+class _Prepare:
+    """CLIP's preparation of an image: the shorter edge bicubic to its size, the middle square, normalised."""
+
+    def __init__(self, clip: Path, size: int) -> None:
+        about: dict[str, Any] = {}
+        if (clip / "preprocessor_config.json").is_file():
+            about = json.loads((clip / "preprocessor_config.json").read_text(encoding="utf-8"))
+        self.size = size
+        self.mean = np.asarray(about.get("image_mean", _MEAN), np.float32)
+        self.std = np.asarray(about.get("image_std", _STD), np.float32)
+
+    def __call__(self, path: Path) -> Tensor:
+        """float32 [3, H, W]."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise DataError(f"{path} is no image that can be read ({error}); remove it, or make it again") from None
+        scale = self.size / min(image.size)
+        width, height = (max(self.size, round(edge * scale)) for edge in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = (np.asarray(image, np.float32) / 255 - self.mean) / self.std
+        return torch.from_numpy(pixels).permute(2, 0, 1)

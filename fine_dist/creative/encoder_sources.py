@@ -1,0 +1,190 @@
+"""Where text encoders come from: a local folder, the hub, or made up (`tiny`).
+
+A folder or hub repository is a pipeline's (its CLIP text encoders are taken), or holds one CLIP text encoder, or a
+whole CLIP. Nothing is unpickled: weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.creative.config import TINY
+from fine_dist.creative.encoders import TextEncoder
+
+KEYS = {768: "clip_l", 1280: "clip_g"}
+"""An encoder's name by its width, where the width says which CLIP it is (ComfyUI's names)."""
+
+
+def load_encoders(sources: Sequence[str], token: str, device: torch.device | None = None) -> list[TextEncoder]:
+    """The encoders of all sources, frozen, fp32, with the new token in their vocabularies.
+
+    sources: each a folder or hub name of a pipeline or of one CLIP text encoder, or `tiny`.
+
+    `ConfigError` when there are none or more than two, a token is known already or an encoder has no projection;
+    `ArtifactError` when something is missing or cannot be fetched.
+    """
+    parts: list[tuple[Any, Any]] = []
+    for source in sources:
+        if source == TINY:
+            from fine_dist.creative.tiny import make_encoders
+
+            parts += make_encoders()
+        else:
+            parts += [(_model(place), _tokenizer(place)) for place in _places(expand_path(source))]
+    if not 1 <= len(parts) <= 2:
+        raise ConfigError(f"encoders: {', '.join(sources)} hold {len(parts)} CLIP text encoders; one or two are needed")
+    return [
+        TextEncoder(key, model.to(device or "cpu"), tokenizer, token)
+        for key, (model, tokenizer) in zip(_keys([model for model, _ in parts]), parts)
+    ]
+
+
+class Place(NamedTuple):
+    """Where one encoder and its tokenizer lie: folders within a folder or hub repository (empty: at its top)."""
+
+    source: str
+    model: str
+    tokenizer: str
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.model}".rstrip("/")
+
+
+def _keys(models: Sequence[Any]) -> list[str]:
+    """`clip_l` and `clip_g` by width; where the width says nothing, in this order."""
+    found = [KEYS.get(model.config.hidden_size) for model in models]
+    for index, key in enumerate(found):
+        if key is None or key in found[:index]:
+            found[index] = next(name for name in ("clip_l", "clip_g") if name not in found)
+    return [str(key) for key in found]
+
+
+def _places(source: str) -> list[Place]:
+    """The CLIP text encoders of a folder or hub repository."""
+    index = _read_json(source, "model_index.json")
+    if index is None and not (Path(source) / "text_encoder").is_dir():
+        return [Place(source, "", "")]
+    names = [name for name in ("text_encoder", "text_encoder_2") if index is None or name in index]
+    if index is None:
+        names = [name for name in names if (Path(source) / name).is_dir()]
+    places = [Place(source, name, name.replace("text_encoder", "tokenizer")) for name in names]
+    return [place for place in places if _config(place).get("model_type") in ("clip_text_model", "clip")]
+
+
+def _config(place: Place) -> dict[str, Any]:
+    found = _read_json(place.source, f"{place.model}/config.json".lstrip("/"))
+    if found is None:
+        raise ArtifactError(f"encoders: {place} has no config.json; give a folder or hub name of a CLIP text encoder")
+    return found
+
+
+def _read_json(source: str, name: str) -> dict[str, Any] | None:
+    """A JSON file of a folder or hub repository; none where there is no such file."""
+    if Path(source).is_dir():
+        path = Path(source) / name if (Path(source) / name).is_file() else None
+    else:
+        path = _fetch(source, name)
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}; copy it again") from None
+    return found if isinstance(found, dict) else None
+
+
+def _fetch(source: str, name: str) -> Path | None:
+    """A small file of a hub repository, from the cache where there is no network; none where it has no such file."""
+    if source.startswith((".", "/")) or source.count("/") != 1:
+        raise ArtifactError(f"encoders: {source} is no folder, nor a hub name (OWNER/NAME); check the path")
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:  # no network, and not in the cache
+        if name == "model_index.json" and isinstance(try_to_load_from_cache(source, "config.json"), str):
+            return None  # one encoder, fetched before
+        raise _unreachable(source, error) from None
+    except EntryNotFoundError:
+        return None
+    except GatedRepoError:
+        raise ArtifactError(
+            f"encoders: {source} asks for its licence to be accepted; do so on its page and log in (hf auth login), or "
+            "give a folder"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ArtifactError(f"encoders: the hub has no {source}, or not for you; check the name, or log in") from None
+    except (HFValidationError, OSError, ValueError) as error:
+        raise _unreachable(source, error) from None
+
+
+def _unreachable(source: str, error: Exception) -> ArtifactError:
+    words = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ArtifactError(
+        f"encoders: {source} cannot be fetched from the hub ({words}); without a network, copy its text encoders and "
+        "tokenizers to a folder and give that"
+    )
+
+
+def _model(place: Place) -> Any:
+    from safetensors import SafetensorError
+    from transformers import CLIPTextModelWithProjection
+    from transformers.utils import logging
+
+    config = _config(place)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # a whole CLIP's vision weights are not needed, which is no warning's worth
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = CLIPTextModelWithProjection.from_pretrained(
+            place.source, subfolder=place.model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if not Path(place.source).is_dir():
+            raise _unreachable(place.source, error) from None
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"encoders: {place} is no CLIP text encoder in safetensors ({words})") from None
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if "text_projection.weight" in missing:
+        raise ConfigError(
+            f"encoders: {place} ({', '.join(config.get('architectures') or ['?'])}) has no projection, and the loss "
+            "compares projected embeddings; give a CLIPTextModelWithProjection, such as SD3's, or a whole CLIP"
+        )
+    if missing:
+        raise ArtifactError(f"encoders: {place} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+    return model
+
+
+def _tokenizer(place: Place) -> Any:
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(place.source, subfolder=place.tokenizer)
+    except (OSError, ValueError, TypeError) as error:
+        if not Path(place.source).is_dir():
+            raise _unreachable(place.source, error) from None
+        words = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ArtifactError(f"encoders: {place} has no CLIP tokenizer ({words}); put its files beside it") from None
+    if len(tokenizer) < 10:  # transformers makes an empty vocabulary where it finds no files
+        where = f"{place.source}/{place.tokenizer}".rstrip("/")
+        raise ArtifactError(f"encoders: {where} has no vocabulary (tokenizer.json, or vocab.json and merges.txt)")
+    return tokenizer

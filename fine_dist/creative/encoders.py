@@ -1,0 +1,163 @@
+"""Frozen CLIP text encoders whose vocabulary has the new token.
+
+N prompts, S tokens of the longest, D an encoder's width, E its projection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fine_dist.core.errors import ConfigError
+from fine_dist.creative import causal
+
+_LEGACY_EOS = 2
+"""The end-of-text id that transformers takes for "read the pooled output at the greatest id"."""
+_CHUNK = 256
+"""Prompts that are embedded at once."""
+
+
+class TextEncoder:
+    """One frozen encoder, and its tokenizer with the new token.
+
+    It is no `nn.Module` on purpose: what trains refers to it without owning it, so that it is neither copied for
+    looking at averages, nor sharded, nor part of a checkpoint.
+    """
+
+    def __init__(self, key: str, model: Any, tokenizer: Any, token: str) -> None:
+        self.key = key
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.token_id = add_token(tokenizer, token, key)
+        self.max_length = int(model.config.max_position_embeddings)
+        read_at_end(model, tokenizer, key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextEncoder:
+        return self
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def table(self) -> Tensor:
+        """The embeddings of the vocabulary as it came, [V, D]."""
+        weight: Tensor = self.model.text_model.embeddings.token_embedding.weight
+        return weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.device
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a prompt, from start to end of text. `ConfigError` when it is longer than the encoder reads."""
+        ids = [int(i) for i in self.tokenizer(text, verbose=False).input_ids]
+        if len(ids) > self.max_length:
+            raise ConfigError(
+                f"the prompt {text!r} has {len(ids)} tokens and {self.key} reads at most {self.max_length}; shorten "
+                "the template or the words"
+            )
+        return ids
+
+    def single(self, word: str, what: str) -> int:
+        """The id of a word that is one token. `ConfigError` names its pieces otherwise.
+
+        what: the setting that the word came from.
+        """
+        ids = self.ids(word)[1:-1]
+        if len(ids) != 1 or ids[0] in (self.token_id, self.tokenizer.eos_token_id):
+            pieces = " + ".join(self.tokenizer.convert_ids_to_tokens(ids)) or "nothing"
+            raise ConfigError(
+                f"{what}: {word!r} is not one token of {self.key} but {pieces}; give a plain, common word"
+            )
+        return ids[0]
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Embeddings [..., D] of ids; the new token's is not in the table, so zeros stand for it."""
+        return torch.where((ids == self.token_id)[..., None], 0.0, self.table[ids.clamp_max(len(self.table) - 1)])
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], row: Tensor | None = None) -> Tensor:
+        """Pooled, projected embeddings [N, E] of prompts, fp32; `row` [D] is what the new token means in them."""
+        found = []
+        for start in range(0, len(prompts), _CHUNK):
+            lists = [self.ids(prompt) for prompt in prompts[start : start + _CHUNK]]
+            ids, ends = pad(lists, self.device)
+            x = self.rows(ids)
+            if row is not None:
+                x = torch.where((ids == self.token_id)[..., None], row.to(x), x)
+            elif bool((ids == self.token_id).any()):
+                raise ValueError("a prompt with the new token needs its row")
+            found.append(causal.pool(self.model, causal.run(self.model, x, causal.NOTHING), ends).float())
+        return torch.cat(found)
+
+    def nearest(self, row: Tensor, count: int = 5) -> list[tuple[str, float]]:
+        """The vocabulary's words whose embeddings have the greatest cosine to a row [D]."""
+        table = torch.nn.functional.normalize(self.table.float(), dim=1)
+        cosines = table @ torch.nn.functional.normalize(row.detach().float().to(table.device), dim=0)
+        known = min(len(self.tokenizer) - 1, len(table))  # a table may have more rows than the vocabulary has words
+        best = cosines[:known].topk(min(count, known))
+        words = self.tokenizer.convert_ids_to_tokens(best.indices.tolist())
+        return [(word.replace("</w>", ""), float(value)) for word, value in zip(words, best.values)]
+
+    def hash(self) -> str:
+        """sha256 over its vocabulary and its weights, by name."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        digest = hashlib.sha256(repr(vocabulary).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids [N, S] padded on the right, and the place [N] of each last one. What stands after a prompt's end does not
+    reach it, so any id pads."""
+    size = max(len(ids) for ids in lists)
+    ids = torch.tensor([[*ids, *[0] * (size - len(ids))] for ids in lists], device=device)
+    return ids, torch.tensor([len(ids) - 1 for ids in lists], device=device)
+
+
+def add_token(tokenizer: Any, token: str, where: str) -> int:
+    """Put a new token into a vocabulary; its id. `ConfigError` when the vocabulary has it."""
+    refuse_known(tokenizer, token, where)
+    tokenizer.add_tokens(token)
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def refuse_known(tokenizer: Any, token: str, where: str) -> None:
+    """`ConfigError` when a vocabulary has a token, as itself or as a whole word (CLIP reads lower case)."""
+    known = {word.lower() for word in tokenizer.get_vocab()}
+    if token.lower() in known or f"{token.lower()}</w>" in known:
+        raise ConfigError(
+            f"token: {token!r} is in the vocabulary of {where} already; choose one that is not, such as <CreTok>"
+        )
+
+
+def read_at_end(model: Any, tokenizer: Any, where: str) -> None:
+    """Have transformers read a text model's pooled output at the end of text.
+
+    Many published configs, SD3's among them, state `eos_token_id` 2, which is not the vocabulary's. transformers takes
+    that for "at the greatest id", which was the end of text until a token was added: then it would be the token.
+    """
+    end = end_of(tokenizer, where)
+    model.config.eos_token_id = end
+    for module in model.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
+
+
+def end_of(tokenizer: Any, where: str) -> int:
+    """The end-of-text id of a vocabulary. `ConfigError` when it is one that transformers takes for something else."""
+    end = int(tokenizer.eos_token_id)
+    if end == _LEGACY_EOS:
+        raise ConfigError(
+            f"encoders: the end-of-text id of {where} is {_LEGACY_EOS}, for which transformers reads the pooled output "
+            "at the greatest id instead; a vocabulary with another id is needed"
+        )
+    return end

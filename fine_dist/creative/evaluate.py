@@ -1,0 +1,165 @@
+"""What a token is worth, without images: its cosine to pairs it was never trained on, beside controls.
+
+The controls stand in the token's place in the same prompt: the plain word "creative", the word that the row started
+from, rows drawn at random, and a row trained just as long on targets whose coordinates are shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fine_dist.creative.config import Template
+from fine_dist.creative.encoders import TextEncoder
+from fine_dist.creative.pairs import Pair
+from fine_dist.creative.tokens import Tokens, per_row
+
+RANDOM_ROWS = 16
+"""The random control is the mean over so many rows: one alone says little."""
+_RANDOM_SEED = 0x72616E64
+START_WORD = 'the start word, "{}"'
+NOT_RUN = (
+    "The paper judges images: VQAScore 0.835, PickScore 21.775 and ImageReward 1.065 are its figures. They were not "
+    "run here, and nothing in this report stands for them."
+)
+
+
+class HeldOut:
+    """The measure of a run while it trains: cosines to the held-out pairs and norms of the rows.
+
+    names: of the rows that are shown, the first ones of the model; one empty name is a run alone.
+    """
+
+    def __init__(self, names: Sequence[str], num_trained: int, num_pairs: int, max_cosine: float) -> None:
+        self.names, self.max_cosine = list(names), max_cosine
+        self._pairs = torch.arange(num_trained, num_pairs)
+
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Mean cosine, clamped loss and norms by name; a control's cosine is not among them."""
+        cosines = held_out_cosines(model, self._pairs)  # [Q, R, O, C]
+        losses = per_row(cosines, self.max_cosine)
+        found = {}
+        for index, name in enumerate(self.names):
+            end = f"/{name}" if name else ""
+            found[f"held_out_cosine{end}"] = float(cosines[:, index].mean())
+            found[f"held_out_loss{end}"] = float(losses[:, index].mean())
+            for key, rows in model.named_parameters():
+                found[f"norm_{key}{end}"] = float(rows[index].detach().norm())
+        return found
+
+
+@torch.no_grad()
+def held_out_cosines(model: Any, pairs: Tensor) -> Tensor:
+    """Cosines [Q, R, O, C] of all rows to the true targets of the same pairs [Q]."""
+    device = next(model.parameters()).device
+    found: Tensor = model(pairs.to(device)[:, None].expand(-1, len(model.specs)), "true")
+    return found.float().cpu()
+
+
+class NearestWords:
+    """TensorBoard's texts: the vocabulary's words that a row is nearest to."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+
+    def __call__(self, model: nn.Module) -> dict[str, str]:
+        assert isinstance(model, Tokens)
+        found = {}
+        for index, name in enumerate(self.names):
+            for book in model.books:
+                words = book.encoder.nearest(model.row(book.encoder.key, index))
+                title = f"nearest/{book.encoder.key}" + (f"/{name}" if name else "")
+                found[title] = "  \n".join(f"`{word}` {cosine:.3f}" for word, cosine in words)
+        return found
+
+
+@torch.no_grad()
+def measure(
+    encoders: Sequence[TextEncoder],
+    template: Template,
+    pairs: Sequence[Pair],
+    *,
+    token: str,
+    start: str,
+    rows: dict[str, dict[str, Tensor]],
+) -> dict[str, dict[str, float]]:
+    """Mean cosine to the restrictive prompts of pairs, both orders: {what: {encoder or `mean`: cosine}}.
+
+    rows: what -> rows [D] by the encoder's name; the controls "creative", the start word and random rows are added.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for encoder in encoders:
+        probe = _Probe(encoder, template, pairs)
+        for what, own in rows.items():
+            found.setdefault(what, {})[encoder.key] = probe(token, own[encoder.key])
+        found.setdefault('the word "creative"', {})[encoder.key] = probe("creative")
+        found.setdefault(START_WORD.format(start), {})[encoder.key] = probe(start)
+        drawn = [probe(token, row) for row in random_rows(encoder)]
+        found.setdefault(f"a random row (mean of {RANDOM_ROWS})", {})[encoder.key] = sum(drawn) / len(drawn)
+    for values in found.values():
+        values["mean"] = sum(values.values()) / len(values)
+    return found
+
+
+class _Probe:
+    """The mean cosine of the adaptive prompt, with anything in the token's place, to the targets of pairs."""
+
+    def __init__(self, encoder: TextEncoder, template: Template, pairs: Sequence[Pair]) -> None:
+        self.encoder, self.template = encoder, template
+        self.orders = [pair for first, second in pairs for pair in ((first, second), (second, first))]
+        targets = encoder.embed([template.restrictive.format(t1=t1, t2=t2) for t1, t2 in self.orders])
+        self.targets = F.normalize(targets, dim=1)  # [2 Q, E]
+
+    def __call__(self, word: str, row: Tensor | None = None) -> float:
+        prompts = [self.template.adaptive.format(token=word, t1=t1, t2=t2) for t1, t2 in self.orders]
+        distinct = list(dict.fromkeys(prompts))
+        embedded = F.normalize(self.encoder.embed(distinct, row), dim=1)
+        places = [distinct.index(prompt) for prompt in prompts]
+        return float((embedded[places] * self.targets).sum(1).mean())
+
+
+def random_rows(encoder: TextEncoder) -> Tensor:
+    """Rows [RANDOM_ROWS, D] with each coordinate's mean and deviation over the vocabulary."""
+    table = encoder.table.float()
+    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    noise = torch.randn(RANDOM_ROWS, encoder.width, generator=generator)
+    return table.mean(0) + table.std(0) * noise.to(table.device)
+
+
+def report(title: str, facts: dict[str, Any], measured: dict[str, dict[str, float]]) -> str:
+    """A page of Markdown: the cosines as a table, the nearest words, and what was not measured.
+
+    facts: a token's manifest.
+    """
+    keys = list(next(iter(measured.values())))
+    lines = [
+        f"# {title}",
+        "",
+        f'`{facts["token"]}` in "{facts["template"]["adaptive"]}", drawn towards '
+        f'"{facts["template"]["restrictive"]}" of {facts["num_trained"]} pairs in both orders, {facts["steps"]:,} '
+        f"steps of {facts['batch']} pairs, seed {facts['seed']}; {facts['word_list']}.",
+        "",
+        f"Mean cosine to {facts['num_held_out']} pairs that were never trained on (the loss stops drawing at "
+        f"{facts['max_cosine']:g}):",
+        "",
+        f"| in the token's place | {' | '.join(keys)} |",
+        f"|---|{'---|' * len(keys)}",
+        *[
+            f"| {what} | " + " | ".join(f"{values[key]:.4f}" for key in keys) + " |"
+            for what, values in measured.items()
+        ],
+        "",
+        "Nearest words of the vocabulary: "
+        + "; ".join(
+            f"{key}: " + ", ".join(f"`{word}` {cosine:.3f}" for word, cosine in words)
+            for key, words in facts["nearest"].items()
+        )
+        + ".",
+        "",
+        NOT_RUN,
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,184 @@
+"""Pairs of concepts: where they come from, which are held out, and which pair each sample of a step is.
+
+The pair at a position of a step is a function of (seed, step, position) alone, so neither the number of processes, nor
+a restart, nor the company of other runs in a pack changes what a run is trained on.
+
+b samples of a rank's batch, R rows that train together.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import DataError
+from fine_dist.creative.config import CreativeConfig
+
+Pair = tuple[str, str]
+_DRAW, _SPLIT = 0x70616972, 0x73706C69
+"""Keep the draw of pairs and the split apart from every other use of a seed."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs that are trained on, and pairs that are only measured."""
+
+    trained: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+
+    @property
+    def all(self) -> tuple[Pair, ...]:
+        """The trained ones first."""
+        return self.trained + self.held_out
+
+
+def make_pairs(config: CreativeConfig) -> Pairs:
+    """The pairs of a config: the user's file, or pairs made of concepts; held-out ones by `split_seed`.
+
+    No pair is in both parts, in neither order. `DataError` when a file cannot be used or there are too few pairs.
+    """
+    draw = np.random.Generator(np.random.Philox(key=[config.split_seed, _SPLIT]))
+    if config.pairs is not None:
+        found = read_pairs(config.pairs)
+        order = draw.permutation(len(found))
+        if len(found) <= config.held_out:
+            raise DataError(
+                f"{config.pairs}: {len(found)} pairs, and held_out: {config.held_out} leaves none to train on; "
+                "give more pairs, or lower held_out"
+            )
+        chosen = [found[i] for i in order]
+        return Pairs(tuple(chosen[config.held_out :]), tuple(chosen[: config.held_out]))
+    words = read_concepts(config.concepts)
+    combinations = list(itertools.combinations(words, 2))
+    needed = config.held_out + config.num_pairs
+    if needed > len(combinations):
+        raise DataError(
+            f"{config.concepts or 'the list of concepts'}: {len(words)} words make {len(combinations)} pairs, and "
+            f"num_pairs {config.num_pairs} with held_out {config.held_out} need {needed}; lower them, or add words"
+        )
+    chosen = [combinations[i] for i in draw.permutation(len(combinations))[:needed]]
+    return Pairs(tuple(chosen[config.held_out :]), tuple(chosen[: config.held_out]))
+
+
+def read_concepts(path: str | None) -> list[str]:
+    """Words, one a line; none: the project's own list. `DataError` for an empty line's worth of words or doubles."""
+    if path is None:
+        lines = resources.files("fine_dist.creative").joinpath("concepts.txt").read_text(encoding="utf-8").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+    words = [line.strip() for line in _read(path).splitlines() if line.strip()]
+    twice = [word for word in words if words.count(word) > 1]
+    if twice:
+        raise DataError(f"{path}: {twice[0]!r} stands there twice; leave one")
+    if len(words) < 2:
+        raise DataError(f"{path}: {len(words)} words make no pair; give one word a line, two or more")
+    return words
+
+
+def read_pairs(path: str) -> list[Pair]:
+    """Pairs of words, two columns split by a comma or a tab, as they stand in the file.
+
+    `DataError` names the line: one column or three, a pair that stands there twice (in either order).
+    """
+    lines = _read(path).splitlines()
+    delimiter = "\t" if any("\t" in line for line in lines) else ","
+    found: list[Pair] = []
+    seen: dict[frozenset[str], int] = {}
+    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells):
+            continue
+        if len(cells) != 2 or not all(cells):
+            raise DataError(
+                f"{path}, line {number}: {len([c for c in cells if c])} column(s) in {lines[number - 1]!r}; a line is "
+                "two words, split by a comma or a tab, such as: lettuce,mantis"
+            )
+        key = frozenset(cells)
+        if len(key) < 2:
+            raise DataError(f"{path}, line {number}: {cells[0]!r} is paired with itself; give two different words")
+        if key in seen:
+            raise DataError(
+                f"{path}, line {number}: the pair of line {seen[key]} once more; both orders are trained of each pair, "
+                "so leave one"
+            )
+        seen[key] = number
+        found.append((cells[0], cells[1]))
+    return found
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(expand_path(path)).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; give a text file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+# --- the stream ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """A rank's part of a global batch.
+
+    positions: int64 [b], places in the global batch.
+    pairs:     int64 [b, R], the trained pair of each row that trains.
+    """
+
+    step: int
+    positions: Tensor
+    pairs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The pairs on the device."""
+        return replace(self, pairs=self.pairs.to(device, non_blocking=True))
+
+    def part(self, start: int, size: int) -> PairBatch:
+        """Samples `start` to `start + size`: a micro-batch."""
+        rows = slice(start, start + size)
+        return replace(self, positions=self.positions[rows], pairs=self.pairs[rows])
+
+
+class PairStream:
+    """An endless stream of `PairBatch`; rank r of W has positions r B/W to (r + 1) B/W of each global batch of B.
+
+    seeds: of the R rows; rows of one seed see the same pairs.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], num_pairs: int, *, global_batch: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.seeds, self.num_pairs, self.global_batch = list(seeds), num_pairs, global_batch
+        if global_batch % world_size:
+            near = max(world_size, round(global_batch / world_size) * world_size)
+            raise DataError(
+                f"a batch of {global_batch} pairs cannot be divided over {world_size} processes; use a multiple of "
+                f"{world_size}, such as {near}"
+            )
+        share = global_batch // world_size
+        self._own = slice(rank * share, (rank + 1) * share)
+        self._positions = torch.arange(global_batch)[self._own]
+
+    def batches(self, start_step: int = 0) -> Iterator[PairBatch]:
+        """Batches from `start_step` on, without end."""
+        for step in itertools.count(start_step):
+            drawn = {seed: self._draw(seed, step) for seed in set(self.seeds)}
+            pairs = torch.stack([drawn[seed] for seed in self.seeds], dim=1)
+            yield PairBatch(step, self._positions, pairs)
+
+    def _draw(self, seed: int, step: int) -> Tensor:
+        """Pairs [b] of this rank: every rank draws the whole batch (a few numbers) and takes its own positions."""
+        draw = np.random.Generator(np.random.Philox(key=[seed, _DRAW], counter=[0, 0, 0, step]))
+        return torch.from_numpy(draw.integers(self.num_pairs, size=self.global_batch)[self._own])

@@ -1,0 +1,178 @@
+"""Tokens on disk, as diffusers and ComfyUI read them, and tokens into diffusers' pipelines.
+
+    learned_embeds.safetensors     {"<CreTok>": [1, D]} of the first encoder: diffusers' `load_textual_inversion`
+    learned_embeds_2.safetensors   the same of the second
+    CreTok.safetensors             {"clip_l": [1, D], "clip_g": [1, D]}: ComfyUI, in models/embeddings
+    shuffled_control.safetensors   the control row, by the encoder's name, where one was trained
+    manifest.json                  the token, what it was trained on, sha256 of each file
+
+D is an encoder's width: 768 for CLIP-L, 1280 for CLIP-G.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fine_dist.core.errors import ArtifactError
+from fine_dist.core.files import sha256_of, whole_folder
+from fine_dist.creative.encoders import add_token, end_of, read_at_end, refuse_known
+
+FORMAT, KIND, MANIFEST = 1, "token", "manifest.json"
+FILES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
+CONTROL = "shuffled_control.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedToken:
+    """A token on disk. `rows`: fp32 [1, D] by the encoder's name, in the order of the pipeline's encoders; `control`
+    the same of the row trained on shuffled targets, if any."""
+
+    folder: Path
+    token: str
+    rows: dict[str, Tensor]
+    control: dict[str, Tensor]
+    manifest: dict[str, Any]
+
+
+def save_token(
+    folder: str | Path,
+    token: str,
+    rows: dict[str, Tensor],
+    facts: dict[str, Any],
+    control: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Write a token's folder as a whole (a temporary name, then a rename); its manifest.
+
+    rows:    [D] by the encoder's name, in the order of the pipeline's encoders.
+    facts:   what else the manifest says (JSON): encoders, templates, steps, cosines.
+    control: the row trained on shuffled targets, as `rows`.
+    """
+    from safetensors.torch import save_file
+
+    with whole_folder(folder) as draft:
+        whole = _whole(rows)
+        for name, row in zip(FILES, whole.values()):
+            save_file({token: row}, draft / name, metadata={"format": "pt"})
+        save_file(whole, draft / combined_name(token), metadata={"format": "pt"})
+        if control:
+            save_file(_whole(control), draft / CONTROL, metadata={"format": "pt"})
+        files = sorted(path.name for path in draft.iterdir())
+        manifest = {
+            "format": FORMAT,
+            "kind": KIND,
+            "method": "CreTok, arXiv 2410.24160",
+            "token": token,
+            "rows": {key: list(row.shape) for key, row in whole.items()},
+            "sha256": {name: sha256_of(draft / name) for name in files},
+            **facts,
+        }
+        (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _whole(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: row.detach().cpu().float().reshape(1, -1).contiguous() for key, row in rows.items()}
+
+
+def combined_name(token: str) -> str:
+    """The file's name for ComfyUI, where it is the word in prompts: `embedding:CreTok`."""
+    name = (re.sub(r"[^A-Za-z0-9_-]", "", token) or "token") + ".safetensors"
+    return f"token_{name}" if name in (*FILES, CONTROL) else name
+
+
+def read_token(folder: str | Path) -> SavedToken:
+    """Read what `save_token` wrote, or the `token/` of a run directory. `ArtifactError` when it is not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file() and (folder / "token" / MANIFEST).is_file():
+        folder = folder / "token"
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"{folder} holds no {MANIFEST}: give the token/ of a finished run of fine_dist.creative")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{path} is damaged: {error}; copy it again") from None
+    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("kind")) != (FORMAT, KIND):
+        raise ArtifactError(f"{path} is no token of this version; give the token/ that fine_dist.creative wrote")
+    for name, stated in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise ArtifactError(f"{folder} has a manifest but no {name}: copy it whole")
+        if sha256_of(folder / name) != stated:
+            raise ArtifactError(f"{folder / name} is not what its manifest says: edited or half copied; copy it again")
+    try:
+        found = load_file(folder / combined_name(manifest["token"]))
+        control = load_file(folder / CONTROL) if CONTROL in manifest["sha256"] else {}
+    except SafetensorError as error:
+        raise ArtifactError(f"{folder} is damaged: {error}") from None
+    rows = {key: found[key] for key in manifest["rows"]}
+    return SavedToken(folder, manifest["token"], rows, control, manifest)
+
+
+def load_cretok(pipe: Any, folder: str | Path) -> str:
+    """Put a learned token into a diffusers pipeline with CLIP text encoders (SD3, SDXL, SD1.5); the token.
+
+    pipe:   has `tokenizer` and `text_encoder`, and `tokenizer_2` and `text_encoder_2` where there are two.
+    folder: what a run wrote: its directory, or the `token/` in it.
+
+    The encoders' embedding tables grow by one row each, and their pooled output is read at the end of the text, where
+    it would otherwise be read at the new token. SD3's third encoder (T5) does not know the token: give it
+    `prompt_3=plain_prompt(prompt, token)`.
+
+    `ArtifactError` when the folder is not whole or its rows do not fit the encoders; `ConfigError` when the pipeline
+    knows the token already. Either leaves the pipeline as it was.
+    """
+    saved = read_token(folder)
+    pairs: list[tuple[Any, Any]] = []
+    for ending in ("", "_2"):
+        tokenizer, encoder = getattr(pipe, f"tokenizer{ending}", None), getattr(pipe, f"text_encoder{ending}", None)
+        if tokenizer is not None and encoder is not None:
+            pairs.append((tokenizer, encoder))
+    widths = [int(encoder.get_input_embeddings().weight.shape[1]) for _, encoder in pairs]
+    rows = _fitting(saved, widths, type(pipe).__name__)
+    for number, (tokenizer, _) in enumerate(pairs, 1):
+        where = f"tokenizer {number} of {type(pipe).__name__}"
+        refuse_known(tokenizer, saved.token, where)
+        end_of(tokenizer, where)
+    for number, ((tokenizer, encoder), row) in enumerate(zip(pairs, rows), 1):
+        place = add_token(tokenizer, saved.token, f"tokenizer {number}")
+        if place >= encoder.get_input_embeddings().weight.shape[0]:
+            encoder.resize_token_embeddings(place + 1, mean_resizing=False)
+        with torch.no_grad():
+            table = encoder.get_input_embeddings().weight
+            table[place] = row[0].to(table)
+        read_at_end(encoder, tokenizer, f"text encoder {number}")
+    return saved.token
+
+
+def _fitting(saved: SavedToken, widths: list[int], pipe: str) -> list[Tensor]:
+    """A row for each encoder of a pipeline, by width."""
+    left = list(saved.rows.values())
+    chosen = []
+    for width in widths:
+        row = next((row for row in left if row.shape[1] == width), None)
+        if row is None:
+            have = ", ".join(f"{key} {row.shape[1]}" for key, row in saved.rows.items())
+            raise ArtifactError(
+                f"{saved.folder}: the text encoders of {pipe} are {' and '.join(map(str, widths))} wide, and the token "
+                f"has rows for {have}; train it on the encoders of this pipeline"
+            )
+        left = [other for other in left if other is not row]
+        chosen.append(row)
+    if not chosen:
+        raise ArtifactError(f"{pipe} has no CLIP text encoder with a tokenizer to put a token into")
+    return chosen
+
+
+def plain_prompt(prompt: str, token: str = "<CreTok>", word: str = "creative") -> str:
+    """A prompt with an ordinary word for the token, for encoders that do not know it (SD3's T5: `prompt_3`)."""
+    return re.sub(re.escape(token), word, prompt, flags=re.IGNORECASE)

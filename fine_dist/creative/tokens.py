@@ -1,0 +1,199 @@
+"""What trains: a row of embeddings for each run and encoder. Everything else is frozen and lies outside the module.
+
+The adaptive prompt ("a photo of a <CreTok> mixture") is drawn towards the restrictive prompts of a pair, in both
+orders ("a lettuce mantis", "a mantis lettuce"), on the pooled embeddings E of each encoder (CreTok,
+arXiv 2410.24160; which embeddings, and that the encoders' losses add, are our choice):
+
+    loss = 1 - min(cos(E(restrictive), E(adaptive)), max_cosine), mean over the two orders, summed over the encoders
+
+Restrictive prompts hold nothing that trains, so their embeddings are computed once. An adaptive prompt that does not
+name the pair is the same for all samples, so it goes through the encoder once a step and run, from its first
+trainable position on (`causal.py`).
+
+b samples, R rows that train together, Q pairs, O = 2 orders, C encoders, M adaptive prompts, S positions of the longest
+from the first that is computed, D width, E projection, U prompts that a step needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fine_dist.creative import causal
+from fine_dist.creative.config import Template
+from fine_dist.creative.encoders import TextEncoder, pad
+from fine_dist.creative.pairs import Pair, PairBatch
+
+_SHUFFLE = 0x7368756666
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """One row that trains. `shuffled`: a control, drawn to targets whose coordinates are in another order."""
+
+    template: Template
+    seed: int
+    shuffled: bool = False
+
+
+class Book:
+    """What is fixed of one encoder's part: prompts as ids, the cached positions before, and the targets."""
+
+    def __init__(
+        self, encoder: TextEncoder, specs: Sequence[RowSpec], pairs: Sequence[Pair], token: str, cache: bool
+    ) -> None:
+        self.encoder = encoder
+        prompts: dict[str, int] = {}
+        table = np.empty((len(specs), len(pairs), 2), np.int64)
+        for r, spec in enumerate(specs):
+            for q, (first, second) in enumerate(pairs):
+                for o, (t1, t2) in enumerate(((first, second), (second, first))):
+                    prompt = spec.template.adaptive.format(token=token, t1=t1, t2=t2)
+                    table[r, q, o] = prompts.setdefault(prompt, len(prompts))
+        lists = [encoder.ids(prompt) for prompt in prompts]
+        begins = common_beginning([ids[: ids.index(encoder.token_id)] for ids in lists]) if cache else []
+        device = encoder.device
+        self.before = causal.cache(encoder.model, torch.tensor(begins, dtype=torch.int64, device=device))
+        self.ids, self.ends = pad([ids[len(begins) :] for ids in lists], device)  # [M, S], [M]
+        self.is_token = (self.ids == encoder.token_id)[..., None]  # [M, S, 1]
+        self.embedded = encoder.rows(self.ids)  # [M, S, D]
+        self.prompt_of = torch.from_numpy(table).to(device)  # [R, Q, O]
+        self.targets, self.target_of = self._targets(specs, pairs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
+        return self
+
+    def _targets(self, specs: Sequence[RowSpec], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+        """Unit vectors [T, Q, O, E] of the restrictive prompts, and which of the T each row has [R]."""
+        orders = [pair for first, second in pairs for pair in ((first, second), (second, first))]
+        words = {spec.template.restrictive for spec in specs}
+        plain = {
+            text: F.normalize(self.encoder.embed([text.format(t1=t1, t2=t2) for t1, t2 in orders]), dim=1)
+            for text in words
+        }
+        found: dict[tuple[str, int | None], Tensor] = {}
+        which = []
+        for spec in specs:
+            key = (spec.template.restrictive, spec.seed if spec.shuffled else None)
+            if key not in found:
+                target = plain[spec.template.restrictive]
+                found[key] = target[:, shuffle(target.shape[1], spec.seed)] if spec.shuffled else target
+            which.append(list(found).index(key))
+        targets = torch.stack(list(found.values())).unflatten(1, (len(pairs), 2))
+        return targets, torch.tensor(which, device=self.encoder.device)
+
+    def embed(self, rows: Tensor, prompts: Tensor) -> Tensor:
+        """Unit vectors [U, E], fp32, of adaptive prompts [U], each with its own row [U, D]."""
+        x = torch.where(self.is_token[prompts], rows[:, None].to(self.embedded.dtype), self.embedded[prompts])
+        hidden = causal.run(self.encoder.model, x, self.before)  # [U, S, D]
+        return F.normalize(causal.pool(self.encoder.model, hidden, self.ends[prompts]).float(), dim=1)
+
+
+class Tokens(nn.Module):
+    """Rows [R, D] of each encoder, the only parameters, named as the encoders are (`clip_l`, `clip_g`).
+
+    They start from the embedding of one word. The encoders and books are no part of the module.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[TextEncoder],
+        specs: Sequence[RowSpec],
+        pairs: Sequence[Pair],
+        *,
+        token: str,
+        start: str,
+        cache: bool = True,
+    ) -> None:
+        super().__init__()
+        self.specs = tuple(specs)
+        self.books = [Book(encoder, specs, pairs, token, cache) for encoder in encoders]
+        for encoder in encoders:
+            begin = encoder.table[encoder.single(start, "start")].float()
+            self.register_parameter(encoder.key, nn.Parameter(begin.repeat(len(specs), 1)))
+
+    def row(self, key: str, index: int) -> Tensor:
+        """Row [D] of one run."""
+        return self.get_parameter(key)[index]
+
+    def forward(self, pairs: Tensor, against: str = "own") -> Tensor:
+        """Cosines [b, R, O, C] of the adaptive prompts to the restrictive prompts of pairs [b, R].
+
+        against: the `own` targets of each row, or, for a shuffled row, the `true` ones.
+        """
+        found = []
+        num_rows = len(self.specs)
+        for book in self.books:
+            rows = self.get_parameter(book.encoder.key)  # [R, D]
+            index = torch.arange(num_rows, device=pairs.device)
+            prompts = book.prompt_of[index, pairs]  # [b, R, O]
+            # A prompt that several samples share goes through the encoder once.
+            keys, places = torch.unique(prompts * num_rows + index[:, None], return_inverse=True)  # [U], [b, R, O]
+            adaptive = book.embed(rows[keys % num_rows], keys // num_rows)  # [U, E]
+            which = book.target_of if against == "own" else self._true(book)
+            targets = book.targets[which, pairs]  # [b, R, O, E]
+            found.append((adaptive[places] * targets).sum(-1))
+        return torch.stack(found, dim=-1)
+
+    def _true(self, book: Book) -> Tensor:
+        """For each row, the targets of the unshuffled row with its template."""
+        names = [(spec.template.restrictive, spec.shuffled) for spec in self.specs]
+        plain = [names.index((restrictive, False)) for restrictive, _ in names]
+        return book.target_of[plain]
+
+    def work(self, batch: int) -> tuple[float, int]:
+        """(FLOPs of the layers' matrices, positions computed) a sample, when a process takes `batch` samples at once.
+
+        The weights have no gradients: backward costs what forward does.
+        """
+        flops, positions = 0.0, 0
+        for book in self.books:
+            layers = book.encoder.model.text_model.encoder.layers
+            numbers = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+            fixed = len(self.specs) if all(len(p.unique()) == 1 for p in book.prompt_of) else 0
+            prompts = fixed / batch if fixed else 2 * len(self.specs)
+            positions += max(1, round(prompts * book.ids.shape[1]))
+            flops += 4 * numbers * prompts * book.ids.shape[1]
+        return flops, positions
+
+
+class Objective:
+    """The loss. Each row's gradient is what it would be alone: losses of rows add, and no row meets another's.
+
+    `num_shown` rows come first and are what the reported loss is the mean of; the controls behind them train silently.
+    """
+
+    def __init__(self, max_cosine: float, num_shown: int) -> None:
+        self.max_cosine, self.num_shown = max_cosine, num_shown
+
+    def __call__(self, model: Any, batch: PairBatch) -> Tensor:
+        """Losses [b] whose value is the mean over shown rows and whose gradient is that of the sum over all rows."""
+        losses = per_row(model(batch.pairs), self.max_cosine)  # [b, R]
+        total, shown = losses.sum(1), losses[:, : self.num_shown].mean(1)
+        return total + (shown - total).detach()
+
+
+def per_row(cosines: Tensor, max_cosine: float) -> Tensor:
+    """Losses [b, R] of cosines [b, R, O, C]: mean over the orders, summed over the encoders."""
+    return (1 - cosines.float().clamp(max=max_cosine)).mean(2).sum(-1)
+
+
+def shuffle(size: int, seed: int) -> Tensor:
+    """A fixed order of a target's coordinates: lengths and cosines among targets stay, their meaning goes."""
+    return torch.from_numpy(np.random.Generator(np.random.Philox(key=[seed, _SHUFFLE])).permutation(size))
+
+
+def common_beginning(lists: Sequence[Sequence[int]]) -> list[int]:
+    """The longest list that all of them begin with."""
+    begins = []
+    for column in zip(*lists):
+        if len(set(column)) > 1:
+            break
+        begins.append(column[0])
+    return begins

@@ -1,0 +1,144 @@
+"""Named numbers from the statistics of samples and of a reference, with what is to be known about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fine_dist.core.errors import ConfigError, DataError, nearest
+from fine_dist.evaluation.collect import KEPT, Gaussian, Statistics
+from fine_dist.evaluation.frechet import frechet_from
+from fine_dist.evaluation.scores import kernel_distance, precision_recall
+
+STANDARD = 50_000
+"""Images of a FID that may be called so; of another number it is called FID-5k."""
+NETWORKS = {
+    "fid": "inception",
+    "sfid": "inception",
+    "is": "inception",
+    "precision": "inception",
+    "recall": "inception",
+    "kid": "inception",
+    "fdd": "dinov2",
+    "fd-efflite": "efflite",
+    "fd-classifier": "classifier",
+}
+"""Every metric, and its usual network. `is`, `precision`, `recall` and `kid` go with any other, too."""
+_FRECHET = {"fid": "inception", "fdd": "dinov2", "fd-efflite": "efflite", "fd-classifier": "classifier"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number under its full name.
+
+    metric: its key in `NETWORKS`. name: as it is to be printed, with the number of images where that matters.
+    value:  none where it cannot be given; `why` says what is missing then.
+    spread: standard deviation over parts or subsets, where there are some.
+    better: `lower` or `higher`.
+    """
+
+    metric: str
+    name: str
+    value: float | None
+    spread: float | None = None
+    better: str = "lower"
+    why: str | None = None
+
+
+def networks(metrics: Iterable[str]) -> dict[str, list[str]]:
+    """Which networks some metrics need, and which of them each measures. `ConfigError` for an unknown metric."""
+    needed: dict[str, list[str]] = {}
+    for metric in metrics:
+        if metric not in NETWORKS:
+            raise ConfigError(f"metrics: {metric!r} is none; {nearest(metric, NETWORKS)}")
+        needed.setdefault(NETWORKS[metric], []).append(metric)
+    return needed
+
+
+def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], *, seed: int = 0) -> list[Score]:
+    """The scores of samples, in the order asked. seed: of KID's subsets.
+
+    `ConfigError` for a metric of another network, `DataError` when the two were measured by different networks.
+    """
+    if samples.features != reference.features or (
+        samples.identity and reference.identity and samples.identity != reference.identity
+    ):
+        raise DataError(
+            f"{samples.source} was measured with {samples.features} ({str(samples.identity)[:12]}) and "
+            f"{reference.source} with {reference.features} ({str(reference.identity)[:12]}); measure both with "
+            "one network"
+        )
+    size = _size(samples.count)
+    scores: list[Score] = []
+    both: tuple[float, float] | None = None
+    for metric in metrics:
+        networks([metric])
+        if metric in _FRECHET:
+            if _FRECHET[metric] != samples.features:
+                raise ConfigError(f"metrics: {metric} is measured with {_FRECHET[metric]}, not with {samples.features}")
+            scores.append(Score(metric, samples.distance + size, _frechet(samples.pooled, reference.pooled)))
+        elif metric == "sfid":
+            scores.append(_spatial(samples, reference, size))
+        elif metric == "is":
+            scores.append(_inception_score(samples, size))
+        elif samples.kept is None or reference.kept is None:
+            who = samples if samples.kept is None else reference
+            why = f"{who.source} gives statistics only, and {metric} needs its images (arr_0)"
+            better = "lower" if metric == "kid" else "higher"
+            scores.append(Score(metric, metric if metric != "kid" else "KID", None, None, better, why))
+        elif metric == "kid":
+            scores.append(Score("kid", f"KID{size}", *kernel_distance(reference.kept, samples.kept, seed=seed)))
+        else:
+            both = both or precision_recall(reference.kept, samples.kept)
+            scores.append(Score(metric, metric, both[metric == "recall"], None, "higher"))
+    return scores
+
+
+def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str]) -> list[str]:
+    """What a reader of these scores should know: too few samples, above all."""
+    told = []
+    frechet = [metric for metric in metrics if metric in _FRECHET or metric == "sfid"]
+    count = samples.count or STANDARD
+    if frechet and count <= len(samples.pooled.mean):
+        told.append(
+            f"{count} samples have a singular covariance of {len(samples.pooled.mean)} features: "
+            f"{', '.join(frechet)} is far too large and compares only between equal numbers of samples"
+        )
+    elif frechet and count < STANDARD:
+        told.append(
+            f"{count} samples: {', '.join(frechet)} is larger than with {STANDARD}, and compares only between equal "
+            "numbers of samples"
+        )
+    near = [metric for metric in ("precision", "recall") if metric in metrics]
+    kept = [len(s.kept) for s in (samples, reference) if s.kept is not None]
+    if near and kept and min(kept) < KEPT:
+        told.append(
+            f"{' and '.join(near)} of {' and '.join(map(str, kept))} images; the literature takes {KEPT} of each"
+        )
+    return told
+
+
+def _frechet(a: Gaussian, b: Gaussian) -> float:
+    return frechet_from(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def _spatial(samples: Statistics, reference: Statistics, size: str) -> Score:
+    name = "sFID" + size
+    for who in (samples, reference):
+        if who.spatial is None:
+            return Score("sfid", name, None, why=f"{who.source} has no spatial statistics (mu_s, sigma_s)")
+    assert samples.spatial is not None and reference.spatial is not None
+    return Score("sfid", name, _frechet(samples.spatial, reference.spatial))
+
+
+def _inception_score(samples: Statistics, size: str) -> Score:
+    if samples.classes is None:
+        return Score("is", "IS" + size, None, None, "higher", f"{samples.features} has no classes")
+    name = "IS" if samples.features == "inception" else f"IS({samples.features})"
+    return Score("is", name + size, *samples.classes, "higher")
+
+
+def _size(count: int | None) -> str:
+    if count is None or count == STANDARD:
+        return ""
+    return f"-{count // 1000}k" if count % 1000 == 0 else f"-{count}"

@@ -1,0 +1,70 @@
+"""DINOv2 features (arXiv 2304.07193) through transformers, for the Fréchet DINO distance, FDD (arXiv 2306.04675).
+
+Shapes: N images. They are resized to 224 x 224 bicubically with antialiasing, normalised with ImageNet's mean and
+deviation, and the class token of the last, normalised layer is what counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fine_dist.core.errors import ArtifactError
+from fine_dist.core.files import sha256_of
+from fine_dist.evaluation.base import Extracted, as_rgb
+
+SIDE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DinoV2(nn.Module):
+    """`features(images) -> Extracted`; see `fine_dist.evaluation.base.Features`. Made by `load_dino`."""
+
+    name, distance = "dinov2", "FDD"
+
+    def __init__(self, model: Any, identity: str) -> None:
+        super().__init__()
+        self.model, self.identity = model, identity
+        self.num_features = int(model.config.hidden_size)
+        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Extracted:
+        """images: as `Features` takes them; any size."""
+        mean = self.get_buffer("mean")
+        x = as_rgb(images).to(mean.device).float() / 255
+        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        found = self.model(pixel_values=(x - mean) / self.get_buffer("std"))
+        return Extracted(found.last_hidden_state[:, 0].float())
+
+
+def load_dino(folder: str | Path, device: torch.device | str = "cpu") -> DinoV2:
+    """The network in a transformers folder (config.json, model.safetensors). `ArtifactError` when it is none."""
+    from transformers import Dinov2Model
+
+    folder = Path(folder)
+    weights = folder / "model.safetensors"
+    if not (folder / "config.json").is_file() or not weights.is_file():
+        raise ArtifactError(
+            f"{folder} holds no config.json and model.safetensors; FDD needs DINOv2 as transformers publishes it "
+            "(facebook/dinov2-large): copy that folder here and give its path"
+        )
+    try:
+        loaded: Any = Dinov2Model.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers and safetensors raise what they like over a damaged folder
+        first = str(error).strip().partition("\n")[0][:200]
+        raise ArtifactError(f"{folder}: no DINOv2 can be loaded: {first}") from None
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing or model.config.model_type != "dinov2":
+        raise ArtifactError(
+            f"{folder} is no DINOv2: {len(missing)} of its tensors are missing ({', '.join(missing[:4])})"
+        )
+    return DinoV2(model.eval().requires_grad_(False), sha256_of(weights)).to(device)

@@ -1,0 +1,135 @@
+"""Images to measure: a folder of pictures, a tar of them, or ADM's `.npz`; all of one size, read in batches.
+
+Arrays are uint8 [B, C, H, W]. An image's number is its place in the sorted list (in a tar or `.npz`: its place).
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import DataError
+from fine_dist.sampling.npz import NpzImages
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class Images(Protocol):
+    """Images in an order of their own."""
+
+    @property
+    def count(self) -> int: ...
+
+    def batches(self, batch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers [B] int64 and images uint8 [B, 3, H, W] of those numbered start..stop-1."""
+
+
+def open_images(path: str | Path) -> Images:
+    """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`."""
+    path = Path(expand_path(str(path)))
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        return Pictures(str(path), [(str(p.relative_to(path)), p.read_bytes) for p in files])
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder of images")
+    if path.suffix == ".npz":
+        return _Npz(path)
+    if path.suffix == ".tar":
+        return _tar(path)
+    raise DataError(f"{path}: images come as a folder of pictures, a .tar of them, or ADM's .npz")
+
+
+class Pictures:
+    """Encoded pictures, each by a function that reads its bytes."""
+
+    def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]]) -> None:
+        if not files:
+            raise DataError(f"{where} holds no images; looked for {', '.join(SUFFIXES)}")
+        self.where, self.files = where, files
+        self.count = len(files)
+
+    def batches(self, batch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        stop = self.count if stop is None else min(stop, self.count)
+        first = _decode(self.where, *self.files[0]).shape
+        for begin in range(start, stop, batch):
+            numbers = range(begin, min(begin + batch, stop))
+            images = []
+            for i in numbers:
+                image = _decode(self.where, *self.files[i])
+                if image.shape != first:
+                    raise DataError(
+                        f"{self.where}: {self.files[i][0]} is {image.shape[1]}x{image.shape[0]}, and "
+                        f"{self.files[0][0]} is {first[1]}x{first[0]}; bring all to one size first (a distance over "
+                        "mixed sizes would measure the resizing)"
+                    )
+                images.append(image)
+            yield torch.tensor(list(numbers)), torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+class _Npz:
+    def __init__(self, path: Path) -> None:
+        self.source = NpzImages(path)
+        self.count = self.source.count
+
+    def batches(self, batch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        stop = self.count if stop is None else min(stop, self.count)
+        begin = 0
+        for images in self.source.batches(batch):
+            low, high = max(start, begin), min(stop, begin + len(images))
+            if low < high:
+                part = torch.from_numpy(images[low - begin : high - begin].copy()).permute(0, 3, 1, 2)
+                yield torch.arange(low, high), part.expand(-1, 3, -1, -1)
+            begin += len(images)
+            if begin >= stop:
+                return
+
+
+def _tar(path: Path) -> Pictures:
+    """Members are found once and read by their place in the file; nothing is unpacked."""
+    files: list[tuple[str, Callable[[], bytes]]] = []
+
+    def reader(offset: int, size: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            with open(path, "rb") as stream:
+                stream.seek(offset)
+                return stream.read(size)
+
+        return read
+
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                    files.append((member.name, reader(member.offset_data, member.size)))
+    except tarfile.TarError as error:
+        raise DataError(f"{path} is no tar, or a damaged one: {error}") from None
+    return Pictures(str(path), files)
+
+
+def _decode(where: str, name: str, read: Callable[[], bytes]) -> np.ndarray:
+    """uint8 [H, W, 3]. `DataError` for what is damaged, deeper than 8 bits, or transparent."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            image.load()
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{where}: {name} has more than 8 bits a channel ({image.mode}); convert it to 8 first")
+            if "A" in image.getbands() or "transparency" in image.info:
+                whole = image.convert("RGBA")
+                if whole.getchannel("A").getextrema()[0] < 255:
+                    raise DataError(f"{where}: {name} is transparent in places; put it on a background first")
+                image = whole
+            return np.asarray(image.convert("RGB"))
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise whatever they like
+        raise DataError(f"{where}: {name} cannot be read: {str(error).partition(chr(10))[0][:200]}") from None

@@ -1,0 +1,56 @@
+"""What a family's folders say of its targets, and other runs of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fine_dist.artifacts.locate import PLACES
+from fine_dist.core.files import last_row as newest_row
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.methods.base import Parent
+
+
+def result_of(folder: Path) -> dict[str, Any] | None:
+    """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
+    damaged."""
+    done = RunDir(folder).done
+    kept = any((folder / place / "manifest.json").is_file() for place in PLACES)
+    return done if kept else None
+
+
+def last_row(folder: Path) -> dict[str, Any] | None:
+    """The newest row of a target's metrics.jsonl that has a training loss."""
+    return newest_row(folder / "metrics.jsonl", "loss")
+
+
+def baselines(parent: Parent | None, runs: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """(depth, held-out loss) of what stands beside a family, by label: its parent, and other runs.
+
+    One whose manifest has no held-out loss is left out. `ArtifactError` for a run that holds no model.
+    """
+    from fine_dist.artifacts.locate import find_artifact
+    from fine_dist.model.artifact import read_manifest
+
+    found: dict[str, list[tuple[int, float]]] = {}
+
+    def add(label: str, depth: int, extra: Mapping[str, Any]) -> None:
+        loss = (extra.get("losses") or extra.get("init") or {}).get("held_out_loss")
+        if loss is not None:
+            found.setdefault(label, []).append((depth, float(loss)))
+
+    if parent is not None:
+        add("its parent", parent.arch.num_layers, parent.artifact.extra)
+    for run in runs:
+        manifest = read_manifest(find_artifact(run))
+        add(_label_of(manifest), int(manifest["arch"]["num_layers"]), manifest["extra"])
+    return found
+
+
+def _label_of(manifest: Mapping[str, Any]) -> str:
+    from fine_dist.methods import from_manifest
+
+    steps = manifest["extra"].get("steps")
+    label = from_manifest(manifest["method"]).label
+    return f"{label}, {steps:,} steps" if steps else label

@@ -1,0 +1,338 @@
+"""A family of targets: its grid as named tasks, what is checked before anything is queued, and the packs it becomes.
+
+torch is imported inside functions, because `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
+from fine_dist.core.files import sha256_text
+from fine_dist.core.grid import Axis
+from fine_dist.core.grid import expand as points
+from fine_dist.family.config import DomainConfig, InitConfig
+from fine_dist.family.packing import Pack, Shape, activation_bytes, plan
+from fine_dist.methods import build, from_manifest
+from fine_dist.model.arch import Arch
+from launchers.spec import Room, check_name
+
+if TYPE_CHECKING:
+    from fine_dist.data.shards import Manifest
+    from fine_dist.methods.base import Method, Parent
+
+CPU_MEMORY = 4 * 2**30
+"""Bytes for a pack's activations on a CPU unless the config says."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One target of a family: a point of the grid."""
+
+    name: str
+    depth: int
+    domain: str
+    domain_config: DomainConfig
+    seed: int
+    lr: float
+    variant: tuple[tuple[str, str], ...]
+    """Settings of the method that this target varies."""
+    folder: Path
+
+    @property
+    def point(self) -> dict[str, Any]:
+        """Its place in the grid, as JSON values."""
+        place = {"name": self.name, "depth": self.depth, "domain": self.domain, "seed": self.seed, "lr": self.lr}
+        return {**place, "variant": dict(self.variant)}
+
+
+def expand(config: InitConfig) -> list[Member]:
+    """The grid as named targets, deepest axis first: `L4-s0-lr0.01-linear`. `ConfigError` for an impossible grid."""
+    domains = config.domains or {"data": DomainConfig(data=config.data)}
+    rates = config.lrs or (config.optim.lr,)
+    for depth in config.depths:
+        if depth < 1:
+            raise ConfigError(f"depths: {depth} is no depth; a target has 1 layer or more")
+    for rate in rates:
+        if not rate > 0:
+            raise ConfigError(f"lrs: {rate} is no learning rate; give numbers above 0")
+    size = len(config.depths) * len(domains) * len(config.seeds) * len(rates)
+    for values in config.variants.values():
+        size *= len(values)
+    if size > config.limit and not config.yes:
+        raise ConfigError(f"this grid has {size} targets, more than limit: {config.limit}; add --yes to run it")
+    for name in config.domains:
+        _named(name)
+    axes = [
+        Axis("depths", config.depths, lambda depth: f"L{depth}"),
+        Axis("domains", tuple(domains), lambda name: name if config.domains else ""),
+        Axis("seeds", config.seeds, lambda seed: f"s{seed}"),
+        Axis("lrs", rates, lambda lr: f"lr{lr:g}"),
+        *(Axis(f"variants.{name}", values, str) for name, values in config.variants.items()),
+    ]
+    members = []
+    for name, (depth, domain, seed, lr, *chosen) in points(axes):
+        variant = tuple(zip(config.variants, chosen))
+        folder = run_dir_of(config) / _named(name)
+        members.append(Member(name, depth, domain, domains[domain], seed, lr, variant, folder))
+    wanted = set(config.only)
+    unknown = wanted - {m.name for m in members}
+    if unknown:
+        first = next(name for name in config.only if name in unknown)
+        raise ConfigError(f"only: no target is called {first!r}; {nearest(first, [m.name for m in members])}")
+    return [m for m in members if m.name in wanted] if wanted else members
+
+
+def _named(name: str) -> str:
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise ConfigError(f"domains: {error}") from None
+
+
+def run_dir_of(config: InitConfig) -> Path:
+    """The family's folder, absolute."""
+    return Path(expand_path(config.run_dir)).absolute()
+
+
+class Family:
+    """A config with its parent read and checked: what can be said of every target before it is built."""
+
+    def __init__(self, config: InitConfig):
+        self.config = config
+        self.members = expand(config)
+        self._read: dict[str, list[tuple[str, Manifest]]] = {}
+        self._methods: dict[tuple[tuple[str, str], ...], Method[Any]] = {}
+
+    @cached_property
+    def parent(self) -> Parent | None:
+        """Read and checked against its hash; `ArtifactError` for one that is damaged or was never finished."""
+        from fine_dist.artifacts.locate import read_artifact
+        from fine_dist.methods import parent_of
+
+        return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
+
+    @cached_property
+    def beside(self) -> dict[str, list[tuple[int, float]]]:
+        """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
+        from fine_dist.family.listing import baselines
+
+        return baselines(self.parent, self.config.baselines)
+
+    def parent_with_samples(self, member: Member) -> Parent | None:
+        """The parent, and as many samples of the target's data as its method looks at."""
+        from fine_dist.data.stream import read_all
+
+        wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
+        if self.parent is None or not wanted or not shards:
+            return self.parent
+        latents, labels = read_all(expand_path(shards), wanted)
+        if self.new_labels(member):  # its classes mean nothing to the parent
+            labels = labels.new_full(labels.shape, self.parent.arch.num_classes)
+        return replace(self.parent, samples=(latents, labels))
+
+    def method(self, member: Member) -> Method[Any]:
+        """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
+        if member.variant not in self._methods:
+            if self.config.method is not None:
+                method = build(self.config.method)
+            elif self.parent is not None:
+                method = from_manifest(self.parent.artifact.method)
+            else:
+                raise ConfigError(
+                    "parent: give the folder that condense wrote, or a method that needs none (method.name)"
+                )
+            for axis, value in member.variant:
+                method = method.vary(axis, value)
+            self._methods[member.variant] = method
+        return self._methods[member.variant]
+
+    def arch(self, member: Member) -> Arch:
+        """The shape of one target; its classes are the data set's where it has labels of its own."""
+        arch = self._shape(member)
+        if not self.new_labels(member):
+            return arch
+        return arch.model_copy(update={"num_classes": self.manifests(member)[0][1].num_classes})
+
+    def _shape(self, member: Member) -> Arch:
+        base = self.config.arch or (self.parent.arch if self.parent else None)
+        if base is None:
+            raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
+        return base.with_depth(member.depth)
+
+    def new_labels(self, member: Member) -> bool:
+        """Whether the target trains a label embedder of its own."""
+        return member.domain_config.labels == "new"
+
+    def check_data(self, member: Member) -> None:
+        """`DataError` when the target's data set is not there, is damaged or does not fit it."""
+        from fine_dist.data.stream import check_fit
+
+        arch = self.arch(member)
+        for where, manifest in self.manifests(member):
+            check_fit(manifest, arch, where)
+
+    def manifests(self, member: Member) -> list[tuple[str, Manifest]]:
+        """What the data set's shards hold: those that are trained on first, then the held-out ones if any."""
+        from fine_dist.data.reader import ShardSet
+
+        data = member.domain_config.data
+        if not data.shards:
+            key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
+            raise DataError(f"{key} is not set: give the folder that `python -m fine_dist.encode` wrote")
+        if member.domain not in self._read:
+            found = []
+            for where in filter(None, (data.shards, data.held_out)):
+                shards = ShardSet(where, data)
+                found.append((where, shards.manifest))
+                shards.close()
+            self._read[member.domain] = found
+        return self._read[member.domain]
+
+    def check(self) -> None:
+        """Everything that can be wrong before a target trains; nothing is written."""
+        from fine_dist.artifacts.targets import check_target, descend
+
+        seen: set[Any] = set()
+        for member in self.members:
+            method = self.method(member)
+            if (member.variant, member.domain) not in seen:
+                seen.add((member.variant, member.domain))
+                self.check_data(member)
+            check_target(method, self.parent, self.arch(member), new_labels=self.new_labels(member))
+            # The least of each sort of target is built, which finds whatever else is wrong.
+            small = method.smallest(self.arch(member))
+            if (member.variant, member.domain, small) in seen:
+                continue
+            seen.add((member.variant, member.domain, small))
+            descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
+        for member in self.members:
+            self.check_folder(member)
+        _ = self.beside
+
+    # --- one target's identity --------------------------------------------------------------------------------------
+
+    def identity(self, member: Member) -> dict[str, Any]:
+        """Everything that decides a target's trajectory, as JSON values; where things lie is no part of it."""
+        config = self.config
+        data = member.domain_config.data
+        found = {
+            "method": self.method(member).config.model_dump(mode="json"),
+            "parent": self.parent.artifact.hash if self.parent else None,
+            "arch": self.arch(member).model_dump(mode="json"),
+            "data": {"hash": self.manifests(member)[0][1].hash, "streams": data.streams, "window": data.window},
+            "labels": member.domain_config.labels,
+            "seed": member.seed,
+            "lr": member.lr,
+            "batch": config.batch,
+            "stop": config.stop.model_dump(mode="json") if config.stop else None,
+            "optim": config.optim.model_dump(mode="json", exclude={"lr"}),
+            "diffusion": config.diffusion.model_dump(mode="json"),
+            "precision": config.engine.precision,
+        }
+        if config.optim.schedule != "constant":  # the rate of every step depends on how many there will be
+            found["steps"] = config.steps
+        return found
+
+    def key(self, member: Member) -> str:
+        """A hash of its identity."""
+        return sha256_text(json.dumps(self.identity(member), sort_keys=True))
+
+    def done(self, member: Member) -> bool:
+        """Whether nothing is left to do: its artifact is there, and it was trained for as many steps as are wanted."""
+        from fine_dist.family.listing import result_of
+
+        result = result_of(member.folder)
+        return result is not None and (
+            result["steps"] >= self.config.steps or result["steps"] == 0 or bool(result.get("reason"))
+        )
+
+    def check_folder(self, member: Member) -> None:
+        """`RunDirError` when the target's folder was written for another target, naming what differs."""
+        path = member.folder / "target.json"
+        if not path.is_file():
+            return
+        try:
+            there, now = dict(json.loads(path.read_text(encoding="utf-8"))), self.identity(member)
+        except (ValueError, TypeError) as error:
+            raise RunDirError(f"{path} is damaged ({error}); choose another run_dir, or delete that folder") from None
+        differing = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in now if there.get(k) != now[k]]
+        if differing:
+            raise RunDirError(
+                f"{member.folder} was made with other settings:\n  "
+                + "\n  ".join(differing)
+                + "\nchoose another run_dir, or give the same settings to continue"
+            )
+
+    # --- packs ------------------------------------------------------------------------------------------------------
+
+    @property
+    def may_pack(self) -> bool:
+        """Whether the settings leave packing open: what a pack does not offer goes through the loop."""
+        return self.config.engine.backend == "plain" and not self.config.engine.compile
+
+    def shapes(self) -> list[Shape]:
+        """What the planner needs to know of all targets. One that trains by itself is a kin of its own."""
+        return [self._shape_of(member) for member in self.members]
+
+    def _shape_of(self, member: Member) -> Shape:
+        arch = self._shape(member)
+        rank = self._rank(member)
+        bf16 = self.config.engine.precision == "bf16"
+        kin = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
+        if rank is None:
+            kin = json.dumps(["alone", member.name])
+        size = activation_bytes(arch, rank or 0, bf16=bf16)
+        return Shape(member.name, arch, kin, self.config.steps, size, json.dumps([member.domain, member.seed]))
+
+    @cached_property
+    def _ranks(self) -> dict[Any, int | None]:
+        return {}
+
+    def _rank(self, member: Member) -> int | None:
+        """Components of the factors that targets like this one share; none where they train by themselves."""
+        from fine_dist.artifacts.targets import descend
+
+        if not self.may_pack:
+            return None
+        key = (member.variant, member.domain)
+        if key not in self._ranks:
+            method = self.method(member)
+            small = method.smallest(self.arch(member))
+            made = descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
+            form = method.pack(made.model) if made.trains == "some" else None
+            self._ranks[key] = form.rank if form else None
+        return self._ranks[key]
+
+    def packs(self, room: Room | None = None) -> list[Pack]:
+        """The packs of this family. room: the machines they will run on; none: this process alone."""
+        config = self.config
+        cpu, memory = pack_memory(config, room)
+        workers = 1 if room is None else config.pack.workers or config.launch.max_parallel or room.workers
+        return plan(
+            self.shapes(),
+            config.pack,
+            workers=workers,
+            batch=max(1, config.batch // (config.launch.nodes * config.launch.processes)),
+            memory=memory,
+            cpu=cpu,
+        )
+
+
+def pack_memory(config: InitConfig, room: Room | None) -> tuple[bool, int]:
+    """(whether packs run on a CPU, bytes for a pack's activations), there, or in this process."""
+    if room is not None:
+        cpu = room.cpu or config.engine.device == "cpu"
+        known = None if cpu else room.accelerator_bytes
+        free = int(0.8 * known) if known else CPU_MEMORY
+    else:
+        import torch
+
+        cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
+        free = CPU_MEMORY if cpu else int(0.8 * torch.cuda.mem_get_info()[0])
+    return cpu, int(config.pack.memory_gib * 2**30) if config.pack.memory_gib else free

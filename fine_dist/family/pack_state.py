@@ -1,0 +1,118 @@
+"""The state of a pack's jobs on disk: two safetensors files a pack, any job of which any other pack can go on with.
+
+A save replaces the older of the two, so whatever befalls one file the state before it is there. Every job's tensors
+carry a hash of their own: a pack looks at those of its own jobs and at nothing else, sets a damaged file aside by name,
+and goes on from the next best.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fine_dist.core.errors import CheckpointError
+from fine_dist.core.files import whole_file
+
+FORMAT = "2"
+SUFFIX = ".state.safetensors"
+DAMAGED = ".damaged"
+
+JobState = tuple[str, dict[str, Tensor], dict[str, Any]]
+"""(key, tensors, JSON values) of a job; the values have a `step`."""
+
+
+def write_states(folder: Path, pack: str, states: Mapping[str, JobState]) -> Path:
+    """Write the states of a pack's jobs, by name, over the older of its two files; that file."""
+    path = min((folder / f"{pack}.{side}{SUFFIX}" for side in "ab"), key=_age)
+    tensors = {f"{name}/{part}": x.contiguous() for name, (_, parts, _) in states.items() for part, x in parts.items()}
+    about = {name: {"key": key, "values": values, "sha256": digest(t)} for name, (key, t, values) in states.items()}
+    with whole_file(path) as draft:
+        save_file(tensors, draft, metadata={"format": FORMAT, "jobs": json.dumps(about)})
+    return path
+
+
+def _age(path: Path) -> float:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return -1.0
+
+
+def read_states(folder: Path, keys: Mapping[str, str]) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The furthest whole state of every named job that any pack in `folder` has saved: (tensors, values).
+
+    keys: wanted job -> its key. `CheckpointError` when a job of this name was saved for other settings. Files that
+    cannot be read are renamed to `NAME.damaged`, with a line that says so; no other job suffers from them.
+    """
+    offers: dict[str, list[tuple[int, Path, dict[str, Any]]]] = {name: [] for name in keys}
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        for name, about in _jobs_in(path).items():
+            if name not in keys:
+                continue
+            if about["key"] != keys[name]:
+                raise CheckpointError(
+                    f"{path}: {name} was saved for other settings or another parent; use another run_dir, or delete "
+                    "this file to begin its jobs again"
+                )
+            offers[name].append((about["values"]["step"], path, about))
+    found = {}
+    for name, offered in offers.items():
+        for _, path, about in sorted(offered, key=lambda offer: -offer[0]):
+            tensors = _read(path, name)
+            if tensors is not None and digest(tensors) == about["sha256"]:
+                found[name] = (tensors, dict(about["values"]))
+                break
+            set_aside(path, f"what it holds of {name} is not what was written")
+    return found
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of named tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Keep a damaged file under another name, and say so."""
+    with contextlib.suppress(FileNotFoundError):  # another pack has just done the same
+        os.replace(path, path.with_name(path.name + DAMAGED))
+        print(f"{path.name} is damaged ({why}); set aside as {path.name}{DAMAGED}", file=sys.stderr, flush=True)
+
+
+def _jobs_in(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        jobs = json.loads(metadata["jobs"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        set_aside(path, " ".join(str(error).split()))
+        return {}
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {metadata.get('format')!r}, and this one reads {FORMAT}; finish it with the version "
+            "that wrote it, or delete it to begin its jobs again"
+        )
+    return dict(jobs)
+
+
+def _read(path: Path, name: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = [key for key in file.keys() if key.rpartition("/")[0] == name]  # noqa: SIM118 - not a dict
+            return {key.rpartition("/")[2]: file.get_tensor(key) for key in parts}
+    except (OSError, SafetensorError):
+        return None

@@ -1,0 +1,143 @@
+"""Which jobs share a pack, and how many of them go through the model at once. No torch: `--dry-run` shows the plan.
+
+Shapes: J jobs, B samples a job, T tokens, D width, R rank, L layers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import Field
+
+from fine_dist.core.config import Config
+from fine_dist.model.arch import Arch
+
+
+class EarlyStop(Config):
+    """Ends a job whose training loss no longer falls."""
+
+    window: int = Field(100, ge=1)
+    """Steps whose mean loss is compared with the mean of as many steps before them."""
+    min_gain: float = Field(0.0, ge=0, lt=1)
+    """Relative fall of that mean below which the job stops."""
+
+
+class PackConfig(Config):
+    """How jobs are packed. Nothing here changes what a job computes, beyond rounding."""
+
+    workers: int | None = Field(None, ge=1)
+    """Workers over which the packs are spread; none: launch.max_parallel, else as many as fit where they will run."""
+    max_jobs: int = Field(64, ge=1)
+    """Jobs of a pack at most."""
+    chunk: int | None = Field(None, ge=1)
+    """Jobs that go through the model at once; none: as many as memory and cache are good for."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory for activations; none: most of what the accelerator has free, 4 GiB on a CPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the planner must know of a job."""
+
+    name: str
+    arch: Arch
+    kin: str
+    """Jobs of different kin never share a pack: another method, data shape or set of classes."""
+    steps: int
+    sample_bytes: int
+    """Bytes that one sample keeps for the backward pass."""
+    feed: str = ""
+    """Jobs of one feed see the same samples and draws, which a pack makes once."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Some jobs, deepest first, and how many of them go through the model at once."""
+
+    jobs: tuple[str, ...]
+    chunk: int
+    layer_steps: int
+    """Layers times steps over all jobs: what its time is proportional to."""
+    apart: bool = False
+    """Its jobs train one after the other in its process: a step of them all would share nothing."""
+
+    @property
+    def name(self) -> str:
+        first = self.jobs[0]
+        return first if len(self.jobs) == 1 else f"pack-{first}-and-{len(self.jobs) - 1}-more"
+
+
+CACHE_NUMBERS = 2**17
+"""On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache. A job that fills
+it alone shares no product with others; all that company can save it then is the making of its samples."""
+
+
+def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
+    """Packs, the longest first, that keep `workers` workers equally busy.
+
+    memory: bytes for activations.  cpu: chunks are also kept within the cache.
+
+    Jobs of one kin are dealt out longest first, each to the pack with the least to do (LPT).
+    """
+    packs: list[Pack] = []
+    kins: dict[str, list[Shape]] = {}
+    for shape in jobs:
+        kins.setdefault(shape.kin, []).append(shape)
+    total = sum(_work(s) for s in jobs)
+    for group in kins.values():
+        work = sum(_work(s) for s in group)
+        count = max(math.ceil(len(group) / config.max_jobs), round(workers * work / total), 1)
+        for members in _deal(group, min(count, len(group)), config.max_jobs):
+            members.sort(key=lambda s: (-s.arch.num_layers, s.name))
+            chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
+            chunk = min(chunk, len(members))
+            strangers = len({s.feed for s in members}) == len(members)
+            apart = cpu and config.chunk is None and chunk == 1 < len(members) and strangers
+            packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), apart))
+    return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
+
+
+def _deal(jobs: Sequence[Shape], count: int, most: int) -> list[list[Shape]]:
+    """`count` hands of at most `most` jobs: longest first, each to the hand with the least to do, the first of equals.
+
+    J jobs are dealt in J log(count): a full hand leaves the heap.
+    """
+    hands: list[list[Shape]] = [[] for _ in range(count)]
+    open_hands = [(0, place) for place in range(count)]
+    for shape in sorted(jobs, key=lambda s: (-_work(s), s.name)):
+        work, place = heapq.heappop(open_hands)
+        hands[place].append(shape)
+        if len(hands[place]) < most:
+            heapq.heappush(open_hands, (work + _work(shape), place))
+    return hands
+
+
+def _work(shape: Shape) -> int:
+    return shape.arch.num_layers * shape.steps
+
+
+def chunk_size(deepest: Shape, jobs: int, batch: int, memory: int, *, cpu: bool) -> int:
+    """Jobs at once: what fits into memory and, on a CPU, into the cache; one at least."""
+    fits = memory // max(1, batch * deepest.sample_bytes)
+    if cpu:
+        fits = min(fits, CACHE_NUMBERS // (batch * deepest.arch.num_tokens * deepest.arch.hidden_size))
+    return max(1, min(jobs, fits))
+
+
+def activation_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
+    """Bytes that one sample keeps for the backward pass of a step that trains scalers alone.
+
+    bf16: products and what they keep take two bytes a number; norms and residual branches stay in fp32.
+    """
+    d, t, r = arch.hidden_size, arch.num_tokens, rank
+    size = 2 if bf16 else 4
+    # a token's, in fp32: what two normalisations give
+    norms = 2 * d
+    # in the products' precision: q k v and attention, two branches before their gates, the MLP's inside twice, and
+    # four products with V
+    products = 3 * d + d + 2 * d + 8 * d + 4 * r
+    sample = 6 * d + 2 * d + r + arch.num_heads * t
+    return arch.num_layers * (t * (norms * 4 + products * size) + sample * 4)

@@ -1,0 +1,208 @@
+"""What becomes of a target, written down: its identity, rows, TensorBoard, artifact, DONE.json and state."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fine_dist.artifacts.targets import save_target
+from fine_dist.core.config import expand_path
+from fine_dist.core.files import write_atomic
+from fine_dist.data.stream import read_all
+from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.engine.dist import World
+from fine_dist.engine.monitor import keep_rows
+from fine_dist.engine.run_dir import describe_environment
+from fine_dist.family.members import Family, Member, expand, run_dir_of
+from fine_dist.family.pack_loop import Progress
+from fine_dist.family.pack_model import JobView, PackedDiT
+from fine_dist.family.summary import draw_family
+from launchers.state_table import StateTable
+
+DRAW_EVERY_S = 60.0
+"""The family's figure is drawn again so often while it runs, and once at the end."""
+
+
+class Keeper:
+    """The watcher of a pack: every target's rows, looks and end.
+
+    own: for each target, the tensors that are not its parent's, as they were before training.
+    """
+
+    names: list[list[str]]
+    """For each target, the names of all tensors of its state dict."""
+
+    def __init__(
+        self,
+        family: Family,
+        members: Sequence[Member],
+        packed: PackedDiT,
+        own: Sequence[dict[str, Tensor]],
+        table: StateTable,
+        world: World,
+    ):
+        self.family, self.members, self.packed, self.table, self.world = family, list(members), packed, table, world
+        self.own = list(own)
+        self._boards: dict[int, Any] = {}
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._held_out: dict[tuple[str, int], HeldOut] = {}
+        self._looks: dict[tuple[str, int, str], dict[str, float]] = {}
+        self._bar: Any = None
+        self._drawn = time.monotonic()
+
+    def start(self, progress: Sequence[Progress]) -> None:
+        """Open the bar, and cut the logs back to where the targets go on."""
+        if not self.world.is_main:
+            return
+        from tqdm import tqdm
+
+        for index, (member, p) in enumerate(zip(self.members, progress)):
+            write_identity(self.family, member)
+            rows = [row for row in keep_rows(member.folder / "metrics.jsonl", p.step) if "loss" in row]
+            if rows:
+                self._first[index], self._last[index] = rows[0]["loss"], rows[-1]["loss"]
+        total = self.family.config.steps * len(self.members)
+        done = sum(p.step for p in progress)
+        what = f"{len(self.members)} targets in one pack" if len(self.members) > 1 else self.members[0].name
+        print(f"init: {what}; files are in {run_dir_of(self.family.config)}", flush=True)
+        # A log file gets a line now and then, a terminal a live bar.
+        quiet = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
+        self._bar = tqdm(total=total, initial=done, desc="init", unit="step", **quiet)
+
+    def row(self, job: int, step: int, values: dict[str, float]) -> None:
+        """A row of a target's metrics.jsonl and TensorBoard."""
+        self._first.setdefault(job, values["loss"])
+        self._last[job] = values["loss"]
+        self._write(job, step, values)
+
+    def look(self, job: int, step: int) -> None:
+        """The held-out loss on the way."""
+        measured = self._measure(job)
+        if measured:
+            self._write(job, step, measured)
+
+    def _write(self, job: int, step: int, values: Mapping[str, float]) -> None:
+        with open(self.members[job].folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            self._board(job, step).add_scalar(f"init/{key}", value, step)
+
+    def tick(self, progress: Sequence[Progress]) -> None:
+        """The bar, and now and then the family's figure."""
+        if self._bar is not None:
+            losses = [v for v in self._last.values() if math.isfinite(v)]
+            if losses:
+                self._bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
+            self._bar.update(sum(p.step for p in progress) - self._bar.n)
+        if time.monotonic() - self._drawn > DRAW_EVERY_S:
+            self._drawn = time.monotonic()
+            everyone = expand(self.family.config.model_copy(update={"only": ()}))
+            beside = self.family.beside
+            draw_family(run_dir_of(self.family.config), everyone, younger_than_s=DRAW_EVERY_S, beside=beside)
+
+    def ended(self, job: int, progress: Progress) -> None:
+        """Measure a target that is done and write its artifact; say why one has failed."""
+        member = self.members[job]
+        if progress.state == "failed":
+            self.table.finish(member.name, "failed", progress.reason)
+            if self._bar is not None:
+                self._bar.write(f"{member.name} failed: {progress.reason}")
+            return
+        measured = self._measure(job)
+        facts: dict[str, Any] = {
+            "steps": progress.step,
+            "seconds": round(progress.seconds, 3),
+            "loss": self._last.get(job),
+            "first_loss": self._first.get(job),
+            **measured,
+            "reason": progress.reason,
+        }
+        scalers = self.packed.scalers(job)
+        own, facts["trained"] = {**self.own[job], **scalers}, sum(each.numel() for each in scalers.values())
+        manifest = save_result(self.family, member, own, self.names[job], facts)
+        if measured:
+            self._write(job, progress.step, measured)
+        keep(member, {**facts, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]})
+        self._hparams(job, progress.step, facts)
+        self.table.finish(member.name, "done")
+
+    def _measure(self, job: int) -> dict[str, float]:
+        data = self.members[job].domain_config.data
+        if not data.held_out:
+            return {}
+        where = (data.held_out, data.held_out_samples)
+        if where not in self._held_out:
+            questions = read_all(expand_path(data.held_out), data.held_out_samples)
+            self._held_out[where] = HeldOut(*questions, self.family.config.diffusion)
+        key = (*where, self.packed.fingerprint(job))
+        if key not in self._looks:  # seeds of one depth often begin as the same model
+            view: nn.Module = JobView(self.packed, job)
+            self._looks[key] = self._held_out[where](view.eval())
+        return self._looks[key]
+
+    def _board(self, job: int, step: int) -> Any:
+        if job not in self._boards:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._boards[job] = SummaryWriter(str(self.members[job].folder / "tensorboard"), purge_step=step)
+        return self._boards[job]
+
+    def _hparams(self, job: int, step: int, facts: dict[str, Any]) -> None:
+        """The target as a row of TensorBoard's table of hyperparameters, in its own run."""
+        from torch.utils.tensorboard.summary import hparams
+
+        member, board = self.members[job], self._board(job, step)
+        settings = {"depth": member.depth, "domain": member.domain, "lr": member.lr, "seed": member.seed}
+        settings |= dict(member.variant)
+        metric, name = facts.get("held_out_loss", facts["loss"]), "init/final_held_out_loss"
+        for summary in hparams(settings, {name: metric}):
+            board.file_writer.add_summary(summary)
+        board.add_scalar(name, metric, step)
+        self._boards.pop(job).close()
+
+    def close(self) -> None:
+        """Close the logs."""
+        for board in self._boards.values():
+            board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+
+def write_identity(family: Family, member: Member) -> None:
+    """A target's folder, and what decides its trajectory in it."""
+    member.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(member.folder / "target.json", json.dumps(family.identity(member), indent=1) + "\n")
+    environment = member.folder.parent / "environment.json"
+    if not environment.exists():
+        write_atomic(environment, json.dumps(describe_environment(), indent=1) + "\n")
+
+
+def save_result(
+    family: Family, member: Member, own: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write a trained target's artifact; its manifest."""
+    return save_target(
+        member.folder / "target",
+        method=family.method(member).config.model_dump(mode="json"),
+        parent=family.parent,
+        arch=family.arch(member),
+        own=own,
+        names=names,
+        facts={
+            "seed": member.seed,
+            "diffusion": family.config.diffusion.model_dump(),
+            "init": {**facts, "lr": member.lr, "variant": dict(member.variant), "domain": member.domain},
+        },
+    )
+
+
+def keep(member: Member, facts: Mapping[str, Any]) -> None:
+    """Write a target's DONE.json: it is not run again."""
+    write_atomic(member.folder / "DONE.json", json.dumps({**member.point, **facts}, indent=1) + "\n")

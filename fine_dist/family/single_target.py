@@ -1,0 +1,102 @@
+"""A partly trained target that shares no frozen genes with others: the engine's own loop, with all it can do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fine_dist.artifacts.targets import own_tensors
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import TrainingError
+from fine_dist.data.stream import LatentStream, read_all
+from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.objective import Objective
+from fine_dist.engine.dist import World
+from fine_dist.engine.loop import fit
+from fine_dist.engine.program import Fitted, Program
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.settings import EngineConfig
+from fine_dist.engine.stopping import Stopper
+from fine_dist.family.members import Family, Member
+from fine_dist.family.recorder import keep, save_result, write_identity
+from fine_dist.methods.base import Descent
+from fine_dist.model.flops import train_flops
+from fine_dist.stages.previews import histograms_of
+from launchers.state_table import StateTable
+
+
+def train_alone(
+    family: Family, member: Member, descent: Descent, table: StateTable, world: World, stopper: Stopper
+) -> None:
+    """Train what trains of one target, in its own folder; marked in the table when its loss goes astray."""
+    config = family.config
+    if descent.trains == "all":
+        descent.model.requires_grad_(True)
+    run_dir = RunDir(member.folder)
+    if world.is_main:
+        write_identity(family, member)
+    for folder in (run_dir.checkpoints, run_dir.tensorboard):
+        folder.mkdir(parents=True, exist_ok=True)
+    program = _program(family, member, descent, world)
+    # Stage 2 is short, and what it saves are the weights themselves: no average, no pictures.
+    engine = EngineConfig(**config.engine.model_dump(), ema_decay=0.0, picture_every=10**9)
+    try:
+        fitted = fit(
+            program,
+            steps=config.steps,
+            global_batch=config.batch,
+            optim=config.optim.model_copy(update={"lr": member.lr}),
+            engine=engine,
+            run_dir=run_dir,
+            seed=member.seed,
+            title=f"init {member.name}",
+            world=world,
+            stopper=stopper,
+        )
+    except TrainingError as error:  # this target's own trouble; ranks agree on it
+        if world.is_main:
+            table.finish(member.name, "failed", str(error))
+        return
+    finally:
+        program.stream.close()  # type: ignore[attr-defined]
+    if world.is_main:
+        _save(family, member, fitted)
+        table.finish(member.name, "done")
+
+
+def _program(family: Family, member: Member, descent: Descent, world: World) -> Program:
+    config, arch, data = family.config, family.arch(member), member.domain_config.data
+    stream = LatentStream(
+        data, seed=member.seed, global_batch=config.batch, rank=world.rank, world_size=world.world_size, expect=arch
+    )
+    held_out = None
+    if data.held_out and world.is_main:
+        held_out = HeldOut(*read_all(expand_path(data.held_out), data.held_out_samples), config.diffusion)
+    return Program(
+        model=descent.model,
+        objective=Objective(config.diffusion, arch, member.seed),
+        stream=stream,
+        identity=family.identity(member),
+        held_out=held_out,
+        histograms=histograms_of(family.method(member)),
+        before_step=family.method(member).before_step(descent.model),
+        look_first=True,
+        flops_per_sample=train_flops(arch),
+        tokens_per_sample=arch.num_tokens,
+    )
+
+
+def _save(family: Family, member: Member, fitted: Fitted) -> None:
+    losses = [row["loss"] for row in fitted.rows if "loss" in row]
+    facts: dict[str, Any] = {
+        "steps": fitted.step,
+        "seconds": round(fitted.seconds, 3),
+        "loss": fitted.losses["loss"] if math.isfinite(fitted.losses["loss"]) else None,
+        "first_loss": losses[0] if losses else None,
+        **{name: value for name, value in fitted.losses.items() if name != "loss"},
+        "reason": None,
+        "trained": sum(p.numel() for p in fitted.model.parameters() if p.requires_grad),
+    }
+    own = own_tensors(fitted.model, family.parent)
+    manifest = save_result(family, member, own, list(fitted.model.state_dict()), facts)
+    keep(member, {**facts, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]})

@@ -1,0 +1,212 @@
+"""A family at a glance: the table of its targets, its storage, and a figure of loss against depth."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.artifacts.locate import PLACES
+from fine_dist.core.errors import RunDirError
+from fine_dist.family.listing import last_row, result_of
+from fine_dist.model.arch import Arch
+
+if TYPE_CHECKING:
+    from fine_dist.family.members import Member
+
+
+COUNTS = (1, 10, 100)
+"""Numbers of models, each as large as the family's largest, that storage is told for."""
+
+
+class FamilyBar:
+    """A context with one progress bar over all targets, read from their folders: other processes train them."""
+
+    def __init__(self, members: Sequence[Member], steps: int, every_s: float = 1.0) -> None:
+        self.members, self.steps, self.every_s = list(members), steps, every_s
+        self._finished: dict[str, float | None] = {}
+        """Targets that have ended, with their last losses: none of them is read again."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="family-bar", daemon=True)
+
+    def __enter__(self) -> FamilyBar:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        from tqdm import tqdm
+
+        quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
+        begun, bar, took = self._look()[0], None, 0.0
+        # looking takes a tenth of the time at most, however many targets there are
+        while not self._stop.wait(max(self.every_s, 9 * took)):
+            before = time.monotonic()
+            done, losses = self._look()
+            took = time.monotonic() - before
+            if bar is None and done > begun:  # until something trains, other messages have the terminal
+                bar = tqdm(total=self.steps * len(self.members), initial=begun, desc="init", unit="step", **quiet)
+            if bar is not None:
+                self._show(bar, done, losses)
+        if bar is not None:
+            self._show(bar, *self._look())
+            bar.close()
+
+    def _show(self, bar: Any, done: int, losses: list[float]) -> None:
+        if losses:
+            bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
+        bar.update(done - bar.n)
+
+    def _look(self) -> tuple[int, list[float]]:
+        """Steps of all targets together, and their newest losses."""
+        done, losses = self.steps * len(self._finished), []
+        for member in self.members:
+            if member.name in self._finished:
+                continue
+            row = last_row(member.folder)
+            if result_of(member.folder) is not None:
+                self._finished[member.name] = row["loss"] if row else None
+                done += self.steps
+            elif row:
+                done += row["step"]
+                losses.append(row["loss"])
+        return done, [*losses, *(loss for loss in self._finished.values() if loss is not None)]
+
+
+def list_family(run_dir: Path) -> list[str]:
+    """Lines of a table: every target with its sizes and losses, then the storage. `RunDirError` where there is none."""
+    from launchers.state_table import StateTable
+
+    table = StateTable(run_dir)
+    rows = table.rows() if table.folder.is_dir() else []
+    if not rows:
+        raise RunDirError(f"{run_dir} holds no family: give the run_dir of an init")
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'target':{width}}  depth    numbers      bytes  steps     loss  held-out  seconds  state"]
+    stored = 0
+    for row in rows:
+        folder = run_dir / row.name
+        done, now = result_of(folder) or {}, last_row(folder) or {}
+        stored += done.get("bytes", 0)
+        state = row.state if row.state != "running" or not table.lost(row) else "lost"
+        lines.append(
+            f"{row.name:{width}}  {_cell(done.get('depth'), '5')}  {_cell(done.get('numbers'), '9,')}  "
+            f"{_cell(done.get('bytes'), '9,')}  {_cell(done.get('steps', now.get('step')), '5')}  "
+            f"{_cell(done.get('loss', now.get('loss')), '7.4f')}  {_cell(done.get('held_out_loss'), '8.4f')}  "
+            f"{_cell(done.get('seconds'), '7.1f')}  {state}" + (f": {row.reason}" if row.reason else "")
+        )
+    lines += storage(run_dir, [row.name for row in rows], stored)
+    return lines
+
+
+def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
+    """The family's storage beside that of as many dense models."""
+    dense, largest, parents = 0, 0, {}
+    by_method: dict[str, list[int]] = {}
+    for name in names:
+        place = next((run_dir / name / p for p in PLACES if (run_dir / name / p / "manifest.json").is_file()), None)
+        if place is None:
+            continue
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        whole = 4 * Arch.model_validate(manifest["arch"]).count()
+        dense += whole
+        by_method.setdefault(str(manifest["method"]["name"]), []).append(manifest["bytes"])
+        largest = max(largest, whole)
+        named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
+        if named:
+            gene = Path(named["path"]) / "manifest.json"
+            parents[named["hash"]] = json.loads(gene.read_text(encoding="utf-8"))["bytes"] if gene.is_file() else 0
+    if not parents:
+        return []
+    gene_bytes = sum(parents.values())
+    told = []
+    for method, sizes in by_method.items():
+        kept = [(n, gene_bytes + n * max(sizes), n * largest) for n in COUNTS]
+        told.append(
+            f"n models by {method}, beside n dense ones: "
+            + "; ".join(f"{n}: {mib(ours)} beside {mib(theirs)}" for n, ours, theirs in kept)
+        )
+    return [
+        f"stored: parent {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
+        f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)",
+        *told,
+    ]
+
+
+def mib(size: float) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def _cell(value: Any, form: str) -> str:
+    width = int("".join(c for c in form.split(".")[0] if c.isdigit()))
+    return f"{value:{form}}" if value is not None else " " * (width - 1) + "-"
+
+
+def draw_family(
+    run_dir: Path,
+    members: Sequence[Member],
+    younger_than_s: float = 0.0,
+    beside: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+) -> Path | None:
+    """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
+
+    younger_than_s: leave a picture that another pack has drawn so recently alone.
+    beside:         `baselines`: what has one depth is a level line, what has several a dashed curve.
+
+    Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
+    newest training loss.
+    """
+    path = run_dir / "family.png"
+    if younger_than_s and path.exists() and time.time() - path.stat().st_mtime < younger_than_s:
+        return path
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+    from torch.utils.tensorboard import SummaryWriter
+
+    lines: dict[str, dict[int, list[float]]] = {}
+    open_points: list[tuple[int, float]] = []
+    steps = 0
+    for member in members:
+        done, now = result_of(member.folder), last_row(member.folder)
+        value = done.get("held_out_loss", done.get("loss")) if done else None
+        if value is not None:
+            label = " ".join([member.domain, f"lr {member.lr:g}", *(value for _, value in member.variant)])
+            lines.setdefault(label, {}).setdefault(member.depth, []).append(value)
+        elif now is not None:
+            open_points.append((member.depth, now["loss"]))
+        steps += (now or {}).get("step", 0)
+    if not lines and not open_points:
+        return None
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for label, points in sorted(lines.items()):
+        depths = sorted(points)
+        axes.plot(depths, [sum(points[d]) / len(points[d]) for d in depths], marker="o", label=label)
+    if open_points:
+        axes.scatter(*zip(*open_points), facecolors="none", edgecolors="gray", label="still training")
+    for label, others in (beside or {}).items():
+        if len({depth for depth, _ in others}) == 1:
+            level = sum(loss for _, loss in others) / len(others)
+            axes.axhline(level, color="gray", linestyle=":", label=f"{label} ({others[0][0]} layers)")
+        else:
+            axes.plot(*zip(*sorted(others)), linestyle="--", marker="x", color="gray", label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
+    axes.legend(fontsize="small")
+    canvas.draw()
+    figure.savefig(path, dpi=120)
+    picture = np.asarray(canvas.buffer_rgba())[:, :, :3]
+    # A writer of its own each time: the packs of a family run in several processes and share this folder.
+    with SummaryWriter(str(run_dir / "tensorboard")) as board:
+        board.add_image("family/loss_against_depth", picture, steps, dataformats="HWC")
+    return path

@@ -1,0 +1,217 @@
+"""Running the targets of a pack: build them, train them together or each by itself, in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fine_dist.artifacts.targets import descend, own_tensors
+from fine_dist.core.errors import DataError, LaunchError, ResumeLater
+from fine_dist.engine import dist
+from fine_dist.engine.dist import World
+from fine_dist.engine.run_dir import STOP
+from fine_dist.engine.stopping import Stopper
+from fine_dist.family.listing import result_of
+from fine_dist.family.members import Family, Member, expand, run_dir_of
+from fine_dist.family.pack_loop import PackJob, PackRun
+from fine_dist.family.pack_model import PackedDiT, identity
+from fine_dist.family.packing import Pack
+from fine_dist.family.recorder import Keeper, keep, write_identity
+from fine_dist.family.single_target import train_alone
+from fine_dist.family.summary import draw_family
+from fine_dist.methods.base import Descent
+from fine_dist.model.factors import SharedForm
+from launchers.state_table import StateTable
+
+
+@dataclass
+class Built:
+    """A target of a pack that waits for its training."""
+
+    member: Member
+    descent: Descent
+    form: SharedForm | None
+    """What a pack needs of it; none: it trains by itself."""
+
+
+def run_family(family: Family, inside: bool) -> Path:
+    """Train the targets (`only` those named) that are not done, in this process; the family's folder.
+
+    inside: this process is a worker of a job, which holds the rows of the state table already.
+
+    A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
+    """
+    world = pack_world(family.config)
+    folder = run_dir_of(family.config)
+    if not inside:
+        family.check()
+    _ = family.beside  # now, so that nothing can be wrong with it later
+    table = StateTable(folder)
+    names = [member.name for member in family.members]
+    if world.is_main:
+        table.add(names, {member.name: str(member.folder) for member in family.members})
+    claim = None if inside else table.claim(names)
+    if claim is None and not inside:
+        raise LaunchError(f"{folder}: another live process trains targets of this family; wait for it, or stop it")
+    members = {member.name: member for member in family.members}
+    try:
+        if not inside:
+            (folder / STOP).unlink(missing_ok=True)
+        for pack in family.packs():
+            if claim is not None:
+                table.start_all(name for name in pack.jobs if not family.done(members[name]))
+            run_pack(family, pack, table, world)
+    finally:
+        if claim is not None:
+            claim.release()
+    if world.is_main:
+        # those without a row of their own come first: most likely they are not done, and no other need be read
+        started = table.started()
+        others = expand(family.config.model_copy(update={"only": ()}))
+        others.sort(key=lambda member: member.name in started)
+        if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
+            draw_family(folder, others, beside=family.beside)  # the last pack to end draws the whole family
+    return folder
+
+
+def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> None:
+    """Train the targets of one pack that are not done; a target that fails is marked and leaves the others alone.
+
+    Raises `ResumeLater` after saving when the process is asked to stop.
+    """
+    members = {m.name: m for m in family.members}
+    waiting: list[Built] = []
+    for member in (members[name] for name in pack.jobs):
+        if family.done(member):
+            continue
+        try:
+            family.check_data(member)
+        except DataError as error:  # another process may have changed it since the family was checked
+            if world.is_main:
+                table.finish(member.name, "failed", str(error))
+            continue
+        labels = family.new_labels(member)
+        method = family.method(member)
+        parent = family.parent_with_samples(member)
+        descent = descend(method, parent, family.arch(member), member.seed, new_labels=labels)
+        if descent.trains == "nothing":
+            if world.is_main:
+                _keep_as_it_is(family, member, descent, table)
+            continue
+        form = method.pack(descent.model) if descent.trains == "some" and family.may_pack else None
+        waiting.append(Built(member, descent, form))
+    with Stopper(Words(run_dir_of(family.config)), family.config.engine.time_limit_min, world.is_main) as stopper:
+        for group in sharing([built for built in waiting if built.form]):
+            for part in [[built] for built in group] if pack.apart else [group]:
+                _train_packed(family, pack, part, table, world, stopper)
+        for built in waiting:
+            if not built.form:
+                train_alone(family, built.member, built.descent, table, world, stopper)
+
+
+class Words:
+    """STOP and SAVE in a family's folder. STOP stands until the family is started again, for every pack to see it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def take_word(self, word: str) -> bool:
+        """Whether the word was given; SAVE is taken away."""
+        if word == STOP:
+            return (self.folder / word).exists()
+        try:
+            (self.folder / word).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def sharing(waiting: list[Built]) -> Iterator[list[Built]]:
+    """Targets that share their genes, together."""
+    groups: dict[str, list[Built]] = {}
+    for built in waiting:
+        assert built.form is not None
+        groups.setdefault(identity(built.form), []).append(built)
+    yield from groups.values()
+
+
+def _train_packed(
+    family: Family, pack: Pack, group: list[Built], table: StateTable, world: World, stopper: Stopper
+) -> None:
+    config = family.config
+    members = [built.member for built in group]
+    packed = PackedDiT((built.form for built in group if built.form), config.engine.activation_checkpointing)
+    packed.to(world.device)
+    # A pack that died without a word most likely wanted more memory than there is; one that was stopped did not.
+    deaths = max((row.deaths for m in members if (row := table.get(m.name))), default=0)
+    keeper = Keeper(family, members, packed, [own_tensors(b.descent.model, family.parent) for b in group], table, world)
+    names = [list(built.descent.model.state_dict()) for built in group]
+    keeper.names = names
+    group.clear()  # the models have given the pack what it needs
+    run = PackRun(
+        packed,
+        [_job(family, member) for member in members],
+        batch=config.batch,
+        optim=config.optim,
+        diffusion=config.diffusion,
+        engine=config.engine,
+        watcher=keeper,
+        world=world,
+        chunk=max(1, pack.chunk >> deaths),
+        stop=config.stop,
+        states=(run_dir_of(config) / "packs", members[0].name if pack.apart else pack.name),
+        wish=stopper.wish,
+    )
+    keeper.start(run.progress)
+    try:
+        finished = run.train()
+    finally:
+        keeper.close()
+    if not finished:
+        raise ResumeLater(
+            f"{stopper.reason}; the state of {len(run.active())} targets is saved, the same command continues"
+        )
+
+
+def _job(family: Family, member: Member) -> PackJob:
+    return PackJob(
+        name=member.name,
+        key=family.key(member),
+        domain=member.domain,
+        data=member.domain_config.data,
+        num_classes=family.arch(member).num_classes,
+        seed=member.seed,
+        lr=member.lr,
+        steps=family.config.steps,
+    )
+
+
+def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: StateTable) -> None:
+    """A method that leaves nothing for stage 2: the target as it is."""
+    from fine_dist.model.artifact import save_artifact
+
+    write_identity(family, member)
+    manifest = save_artifact(
+        member.folder / "model",
+        kind="model",
+        method=family.method(member).config.model_dump(mode="json"),
+        arch=family.arch(member),
+        tensors=descent.model.state_dict(),
+        extra={"seed": member.seed, "diffusion": family.config.diffusion.model_dump(), "init": {"steps": 0}},
+    )
+    keep(
+        member,
+        {"steps": 0, "seconds": 0.0, "trained": 0, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]},
+    )
+    table.finish(member.name, "done")
+
+
+def pack_world(config: Any) -> World:
+    """This process's world, with the config's device and threads."""
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    return dist.world(config.engine.device)

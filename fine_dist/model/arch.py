@@ -1,0 +1,184 @@
+"""Named sizes: `DiT-B/2`, `DiT-L/2-L8`. An `Arch` says everything about a DiT's shape; torch is not imported here."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from fine_dist.core.config import Config, Depth, shown, validate
+from fine_dist.core.errors import ConfigError, nearest
+
+MATRICES = ("qkv", "o", "in", "out", "adaln")
+"""The five weight matrices of a block: attention in and out, MLP in and out, modulation."""
+
+TIME_FREQUENCIES = 256
+"""Sinusoids that a timestep is embedded by."""
+SIZES = {
+    # name: hidden size, layers, heads     (DiT, arXiv 2212.09748, table 1)
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+_NAME = re.compile(r"^DiT-(?P<size>[A-Za-z]+)/(?P<patch>\d+)(?:-L(?P<depth>\d+))?$")
+
+
+class Arch(Config):
+    """The shape of a DiT. In YAML also a name, `DiT-B/2-L6`, or `{name: DiT-B/2, num_classes: 10}`."""
+
+    BY_NAME: ClassVar[bool] = True
+    """The command line takes `--arch NAME` for the whole group."""
+    hidden_size: int = Field(768, ge=2, le=2**16)
+    """Width D of a token."""
+    num_layers: Depth = 12
+    """Number of blocks L."""
+    num_heads: int = Field(12, ge=1, le=2**16)
+    """Attention heads; must divide the width."""
+    patch_size: int = Field(2, ge=1, le=2**16)
+    """Side of a patch, in latent pixels."""
+    in_channels: int = Field(4, ge=1, le=2**16)
+    """Channels of a latent."""
+    input_size: int = Field(32, ge=1, le=2**16)
+    """Side of a latent; must be a multiple of the patch."""
+    num_classes: int = Field(1000, ge=1, le=10**8)
+    """Classes; the null label is one more row of the embedding table."""
+    learn_sigma: bool = True
+    """Predict the variance beside the noise (twice the output channels)."""
+    frequency_shift: int = Field(0, ge=0, le=1)
+    """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and "name" in value:
+            if not isinstance(value["name"], str):
+                raise ValueError(f"name: a name such as DiT-B/2-L6 is needed, not {shown(value['name'])}")
+            rest = {key: item for key, item in value.items() if key != "name"}
+            return {**parse_name(value["name"]), **rest}
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Arch:
+        if self.hidden_size % self.num_heads:
+            legal = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}; legal: {legal}"
+            )
+        if self.hidden_size % 4:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (2-d sin-cos position table)")
+        if self.input_size % self.patch_size:
+            raise ValueError(f"patch_size {self.patch_size} does not divide input_size {self.input_size}")
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return (self.in_channels, self.input_size, self.input_size)
+
+    @property
+    def name(self) -> str:
+        """`DiT-B/2-L6`, or `DiT-D64/2-L8` for a width outside the table."""
+        size = next((k for k, v in SIZES.items() if v[0] == self.hidden_size and v[2] == self.num_heads), None)
+        return f"DiT-{size or f'D{self.hidden_size}'}/{self.patch_size}-L{self.num_layers}"
+
+    def matrix(self, name: str) -> tuple[int, int]:
+        """(out, in) features of one of a block's matrices."""
+        d = self.hidden_size
+        return {"qkv": (3 * d, d), "o": (d, d), "in": (4 * d, d), "out": (d, 4 * d), "adaln": (6 * d, d)}[name]
+
+    def rows(self, name: str, batch: int) -> int:
+        """Rows that a matrix multiplies in one forward pass: tokens, but one a sample for adaln."""
+        return batch if name == "adaln" else batch * self.num_tokens
+
+    def with_depth(self, num_layers: int) -> Arch:
+        """The same but for its depth. `ConfigError` for one that no model has."""
+        return validate(Arch, {**self.model_dump(), "num_layers": num_layers}, "arch")
+
+    def shell_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what is outside the blocks, and of the blocks' biases, by their names in a state dict."""
+        d, inner = self.hidden_size, self.in_channels * self.patch_size**2
+        last = self.out_channels * self.patch_size**2
+        shapes: dict[str, tuple[int, ...]] = {
+            "patch.weight": (d, inner),
+            "patch.bias": (d,),
+            "time.hidden.weight": (d, TIME_FREQUENCIES),
+            "time.hidden.bias": (d,),
+            "time.out.weight": (d, d),
+            "time.out.bias": (d,),
+            "label.weight": (self.num_classes + 1, d),
+            "final.adaln.weight": (2 * d, d),
+            "final.adaln.bias": (2 * d,),
+            "final.linear.weight": (last, d),
+            "final.linear.bias": (last,),
+        }
+        layers = range(self.num_layers)
+        biases = {f"blocks.{i}.{matrix}.bias": self.matrix(matrix)[:1] for i in layers for matrix in MATRICES}
+        return {**shapes, **biases}
+
+    def count(self, rank: int | None = None) -> int:
+        """Numbers in a DiT of this shape; with a rank, in one whose blocks are shared factors (U, V and sigma)."""
+        shell = sum(math.prod(shape) for shape in self.shell_shapes().values())
+        sides = [self.matrix(matrix) for matrix in MATRICES]
+        if rank is None:
+            return shell + self.num_layers * sum(m * n for m, n in sides)
+        return shell + rank * sum(m + n for m, n in sides) + self.num_layers * len(MATRICES) * rank
+
+
+def parse_name(name: str) -> dict[str, Any]:
+    """`DiT-B/2-L6` as the fields it stands for. `ConfigError` when it is no such name."""
+    match = _NAME.match(name)
+    if not match or match["size"] not in SIZES:
+        size = name.removeprefix("DiT-").split("/")[0]
+        raise ValueError(
+            f"no model is called {name!r}; a name is DiT-SIZE/PATCH or DiT-SIZE/PATCH-LDEPTH, SIZE: "
+            + nearest(size, SIZES)
+        )
+    hidden, layers, heads = SIZES[match["size"]]
+    return {
+        "hidden_size": hidden,
+        "num_layers": int(match["depth"] or layers),
+        "num_heads": heads,
+        "patch_size": int(match["patch"]),
+    }
+
+
+def arch(name: str, **fields: Any) -> Arch:
+    """The `Arch` of a name, with some fields replaced: `arch("DiT-B/2-L6", num_classes=10)`."""
+    return validate(Arch, {"name": name, **fields}, "arch")
+
+
+def check_size(numbers: int, what: str) -> None:
+    """`ConfigError` when so many float32 numbers cannot lie in this machine's memory: to be asked before they are made.
+
+    numbers: such as `arch.count(rank)`, and what training keeps beside it. what: what they are, for the message.
+    """
+    needed, there = 4 * numbers, memory_bytes()
+    if needed > there:
+        raise ConfigError(
+            f"{what}: {numbers:,} numbers are {needed / 2**30:,.1f} GiB as float32, and this machine has "
+            f"{there / 2**30:,.1f} GiB of memory; choose a smaller rank, width, depth or number of classes"
+        )
+
+
+def memory_bytes() -> int:
+    """This machine's memory; what its container (cgroup) may use of it, where that is less."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such limit: no file, or the word max
+            found.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
+    return min(found)

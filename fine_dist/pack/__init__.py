@@ -1,1 +1,0 @@
-"""Packs: many targets that share frozen genes, trained as one program."""

@@ -1,0 +1,113 @@
+"""What a training process needs in memory, estimated from the architecture before anything is started.
+
+Counted: weights, gradients, Adam's moments, the EMA, buffers, and the activations the backward pass keeps; each divided
+over processes where ZeRO shards it. Not counted: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from fine_dist.engine.deepspeed_json import BUCKET, LIVE
+from fine_dist.engine.settings import EngineConfig
+from fine_dist.model.arch import Arch
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a process needs on its accelerator; `host` beside them in host memory (on a CPU both are one)."""
+
+    weights: float
+    masters: float
+    """ZeRO-1 and 2: the process's share of the weights once more, as its optimiser updates it."""
+    gradients: float
+    optimiser: float
+    ema: float
+    activations: float
+    buffers: float
+    """What is summed over processes, or gathered, at a time."""
+    second_model: float
+    """Rank 0's copy that wears the EMA for held-out losses and pictures (other ranks do without)."""
+    teacher: float = 0.0
+    """The frozen model that distillation asks."""
+    host: float = 0.0
+    """The copy of the state that a checkpoint is written from, and what is offloaded."""
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values()) - self.host
+
+    def lines(self) -> list[str]:
+        """A table to print, in GiB."""
+        rows = [(key.replace("_", " "), value) for key, value in asdict(self).items() if key != "host"]
+        rows += [("total", self.total), ("host memory", self.host)]
+        return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
+
+
+def estimate(
+    arch: Arch,
+    engine: EngineConfig,
+    *,
+    micro_batch: int,
+    world_size: int,
+    num_params: int,
+    num_trained: int,
+    kept: float = 0.0,
+    teacher: int = 0,
+    shows: bool = True,
+) -> Memory:
+    """The memory of one process (of rank 0, which needs most).
+
+    num_params, num_trained: numbers in the model, and those of them that train.
+    kept:    numbers that a sample's backward pass keeps beyond those of a dense model's (`model.cost.Cost.kept`).
+    teacher: numbers in a frozen model that is asked at every step, held in the compute precision.
+    shows:  whether held-out losses or pictures are made, which takes a second model.
+    """
+    sharded = engine.backend == "deepspeed"
+    stage = engine.deepspeed.stage if sharded else 0
+    params, trained = 4.0 * num_params, 4.0 * num_trained
+    share = trained / world_size if stage >= 1 else trained
+    kept_on_host = sharded and engine.deepspeed.offload_optimizer
+    weights_on_host = sharded and engine.deepspeed.offload_params
+    state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
+    weights = params / (world_size if stage == 3 else 1)
+    if stage == 3:
+        buffers = min(params, 4.0 * LIVE) + 2 * 4.0 * BUCKET  # gathered weights; gradients in, and their sums out
+    elif sharded:
+        buffers = 2 * min(trained, 4.0 * BUCKET)
+    else:
+        buffers = trained * (world_size > 1)
+    return Memory(
+        weights=0.0 if weights_on_host else weights,
+        **({key: 0.0 for key in state} if kept_on_host else state),
+        gradients=0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained),
+        activations=float(activation_bytes(arch, engine, micro_batch, kept)),
+        buffers=buffers,
+        second_model=params * (shows or sharded),
+        teacher=teacher * (2.0 if engine.precision == "bf16" else 4.0),
+        host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
+    )
+
+
+def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, kept: float = 0.0) -> int:
+    """Bytes that the backward pass of one micro-batch keeps.
+
+    A block keeps, per token: its input, two normalised and two modulated copies, q, k, v and attention's result, both
+    branches' results, and the MLP's hidden layer before and after its activation: 4 D of norms' work in fp32, the rest
+    in the compute precision. Attention's scores are never stored. kept: what a sample keeps beyond that, all layers.
+    """
+    d, tokens, size = arch.hidden_size, arch.num_tokens, 2 if engine.precision == "bf16" else 4
+    norms, products = 6 * d, (3 + 1 + 1 + 4 + 4 + 1) * d
+    block = tokens * (norms * 4 + products * size) + 6 * d * (size + 4)
+    block += round(kept / arch.num_layers * size)
+    # Autocast keeps a bf16 copy of every weight it multiplies by.
+    casts = 2 * 18 * d * d * arch.num_layers if engine.precision == "bf16" else 0
+    layers = arch.num_layers
+    if engine.activation_checkpointing == "blocks":
+        return casts // arch.num_layers + micro_batch * (block + arch.num_layers * tokens * d * 4)
+    if engine.activation_checkpointing == "every_other":
+        layers = arch.num_layers // 2 + 1
+        return casts + micro_batch * (layers * block + (arch.num_layers - layers) * tokens * d * 4)
+    return casts + micro_batch * layers * block

@@ -1,0 +1,237 @@
+"""What `benchmark scale` and `plan --gloo` measure inside real processes: collectives, shared cores, the engine's step.
+
+Every function here is called by all ranks of a world (`fine_dist.testing.run_distributed`) and gives plain values.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.rows import median
+from fine_dist.data.stream import Batch
+from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine import dist
+from fine_dist.engine.backend import Backend, PlainBackend
+from fine_dist.engine.dist import World
+from fine_dist.engine.loop import Run
+from fine_dist.engine.program import Program
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.stopping import Stopper
+from fine_dist.methods import CONDENSES, build
+from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
+from fine_dist.planning.scaling_model import HOPS, SIZE, Collective, Link, counts
+
+SMALL, LARGE, BURST = 1 << 8, 1 << 20, 16
+"""Numbers of the two messages that a link is told from, and how many small ones follow each other."""
+WARMUP = 3
+"""Steps of a run that are not counted."""
+OFTEN = 10**9
+
+
+def measure(arch: str, micro: int, steps: int, kinds: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """One world's round: its links, its shared cores, and a short run of the engine of each (model, ZeRO stage).
+
+    Returns `links` {collective: [bytes/s, s]}, `kernel_s`, and `runs` {"model stage": medians of `Clock`'s parts}.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    # bound to a core, as schedulers bind a job's processes: else those that talk are drawn together onto one
+    os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", 0)) % len(cores)]})
+    world = dist.world("cpu")
+    found: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world), "runs": {}}
+    for model, stage in kinds:
+        found["runs"][f"{model} {stage}"] = run(world, Arch.model_validate_json(arch), model, stage, micro, steps)
+    return found
+
+
+# --- the network -----------------------------------------------------------------------------------------------------
+
+
+def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
+    """A link for each collective: its latency from a small message, its bandwidth from a large one."""
+    import torch.distributed as td
+
+    if world.world_size == 1:
+        return {}
+
+    def call(kind: Collective, whole: torch.Tensor, part: torch.Tensor, times: int) -> None:
+        if kind == "all_gather":  # ZeRO-3 asks for all that it needs before it waits for any
+            for handle in [td.all_gather_into_tensor(whole, part, async_op=True) for _ in range(times)]:
+                handle.wait()
+            return
+        for _ in range(times):
+            if kind == "all_reduce":
+                td.all_reduce(whole)
+            else:
+                td.reduce_scatter_tensor(part, whole)
+
+    found: dict[Collective, list[float]] = {}
+    for kind, round_trips in HOPS.items():
+        seconds = {}
+        for numbers, times in ((SMALL, BURST), (LARGE, 1)):
+            whole, part = torch.zeros(numbers), torch.zeros(numbers // world.world_size)
+
+            def body(k: Collective = kind, w: torch.Tensor = whole, p: torch.Tensor = part, n: int = times) -> None:
+                call(k, w, p, n)
+
+            seconds[numbers] = median([together(world, body) for _ in range(rounds)][2:]) / times
+        hops = round_trips * (world.world_size - 1)
+        moved = hops * SIZE * (LARGE - SMALL) / world.world_size
+        found[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
+    return found
+
+
+def together(world: World, body: Callable[[], object]) -> float:
+    """Seconds from when all ranks may begin to when the last has ended."""
+    dist.barrier(world)
+    begun = time.perf_counter()
+    body()
+    seconds = torch.tensor([time.perf_counter() - begun], dtype=torch.float64)
+    return float(dist.all_reduce_max(seconds, world))
+
+
+def kernel_s(world: World, rounds: int = 15) -> float:
+    """Seconds of a fixed computation that all ranks do at once: products and passes over memory, as a block has them.
+
+    Over one process's, it says how much slower a process computes while the others of its node do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(256, 128, generator=generator), torch.randn(128, 512, generator=generator) / 12
+
+    def body() -> None:
+        for _ in range(12):
+            hidden = torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (128,)) @ w)
+            hidden @ w.T
+
+    return median([together(world, body) for _ in range(rounds)][3:])
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class MadeUpStream:
+    """The same noise as every batch; rank r of P has every P-th place."""
+
+    def __init__(self, arch: Arch, micro: int, world: World) -> None:
+        generator = torch.Generator().manual_seed(world.rank)
+        latents = torch.randn(micro, *arch.latent_shape, generator=generator)
+        labels = torch.randint(0, arch.num_classes, (micro,), generator=generator)
+        self._batch = (latents, 1.0, labels, torch.arange(micro) * world.world_size + world.rank)
+
+    def batches(self, start_step: int = 0) -> Iterator[Batch]:
+        step = start_step
+        while True:
+            yield Batch(step, 0, *self._batch)
+            step += 1
+
+
+class Clock:
+    """Seconds of each part of each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = [{}]
+        self._begun: float | None = None
+
+    def timed(self, part: str, body: Callable[..., Any]) -> Callable[..., Any]:
+        """`body`, its seconds counted as a part of the step that goes on."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begun = time.perf_counter()
+            result = body(*args, **kwargs)
+            row = self.rows[-1]
+            row[part] = row.get(part, 0.0) + time.perf_counter() - begun
+            return result
+
+        return call
+
+    def next(self) -> None:
+        """A step begins."""
+        now = time.perf_counter()
+        if self._begun is not None:
+            self.rows[-1]["step"] = now - self._begun
+            self.rows.append({})
+        self._begun = now
+
+    def medians(self) -> dict[str, float]:
+        """Of the steps that were whole, but for the first."""
+        rows = [row for row in self.rows if "step" in row][WARMUP:]
+        return {part: median([row.get(part, 0.0) for row in rows]) for part in rows[0]}
+
+
+def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int) -> dict[str, float]:
+    """A run of the engine, all its parts as they are, on made-up latents: medians of the parts of its steps.
+
+    model: `dense`, or `learngene`: what stage 1 trains. stage: of ZeRO; 0 is the plain backend.
+
+    Parts: forward, backward, step (all of it), `numbers` (AdamW and the EMA), `joined` (what the plain backend copies
+    around its all-reduce), `trained` numbers in so many `tensors`, `small` of them in so many `small_tensors`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    module = (
+        DiT(arch, generator=generator) if model == "dense" else build(CONDENSES).condense(arch, None, generator).module
+    )
+    never = dict.fromkeys(("checkpoint_every", "log_every", "eval_every", "picture_every"), OFTEN)
+    settings = EngineConfig(**never, peak_tflops=1)  # a CPU's peak would be measured
+    if stage:
+        settings = settings.model_copy(
+            update={"backend": "deepspeed", "deepspeed": settings.deepspeed.model_copy(update={"stage": stage})}
+        )
+    trained = [p for p in module.parameters() if p.requires_grad]
+    facts = dict(zip(("trained", "tensors", "small", "small_tensors"), map(float, counts(trained))))
+    clock = Clock()
+    program = Program(
+        module, clock.timed("forward", Objective(DiffusionConfig(), arch, 0)), MadeUpStream(arch, micro, world)
+    )
+
+    class Timed(Run):
+        def next_batch(self, batches: Any) -> tuple[Any, float]:
+            clock.next()
+            return super().next_batch(batches)
+
+        def save(self, step: int) -> None:
+            """Nothing of it is kept."""
+
+    folder = dist.broadcast_object(tempfile.mkdtemp(prefix="fine_dist-scale-") if world.is_main else "", world)
+    with (
+        RunDir(Path(folder) / "run").open("benchmark", {}, world) as run_dir,
+        Stopper(run_dir, None, world.is_main) as asked,
+    ):
+        made = Timed(program, steps, micro * world.world_size, OptimConfig(), settings, run_dir, 0, model, world, asked)
+        backend: Backend = made.backend
+        backend.backward = clock.timed("backward", backend.backward)  # type: ignore[method-assign]
+        optimizer: Any = backend.optimizer  # type: ignore[attr-defined]
+        optimizer.step = clock.timed("numbers", optimizer.step)
+        made.ema.update = clock.timed("numbers", made.ema.update)  # type: ignore[method-assign]
+        made.train()
+        made.monitor.close()
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {**clock.medians(), **facts, "joined": joined_s(backend)}
+
+
+def joined_s(backend: Backend, rounds: int = 5) -> float:
+    """Seconds in which the plain backend joins its gradients for one all-reduce and takes them apart again."""
+    if not isinstance(backend, PlainBackend) or backend.world.world_size > 1:
+        return 0.0
+    gradients = [torch.zeros_like(p) for p in backend.parameters]
+    found = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        backend._sum_over_ranks(gradients)
+        found.append(time.perf_counter() - begun)
+    return median(found)
+
+
+def as_links(found: dict[Collective, list[float]]) -> dict[Collective, Link]:
+    """What `links` gives, as the model wants it."""
+    return {kind: Link(*values) for kind, values in found.items()}

@@ -1,0 +1,234 @@
+"""What a step takes on P processes, predicted from its parts on one: the model behind `fine_dist.plan --scale`.
+
+P processes, k micro-batches of b samples a process and step, n numbers that train; what travels is fp32, 4 bytes each.
+
+    compute   s (k (forward(b) + backward(b)) + fixed + n-work)      n-work (AdamW, EMA): whole, or 1/P under ZeRO
+    ring      all-reduce      2 (P - 1) (a + m / (P B))              m bytes, a seconds a hop, B bytes/s a process
+              all-gather        (P - 1) (a + m / (P B))              reduce-scatter is the same
+    step      compute + communication - what is hidden behind the passes
+
+(ring: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) A ring over
+several nodes crosses the slowest link at every hop, so that link's a and B count. s >= 1 is how much slower a process
+computes while all of a node do, such as four on two cores.
+
+What is sent is what the engine sends, counted in `tests/planning/test_scale.py`:
+
+    ZeRO-0 (plain)  one all-reduce of n after the backward pass; nothing is hidden
+    ZeRO-1          all-reduces of n in buckets, once a step; an all-gather of the n updated weights
+    ZeRO-2          the same, but gradients are summed for every micro-batch
+    ZeRO-3          an all-gather of n for every micro-batch, again in the backward pass of what was not kept (more than
+                    `LIVE` numbers are not), and a reduce-scatter of n; tensors of at most `PERSISTENT` numbers are
+                    gathered once instead, after the update
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from fine_dist.core.errors import ConfigError
+from fine_dist.engine.deepspeed_json import BUCKET, LIVE
+
+Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
+HOPS: dict[Collective, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+"""Times that a ring goes round."""
+STAGES = (0, 1, 2, 3)
+"""ZeRO stages; 0 is the plain backend."""
+SIZE = 4
+"""Bytes of a number that travels: gradients and weights are fp32 in every precision."""
+
+
+PERSISTENT = 100_000
+"""Numbers of a tensor that ZeRO-3 keeps whole on every process, at most: DeepSpeed's own default."""
+
+
+class Affine(NamedTuple):
+    """Seconds of a pass over b samples: base + b * sample."""
+
+    base: float
+    sample: float
+
+    def at(self, samples: int) -> float:
+        """Seconds of so many samples."""
+        return self.base + self.sample * samples
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Seconds of the parts of a step of one process alone, and what is needed of its model."""
+
+    forward: Affine
+    backward: Affine
+    per_number_s: float
+    """AdamW and the EMA over all numbers that train, in seconds: what ZeRO divides."""
+    fixed_s: float
+    """What every process does, however many there are: the loop, gradients copied, clipping."""
+    trained: int
+    """Numbers that train."""
+    tensors: int = 1
+    """Tensors that hold them: ZeRO-3 gathers each by itself where messages are not grouped."""
+    small: int = 0
+    """Numbers of them in tensors of at most `PERSISTENT`."""
+    small_tensors: int = 0
+
+
+def counts(trained: Sequence[Any]) -> tuple[int, int, int, int]:
+    """Of parameters that train: numbers, tensors, and both of those of at most `PERSISTENT` numbers."""
+    sizes = [p.numel() for p in trained]
+    small = [size for size in sizes if size <= PERSISTENT]
+    return sum(sizes), len(sizes), sum(small), len(small)
+
+
+class Link(NamedTuple):
+    """What a hop of a ring costs: latency_s + bytes / bytes_per_s."""
+
+    bytes_per_s: float
+    latency_s: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """Nodes of `per_node` processes, and the links of a ring over them.
+
+    inside, between: of a process inside its node, and of a node to the next (the ring leaves each node once).
+    measured:        a link for each collective, in place of both; for the number of processes it was measured at.
+    grouped:         whether the messages of one bucket share their latency (NCCL's groups) or follow each other (gloo).
+    """
+
+    inside: Link
+    between: Link
+    per_node: int = 8
+    measured: Mapping[Collective, Link] = field(default_factory=dict)
+    grouped: bool = True
+
+    def link(self, kind: Collective, processes: int) -> Link:
+        """The link that decides: the slowest that a ring of so many processes crosses."""
+        if kind in self.measured:
+            return self.measured[kind]
+        if processes <= self.per_node:
+            return self.inside
+        bandwidth = min(self.inside.bytes_per_s, self.between.bytes_per_s)
+        return Link(bandwidth, max(self.inside.latency_s, self.between.latency_s))
+
+
+class Message(NamedTuple):
+    """`times` collectives that move `numbers` between them, in one step."""
+
+    kind: Collective
+    numbers: float
+    times: int
+    behind: Literal["forward", "backward"] | None = None
+    """The pass that it can hide behind, where the backend overlaps the two."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One step of P processes; a step's batch is P * micro * accumulation."""
+
+    processes: int
+    stage: int
+    micro: int
+    accumulation: int
+    compute_s: float
+    communication_s: float
+    hidden_s: float
+    """Part of the communication that passes hide."""
+    sent_bytes: float
+    """What a process sends in a step (it receives as much)."""
+    alone_s: float
+    """One process's step over as many samples as one of these has."""
+
+    @property
+    def step_s(self) -> float:
+        return self.compute_s + self.communication_s - self.hidden_s
+
+    @property
+    def batch(self) -> int:
+        """Samples a step, of all processes."""
+        return self.processes * self.micro * self.accumulation
+
+    @property
+    def images_per_s(self) -> float:
+        return self.batch / self.step_s
+
+    @property
+    def efficiency(self) -> float:
+        """Images a second over P times those of one process alone."""
+        return self.alone_s / self.step_s
+
+
+def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) -> list[Message]:
+    """What the engine sends in a step (see the head of this file), but for a few words."""
+    n, buckets = parts.trained, max(1, math.ceil(parts.trained / BUCKET))
+    if stage == 0:
+        return [Message("all_reduce", n, 1)]
+    if stage in (1, 2):
+        times = accumulation if stage == 2 else 1
+        return [Message("all_reduce", n * times, buckets * times, "backward"), Message("all_gather", n, 1)]
+    found = [Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward")]
+    if parts.small:
+        found.append(Message("all_gather", parts.small, 1 if grouped else parts.small_tensors))
+    if large := n - parts.small:
+        gathers = max(1, math.ceil(large / BUCKET)) if grouped else parts.tensors - parts.small_tensors
+        found.append(Message("all_gather", large * accumulation, gathers * accumulation, "forward"))
+        if again := max(0, large - LIVE):
+            share = max(1, round(gathers * again / large))
+            found.append(Message("all_gather", again * accumulation, share * accumulation, "backward"))
+    return found
+
+
+def predict(
+    parts: Parts, stage: int, network: Network, processes: int, micro: int, accumulation: int = 1, *,
+    overlap: float = 0.0, slowdown: float = 1.0,
+) -> Prediction:  # fmt: skip
+    """One step of `processes`, of which each takes `accumulation` micro-batches of `micro` samples.
+
+    overlap:  share (0 to 1) of a pass's seconds that communication may run beside; the plain backend has none.
+    slowdown: how much slower a process computes while the others of its node do.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"ZeRO stage {stage}: legal: {', '.join(map(str, STAGES))}")
+    passes = {"forward": accumulation * parts.forward.at(micro), "backward": accumulation * parts.backward.at(micro)}
+    share = 1 / processes if stage else 1.0
+    alone = sum(passes.values()) + parts.fixed_s + parts.per_number_s
+    compute = slowdown * (sum(passes.values()) + parts.fixed_s + parts.per_number_s * share)
+    total, sent, hideable = 0.0, 0.0, {"forward": 0.0, "backward": 0.0}
+    if processes > 1:
+        # and the loop's own few words, in which ranks agree on the loss
+        words = Message("all_reduce", 4.0 * (1 + processes), 1)
+        for message in [*messages(stage, parts, accumulation, network.grouped), words]:
+            seconds = ring_s(message, network, processes)
+            total += seconds
+            sent += HOPS[message.kind] * (processes - 1) / processes * SIZE * message.numbers
+            if message.behind:
+                hideable[message.behind] += seconds
+    hidden = sum(min(hideable[name], overlap * slowdown * passes[name]) for name in passes)
+    return Prediction(processes, stage, micro, accumulation, compute, total, hidden, sent, alone)
+
+
+def ring_s(message: Message, network: Network, processes: int) -> float:
+    """Seconds of a message over a ring: hops of latency, and a P-th of its bytes at every hop."""
+    link = network.link(message.kind, processes)
+    hops = HOPS[message.kind] * (processes - 1)
+    return hops * (message.times * link.latency_s + SIZE * message.numbers / processes / link.bytes_per_s)
+
+
+def shares(
+    batch: int, micro: int | None, start: int, processes: Sequence[int], hold: str
+) -> dict[int, tuple[int, int]]:
+    """(micro-batch, accumulation) of each number of processes.
+
+    batch: the config's, over `start` processes. hold: `process` keeps a process's share of it, so that the batch grows
+    with P; `batch` keeps the whole. `ConfigError` for a share that cannot be divided.
+    """
+    from fine_dist.engine.program import divide_batch
+
+    if hold == "process":
+        return dict.fromkeys(processes, divide_batch(batch, micro, start))
+    found = {}
+    for p in processes:
+        local = batch // p
+        found[p] = divide_batch(batch, micro if micro and local and local % micro == 0 else None, p)
+    return found

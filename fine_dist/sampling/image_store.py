@@ -1,0 +1,160 @@
+"""Images and latents on their way to disk: any process writes any of them in any order, and what is missing is known
+after a crash.
+
+A folder with `images.u8` or `latents.f4` (all of them, of full length from the start, without taking up space),
+`done.u8` (one byte each, set after its numbers are on disk) and `store.json` (sizes, and what they are of).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import draft_name, sync_file, write_new
+from fine_dist.sampling.npz import write_samples
+
+_ABOUT, _DONE = "store.json", "done.u8"
+
+
+class ArrayStore:
+    """Opens a store of arrays of one shape, or makes it; any number of processes may open the same one.
+
+    shape:    of one array, as it lies in the file.
+    identity: what they are of (model's hash, sampler, seed); JSON. `DataError` names what differs when the folder holds
+              a store of something else.
+    """
+
+    file: ClassVar[str]
+    dtype: ClassVar[str]
+    what: ClassVar[str]
+
+    def __init__(self, folder: str | Path, count: int, shape: tuple[int, ...], identity: dict[str, Any]) -> None:
+        self.folder, self.count, self.shape = Path(folder), count, shape
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = {"count": count, "shape": list(self.shape), **json.loads(json.dumps(identity))}
+        try:
+            write_new(self.folder / _ABOUT, json.dumps(about, indent=1) + "\n")
+        except FileExistsError:
+            self._agree(about)
+        self._bytes = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        self._rows = self._open(self.file, count * self._bytes)
+        self._done = self._open(_DONE, count)
+
+    def _agree(self, about: dict[str, Any]) -> None:
+        try:
+            found = json.loads((self.folder / _ABOUT).read_text())
+            differs = sorted(key for key in {*about, *found} if about.get(key) != found.get(key))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.folder / _ABOUT} is damaged: {error}; remove the folder to begin again") from None
+        if differs:
+            told = "; ".join(f"{key}: {found.get(key)!r} there, {about.get(key)!r} now" for key in differs)
+            raise DataError(f"{self.folder} holds other {self.what} ({told}); choose another folder, or remove it")
+
+    def _open(self, name: str, size: int) -> int:
+        file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(file, size)  # the same length for everybody; what is there stays
+        return file
+
+    def close(self) -> None:
+        """Close its files."""
+        os.close(self._rows)
+        os.close(self._done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def missing(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """The numbers of those that nobody has written, int64; process `rank`'s share of all: rank, rank + W, ..."""
+        done = np.frombuffer(os.pread(self._done, self.count, 0), np.uint8)
+        mine = np.arange(rank, self.count, world_size)
+        return torch.from_numpy(mine[done[mine] == 0])
+
+    def _write(self, indices: Tensor, rows: np.ndarray) -> None:
+        """Store rows [B, *shape] under their numbers [B]; on disk when this returns."""
+        if rows.dtype != np.dtype(self.dtype) or rows.shape[1:] != self.shape:
+            raise DataError(
+                f"{self.folder}: {self.what} are {rows.dtype} {list(rows.shape)}, not {np.dtype(self.dtype)} "
+                f"{list(self.shape)}"
+            )
+        numbers = indices.tolist()
+        for number, row in zip(numbers, rows):
+            os.pwrite(self._rows, row.tobytes(), number * self._bytes)
+        os.fdatasync(self._rows)
+        for number in numbers:
+            os.pwrite(self._done, b"\x01", number)
+        os.fdatasync(self._done)
+
+    def batches(self, batch: int = 256) -> Iterator[np.ndarray]:
+        """All of them in order, [B, *shape]. `DataError` while some are missing."""
+        left = len(self.missing())
+        if left:
+            raise DataError(
+                f"{self.folder}: {left} of {self.count} {self.what} are missing; the same command makes them"
+            )
+        for start in range(0, self.count, batch):
+            yield self.read(start, min(batch, self.count - start))
+
+    def read(self, start: int, num: int) -> np.ndarray:
+        """[num, *shape] from number `start` on, as they are in the file now."""
+        blob = os.pread(self._rows, num * self._bytes, start * self._bytes)
+        return np.frombuffer(blob, self.dtype).reshape(num, *self.shape)
+
+
+class ImageStore(ArrayStore):
+    """Images, uint8 [H, W, C].
+
+    size: height and width of an image; channels: 1 or 3. identity: as `ArrayStore`.
+    """
+
+    file, dtype, what = "images.u8", "u1", "images"
+
+    def __init__(
+        self, folder: str | Path, count: int, size: tuple[int, int], channels: int, identity: dict[str, Any]
+    ) -> None:
+        super().__init__(folder, count, (*size, channels), identity)
+
+    def write(self, indices: Tensor, images: Tensor) -> None:
+        """Store images uint8 [B, C, H, W] under their numbers [B]; on disk when this returns."""
+        self._write(indices, images.permute(0, 2, 3, 1).contiguous().numpy())
+
+    def to_npz(self, path: str | Path) -> None:
+        """Write all images as ADM's sample file, a batch at a time."""
+        height, width, channels = self.shape
+        write_samples(path, self.batches(), count=self.count, size=(height, width), channels=channels)
+
+
+class LatentStore(ArrayStore):
+    """Latents, float32 [C, h, w]."""
+
+    file, dtype, what = "latents.f4", "<f4", "latents"
+
+    def write(self, indices: Tensor, latents: Tensor) -> None:
+        """Store latents float32 [B, C, h, w] under their numbers [B]; on disk when this returns."""
+        self._write(indices, latents.contiguous().numpy())
+
+    def to_npy(self, path: str | Path) -> None:
+        """Write all latents as one `.npy`, a batch at a time; it gets its name when it is whole."""
+        path = Path(path)
+        draft = draft_name(path)
+        try:
+            with open(draft, "wb") as file:
+                header = {"descr": self.dtype, "fortran_order": False, "shape": (self.count, *self.shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for rows in self.batches():
+                    file.write(rows.data)
+            sync_file(draft)
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,234 @@
+"""The graph of runs that a study becomes: what must be done before what, and nothing twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fine_dist.core.config import Config
+from fine_dist.core.errors import ConfigError
+from fine_dist.study import settings
+from fine_dist.study.config import Entry, StudyConfig
+from fine_dist.study.report.formula import steps_of
+
+_STAMP = "study.json"
+
+
+@dataclass
+class Run:
+    """One job of a study and what must be done before it."""
+
+    name: str
+    module: str
+    config: Any
+    steps: int
+    after: tuple[str, ...] = ()
+    grows: str | None = None
+    """The shorter run that this one goes on from: up to there the two are the same, bit for bit."""
+    depths: tuple[int, ...] = ()
+    """Layers of what it trains, a model each; empty for stage 1, whose method says."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @property
+    def key(self) -> str:
+        """A hash of everything its config says but where it is launched."""
+        return hashlib.sha256(_content(self.module, self.config, {"launch"}).encode()).hexdigest()
+
+    def stamp(self, done: bool) -> None:
+        """Note in the run's directory which run it was started for, and whether it ended well."""
+        from fine_dist.core.files import write_atomic
+
+        write_atomic(self.run_dir / _STAMP, json.dumps({"key": self.key, "done": done}) + "\n")
+
+    @property
+    def done(self) -> bool:
+        """Whether this very run was finished before: the same config, and its product is there."""
+        try:
+            stamp = json.loads((self.run_dir / _STAMP).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return False
+        if stamp.get("key") != self.key:
+            return False
+        whole = settings.finished(self.module, self.config)
+        return bool(stamp.get("done") or self._ended_well()) if whole is None else whole
+
+    def _ended_well(self) -> bool:
+        """What its worker wrote down, should the process that submitted it have ended before."""
+        from launchers.state_table import StateTable
+
+        row = StateTable(self.run_dir.parent).get(self.name)
+        return row is not None and row.state == "done"
+
+
+@dataclass
+class Graph:
+    """All runs of a study, in the order they are wanted; `follow` runs them, `collect` reads them."""
+
+    study: StudyConfig
+    runs: list[Run] = field(default_factory=list)
+    _by_content: dict[str, Run] = field(default_factory=dict)
+    _open: list[str] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Run:
+        return next(run for run in self.runs if run.name == name)
+
+    # --- the runs of an entry; each is made when it is first asked for -----------------------------------------------
+
+    def data(self, name: str) -> Run:
+        """The run that makes a data set."""
+        return self._add(Run(name, settings.MODULES["encode"], settings.encode_config(self.study, name), 0))
+
+    def condense(self, entry: Entry, seed: int) -> Run:
+        """Stage 1. `ConfigError` for an entry that has none."""
+        stage = entry.condense
+        if stage is None:
+            raise ConfigError(f"entry {entry.name} has no condense stage, so it has no learngene to give")
+        name = f"{stage.name or f'condense-{entry.name}'}-s{seed}"
+        ancestor = self.parent(self.study.entry(stage.ancestor), seed) if stage.ancestor else None
+        changes = settings.condense_settings(entry, seed, self.steps(stage.steps), ancestor[1] if ancestor else None)
+        after = (ancestor[0].name,) if ancestor else ()
+        return self._stage("condense", name, entry, changes, after)
+
+    def init(self, entry: Entry, seed: int) -> Run:
+        """Stage 2: the targets of one seed."""
+        stage = entry.init
+        if stage is None:
+            raise ConfigError(f"entry {entry.name} has no init stage")
+        name = f"{stage.name or f'init-{entry.name}'}-s{seed}"
+        parent, own = self.parent_of(entry, seed), entry.condense is not None
+        depths = self.study.depths_of(entry)
+        changes = settings.init_settings(
+            entry, seed, self.steps(stage.steps), depths, parent[1] if parent else None, own and not entry.parent
+        )
+        return self._stage("init", name, entry, changes, (parent[0].name,) if parent else (), depths)
+
+    def train(self, entry: Entry, depth: int, seed: int) -> list[Run]:
+        """Stage 3 of one target: its lengths, shortest first; a longer one continues the shorter. None where stage 2 is
+        all the training there is."""
+        if entry.init and entry.init.final:
+            return []
+        lengths = sorted({self.steps(formula) for formula in entry.train})
+        parent = None if entry.init else self.parent_of(entry, seed)
+        target: Path | None = None
+        after = (parent[0].name,) if parent else ()
+        if entry.init:
+            first = self.init(entry, seed)
+            target, after = settings.target_folder(first.config, depth), (first.name,)
+        made: list[Run] = []
+        for steps in lengths:
+            middle = f"-n{steps}" if len(lengths) > 1 else ""
+            name = f"{entry.name}-L{depth}{middle}-s{seed}"
+            changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
+            # A schedule that knows its end makes another curve from the first step on.
+            grows = made[-1].name if made and made[-1].config.optim.schedule == "constant" else None
+            made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
+        return made
+
+    def parent_of(self, entry: Entry, seed: int) -> tuple[Run, Path] | None:
+        """What an entry's targets come from: the run that makes it, and the folder it lies in."""
+        if entry.parent:
+            return self.parent(self.study.entry(entry.parent), seed)
+        return self.parent(entry, seed) if entry.condense else None
+
+    def parent(self, entry: Entry, seed: int) -> tuple[Run, Path]:
+        """An entry as a parent: its learngene, else the model of its longest training at its only depth."""
+        if entry.name in self._open:
+            raise ConfigError(f"entries: {' -> '.join([*self._open, entry.name])} come from each other")
+        self._open.append(entry.name)
+        try:
+            if entry.condense:
+                run = self.condense(entry, seed)
+                return run, run.run_dir / "learngene"
+            depths = self.study.depths_of(entry)
+            if len(depths) != 1 or not entry.train:
+                raise ConfigError(
+                    f"entry {entry.name} cannot be a parent: it has no condense stage and no single trained depth "
+                    f"(depths {list(depths)}, train {list(entry.train)}); give it one depth and one length or more"
+                )
+            run = self.train(entry, depths[0], seed)[-1]
+            return run, run.run_dir / "model"
+        finally:
+            self._open.pop()
+
+    def lineage(self, entry: Entry, seed: int) -> list[Run]:
+        """What must be trained before an entry's targets begin: ancestors' runs first, then what they come from."""
+        if entry.parent:
+            parent = self.study.entry(entry.parent)
+            return [*self.lineage(parent, seed), *([] if parent.condense else [self.parent(parent, seed)[0]])]
+        if not entry.condense:
+            return []
+        ancestor = self.study.entry(entry.condense.ancestor) if entry.condense.ancestor else None
+        before = [*self.lineage(ancestor, seed), self.parent(ancestor, seed)[0]] if ancestor else []
+        return [*before, self.condense(entry, seed)]
+
+    def steps(self, formula: int | str) -> int:
+        """A formula's value in this study; at least one."""
+        found = steps_of(formula, self.study.steps)
+        if found < 1:
+            raise ConfigError(f"steps {formula!r} come to {found}; a run has 1 step or more")
+        return found
+
+    # --- adding ----------------------------------------------------------------------------------------------------
+
+    def _stage(
+        self, stage: str, name: str, entry: Entry, changes: dict[str, Any], after: tuple[str, ...],
+        depths: tuple[int, ...] = (), grows: str | None = None,
+    ) -> Run:  # fmt: skip
+        config = settings.stage_config(self.study, stage, name, entry, changes)
+        data = self.data(settings.data_of(self.study, stage, entry))
+        if not self._comes_after(after, data.name):
+            after = (*after, data.name)
+        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
+
+    def _comes_after(self, names: tuple[str, ...], wanted: str) -> bool:
+        """Whether one of these runs needs a run, however far back."""
+        return any(name == wanted or self._comes_after(self[name].after, wanted) for name in names)
+
+    def _add(self, run: Run) -> Run:
+        """The run, or the one that does the same under another name."""
+        content = _content(run.module, run.config, {"launch", "run_dir"})
+        known = self._by_content.get(content)
+        if known is not None:
+            return known
+        if any(other.name == run.name for other in self.runs):
+            raise ConfigError(f"two different runs would be called {run.name}; give one of their stages another name")
+        self._by_content[content] = run
+        self.runs.append(run)
+        return run
+
+
+def _content(module: str, config: Config, without: set[str]) -> str:
+    values = config.model_dump(mode="json", exclude=without)
+    return json.dumps([module, values], sort_keys=True)
+
+
+def plan(study: StudyConfig) -> Graph:
+    """The runs: the longest that wait for nothing come first, so that no core is idle at the end."""
+    graph = Graph(study)
+    for name in study.data:
+        graph.data(name)
+    for seed in study.seeds:
+        for entry in study.used:
+            if entry.condense:
+                graph.condense(entry, seed)
+        _trains(graph, seed, [entry for entry in study.used if not entry.parent and not entry.condense])
+    for seed in study.seeds:
+        for entry in study.used:
+            if entry.init:
+                graph.init(entry, seed)
+        _trains(graph, seed, [entry for entry in study.used if entry.parent or entry.condense])
+    return graph
+
+
+def _trains(graph: Graph, seed: int, entries: list[Entry]) -> None:
+    """Deepest targets first."""
+    for depth in sorted({d for e in entries for d in graph.study.depths_of(e)}, reverse=True):
+        for entry in entries:
+            if depth in graph.study.depths_of(entry):
+                graph.train(entry, depth, seed)

@@ -1,0 +1,265 @@
+"""Running a study's graph on any launcher: each run as soon as what it needs is done, with progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from fine_dist.core.errors import ResumeLater, TrainingError
+from fine_dist.core.files import last_row
+from fine_dist.study import settings
+
+if TYPE_CHECKING:
+    from fine_dist.study.graph import Graph, Run
+    from launchers.base import Job, Launcher
+
+LOG_LINES = 8
+"""Of a failed run's log, shown with its error."""
+LOOK_S = 5.0
+"""Seconds between questions to a scheduler about jobs of an earlier call."""
+
+
+def follow(graph: Graph, launcher: str = "auto") -> None:
+    """Run everything that is not done. A run that fails holds up only what comes after it.
+
+    launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
+
+    Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
+    """
+    from launchers.worker import inside
+
+    with Bars(len(graph.runs)) as bars, _signals_raise():
+        if launcher == "here" or inside():
+            _follow_here(graph, bars)
+            return
+        from launchers.registry import get_launcher
+
+        with get_launcher(launcher, graph.study.launch) as runner:
+            _Queue(graph, runner, bars).run()
+
+
+def _follow_here(graph: Graph, bars: Bars) -> None:
+    from launchers.worker import import_module
+
+    for run in _in_order(graph):
+        if not run.done:
+            bars.show(run)
+            _prepare(graph, run)
+            import_module(run.module).run(run.config)
+            run.stamp(done=True)
+        bars.end(run)
+
+
+def _in_order(graph: Graph) -> list[Run]:
+    """Every run after what it needs."""
+    found: dict[str, Run] = {}
+
+    def visit(run: Run) -> None:
+        for name in run.after:
+            visit(graph[name])
+        found.setdefault(run.name, run)
+
+    for run in graph.runs:
+        visit(run)
+    return list(found.values())
+
+
+def _prepare(graph: Graph, run: Run) -> None:
+    if run.grows and not run.run_dir.exists():
+        inherit(graph[run.grows], run)
+    if not settings.finished(run.module, run.config):  # a product of another config is for the stage itself to judge
+        run.stamp(done=False)
+
+
+def inherit(short: Run, run: Run) -> None:
+    """A run directory with the checkpoints and logs of a finished shorter run: the engine resumes from there."""
+    half = run.run_dir.with_name(f".{run.run_dir.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    half.mkdir(parents=True)
+    for name in ("checkpoints", "tensorboard"):
+        shutil.copytree(short.run_dir / name, half / name)
+    shutil.copy(short.run_dir / "metrics.jsonl", half)
+    half.rename(run.run_dir)
+
+
+class _Queue:
+    """What waits, what runs, and what became of the rest."""
+
+    def __init__(self, graph: Graph, runner: Launcher, bars: Bars) -> None:
+        from launchers.state_table import StateTable, Submissions
+
+        self.graph, self.runner, self.bars = graph, runner, bars
+        self.waiting = list(graph.runs)
+        self.running: dict[str, Job] = {}
+        self.done: set[str] = set()
+        self.failed: dict[str, str] = {}
+        self.submissions = Submissions(graph.study.root.absolute())
+        self.table = StateTable(graph.study.root.absolute())
+        self.elsewhere: set[str] = set()
+        """Runs that an earlier call handed to a scheduler and that it still has."""
+        self._looked: set[str] = set()
+        self._widths: dict[str, int] = {}
+        self._next_look = 0.0
+        self.code = self._code()
+
+    def _code(self) -> str | None:
+        """The code that jobs run: a copy, where they may start later than now."""
+        from launchers.code_snapshot import code_root, snapshot
+
+        if self.runner.on_this_machine:
+            return None
+        module = self.graph.runs[0].module
+        return str(snapshot(self.graph.study.root, module)) if self.graph.study.launch.snapshot else code_root(module)
+
+    def run(self) -> None:
+        while self.waiting or self.running:
+            self._look()
+            self._begin()
+            self.runner.poll()
+            for name, job in list(self.running.items()):
+                self.bars.show(self.graph[name])
+                if job.ended:
+                    del self.running[name]
+                    self._end(self.graph[name], job)
+            if self.waiting or self.running:
+                time.sleep(0.1)
+        if self.failed:
+            told = "\n".join(f"{name}: {why}" for name, why in self.failed.items())
+            raise TrainingError(f"{len(self.failed)} of {len(self.graph.runs)} runs failed or could not start:\n{told}")
+
+    def _look(self) -> None:
+        if self.runner.detached and time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + LOOK_S
+            alive = self.runner.alive(self.submissions.all())
+            self.elsewhere = {name for names in alive.values() for name in names} - self.running.keys()
+            self._looked -= self.elsewhere
+
+    def _begin(self) -> None:
+        """Start what may start, in order; settle what is done already or can never start."""
+        for run in list(self.waiting):
+            lost = next((name for name in run.after if name in self.failed), None)
+            if lost:
+                self.waiting.remove(run)
+                self.failed[run.name] = f"needs {lost}"
+            elif not self.done.issuperset(run.after) or run.name in self.elsewhere:
+                continue
+            elif self._finished(run):
+                self.waiting.remove(run)
+                self._well(run)
+            elif len(self.running) < self._width(run):
+                self.waiting.remove(run)
+                self._submit(run)
+
+    def _finished(self, run: Run) -> bool:
+        """Whether a run that may start was done before: asked of the disk once."""
+        if run.name in self._looked:
+            return False
+        self._looked.add(run.name)
+        return run.done
+
+    def _width(self, run: Run) -> int:
+        """How many runs go at once."""
+        from launchers.prepare import make_spec
+
+        most = self.graph.study.launch.max_parallel
+        if most is None and run.module not in self._widths:
+            spec = make_spec(run.module, run.config, run.name, write=False)
+            self._widths[run.module] = self.runner.fits(spec)
+        return most or self._widths[run.module]
+
+    def _submit(self, run: Run) -> None:
+        from launchers.prepare import make_spec
+
+        self.table.add([run.name], {run.name: str(run.run_dir)})
+        self.table.update(run.name, state="pending", reason=None)
+        _prepare(self.graph, run)
+        spec = make_spec(run.module, run.config, run.name, code=self.code, table=self.table.folder.parent)
+        job = self.running[run.name] = self.runner.submit(spec, retries=self.graph.study.launch.retries)
+        self.bars.show(run)
+        if self.runner.detached:
+            self.submissions.add({str(job.id): [run.name]})
+
+    def _end(self, run: Run, job: Job) -> None:
+        if job.state == "done":
+            run.stamp(done=True)
+            self._well(run)
+            return
+        words = "\n    ".join(self.runner.logs(job).splitlines()[-LOG_LINES:])
+        self.failed[run.name] = f"{job.reason}; {job.log} ends with\n    {words}"
+        self.bars.end(run, failed=True)
+
+    def _well(self, run: Run) -> None:
+        self.done.add(run.name)
+        self.bars.end(run)
+
+
+class Bars:
+    """One progress bar a running job, read from its metrics.jsonl: step, loss, rate and time left."""
+
+    def __init__(self, count: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress = Progress(
+            TextColumn("{task.description:18}"), BarColumn(28), MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self.all = self.progress.add_task("all runs", total=count, facts="")
+        self._bars: dict[str, Any] = {}
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, run: Run) -> None:
+        if run.name not in self._bars:
+            self._bars[run.name] = self.progress.add_task(run.name, total=run.steps or None, facts="")
+        row = newest(run)
+        if row:
+            facts = f"loss {row['loss']:.4f}  {row.get('steps_per_s', 0.0):.1f} step/s"
+            self.progress.update(self._bars[run.name], completed=min(row["step"], run.steps), facts=facts)
+
+    def end(self, run: Run, failed: bool = False) -> None:
+        before = "" if run.name in self._bars else " (done before)"
+        if run.name in self._bars:
+            self.progress.update(self._bars[run.name], visible=False)
+        self.progress.advance(self.all)
+        mark = "FAILED" if failed else f"-> {run.run_dir}{before}"
+        self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
+
+
+def newest(run: Run) -> dict[str, Any] | None:
+    """The newest row with a training loss in the run's metrics.jsonl, or in those of its targets."""
+    files = [run.run_dir / "metrics.jsonl", *run.run_dir.glob("*/metrics.jsonl")]
+    rows = [row for file in files if (row := last_row(file, "loss"))]
+    return max(rows, key=lambda row: row["step"], default=None)
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the study as Ctrl-C does: jobs of this machine save, and the same command continues."""
+
+    def stop(number: int, frame: object) -> None:
+        raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
+
+    main = threading.current_thread() is threading.main_thread()
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1) if main}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

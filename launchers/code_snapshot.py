@@ -1,0 +1,88 @@
+"""The copy of the code that submitted jobs run: edits made while a job waits do not reach it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import fine_dist
+from fine_dist.core.errors import LaunchError
+from fine_dist.core.files import draft_name, sha256_of
+from launchers.worker import import_module
+
+SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
+"""Kinds of files that a copy of the code holds."""
+
+
+def code_root(module: str) -> str:
+    """The folder that `module` is imported from, for workers that run the code where it lies."""
+    file = import_module(module).__file__
+    if not file:
+        raise LaunchError(f"module {module} has no file; a worker cannot import it")
+    return str(Path(file).resolve().parents[module.count(".")])
+
+
+def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
+    """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder."""
+    files = code_files(module)
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{sha256_of(files[name])}\n".encode())
+    target = run_dir / "code" / digest.hexdigest()[:12]
+    if target.is_dir():
+        return target
+    draft = draft_name(target)
+    stage_code(draft, module)
+    try:
+        os.rename(draft, target)
+    except OSError:  # somebody else was faster with the same content
+        shutil.rmtree(draft)
+        if not target.is_dir():
+            raise
+    return target
+
+
+def stage_code(folder: Path, module: str) -> None:
+    """Copy `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module` into a folder."""
+    for name, file in code_files(module).items():
+        copy = folder / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy)
+    about = {"git": _git(Path(fine_dist.__file__).resolve().parents[1]), "version": fine_dist.__version__}
+    (folder / "SNAPSHOT.json").write_text(json.dumps(about) + "\n")
+
+
+def code_files(module: str) -> dict[str, Path]:
+    """Name in the copy -> file."""
+    root = Path(fine_dist.__file__).resolve().parents[1]
+    tops = {"fine_dist", "launchers", "slurm"}
+    places = {root / top for top in tops if (root / top).is_dir()}
+    top = module.partition(".")[0]
+    if top not in tops:
+        package = Path(code_root(module), top)
+        places.add(package if package.is_dir() else package.with_suffix(".py"))
+    return {file.relative_to(place.parent).as_posix(): file for place in places for file in _sources(place)}
+
+
+def _sources(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    found = []
+    for folder, inner, files in os.walk(place):
+        inner[:] = [name for name in inner if not name.startswith((".", "__pycache__"))]
+        found += [Path(folder, name) for name in files if name.endswith(SOURCES)]
+    return found
+
+
+def _git(root: Path) -> str | None:
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    said = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return said.stdout.strip() or None

@@ -1,0 +1,58 @@
+"""This machine: its cores, its memory and its accelerators, without touching one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from launchers.spec import JobSpec, Room
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def host_bytes() -> int:
+    """Host memory of this machine, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def visible_devices() -> list[str]:
+    """Names for CUDA_VISIBLE_DEVICES, without importing torch or touching a GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i, line in enumerate(line for line in listed.splitlines() if line.startswith("GPU "))]
+
+
+def accelerator_bytes() -> float | None:
+    """Memory of this machine's smallest accelerator; none without one."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    words = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+    sizes = [float(line) for line in said.splitlines() if line.strip().isdecimal()]
+    return min(sizes) * 2**20 if sizes else None
+
+
+def fits_here(spec: JobSpec, devices: int) -> int:
+    """How many such jobs run at once on this machine, of which `devices` accelerators may be used."""
+    by_cpu = cores() // (spec.processes_per_node * spec.cpus_per_process)
+    if spec.accelerators_per_node and devices:
+        by_cpu = min(by_cpu, int(devices / spec.accelerators_per_node + 1e-9))
+    return max(1, by_cpu)
+
+
+def local_room(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None = None) -> Room:
+    """This machine as the room of `many` such jobs, or of one alone. gpu_memory_gb: in place of what is found."""
+    devices = len(visible_devices()) if spec.accelerators_per_node else 0
+    workers = fits_here(spec, devices) if many else 1
+    memory = spec.memory_gb * 2**30 if spec.memory_gb else host_bytes() / workers
+    if not devices:
+        return Room(workers, None, True, memory)
+    return Room(workers, gpu_memory_gb * 2**30 if gpu_memory_gb else accelerator_bytes(), False, memory)

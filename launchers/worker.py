@@ -1,0 +1,145 @@
+"""One process of a job: `run_job` reads a job file and calls `module.run(config)`; rank 0 keeps the job's rows."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+import typing
+from types import ModuleType
+from typing import Any, Literal
+
+from fine_dist.core import errors
+from fine_dist.core.config import Config, load
+from fine_dist.core.errors import ConfigError, FineDistError, LaunchError, ResumeLater
+from launchers.spec import JobSpec
+from launchers.state_table import FINAL, StateTable
+
+EXIT_BUSY = 76
+"""Another live process runs the task."""
+NOTE = "FINE_DIST_EXIT_FILE"
+"""A file that takes exit code 75 under torchrun, which itself ends with 1 whatever its workers end with."""
+MARK = "FINE_DIST_JOB"
+"""Environment variable that holds the job file inside a worker: commands run here instead of submitting again."""
+LIFELINE = "FINE_DIST_DIE_WITH_PARENT"
+"""Set to the process id of the one that starts a worker: the worker is killed when that process is gone."""
+
+
+def run_job(path: str) -> int:
+    """Run one process of a job; the exit code. Rank 0 keeps the job's rows of the state table.
+
+    Codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 start it again, 76 another live
+    process runs this task.
+    """
+    return errors.guard(lambda: _run_job(path))
+
+
+def inside() -> bool:
+    """Whether this process is one of a job already: our worker, or started by torchrun, deepspeed or srun."""
+    return MARK in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_step()
+
+
+def _in_step() -> bool:
+    """Whether srun started this process. Batch scripts and interactive shells have SLURM_PROCID=0 too, but no step or
+    one with a reserved number (above 0xfffffff0)."""
+    step = os.environ.get("SLURM_STEP_ID", "")
+    return "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < 0xFFFFFFF0
+
+
+def _run_job(path: str) -> int:
+    path = os.path.abspath(path)
+    spec = JobSpec.load(path)
+    os.environ.update(spec.env)
+    os.environ[MARK] = path
+    os.chdir(spec.cwd)
+    sys.path[0:0] = [spec.code] if spec.code and spec.code not in sys.path else []
+    if spec.table is None or rank() != 0:
+        return _call(spec)
+    table = StateTable(spec.table)
+    claim = table.claim(spec.rows)
+    if claim is None:
+        others = ", ".join(f"{r.name} ({r.host}, process {r.pid})" for n in spec.rows if (r := table.get(n)))
+        print(f"another process runs this task; left to it: {others}", file=sys.stderr)
+        return EXIT_BUSY
+    with claim:
+        return _keep_rows(spec, table)
+
+
+def _keep_rows(spec: JobSpec, table: StateTable) -> int:
+    open_rows = [n for n in spec.rows if (row := table.get(n)) is None or row.state != "done"]
+    if not open_rows:
+        print(f"{spec.name}: done already")
+        return 0
+    table.start_all(open_rows, scheduler_job())
+
+    def close(state: Literal["pending", "done", "failed"], reason: str | None = None) -> None:
+        # a pack writes rows of its own while it runs; those stay
+        table.finish_all([n for n in open_rows if (r := table.get(n)) is None or r.state not in FINAL], state, reason)
+
+    try:
+        code = _call(spec)
+    except ResumeLater as stop:
+        close("pending", f"stopped: {stop}")
+        raise
+    except FineDistError as error:
+        close("failed", str(error))
+        raise
+    except KeyboardInterrupt:
+        close("pending", "interrupted")
+        raise
+    except BaseException as error:
+        close("failed", f"{type(error).__name__}: {error}")
+        traceback.print_exc()
+        return 1
+    close("done" if code == 0 else "failed", None if code == 0 else f"exit code {code}")
+    failed = [n for n in spec.rows if (row := table.get(n)) and row.state == "failed"]
+    return errors.EXIT_TASKS_FAILED if failed and code == 0 else code
+
+
+def _call(spec: JobSpec) -> int:
+    module = import_module(spec.module)
+    return exit_code(module.run(load(config_class(module), spec.config)))
+
+
+def exit_code(result: object) -> int:
+    """What a stage's `run` returned as an exit code: an int is one, anything else is success."""
+    return result if isinstance(result, int) and not isinstance(result, bool) else 0
+
+
+def import_module(name: str) -> ModuleType:
+    """The module of a job. `LaunchError` when it is not there or has no `run`."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise LaunchError(f"module {name}: {error}; it must be importable in {os.getcwd()}") from None
+    if not callable(getattr(module, "run", None)):
+        raise LaunchError(f"module {name} has no run(config); a job's module needs one")
+    return module
+
+
+def config_class(module: ModuleType) -> type[Config]:
+    """The config class of a job's module: the annotation of the first parameter of its `run`."""
+    parameters: list[str] = list(inspect.signature(module.run).parameters)
+    kind: Any = typing.get_type_hints(module.run).get(parameters[0]) if parameters else None
+    if not (isinstance(kind, type) and issubclass(kind, Config)):
+        raise ConfigError(f"{module.__name__}.run: its first parameter must be annotated with a config class")
+    return kind
+
+
+def rank() -> int:
+    """This process's global rank in torchrun's or SLURM's words; 0 alone."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if _in_step() else 0
+
+
+def scheduler_job() -> str | None:
+    """The scheduler's name of the job this process belongs to, such as `slurm 12_3` or `ray 02000000`."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"slurm {env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '')}"
+    if "SLURM_JOB_ID" in env:
+        return f"slurm {env['SLURM_JOB_ID']}"
+    return f"ray {env['RAY_JOB_ID']}" if "RAY_JOB_ID" in env else None

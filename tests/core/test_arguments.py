@@ -1,0 +1,380 @@
+"""The command line: flags are the file's keys in the file's words, help is short and whole, remedies work."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import Config, load
+from fine_dist.core.errors import ConfigError, guard
+from fine_dist.core.help import PAGES, settings
+from fine_dist.family.config import InitConfig
+from fine_dist.plan import ONLY_WITH_SCALE
+from tests.core.test_config import Toy
+from tests.data.making import make_foreign, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = {
+    "encode": "EncodeConfig",
+    "condense": "CondenseConfig",
+    "init": "InitConfig",
+    "train": "TrainConfig",
+    "sample": "SampleConfig",
+    "evaluate": "EvaluateConfig",
+    "export": "ExportConfig",
+    "demo": "DemoConfig",
+    "creative": "CreativeConfig",
+}
+
+
+def kind_of(command: str) -> type[Config]:
+    return getattr(importlib.import_module(f"fine_dist.{command}"), KINDS[command])
+
+
+def init(*argv: str) -> InitConfig:
+    return parse(InitConfig, list(argv), "python -m fine_dist.init").config
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "key", "value"),
+    [
+        ("--depths 2 4 6", "depths", (2, 4, 6)),
+        ("--depths=[2,4]", "depths", (2, 4)),
+        ("--lrs 1e-3 3e-2", "lrs", (1e-3, 3e-2)),
+        ("--only", "only", ()),
+        ("--yes", "yes", True),
+        ("--yes True", "yes", True),
+        ("--yes false", "yes", False),
+        ("--no-yes", "yes", False),
+        ("--launch.wait", "launch.wait", True),
+        ("--no-launch.snapshot", "launch.snapshot", False),
+        ("--launch.no-snapshot", "launch.snapshot", False),
+        ("--engine.threads none", "engine.threads", None),
+        ("--engine.activation-checkpointing none", "engine.activation_checkpointing", "none"),
+        ("--engine.deepspeed.stage 3", "engine.deepspeed.stage", 3),
+        ("--optim.lr=-0 --optim.lr 1e-4", "optim.lr", 1e-4),
+        ("--optim.betas 0.8 0.95", "optim.betas", (0.8, 0.95)),
+        ("--parent 123", "parent", "123"),
+        ("--parent none", "parent", None),
+        ("--launch.env A=1 B=x=y", "launch.env", {"A": "1", "B": "x=y"}),
+        ("--launch.env A 1 B 2", "launch.env", {"A": "1", "B": "2"}),
+        ("--launch.env.A_b-c 1", "launch.env", {"A_b-c": "1"}),
+        ("--stop '{window: 2}'", "stop.window", 2),
+        ("--stop.window 2", "stop.window", 2),
+        ("--domains.my-web.data.shards x", "domains", "my-web"),
+        ("--method.name fine --method.rank 8", "method.rank", 8),
+        ("--method.rank 8 --method.name fine", "method.rank", 8),
+        ("--arch DiT-S/2 --arch.num-classes 10", "arch.hidden_size", 384),
+        ("--arch.num-classes 10 --arch DiT-S/2", "arch.num_classes", 10),
+        ("--arch.name DiT-S/2 --arch.num-classes 10", "arch.hidden_size", 384),
+        ("--arch.hidden-size 64 --arch.num-heads 4", "arch.hidden_size", 64),
+    ],
+)
+def test_values_are_written_as_people_write_them(argv, key, value):
+    found = init(*shlex.split(argv))
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert (value in found) if key == "domains" else found == value
+
+
+def test_flags_lie_over_what_the_file_says_key_by_key(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("arch: DiT-S/2\nlaunch: {env: {A: '1', B: '2'}}\nmethod: {name: fine, rank: 4, sweeps: 7}\n")
+    config = init("--config", str(file), "--arch.num-classes", "7", "--launch.env", "B=3", "--method.rank", "9")
+    assert (config.arch.hidden_size, config.arch.num_classes) == (384, 7)
+    assert config.launch.env == {"A": "1", "B": "3"}
+    assert (config.method.rank, config.method.sweeps) == (9, 7)
+
+
+def test_a_group_keeps_its_own_defaults_where_only_some_of_its_keys_are_given(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {eps: 1e-6}\nengine: {log_every: 5}\n")
+    for config in (load(InitConfig, file), init("--optim.eps", "1e-6", "--engine.log-every", "5")):
+        assert (config.optim.lr, config.optim.eps) == (1e-2, 1e-6)  # sigma's own rate, not that of all weights
+        assert (config.engine.checkpoint_every, config.engine.log_every) == (100, 5)
+    assert Toy.model_validate({"method": {"rank": 3}}).method.rank == 3
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ("--optim.lr abc", "optim: {lr: abc}"),
+        ("--optim.lr -1", "optim: {lr: -1}"),
+        ("--optim.lr nan", "optim: {lr: nan}"),
+        ("--optim.lr .inf", "optim: {lr: .inf}"),
+        ("--optim.lrr 1", "optim: {lrr: 1}"),
+        ("--optim.lr.deep 1", "optim: {lr: {deep: 1}}"),
+        ("--optim 3x", "optim: 3x"),
+        ("--optim.betas 0.9", "optim: {betas: [0.9]}"),
+        ("--optim.betas 0.9 high", "optim: {betas: [0.9, high]}"),
+        ("--engine.compile maybe", "engine: {compile: maybe}"),
+        ("--engine.deepspeed.stage 7", "engine: {deepspeed: {stage: 7}}"),
+        ("--engine.precision fp8", "engine: {precision: fp8}"),
+        ("--engine.micro-batch 0.5", "engine: {micro_batch: 0.5}"),
+        ("--method.name fien", "method: {name: fien}"),
+        ("--method.rank 0", "method: {rank: 0}"),
+        ("--method.rnk 3", "method: {rnk: 3}"),
+        ("--arch DiT-Q/2", "arch: DiT-Q/2"),
+        ("--arch.num-heads 5", "arch: {num_heads: 5}"),
+        ("--arch.num-layers 1000000", "arch: {num_layers: 1000000}"),
+    ],
+)
+def test_an_error_of_a_flag_is_worded_as_the_same_error_in_yaml(argv, text, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    said = []
+    for words in (["--config", str(file)], argv.split()):
+        with pytest.raises(ConfigError) as caught:
+            parse(Toy, words, "toy")
+        said.append(str(caught.value))
+    in_file, by_flag = said
+    assert in_file.removeprefix(f"{file}: ") == by_flag.removeprefix("command line: ")
+    assert in_file.startswith(str(file)) and by_flag.startswith("command line: ")
+    for text in said:
+        assert "\n" not in text and "http" not in text and "pydantic" not in text and "│" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--lrr 1", "lrr: unknown key (value 1)"),
+        ("--dry-rn", "did you mean 'dry-run'?"),
+        ("--optim.lr", "optim.lr: a value is needed after --optim.lr"),
+        ("--optim.lr 1 2", "optim.lr: one value is needed (got 2: 1 2)"),
+        ("stray", "'stray' belongs to no setting"),
+        ("--optim.lr=1 2", "'2' after --optim.lr=1 belongs to no setting"),
+        ("--config", "--config: a value is needed after it"),
+        ("--no-engine.compile yes", "--no-engine.compile takes no value"),
+        ("--method.name hee", "no variant is called 'hee'; did you mean 'he'? legal: "),
+    ],
+)
+def test_a_flag_that_cannot_be_meant_is_one_line(argv, words):
+    with pytest.raises(ConfigError) as caught:
+        parse(Toy, argv.split(), "toy")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_errors_of_the_file_and_of_flags_are_told_apart(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("optim: {eps: -1}\n")
+    with pytest.raises(ConfigError) as caught:
+        parse(Toy, ["--config", str(file), "--optim.lr", "abc"], "toy")
+    lines = sorted(line.strip().partition(": input")[0] for line in str(caught.value).splitlines())
+    assert lines == sorted([f"{file}: optim.eps", "command line: optim.lr"])
+
+
+# --- help ----------------------------------------------------------------------------------------------------------
+
+
+def helped(command: str, flag: str, capsys) -> str:
+    with pytest.raises(SystemExit) as ended:
+        parse(kind_of(command), [flag], f"python -m fine_dist.{command}")
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_help_is_short_and_its_examples_and_settings_exist(command, capsys):
+    text, page, kind = helped(command, "--help", capsys), PAGES[command], kind_of(command)
+    assert len(text.splitlines()) <= 60
+    assert len(page.usual) >= 2 and len(page.examples) == 3
+    known = {setting.path for setting in settings(kind)}
+    assert set(page.usual) <= known
+    for key in page.usual:
+        assert f"--{key.replace('_', '-')}" in text
+
+    def own(parser):
+        for name in ("--list", "--inspect", "--verify", "--index", "--evaluate"):
+            parser.add_argument(name)
+
+    for words in page.examples:
+        assert f"python -m fine_dist.{command} {words}".rstrip() in text
+        parse(kind, [str(ROOT / w) if w.startswith("configs/") else w for w in words.split()], command, options=own)
+
+
+def leaves(kind: type[Config], config: Config | dict, path: str = "") -> list[str]:
+    """Keys of a resolved config that hold no group, by their flags."""
+    values = config.model_dump() if isinstance(config, Config) else config
+    found = []
+    for key, value in values.items():
+        here = f"{path}{key.replace('_', '-')}"
+        found += leaves(kind, value, here + ".") if isinstance(value, dict) and value else [f"--{here}"]
+    return found
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_help_all_has_every_setting(command, capsys):
+    text = helped(command, "--help-all", capsys)
+    flags = set(re.findall(r"^  (--[\w.-]+)", text, re.M))
+    undocumented = [each.path for each in settings(kind_of(command)) if not each.about.partition(" (default")[0]]
+    assert not undocumented
+    missing = {flag for flag in leaves(kind_of(command), kind_of(command)()) if flag not in flags}
+    # groups that are none or empty by default; below
+    assert missing <= {"--diffusion", "--domains", "--method", "--stop", "--templates"}
+    if command == "init":
+        for flag in ("--domains.NAME.data.shards", "--domains.NAME.labels", "--stop.window", "--arch.hidden-size"):
+            assert flag in flags
+        assert {"--arch", "--method.rank", "--engine.deepspeed.offload-params", "--launch.env"} <= flags
+
+
+@pytest.mark.parametrize("command", ["-m fine_dist", "-m fine_dist.condense", "-m fine_dist.init"])
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+def test_help_into_a_reader_that_goes_ends_quietly(command, reader):
+    script = f"{shlex.quote(sys.executable)} {command} --help | {reader}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+# --- remedies ------------------------------------------------------------------------------------------------------
+
+
+def run(command: str, argv: list[str], capsys) -> tuple[int, str]:
+    code = importlib.import_module(f"fine_dist.{command}").main(argv)
+    said = capsys.readouterr()
+    return code, said.err or said.out
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "words"),
+    [
+        ("init", "--dry-run --parent nowhere --depths 2 4 6 --seeds {seeds}", ""),
+        ("encode", "--dry-run", ""),
+        ("condense", "--dry-run --method.initial decompose", "{tmp}"),
+        ("evaluate", "--launcher here", "{tmp}"),
+        ("sample", "--launcher here", "{tmp}"),
+        ("export", "", "{tmp}"),
+    ],
+)
+def test_the_flags_that_a_message_tells_to_add_are_what_it_takes(command, argv, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = argv.format(seeds=" ".join(map(str, range(101)))).split()
+    code, said = run(command, argv, capsys)
+    if command == "condense" and code == 0:
+        code, said = run(command, [*argv[1:], "--launcher", "here"], capsys)
+    assert code == 2, said
+    told = re.findall(r"(--[a-z][\w.-]*)(?: ([\w/.]+))?", said)
+    assert told, said
+    more = []
+    for flag, value in told:
+        more += [flag] if value == "to" else [flag, str(tmp_path) if value in ("", "FOLDER", "and") else value]
+    again, then = run(command, [*argv, *more], capsys)
+    assert "command line" not in then, then
+    assert again == 0 or (again == 2 and then != said), then
+
+
+def test_shards_are_made_by_following_what_the_messages_say(tmp_path, capsys, monkeypatch):
+    """From a folder that is not there to shards, by nothing but the commands that are printed."""
+    monkeypatch.chdir(tmp_path)
+    code, said = run("encode", ["--inspect", "data/digits/train"], capsys)
+    assert code == 2
+    module = re.search(r"`python -m fine_dist\.(\w+)`", said)
+    assert module is not None
+    code, said = run(module[1], ["--launcher", "here"], capsys)
+    assert code == 2
+    told = re.search(r"for example (--out [\w/]+)", said)
+    assert told is not None
+    assert run("encode", [*told[1].split(), "--launcher", "here"], capsys)[0] == 0
+    assert run("encode", ["--inspect", "data/digits/train"], capsys)[0] == 0
+
+
+def test_a_manifest_is_written_by_the_command_that_its_absence_or_damage_prints(tmp_path, capsys):
+    make_foreign(tmp_path / "d", [[sample(i) for i in range(4)]], manifest=False)
+    for damage in (None, "[]"):
+        if damage:
+            (tmp_path / "d" / "manifest.json").write_text(damage)
+        code, said = run("encode", ["--inspect", str(tmp_path / "d")], capsys)
+        told = re.search(r"`python -m fine_dist.encode (--index .*?)`", said)
+        assert code == 2 and told is not None
+        filled = {"FOLDER": str(tmp_path / "d"), "N": "10", "F": "0.5"}
+        assert run("encode", [filled.get(word, word) for word in told[1].split()], capsys)[0] == 0
+        assert run("encode", ["--verify", str(tmp_path / "d")], capsys)[0] == 0
+
+
+def test_every_flag_in_a_message_is_one_that_some_command_has():
+    known = {
+        "--help",
+        "--help-all",
+        "--config",
+        "--dry-run",
+        "--launcher",
+        "--list",
+        "--inspect",
+        "--verify",
+        "--index",
+    }
+    known |= {"--stage", "--rate", "--json", "--watch", "--all"}  # of plan and status
+    known |= {"--scale", *ONLY_WITH_SCALE}  # of plan
+    known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
+    for command in KINDS:
+        known |= {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(command))}
+    for path in [*(ROOT / "fine_dist").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Raise):
+                continue
+            for part in ast.walk(node):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    for flag in re.findall(r"(?<![\w-])--[a-z][a-z._-]*[a-z]", part.value):
+                        assert flag in known, f"{path}:{part.lineno}: {flag}"
+
+
+def test_published_configs_say_the_same_by_file_and_by_flags():
+    """Every key of every published config, given as flags, resolves to what the file does."""
+    for path in sorted((ROOT / "configs").glob("*/*.yaml")):
+        if path.parent.name not in KINDS:
+            continue  # a table of runs is a file, no list of flags
+        command = path.parent.name
+        kind, words = kind_of(command), []
+        for key, value in flat(yaml.safe_load(path.read_text())):
+            words += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+        assert parse(kind, words, command).config == load(kind, path), path
+
+
+def flat(values: dict, path: str = "") -> list[tuple[str, object]]:
+    return [
+        pair
+        for key, value in values.items()
+        for pair in (flat(value, f"{path}{key}.") if isinstance(value, dict) else [(path + key, value)])
+    ]
+
+
+# --- how a command ends --------------------------------------------------------------------------------------------
+
+
+def raising(error: BaseException):
+    def body() -> int:
+        raise error
+
+    return body
+
+
+def test_ctrl_c_promises_only_what_the_command_says(capsys):
+    for promise, said in (("", "interrupted\n"), ("all is kept", "interrupted; all is kept\n")):
+        assert guard(raising(KeyboardInterrupt()), promise) == 130
+        assert capsys.readouterr().err == said
+        assert guard(raising(KeyboardInterrupt()), lambda promise=promise: promise) == 130
+        assert capsys.readouterr().err == said
+
+
+def test_a_pipe_that_breaks_elsewhere_is_not_taken_for_a_reader_that_has_gone():
+    with pytest.raises(BrokenPipeError):
+        guard(raising(BrokenPipeError(32, "a worker is gone")))
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    assert guard(raising(MemoryError("Unable to allocate 6.94 EiB"))) == 2
+    assert capsys.readouterr().err.startswith("error: not enough memory: Unable to allocate 6.94 EiB;")

@@ -1,0 +1,102 @@
+"""A job's trajectory in a pack is its solo run's, whatever else is in the pack."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fine_dist.engine import dist
+from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.family.pack_model import Inputs, PackedDiT
+from fine_dist.testing import run_distributed
+from tests.conftest import inputs
+from tests.family.tools import form, largest_difference, packed, sigma_of, solo, target
+
+FAMILY = [(4, 0, 3e-2), (2, 0, 1e-2), (6, 1, 3e-2), (1, 2, 3e-3), (3, 1, 1e-2)]
+STEPS = 50
+# fp32 sums in another order differ by some 1e-7; 50 steps carry that to at most 1e-5 of a loss and 1e-4 of a sigma.
+LOSS, SIGMA = 1e-5, 1e-4
+
+
+def assert_equals_solo(run, recorder, learngene, data, points, steps, **how):
+    for j, point in enumerate(points):
+        losses, model = solo(learngene, point, data, steps, **how)
+        assert recorder.losses[j] == pytest.approx(losses, rel=LOSS)
+        assert largest_difference(run.pack.scalers(j), sigma_of(model)) < SIGMA
+        moved = largest_difference(sigma_of(target(learngene, point[0], point[1])), sigma_of(model))
+        assert moved > 100 * SIGMA  # the comparison is not between two runs that stood still
+
+
+def test_mixed_depths_rates_and_seeds_train_as_each_would_alone(learngene, shards):
+    run, recorder = packed(learngene, FAMILY, shards / "train", STEPS)
+    assert run.train()
+    assert_equals_solo(run, recorder, learngene, shards / "train", FAMILY, STEPS)
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(warmup_steps=5, schedule="cosine", weight_decay=0.1, clip_norm=0.05),
+        OptimConfig(clip_norm=None, betas=(0.8, 0.95), eps=1e-4),
+    ],
+)
+def test_schedule_clipping_and_weight_decay_are_each_jobs_own(learngene, shards, optim):
+    points = FAMILY[:3]
+    run, recorder = packed(learngene, points, shards / "train", 20, optim=optim)
+    assert run.train()
+    assert_equals_solo(run, recorder, learngene, shards / "train", points, 20, optim=optim)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_how_many_jobs_go_through_at_once_changes_rounding_only(learngene, shards, chunk):
+    whole, recorder = packed(learngene, FAMILY, shards / "train", 10)
+    part, other = packed(learngene, FAMILY, shards / "train", 10, chunk=chunk)
+    assert whole.train() and part.train()
+    assert all(other.losses[j] == pytest.approx(recorder.losses[j], rel=LOSS) for j in range(len(FAMILY)))
+    torch.testing.assert_close(part.pack.sigma, whole.pack.sigma, atol=SIGMA, rtol=0)
+
+
+def test_a_packs_outputs_are_each_targets_own_in_the_order_asked_for(learngene):
+    models = [target(learngene, depth) for depth in (2, 5, 3)]
+    pack = PackedDiT([form(model) for model in models])
+    z, t, y = inputs(learngene.arch, batch=4)
+    seen = Inputs(torch.stack([z, z.flip(0)]), torch.stack([t, t.flip(0)]), torch.stack([y, y.flip(0)]))
+    out = pack(seen, [1, 0], [0, 1])
+    torch.testing.assert_close(out[0], models[0](z.flip(0), t.flip(0), y.flip(0)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out[1], models[1](z, t, y), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pack(seen, [0], [2])[0], models[2](z, t, y), atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_follows_fp32_and_keeps_sigma_in_fp32(learngene, shards):
+    engine = EngineConfig(device="cpu", log_every=1, precision="bf16")
+    run, recorder = packed(learngene, FAMILY[:2], shards / "train", 20, engine=engine)
+    exact, other = packed(learngene, FAMILY[:2], shards / "train", 20)
+    assert run.train() and exact.train()
+    assert run.pack.sigma.dtype == torch.float32
+    for j in range(2):  # bf16 has 8 bits: losses agree to some parts in a thousand, and drift slowly
+        assert recorder.losses[j] == pytest.approx(other.losses[j], rel=0.05)
+
+
+def train_over_ranks(learngene, data, points, steps, states):
+    world = dist.world("cpu")
+    if world.rank == 1:  # as if its processor had begun the targets otherwise
+        learngene = replace(learngene, tensors={k: v * 1.01 for k, v in learngene.tensors.items()})
+    run, recorder = packed(learngene, points, data, steps, world=world, states=(states, "p"))
+    assert run.train()
+    return recorder.losses, [run.pack.scalers(j) for j in range(len(points))]
+
+
+@pytest.mark.distributed
+def test_two_processes_train_what_one_does_whatever_the_second_began_with(learngene, shards, tmp_path):
+    points = FAMILY[:3]
+    one, recorder = packed(learngene, points, shards / "train", 20)
+    assert one.train()
+    both = run_distributed(train_over_ranks, 2, learngene, shards / "train", points, 20, tmp_path)
+    losses, first = both[0]
+    for j in range(len(points)):
+        assert losses[j] == pytest.approx(recorder.losses[j], rel=LOSS)
+        assert largest_difference(first[j], one.pack.scalers(j)) < SIGMA
+        assert largest_difference(first[j], both[1][1][j]) == 0  # both ranks hold the same sigma, bit by bit
+    assert not both[1][0]  # only rank 0 writes

@@ -1,0 +1,346 @@
+"""The command as a user runs it: processes, folders, a kill, and what is there afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fine_dist.artifacts.targets import load_target
+from fine_dist.core.errors import ArtifactError, ResumeLater
+from fine_dist.data.settings import DataConfig
+from fine_dist.data.stream import read_all
+from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine import dist
+from fine_dist.engine.settings import LoopConfig, OptimConfig
+from fine_dist.family.config import DomainConfig, InitConfig
+from fine_dist.family.members import Family
+from fine_dist.family.summary import list_family
+from fine_dist.family.train_family import run_pack
+from fine_dist.model.artifact import load_artifact
+from fine_dist.model.dit import DiT
+from launchers.state_table import StateTable
+from tests.family.tools import largest_difference, sigma_of, solo
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 12
+
+
+def words(learngene, shards, run_dir, *more: str) -> list[str]:
+    flags = {
+        "run-dir": run_dir,
+        "parent": learngene.folder,
+        "data.shards": shards / "train",
+        "data.held-out": shards / "held_out",
+        "engine.device": "cpu",
+        "engine.log-every": 1,
+        "engine.checkpoint-every": 2,
+        "engine.eval-every": 5,
+        "optim.lr": 0.01,
+        "batch": 16,
+        "steps": STEPS,
+    }
+    base = [sys.executable, "-m", "fine_dist.init"]
+    return [*base, *[w for key, value in flags.items() for w in (f"--{key}", str(value))], "--depths", "2", "3", *more]
+
+
+def call(command: list[str], **how) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, **how)
+
+
+def rows_of(folder: Path, key: str = "loss") -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+@pytest.fixture(scope="module")
+def family(learngene, shards, tmp_path_factory) -> Path:
+    """Four targets, trained by the local pool."""
+    run_dir = tmp_path_factory.mktemp("run") / "family"
+    done = call(words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "local"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir
+
+
+NAMES = ["L2-s0-lr0.01", "L2-s1-lr0.01", "L3-s0-lr0.01", "L3-s1-lr0.01"]
+
+
+def test_every_target_is_what_its_solo_run_would_have_made(family, learngene, shards):
+    for name in NAMES:
+        point = (int(name[1]), int(name[4]), 0.01)
+        losses, model = solo(learngene, point, shards / "train", STEPS)
+        saved = load_artifact(family / name / "target", "target")
+        assert [row["loss"] for row in rows_of(family / name)] == pytest.approx(losses, rel=1e-5)
+        trained = sigma_of(model)
+        assert largest_difference({key: saved.tensors[key] for key in trained}, trained) < 1e-4
+
+
+def test_the_held_out_loss_is_known_before_the_first_step_on_the_way_and_at_the_end(family):
+    for name in NAMES:
+        looks = {row["step"]: row["held_out_loss"] for row in rows_of(family / name, "held_out_loss")}
+        assert list(looks) == [0, 5, 10, STEPS]
+        assert looks[STEPS] == json.loads((family / name / "DONE.json").read_text())["held_out_loss"] < looks[0]
+
+
+def test_a_target_names_its_learngene_and_merges_into_a_dense_model_of_the_stated_loss(family, learngene, shards):
+    measure = HeldOut(*read_all(str(shards / "held_out")), DiffusionConfig())
+    for name in NAMES:
+        dense, artifact = load_target(family / name)
+        assert type(dense) is DiT and artifact.extra["parent"]["hash"] == learngene.hash
+        done = json.loads((family / name / "DONE.json").read_text())
+        assert measure(dense)["held_out_loss"] == pytest.approx(done["held_out_loss"], rel=1e-5)
+        assert sum(p.numel() for p in dense.parameters()) == dense.arch.count()
+
+
+def test_scalers_are_refused_with_another_learngene_and_found_where_it_was_moved(family, learngene, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(family / NAMES[0], tmp_path / "target")
+    shutil.copytree(learngene.folder, moved)
+    load_target(tmp_path / "target", learngene=moved)
+    content = bytearray((moved / "tensors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (moved / "tensors.safetensors").write_bytes(bytes(content))
+    with pytest.raises(ArtifactError, match="not what its manifest says"):
+        load_target(tmp_path / "target", learngene=moved)
+    from fine_dist.model.artifact import save_artifact
+
+    other = {name: tensor + 1 for name, tensor in learngene.tensors.items()}
+    save_artifact(moved, kind="learngene", method=learngene.method, arch=learngene.arch, tensors=other)
+    with pytest.raises(ArtifactError, match="the target means nothing without its own"):
+        load_target(tmp_path / "target", learngene=moved)
+
+
+@pytest.mark.parametrize("file", ["DONE.json", "target.json"])
+def test_a_damaged_word_of_a_target_is_one_line_and_names_the_file(file, family, learngene, shards, tmp_path):
+    shutil.copytree(family, tmp_path / "family")
+    (tmp_path / "family" / NAMES[0] / file).write_text('{"steps": 1')
+    done = call(words(learngene, shards, tmp_path / "family", "--seeds", "0", "1", "--launcher", "here"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(rf"error: .*{NAMES[0]}/{file} is damaged", done.stderr)
+
+
+def test_the_list_shows_sizes_losses_and_the_storage_of_the_family(family):
+    lines = list_family(family)
+    assert sorted(line.split()[0] for line in lines[1:5]) == NAMES
+    assert all(line.endswith("done") for line in lines[1:5])
+    assert any("as dense models" in line for line in lines)
+    assert lines[-1].startswith("n models by fine, beside n dense ones: 1: ") and "; 100: " in lines[-1]
+    sizes = [(family / name / "target" / "tensors.safetensors").stat().st_size for name in NAMES]
+    assert all(size < 20_000 for size in sizes)
+
+
+def test_tensorboard_has_a_run_a_target_with_its_hyperparameters_and_the_familys_figure(family):
+    for name in NAMES:
+        events = EventAccumulator(str(family / name / "tensorboard"))
+        events.Reload()
+        assert len(events.Scalars("init/loss")) == STEPS
+        assert events.Scalars("init/final_held_out_loss")[0].value > 0
+        assert "_hparams_/session_start_info" in events.summary_metadata
+    figure = EventAccumulator(str(family / "tensorboard"))
+    figure.Reload()
+    assert figure.Tags()["images"] == ["family/loss_against_depth"]
+    assert (family / "family.png").stat().st_size > 1000
+
+
+def test_running_it_again_trains_nothing_and_a_grown_grid_only_what_is_new(family, learngene, shards, tmp_path):
+    grown = tmp_path / "family"
+    shutil.copytree(family, grown)
+    before = {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES}
+    again = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here"))
+    assert again.returncode == 0, again.stderr
+    more = call(words(learngene, shards, grown, "--seeds", "0", "1", "2", "--launcher", "local"))
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES} == before
+    assert {row.state for row in StateTable(grown).rows()} == {"done"} and len(StateTable(grown).rows()) == 6
+
+
+def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(family, learngene, shards, tmp_path):
+    run_dir = tmp_path / "killed"
+    command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 120
+    log = run_dir / NAMES[0] / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 4):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / NAMES[0] / "DONE.json").exists()
+    again = call(command)
+    assert again.returncode == 0, again.stderr
+    whole = tmp_path / "whole"
+    straight = call(words(learngene, shards, whole, "--seeds", "0", "1", "--launcher", "here"))
+    assert straight.returncode == 0, straight.stderr
+    for name in NAMES:
+        ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        assert rows_of(run_dir / name) == rows_of(whole / name)
+
+
+def test_a_signal_saves_and_asks_to_be_started_again(learngene, shards, tmp_path):
+    run_dir = tmp_path / "stopped"
+    command = words(learngene, shards, run_dir, "--launcher", "here", "--steps", "100000")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    log = run_dir / NAMES[0] / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command continues" in said
+    assert list((run_dir / "packs").glob("*.state.safetensors"))
+
+
+def test_a_time_limit_or_the_word_stop_saves_and_the_same_command_goes_on(family, learngene, shards, tmp_path):
+    run_dir = tmp_path / "family"
+    command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
+    limited = call([*command, "--engine.time-limit-min", "0.00001"])
+    assert limited.returncode == 75 and "time limit" in limited.stderr
+    (run_dir / "STOP").touch()  # left from before: the user starts the family again, so it does not count
+    config = InitConfig(
+        run_dir=str(run_dir), parent=str(learngene.folder), depths=(2, 3), seeds=(0, 1), steps=STEPS, batch=16,
+        data=DataConfig(shards=str(shards / "train"), held_out=str(shards / "held_out")), optim=OptimConfig(lr=0.01),
+        engine=LoopConfig(device="cpu", log_every=1, checkpoint_every=2, eval_every=5),
+    )  # fmt: skip
+    table = StateTable(run_dir)
+    with pytest.raises(ResumeLater, match="STOP"):
+        run_pack(Family(config), Family(config).packs()[0], table, dist.alone("cpu"))
+    assert {row.deaths for row in table.rows()} == {0}  # a clean stop is no death: packs stay as large as they were
+    done = call(command)
+    assert done.returncode == 0, done.stderr
+    for name in NAMES:
+        ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, family))
+        assert largest_difference(ours, theirs) < 1e-4
+
+
+def test_more_steps_go_on_from_where_a_target_ended(family, learngene, shards, tmp_path):
+    grown = tmp_path / "family"
+    shutil.copytree(family, grown)
+    more = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here", "--steps", str(STEPS + 4)))
+    assert more.returncode == 0, more.stderr
+    rows = rows_of(grown / NAMES[0])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 5))
+    losses, _ = solo(learngene, (2, 0, 0.01), shards / "train", STEPS + 4)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+
+
+def test_targets_that_cannot_share_a_pack_train_in_the_engines_loop_to_the_same_end(
+    family, learngene, shards, tmp_path
+):
+    run_dir = tmp_path / "alone"
+    done = call(words(learngene, shards, run_dir, "--launcher", "here", "--engine.compile", "True", "--depths", "2"))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (load_artifact(place / NAMES[0] / "target").tensors for place in (run_dir, family))
+    assert largest_difference(ours, theirs) < 1e-4
+    assert list((run_dir / NAMES[0] / "checkpoints").glob("step_*"))
+
+
+def test_a_target_that_fails_is_marked_and_the_family_ends_with_code_3(learngene, shards, tmp_path):
+    run_dir = tmp_path / "failing"
+    done = call(words(learngene, shards, run_dir, "--lrs", "0.01", "1e30", "--launcher", "local"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    rows = {row.name: row for row in StateTable(run_dir).rows()}
+    assert {name for name, row in rows.items() if row.state == "failed"} == {"L2-s0-lr1e+30", "L3-s0-lr1e+30"}
+    assert all("nan" in row.reason for row in rows.values() if row.state == "failed")
+    assert rows["L2-s0-lr0.01"].state == "done" and (run_dir / "L2-s0-lr0.01" / "DONE.json").exists()
+    assert "failed: step" in "\n".join(list_family(run_dir))
+
+
+def test_controls_are_made_by_the_same_command(learngene, shards, tmp_path):
+    for method in ("random_genes", "outside", "he"):
+        done = call(words(learngene, shards, tmp_path / method, "--method.name", method, "--launcher", "here"))
+        assert done.returncode == 0, done.stderr
+    dense, artifact = load_target(tmp_path / "random_genes" / NAMES[0])
+    assert artifact.method["name"] == "random_genes" and dense.arch.num_layers == 2
+    for method in ("outside", "he"):
+        assert load_artifact(tmp_path / method / NAMES[0] / "model", "model").arch.num_layers == 2
+
+
+def test_another_domain_gets_its_own_labels_and_keeps_them(learngene, shards, tmp_path):
+    config = tmp_path / "domains.yaml"
+    data = f"{{shards: {shards / 'train'}, held_out: {shards / 'held_out'}}}"
+    config.write_text(f"domains:\n  same: {{data: {data}}}\n  other: {{data: {data}, labels: new}}\n")
+    run_dir = tmp_path / "domains"
+    command = words(learngene, shards, run_dir, "--launcher", "here")
+    done = call([*command, "--config", str(config)])
+    assert done.returncode == 0, done.stderr
+    same = load_artifact(run_dir / "L2-same-s0-lr0.01" / "target")
+    other = load_artifact(run_dir / "L2-other-s0-lr0.01" / "target")
+    assert "label.weight" in other.tensors and "label.weight" not in same.tensors
+    dense, _ = load_target(run_dir / "L2-other-s0-lr0.01")
+    assert torch.equal(dense.label.weight, other.tensors["label.weight"])
+    assert not torch.equal(dense.label.weight, learngene.tensors["label.weight"])
+
+
+def test_a_pack_over_two_processes_ends_as_a_pack_in_one(family, learngene, shards, tmp_path):
+    run_dir = tmp_path / "two"
+    command = words(learngene, shards, run_dir, "--launcher", "local", "--launch.processes", "2")
+    done = call(command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("L2-s0-lr0.01", "L3-s0-lr0.01"):
+        ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, family))
+        assert largest_difference(ours, theirs) < 1e-4
+        assert len(rows_of(run_dir / name)) == STEPS
+
+
+def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learngene, shards, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(shards / "train", broken)
+    domains = {
+        "good": DomainConfig(data=DataConfig(shards=str(shards / "train"))),
+        "broken": DomainConfig(data=DataConfig(shards=str(broken))),
+    }
+    config = InitConfig(
+        run_dir=str(tmp_path / "run"), parent=str(learngene.folder), depths=(2,), domains=domains, steps=2, batch=8
+    )
+    family = Family(config)
+    family.check()
+    pack = family.packs()[0]
+    (broken / "manifest.json").unlink()
+    table = StateTable(tmp_path / "run")
+    table.add([member.name for member in family.members])
+    run_pack(Family(config), pack, table, dist.alone("cpu"))
+    rows = {row.name: row for row in table.rows()}
+    assert rows["L2-good-s0-lr0.01"].state == "done"
+    assert rows["L2-broken-s0-lr0.01"].state == "failed" and str(broken) in rows["L2-broken-s0-lr0.01"].reason
+
+
+def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_were(learngene, shards, tmp_path):
+    config = InitConfig(
+        run_dir=str(tmp_path / "run"), parent=str(learngene.folder), depths=(2, 3), steps=6, batch=16,
+        data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=0.01),
+        engine=LoopConfig(device="cpu", log_every=1, checkpoint_every=2),
+    )  # fmt: skip
+    family = Family(config)
+    family.check()
+    [pack] = family.packs()
+    pack = replace(pack, apart=True)
+    table = StateTable(tmp_path / "run")
+    table.add([member.name for member in family.members])
+    stop = tmp_path / "run/STOP"
+    stop.touch()
+    with pytest.raises(ResumeLater, match="the state of 1 targets is saved"):
+        run_pack(family, pack, table, dist.alone("cpu"))
+    stop.unlink()
+    assert [len(rows_of(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
+    run_pack(family, pack, table, dist.alone("cpu"))
+    for name in pack.jobs:
+        losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
+        assert [row["loss"] for row in rows_of(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
+    assert {row.state for row in table.rows()} == {"done"}

@@ -1,0 +1,359 @@
+"""The report says what the rows say, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from rich.console import Console
+
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.study.report import summary_png, write_report
+from fine_dist.study.report.claims import verdicts
+from fine_dist.study.report.cost_table import arithmetic, short
+from fine_dist.study.report.depth_curves import linearity
+from fine_dist.study.report.formula import steps_of
+from fine_dist.study.report.results import Ancestor, Claim, Picture, Results, number, read_results
+from fine_dist.study.report.table import table
+
+N, INIT = 100, 50
+CLAIMS = [
+    Claim(text="Ours is better at equal steps", source="A paper, table 1", chain=(("ours", "N"), ("plain", "N"))),
+    Claim(text="Ours is worth 3N", source="A paper", chain=(("ours", "N"), ("plain", "3N")), or_equal=True),
+    Claim(text="Equal total steps", source="control", chain=(("ours", "N"), ("plain", "N+I"))),
+    Claim(text="A third is between", source="A paper", chain=(("ours", "N"), ("third", "N"), ("plain", "N"))),
+    Claim(text="Numbers follow depth", source="A paper, figure 2", on_a_line="learngene", bound=0.9),
+]
+
+
+def results(ours: float = 0.11, plain: float = 0.13, plain_3n: float = 0.12, targets=(2, 4), seeds=3) -> Results:
+    """Two series on two depths; the mean over seeds is the number given, spread 0.001."""
+    made = Results(
+        main="ours", baseline="plain", steps={"N": N, "I": INIT}, labels={"ours": "Ours", "plain": "scratch"}
+    )
+    made.ancestors["ours"] = Ancestor(name="DiT-D64/2-L8", layers=8, steps=1000, seconds=60, stored=1000)
+    made.claims = CLAIMS
+    made.target_params = {t: 1000 * t for t in targets}
+    for target in targets:
+        for seed in range(seeds):
+            wobble = 0.001 * (seed - (seeds - 1) / 2)
+            common = {"target": target, "seed": seed}
+            made.add(method="ours", stage="init", step=0, held_out_loss=0.2, steps_init=INIT, seconds=5, **common)
+            for step in (N // 2, N):
+                made.add(
+                    method="ours", stage="train", step=step, held_out_loss=ours + wobble + 0.01 * (step < N),
+                    frechet=8.0 + wobble if step == N else None, steps_init=INIT, steps_train=step,
+                    seconds=5 + step / 10, **common,
+                )  # fmt: skip
+            for step, loss in ((0, 1.0), (N, plain), (3 * N, plain_3n)):
+                made.add(
+                    method="plain", stage="train", step=step, held_out_loss=loss + wobble, steps_train=step,
+                    seconds=step / 10, **common,
+                )  # fmt: skip
+    return made
+
+
+def of(made: Results, words: str):
+    return next(v for v in verdicts(made) if words in v.claim)
+
+
+def printed(made: Results, tmp_path) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    write_report(tmp_path, made, console=console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "plain_3n", "equal_steps", "three_times"),
+    [
+        (0.11, 0.13, 0.12, "held", "held"),
+        (0.11, 0.13, 0.10, "held", "did not hold"),
+        (0.14, 0.13, 0.12, "did not hold", "did not hold"),
+        (0.12, 0.12, 0.12, "within noise", "held"),
+        (0.1201, 0.12, 0.12, "within noise", "within noise"),
+    ],
+)
+def test_claims_are_decided_by_means_and_spread(ours, plain, plain_3n, equal_steps, three_times):
+    """Spread 0.001: equal means are "no worse", not "better"; a difference of 0.0001 decides nothing."""
+    made = results(ours, plain, plain_3n)
+    assert of(made, "equal steps").word == equal_steps
+    assert of(made, "3N").word == three_times
+
+
+def test_one_depth_that_fails_is_enough_for_a_claim_not_to_hold():
+    made = results()
+    for row in made.rows:
+        if row.method == "plain" and row.target == 4 and row.step == N:
+            row.held_out_loss = 0.05
+    verdict = of(made, "equal steps")
+    assert verdict.word == "did not hold"
+    assert [c.held for c in verdict.of("held_out_loss")] == [True, False]
+
+
+def test_what_was_not_measured_is_never_decided():
+    words = {v.claim: v.word for v in verdicts(results())}
+    assert words["A third is between"] == words["Equal total steps"] == words["Numbers follow depth"] == "not measured"
+
+
+def test_a_step_beside_the_right_one_is_not_taken_for_it():
+    made = results()
+    for row in made.rows:
+        if row.method == "plain" and row.step == 3 * N:
+            row.step += 1
+    assert of(made, "3N").word == "not measured"
+
+
+def test_controls_are_compared_at_equal_total_steps():
+    made = results()
+    for target in (2, 4):
+        made.add(method="plain", target=target, seed=0, stage="train", step=N + INIT, held_out_loss=0.125)
+    assert of(made, "Equal total steps").word == "held"
+
+
+def test_a_difference_smaller_than_the_seeds_spread_is_marked():
+    near, far = results(0.11, 0.1105), results(0.11, 0.13)
+    assert all(c.within_spread for c in of(near, "equal steps").of("held_out_loss"))
+    assert not any(c.within_spread for c in of(far, "equal steps").of("held_out_loss"))
+
+
+def test_the_least_favourable_comparison_decides_a_claim():
+    """Depth 2 holds, depth 4 lies within the spread; then depth 4 is worse."""
+    made = results()
+    for row in made.rows:
+        if row.method == "plain" and row.target == 4 and row.step == N:
+            row.held_out_loss -= 0.0198
+    assert of(made, "equal steps").word == "within noise"
+    for row in made.rows:
+        if row.method == "plain" and row.target == 4 and row.step == N:
+            row.held_out_loss -= 0.02
+    assert of(made, "equal steps").word == "did not hold"
+
+
+@pytest.mark.parametrize("step", [0, N])
+def test_a_chain_of_variants_is_compared_link_by_link(step):
+    made = results(targets=(4,))
+    order = ("ours", "ours:near", "ours:far", "ours:random")
+    made.claims = [Claim(text="order", source="A paper", chain=tuple((s, step) for s in order))]
+    base = made.mean("ours", 4, step).mean
+    for variant, more in (("near", 0.005), ("far", 0.01), ("random", 0.008)):
+        stage = "train" if step else "init"
+        made.add(method="ours", variant=variant, target=4, seed=0, stage=stage, step=step, held_out_loss=base + more)
+    verdict = of(made, "order")
+    assert [c.held for c in verdict.of("held_out_loss")] == [True, True, False]
+    assert verdict.word == "did not hold"
+
+
+def test_means_and_spreads_are_over_seeds():
+    mean = results().mean("ours", 2, N)
+    assert (mean.mean, mean.num) == (pytest.approx(0.11), 3)
+    assert mean.spread == pytest.approx(np.std([0.109, 0.11, 0.111], ddof=1))
+
+
+def test_the_end_of_initialisation_stands_at_step_zero():
+    made = results()
+    made.add(method="ours", target=2, seed=0, stage="init", step=0, held_out_loss=0.9, steps_init=10)
+    assert made.points("ours", 2)[0] == [0.2, 0.2, 0.2]
+
+
+def test_a_table_linear_in_depth_is_found_so_and_a_scrambled_one_is_not():
+    g = torch.Generator().manual_seed(0)
+    slope, base = torch.randn(32, generator=g), torch.randn(32, generator=g)
+    straight = base + torch.linspace(0, 1, 8)[:, None] * slope
+    made = results()
+    made.add_table("learngene", "qkv", straight)
+    fit = linearity(straight)
+    assert fit.correlation == pytest.approx(1) and fit.r_squared == pytest.approx(1)
+    assert of(made, "follow depth").word == "held"
+    made.add_table("learngene", "o", straight[torch.randperm(8, generator=g)])
+    assert of(made, "follow depth").word == "did not hold"
+
+
+def test_the_sign_of_a_component_follows_depth():
+    table_ = -np.linspace(0, 1, 5)[:, None] * np.ones(3)
+    assert np.all(np.diff(linearity(table_).score) > 0)
+
+
+def test_formulas_of_steps_are_computed_and_what_cannot_be_is_named():
+    symbols = {"N": 400, "I": 300, "C": 1500}
+    found = [steps_of(f, symbols) for f in ("N", "3N", "N + I", "N+C/3", "2N+10", 7, "0")]
+    assert found == [400, 1200, 700, 900, 810, 7, 0]
+    with pytest.raises(ConfigError, match=r"Q has no value; known are N = 400"):
+        steps_of("N+Q", symbols)
+    with pytest.raises(ConfigError, match="is no term"):
+        steps_of("N-I", symbols)
+
+
+def test_steps_and_storage_are_counted():
+    lines = dict(arithmetic(results()))
+    assert "1,000 steps once, then 300 for all targets = 1,300" in lines["steps"]
+    assert "scratch with 3 N each: 600" in lines["steps"]
+    assert "1,000 numbers, the 2 full models 6,000 (6.00 times" in lines["storage"]
+
+
+def test_the_table_has_a_line_for_each_measured_milestone():
+    made = table(results())
+    assert [head.replace("\n", " ") for head in made.heads][:5] == [
+        "depth",
+        "method",
+        "init steps",
+        "train steps",
+        "held-out loss",
+    ]
+    lines = [(line.target, line.series, line.step) for line in made.lines]
+    assert lines == [
+        (t, s, n) for t in (2, 4) for s, n in (("ours", 0), ("ours", N), ("plain", 0), ("plain", N), ("plain", 300))
+    ]
+    assert made.lines[1].cells[4] == "0.1100 ± 0.0010"
+
+
+def test_a_terminal_of_80_columns_shows_every_number_whole(tmp_path):
+    text = printed(results(), tmp_path)
+    assert "0.1100 ± 0.0010" in text and "…" not in text
+    assert "Ours is better at equal steps: held" in text
+
+
+def test_results_json_has_every_row_and_reads_back_equal(tmp_path):
+    made = results()
+    made.add_table("learngene", "qkv", torch.randn(4, 8))
+    made.pictures.append(Picture(image=torch.rand(1, 5, 7), method="ours", target=2, step=N))
+    made.pictures.append(Picture(image=torch.rand(3, 5, 7), caption="real"))
+    write_report(tmp_path, made, echo=False)
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(made.rows)
+    back = read_results(tmp_path)
+    assert back.model_dump() == made.model_dump()
+    np.testing.assert_allclose(back.pictures[0].image, made.pictures[0].image, atol=0.5 / 255)  # 8 bits
+    assert back.pictures[1].image.shape == (3, 5, 7)
+
+
+def full_page(tmp_path, made: Results | None = None) -> str:
+    made = made or results()
+    for kind in ("qkv", "o"):
+        made.add_table("learngene", kind, torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+        made.add_table("target 2", kind, torch.randn(2, 8))
+    made.pictures.append(Picture(image=torch.rand(1, 9, 9), method="ours", target=2, step=N))
+    made.frechet_floor, made.classifier_accuracy = 2.0, 0.97
+    return write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
+
+
+def test_the_page_needs_nothing_from_elsewhere(tmp_path):
+    html = full_page(tmp_path)
+    assert not re.findall(r'<(?:script|link|iframe)|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
+    assert html.count("<svg") == 4 and "data:image/png;base64," in html
+
+
+def test_pictures_on_one_page_do_not_share_ids(tmp_path):
+    ids = re.findall(r'\bid="([^"]+)"', full_page(tmp_path))
+    assert len(ids) == len(set(ids))
+
+
+def test_the_numbers_of_the_table_are_on_the_page(tmp_path):
+    made = results()
+    html = full_page(tmp_path, made)
+    assert all(cell in html for line in table(made).lines for cell in line.cells)
+
+
+def test_text_from_outside_cannot_become_markup(tmp_path):
+    made = results()
+    made.title, made.config = "a <b>&", {"<i>": "<script>alert(1)</script>"}
+    html = full_page(tmp_path, made)
+    assert "<script>" not in html and "&lt;b&gt;&amp;" in html
+
+
+def test_a_run_with_one_seed_and_one_row_still_makes_a_page(tmp_path):
+    made = Results()
+    made.add(method="plain", target=2, seed=0, stage="train", step=10, held_out_loss=0.5)
+    html = write_report(tmp_path, made, console=Console(file=io.StringIO())).read_text(encoding="utf-8")
+    assert "0.5000" in html and "±" not in html and "three seeds or more" in html
+
+
+def test_an_empty_run_makes_a_page_that_says_so(tmp_path):
+    assert "Nothing here compares" in write_report(tmp_path, Results(), echo=False).read_text(encoding="utf-8")
+
+
+def test_the_summary_is_one_png(tmp_path):
+    from PIL import Image
+
+    made = results()
+    made.pictures += [Picture(image=torch.rand(1, 9, 19), method=m, target=4, step=N) for m in ("ours", "plain")]
+    image = Image.open(summary_png(made, tmp_path / "docs" / "summary.png"))
+    assert image.format == "PNG" and image.width > 600
+    with pytest.raises(ValueError, match="no curve"):
+        summary_png(Results(), tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("bad", [{"held_out_loss": float("nan")}, {"stage": "later"}, {"step": -1}, {"losss": 1}])
+def test_a_row_that_cannot_be_is_refused(bad):
+    with pytest.raises(ValidationError):
+        Results().add(
+            **{"method": "plain", "target": 2, "seed": 0, "stage": "train", "step": 1, "held_out_loss": 1, **bad}
+        )
+
+
+def test_a_folder_without_a_report_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="no report"):
+        read_results(tmp_path)
+
+
+def test_numbers_have_four_decimals_or_four_digits():
+    assert [number(x) for x in (0.11049, 1.0, 12.345, 99999.0)] == ["0.1105", "1.000", "12.35", "99999"]
+
+
+def with_costs() -> Results:
+    """`ours` pays 1e9 FLOPs once and 1e6 a step; `plain` 2e6 a step."""
+    made = results()
+    for row in made.rows:
+        row.flops = row.step * (1e6 if row.method == "ours" else 2e6) + 1.0
+        row.flops_condense = 1e9 if row.method == "ours" else 0.0
+        row.stored = 50 if row.step == 0 and row.method == "ours" else 4000
+    return made
+
+
+def test_costs_and_storage_have_columns_and_figures(tmp_path):
+    made = with_costs()
+    assert {"FLOPs", "stored"} <= set(table(made).heads)
+    html = full_page(tmp_path, made)
+    assert html.count("<svg") == 6 and "Quality against cost" in html and "Storage" in html
+    assert [short(x) for x in (134660, 1.5e9, 12.0)] == ["135 K", "1.5 G", "12"]
+
+
+def test_sections_can_be_left_out_renamed_and_reordered_and_others_are_refused(tmp_path):
+    made = results()
+    made.sections = {"rows": "Everything", "claims": "Promises"}
+    html = write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
+    assert re.findall("<h2>(.*?)</h2>", html) == ["Everything", "Promises"]
+    with pytest.raises(ValidationError, match="legal are claims"):
+        Results(sections={"rowz": "Everything"})
+
+
+def test_labels_colours_and_the_order_of_series_are_data(tmp_path):
+    made = results()
+    made.labels = {"plain": "Scratch!", "ours": "Theirs"}
+    made.main, made.baseline = "plain", "ours"
+    made.colours = {"ours": "#123456"}
+    assert made.series == ["plain", "ours"] and made.label("ours:near") == "Theirs near"
+    html = full_page(tmp_path, made)
+    assert "initialised by Scratch! have no lower" in html.replace("&#x27;", "'") and "#123456" in html
+
+
+def test_the_readmes_tables_say_what_the_rows_say():
+    from fine_dist.study.report.readme import family, fill
+    from fine_dist.study.report.readme import table as markdown
+
+    made = with_costs()
+    made.command = "some command"
+    lines = markdown(made).splitlines()
+    assert "mean of 3 seeds ± standard deviation (`some command`; lower is better)" in lines[0]
+    assert lines[2] == (
+        "| depth | Ours: 50 initialisation steps | Ours, then 100 steps | scratch, 100 steps | scratch, 300 steps |"
+    )
+    assert lines[4] == "| 2 | 0.2000 ± 0.0000 | 0.1100 ± 0.0010 | 0.1300 ± 0.0010 | 0.1200 ± 0.0010 |"
+    assert "Learngene and 2 initialised targets: 1,100 numbers; 2 dense models: 6,000 (5.5 times" in family(made)
+    text = "a\n<!-- x table: begin -->\nold\n<!-- x table: end -->\nb\n"
+    assert fill(text, "x", "new\n") == text.replace("old", "new")
+    with pytest.raises(ArtifactError, match="no place for the y table"):
+        fill(text, "y", "new")
