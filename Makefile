@@ -53,7 +53,7 @@ benchmark: install  ## every benchmark, to runs/benchmark
 	$(BIN)/python -m benchmarks creative --json runs/benchmark/creative.json
 
 methods: install  ## every method and control on digits, to runs/benchmark/digits (about 45 minutes on 2 quiet cores)
-	$(BIN)/python -m benchmarks methods --config configs/benchmark/digits.yaml --json runs/benchmark/digits.json
+	$(BIN)/python -m fine_dist.study --config configs/benchmark/digits.yaml
 
 gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json
 	$(BIN)/python -m benchmarks gpu

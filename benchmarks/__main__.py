@@ -28,7 +28,6 @@ NAMES = {
     "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
     "creative": "a token's training against the loops that it stands beside",
     "gpu": "what only a GPU can show: its tests, steps at DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
-    "methods": "every method and control as one study: quality, costs and verdicts (--config FILE)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 
@@ -49,17 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     size = parser.add_argument_group("speed alone")
     size.add_argument("--arch", metavar="NAME", help="another size than DiT-S/2, such as DiT-XL/2 or DiT-B/2-L6")
     size.add_argument("--batch", metavar="N", type=_positive, help="samples a step; 16 unless told")
-    study = parser.add_argument_group("methods alone")
-    study.add_argument("--config", metavar="FILE", help="the benchmark, such as configs/benchmark/digits.yaml")
-    study.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a setting of its study")
-    study.add_argument("--launcher", default="auto", help="where jobs run: local, slurm, ray, auto, here")
-    study.add_argument("--dry-run", action="store_true", help="name the runs and what they would take; run nothing")
     options = parser.parse_args(argv)
-    if options.name == "methods" and not options.config:
-        parser.error("methods: --config FILE says which benchmark, such as configs/benchmark/digits.yaml")
     if options.name != "speed" and (options.arch or options.batch):
         parser.error(f"{options.name}: --arch and --batch are the speed benchmark's")
-    commands = {"methods": _methods, "gpu": _gpu_check}
+    commands = {"gpu": _gpu_check}
     return guard(lambda: commands.get(options.name, _run)(options))
 
 
@@ -68,20 +60,6 @@ def _positive(word: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
     return number
-
-
-def _methods(options: argparse.Namespace) -> int:
-    from fine_dist.study import methods
-
-    benchmark = methods.load_benchmark(options.config, options.set, options.quick)
-    if options.dry_run:
-        print("\n".join([*methods.outline(benchmark), "dry run: nothing was done"]))
-        return 0
-    started = time.perf_counter()
-    found = methods.run(benchmark, options.launcher)
-    about = {"benchmark": "methods", "quick": options.quick, "seconds": round(time.perf_counter() - started, 1)}
-    _write(options.json, {**about, **machine(), **found})
-    return 0
 
 
 def _gpu_check(options: argparse.Namespace) -> int:

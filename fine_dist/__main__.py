@@ -18,9 +18,12 @@ COMMANDS = {
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
     "status": "the tasks of a fan-out: pending, running, done, failed",
     "export": "a model for this project, for diffusers, or in the original DiT's layout",
-    "benchmark": "speed, data, fan-out, metrics and sampling, measured",
+    "study": "a table of methods x targets x seeds, run, measured and reported",
     "demo": "the whole method on the embedded data set, with a report",
 }
+
+ROOMS = ("creative", "study")
+"""Commands that are packages."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +46,9 @@ def _main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         print(f"error: no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}", file=sys.stderr)
         return EXIT_USER_ERROR
-    command = importlib.import_module(f"fine_dist.{argv[0]}")
+    # a room that is also a command (`creative`, `study`) keeps it in a module of its own
+    name = f"fine_dist.{argv[0]}"
+    command = importlib.import_module(f"{name}.command" if argv[0] in ROOMS else name)
     return int(command.main(argv[1:]))
 
 

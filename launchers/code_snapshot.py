@@ -20,10 +20,10 @@ SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
 
 def code_root(module: str) -> str:
     """The folder that `module` is imported from, for workers that run the code where it lies."""
-    file = import_module(module).__file__
-    if not file:
+    loaded = import_module(module)
+    if not loaded.__file__:
         raise LaunchError(f"module {module} has no file; a worker cannot import it")
-    return str(Path(file).resolve().parents[module.count(".")])
+    return str(Path(loaded.__file__).resolve().parents[loaded.__name__.count(".")])
 
 
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -109,9 +110,14 @@ def exit_code(result: object) -> int:
 
 
 def import_module(name: str) -> ModuleType:
-    """The module of a job. `LaunchError` when it is not there or has no `run`."""
+    """The module of a job; of a package that is also a command (`fine_dist.creative`), its `command` module.
+
+    Raises `LaunchError` when it cannot be imported or has no `run`.
+    """
     try:
         module = importlib.import_module(name)
+        if hasattr(module, "__path__") and importlib.util.find_spec(f"{name}.command"):
+            module = importlib.import_module(f"{name}.command")
     except ModuleNotFoundError as error:
         raise LaunchError(f"module {name}: {error}; it must be importable in {os.getcwd()}") from None
     if not callable(getattr(module, "run", None)):

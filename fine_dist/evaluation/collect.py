@@ -177,7 +177,7 @@ def measure_path(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Statistics:
-    """Statistics of the images at a path (`fine_dist.evaluation.image_reader`); process `rank` of `world_size` reads its share.
+    """Statistics of the images at a path (read by `image_reader`); process `rank` of `world_size` reads its share.
 
     limit: only the first so many images.
     """

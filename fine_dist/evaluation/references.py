@@ -100,7 +100,7 @@ class References:
 
     def _finish(self, manifest: Any, where: str) -> Any:
         """What makes pictures of these latents."""
-        from fine_dist.evaluation.base import as_uint8
+        from fine_dist.sampling.pixels import as_uint8
 
         if manifest.codec == "identity" and manifest.latent_shape[0] in (1, 3):
 

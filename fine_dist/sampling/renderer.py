@@ -37,7 +37,7 @@ class Artist:
 
     def finish(self, latents: Tensor) -> Tensor:
         """Pictures uint8 [B, C, H, W] of latents. Only where `pictures`."""
-        from fine_dist.evaluation.base import as_uint8
+        from fine_dist.sampling.pixels import as_uint8
 
         return self.decoder.decode(latents) if self.decoder else as_uint8(latents.clamp(-1, 1))
 

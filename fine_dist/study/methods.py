@@ -46,7 +46,7 @@ def load_benchmark(path: str | Path, changes: list[str] | None = None, quick: bo
     given = [_change(text) for text in changes or []]
     root = next((change["run_dir"] for change in reversed(given) if "run_dir" in change), benchmark.run_dir)
     told = "".join(f" --set {text}" for text in changes or [] if not text.startswith("run_dir="))
-    command = f"python -m benchmarks methods --config {_short(path)}{told}{' --quick' if quick else ''}"
+    command = f"python -m fine_dist.study --config {_short(path)}{told}{' --quick' if quick else ''}"
     found = {}
     for name, part in benchmark.parts.items():
         values = merged(benchmark.study, part)

@@ -1,7 +1,7 @@
 """Results as Markdown: every series in a row, costs, storage for n models, and the verdicts.
 
-`python -m fine_dist.study.report.markdown [--brief] NAME FOLDER... FILE` puts the tables of some reports' folders into a
-document, between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`; `--brief`: one table
+`python -m fine_dist.study.report.markdown [--brief] NAME FOLDER... FILE` puts the tables of some reports' folders into
+a document, between its comments `<!-- NAME table: begin -->` and `<!-- NAME table: end -->`; `--brief`: one table
 each, of quality after N steps beside all that was spent. `--png FILE --series NAME,...` also draws the first report's
 curves, of some series.
 """
