@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fine_dist.core.errors import ConfigError
 
 
-class Axis(NamedTuple):
+class GridAxis(NamedTuple):
     """One axis of a grid."""
 
     name: str
@@ -27,7 +27,7 @@ class Point(NamedTuple):
     values: tuple[Any, ...]
 
 
-def expand(axes: Sequence[Axis]) -> list[Point]:
+def expand(axes: Sequence[GridAxis]) -> list[Point]:
     """All combinations, the last axis fastest. `ConfigError` for an axis without values, or two points of one name."""
     for axis in axes:
         if not axis.values:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
-from fine_dist.core.grid import Axis
+from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.packing import Pack, Shape, activation_bytes, plan
@@ -69,11 +69,11 @@ def expand(config: InitConfig) -> list[Member]:
     for name in config.domains:
         _named(name)
     axes = [
-        Axis("depths", config.depths, lambda depth: f"L{depth}"),
-        Axis("domains", tuple(domains), lambda name: name if config.domains else ""),
-        Axis("seeds", config.seeds, lambda seed: f"s{seed}"),
-        Axis("lrs", rates, lambda lr: f"lr{lr:g}"),
-        *(Axis(f"variants.{name}", values, str) for name, values in config.variants.items()),
+        GridAxis("depths", config.depths, lambda depth: f"L{depth}"),
+        GridAxis("domains", tuple(domains), lambda name: name if config.domains else ""),
+        GridAxis("seeds", config.seeds, lambda seed: f"s{seed}"),
+        GridAxis("lrs", rates, lambda lr: f"lr{lr:g}"),
+        *(GridAxis(f"variants.{name}", values, str) for name, values in config.variants.items()),
     ]
     members = []
     for name, (depth, domain, seed, lr, *chosen) in points(axes):

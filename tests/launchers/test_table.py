@@ -13,7 +13,7 @@ import time
 import pytest
 
 from fine_dist.core.errors import ConfigError, LaunchError, RunDirError
-from fine_dist.core.grid import Axis, expand
+from fine_dist.core.grid import GridAxis, expand
 from launchers.spec import JobSpec
 from launchers.state_table import StateTable, Submissions
 from launchers.status import read
@@ -48,9 +48,9 @@ def test_a_name_that_cannot_be_a_file_name_is_refused(name):
 
 def test_a_grid_gives_every_combination_named_by_its_labels():
     axes = [
-        Axis("depths", (4, 6), lambda depth: f"L{depth}"),
-        Axis("data", ("only",), lambda name: ""),
-        Axis("seeds", (0, 1), lambda seed: f"s{seed}"),
+        GridAxis("depths", (4, 6), lambda depth: f"L{depth}"),
+        GridAxis("data", ("only",), lambda name: ""),
+        GridAxis("seeds", (0, 1), lambda seed: f"s{seed}"),
     ]
     points = expand(axes)
     assert [p.name for p in points] == ["L4-s0", "L4-s1", "L6-s0", "L6-s1"]
@@ -59,11 +59,11 @@ def test_a_grid_gives_every_combination_named_by_its_labels():
 
 def test_an_empty_or_repeating_grid_is_refused():
     with pytest.raises(ConfigError, match="seed: an empty list"):
-        expand([Axis("seed", [], str)])
+        expand([GridAxis("seed", [], str)])
     with pytest.raises(ConfigError, match="seed: 1 is listed twice"):
-        expand([Axis("seed", [1, 2, 1], str)])
+        expand([GridAxis("seed", [1, 2, 1], str)])
     with pytest.raises(ConfigError, match="one name"):
-        expand([Axis("lr", [1e-2, 1.0000000001e-2], lambda lr: f"{lr:g}")])
+        expand([GridAxis("lr", [1e-2, 1.0000000001e-2], lambda lr: f"{lr:g}")])
 
 
 def test_rows_keep_their_order_and_what_was_done_before(tmp_path):
@@ -117,7 +117,7 @@ def test_a_task_whose_process_was_killed_is_lost_at_once_and_may_be_claimed(tmp_
     table = StateTable(tmp_path)
     table.add(["a"])
     code = (
-        "import sys, time; from fine_dist.jobs import StateTable; t = StateTable(sys.argv[1]); c = t.claim(['a'])\n"
+        "import sys, time; from launchers.state_table import StateTable; t = StateTable(sys.argv[1]); c = t.claim(['a'])\n"
         "t.start('a'); print('ready', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
