@@ -117,7 +117,8 @@ def test_a_task_whose_process_was_killed_is_lost_at_once_and_may_be_claimed(tmp_
     table = StateTable(tmp_path)
     table.add(["a"])
     code = (
-        "import sys, time; from launchers.state_table import StateTable; t = StateTable(sys.argv[1]); c = t.claim(['a'])\n"
+        "import sys, time; from launchers.state_table import StateTable\n"
+        "t = StateTable(sys.argv[1]); c = t.claim(['a'])\n"
         "t.start('a'); print('ready', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
