@@ -11,9 +11,9 @@ from PIL import Image
 
 from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.data.codecs import Autoencoder
-from fine_dist.data.encode import encode
+from fine_dist.data.encode_locks import EncodeJob
+from fine_dist.data.encoder import encode
 from fine_dist.data.images import FolderImages
-from fine_dist.data.sharing import Job
 
 BATCH, WORKERS, SIDE = 16, 2, 256
 
@@ -30,7 +30,7 @@ def encoding(root: Path, count: int, rounds: int) -> list[Row]:
     folders, waited = (root / f"encoded-{number}" for number in numbers()), []
 
     def whole() -> float:
-        done = encode(source, codec, Job(folder=next(folders), settings={}, batch=BATCH, workers=WORKERS))
+        done = encode(source, codec, EncodeJob(folder=next(folders), settings={}, batch=BATCH, workers=WORKERS))
         waited.append(done.waited_s / done.seconds)
         return done.seconds
 

@@ -64,8 +64,8 @@ def _prepare(root: Path) -> Artifact:
     """The digits as shards, and a learngene of the demo's shape."""
     import torch
 
-    from fine_dist.data.encoding import EncodeConfig
     from fine_dist.data.encoding import run as encode
+    from fine_dist.data.settings import EncodeConfig
     from fine_dist.model.artifact import load_artifact, save_artifact
     from fine_dist.model.factors import FactoredDiT
 

@@ -68,8 +68,8 @@ def family(root: Path, targets: int) -> InitConfig:
     """A family of so many targets (five depths) of a small learngene, with data to train them on."""
     import torch
 
-    from fine_dist.data.encoding import EncodeConfig
     from fine_dist.data.encoding import run as encode
+    from fine_dist.data.settings import EncodeConfig
     from fine_dist.model.artifact import save_artifact
     from fine_dist.model.factors import FactoredDiT
 

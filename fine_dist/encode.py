@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import guard
-from fine_dist.data.encoding import EncodeConfig, dry_run, out_of, run, show, verified
+from fine_dist.data.settings import EncodeConfig
+
+
+def run(config: EncodeConfig) -> Path:
+    """Encode the images of a config, in this process; returns the folder of the splits."""
+    from fine_dist.data.encoding import run as encode
+
+    return encode(config)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -28,38 +36,41 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal promise
         call = parse(EncodeConfig, argv, "python -m fine_dist.encode", options=_options)
         config: EncodeConfig = call.config
-        if call.options.inspect:
-            from fine_dist.data.audit import inspect
-
-            print("\n".join(show(inspect(call.options.inspect))))
+        if call.options.inspect or call.options.verify is not None or call.options.index:
+            print("\n".join(_of_shards(config, call.options)))
             return 0
-        if call.options.verify is not None:
-            print("\n".join(verified(config, call.options.verify)))
-            return 0
-        if call.options.index:
-            from fine_dist.data.audit import index_folder
-
-            manifest = index_folder(
-                expand_path(call.options.index),
-                num_classes=config.num_classes,
-                scaling_factor=config.scaling_factor,
-                kind=config.kind,
-            )
-            print(f"indexed: {call.options.index}: {manifest.count} samples in {len(manifest.shards)} shards")
-            return 0
-        out_of(config)
+        config.folder()
         if call.dry_run:
+            from fine_dist.data.encoding import dry_run
             from launchers.entry import check
 
-            check("fine_dist.encode", call.config, call.launcher)
+            check("fine_dist.encode", config, call.launcher)
             print("\n".join(dry_run(config)))
             return 0
         from launchers.entry import launch
 
-        promise = f"the shards that are done stay in {config.out}, and the same command continues"
+        promise = f"the finished shards are in {config.out}; run the same command to resume"
         return launch("fine_dist.encode", config, call.launcher)
 
     return guard(body, lambda: promise)
+
+
+def _of_shards(config: EncodeConfig, options: argparse.Namespace) -> list[str]:
+    """What `--inspect`, `--verify` or `--index` prints."""
+    from fine_dist.data import audit
+    from fine_dist.data.encoding import show, verified
+
+    if options.inspect:
+        return show(audit.inspect(expand_path(options.inspect)))
+    if options.verify is not None:
+        return verified(config, options.verify)
+    manifest = audit.index_folder(
+        expand_path(options.index),
+        num_classes=config.num_classes,
+        scaling_factor=config.scaling_factor,
+        kind=config.kind,
+    )
+    return [f"indexed: {options.index}: {manifest.count} samples in {len(manifest.shards)} shards"]
 
 
 __all__ = ["EncodeConfig", "main", "run"]

@@ -16,7 +16,7 @@ from fine_dist.core.files import sha256_of
 from fine_dist.data.reader import NOT_FINITE, ShardSet
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
-from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar, latent_type
+from fine_dist.data.tar_index import ShardIndex, TarError, index_tar, latent_type
 
 _PIECE = 1024
 
@@ -40,7 +40,7 @@ def verify(where: str) -> tuple[Manifest, list[str]]:
                 found = index_tar(
                     stream, os.fstat(shard.fd).st_size, manifest.stored_shape, manifest.dtype, manifest.num_classes
                 )
-        except TarFault as fault:
+        except TarError as fault:
             problems.append(f"{info.name}: {fault}")
             continue
         for index, fault_text in found.faults.items():
@@ -183,7 +183,7 @@ def index_folder(
                 found = index_tar(stream, size, shape, dtype, num_classes)
                 if want:
                     found.faults.update(_not_finite(stream, found, *want))
-        except TarFault as fault:
+        except TarError as fault:
             problems.append(f"{path.name}: {fault}")
             continue
         problems += [f"{path.name}: {found.keys[i]}: {text}" for i, text in found.faults.items()]

@@ -20,7 +20,6 @@ from PIL import Image
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.data.digits import digits
 from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy, is_remote, local_path
@@ -45,7 +44,7 @@ _ORDER = 0x696D61676573
 
 
 @dataclass(frozen=True)
-class Item:
+class ImageItem:
     """One image of a unit: where it comes from, its label, and how to read it (`read` may raise anything)."""
 
     source: str
@@ -53,7 +52,7 @@ class Item:
     read: Callable[[], np.ndarray]
 
 
-class Source(Protocol):
+class ImageSource(Protocol):
     """Images in units: the items of a unit are always the same, in the same order, in any process."""
 
     @property
@@ -80,7 +79,7 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the list of images does."""
 
-    def items(self, unit: int) -> Iterator[Item]:
+    def items(self, unit: int) -> Iterator[ImageItem]:
         """The images of a unit."""
 
 
@@ -177,9 +176,9 @@ class FolderImages:
         self.num_classes = len(self.class_names)
         self.fingerprint = hashlib.sha256("\n".join(name for name, _ in self.files).encode()).hexdigest()
 
-    def items(self, unit: int) -> Iterator[Item]:
+    def items(self, unit: int) -> Iterator[ImageItem]:
         for name, label in self.files[unit * self.per_unit : (unit + 1) * self.per_unit]:
-            yield Item(name, label, lambda name=name: self._read(name))  # type: ignore[misc]
+            yield ImageItem(name, label, lambda name=name: self._read(name))  # type: ignore[misc]
 
     def _read(self, name: str) -> np.ndarray:
         return read_image(self.root / name, self.image_size, self.background)
@@ -213,7 +212,7 @@ class TarImages:
         self.limit = limit if limit is None else -(-limit // self.units)
         self.fingerprint = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
 
-    def items(self, unit: int) -> Iterator[Item]:
+    def items(self, unit: int) -> Iterator[ImageItem]:
         url = self.urls[unit]
         with tempfile.NamedTemporaryFile(prefix="fine_dist-") as stream:
             path = url
@@ -225,7 +224,7 @@ class TarImages:
                     return
                 yield item
 
-    def _samples(self, path: str, url: str) -> Iterator[Item]:
+    def _samples(self, path: str, url: str) -> Iterator[ImageItem]:
         broken: list[str] = []
 
         def stop(error: Exception) -> bool:
@@ -239,38 +238,21 @@ class TarImages:
         for sample in samples:
             yield self._item(f"{name}:{sample['__key__']}", sample)
         if broken:
-            yield Item(name, 0, lambda: _refuse(f"the tar is damaged: {broken[0]}"))
+            yield ImageItem(name, 0, lambda: _refuse(f"the tar is damaged: {broken[0]}"))
 
-    def _item(self, source: str, sample: dict[str, Any]) -> Item:
+    def _item(self, source: str, sample: dict[str, Any]) -> ImageItem:
         content = next((sample[kind] for kind in sample if kind.rpartition(".")[2].lower() in SUFFIXES), None)
         label = sample.get("cls", b"").strip()
         if content is None:
-            return Item(source, 0, lambda: _refuse("it has no image"))
+            return ImageItem(source, 0, lambda: _refuse("it has no image"))
         if not label.isdigit() or len(label) > LABEL_DIGITS:
-            return Item(source, 0, lambda: _refuse(f"its label is {label[:20]!r}, not a whole number"))
+            return ImageItem(source, 0, lambda: _refuse(f"its label is {label[:20]!r}, not a whole number"))
         if self.num_classes is not None and int(label) >= self.num_classes:
-            return Item(source, 0, lambda: _refuse(f"label {int(label)}, but num_classes is {self.num_classes}"))
-        return Item(source, int(label), lambda: self._read(content))
+            return ImageItem(source, 0, lambda: _refuse(f"label {int(label)}, but num_classes is {self.num_classes}"))
+        return ImageItem(source, int(label), lambda: self._read(content))
 
     def _read(self, content: bytes) -> np.ndarray:
         return read_image(io.BytesIO(content), self.image_size, self.background)
-
-
-class DigitImages:
-    """A split of scikit-learn's digits, as they are: float32 [1, 8, 8] in [-1, 1]."""
-
-    def __init__(self, split: str, *, per_unit: int, limit: int | None = None) -> None:
-        images, labels = digits(split)
-        self.images, self.labels, self.per_unit = images[:limit], labels[:limit], per_unit
-        self.count = len(self.images)
-        self.units = -(-self.count // per_unit)
-        self.num_classes, self.class_names = 10, tuple("0123456789")
-        self.left_out: tuple[str, ...] = ()
-        self.fingerprint = hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
-
-    def items(self, unit: int) -> Iterator[Item]:
-        for i in range(unit * self.per_unit, min((unit + 1) * self.per_unit, self.count)):
-            yield Item(f"digits:{i}", int(self.labels[i]), lambda i=i: self.images[i])  # type: ignore[misc]
 
 
 class ChosenClasses:
@@ -279,7 +261,7 @@ class ChosenClasses:
     `DataError` for a class that the source says it does not have, for one named twice, and for no images at all.
     """
 
-    def __init__(self, source: Source, classes: Sequence[int]) -> None:
+    def __init__(self, source: ImageSource, classes: Sequence[int]) -> None:
         self.source, self.places = source, {label: place for place, label in enumerate(classes)}
         if len(self.places) < len(classes):
             raise DataError(f"classes: {list(classes)} names one twice")
@@ -296,7 +278,7 @@ class ChosenClasses:
             raise DataError(f"classes: {list(classes)} have no images here")
         self.fingerprint = hashlib.sha256(f"{source.fingerprint} {list(classes)}".encode()).hexdigest()
 
-    def items(self, unit: int) -> Iterator[Item]:
+    def items(self, unit: int) -> Iterator[ImageItem]:
         for item in self.source.items(unit):
             if item.label in self.places:
                 yield replace(item, label=self.places[item.label])

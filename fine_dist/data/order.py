@@ -22,7 +22,7 @@ _SHARDS, _CUT, _WINDOW = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Window:
+class ShuffleWindow:
     """Samples of one stream that are shuffled together.
 
     `start` is the number j of the first; `shard` and `index` (int64 [n]) say which records they are, in order.
@@ -56,7 +56,7 @@ class Order:
         self.per_stream = global_batch // self.streams
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._plans: dict[int, tuple[int, int, list[tuple[int, list[tuple[int, int, int]]]]]] = {}
-        self._windows: dict[int, list[Window]] = {}
+        self._windows: dict[int, list[ShuffleWindow]] = {}
 
     def epoch(self, step: int) -> int:
         """Epochs that are complete when this step begins."""
@@ -74,7 +74,7 @@ class Order:
             count -= len(shards[-1])
         return np.concatenate(shards), np.concatenate(indices)
 
-    def window_at(self, stream: int, j: int) -> Window:
+    def window_at(self, stream: int, j: int) -> ShuffleWindow:
         """The window that holds sample j of a stream. The last two of each stream are kept."""
         kept = self._windows.setdefault(stream, [])
         for window in kept:
@@ -125,7 +125,9 @@ class Order:
             self._epochs[epoch] = (line_S, edges_S)
         return self._epochs[epoch]
 
-    def _shuffled(self, stream: int, epoch: int, number: int, start: int, pieces: list[tuple[int, int, int]]) -> Window:
+    def _shuffled(
+        self, stream: int, epoch: int, number: int, start: int, pieces: list[tuple[int, int, int]]
+    ) -> ShuffleWindow:
         shards, indices = [], []
         for shard, low, high in pieces:
             count = int(self.counts[shard])
@@ -135,7 +137,7 @@ class Order:
             indices.append(line)
             shards.append(np.full(len(line), shard))
         order = self._rng(_WINDOW, epoch, stream, number).permutation(sum(len(part) for part in indices))
-        return Window(
+        return ShuffleWindow(
             epoch=epoch,
             start=start,
             shard=np.concatenate(shards)[order],

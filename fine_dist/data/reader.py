@@ -17,9 +17,9 @@ import torch
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.batch import as_float
-from fine_dist.data.opened import Indexes, Shard
 from fine_dist.data.records import PREFIX_BYTES, all_finite, layout_of
 from fine_dist.data.settings import DataConfig
+from fine_dist.data.shard_file import Indexes, Shard
 from fine_dist.data.sources import is_remote, locate
 
 _CHUNK = 64

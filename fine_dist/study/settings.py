@@ -57,7 +57,7 @@ def _needs(study: StudyConfig) -> dict[str, Any]:
 
 def encode_config(study: StudyConfig, name: str) -> Config:
     """The config that makes a data set."""
-    from fine_dist.data.encoding import EncodeConfig
+    from fine_dist.data.settings import EncodeConfig
 
     values = {**study.data[name], "out": str(study.root / name), "launch": _needs(study)}
     return validate(EncodeConfig, values, f"data.{name}")

@@ -233,7 +233,8 @@ def calm_run(folder: Path, shards: Path) -> dict[str, bytes]:
 
 def main() -> int:
     """Many rounds, and the table of what was struck."""
-    from fine_dist.data.encoding import EncodeConfig, run
+    from fine_dist.data.encoding import run
+    from fine_dist.data.settings import EncodeConfig
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)

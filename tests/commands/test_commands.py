@@ -142,7 +142,7 @@ def test_sample_writes_latents_labels_and_a_picture(trained, tmp_path):
 
 
 def test_evaluate_measures_several_models_beside_each_other(condensed, trained, digit_shards, tmp_path, capsys):
-    from fine_dist.data.digits import digits
+    from fine_dist.data.small_images import digits
     from fine_dist.evaluation.features import save_classifier, train_classifier
 
     parts = [torch.as_tensor(part) for split in ("train", "held_out") for part in digits(split)]

@@ -18,7 +18,7 @@ from tests.commands.test_sample_command import share
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     """A classifier of digits that has hardly learned."""
-    from fine_dist.data.digits import digits
+    from fine_dist.data.small_images import digits
     from fine_dist.evaluation.features import save_classifier, train_classifier
 
     parts = [torch.as_tensor(part) for split in ("train", "held_out") for part in digits(split)]

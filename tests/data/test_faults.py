@@ -207,7 +207,7 @@ def test_a_truncated_tar_of_another_program_is_named_even_when_nothing_is_verifi
 
 
 def test_a_tar_of_another_program_is_walked_once_and_again_when_it_changed(tmp_path, monkeypatch):
-    from fine_dist.data import opened
+    from fine_dist.data import shard_file as opened
     from fine_dist.data.reader import ShardSet
 
     make_foreign(tmp_path, [[sample(i) for i in range(6)]])

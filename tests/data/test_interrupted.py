@@ -21,10 +21,9 @@ from fine_dist.core.errors import DataError
 from fine_dist.core.files import open_draft, remove_drafts
 from fine_dist.data import images
 from fine_dist.data.codecs import Identity
-from fine_dist.data.encode import encode
+from fine_dist.data.encode_locks import EncodeJob
+from fine_dist.data.encoder import EncodeProgress, encode
 from fine_dist.data.images import FolderImages, center_crop
-from fine_dist.data.progress import Progress
-from fine_dist.data.sharing import Job
 from fine_dist.encode import EncodeConfig, run
 from tests.data.picturing import config, hashes
 
@@ -51,8 +50,8 @@ def test_a_terminal_sees_a_bar_with_rate_and_time_left(folder, tmp_path):
 
 
 def test_a_log_gets_a_line_with_rate_and_time_left(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fine_dist.data.progress.EVERY_S", 0.0)
-    bar = Progress(tmp_path, 100, 10)
+    monkeypatch.setattr("fine_dist.data.encoder.EVERY_S", 0.0)
+    bar = EncodeProgress(tmp_path, 100, 10)
     bar.show(2, 0)  # what others had done before
     assert bar.line(30, 2.0) == f"encode: {tmp_path}: 30 of 100 images, 5/s, 00:14 left"
     time.sleep(0.01)
@@ -91,7 +90,7 @@ def test_ctrl_c_promises_what_is_true(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that the command started
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
-    assert f"interrupted; the shards that are done stay in {tmp_path}, and the same command continues" in said
+    assert f"interrupted; the finished shards are in {tmp_path}; run the same command to resume" in said
 
 
 # --- many processes, interruptions ---------------------------------------------------------------------------------
@@ -168,7 +167,7 @@ def test_a_latent_that_cannot_be_stored_ends_the_encoding_and_leaves_no_shard(fo
 
     source = FolderImages(str(folder), image_size=8, per_unit=30, seed=0)
     with pytest.raises(DataError, match="000000-000000: the latent has NaN or Inf as float16"):
-        encode(source, Overflowing(), Job(folder=tmp_path, settings={}, batch=8))
+        encode(source, Overflowing(), EncodeJob(folder=tmp_path, settings={}, batch=8))
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith((".tar", ".part"))]
 
 

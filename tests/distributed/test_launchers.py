@@ -14,8 +14,8 @@ import pytest
 
 from fine_dist.core.errors import EXIT_RESUME
 from fine_dist.core.processes import free_port
-from fine_dist.data.digits import digits
 from fine_dist.data.shards import write_shards
+from fine_dist.data.small_images import digits
 from fine_dist.model.artifact import load_artifact
 
 pytestmark = pytest.mark.distributed

@@ -11,31 +11,31 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 
+from fine_dist.data.encode_locks import EncodeJob
 from fine_dist.data.shards import ShardInfo, ShardWriter
-from fine_dist.data.sharing import Job
 
 _NOISE = 0x656E636F6465
 """Keeps the noise of sampled latents apart from other uses of the seed."""
 _BEHIND = 2
 """Batches that may wait to be written; then the codec waits."""
-Encoded = tuple[torch.Tensor, torch.Tensor | None]
+EncodedBatch = tuple[torch.Tensor, torch.Tensor | None]
 """Mean and standard deviation (None: there is none) of a batch, float32 [B, C, H, W]."""
 
 
-class Output:
+class UnitWriter:
     """The shard of a unit. `images`: handed in so far; `shape`, `largest`: of the latents and labels, once closed.
 
     An error of the thread (a full disk, a latent that is not finite) is raised by the `add` or `close` that follows.
     """
 
-    def __init__(self, thread: ThreadPoolExecutor, job: Job, unit: int) -> None:
+    def __init__(self, thread: ThreadPoolExecutor, job: EncodeJob, unit: int) -> None:
         self.unit, self.images, self.largest = unit, 0, -1
         self.shape: tuple[int, ...] | None = None
         self._thread, self._job = thread, job
         self._writer: ShardWriter | None = None
         self._behind: deque[Future[None]] = deque()
 
-    def add(self, sides: list[Encoded], labels: list[int]) -> None:
+    def add(self, sides: list[EncodedBatch], labels: list[int]) -> None:
         """Append a batch: what the codec says of the images, and of their mirror images where there are any."""
         while len(self._behind) >= _BEHIND:
             self._behind.popleft().result()
@@ -57,7 +57,7 @@ class Output:
         if self._writer:
             self._writer.abandon()
 
-    def _write(self, sides: list[Encoded], labels: list[int], first: int) -> None:
+    def _write(self, sides: list[EncodedBatch], labels: list[int], first: int) -> None:
         latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
         for row, label in enumerate(labels):
             for side in latents:

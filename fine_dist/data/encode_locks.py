@@ -16,7 +16,7 @@ from typing import Any
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import open_draft, remove_drafts, write_atomic
-from fine_dist.data.images import Source
+from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (
     MANIFEST,
     SHARD_NAME,
@@ -31,7 +31,7 @@ _MOST_NAMES = 1000
 
 
 @dataclass(frozen=True)
-class Job:
+class EncodeJob:
     """How to encode. `settings` is what must be the same when an interrupted encoding is continued."""
 
     folder: Path
@@ -122,7 +122,7 @@ def _lock_path(folder: Path, unit: int) -> Path:
     return folder / f".{SHARD_NAME.format(unit)}.lock"
 
 
-class Claims:
+class UnitClaims:
     """Units that nobody has done, each locked until it is released: first those that are free, then, waiting for
     whoever holds them, those that were in others' hands. A None comes before each wait."""
 
@@ -184,7 +184,7 @@ class Claims:
             self.release(unit)
 
 
-def merge(source: Source, codec_name: str, scaling_factor: float, job: Job) -> Manifest:
+def merge(source: ImageSource, codec_name: str, scaling_factor: float, job: EncodeJob) -> Manifest:
     """Write the manifest from what the units left, once; `DataError` when too many images were bad in all."""
     with open(job.folder / _MERGING, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -233,7 +233,7 @@ def _tidy(folder: Path, units: int) -> None:
     remove_drafts(folder)
 
 
-def too_many(job: Job, bad: int, count: int, last: BadInput | None) -> str:
+def too_many(job: EncodeJob, bad: int, count: int, last: BadInput | None) -> str:
     example = f"; the last: {last.source}: {last.error}" if last else ""
     return (
         f"{bad} of {count} images cannot be read, more than max_bad_fraction {job.max_bad_fraction:g} allows{example} "

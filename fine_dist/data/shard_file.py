@@ -13,7 +13,7 @@ from fine_dist.data.records import BLOCK, layout_of, record_key
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.sources import open_shard
-from fine_dist.data.tarscan import ShardIndex, TarFault, index_tar
+from fine_dist.data.tar_index import ShardIndex, TarError, index_tar
 
 Indexes = dict[str, tuple[tuple[int, int, int], ShardIndex]]
 """By a shard's name: size, time of change and inode of the file that was walked, and what was found there."""
@@ -94,7 +94,7 @@ class Shard:
             return None
         try:
             self.index = self._walk(size)
-        except TarFault as error:
+        except TarError as error:
             return str(error)
         if len(self.index.keys) != self.info.count:
             return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"

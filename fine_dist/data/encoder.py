@@ -9,6 +9,7 @@ Letters: B images of a batch, C channels of a latent, S image size.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -17,18 +18,19 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.codecs import Codec
-from fine_dist.data.images import Item, Source
-from fine_dist.data.output import Output
-from fine_dist.data.progress import Progress
+from fine_dist.data.encode_locks import EncodeJob, UnitClaims, agree, count_done, mark_done, merge, too_many
+from fine_dist.data.images import ImageItem, ImageSource
 from fine_dist.data.shards import BadInput, Manifest
-from fine_dist.data.sharing import Claims, Job, agree, count_done, mark_done, merge, too_many
+from fine_dist.data.unit_writer import UnitWriter
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Encoded:
     waited_s: float
 
 
-def encode(source: Source, codec: Codec, job: Job, *, progress: bool = False) -> Encoded:
+def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool = False) -> Encoded:
     """Encode all images of `source` into `job.folder`, together with whatever processes do the same.
 
     progress: show how far all of them are.
@@ -51,10 +53,10 @@ def encode(source: Source, codec: Codec, job: Job, *, progress: bool = False) ->
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     agree(job.folder, {**job.settings, "fingerprint": source.fingerprint})
-    claims = Claims(job.folder, source.units)
+    claims = UnitClaims(job.folder, source.units)
     started, waited, images, bad = time.perf_counter(), 0.0, 0, 0
     with _Threads(job.workers) as threads, closing(claims):
-        bar = Progress(job.folder, source.count, source.units) if progress else None
+        bar = EncodeProgress(job.folder, source.count, source.units) if progress else None
         with closing(_decoded(threads.images, source, claims, job)) as results, closing(bar) if bar else nullcontext():
             for first in results:
                 tell = partial(bar.show, count_done(job.folder, source.units)) if bar else None
@@ -72,13 +74,15 @@ def encode(source: Source, codec: Codec, job: Job, *, progress: bool = False) ->
 
 # --- one process's share -------------------------------------------------------------------------------------------
 
-Result = tuple[int, Item | None, Any]
+Result = tuple[int, ImageItem | None, Any]
 """A unit, one of its images, and the array (or what is wrong with it). No image: the unit ends here."""
 
 
-def _decoded(pool: ThreadPoolExecutor, source: Source, claims: Claims, job: Job) -> Generator[Result, None, None]:
+def _decoded(
+    pool: ThreadPoolExecutor, source: ImageSource, claims: UnitClaims, job: EncodeJob
+) -> Generator[Result, None, None]:
     """The images of the units that fall to this process, in order, read ahead by the pool's threads."""
-    ahead: deque[tuple[int, Item | None, Future[Any] | None]] = deque()
+    ahead: deque[tuple[int, ImageItem | None, Future[Any] | None]] = deque()
     most = 3 * job.batch + 2 * job.workers
 
     def oldest() -> Result:
@@ -104,7 +108,7 @@ def _decoded(pool: ThreadPoolExecutor, source: Source, claims: Claims, job: Job)
                 future.cancel()
 
 
-def _read(item: Item) -> np.ndarray | BadInput:
+def _read(item: ImageItem) -> np.ndarray | BadInput:
     """An image, or the entry of the manifest that says why it could not be read."""
     try:
         return item.read()
@@ -130,7 +134,7 @@ class _Threads:
 
 
 @dataclass
-class _Part:
+class _UnitResult:
     images: int = 0
     bad: int = 0
     waited_s: float = 0.0
@@ -141,13 +145,13 @@ def _encode_unit(
     first: Result,
     rest: Iterator[Result],
     codec: Codec,
-    job: Job,
+    job: EncodeJob,
     threads: _Threads,
     tell: Callable[[int], None] | None,
-) -> _Part:
+) -> _UnitResult:
     """Encode one unit, up to where it ends, into its shard, and mark it as done. tell: takes how many images are."""
-    part, bad = _Part(), list[BadInput]()
-    shard = Output(threads.write, job, first[0])
+    part, bad = _UnitResult(), list[BadInput]()
+    shard = UnitWriter(threads.write, job, first[0])
     batches = _stacked(chain([first], rest), threads.stack, job, bad)
     try:
         while True:
@@ -170,7 +174,7 @@ def _encode_unit(
 
 
 def _stacked(
-    results: Iterator[Result], stack: ThreadPoolExecutor, job: Job, bad: list[BadInput]
+    results: Iterator[Result], stack: ThreadPoolExecutor, job: EncodeJob, bad: list[BadInput]
 ) -> Iterator[tuple[Future[list[torch.Tensor]], list[int]]]:
     """The batches of one unit with their labels, the next in the making while the codec has one. bad: gets the rest."""
     ready: tuple[Future[list[torch.Tensor]], list[int]] | None = None
@@ -202,3 +206,52 @@ def _pixels(images: list[np.ndarray], flips: bool) -> list[torch.Tensor]:
     batch = torch.from_numpy(np.stack(images))
     x = batch.float().div_(127.5).sub_(1) if batch.dtype == torch.uint8 else batch
     return [x, x.flip(-1)] if flips else [x]
+
+
+# --- progress ------------------------------------------------------------------------------------------------------
+
+EVERY_S = 60.0
+"""Seconds between two lines in a log."""
+
+
+class EncodeProgress:
+    """Images encoded by all processes that share a folder, as this one sees them.
+
+    total: images in all; None where only the number of shards is known, which are then counted instead.
+    """
+
+    def __init__(self, folder: Path, total: int | None, units: int) -> None:
+        self._folder, self._units = folder, units
+        self.total = units if total is None else total
+        self.unit = " shards" if total is None else " images"
+        self._a_unit = self.total / max(1, units)
+        self._started: float | None = None
+        self._first, self._said = 0.0, time.monotonic()
+        self._bar = tqdm(
+            total=self.total, unit=self.unit, desc=f"encode {folder}", disable=not sys.stderr.isatty(), smoothing=0.1
+        )
+
+    def show(self, done_units: int, within: int) -> None:
+        """done_units: units that anybody has done. within: images of the one that this process is at."""
+        count = min(self.total, round(done_units * self._a_unit) + (within if self.unit == " images" else 0))
+        if self._started is None:  # what was there before this process began took none of its time
+            self._started, self._first = time.monotonic(), count
+            self._bar.initial = count
+            self._bar.start_t = time.time()
+        self._bar.n = max(self._bar.n, count)
+        self._bar.update(0)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= EVERY_S:
+            self._said = now
+            print(self.line(count, now - self._started), flush=True)
+
+    def line(self, count: int, seconds: float) -> str:
+        """What a log says: how many of how many, rate, time left."""
+        rate = (count - self._first) / max(seconds, 1e-9)
+        left = tqdm.format_interval((self.total - count) / rate) if rate else "unknown"
+        return f"encode: {self._folder}: {count:,} of {self.total:,}{self.unit}, {rate:.3g}/s, {left} left"
+
+    def close(self) -> None:
+        """Leave the terminal to others."""
+        self._bar.refresh()
+        self._bar.close()

@@ -22,11 +22,11 @@ _MAX_HEADER = 1 << 12
 """A longer `.npy` header, or label, is nothing that belongs in a shard."""
 
 
-class TarFault(Exception):
+class TarError(Exception):
     """The tar itself is damaged."""
 
 
-class Entry(NamedTuple):
+class TarEntry(NamedTuple):
     """A file in a tar: its name, and where its content lies."""
 
     name: str
@@ -50,8 +50,8 @@ class ShardIndex:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-def walk(stream: BinaryIO, size: int) -> Iterator[Entry]:
-    """The files of a tar (ustar, pax or GNU) of `size` bytes. `TarFault` when it is damaged or ends too early."""
+def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
+    """The files of a tar (ustar, pax or GNU) of `size` bytes. `TarError` when it is damaged or ends too early."""
     at = 0
     override: dict[str, str] = {}
     while at + BLOCK <= size:
@@ -60,34 +60,34 @@ def walk(stream: BinaryIO, size: int) -> Iterator[Entry]:
         if header.count(0) == BLOCK:
             return
         if len(header) < BLOCK or not _checksum_is_right(header):
-            raise TarFault(f"no tar header at byte {at}: truncated or damaged")
+            raise TarError(f"no tar header at byte {at}: truncated or damaged")
         length = int(override.pop("size", 0)) or _number(header[124:136])
         if length < 0:
-            raise TarFault(f"the size of the entry at byte {at} is damaged")
+            raise TarError(f"the size of the entry at byte {at} is damaged")
         name = _text(header[:100])
         if header[257:262] == b"ustar" and header[345]:
             name = f"{_text(header[345:500])}/{name}"
         begin, kind = at + BLOCK, header[156:157]
         at = begin + -(-length // BLOCK) * BLOCK
         if begin + length > size:
-            raise TarFault(f"truncated: {name} ends at byte {begin + length}, the file at {size}")
+            raise TarError(f"truncated: {name} ends at byte {begin + length}, the file at {size}")
         if kind == b"L":
             override["path"] = stream.read(length).rstrip(b"\0").decode("utf-8", "replace")
         elif kind == b"x":
             override.update(_pax(stream.read(length)))
         elif kind in (b"0", b"\0"):
-            yield Entry(override.pop("path", name), begin, length)
+            yield TarEntry(override.pop("path", name), begin, length)
             override = {}
         elif kind != b"g":
             override = {}
     if size:
-        raise TarFault(f"truncated: no end of archive within {size} bytes")
+        raise TarError(f"truncated: no end of archive within {size} bytes")
 
 
 def index_tar(
     stream: BinaryIO, size: int, shape: tuple[int, ...] | None, dtype: str | None, num_classes: int | None
 ) -> ShardIndex:
-    """Find the samples of a tar and check each. `TarFault` when the tar itself is damaged.
+    """Find the samples of a tar and check each. `TarError` when the tar itself is damaged.
 
     shape, dtype: what each latent must be; None: what the first is. num_classes: labels are below it; None: any.
     """
@@ -123,10 +123,10 @@ def latent_type(stream: BinaryIO, size: int) -> tuple[tuple[int, ...], str] | No
     return None
 
 
-def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str, Entry]]]]:
+def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str, TarEntry]]]]:
     """Neighbouring entries of one key, as webdataset groups them: key, then (extension, entry) pairs."""
     key: str | None = None
-    entries: list[tuple[str, Entry]] = []
+    entries: list[tuple[str, TarEntry]] = []
     for entry in walk(stream, size):
         folder, _, base = entry.name.rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -148,7 +148,7 @@ def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str,
 
 def _check(
     stream: BinaryIO,
-    entries: list[tuple[str, Entry]],
+    entries: list[tuple[str, TarEntry]],
     headers: dict[bytes, tuple[tuple[int, ...], str] | str],
     want: tuple[tuple[int, ...], str] | None,
     num_classes: int | None,
@@ -177,7 +177,7 @@ def _check(
     return entry.offset + length, label, fault, found
 
 
-def _label(stream: BinaryIO, entry: Entry, num_classes: int | None) -> tuple[int, str | None]:
+def _label(stream: BinaryIO, entry: TarEntry, num_classes: int | None) -> tuple[int, str | None]:
     stream.seek(entry.offset)
     text = stream.read(min(entry.size, _MAX_HEADER)).decode("ascii", "replace").strip()
     if not text.isdigit() or len(text) > LABEL_DIGITS:
@@ -189,7 +189,7 @@ def _label(stream: BinaryIO, entry: Entry, num_classes: int | None) -> tuple[int
 
 
 def _npy_header(
-    start: bytes, stream: BinaryIO, entry: Entry, headers: dict[bytes, tuple[tuple[int, ...], str] | str]
+    start: bytes, stream: BinaryIO, entry: TarEntry, headers: dict[bytes, tuple[tuple[int, ...], str] | str]
 ) -> tuple[tuple[tuple[int, ...], str] | str, int]:
     """Shape and dtype of a `.npy`, or what is wrong with it; and the length of its header."""
     if start[:6] != b"\x93NUMPY" or len(start) < 12:
@@ -252,11 +252,11 @@ def _pax(content: bytes) -> dict[str, str]:
     while content:
         length, _, _ = content.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(content):
-            raise TarFault("a pax header is damaged")
+            raise TarError("a pax header is damaged")
         record, content = content[len(length) + 1 : int(length) - 1], content[int(length) :]
         word, _, value = record.partition(b"=")
         if word == b"size" and not (value.isdigit() and len(value) < 20):
-            raise TarFault("a pax header is damaged")
+            raise TarError("a pax header is damaged")
         if word in (b"path", b"size"):
             found[word.decode()] = value.decode("utf-8", "replace")
     return found
