@@ -15,10 +15,10 @@ from pathlib import Path
 
 from fine_dist.artifacts.locate import is_hub_name, is_there
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import dump_yaml
+from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family, expand, run_dir_of
+from fine_dist.family.members import Family, expand
 from launchers.spec import Room, Task
 from launchers.state_table import StateTable
 from launchers.worker import inside

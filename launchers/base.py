@@ -6,19 +6,18 @@ it is. Each says itself when `--launcher auto` means it, and registers in `launc
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fine_dist.core.config import Config
-from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, ResumeLater
+from fine_dist.core.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR
+from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
 from launchers.prepare import job_file
@@ -27,7 +26,6 @@ from launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
 ENDED = ("done", "failed", "cancelled")
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(eq=False)
@@ -187,7 +185,7 @@ class Launcher(Place):
         """
         last = 0.0
         try:
-            with _signals_raise():
+            with stop_on_signals():
                 while True:
                     self.poll()
                     if tick and time.monotonic() - last > 0.5:
@@ -299,25 +297,6 @@ class Launcher(Place):
     def _again(self, job: Job) -> None:
         job.state = "pending"
         self._queue.append(job)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """The engine's signals raise `ResumeLater` here, in the main thread; the old handlers come back afterwards."""
-
-    def stop(number: int, frame: object) -> None:
-        for known in old:
-            signal.signal(known, signal.SIG_IGN)  # one is enough: jobs are being told
-        raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
-
-    main = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
-    old = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 STOPPED_WORDS = "stopped by a file STOP; the same command continues it"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.config import Config
+from fine_dist.core.config import Config, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
 from launchers.base import Job, Launcher, Whole
 from launchers.code_snapshot import code_root, snapshot
 from launchers.here import Here, check_accelerators, run_here
 from launchers.preflight import preflight, refuse
-from launchers.prepare import fans_out, launch_of, make_spec, make_specs, run_dir_of, tasks_of
+from launchers.prepare import fans_out, launch_of, make_spec, make_specs, tasks_of
 from launchers.registry import pick
 from launchers.spec import JobSpec, Task
 from launchers.state_table import Row, StateTable, Submissions

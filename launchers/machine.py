@@ -1,4 +1,4 @@
-"""This machine: its cores, its memory and its accelerators, without touching one."""
+"""The accelerators of this machine, without touching one, and how many jobs fit on it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ import os
 import shutil
 import subprocess
 
+from fine_dist.core.limits import memory_bytes, num_cores
 from launchers.spec import JobSpec, Room
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def host_bytes() -> int:
-    """Host memory of this machine, in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def visible_devices() -> list[str]:
@@ -42,7 +33,7 @@ def accelerator_bytes() -> float | None:
 
 def fits_here(spec: JobSpec, devices: int) -> int:
     """How many such jobs run at once on this machine, of which `devices` accelerators may be used."""
-    by_cpu = cores() // (spec.processes_per_node * spec.cpus_per_process)
+    by_cpu = num_cores() // (spec.processes_per_node * spec.cpus_per_process)
     if spec.accelerators_per_node and devices:
         by_cpu = min(by_cpu, int(devices / spec.accelerators_per_node + 1e-9))
     return max(1, by_cpu)
@@ -52,7 +43,7 @@ def local_room(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None = N
     """This machine as the room of `many` such jobs, or of one alone. gpu_memory_gb: in place of what is found."""
     devices = len(visible_devices()) if spec.accelerators_per_node else 0
     workers = fits_here(spec, devices) if many else 1
-    memory = spec.memory_gb * 2**30 if spec.memory_gb else host_bytes() / workers
+    memory = spec.memory_gb * 2**30 if spec.memory_gb else memory_bytes() / workers
     if not devices:
         return Room(workers, None, True, memory)
     return Room(workers, gpu_memory_gb * 2**30 if gpu_memory_gb else accelerator_bytes(), False, memory)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.core.config import Config, expand_path
 from fine_dist.core.errors import DataError, LaunchError
 from fine_dist.core.files import last_row
+from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from launchers.code_snapshot import code_files
@@ -23,7 +24,6 @@ from launchers.spec import Finding, JobSpec, Room
 if TYPE_CHECKING:
     from fine_dist.stages.config import Blueprint
 
-GIB = 2**30
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", "fuse.juicefs", "glusterfs", "virtiofs"}
 """File systems that several machines see."""
 MEMORY_MARGIN = 0.92

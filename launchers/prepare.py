@@ -8,21 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_dist.core.config import Config, dump_yaml, expand_path
-from fine_dist.core.errors import ConfigError, LaunchError
+from fine_dist.core.config import Config, dump_yaml, run_dir_of
+from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import sha256_text, sync_disk, write_atomic
 from fine_dist.core.settings import LaunchConfig
 from launchers.spec import JobSpec, Room, Task
 from launchers.state_table import StateTable
 from launchers.worker import import_module
-
-
-def run_dir_of(config: Config) -> Path:
-    """The absolute run directory of a stage's config. `ConfigError` when it has none."""
-    run_dir = getattr(config, "run_dir", None)
-    if not run_dir:
-        raise ConfigError("run_dir: a job needs a run directory; give --run-dir PATH")
-    return Path(expand_path(str(run_dir))).absolute()
 
 
 def launch_of(config: Config) -> LaunchConfig:

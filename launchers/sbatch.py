@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import load
+from fine_dist.core.config import load, run_dir_of
 from fine_dist.core.errors import ResumeLater
 from fine_dist.core.files import write_atomic
 from fine_dist.core.settings import LaunchConfig
@@ -23,7 +23,6 @@ from launchers.prepare import (
     launch_of,
     make_spec,
     make_specs,
-    run_dir_of,
     short_hash,
     tasks_of,
 )

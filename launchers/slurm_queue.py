@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fine_dist.core.errors import LaunchError
+from fine_dist.core.errors import EXIT_INTERRUPTED, LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import EXIT_INTERRUPTED, JobState
+from launchers.base import JobState
 from launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}

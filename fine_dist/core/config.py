@@ -239,6 +239,14 @@ def union_of(variants: list[type[Config]]) -> Any:
     return Annotated[typing.Union[tuple(variants)], Field(discriminator="name")] if len(variants) > 1 else variants[0]
 
 
+def run_dir_of(config: Config) -> Path:
+    """The absolute run directory of a command's config. `ConfigError` when it has none."""
+    run_dir = getattr(config, "run_dir", None)
+    if not run_dir:
+        raise ConfigError("run_dir: a job needs a run directory; give --run-dir PATH")
+    return Path(expand_path(str(run_dir))).absolute()
+
+
 def expand_path(path: str) -> str:
     """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone."""
     return path if "://" in path or path.startswith("pipe:") else os.path.expandvars(os.path.expanduser(path))

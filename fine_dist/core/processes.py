@@ -10,7 +10,10 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from typing import NoReturn
+
+from fine_dist.core.errors import ResumeLater
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -67,6 +70,28 @@ def die_with_parent(parent: int | None = None) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent:
         raise SystemExit("the process that started this worker is gone")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGUSR2 raise `ResumeLater` in the main thread; the old handlers come back afterwards.
+
+    These are what schedulers send before they end a job. Further ones are ignored, while the first is acted upon.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        for known in old:
+            signal.signal(known, signal.SIG_IGN)
+        raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
+    old = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def leave(code: int) -> NoReturn:

@@ -11,9 +11,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import dump_yaml
+from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import ConfigError, LaunchError, guard
-from fine_dist.creative.config import CreativeConfig, check_folder, expand, is_alone, packs, run_dir_of
+from fine_dist.creative.config import CreativeConfig, check_folder, expand, is_alone, packs
 from launchers.spec import Task
 from launchers.state_table import StateTable
 from launchers.worker import inside

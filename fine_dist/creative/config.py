@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fine_dist.core.config import Config, expand_path
+from fine_dist.core.config import Config, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, nearest
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -125,11 +125,6 @@ class Member:
     seed: int
     template: Template
     folder: Path
-
-
-def run_dir_of(config: CreativeConfig) -> Path:
-    """The run directory, absolute."""
-    return Path(expand_path(config.run_dir)).absolute()
 
 
 def expand(config: CreativeConfig, everyone: bool = False) -> list[Member]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fine_dist.core.config import expand_path
+from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import TrainingError
 from fine_dist.creative.config import (
     SETTINGS,
@@ -22,7 +22,6 @@ from fine_dist.creative.config import (
     is_alone,
     is_finished,
     packs,
-    run_dir_of,
     settings,
 )
 from fine_dist.creative.encoder_sources import load_encoders

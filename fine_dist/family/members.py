@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.core.config import expand_path
+from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
@@ -93,11 +93,6 @@ def _named(name: str) -> str:
         return check_name(name)
     except ValueError as error:
         raise ConfigError(f"domains: {error}") from None
-
-
-def run_dir_of(config: InitConfig) -> Path:
-    """The family's folder, absolute."""
-    return Path(expand_path(config.run_dir)).absolute()
 
 
 class Family:

@@ -12,14 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from fine_dist.artifacts.targets import save_target
-from fine_dist.core.config import expand_path
+from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.files import write_atomic
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.held_out import HeldOut
 from fine_dist.engine.dist import World
 from fine_dist.engine.monitor import keep_rows
 from fine_dist.engine.run_dir import describe_environment
-from fine_dist.family.members import Family, Member, expand, run_dir_of
+from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_loop import Progress
 from fine_dist.family.pack_model import JobView, PackedDiT
 from fine_dist.family.summary import draw_family

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from fine_dist.artifacts.targets import descend, own_tensors
+from fine_dist.core.config import run_dir_of
 from fine_dist.core.errors import DataError, LaunchError, ResumeLater
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.run_dir import STOP
 from fine_dist.engine.stopping import Stopper
 from fine_dist.family.listing import result_of
-from fine_dist.family.members import Family, Member, expand, run_dir_of
+from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_loop import PackJob, PackRun
 from fine_dist.family.pack_model import PackedDiT, identity
 from fine_dist.family.packing import Pack

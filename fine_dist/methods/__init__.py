@@ -80,13 +80,7 @@ def from_manifest(settings: dict[str, Any]) -> Method[Any]:
     if name not in METHODS:
         raise ArtifactError(f"method {name!r} is not known here; {nearest(name, METHODS)}")
     kind = METHODS[name].Config
-    return build(validate(kind, upgraded(kind, settings), "method in the manifest"))
-
-
-def upgraded(kind: type[MethodConfig], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older version under the names of this one: a config class says which were renamed."""
-    renamed: dict[str, str] = getattr(kind, "RENAMED", {})
-    return {renamed.get(key, key): value for key, value in settings.items()}
+    return build(validate(kind, settings, "method in the manifest"))
 
 
 def parent_of(artifact: Artifact) -> Parent:

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 class FineConfig(MethodConfig):
     """FINE: factors shared by all layers, sigma a layer's own."""
 
-    RENAMED: ClassVar[dict[str, str]] = {"start": "initial"}
-    """Names in manifests of earlier versions."""
-
     name: Literal["fine"] = "fine"
     """FINE."""
     rank: int | None = Field(None, ge=1)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import re
-from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from fine_dist.core.config import Config, Depth, shown, validate
 from fine_dist.core.errors import ConfigError, nearest
+from fine_dist.core.limits import GIB, memory_bytes
 
 MATRICES = ("qkv", "o", "in", "out", "adaln")
 """The five weight matrices of a block: attention in and out, MLP in and out, modulation."""
@@ -170,15 +168,6 @@ def check_size(numbers: int, what: str) -> None:
     needed, there = 4 * numbers, memory_bytes()
     if needed > there:
         raise ConfigError(
-            f"{what}: {numbers:,} numbers are {needed / 2**30:,.1f} GiB as float32, and this machine has "
-            f"{there / 2**30:,.1f} GiB of memory; choose a smaller rank, width, depth or number of classes"
+            f"{what}: {numbers:,} numbers are {needed / GIB:,.1f} GiB as float32, and this machine has "
+            f"{there / GIB:,.1f} GiB of memory; choose a smaller rank, width, depth or number of classes"
         )
-
-
-def memory_bytes() -> int:
-    """This machine's memory; what its container (cgroup) may use of it, where that is less."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such limit: no file, or the word max
-            found.append(int(Path("/sys/fs/cgroup", name).read_text(encoding="ascii")))
-    return min(found)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from fine_dist.core.limits import GIB
 from fine_dist.engine.deepspeed_json import BUCKET, LIVE
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.arch import Arch
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import write_atomic
+from fine_dist.core.limits import num_cores
 from fine_dist.data.settings import DataConfig
 from fine_dist.study import settings
 from fine_dist.study.config import Entry
@@ -179,10 +180,9 @@ def measure_ahead(measuring: Measuring) -> None:
     from tqdm import tqdm
 
     from fine_dist.engine.dist import pick_device
-    from launchers.machine import cores
 
     study = measuring.study
-    processes = min(study.launch.max_parallel or 1, cores())
+    processes = min(study.launch.max_parallel or 1, num_cores())
     if processes < 2 or pick_device("auto").type != "cpu":
         return
     targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
@@ -190,7 +190,7 @@ def measure_ahead(measuring: Measuring) -> None:
     models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]
     models = list(dict.fromkeys(models))  # several rows may come from one
     untrained = [target for target in targets if target[0].untrained]
-    given = (measuring.graph, cores() // processes, os.getpid())
+    given = (measuring.graph, num_cores() // processes, os.getpid())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
             done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, untrained))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.core.errors import ResumeLater, TrainingError
+from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import last_row
+from fine_dist.core.processes import stop_on_signals
 from fine_dist.study import settings
 
 if TYPE_CHECKING:
@@ -33,7 +30,7 @@ def follow(graph: Graph, launcher: str = "auto") -> None:
     """
     from launchers.worker import inside
 
-    with Bars(len(graph.runs)) as bars, _signals_raise():
+    with Bars(len(graph.runs)) as bars, stop_on_signals():
         if launcher == "here" or inside():
             _follow_here(graph, bars)
             return
@@ -247,19 +244,3 @@ def newest(run: Run) -> dict[str, Any] | None:
     files = [run.run_dir / "metrics.jsonl", *run.run_dir.glob("*/metrics.jsonl")]
     rows = [row for file in files if (row := last_row(file, "loss"))]
     return max(rows, key=lambda row: row["step"], default=None)
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the study as Ctrl-C does: jobs of this machine save, and the same command continues."""
-
-    def stop(number: int, frame: object) -> None:
-        raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
-
-    main = threading.current_thread() is threading.main_thread()
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1) if main}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

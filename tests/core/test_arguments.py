@@ -13,31 +13,24 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fine_dist.__main__ import COMMANDS
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.help import PAGES, settings
 from fine_dist.family.config import InitConfig
 from fine_dist.plan import ONLY_WITH_SCALE
+from launchers.worker import config_class, import_module
 from tests.core.test_config import Toy
 from tests.data.making import make_foreign, sample
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {
-    "encode": "EncodeConfig",
-    "condense": "CondenseConfig",
-    "init": "InitConfig",
-    "train": "TrainConfig",
-    "sample": "SampleConfig",
-    "evaluate": "EvaluateConfig",
-    "export": "ExportConfig",
-    "demo": "DemoConfig",
-    "creative": "CreativeConfig",
-}
+KINDS = [name for name in COMMANDS if name not in ("plan", "status", "study")]
+"""Commands whose flags are the settings of a config class of their own."""
 
 
 def kind_of(command: str) -> type[Config]:
-    return getattr(importlib.import_module(f"fine_dist.{command}"), KINDS[command])
+    return config_class(import_module(f"fine_dist.{command}"))
 
 
 def init(*argv: str) -> InitConfig:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fine_dist.core.config import load
+from fine_dist.core.config import load, run_dir_of
 from fine_dist.core.errors import ConfigError, LaunchError
 from fine_dist.core.settings import LaunchConfig
 from launchers.code_snapshot import snapshot
-from launchers.prepare import launch_of, make_spec, make_specs, run_dir_of, tasks_of
+from launchers.prepare import launch_of, make_spec, make_specs, tasks_of
 from launchers.sbatch import sbatch_flags
 from launchers.spec import JobSpec, Task
 from launchers.worker import config_class, import_module, run_job

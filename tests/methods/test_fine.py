@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.methods import build, from_manifest
+from fine_dist.methods import build
 from fine_dist.methods.fine import Fine, FineConfig
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.depth import INITIALS, relative_depth
@@ -13,10 +13,6 @@ from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, parent_for
-
-
-def test_settings_of_an_earlier_version_are_read_under_todays_names():
-    assert from_manifest({"name": "fine", "start": "decompose"}).config.initial == "decompose"
 
 
 def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(generator):

@@ -9,16 +9,16 @@ import signal
 import pytest
 
 from fine_dist.core.errors import ConfigError, TrainingError
+from fine_dist.core.limits import num_cores
 from fine_dist.study import measuring
 from fine_dist.study.config import load_study
 from fine_dist.study.graph import plan
 from fine_dist.study.measuring import Measuring, measure_ahead
 from fine_dist.study.scheduler import follow
-from launchers.machine import cores
 from tests.study.test_plan import DEMO
 from tests.study.test_tune import FINE, HE, SMALL
 
-pytestmark = pytest.mark.skipif(cores() < 2, reason="measuring in two processes takes two cores")
+pytestmark = pytest.mark.skipif(num_cores() < 2, reason="measuring in two processes takes two cores")
 
 
 @pytest.fixture(scope="module")
