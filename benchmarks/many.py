@@ -20,7 +20,7 @@ from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family, expand
 from fine_dist.methods import CONDENSES
 from fine_dist.model.arch import Arch
-from launchers.spec import Room, Task
+from launchers.spec import Capacity, Task
 from launchers.state_table import StateTable
 
 SECONDS, MIB = 10.0, 1024.0
@@ -139,7 +139,7 @@ def keep_books(config: InitConfig, sync_s: float = SYNC_S) -> tuple[float, int, 
     """
     from launchers.prepare import make_specs
 
-    packs = Family(config).packs(Room(64, None, True, None))
+    packs = Family(config).packs(Capacity(64, None, True, None))
     made = [Task(pack.name, config.model_copy(update={"only": pack.jobs}), pack.jobs) for pack in packs]
     with slow_disk(sync_s) as syncs:
         begun = time.perf_counter()

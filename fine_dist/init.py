@@ -19,7 +19,7 @@ from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family, expand
-from launchers.spec import Room, Task
+from launchers.spec import Capacity, Task
 from launchers.state_table import StateTable
 from launchers.worker import inside
 
@@ -27,7 +27,7 @@ PRELOAD = ("torch", "fine_dist.family.train_family")
 """What a local pool imports once for all packs."""
 
 
-def tasks(config: InitConfig, room: Room | None = None) -> list[Task]:
+def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
     """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
     family = Family(config)
     family.check()
@@ -35,7 +35,7 @@ def tasks(config: InitConfig, room: Room | None = None) -> list[Task]:
     alone = config.pack.model_copy(update={"workers": 1})
     return [
         Task(pack.name, config.model_copy(update={"only": pack.jobs, "pack": alone}), pack.jobs)
-        for pack in family.packs(room)
+        for pack in family.packs(capacity)
     ]
 
 
@@ -46,7 +46,7 @@ def run(config: InitConfig) -> Path:
     return run_family(Family(config), inside())
 
 
-def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
+def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
     if config.parent and not is_there(config.parent) and not is_hub_name(config.parent):
         names = [member.name for member in expand(config)]
@@ -61,7 +61,7 @@ def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
     family.check()
     members = {member.name: member for member in family.members}
     bytes_of = {shape.name: shape.sample_bytes for shape in family.shapes()}
-    packs = family.packs(room)
+    packs = family.packs(capacity)
     lines = [dump_yaml(config).rstrip(), "", f"{len(members)} targets in {len(packs)} packs:"]
     for pack in packs:
         memory = pack.chunk * config.batch * bytes_of[pack.jobs[0]] / 2**20
@@ -75,7 +75,7 @@ def dry_run(config: InitConfig, room: Room | None = None) -> list[str]:
     return lines
 
 
-def room_of(config: InitConfig, launcher: str) -> Room | None:
+def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
     """The machines that the family's packs would run on; none where this process does it all."""
     from launchers.base import Launcher
     from launchers.prepare import make_spec
@@ -85,7 +85,7 @@ def room_of(config: InitConfig, launcher: str) -> Room | None:
     if inside() or not issubclass(place, Launcher) or not place.on_this_machine:
         return None  # a cluster is not asked by a dry run
     with place(config.launch) as runner:
-        return runner.room(make_spec("fine_dist.init", config, write=False))
+        return runner.capacity(make_spec("fine_dist.init", config, write=False))
 
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             from launchers.entry import check
 
             check("fine_dist.init", call.config, call.launcher)
-            print("\n".join(dry_run(call.config, room_of(call.config, call.launcher))))
+            print("\n".join(dry_run(call.config, capacity_of(call.config, call.launcher))))
             return 0
         config = call.config
         with _bar(call.config, call.launcher):

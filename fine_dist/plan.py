@@ -148,13 +148,13 @@ def findings(module: str, call: Call, rate: float | None) -> list[Finding]:
     place = pick(call.launcher, launch_of(call.config))
     with place(launch_of(call.config)) as runner:
         whole = make_spec(module, call.config, write=False)
-        room = runner.room(whole) if isinstance(runner, Launcher) else None
-        tasks = tasks_of(module, call.config, room)
+        capacity = runner.capacity(whole) if isinstance(runner, Launcher) else None
+        tasks = tasks_of(module, call.config, capacity)
         config = tasks[0].config if tasks else call.config
         spec = make_spec(module, config, write=False)
         if isinstance(runner, Launcher):
-            room = runner.room(spec, bool(tasks))
-        found = [*preflight(module, config, spec, room=room, rate=rate), *runner.findings(spec, bool(tasks))]
+            capacity = runner.capacity(spec, bool(tasks))
+        found = [*preflight(module, config, spec, capacity=capacity, rate=rate), *runner.findings(spec, bool(tasks))]
     found.append(upload(module))
     if tasks:
         found.insert(0, Finding("tasks", "ok", f"{len(tasks)} tasks; what follows is for one of them"))

@@ -1,7 +1,7 @@
 """What all launchers share: a job's handle, the queue of a fan-out and retries.
 
-A `Place` is what `--launcher` names. Most are launchers, to which a command hands jobs; a `Whole` takes the command as
-it is. Each says itself when `--launcher auto` means it, and registers in `launchers.registry`.
+A `LaunchTarget` is what `--launcher` names. Most targets are launchers, to which a command submits jobs; a
+`CommandTarget` runs the command itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
 from launchers.prepare import job_file
-from launchers.spec import Finding, JobSpec, Room
+from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
@@ -65,7 +65,7 @@ class Job:
         return self.state in ENDED
 
 
-class Place(ABC):
+class LaunchTarget(ABC):
     """What a name of `--launcher` means. Use as a context manager.
 
     needs: what the config's `launch` says; None: the defaults.
@@ -105,10 +105,10 @@ class Place(ABC):
         self.close()
 
 
-P = TypeVar("P", bound=Place)
+P = TypeVar("P", bound=LaunchTarget)
 
 
-class Whole(Place):
+class CommandTarget(LaunchTarget):
     """A place that takes a command as it is."""
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Whole(Place):
         """Run `module.run(config)` there, with all its tasks; the exit code."""
 
 
-class Launcher(Place):
+class Launcher(LaunchTarget):
     """Submits jobs and follows them. A subclass starts, checks and cancels one; the queue is here.
 
     Leaving it as a context manager cancels what it still runs.
@@ -224,13 +224,13 @@ class Launcher(Place):
         for job in [*self._queue, *self._live]:
             self.cancel(job)
 
-    def room(self, spec: JobSpec, many: bool = True) -> Room:
+    def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         """The machines that `many` such jobs get, or one job alone: what a fan-out is planned for, and checked with.
 
         Its own machines, not the one that this process is on.
         """
         memory = self.needs.gpu_memory_gb
-        return Room(
+        return Capacity(
             workers=self.fits(spec) if many else 1,
             accelerator_bytes=memory * 2**30 if memory and spec.accelerators_per_node else None,
             cpu=not spec.accelerators_per_node,

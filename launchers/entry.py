@@ -8,14 +8,14 @@ from pathlib import Path
 from fine_dist.core.config import Config, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
-from launchers.base import Job, Launcher, Whole
+from launchers.base import CommandTarget, Job, Launcher
 from launchers.code_snapshot import code_root, snapshot
 from launchers.here import Here, check_accelerators, run_here
 from launchers.preflight import preflight, refuse
 from launchers.prepare import fans_out, launch_of, make_spec, make_specs, tasks_of
 from launchers.registry import pick
 from launchers.spec import JobSpec, Task
-from launchers.state_table import Row, StateTable, Submissions
+from launchers.state_table import StateTable, Submissions, TaskRow
 from launchers.worker import EXIT_BUSY, inside
 
 
@@ -23,9 +23,9 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     """Run `module.run(config)` where `launcher` says; the exit code.
 
     module:   importable name with `run(config)`; the first parameter of `run` is annotated with the config class.
-              With `tasks(config)` or `tasks(config, room)`, which gives a list of `jobs.Task` or None, it is a fan-out:
-              each task is `run(task.config)`, kept in the state table of `config.run_dir`; a task that is done is not
-              run again. None: one ordinary job. The `jobs.Room` describes the machines the tasks will run on.
+              A module with `tasks(config)` or `tasks(config, capacity)`, which returns a list of `Task` or None, is a
+              fan-out: each task is `run(task.config)`, recorded in the state table of `config.run_dir`; a task that
+              is done is not run again. None: one ordinary job. The `Capacity` describes the machines the tasks will run on.
     config:   has `run_dir`, and `launch: LaunchConfig` for what the job needs.
     launcher: a name of `launchers.registry`, or `auto`. Inside a job it is always `here`.
 
@@ -35,14 +35,14 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     needs = launch_of(config)
     place = Here if inside() else pick(launcher, needs)
     with place(needs) as runner:
-        if isinstance(runner, Whole):
+        if isinstance(runner, CommandTarget):
             return runner.run(module, config)
         assert isinstance(runner, Launcher)
         spec = make_spec(module, config, code=code_root(module), write=False)
         tasks = None
         if fans_out(module):
             runner.warm(spec)
-            tasks = tasks_of(module, config, runner.room(spec))
+            tasks = tasks_of(module, config, runner.capacity(spec))
         if tasks is not None:
             return _fan_out(runner, module, config, tasks)
         if runner.runs_here(spec):
@@ -114,7 +114,7 @@ def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> Non
     needs = launch_of(config)
     if needs.preflight != "off":
         spec = make_spec(module, config, write=False)
-        found = preflight(module, config, spec, light=many, room=runner.room(spec, many))
+        found = preflight(module, config, spec, light=many, capacity=runner.capacity(spec, many))
         refuse(needs, [*found, *runner.findings(spec, many)])
 
 
@@ -130,7 +130,7 @@ def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
         if job.code in (0, EXIT_BUSY) or job.state == "cancelled":
             continue
         for name in job.spec.rows:
-            row = table.get(name) or Row(name=name)
+            row = table.get(name) or TaskRow(name=name)
             if row.state == "pending" or table.lost(row):
                 table.finish(name, "failed", job.reason)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
-from launchers.base import Whole
+from launchers.base import CommandTarget
 from launchers.machine import visible_devices
 from launchers.preflight import accelerators
 from launchers.prepare import make_spec
@@ -12,7 +12,7 @@ from launchers.spec import Finding, JobSpec
 from launchers.worker import exit_code, import_module, inside
 
 
-class Here(Whole):
+class Here(CommandTarget):
     """This process."""
 
     name = "here"

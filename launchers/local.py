@@ -22,9 +22,9 @@ from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher, joint_code
 from launchers.here import check_accelerators
-from launchers.machine import fits_here, local_room, visible_devices
+from launchers.machine import fits_here, local_capacity, visible_devices
 from launchers.preflight import accelerators
-from launchers.spec import Finding, JobSpec, Room
+from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import LIFELINE
 
 GRACE_S = 30.0
@@ -58,8 +58,8 @@ class LocalLauncher(Launcher):
     def fits(self, spec: JobSpec) -> int:
         return fits_here(spec, len(self._devices))
 
-    def room(self, spec: JobSpec, many: bool = True) -> Room:
-        return local_room(spec, many, self.needs.gpu_memory_gb)
+    def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
+        return local_capacity(spec, many, self.needs.gpu_memory_gb)
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
         return accelerators(spec, len(self._devices))

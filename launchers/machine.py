@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 from fine_dist.core.limits import memory_bytes, num_cores
-from launchers.spec import JobSpec, Room
+from launchers.spec import Capacity, JobSpec
 
 
 def visible_devices() -> list[str]:
@@ -39,11 +39,11 @@ def fits_here(spec: JobSpec, devices: int) -> int:
     return max(1, by_cpu)
 
 
-def local_room(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None = None) -> Room:
-    """This machine as the room of `many` such jobs, or of one alone. gpu_memory_gb: in place of what is found."""
+def local_capacity(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None = None) -> Capacity:
+    """This machine as the capacity of `many` such jobs, or of one alone. gpu_memory_gb: in place of what is found."""
     devices = len(visible_devices()) if spec.accelerators_per_node else 0
     workers = fits_here(spec, devices) if many else 1
     memory = spec.memory_gb * 2**30 if spec.memory_gb else memory_bytes() / workers
     if not devices:
-        return Room(workers, None, True, memory)
-    return Room(workers, gpu_memory_gb * 2**30 if gpu_memory_gb else accelerator_bytes(), False, memory)
+        return Capacity(workers, None, True, memory)
+    return Capacity(workers, gpu_memory_gb * 2**30 if gpu_memory_gb else accelerator_bytes(), False, memory)

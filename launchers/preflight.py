@@ -19,7 +19,7 @@ from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from launchers.code_snapshot import code_files
-from launchers.spec import Finding, JobSpec, Room
+from launchers.spec import Capacity, Finding, JobSpec
 
 if TYPE_CHECKING:
     from fine_dist.stages.config import Blueprint
@@ -33,18 +33,18 @@ UPLOAD_LIMIT = 100 * 2**20
 
 
 def preflight(
-    module: str, config: Config, spec: JobSpec, *, light: bool = False, room: Room | None = None,
+    module: str, config: Config, spec: JobSpec, *, light: bool = False, capacity: Capacity | None = None,
     rate: float | None = None,
 ) -> list[Finding]:  # fmt: skip
     """What can be known of a job from its config and the machines it will run on.
 
-    light: leave out what needs torch. room: those machines; None: nothing is known of them.
+    light: leave out what needs torch. capacity: those machines; None: nothing is known of them.
     rate:  updates a second, stated; None: measured by an earlier run in its directory.
     """
     found = _data(config, spec)
     plan = None if light else _plan(config)
     if plan is not None:
-        found += [_memory(config, spec, plan, room), _disk_for(config, spec, plan)]
+        found += [_memory(config, spec, plan, capacity), _disk_for(config, spec, plan)]
     else:
         found.append(_disk(Path(spec.run_dir), 0))
     found += [*_time(config, spec, rate), *_storage(spec)]
@@ -102,13 +102,13 @@ def _plan(config: Config) -> Blueprint | None:
     return config.blueprint() if isinstance(config, StageConfig) else None
 
 
-def _memory(config: Any, spec: JobSpec, plan: Blueprint, room: Room | None) -> Finding:
+def _memory(config: Any, spec: JobSpec, plan: Blueprint, capacity: Capacity | None) -> Finding:
     from fine_dist.planning.estimates import stage_memory
 
     micro = config.engine.micro_batch or max(1, config.batch // spec.world_size)
     need = stage_memory(config, plan, spec.world_size).total
     text = f"{plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
-    where, most = _most(config.launch, spec, room)
+    where, most = _most(config.launch, spec, capacity)
     if most is None:
         key = "gpu_memory_gb" if spec.accelerators_per_node else "memory_gb"
         return Finding("memory", "note", f"{text}; say launch.{key} to have it compared")
@@ -118,15 +118,15 @@ def _memory(config: Any, spec: JobSpec, plan: Blueprint, room: Room | None) -> F
     return Finding("memory", "ok", f"{text}; {where} has {most / GIB:.1f}")
 
 
-def _most(needs: LaunchConfig, spec: JobSpec, room: Room | None) -> tuple[str, float | None]:
+def _most(needs: LaunchConfig, spec: JobSpec, capacity: Capacity | None) -> tuple[str, float | None]:
     """Bytes that one process may use, and whose; None when it is not known here."""
     if spec.accelerators_per_node:
-        each = needs.gpu_memory_gb * GIB if needs.gpu_memory_gb else room.accelerator_bytes if room else None
+        each = needs.gpu_memory_gb * GIB if needs.gpu_memory_gb else capacity.accelerator_bytes if capacity else None
         return "an accelerator", each and each * MEMORY_MARGIN
     if spec.memory_gb:
         return "its share of launch.memory_gb", spec.memory_gb * GIB / spec.processes_per_node
-    if room and room.host_bytes:
-        return "its share of the machine", room.host_bytes / spec.processes_per_node
+    if capacity and capacity.host_bytes:
+        return "its share of the machine", capacity.host_bytes / spec.processes_per_node
     return "", None
 
 

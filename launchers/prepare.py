@@ -12,7 +12,7 @@ from fine_dist.core.config import Config, dump_yaml, run_dir_of
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import sha256_text, sync_disk, write_atomic
 from fine_dist.core.settings import LaunchConfig
-from launchers.spec import JobSpec, Room, Task
+from launchers.spec import Capacity, JobSpec, Task
 from launchers.state_table import StateTable
 from launchers.worker import import_module
 
@@ -24,20 +24,20 @@ def launch_of(config: Config) -> LaunchConfig:
 
 
 def fans_out(module: str) -> bool:
-    """Whether a module may be many tasks: it has `tasks(config)`, or `tasks(config, room)`."""
+    """Whether a module may be many tasks: it has `tasks(config)`, or `tasks(config, capacity)`."""
     return callable(getattr(import_module(module), "tasks", None))
 
 
-def tasks_of(module: str, config: Config, room: Room | None = None) -> list[Task] | None:
+def tasks_of(module: str, config: Config, capacity: Capacity | None = None) -> list[Task] | None:
     """The tasks of a fan-out, or None when the module is one job. Raises `LaunchError` when two tasks share a name.
 
-    room: the machines they will run on; handed on when the module's `tasks` takes a second argument.
+    capacity: the machines they will run on; handed on when the module's `tasks` takes a second argument.
     """
     if not fans_out(module):
         return None
     make: Callable[..., list[Task] | None] = import_module(module).tasks
     takes_room = len(inspect.signature(make).parameters) > 1
-    tasks = make(config, room) if takes_room else make(config)
+    tasks = make(config, capacity) if takes_room else make(config)
     if tasks is None:
         return None
     names = [row for task in tasks for row in (task.rows or (task.name,))]

@@ -12,7 +12,7 @@ from typing import Any
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Whole
+from launchers.base import CommandTarget
 from launchers.code_snapshot import stage_code
 from launchers.preflight import refuse, upload
 from launchers.prepare import launch_of
@@ -22,7 +22,7 @@ AGENT_WAIT_S = 90.0
 """Seconds in which a busy cluster's head may become able to take a job."""
 
 
-class RayJobs(Whole):
+class RayJobs(CommandTarget):
     """The Ray cluster behind an HTTP address (`launch.address` or RAY_ADDRESS): it gets the command, not its jobs."""
 
     name = "ray"

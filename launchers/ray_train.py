@@ -26,7 +26,7 @@ from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher
 from launchers.local import ForkServer
 from launchers.ray_cluster import check_storage, connect, copies, demand, grows, inside_ray, nodes, one_rank
-from launchers.spec import Finding, JobSpec, Room
+from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import LIFELINE
 
 QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
@@ -58,24 +58,26 @@ class RayLauncher(Launcher):
         """At least one: an autoscaler may still bring the node that holds it."""
         return max(1, sum(copies(node, demand(spec)) for node in nodes()))
 
-    def room(self, spec: JobSpec, many: bool = True) -> Room:
-        room = super().room(spec, many)
+    def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
+        capacity = super().capacity(spec, many)
         held = [node["memory"] / (copies(node, demand(spec)) if many else 1) for node in nodes()
                 if node.get("memory") and copies(node, demand(spec))]  # fmt: skip
-        return replace(room, host_bytes=room.host_bytes or min(held, default=None))
+        return replace(capacity, host_bytes=capacity.host_bytes or min(held, default=None))
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
         """Whether the nodes can hold it; a cluster that grows by itself may still come to hold what none does now."""
         wanted = demand(spec) if many else demand(one_rank(spec))
-        room = [copies(node, wanted) for node in nodes()]
-        enough = max(room, default=0) >= 1 if many else sum(room) >= spec.world_size
+        capacity = [copies(node, wanted) for node in nodes()]
+        enough = max(capacity, default=0) >= 1 if many else sum(capacity) >= spec.world_size
         if "/working_dir_files/" in spec.run_dir:
             text = f"{spec.run_dir} is in a folder that Ray deletes; give an absolute run_dir on shared storage"
             return [Finding("storage", "stop", text)]
         asks = ", ".join(f"{key} {value}" for key, value in wanted.items())
         if enough:
-            return [Finding("ray", "ok", f"{len(room)} nodes hold {sum(room)} at once of ({asks})")]
-        what = "no node holds one task" if many else f"{spec.world_size} processes wanted, the nodes hold {sum(room)}"
+            return [Finding("ray", "ok", f"{len(capacity)} nodes hold {sum(capacity)} at once of ({asks})")]
+        what = (
+            "no node holds one task" if many else f"{spec.world_size} processes, the nodes hold {sum(capacity)}"
+        )
         text = f"{what} of ({asks}); lower launch.cpus, gpus, memory_gb, processes or nodes, or add nodes"
         return [Finding("ray", "note" if grows() else "stop", text)]
 

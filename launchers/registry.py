@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fine_dist.core.errors import LaunchError, nearest
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Launcher, Place
+from launchers.base import Launcher, LaunchTarget
 from launchers.here import Here
 from launchers.local import LocalLauncher
 from launchers.ray_jobs import RayJobs
@@ -13,29 +13,29 @@ from launchers.ray_train import RayLauncher
 from launchers.slurm_steps import StepLauncher
 from launchers.slurm_submitit import SlurmLauncher
 
-PLACES: tuple[type[Place], ...] = (RayJobs, RayLauncher, StepLauncher, SlurmLauncher, LocalLauncher, Here)
+TARGETS: tuple[type[LaunchTarget], ...] = (RayJobs, RayLauncher, StepLauncher, SlurmLauncher, LocalLauncher, Here)
 """In the order in which they are asked; LocalLauncher always is the one."""
 
 
 def names() -> list[str]:
     """What `--launcher` takes."""
-    return ["auto", *dict.fromkeys(place.name for place in PLACES)]
+    return ["auto", *dict.fromkeys(place.name for place in TARGETS)]
 
 
-def pick(name: str, needs: LaunchConfig | None = None) -> type[Place]:
+def pick(name: str, needs: LaunchConfig | None = None) -> type[LaunchTarget]:
     """The place of a name, by where this process is and what the job needs. `LaunchError` names the legal ones."""
     needs = needs or LaunchConfig()
     if name not in names():
         raise LaunchError(f"--launcher {name!r}: no such launcher; {nearest(name, names())}")
     if name == "auto":
-        return next(place for place in PLACES if place.serves(needs) and place.is_the_one(needs))
-    return next(place for place in PLACES if place.name == name and place.serves(needs))
+        return next(place for place in TARGETS if place.serves(needs) and place.is_the_one(needs))
+    return next(place for place in TARGETS if place.name == name and place.serves(needs))
 
 
 def get_launcher(name: str, needs: LaunchConfig | None = None) -> Launcher:
     """The launcher of a name. `LaunchError` when jobs cannot be handed to what the name means here."""
     place = pick(name, needs)
     if not issubclass(place, Launcher):
-        legal = nearest(name, dict.fromkeys(p.name for p in PLACES if issubclass(p, Launcher)))
+        legal = nearest(name, dict.fromkeys(p.name for p in TARGETS if issubclass(p, Launcher)))
         raise LaunchError(f"launcher {name!r} takes whole commands, no jobs; {legal}")
     return place(needs)

@@ -26,7 +26,7 @@ from launchers.prepare import (
     short_hash,
     tasks_of,
 )
-from launchers.site import Site
+from launchers.site import SlurmSite
 from launchers.slurm_queue import slurm_findings
 from launchers.slurm_submitit import SlurmLauncher
 from launchers.spec import JobSpec
@@ -47,13 +47,13 @@ def prepare(module: str, argv: list[str], whole: bool = False) -> Path:
     many = fans_out(module)
     spread_out = whole and many
     spec = make_spec(module, config, write=False)
-    room = SlurmLauncher(needs).room(spec, many and not whole)
-    tasks = None if spread_out else tasks_of(module, config, room)
+    capacity = SlurmLauncher(needs).capacity(spec, many and not whole)
+    tasks = None if spread_out else tasks_of(module, config, capacity)
     slots = math.ceil((needs.max_parallel or spec.nodes) / spec.nodes) if spread_out else 1
     flags = sbatch_flags(spec, needs, slots)
     array = ["--array=0"] if tasks else []
     first = tasks[0].config if tasks else config
-    found = preflight(module, first, make_spec(module, first, write=False), light=many, room=room)
+    found = preflight(module, first, make_spec(module, first, write=False), light=many, capacity=capacity)
     refuse(needs, [*found, *slurm_findings(spec, needs, [*flags, *array, "--wrap=true"])])
     code = str(snapshot(run_dir, module)) if needs.snapshot else code_root(module)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def sbatch_flags(spec: JobSpec, needs: LaunchConfig, slots: int = 1) -> list[str
     flags.append(f"--cpus-per-task={spec.processes_per_node * spec.cpus_per_process}")
     stated = {key.replace("_", "-") for key in needs.slurm}
     if spec.accelerators_per_node and not stated & {"gpus-per-node", "gres", "gpus-per-task", "gpus"}:
-        flags.append(Site.here().gpu_flag(spec.accelerators_per_node * slots, slots))
+        flags.append(SlurmSite.here().gpu_flag(spec.accelerators_per_node * slots, slots))
     if spec.memory_gb:
         flags.append(f"--mem={math.ceil(spec.memory_gb * 1024 * slots)}M")
     if spec.minutes:

@@ -19,7 +19,7 @@ REQUEUES = ("scontrol", "resubmit")
 
 
 @dataclass(frozen=True)
-class Site:
+class SlurmSite:
     """The facts of one cluster; the defaults are those of a plain SLURM."""
 
     file: Path | None = None
@@ -34,7 +34,7 @@ class Site:
     """Whether users may `scontrol requeue` their jobs."""
 
     @classmethod
-    def here(cls) -> Site:
+    def here(cls) -> SlurmSite:
         """The site of this installation. `LaunchError` when its file is wrong."""
         file = os.environ.get(FILE)
         path = Path(file) if file else Path(fine_dist.__file__).resolve().parents[1] / "slurm" / "site.sh"
@@ -51,7 +51,7 @@ class Site:
 
 
 @cache
-def _read(path: Path, written: int) -> Site:
+def _read(path: Path, written: int) -> SlurmSite:
     """What the file sets. It may print, load modules and so on: only our own lines at the end are read."""
     names = ("GPU_FLAG", "CONTAINER_EXEC", "CONTAINER_SRUN", "REQUEUE")
     values = " ".join(f'"${{{name}:-}}"' for name in names)
@@ -63,4 +63,4 @@ def _read(path: Path, written: int) -> Site:
     for name, value, legal in (("GPU_FLAG", style, GPU_FLAGS), ("REQUEUE", requeue, REQUEUES)):
         if value and value not in legal:
             raise LaunchError(f"{path}: {name}={value!r} is not known; {nearest(value, legal)}")
-    return Site(path, style or GPU_FLAGS[0], wrapper, tuple(shlex.split(srun)), requeue != "resubmit")
+    return SlurmSite(path, style or GPU_FLAGS[0], wrapper, tuple(shlex.split(srun)), requeue != "resubmit")

@@ -37,7 +37,7 @@ def slurm(*command: str) -> str:
 
 
 @dataclass(frozen=True)
-class Limits:
+class PartitionLimits:
     """What a cluster allows."""
 
     array: int
@@ -52,7 +52,7 @@ class Limits:
     partitions: tuple[str, ...]
 
 
-def limits(partition: str | None = None) -> Limits:
+def limits(partition: str | None = None) -> PartitionLimits:
     """MaxArraySize and a partition's limits. The default partition's when there is no such one."""
     said = slurm("scontrol", "show", "config")
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.M)
@@ -70,11 +70,11 @@ def limits(partition: str | None = None) -> Limits:
     usual = _minutes(words.get("DefaultTime", "")) or longest or 24 * 60
     nodes = int(words.get("TotalNodes", "0"))
     # Indices 0 to MaxArraySize - 1 are legal.
-    return Limits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
+    return PartitionLimits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
 
 
 @dataclass(frozen=True)
-class Machine:
+class Node:
     """What one node has."""
 
     cpus: int
@@ -82,7 +82,7 @@ class Machine:
     gpus: int
 
 
-def machines(partition: str) -> list[Machine]:
+def nodes_of(partition: str) -> list[Node]:
     """The nodes of a partition that are not down."""
     said = slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%c|%m|%G|%T")
     found = []
@@ -90,20 +90,20 @@ def machines(partition: str) -> list[Machine]:
         cpus, memory, generic, state = line.split("|")
         if not state.startswith(("down", "fail", "drain", "maint")):
             gpus = sum(int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", generic))
-            found.append(Machine(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
+            found.append(Node(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
     return found
 
 
-def fits_on(nodes: Sequence[Machine], spec: JobSpec) -> int:
+def fits_on(nodes: Sequence[Node], spec: JobSpec) -> int:
     """How many such jobs those nodes hold at once; at least one, because a job waits for what it needs."""
     held = 0
     for node in nodes:
-        room = node.cpus // (spec.processes_per_node * spec.cpus_per_process)
+        capacity = node.cpus // (spec.processes_per_node * spec.cpus_per_process)
         if spec.accelerators_per_node:
-            room = min(room, int(node.gpus // -(-spec.accelerators_per_node // 1)))
+            capacity = min(capacity, int(node.gpus // -(-spec.accelerators_per_node // 1)))
         if spec.memory_gb and node.memory_mb:
-            room = min(room, int(node.memory_mb // (spec.memory_gb * 1024)))
-        held += room
+            capacity = min(capacity, int(node.memory_mb // (spec.memory_gb * 1024)))
+        held += capacity
     return max(1, held // spec.nodes)
 
 

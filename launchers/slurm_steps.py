@@ -13,9 +13,9 @@ from dataclasses import replace
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher
-from launchers.site import Site
-from launchers.slurm_queue import Machine, fits_on
-from launchers.spec import JobSpec, Room
+from launchers.site import SlurmSite
+from launchers.slurm_queue import Node, fits_on
+from launchers.spec import Capacity, JobSpec
 
 GRACE_S = 60.0
 
@@ -36,24 +36,24 @@ class StepLauncher(Launcher):
     def fits(self, spec: JobSpec) -> int:
         env = os.environ
         machines = [
-            Machine(cpus, int(env["SLURM_MEM_PER_NODE"]) if env.get("SLURM_MEM_PER_NODE") else None, _gpus())
+            Node(cpus, int(env["SLURM_MEM_PER_NODE"]) if env.get("SLURM_MEM_PER_NODE") else None, _gpus())
             for cpus in _counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
         ]
         return fits_on(machines, spec)
 
-    def room(self, spec: JobSpec, many: bool = True) -> Room:
-        room = super().room(spec, many)
+    def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
+        capacity = super().capacity(spec, many)
         whole = os.environ.get("SLURM_MEM_PER_NODE")
-        if whole and not room.host_bytes:
-            a_node = max(1, -(-room.workers // _nodes()))
-            room = replace(room, host_bytes=int(whole) * 2**20 / a_node)
-        return room
+        if whole and not capacity.host_bytes:
+            a_node = max(1, -(-capacity.workers // _nodes()))
+            capacity = replace(capacity, host_bytes=int(whole) * 2**20 / a_node)
+        return capacity
 
     def _start(self, job: Job) -> None:
         spec = job.spec
         if spec.nodes > _nodes():
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes and this allocation has {_nodes()}")
-        site = Site.here()
+        site = SlurmSite.here()
         command = [
             "srun",
             *site.srun_args,

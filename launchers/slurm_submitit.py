@@ -23,13 +23,13 @@ from fine_dist.core.settings import LaunchConfig
 from launchers import worker
 from launchers.base import Job, Launcher, stopped
 from launchers.prepare import launch_of
-from launchers.site import Site
+from launchers.site import SlurmSite
 from launchers.slurm_queue import (
     GHOST,
     fits_on,
     job_states,
     limits,
-    machines,
+    nodes_of,
     outside_allocation,
     scheduler_words,
     slurm,
@@ -57,14 +57,14 @@ class SlurmLauncher(Launcher):
     def __init__(self, needs: LaunchConfig | None = None) -> None:
         super().__init__(needs)
         self._limits = limits(self.needs.partition)
-        self._site = Site.here()
+        self._site = SlurmSite.here()
         self._next_look = 0.0
         self._width = sys.maxsize
         self._ghosts: dict[str | None, float] = {}
 
     def fits(self, spec: JobSpec) -> int:
         """What the partition's nodes hold, whatever else waits for them."""
-        return fits_on(machines(self._limits.partition), spec)
+        return fits_on(nodes_of(self._limits.partition), spec)
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
         """Arrays, chunked because MaxArraySize bounds the index. All are accepted by sbatch, or none."""
@@ -235,7 +235,7 @@ def requeue(file: str, max_restarts: int) -> None:
         _leave(f"the job is {state or 'gone'}: not requeued")
     if restarts >= max_restarts:
         _leave(f"restarted {max_restarts} times already; the same command continues it")
-    if Site.here().requeues:
+    if SlurmSite.here().requeues:
         print("saved; back into the queue", file=sys.stderr, flush=True)
         slurm("scontrol", "requeue", job)
         return

@@ -97,7 +97,7 @@ class JobSpec(Config):
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """The machines that a launcher's jobs get: what a fan-out is planned for, wherever the command is typed."""
 
     workers: int
@@ -111,7 +111,7 @@ class Room:
 
 
 class Task(NamedTuple):
-    """One task of a fan-out: what a module's `tasks(config)` or `tasks(config, room)` returns a list of."""
+    """One task of a fan-out: what a module's `tasks(config)` or `tasks(config, capacity)` returns a list of."""
 
     name: str
     """Unique in the fan-out; becomes file names."""

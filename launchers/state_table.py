@@ -33,12 +33,12 @@ ADDED = ".added"
 """Folder of the lists of tasks."""
 
 
-class Row(Config):
+class TaskRow(Config):
     """What is known of one task."""
 
     name: str
     index: int = 0
-    """Place in the fan-out."""
+    """LaunchTarget in the fan-out."""
     state: State = "pending"
     reason: str | None = None
     """Why it failed."""
@@ -81,9 +81,9 @@ class StateTable:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "tasks"
-        self._lists: dict[str, dict[str, Row]] = {}
+        self._lists: dict[str, dict[str, TaskRow]] = {}
         """What each list says; lists never change, so each is read once."""
-        self._joined: tuple[list[str], dict[str, Row]] = ([], {})
+        self._joined: tuple[list[str], dict[str, TaskRow]] = ([], {})
         """The lists that there were, and what they say together."""
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
@@ -98,7 +98,7 @@ class StateTable:
             text = json.dumps(new) + "\n"
             write_atomic(self.folder / ADDED / f"{sha256_text(text)[:16]}.json", text)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TaskRow]:
         """All rows in the order they were added. A task whose process is gone still reads `running`: see `lost`."""
         found = dict(self._added())
         for path in self.folder.glob("*.json"):
@@ -106,14 +106,14 @@ class StateTable:
                 found[path.stem] = self._read(path)
         return sorted(found.values(), key=lambda row: (row.index, row.name))
 
-    def get(self, name: str) -> Row | None:
+    def get(self, name: str) -> TaskRow | None:
         """One row, or None."""
         try:
             return self._read(self._row_path(name))
         except FileNotFoundError:
             return self._added().get(name)
 
-    def _added(self) -> dict[str, Row]:
+    def _added(self) -> dict[str, TaskRow]:
         """The pending row of every task that was ever added."""
         try:
             lists = sorted(name for name in os.listdir(self.folder / ADDED) if name.endswith(".json"))
@@ -123,43 +123,43 @@ class StateTable:
             if name not in self._lists:
                 self._lists[name] = self._read_list(self.folder / ADDED / name)
         if lists != self._joined[0]:
-            found: dict[str, Row] = {}
+            found: dict[str, TaskRow] = {}
             for name in reversed(lists):  # the first that names a task has it
                 found |= self._lists[name]
             self._joined = lists, found
         return self._joined[1]
 
-    def _read_list(self, path: Path) -> dict[str, Row]:
+    def _read_list(self, path: Path) -> dict[str, TaskRow]:
         try:
             lines = json.loads(path.read_text(encoding="utf-8"))
-            return {name: Row(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
+            return {name: TaskRow(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
         except (ValueError, TypeError):
             raise RunDirError(f"{path} is damaged; delete it, and the same command adds its tasks again") from None
 
-    def update(self, name: str, **changes: Any) -> Row:
+    def update(self, name: str, **changes: Any) -> TaskRow:
         """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""
-        return self._write([(self.get(name) or Row(name=name), changes)])[0]
+        return self._write([(self.get(name) or TaskRow(name=name), changes)])[0]
 
-    def start(self, name: str, job: str | None = None) -> Row:
+    def start(self, name: str, job: str | None = None) -> TaskRow:
         """The task starts here and now: one more attempt."""
         return self.start_all([name], job)[0]
 
-    def start_all(self, names: Iterable[str], job: str | None = None) -> list[Row]:
+    def start_all(self, names: Iterable[str], job: str | None = None) -> list[TaskRow]:
         """All of these start here and now; their rows are made durable together."""
         here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
         fresh = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **here}
-        rows = [self.get(name) or Row(name=name) for name in names]
+        rows = [self.get(name) or TaskRow(name=name) for name in names]
         return self._write(
             [(r, {**fresh, "attempts": r.attempts + 1, "deaths": r.deaths + (r.state == "running")}) for r in rows]
         )
 
-    def finish(self, name: str, state: State, reason: str | None = None) -> Row:
+    def finish(self, name: str, state: State, reason: str | None = None) -> TaskRow:
         """The attempt is over: `done`, `failed` with its reason, or `pending` again."""
         return self.finish_all([name], state, reason)[0]
 
-    def finish_all(self, names: Iterable[str], state: State, reason: str | None = None) -> list[Row]:
+    def finish_all(self, names: Iterable[str], state: State, reason: str | None = None) -> list[TaskRow]:
         """The attempt at all of these is over; their rows are made durable together."""
-        now, rows = time.time(), [self.get(name) or Row(name=name) for name in names]
+        now, rows = time.time(), [self.get(name) or TaskRow(name=name) for name in names]
         changes = {"state": state, "reason": reason}
         return self._write([(r, {**changes, "seconds": now - r.started if r.started else None}) for r in rows])
 
@@ -170,9 +170,9 @@ class StateTable:
         except FileNotFoundError:
             return set()
 
-    def _write(self, changed: Sequence[tuple[Row, dict[str, Any]]]) -> list[Row]:
+    def _write(self, changed: Sequence[tuple[TaskRow, dict[str, Any]]]) -> list[TaskRow]:
         """Rows with changes, written with one sync."""
-        rows = [validate(Row, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
+        rows = [validate(TaskRow, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
         write_all({self._row_path(row.name): row.model_dump_json() + "\n" for row in rows})
         return rows
 
@@ -218,7 +218,7 @@ class StateTable:
                 "--launcher local)"
             ) from None
 
-    def lost(self, row: Row) -> bool:
+    def lost(self, row: TaskRow) -> bool:
         """Whether the row says `running` although no live process holds the task."""
         if row.state != "running":
             return False
@@ -255,9 +255,9 @@ class StateTable:
     def _lock_path(self, name: str) -> Path:
         return self.folder / f".{check_name(name)}.lock"
 
-    def _read(self, path: Path) -> Row:
+    def _read(self, path: Path) -> TaskRow:
         try:
-            return Row.model_validate_json(path.read_text(encoding="utf-8"))
+            return TaskRow.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError:
             raise RunDirError(f"{path} is damaged; delete it to have the task run again") from None
 

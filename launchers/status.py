@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import last_row
 from fine_dist.engine.run_dir import RunDir, owner_of
-from launchers.state_table import Row, StateTable, Submissions
+from launchers.state_table import StateTable, Submissions, TaskRow
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ def read(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _state(table: StateTable, row: Row, job_of: dict[str, str]) -> str:
+def _state(table: StateTable, row: TaskRow, job_of: dict[str, str]) -> str:
     if table.lost(row):
         return "lost"
     return "queued" if row.state == "pending" and row.name in job_of else row.state

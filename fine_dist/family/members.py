@@ -20,7 +20,7 @@ from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.packing import Pack, Shape, activation_bytes, plan
 from fine_dist.methods import build, from_manifest
 from fine_dist.model.arch import Arch
-from launchers.spec import Room, check_name
+from launchers.spec import Capacity, check_name
 
 if TYPE_CHECKING:
     from fine_dist.data.shards import Manifest
@@ -304,11 +304,11 @@ class Family:
             self._ranks[key] = form.rank if form else None
         return self._ranks[key]
 
-    def packs(self, room: Room | None = None) -> list[Pack]:
-        """The packs of this family. room: the machines they will run on; none: this process alone."""
+    def packs(self, capacity: Capacity | None = None) -> list[Pack]:
+        """The packs of this family. capacity: the machines they will run on; none: this process alone."""
         config = self.config
-        cpu, memory = pack_memory(config, room)
-        workers = 1 if room is None else config.pack.workers or config.launch.max_parallel or room.workers
+        cpu, memory = pack_memory(config, capacity)
+        workers = 1 if capacity is None else config.pack.workers or config.launch.max_parallel or capacity.workers
         return plan(
             self.shapes(),
             config.pack,
@@ -319,11 +319,11 @@ class Family:
         )
 
 
-def pack_memory(config: InitConfig, room: Room | None) -> tuple[bool, int]:
+def pack_memory(config: InitConfig, capacity: Capacity | None) -> tuple[bool, int]:
     """(whether packs run on a CPU, bytes for a pack's activations), there, or in this process."""
-    if room is not None:
-        cpu = room.cpu or config.engine.device == "cpu"
-        known = None if cpu else room.accelerator_bytes
+    if capacity is not None:
+        cpu = capacity.cpu or config.engine.device == "cpu"
+        known = None if cpu else capacity.accelerator_bytes
         free = int(0.8 * known) if known else CPU_MEMORY
     else:
         import torch

@@ -23,7 +23,7 @@ from fine_dist.methods.fine import FineConfig
 from fine_dist.methods.he import HeConfig
 from fine_dist.methods.random_genes import RandomGenesConfig
 from fine_dist.model.arch import arch as named
-from launchers.spec import Room
+from launchers.spec import Capacity
 from tests.conftest import tiny_arch
 
 
@@ -238,11 +238,11 @@ def test_what_a_pack_does_not_offer_goes_through_the_loop_one_target_at_a_time(c
 
 def test_packs_are_planned_for_the_machines_they_run_on(config):
     family = Family(changed(config, depths=(1, 2, 3, 4)))
-    two = family.packs(Room(workers=2, accelerator_bytes=None, cpu=True, host_bytes=None))
-    four = family.packs(Room(workers=4, accelerator_bytes=None, cpu=True, host_bytes=None))
+    two = family.packs(Capacity(workers=2, accelerator_bytes=None, cpu=True, host_bytes=None))
+    four = family.packs(Capacity(workers=4, accelerator_bytes=None, cpu=True, host_bytes=None))
     assert (len(two), len(four)) == (2, 4) and len(family.packs()) == 1
     shape = family.shapes()[-1]
-    small = Room(1, accelerator_bytes=8 * shape.sample_bytes * 2.6 / 0.8, cpu=False, host_bytes=None)
+    small = Capacity(1, accelerator_bytes=8 * shape.sample_bytes * 2.6 / 0.8, cpu=False, host_bytes=None)
     assert family.packs(small)[0].chunk == 2  # the accelerator there decides, not the machine this test runs on
 
 

@@ -231,7 +231,7 @@ def test_fifty_trivial_tasks_take_at_most_ten_seconds(tmp_path, capsys):
 def test_a_process_that_leaves_keeps_its_promises_and_its_code():
     script = """
 import atexit, threading, time
-from fine_dist.processes import leave
+from fine_dist.core.processes import leave
 atexit.register(print, "exit function")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 print("body")

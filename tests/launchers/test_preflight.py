@@ -13,7 +13,7 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.plan import main
 from launchers import preflight as preflight_module
-from launchers.machine import local_room
+from launchers.machine import local_capacity
 from launchers.preflight import file_system, preflight, refuse, weigh
 from launchers.prepare import make_spec
 from launchers.spec import Finding
@@ -32,7 +32,7 @@ def findings(made: CondenseConfig, **options) -> dict[str, Finding]:
 
 def test_a_sound_job_has_no_objection_and_nothing_is_written(tmp_path, digit_shards):
     made = config(tmp_path, digit_shards)
-    found = findings(made, room=local_room(make_spec(CONDENSE, made, write=False), many=False))
+    found = findings(made, capacity=local_capacity(make_spec(CONDENSE, made, write=False), many=False))
     assert {f.level for f in found.values()} <= {"ok", "note"}
     assert "1,500 samples" in found["data"].text and found["memory"].level == "ok"
     assert not (tmp_path / "run").exists()

@@ -13,11 +13,11 @@ from fine_dist.core.settings import LaunchConfig
 from launchers import slurm_queue, slurm_submitit
 from launchers.prepare import make_spec
 from launchers.sbatch import sbatch_flags
-from launchers.site import Site
+from launchers.site import SlurmSite
 from launchers.slurm_queue import job_states, limits, scheduler_words
 from launchers.slurm_steps import _counts
 from launchers.slurm_submitit import SlurmLauncher
-from launchers.spec import Room
+from launchers.spec import Capacity
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"
@@ -96,7 +96,7 @@ def test_a_fan_out_is_planned_for_the_nodes_of_the_partition(fake):
     needs, [job, *_] = specs(fake / "run", 1, gpus=1, cpus=2, gpu_memory_gb=40)
     launcher = SlurmLauncher(needs)
     assert launcher.fits(job) == 4
-    assert launcher.room(job) == Room(4, 40 * 2**30, False, None)
+    assert launcher.capacity(job) == Capacity(4, 40 * 2**30, False, None)
     needs, [job, *_] = specs(fake / "run", 1, cpus=2)
     assert SlurmLauncher(needs).fits(job) == 8
 
@@ -147,23 +147,23 @@ def test_a_site_file_that_is_wrong_is_named_with_what_is_legal(fake, monkeypatch
     site = fake / "site.sh"
     monkeypatch.setenv("FINE_DIST_SITE", str(site))
     with pytest.raises(LaunchError, match=r"no such file .*; copy slurm/site\.example\.sh"):
-        Site.here()
+        SlurmSite.here()
     site.write_text("GPU_FLAG=gpus_per_node\n")
     with pytest.raises(LaunchError, match="did you mean 'gpus-per-node'"):
-        Site.here()
+        SlurmSite.here()
     site.write_text("no_such_command\n")
     with pytest.raises(LaunchError, match=r"cannot be sourced.*no_such_command"):
-        Site.here()
+        SlurmSite.here()
     site.write_text("REQUEUE=resubmit\n")
-    assert not Site.here().requeues
-    assert Site().gpu_flag(4, 4) == "--gpus-per-node=4"
-    assert Site(gpu_style="gpus-per-task").gpu_flag(4, 2) == "--gpus-per-task=2"
+    assert not SlurmSite.here().requeues
+    assert SlurmSite().gpu_flag(4, 4) == "--gpus-per-node=4"
+    assert SlurmSite(gpu_style="gpus-per-task").gpu_flag(4, 2) == "--gpus-per-task=2"
 
 
 def test_the_example_of_a_site_says_nothing_as_it_is(monkeypatch):
     example = Path(__file__).resolve().parents[2] / "slurm" / "site.example.sh"
     monkeypatch.setenv("FINE_DIST_SITE", str(example))
-    assert Site.here() == Site(example)
+    assert SlurmSite.here() == SlurmSite(example)
 
 
 def test_limits_are_those_of_the_partition(fake):

@@ -1,4 +1,4 @@
-"""What each place holds, and that tasks are planned for the machines they will run on, not for this one."""
+"""What each launcher holds, and that tasks are planned for the machines they will run on, not for this one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from launchers.entry import check, launch
 from launchers.local import LocalLauncher
 from launchers.prepare import make_spec, tasks_of
 from launchers.ray_cluster import copies, demand
-from launchers.registry import PLACES, names
-from launchers.slurm_queue import Machine, fits_on
+from launchers.registry import TARGETS, names
+from launchers.slurm_queue import Node, fits_on
 from launchers.slurm_steps import StepLauncher
-from launchers.spec import Room, Task
+from launchers.spec import Capacity, Task
 from launchers.worker import import_module
 from tests.cluster.toy_stage import ToyConfig
 
@@ -38,14 +38,14 @@ def spec(**launch):
 
 def test_every_place_is_listed_once_and_answers_to_its_name():
     assert names() == ["auto", "ray", "slurm", "local", "here"]
-    assert len(set(PLACES)) == len(PLACES)
+    assert len(set(TARGETS)) == len(TARGETS)
 
 
 # --- what fits ------------------------------------------------------------------------------------------------------
 
 
 def test_a_partition_holds_what_its_nodes_hold():
-    nodes = [Machine(8, 16000, 4), Machine(8, 16000, 0), Machine(4, 4000, 2)]
+    nodes = [Node(8, 16000, 4), Node(8, 16000, 0), Node(4, 4000, 2)]
     assert fits_on(nodes, spec(cpus=2)) == 4 + 4 + 2
     assert fits_on(nodes, spec(cpus=1, gpus=1)) == 4 + 2
     assert fits_on(nodes, spec(cpus=1, memory_gb=4)) == 3 + 3 + 0
@@ -61,7 +61,7 @@ def test_an_allocation_holds_what_it_was_given(monkeypatch):
         monkeypatch.setenv(key, value)
     steps = StepLauncher()
     assert steps.fits(spec(cpus=2)) == 8 and steps.fits(spec(gpus=1)) == 4
-    assert steps.room(spec(cpus=2)) == Room(8, None, True, 2**30)
+    assert steps.capacity(spec(cpus=2)) == Capacity(8, None, True, 2**30)
 
 
 def test_a_ray_node_holds_tasks_by_every_resource():
@@ -69,26 +69,26 @@ def test_a_ray_node_holds_tasks_by_every_resource():
     assert [copies(node, demand(spec(**d))) for d in ({"cpus": 2}, {"gpus": 0.5}, {"memory_gb": 2})] == [4, 4, 3]
 
 
-def test_a_local_room_has_this_machines_devices(monkeypatch):
+def test_a_local_capacity_counts_this_machines_devices(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     pool = LocalLauncher(LaunchConfig(gpu_memory_gb=16))
-    room = pool.room(spec(gpus=1))
-    assert not room.cpu and room.accelerator_bytes == 16 * 2**30 and room.workers <= 2
-    assert pool.room(spec()).cpu and pool.room(spec(), many=False).workers == 1
+    capacity = pool.capacity(spec(gpus=1))
+    assert not capacity.cpu and capacity.accelerator_bytes == 16 * 2**30 and capacity.workers <= 2
+    assert pool.capacity(spec()).cpu and pool.capacity(spec(), many=False).workers == 1
 
 
 def test_tasks_are_planned_for_the_launchers_machines(monkeypatch, tmp_path):
     seen = []
 
-    def tasks(config, room):
-        seen.append(room)
+    def tasks(config, capacity):
+        seen.append(capacity)
         return [Task(f"t{i}", config.model_copy(update={"run_dir": f"{config.run_dir}/t{i}"})) for i in range(2)]
 
     monkeypatch.setattr(import_module(TOY), "tasks", tasks)
     monkeypatch.setattr(LocalLauncher, "fits", lambda self, spec: 1)
     assert launch(TOY, ToyConfig(run_dir=str(tmp_path)), "local") == 0
-    assert isinstance(seen[0], Room) and seen[0].cpu
-    assert len(tasks_of(TOY, ToyConfig(run_dir=str(tmp_path)), Room(9, 1e9, False, None))) == 2
+    assert isinstance(seen[0], Capacity) and seen[0].cpu
+    assert len(tasks_of(TOY, ToyConfig(run_dir=str(tmp_path)), Capacity(9, 1e9, False, None))) == 2
     assert seen[1].workers == 9
 
 
