@@ -25,7 +25,8 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     module:   importable name with `run(config)`; the first parameter of `run` is annotated with the config class.
               A module with `tasks(config)` or `tasks(config, capacity)`, which returns a list of `Task` or None, is a
               fan-out: each task is `run(task.config)`, recorded in the state table of `config.run_dir`; a task that
-              is done is not run again. None: one ordinary job. The `Capacity` describes the machines the tasks will run on.
+              is done is not run again. None: one ordinary job. The `Capacity` describes the machines that tasks will
+              run on.
     config:   has `run_dir`, and `launch: LaunchConfig` for what the job needs.
     launcher: a name of `launchers.registry`, or `auto`. Inside a job it is always `here`.
 

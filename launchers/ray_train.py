@@ -75,9 +75,7 @@ class RayLauncher(Launcher):
         asks = ", ".join(f"{key} {value}" for key, value in wanted.items())
         if enough:
             return [Finding("ray", "ok", f"{len(capacity)} nodes hold {sum(capacity)} at once of ({asks})")]
-        what = (
-            "no node holds one task" if many else f"{spec.world_size} processes, the nodes hold {sum(capacity)}"
-        )
+        what = "no node holds one task" if many else f"{spec.world_size} processes, the nodes hold {sum(capacity)}"
         text = f"{what} of ({asks}); lower launch.cpus, gpus, memory_gb, processes or nodes, or add nodes"
         return [Finding("ray", "note" if grows() else "stop", text)]
 
