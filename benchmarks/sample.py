@@ -80,7 +80,7 @@ def turns(
     """Images a second of each, and how far their images are apart."""
     import torch
 
-    from fine_dist.diffusion.sample import image_generator, sample
+    from fine_dist.diffusion.samplers import image_generator, sample
 
     arch: Arch = model.arch  # type: ignore[assignment]
     labels = torch.arange(batch) * (arch.num_classes // batch)

@@ -13,7 +13,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 
-from fine_dist.artifacts.locate import is_hub_name, is_there
+from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
@@ -48,7 +48,7 @@ def run(config: InitConfig) -> Path:
 
 def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
-    if config.parent and not is_there(config.parent) and not is_hub_name(config.parent):
+    if config.parent and not exists_locally(config.parent) and not is_hub_name(config.parent):
         names = [member.name for member in expand(config)]
         return [
             dump_yaml(config).rstrip(),

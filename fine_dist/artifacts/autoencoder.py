@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError, DataError
-from fine_dist.diffusion.sample import Drawn
+from fine_dist.diffusion.samplers import SampledBatch
 
 
 class Decoder:
@@ -78,19 +78,19 @@ def check_scaling(name: str, found: float, wanted: float | None) -> None:
         )
 
 
-def decoded(batches: Iterable[Drawn], decoder: Decoder) -> Iterator[tuple[Drawn, Tensor]]:
+def decoded(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:
     """Each batch with its pictures uint8 [B, 3, H, W]; while one is decoded, the next is already drawn.
 
     On a GPU the decoder's kernels run in a stream of their own beside the sampler's. One batch waits at most.
     """
     stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
-    def work(drawn: Drawn) -> Tensor:
+    def work(drawn: SampledBatch) -> Tensor:
         with torch.cuda.stream(stream):  # none: nothing is done
             return decoder.decode(drawn.latents)
 
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
-        waiting: tuple[Drawn, Future[Tensor]] | None = None
+        waiting: tuple[SampledBatch, Future[Tensor]] | None = None
         for drawn in batches:
             following = (drawn, pool.submit(work, drawn))
             if waiting is not None:

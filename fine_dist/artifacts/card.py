@@ -14,7 +14,7 @@ from fine_dist.model.arch import Arch
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What an export's card says besides its sizes.
 
     method:     name of the method that made it.
@@ -33,7 +33,7 @@ class Card:
     notes: tuple[str, ...] = ()
 
 
-def card_text(card: Card, arch: Arch, num_numbers: int, how_to_load: str) -> str:
+def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -> str:
     """Markdown with the front matter that model hubs read."""
     front = {"license": card.licence, "library_name": "diffusers", "tags": ["dit", "learngene", card.method]}
     rows: list[tuple[str, Any]] = [

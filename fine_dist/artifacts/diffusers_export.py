@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from fine_dist.artifacts.autoencoder import check_scaling
-from fine_dist.artifacts.card import Card, card_text
+from fine_dist.artifacts.card import ModelCard, card_text
 from fine_dist.artifacts.diffusers_folder import MARKER, PIPELINE_NULL, label_rows, to_diffusers
-from fine_dist.artifacts.export_check import Comparison
+from fine_dist.artifacts.export_check import ExportComparison
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import whole_folder, written_whole
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 
-_DIT_CHAIN, _EMPTY_CARD = DiffusionConfig(), Card()
+_DIT_CHAIN, _EMPTY_CARD = DiffusionConfig(), ModelCard()
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportReport:
     """What an export found out.
 
     max_error:   of a forward pass in diffusers with the model's own time frequencies, against ours.
@@ -51,8 +51,8 @@ def write_diffusers(
     scaling_factor: float | None = None,
     class_names: tuple[str, ...] = (),
     clip: float | None = None,
-    card: Card = _EMPTY_CARD,
-) -> Written:
+    card: ModelCard = _EMPTY_CARD,
+) -> ExportReport:
     """Write transformer, scheduler, the VAE's copy, labels, model card and marker; returns what running it gave.
 
     vae:            a folder or hub name of an `AutoencoderKL`; none: no whole pipeline (diffusers' needs one).
@@ -96,11 +96,11 @@ def write_diffusers(
         )
         (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, vae is not None)))
         model = _transformer(transformer)
-        comparison = Comparison(arch, state)
+        comparison = ExportComparison(arch, state)
         stock = comparison.error(forward_of(model))
         set_frequencies(model, arch.frequency_shift)
         error = comparison.confirm(forward_of(model), str(folder))
-    return Written(folder, error, stock, vae is not None)
+    return ExportReport(folder, error, stock, vae is not None)
 
 
 def transformer_config(arch: Arch) -> dict[str, Any]:

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from fine_dist.artifacts.card import licence_of_card
-from fine_dist.artifacts.imported import DIT_LICENCE, NO_HINTS, UNKNOWN_LICENCE, Hints, Imported, check_keys, finish
+from fine_dist.artifacts.imported import (
+    DIT_LICENCE,
+    NO_HINTS,
+    UNKNOWN_LICENCE,
+    Hints,
+    ImportedModel,
+    check_keys,
+    finish,
+)
 from fine_dist.artifacts.tensor_files import fetch, read_json, read_weights_folder
 from fine_dist.core.errors import ArtifactError
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -71,7 +79,7 @@ def is_diffusers_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in CLASSES
 
 
-def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> Imported:
+def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
     """A pipeline's or a transformer's folder, or a name on the hub.
 
     `ArtifactError` when it is damaged, another model's, its per-block embedders differ, or it cannot be downloaded.
@@ -115,7 +123,7 @@ def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> Imported:
         licence = DIT_LICENCE
     if not licence:
         notes.append("its files name no licence; say it with licence")
-    return Imported(
+    return ImportedModel(
         arch=arch,
         state=finish(state, arch, where),
         source=where,

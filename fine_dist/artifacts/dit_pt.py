@@ -23,7 +23,7 @@ from fine_dist.artifacts.imported import (
     NO_HINTS,
     UNKNOWN_LICENCE,
     Hints,
-    Imported,
+    ImportedModel,
     check_keys,
     finish,
     heads_of,
@@ -64,7 +64,7 @@ def names(num_layers: int) -> Iterator[tuple[str, str]]:
 # --- in --------------------------------------------------------------------------------------------------------------
 
 
-def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> Imported:
+def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
     """A checkpoint in the original layout: `.pt` or `.safetensors`, flat or under `ema` / `model`.
 
     `ArtifactError` when the file is damaged, holds code (none is run), or is another model's.
@@ -89,7 +89,7 @@ def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> Imported:
     is_sit = "sit" in re.split(r"[^a-z]+", f"{path.name} {said.get('model', '')}".lower())
     if is_sit:
         notes.append("SiT: it predicts velocities at times 0..1; a start for training, not a teacher")
-    return Imported(
+    return ImportedModel(
         arch=arch,
         state=finish(ours, arch, str(path)),
         source=str(path),
@@ -221,7 +221,7 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
     """
     from safetensors.torch import save_file
 
-    from fine_dist.artifacts.export_check import Comparison
+    from fine_dist.artifacts.export_check import ExportComparison
 
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
@@ -237,7 +237,7 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
             else:
                 save_file(to_dit(arch, state), draft)
         written = read_tensor_file(draft)
-        error = Comparison(arch, state).confirm(
+        error = ExportComparison(arch, state).confirm(
             lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
         )
     return error

@@ -18,7 +18,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`."""
 
 
-class Comparison:
+class ExportComparison:
     """What a model gives for a batch of noise, at timesteps and labels spread over their ranges."""
 
     @torch.no_grad()

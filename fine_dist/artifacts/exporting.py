@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fine_dist.artifacts.locate import carried, licence_of
-from fine_dist.artifacts.model_facts import known
+from fine_dist.artifacts.locate import inherited_facts, licence_of
+from fine_dist.artifacts.model_facts import model_facts_of
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.settings import DiffusionConfig
 
 if TYPE_CHECKING:
-    from fine_dist.artifacts.card import Card
+    from fine_dist.artifacts.card import ModelCard
     from fine_dist.model.dit import DiT
 
 Format = Literal["fine_dist", "diffusers", "dit"]
@@ -37,9 +37,9 @@ def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | 
     return _dit(model, about, out) if to == "dit" else _ours(model, about, out)
 
 
-def card_of(about: dict[str, Any]) -> Card:
+def card_of(about: dict[str, Any]) -> ModelCard:
     """What a model card says, from a manifest."""
-    from fine_dist.artifacts.card import Card
+    from fine_dist.artifacts.card import ModelCard
     from fine_dist.artifacts.imported import UNKNOWN_LICENCE
 
     imported = about.get("imported") or (about.get("ancestor") or {}).get("imported") or {}
@@ -51,7 +51,7 @@ def card_of(about: dict[str, Any]) -> Card:
     losses = {**(about.get("losses") or {}), **_numbers(about.get("init") or {})}
     metrics = {name.replace("_", " "): value for name, value in losses.items() if isinstance(value, (int, float))}
     foreign = "imported" in about and not gene
-    return Card(
+    return ModelCard(
         method="none" if foreign else str(about["method"]["name"]),
         learngene=gene,
         licence=licence_of(about) or UNKNOWN_LICENCE,
@@ -75,7 +75,7 @@ def _check_dense(model: Any, to: Format) -> None:
 def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) -> list[str]:
     from fine_dist.artifacts.diffusers_export import write_diffusers
 
-    facts = known(about)
+    facts = model_facts_of(about)
     written = write_diffusers(
         out,
         model.arch,
@@ -116,7 +116,7 @@ def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
     from fine_dist.core.files import write_atomic
     from fine_dist.model.artifact import save_artifact
 
-    extra = {**carried(about), "exported_from": about["folder"], "origin": about["hash"]}
+    extra = {**inherited_facts(about), "exported_from": about["folder"], "origin": about["hash"]}
     if "imported" in about:
         extra["imported"] = about["imported"]
     manifest = save_artifact(
@@ -134,14 +134,14 @@ def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
 
 
 def _read_back(model: DiT, out: Path) -> float:
-    from fine_dist.artifacts.export_check import Comparison
+    from fine_dist.artifacts.export_check import ExportComparison
     from fine_dist.artifacts.load import load_model
     from fine_dist.model.dit import DiT
 
     again, _ = load_model(out, draws=False)
     if type(model) is not DiT:
         return 0.0
-    return Comparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))
+    return ExportComparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))
 
 
 def _compared(where: str, error: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fine_dist.artifacts.diffusers_folder import is_diffusers_folder, read_diffusers
 from fine_dist.artifacts.dit_pt import read_dit
-from fine_dist.artifacts.imported import NO_HINTS, UNKNOWN_LICENCE, Hints, Imported, finish
+from fine_dist.artifacts.imported import NO_HINTS, UNKNOWN_LICENCE, Hints, ImportedModel, finish
 from fine_dist.artifacts.tensor_files import SUFFIXES
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError
@@ -14,7 +14,7 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.artifact import MANIFEST, load_artifact
 
 
-def load(source: str | Path, hints: Hints = NO_HINTS) -> Imported:
+def load(source: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
     """A model of this project's (`kind: model`), a diffusers folder, a state dict's file, or a name on the hub.
 
     `ArtifactError` in one line when it is none of these, damaged, foreign, or cannot be downloaded.
@@ -36,13 +36,13 @@ def load(source: str | Path, hints: Hints = NO_HINTS) -> Imported:
     return read_diffusers(str(source), hints)
 
 
-def read_own(folder: str | Path, hints: Hints = NO_HINTS) -> Imported:
+def read_own(folder: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
     """A dense model that this project wrote. `ArtifactError` when it is damaged, or a learngene or scalers."""
     artifact = load_artifact(folder, "model")
     extra = artifact.extra
     diffusion = extra.get("diffusion")
     licence = hints.licence or extra.get("licence") or (extra.get("ancestor") or {}).get("licence")
-    return Imported(
+    return ImportedModel(
         arch=artifact.arch,
         state=finish(artifact.tensors, artifact.arch, str(folder)),
         source=str(folder),

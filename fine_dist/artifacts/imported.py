@@ -22,7 +22,7 @@ DIT_LICENCE = "cc-by-nc-4.0"
 
 
 @dataclass(frozen=True)
-class Imported:
+class ImportedModel:
     """A dense DiT from elsewhere.
 
     arch, state:     its shape, and its tensors (float32, on the CPU) under the names of `fine_dist.model.dit.DiT`.

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.artifacts.locate import (
     NO_HINTS,
     HintsConfig,
-    carried,
     facts_of,
     find_artifact,
     hash_of,
+    inherited_facts,
     is_foreign,
     read_artifact,
 )
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fine_dist.model.artifact import Weights
     from fine_dist.model.dit import DiT
 
-__all__ = ["carried", "facts_of", "find_artifact", "hash_of", "load_model", "load_unmerged", "read_artifact"]
+__all__ = ["facts_of", "find_artifact", "hash_of", "inherited_facts", "load_model", "load_unmerged", "read_artifact"]
 
 
 def load_model(

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from fine_dist.artifacts.imported import Hints
     from fine_dist.model.artifact import Artifact, Weights
 
-PLACES = ("model", "target", "sigma", "learngene")
+ARTIFACT_FOLDERS = ("model", "target", "sigma", "learngene")
 """Folders of a run directory that hold an artifact, in the order in which they are looked for; `sigma` is a target of
 earlier versions."""
-CARRIED = ("licence", "sampler", "codec", "class_names", "diffusion")
+INHERITED_FACTS = ("licence", "sampler", "codec", "class_names", "diffusion")
 """What a manifest hands on to whatever is made from its artifact, unless that has its own."""
 
 
@@ -91,7 +91,7 @@ def is_hub_name(source: str | Path) -> bool:
     return plain and owner not in _FOLDERS and not Path(text).exists() and not Path(owner).is_dir()
 
 
-def is_there(source: str | Path) -> bool:
+def exists_locally(source: str | Path) -> bool:
     """Whether there is anything of that name on this machine."""
     return Path(expand_path(str(source))).exists()
 
@@ -126,9 +126,9 @@ def hash_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> str:
     return facts_of(source, hints).hash
 
 
-def carried(extra: dict[str, Any]) -> dict[str, Any]:
+def inherited_facts(extra: dict[str, Any]) -> dict[str, Any]:
     """What a parent's manifest hands on. A licence may be written beside an ancestor of its own."""
-    found = {name: extra[name] for name in CARRIED if extra.get(name) not in (None, (), [], {})}
+    found = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
     licence = licence_of(extra)
     return {**found, "licence": licence} if licence else found
 
@@ -146,7 +146,7 @@ def _facts(source: str, hints: str, stamp: int) -> Facts:
 
 
 def _own(folder: Path) -> Path | None:
-    places = (folder, *(folder / name for name in PLACES))
+    places = (folder, *(folder / name for name in ARTIFACT_FOLDERS))
     return next((place for place in places if (place / "manifest.json").is_file()), None)
 
 

@@ -14,7 +14,7 @@ _MODELS_OWN = ("guidance", "guidance_channels", "clip")
 """Settings of a sampler that belong to the model."""
 
 
-class DrawConfig(Config):
+class SamplerOverrides(Config):
     """Sampling. What is not said of guidance and clip is as the model's manifest has it, or else none."""
 
     scheduler: Literal["ddpm", "ddim", "dpm"] = "ddim"
@@ -60,7 +60,7 @@ class FeaturesConfig(Config):
 
 
 @dataclass(frozen=True)
-class Known:
+class ModelFacts:
     """Of a model. diffusion: none where nothing says. sampler: settings by name, those that its manifest has.
 
     codec: `identity` for images themselves, a name for an autoencoder's latents, none where nothing says.
@@ -77,11 +77,11 @@ class Known:
         return channels in (1, 3) and self.codec in (None, "identity")
 
 
-def known(about: dict[str, Any]) -> Known:
+def model_facts_of(about: dict[str, Any]) -> ModelFacts:
     """From what `load_model` says, or a manifest's extra."""
     codec, diffusion = about.get("codec") or {}, about.get("diffusion")
     name = codec.get("name")
-    return Known(
+    return ModelFacts(
         diffusion=DiffusionConfig.model_validate(diffusion) if diffusion else None,
         sampler={key: value for key, value in (about.get("sampler") or {}).items() if key in _MODELS_OWN},
         codec=name,
@@ -90,8 +90,8 @@ def known(about: dict[str, Any]) -> Known:
     )
 
 
-def settle(
-    wish: DrawConfig, diffusion: DiffusionConfig | None, facts: Known, where: str
+def resolve_sampling(
+    wish: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
 ) -> tuple[SamplerConfig, DiffusionConfig, list[str]]:
     """The settings that a model is sampled with, and a line for each that contradicts its manifest.
 

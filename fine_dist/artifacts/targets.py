@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.artifacts.locate import PLACES, HintsConfig, carried, is_foreign, read_artifact
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, HintsConfig, inherited_facts, is_foreign, read_artifact
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check, from_manifest, parent_of
 from fine_dist.methods.base import Descent, Method, Parent
@@ -107,7 +107,7 @@ def save_target(
 
 def _handed_on(parent: Parent, arch: Arch) -> dict[str, Any]:
     """What a target's manifest has of its parent's; names of classes only where the classes are the parent's."""
-    found = carried(parent.artifact.extra)
+    found = inherited_facts(parent.artifact.extra)
     if arch.num_classes != parent.arch.num_classes:
         found.pop("class_names", None)
     return found
@@ -133,7 +133,7 @@ def load_target_module(
 
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
-        folder = next((folder / name for name in PLACES if (folder / name / MANIFEST).is_file()), folder)
+        folder = next((folder / name for name in ARTIFACT_FOLDERS if (folder / name / MANIFEST).is_file()), folder)
     artifact = load_artifact(folder)
     if artifact.kind not in ("target", "sigma"):
         raise ArtifactError(f"{folder} is a {artifact.kind}, and a target is needed here")
@@ -188,7 +188,7 @@ def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
         return None
     places = [artifact.folder / named["from_here"], Path(named["path"])]
     if given:
-        places = [Path(given), *(Path(given) / name for name in PLACES)]
+        places = [Path(given), *(Path(given) / name for name in ARTIFACT_FOLDERS)]
     place = next((place for place in places if (place / MANIFEST).is_file()), None)
     if place is not None:
         parent = load_artifact(place)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.schedule import NoiseSchedule, mix
+from fine_dist.diffusion.processes import NoiseSchedule, mix
 from fine_dist.diffusion.settings import DiffusionConfig
 
 ENOUGH = 10_000
 """Questions beyond which more of each sample only take longer."""
 
 
-class HeldOut:
+class HeldOutLoss:
     """Held-out noise-prediction loss at fixed timesteps and noise: `measure(model) -> {"held_out_loss": float}`.
 
     Every sample is measured at one to four timesteps, as many as make `ENOUGH` questions, spread evenly over the chain,

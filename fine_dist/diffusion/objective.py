@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fine_dist.diffusion.schedule import DrawAhead, Draws, NoiseSchedule, draw
+from fine_dist.diffusion.processes import Draws, NoiseSchedule, PrefetchedDraws, draw
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
-from fine_dist.model.dit import Answer, DiT
+from fine_dist.model.dit import DiT, ModelOutput
 
-Model = Callable[[Tensor, Tensor, Tensor], "Tensor | Answer"]
-"""`(z_t [B, C, H, H], t [B], y [B])` -> the output, or an `Answer` where a term looks at features."""
+Model = Callable[[Tensor, Tensor, Tensor], "Tensor | ModelOutput"]
+"""`(z_t [B, C, H, H], t [B], y [B])` -> the output, or an `ModelOutput` where a term looks at features."""
 
 
 class LatentBatch(Protocol):
@@ -40,7 +40,7 @@ class LatentBatch(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
+class NoisedBatch:
     """What a model is asked in a step: clean and noised latents and the noise [B, C, H, H], timesteps, labels [B]."""
 
     z: Tensor
@@ -51,7 +51,7 @@ class Question:
     """Labels; the null label where they were dropped."""
 
 
-class Term(Protocol):
+class LossTerm(Protocol):
     """A part of the loss: `term(question, answer) -> [B]` fp32, counted `weight` times. Weight 0 is not computed."""
 
     weight: float
@@ -59,7 +59,7 @@ class Term(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, question: Question, answer: Answer) -> Tensor: ...
+    def __call__(self, question: NoisedBatch, answer: ModelOutput) -> Tensor: ...
 
 
 class Objective:
@@ -74,7 +74,7 @@ class Objective:
         config: DiffusionConfig,
         arch: Arch,
         seed: int,
-        terms: Sequence[Term] = (),
+        terms: Sequence[LossTerm] = (),
         num_classes: int | None = None,
         ahead: bool = True,
     ):
@@ -87,26 +87,26 @@ class Objective:
             label_drop=config.label_drop,
         )
         if ahead:
-            self.draws = DrawAhead(self.draws)
+            self.draws = PrefetchedDraws(self.draws)
         self.schedule = NoiseSchedule(config)
-        self.terms = [term for term in terms or (Diffusion(self.schedule),) if term.weight]
+        self.terms = [term for term in terms or (DiffusionLoss(self.schedule),) if term.weight]
 
     def __call__(self, model: Model, batch: LatentBatch) -> Tensor:
-        question = self.ask(batch)
+        question = self.sample_noise(batch)
         return self.losses(question, model(question.z_t, question.t, question.y))
 
-    def ask(self, batch: LatentBatch) -> Question:
+    def sample_noise(self, batch: LatentBatch) -> NoisedBatch:
         """The question of a batch, on the batch's device; drawn from (seed, step, position) alone."""
         device = batch.latents.device
         draws = self.draws(batch.step, batch.positions, pin=device.type == "cuda")
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
         self.schedule.to(device)
         z_t = self.schedule.add_noise(batch.latents, t, eps)
-        return Question(batch.latents, z_t, eps, t, torch.where(drop, self.null, batch.labels))
+        return NoisedBatch(batch.latents, z_t, eps, t, torch.where(drop, self.null, batch.labels))
 
-    def losses(self, question: Question, out: Tensor | Answer) -> Tensor:
+    def losses(self, question: NoisedBatch, out: Tensor | ModelOutput) -> Tensor:
         """The weighted sum of all terms, [B]."""
-        answer = out if isinstance(out, Answer) else Answer(out, {})
+        answer = out if isinstance(out, ModelOutput) else ModelOutput(out, {})
         total: Tensor | None = None
         for term in self.terms:
             loss = term(question, answer)
@@ -120,7 +120,7 @@ class Objective:
 # --- terms -----------------------------------------------------------------------------------------------------------
 
 
-class Diffusion:
+class DiffusionLoss:
     """Noise prediction, and the variance's bound when the model predicts one."""
 
     name = "diffusion"
@@ -128,7 +128,7 @@ class Diffusion:
     def __init__(self, schedule: NoiseSchedule, weight: float = 1.0):
         self.schedule, self.weight = schedule, weight
 
-    def __call__(self, question: Question, answer: Answer) -> Tensor:
+    def __call__(self, question: NoisedBatch, answer: ModelOutput) -> Tensor:
         q = question
         return per_sample(self.schedule, answer.out.float(), q.z, q.z_t, q.t, q.eps)
 
@@ -142,18 +142,22 @@ class Teacher:
 
     def __init__(self, model: DiT, blocks: Sequence[int] = ()):
         self.model, self.blocks = model.eval().requires_grad_(False), tuple(blocks)
-        self._last: tuple[Question, Answer] | None = None
+        self._last: tuple[NoisedBatch, ModelOutput] | None = None
 
     @torch.no_grad()
-    def __call__(self, question: Question) -> Answer:
+    def __call__(self, question: NoisedBatch) -> ModelOutput:
         if self._last is None or self._last[0] is not question:
             asked = (question.z_t.to(self.model.patch.weight.dtype), question.t, question.y)
-            answer = self.model.answer(*asked, self.blocks) if self.blocks else Answer(self.model(*asked), {})
+            answer = (
+                self.model.forward_with_features(*asked, self.blocks)
+                if self.blocks
+                else ModelOutput(self.model(*asked), {})
+            )
             self._last = (question, answer)
         return self._last[1]
 
 
-class Output:
+class OutputDistillation:
     """The mean squared difference to the teacher's full output, variance channels included where both have them."""
 
     name = "output"
@@ -161,16 +165,16 @@ class Output:
     def __init__(self, teacher: Teacher, weight: float = 1.0):
         self.teacher, self.weight = teacher, weight
 
-    def __call__(self, question: Question, answer: Answer) -> Tensor:
+    def __call__(self, question: NoisedBatch, answer: ModelOutput) -> Tensor:
         wanted, out = self.teacher(question).out.float(), answer.out.float()
         channels = min(wanted.shape[1], out.shape[1])
         return (out[:, :channels] - wanted[:, :channels]).square().flatten(1).mean(1)
 
 
-class Features:
+class FeatureDistillation:
     """The mean squared difference of features, averaged over pairs of the student's and the teacher's.
 
-    pairs: (student's feature, teacher's feature), names as in `Answer.features`; the student's are already mapped to
+    pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`; the student's are already at
            the teacher's width by what trains (`model.maps.Mapped`). An answer may hold the features of some pairs
            only, where a step trains a part of the model: the mean is over those.
     """
@@ -180,7 +184,7 @@ class Features:
     def __init__(self, teacher: Teacher, pairs: Sequence[tuple[str, str]], weight: float = 1.0):
         self.teacher, self.pairs, self.weight = teacher, tuple(pairs), weight
 
-    def __call__(self, question: Question, answer: Answer) -> Tensor:
+    def __call__(self, question: NoisedBatch, answer: ModelOutput) -> Tensor:
         wanted = self.teacher(question).features
         parts = [
             (answer.features[ours].float() - wanted[theirs].float()).square().flatten(1).mean(1)

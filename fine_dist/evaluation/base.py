@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fine_dist.sampling.pixels import as_uint8
+from fine_dist.sampling.image_grid import to_uint8
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Features(Protocol):
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] of any images that `as_uint8` takes; grey ones three times over."""
-    images = as_uint8(images)
+    """uint8 [N, 3, H, W] of any images that `to_uint8` takes; grey ones three times over."""
+    images = to_uint8(images)
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
 

@@ -16,13 +16,13 @@ from fine_dist.artifacts.model_facts import FeaturesConfig
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.evaluation.references import References, is_images
-from fine_dist.sampling.renderer import Artist, make_artist
+from fine_dist.sampling.renderer import ImageRenderer, make_renderer
 from fine_dist.sampling.settings import EvaluateConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from fine_dist.diffusion.held_out import HeldOut
+    from fine_dist.diffusion.held_out import HeldOutLoss
     from fine_dist.engine.dist import World
     from fine_dist.evaluation.collect import Statistics
     from fine_dist.evaluation.comparison import Score
@@ -41,24 +41,24 @@ class Evaluation:
         self.wanted = wanted_of(config)
         self.networks = networks_of(self.wanted, config.features)
         self.references = References(config, self.networks, world)
-        self._questions: dict[str, HeldOut] = {}
+        self._questions: dict[str, HeldOutLoss] = {}
 
     def __call__(self, path: str) -> dict[str, Any]:
         """The numbers of a model or of images, and how they came about; JSON."""
         if is_images(path):
             return self._row(path, {"arch": None, "method": "images"}, None, self._of_images(path), [])
-        artist = make_artist(self.config, path, self.device)
-        arch = artist.model.arch
-        if self.networks and not artist.pictures:
+        renderer = make_renderer(self.config, path, self.device)
+        arch = renderer.model.arch
+        if self.networks and not renderer.pictures:
             raise ConfigError(
                 f"metrics: {', '.join(self.metrics)} of {path} need pictures, and it makes latents of "
                 f"{arch.in_channels} channels; say what decodes them with --vae FOLDER"
             )
-        loss = self.held_out_loss(artist) if HELD_OUT in self.wanted else None
-        found = self._of_samples(artist) if self.networks else {}
-        about = {"arch": arch.name, "method": artist.about["method"]["name"]} | artist.protocol(self.config.seed)
+        loss = self.held_out_loss(renderer) if HELD_OUT in self.wanted else None
+        found = self._of_samples(renderer) if self.networks else {}
+        about = {"arch": arch.name, "method": renderer.about["method"]["name"]} | renderer.protocol(self.config.seed)
         about["hash"] = about.pop("model")
-        return self._row(path, about, loss, found, artist.notes)
+        return self._row(path, about, loss, found, renderer.notes)
 
     @property
     def metrics(self) -> list[str]:
@@ -79,18 +79,20 @@ class Evaluation:
             **self.references.protocol(),
         }
 
-    def held_out_loss(self, artist: Artist) -> float:
+    def held_out_loss(self, renderer: ImageRenderer) -> float:
         """Over all questions, each process its share. `DataError` when the shards do not fit the model."""
         from fine_dist.data.sources import locate
         from fine_dist.data.stream import check_fit, read_all
-        from fine_dist.diffusion.held_out import HeldOut
+        from fine_dist.diffusion.held_out import HeldOutLoss
 
         where = expand_path(str(self.config.data.held_out))
-        check_fit(locate(where, self.config.data)[0], artist.model.arch, where)
-        key = artist.diffusion.model_dump_json()
+        check_fit(locate(where, self.config.data)[0], renderer.model.arch, where)
+        key = renderer.diffusion.model_dump_json()
         if key not in self._questions:
-            self._questions[key] = HeldOut(*read_all(where), artist.diffusion)
-        total, count = self._questions[key].sums(artist.model, self.device, 256, self.world.rank, self.world.world_size)
+            self._questions[key] = HeldOutLoss(*read_all(where), renderer.diffusion)
+        total, count = self._questions[key].sums(
+            renderer.model, self.device, 256, self.world.rank, self.world.world_size
+        )
         both = self._sum(total, count)
         return both[0] / both[1]
 
@@ -103,20 +105,20 @@ class Evaluation:
 
     # --- images ------------------------------------------------------------------------------------------------------
 
-    def _of_samples(self, artist: Artist) -> dict[str, Statistics]:
+    def _of_samples(self, renderer: ImageRenderer) -> dict[str, Statistics]:
         """The statistics of samples under every network; an image is drawn once and shown to all."""
         import torch
 
         from fine_dist.evaluation.collect import Collector
 
         count, world = self.config.samples, self.world
-        labels = torch.arange(count) % artist.model.arch.num_classes
+        labels = torch.arange(count) % renderer.model.arch.num_classes
         mine = torch.arange(world.rank, count, world.world_size)
         collectors = {
-            name: Collector(self.references.network(name), count, source=artist.where) for name in self.networks
+            name: Collector(self.references.network(name), count, source=renderer.where) for name in self.networks
         }
-        bar = f"sample {Path(artist.where).name}" if world.is_main else False
-        for drawn, images in artist.draw(labels[mine], mine, self.config.seed, bar):
+        bar = f"sample {Path(renderer.where).name}" if world.is_main else False
+        for drawn, images in renderer.render(labels[mine], mine, self.config.seed, bar):
             for collector in collectors.values():
                 collector.add(drawn.indices, images)
         return {name: collector.all_reduce().result() for name, collector in collectors.items()}

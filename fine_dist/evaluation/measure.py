@@ -47,13 +47,13 @@ class Measures:
 
     def __init__(self, config: MeasureConfig) -> None:
         from fine_dist.data.stream import read_all
-        from fine_dist.diffusion.held_out import HeldOut
+        from fine_dist.diffusion.held_out import HeldOutLoss
         from fine_dist.engine.dist import pick_device
 
         self.config = config
         self.device = pick_device(config.engine.device)
         held_out = read_all(expand_path(config.data.held_out)) if config.data.held_out else None
-        self.held_out = HeldOut(*held_out, config.diffusion) if held_out else None
+        self.held_out = HeldOutLoss(*held_out, config.diffusion) if held_out else None
         self.reference: Moments | None = None
         self.floor: float | None = None
         self._efflite: tuple[Features, Moments] | None = None
@@ -130,7 +130,7 @@ class Measures:
         """Samples [count, C, H, H], classes in turn; image i is the same for every model of a seed."""
         import torch
 
-        from fine_dist.diffusion.sample import sample
+        from fine_dist.diffusion.samplers import sample
 
         return sample(
             model,

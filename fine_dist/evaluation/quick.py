@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.artifacts.model_facts import Known
+from fine_dist.artifacts.model_facts import ModelFacts
 from fine_dist.core.errors import ConfigError
 from fine_dist.evaluation.evaluator import HELD_OUT, networks_of, wanted_of
 from fine_dist.evaluation.references import References
-from fine_dist.sampling.renderer import Artist
+from fine_dist.sampling.renderer import ImageRenderer
 from fine_dist.sampling.settings import EvaluateConfig
 
 if TYPE_CHECKING:
@@ -79,11 +79,11 @@ class Quick:
         if not self.due():
             return {}
         self.done = self.step + 1
-        artist = artist_of(self.config, model, self.manifest, decoder)
+        renderer = preview_renderer(self.config, model, self.manifest, decoder)
         count = self.config.quick.samples
-        labels = torch.arange(count) % artist.model.arch.num_classes
+        labels = torch.arange(count) % renderer.model.arch.num_classes
         collectors = {name: Collector(self.references.network(name), count) for name in self.networks}
-        for drawn, images in artist.draw(labels, torch.arange(count), self.config.seed, False):
+        for drawn, images in renderer.render(labels, torch.arange(count), self.config.seed, False):
             for collector in collectors.values():
                 collector.add(drawn.indices, images)
         found: dict[str, float] = {}
@@ -94,12 +94,12 @@ class Quick:
         return found
 
 
-def artist_of(config: StageConfig, model: Any, manifest: Manifest, decoder: Decoder | None) -> Artist:
+def preview_renderer(config: StageConfig, model: Any, manifest: Manifest, decoder: Decoder | None) -> ImageRenderer:
     """A model in training as one that draws, with the stage's own settings."""
-    facts = Known(codec=manifest.codec, class_names=manifest.class_names)
+    facts = ModelFacts(codec=manifest.codec, class_names=manifest.class_names)
     pictures = decoder is not None or facts.pictures(manifest.latent_shape[0])
     where = Path(config.run_dir).name
-    return Artist(model, where, {}, facts, config.sampler, config.diffusion, decoder, pictures)
+    return ImageRenderer(model, where, {}, facts, config.sampler, config.diffusion, decoder, pictures)
 
 
 def decoder_of(config: StageConfig, manifest: Manifest, world: World) -> Decoder | None:

@@ -100,12 +100,12 @@ class References:
 
     def _finish(self, manifest: Any, where: str) -> Any:
         """What makes pictures of these latents."""
-        from fine_dist.sampling.pixels import as_uint8
+        from fine_dist.sampling.image_grid import to_uint8
 
         if manifest.codec == "identity" and manifest.latent_shape[0] in (1, 3):
 
             def picture(latents: Tensor) -> Tensor:
-                return as_uint8(latents.clamp(-1, 1))
+                return to_uint8(latents.clamp(-1, 1))
 
             return picture
         if not self.config.vae:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_dist.artifacts.locate import PLACES
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.files import last_row as newest_row
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.methods.base import Parent
@@ -16,7 +16,7 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
     damaged."""
     done = RunDir(folder).done
-    kept = any((folder / place / "manifest.json").is_file() for place in PLACES)
+    kept = any((folder / place / "manifest.json").is_file() for place in ARTIFACT_FOLDERS)
     return done if kept else None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fine_dist.core.errors import DataError
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.objective import Objective, Question
+from fine_dist.diffusion.objective import NoisedBatch, Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World
 from fine_dist.family.pack_model import Inputs
@@ -38,7 +38,7 @@ class Source:
 class Fed:
     """A step's questions of F feeds, stacked: every tensor of it is [F, B, ...]."""
 
-    question: Question
+    question: NoisedBatch
     rows: dict[int, int]
     """Place in the tensors of a feed that was asked for."""
 
@@ -47,13 +47,13 @@ class Fed:
         """What a pack sees of it."""
         return Inputs(self.question.z_t, self.question.t, self.question.y)
 
-    def of(self, rows: Sequence[int], part: slice = slice(None)) -> Question:
+    def of(self, rows: Sequence[int], part: slice = slice(None)) -> NoisedBatch:
         """What some rows ask (one a job, in that order), a part of their samples, behind one another [N, ...]."""
         at = list(rows)
-        return Question(*(x[at, part].flatten(0, 1) for x in _tensors(self.question)))
+        return NoisedBatch(*(x[at, part].flatten(0, 1) for x in _tensors(self.question)))
 
 
-def _tensors(question: Question) -> tuple[Tensor, ...]:
+def _tensors(question: NoisedBatch) -> tuple[Tensor, ...]:
     return question.z, question.z_t, question.eps, question.t, question.y
 
 
@@ -113,7 +113,7 @@ class Feeds:
 
     def _make(self, names: tuple[int, ...]) -> Fed | None:
         device = self.world.device or torch.device("cpu")
-        questions: list[Question] = []
+        questions: list[NoisedBatch] = []
         rows: dict[int, int] = {}
         for name in names:
             if name in self.bad:
@@ -124,10 +124,10 @@ class Feeds:
                 self.bad[name] = str(error)
                 continue
             rows[name] = len(questions)
-            questions.append(self._objectives[name].ask(batch.to(device)))
+            questions.append(self._objectives[name].sample_noise(batch.to(device)))
         if not questions:
             return None
-        return Fed(Question(*(torch.stack(parts) for parts in zip(*map(_tensors, questions)))), rows)
+        return Fed(NoisedBatch(*(torch.stack(parts) for parts in zip(*map(_tensors, questions)))), rows)
 
     def close(self) -> None:
         """Stop reading."""
@@ -142,4 +142,4 @@ def _select(fed: Fed, names: tuple[int, ...]) -> Fed:
     """The part of a step that was read ahead for more feeds than are wanted now."""
     kept = [name for name in names if name in fed.rows]
     at = [fed.rows[name] for name in kept]
-    return Fed(Question(*(x[at] for x in _tensors(fed.question))), {name: i for i, name in enumerate(kept)})
+    return Fed(NoisedBatch(*(x[at] for x in _tensors(fed.question))), {name: i for i, name in enumerate(kept)})

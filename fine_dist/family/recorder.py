@@ -15,7 +15,7 @@ from fine_dist.artifacts.targets import save_target
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.files import write_atomic
 from fine_dist.data.stream import read_all
-from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.dist import World
 from fine_dist.engine.monitor import keep_rows
 from fine_dist.engine.run_dir import describe_environment
@@ -52,7 +52,7 @@ class Keeper:
         self._boards: dict[int, Any] = {}
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
-        self._held_out: dict[tuple[str, int], HeldOut] = {}
+        self._held_out: dict[tuple[str, int], HeldOutLoss] = {}
         self._looks: dict[tuple[str, int, str], dict[str, float]] = {}
         self._bar: Any = None
         self._drawn = time.monotonic()
@@ -140,7 +140,7 @@ class Keeper:
         where = (data.held_out, data.held_out_samples)
         if where not in self._held_out:
             questions = read_all(expand_path(data.held_out), data.held_out_samples)
-            self._held_out[where] = HeldOut(*questions, self.family.config.diffusion)
+            self._held_out[where] = HeldOutLoss(*questions, self.family.config.diffusion)
         key = (*where, self.packed.fingerprint(job))
         if key not in self._looks:  # seeds of one depth often begin as the same model
             view: nn.Module = JobView(self.packed, job)

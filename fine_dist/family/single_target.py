@@ -9,7 +9,7 @@ from fine_dist.artifacts.targets import own_tensors
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import TrainingError
 from fine_dist.data.stream import LatentStream, read_all
-from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
@@ -71,7 +71,7 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
     )
     held_out = None
     if data.held_out and world.is_main:
-        held_out = HeldOut(*read_all(expand_path(data.held_out), data.held_out_samples), config.diffusion)
+        held_out = HeldOutLoss(*read_all(expand_path(data.held_out), data.held_out_samples), config.diffusion)
     return Program(
         model=descent.model,
         objective=Objective(config.diffusion, arch, member.seed),

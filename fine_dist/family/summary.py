@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.artifacts.locate import PLACES
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.model.arch import Arch
@@ -111,7 +111,9 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     dense, largest, parents = 0, 0, {}
     by_method: dict[str, list[int]] = {}
     for name in names:
-        place = next((run_dir / name / p for p in PLACES if (run_dir / name / p / "manifest.json").is_file()), None)
+        place = next(
+            (run_dir / name / p for p in ARTIFACT_FOLDERS if (run_dir / name / p / "manifest.json").is_file()), None
+        )
         if place is None:
             continue
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))

@@ -95,7 +95,7 @@ class Parent:
 class Condensation:
     """What stage 1 trains.
 
-    module:      trained as a whole; `(z, t, y) -> output`, or an `Answer` with features.
+    module:      trained as a whole; `(z, t, y) -> output`, or an `ModelOutput` with features.
     pairs:       (feature of `module`, feature of the teacher) for the features' term.
     before_step: called on every rank before each step with the step and a generator seeded by (seed, step).
     report:      what is worth keeping of how it began (JSON), and `lines`, the same to be printed.

@@ -39,7 +39,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelOutput:
     """A model's output and some features of it, for losses that look inside. features: by name, [B, T, D]."""
 
     out: Tensor
@@ -122,7 +122,7 @@ class DiT(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def answer(self, z: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> Answer:
+    def forward_with_features(self, z: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> ModelOutput:
         """The output, and what some blocks and their attention give: `block.I` and `attention.I`, [B, T, D]."""
         x, condition = self.embed(z, t, y)
         features: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ class DiT(nn.Module):
                 features[f"block.{layer}"] = x
             else:
                 x = self.run(layer, block, x, condition)
-        return Answer(self.unpatchify(self.final(x, condition.c)), features)
+        return ModelOutput(self.unpatchify(self.final(x, condition.c)), features)
 
     def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Condition]:
         """Tokens [B, T, D] and what they are conditioned on."""

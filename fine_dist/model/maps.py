@@ -10,13 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fine_dist.model.dit import Answer, DiT
+from fine_dist.model.dit import DiT, ModelOutput
 
 
 class Mapped(nn.Module):
-    """`(z, t, y) -> Answer`: a student, and some of its features through linear maps [B, T, D_s] -> [B, T, D_t].
+    """`(z, t, y) -> ModelOutput`: a student, and some of its features through linear maps [B, T, D_s] -> [B, T, D_t].
 
-    features: names as `DiT.answer` gives them, `block.3` or `attention.3`. width: D_t.
+    features: names as `DiT.forward_with_features` gives them, `block.3` or `attention.3`. width: D_t.
     """
 
     def __init__(self, student: DiT, features: Sequence[str], width: int, generator: torch.Generator | None = None):
@@ -29,10 +29,10 @@ class Mapped(nn.Module):
             nn.init.xavier_uniform_(linear.weight, generator=generator)  # type: ignore[arg-type]
             nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Answer:
-        answer = self.student.answer(z, t, y, self.layers)
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        answer = self.student.forward_with_features(z, t, y, self.layers)
         mapped = {name: linear(answer.features[name]) for name, linear in zip(self.wanted, self.maps)}
-        return Answer(answer.out, mapped)
+        return ModelOutput(answer.out, mapped)
 
     @property
     def recompute(self) -> str:

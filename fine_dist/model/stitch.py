@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.cost import Cost
-from fine_dist.model.dit import Answer, Condition, DiT
+from fine_dist.model.dit import Condition, DiT, ModelOutput
 from fine_dist.model.flops import attention_macs
 from fine_dist.model.roles import Role
 
@@ -171,7 +171,7 @@ class Pool(nn.Module):
 
 
 class Imitating(nn.Module):
-    """`(z, t, y) -> Answer`: a pool's anchor, with features through its maps: what distils a pool.
+    """`(z, t, y) -> ModelOutput`: a pool's anchor, with features through its maps: what distils a pool.
 
     taps: for each anchor, {map's key: (`block` or `attention`, layer)}; a feature has its map's name.
     """
@@ -180,12 +180,12 @@ class Imitating(nn.Module):
         super().__init__()
         self.pool, self.arch, self.taps = pool, pool.arch, tuple(taps)
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Answer:
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         taps = self.taps[self.pool.route.anchor]
         layers = sorted({layer for _, layer in taps.values()})
-        answer = self.pool.anchor(self.pool.route.anchor).answer(z, t, y, layers)
+        answer = self.pool.anchor(self.pool.route.anchor).forward_with_features(z, t, y, layers)
         found = {key: self.pool.maps[key](answer.features[f"{kind}.{at}"]) for key, (kind, at) in taps.items()}
-        return Answer(answer.out, found)
+        return ModelOutput(answer.out, found)
 
     @property
     def recompute(self) -> str:

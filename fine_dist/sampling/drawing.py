@@ -17,8 +17,8 @@ from pydantic import Field
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
-from fine_dist.sampling.renderer import Artist, make_artist, name_of
-from fine_dist.sampling.settings import DrawnConfig
+from fine_dist.sampling.renderer import ImageRenderer, class_name_of, make_renderer
+from fine_dist.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ GRID_IMAGES = 100
 Kind = Literal["npy", "grid", "png", "npz"]
 
 
-class SampleConfig(DrawnConfig):
+class SampleConfig(SamplingSettings):
     """Draw images from a model, or the same images from several (`--compare`). Guidance, clip and diffusion are the
     model's own unless they are said."""
 
@@ -76,64 +76,72 @@ def labels_of(config: SampleConfig, num_classes: int, names: Sequence[str]) -> T
     return classes[torch.arange(count) % len(classes)] if count else classes.repeat_interleave(config.per_class)
 
 
-def draw(config: SampleConfig, artist: Artist, labels: Tensor, folder: Path, world: World) -> Path:
+def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path, world: World) -> Path:
     """Draw all images into the files of a folder, with the other processes; the folder. `DataError` for others'."""
     wanted = set(config.formats)
-    if wanted & {"png", "npz"} and not artist.pictures:
+    if wanted & {"png", "npz"} and not renderer.pictures:
         raise ConfigError(
             f"formats: {', '.join(sorted(wanted & {'png', 'npz'}))} of latents needs pictures; say what decodes them "
             "with --vae FOLDER"
         )
-    identity = artist.protocol(config.seed) | {
+    identity = renderer.protocol(config.seed) | {
         "weights": config.weights,
         "vae": [config.vae, config.vae_precision] if config.vae else None,
         "labels": labels.tolist() if len(labels) <= 1000 else _hash(labels),
     }
     if _is_done(folder, identity, wanted):
         return folder
-    with _Stores(folder, artist, labels, identity, wanted) as stores:
+    with _Stores(folder, renderer, labels, identity, wanted) as stores:
         begun = time.perf_counter()
         mine = stores.missing(world.rank, world.world_size)
-        bar = f"sample {artist.model.arch.name}" if world.is_main else False
-        for drawn, finished in artist.draw(labels[mine], mine, config.seed, bar):
+        bar = f"sample {renderer.model.arch.name}" if world.is_main else False
+        for drawn, finished in renderer.render(labels[mine], mine, config.seed, bar):
             stores.write(drawn, finished)
         seconds = _meet(world, time.perf_counter() - begun, len(mine))
         if "png" in wanted and stores.images is not None:
-            _write_pngs(stores.images, artist, labels, folder, world)
+            _write_pngs(stores.images, renderer, labels, folder, world)
         _meet(world, 0.0, 0)
         if world.is_main:
-            _write_files(stores, config, artist, labels, folder, identity, seconds)
+            _write_files(stores, config, renderer, labels, folder, identity, seconds)
     _meet(world, 0.0, 0)
     return folder
 
 
-def compare(config: SampleConfig, artists: Sequence[Artist], labels: Tensor, folder: Path, world: World) -> Path:
+def compare(
+    config: SampleConfig, renderers: Sequence[ImageRenderer], labels: Tensor, folder: Path, world: World
+) -> Path:
     """One labelled grid, a row a model, of the same seeds and classes; the picture's path."""
     import torch
 
-    from fine_dist.sampling.image_grid import labelled_grid, save_png, shown
+    from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, save_png
 
     if len(labels) > GRID_IMAGES:
         raise ConfigError(f"compare: {len(labels)} images of each model are too many; {GRID_IMAGES} at most (--count)")
     rows = []
-    for artist in artists:
+    for renderer in renderers:
         images: dict[int, Tensor] = {}
         mine = torch.arange(world.rank, len(labels), world.world_size)
-        bar = f"sample {Path(artist.where).name}" if world.is_main else False
-        for drawn, finished in artist.draw(labels[mine], mine, config.seed, bar):
-            finished = finished if artist.pictures else shown(finished)
+        bar = f"sample {Path(renderer.where).name}" if world.is_main else False
+        for drawn, finished in renderer.render(labels[mine], mine, config.seed, bar):
+            finished = finished if renderer.pictures else latents_as_images(finished)
             images.update(zip(drawn.indices.tolist(), finished))
-        rows.append(_gather(images, len(labels), artist, world))
+        rows.append(_gather(images, len(labels), renderer, world))
     if world.is_main:
         sizes = {tuple(row.shape[1:]) for row in rows}
         if len(sizes) > 1:
             told = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
             raise ConfigError(f"compare: the models draw pictures of different sizes: {told}")
-        first = artists[0]
-        captions = [name_of(int(label), first.facts, first.model.arch.num_classes) for label in labels] * len(rows)
+        first = renderers[0]
+        captions = [class_name_of(int(label), first.facts, first.model.arch.num_classes) for label in labels] * len(
+            rows
+        )
         folder.mkdir(parents=True, exist_ok=True)
         picture = labelled_grid(
-            torch.cat(rows), captions, len(labels), title=_title(first, config), rows=_short([a.where for a in artists])
+            torch.cat(rows),
+            captions,
+            len(labels),
+            title=_title(first, config),
+            rows=_short([a.where for a in renderers]),
         )
         save_png(picture, folder / "compare.png")
         print(f"sample: {len(rows)} models beside each other in {folder / 'compare.png'}")
@@ -147,19 +155,19 @@ class _Stores:
     """What is drawn, on disk: latents where they are wanted or all there is, pictures where there are any."""
 
     def __init__(
-        self, folder: Path, artist: Artist, labels: Tensor, identity: dict[str, Any], wanted: set[Any]
+        self, folder: Path, renderer: ImageRenderer, labels: Tensor, identity: dict[str, Any], wanted: set[Any]
     ) -> None:
         from fine_dist.sampling.image_store import ImageStore, LatentStore
 
         self.latents: LatentStore | None = None
         self.images: ImageStore | None = None
-        shape, count = artist.model.arch.latent_shape, len(labels)
-        if "npy" in wanted or not artist.pictures:
+        shape, count = renderer.model.arch.latent_shape, len(labels)
+        if "npy" in wanted or not renderer.pictures:
             self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
-        if artist.pictures and wanted & {"grid", "png", "npz"}:
+        if renderer.pictures and wanted & {"grid", "png", "npz"}:
             import torch
 
-            one = artist.finish(torch.zeros(1, *shape))
+            one = renderer.finish(torch.zeros(1, *shape))
             size = (int(one.shape[2]), int(one.shape[3]))
             self.images = ImageStore(folder / "store" / "images", count, size, int(one.shape[1]), identity)
 
@@ -207,7 +215,13 @@ def _is_done(folder: Path, identity: dict[str, Any], wanted: set[Any]) -> bool:
 
 
 def _write_files(
-    stores: _Stores, config: SampleConfig, artist: Artist, labels: Tensor, folder: Path, identity: Any, seconds: float
+    stores: _Stores,
+    config: SampleConfig,
+    renderer: ImageRenderer,
+    labels: Tensor,
+    folder: Path,
+    identity: Any,
+    seconds: float,
 ) -> None:
     import io
 
@@ -223,57 +237,57 @@ def _write_files(
     if "npz" in config.formats and stores.images is not None:
         stores.images.to_npz(folder / "samples.npz")
     if "grid" in config.formats:
-        _write_grid(stores, config, artist, labels, folder)
-    kept = {"protocol": identity, "formats": config.formats, "count": len(labels), "source": artist.where}
+        _write_grid(stores, config, renderer, labels, folder)
+    kept = {"protocol": identity, "formats": config.formats, "count": len(labels), "source": renderer.where}
     write_atomic(folder / DONE, json.dumps(kept, indent=1) + "\n")
     shutil.rmtree(folder / "store")
     rate = f", {len(labels) / seconds:.3g} images/s" if seconds else ""
-    print(f"sample: {len(labels)} images of {artist.where}{rate}; {', '.join(config.formats)} in {folder}")
+    print(f"sample: {len(labels)} images of {renderer.where}{rate}; {', '.join(config.formats)} in {folder}")
 
 
-def _write_grid(stores: _Stores, config: SampleConfig, artist: Artist, labels: Tensor, folder: Path) -> None:
+def _write_grid(stores: _Stores, config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path) -> None:
     import torch
 
-    from fine_dist.sampling.image_grid import labelled_grid, save_png, shown
+    from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, save_png
 
     num = min(len(labels), GRID_IMAGES)
     if stores.images is not None:
         images = torch.from_numpy(stores.images.read(0, num).copy()).permute(0, 3, 1, 2)
     else:
         assert stores.latents is not None
-        images = shown(torch.from_numpy(stores.latents.read(0, num).copy()))
-    captions = [name_of(int(label), artist.facts, artist.model.arch.num_classes) for label in labels[:num]]
+        images = latents_as_images(torch.from_numpy(stores.latents.read(0, num).copy()))
+    captions = [class_name_of(int(label), renderer.facts, renderer.model.arch.num_classes) for label in labels[:num]]
     columns = 10 if config.count or BALANCED in config.classes else config.per_class
-    save_png(labelled_grid(images, captions, min(columns, 16), title=_title(artist, config)), folder / "samples.png")
+    save_png(labelled_grid(images, captions, min(columns, 16), title=_title(renderer, config)), folder / "samples.png")
 
 
-def _write_pngs(store: ImageStore, artist: Artist, labels: Tensor, folder: Path, world: World) -> None:
+def _write_pngs(store: ImageStore, renderer: ImageRenderer, labels: Tensor, folder: Path, world: World) -> None:
     import torch
 
     from fine_dist.sampling.image_grid import save_png
 
     for number in range(world.rank, len(labels), world.world_size):
-        name = name_of(int(labels[number]), artist.facts, artist.model.arch.num_classes)
+        name = class_name_of(int(labels[number]), renderer.facts, renderer.model.arch.num_classes)
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
         picture = torch.from_numpy(store.read(number, 1)[0].copy()).permute(2, 0, 1)
         save_png(picture, folder / "images" / f"{number:06d}-{safe}.png")
 
 
-def _title(artist: Artist, config: SampleConfig) -> str:
-    what = "" if artist.pictures else "LATENTS, not decoded (--vae makes pictures of them); "
-    sampler = artist.sampler
+def _title(renderer: ImageRenderer, config: SampleConfig) -> str:
+    what = "" if renderer.pictures else "LATENTS, not decoded (--vae makes pictures of them); "
+    sampler = renderer.sampler
     return f"{what}{sampler.scheduler} {sampler.steps} steps, guidance {sampler.guidance:g}, seed {config.seed}"
 
 
-def _gather(images: dict[int, Tensor], count: int, artist: Artist, world: World) -> Tensor:
+def _gather(images: dict[int, Tensor], count: int, renderer: ImageRenderer, world: World) -> Tensor:
     """All images uint8 [N, C, H, W], from whoever drew them, on every process."""
     import torch
 
     from fine_dist.engine.dist import all_reduce_sum
-    from fine_dist.sampling.image_grid import shown
+    from fine_dist.sampling.image_grid import latents_as_images
 
-    zero = torch.zeros(1, *artist.model.arch.latent_shape)
-    one = artist.finish(zero) if artist.pictures else shown(zero)
+    zero = torch.zeros(1, *renderer.model.arch.latent_shape)
+    one = renderer.finish(zero) if renderer.pictures else latents_as_images(zero)
     table = torch.zeros(count, *one.shape[1:], dtype=torch.int32)
     for number, image in images.items():
         table[number] = image.int()
@@ -313,11 +327,11 @@ def run(config: SampleConfig) -> Path:
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
-    artists = [make_artist(config, path, world.device) for path in paths]
+    renderers = [make_renderer(config, path, world.device) for path in paths]
     if world.is_main:
-        print("".join(f"note: {note}\n" for artist in artists for note in artist.notes), end="")
-    labels = labels_of(config, artists[0].model.arch.num_classes, artists[0].facts.class_names)
+        print("".join(f"note: {note}\n" for renderer in renderers for note in renderer.notes), end="")
+    labels = labels_of(config, renderers[0].model.arch.num_classes, renderers[0].facts.class_names)
     folder = Path(expand_path(config.run_dir))
     if config.compare:
-        return compare(config, artists, labels, folder, world)
-    return draw(config, artists[0], labels, folder, world)
+        return compare(config, renderers, labels, folder, world)
+    return draw(config, renderers[0], labels, folder, world)

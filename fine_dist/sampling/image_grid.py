@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fine_dist.core.errors import DataError
+from fine_dist.core.files import write_atomic
 
 _GAP, _TEXT, _SIDE = 4, 14, 64
 """Pixels between cells, of a line of text, and of the smallest side that an image is shown with."""
@@ -20,10 +26,6 @@ def labelled_grid(
 
     captions: one an image, over it; cut to its width. title: over the whole. rows: names of the rows, at their left.
     """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageDraw, ImageFont
-
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     zoom = max(1, -(-_SIDE // max(images.shape[2:])))
     tiles = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3).permute(0, 2, 3, 1).contiguous().numpy()
@@ -49,22 +51,50 @@ def labelled_grid(
     return torch.from_numpy(np.asarray(canvas).copy()).permute(2, 0, 1)
 
 
-def shown(latents: Tensor) -> Tensor:
-    """Undecoded latents [N, C, h, w] as something to look at, uint8: -3..3 as black to white, 3 channels at most."""
-    import torch
+def tile_images(
+    images: Tensor, columns: int, *, low: float = -1.0, high: float = 1.0, gap: int = 1, zoom: int = 1
+) -> Tensor:
+    """One picture [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row.
 
+    low, high: the values that become black and white. Of 3 channels or more the first three are shown, of fewer one.
+    gap:       white pixels between images (after the zoom).  zoom: each pixel becomes zoom x zoom.
+    """
+    images = images.detach().float().cpu()
+    if images.ndim != 4 or not len(images):
+        raise ValueError(f"images must be [N, C, H, W] with N > 0, not {list(images.shape)}")
+    images = images[:, : 3 if images.shape[1] >= 3 else 1]
+    images = ((images - low) / (high - low)).clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    count, channels, height, width = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    canvas = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        canvas[:, y : y + height, x : x + width] = image
+    return canvas
+
+
+def latents_as_images(latents: Tensor) -> Tensor:
+    """Undecoded latents [N, C, h, w] as something to look at, uint8: -3..3 as black to white, 3 channels at most."""
     latents = latents[:, : 3 if latents.shape[1] >= 3 else 1]
     return ((latents + 3) / 6 * 255).round().clamp(0, 255).to(torch.uint8)
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] as uint8: of floats in [-1, 1] the nearest of 256 levels, as if they had been saved."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DataError(f"images must be [N, 1 or 3, H, W], not {list(images.shape)}; latents are decoded first")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise DataError(f"images are {images.dtype}; legal: uint8, or floating point in [-1, 1]")
+    if not torch.isfinite(images).all():
+        raise DataError("an image has NaN or infinite pixels")
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 def save_png(picture: Tensor, path: Path) -> None:
     """Write a picture uint8 [1 or 3, H, W], whole or not at all."""
-    import io
-
-    from PIL import Image
-
-    from fine_dist.core.files import write_atomic
-
     pixels = picture.permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.artifacts.model_facts import Known, known, settle
+from fine_dist.artifacts.model_facts import ModelFacts, model_facts_of, resolve_sampling
 from fine_dist.core.errors import ConfigError
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Artist:
+class ImageRenderer:
     """A model that is ready to draw: its settled settings, and what makes pictures of its latents.
 
     decoder: none where latents are pictures themselves (`pictures` true), or stay latents.
@@ -28,7 +28,7 @@ class Artist:
     model: DiT
     where: str
     about: dict[str, Any]
-    facts: Known
+    facts: ModelFacts
     sampler: SamplerConfig
     diffusion: DiffusionConfig
     decoder: Decoder | None
@@ -37,14 +37,14 @@ class Artist:
 
     def finish(self, latents: Tensor) -> Tensor:
         """Pictures uint8 [B, C, H, W] of latents. Only where `pictures`."""
-        from fine_dist.sampling.pixels import as_uint8
+        from fine_dist.sampling.image_grid import to_uint8
 
-        return self.decoder.decode(latents) if self.decoder else as_uint8(latents.clamp(-1, 1))
+        return self.decoder.decode(latents) if self.decoder else to_uint8(latents.clamp(-1, 1))
 
-    def draw(self, labels: Tensor, numbers: Tensor, seed: int, progress: bool | str) -> Iterator[tuple[Any, Tensor]]:
+    def render(self, labels: Tensor, numbers: Tensor, seed: int, progress: bool | str) -> Iterator[tuple[Any, Tensor]]:
         """(drawn batch, pictures or latents) of these numbers; a batch is decoded while the next is drawn."""
         from fine_dist.artifacts.autoencoder import decoded
-        from fine_dist.diffusion.sample import sample_batches
+        from fine_dist.diffusion.samplers import sample_batches
 
         batches = sample_batches(
             self.model,
@@ -72,7 +72,7 @@ class Artist:
         }
 
 
-def make_artist(config: Any, path: str, device: Any) -> Artist:
+def make_renderer(config: Any, path: str, device: Any) -> ImageRenderer:
     """A model from any source with its settings: what the config says over what its manifest says.
 
     config: has weights, learngene, hints, sampler, diffusion, vae, vae_precision.
@@ -81,8 +81,8 @@ def make_artist(config: Any, path: str, device: Any) -> Artist:
     from fine_dist.artifacts.load import load_model
 
     model, about = load_model(path, config.learngene, config.weights, config.hints)
-    facts = known(about)
-    sampler, diffusion, notes = settle(config.sampler, config.diffusion, facts, path)
+    facts = model_facts_of(about)
+    sampler, diffusion, notes = resolve_sampling(config.sampler, config.diffusion, facts, path)
     pictures, decoder = facts.pictures(model.arch.in_channels), None
     if config.vae:
         if facts.codec == "identity":
@@ -96,10 +96,10 @@ def make_artist(config: Any, path: str, device: Any) -> Artist:
                 f"{model.arch.in_channels}"
             )
         pictures = True
-    return Artist(model.to(device).eval(), path, about, facts, sampler, diffusion, decoder, pictures, notes)
+    return ImageRenderer(model.to(device).eval(), path, about, facts, sampler, diffusion, decoder, pictures, notes)
 
 
-def name_of(label: int, facts: Known, num_classes: int) -> str:
+def class_name_of(label: int, facts: ModelFacts, num_classes: int) -> str:
     """A class's name, or its number."""
     if label == num_classes:
         return "no class"

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fine_dist.artifacts.locate import HintsConfig
-from fine_dist.artifacts.model_facts import DrawConfig, FeaturesConfig
+from fine_dist.artifacts.model_facts import FeaturesConfig, SamplerOverrides
 from fine_dist.core.config import Config
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
@@ -15,7 +15,7 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.settings import EngineConfig
 
 
-class DrawnConfig(Config):
+class SamplingSettings(Config):
     """What every command says that draws images of models."""
 
     vae: str | None = None
@@ -30,7 +30,7 @@ class DrawnConfig(Config):
     """Where the parent of an initialised target lies now, when it has moved."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""
-    sampler: DrawConfig = DrawConfig()
+    sampler: SamplerOverrides = SamplerOverrides()
     """Scheduler, steps, guidance."""
     diffusion: DiffusionConfig | None = None
     """The process that a model was trained for; none: as its manifest says."""
@@ -40,7 +40,7 @@ class DrawnConfig(Config):
     """What the job needs, where it is submitted."""
 
 
-class EvaluateConfig(DrawnConfig):
+class EvaluateConfig(SamplingSettings):
     """Measure models, or files of images: the held-out noise-prediction loss, FID, sFID, IS, precision, recall,
     FDD, KID and Fréchet distances on other networks."""
 

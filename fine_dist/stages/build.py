@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fine_dist.artifacts.autoencoder import Decoder
-    from fine_dist.diffusion.objective import Term
+    from fine_dist.diffusion.objective import LossTerm
     from fine_dist.engine.dist import World
     from fine_dist.engine.program import Program
     from fine_dist.evaluation.quick import Measure, Quick
@@ -46,7 +46,7 @@ class Plan:
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
     """What the engine trains, and how it is looked at."""
     from fine_dist.data.stream import LatentStream, read_all
-    from fine_dist.diffusion.held_out import HeldOut
+    from fine_dist.diffusion.held_out import HeldOutLoss
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.program import Program
     from fine_dist.evaluation.quick import Quick, decoder_of
@@ -71,7 +71,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         check_held_out(config.data, plan.arch)
     if config.data.held_out and world.is_main:
         questions = read_all(expand_path(config.data.held_out), config.data.held_out_samples)
-        measure = HeldOut(*questions, config.diffusion)
+        measure = HeldOutLoss(*questions, config.diffusion)
         held_out = lambda model: measure(keep(model))  # noqa: E731
     if quick is not None and world.is_main:
         held_out = _with_quick(quick, held_out, keep, decoder)
@@ -114,17 +114,17 @@ def check_held_out(data: DataConfig, arch: Arch) -> None:
     shards.close()
 
 
-def make_terms(config: StageConfig, plan: Plan, world: World) -> list[Term]:
+def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
     """The terms of the loss whose weight is not 0, with the teacher frozen on this rank's device."""
     import torch
 
-    from fine_dist.diffusion.objective import Diffusion, Features, Output, Teacher
-    from fine_dist.diffusion.schedule import NoiseSchedule
+    from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, OutputDistillation, Teacher
+    from fine_dist.diffusion.processes import NoiseSchedule
 
     weights = plan.weights
-    terms: list[Term] = []
+    terms: list[LossTerm] = []
     if weights.diffusion:
-        terms.append(Diffusion(NoiseSchedule(config.diffusion).to(world.device or "cpu"), weights.diffusion))
+        terms.append(DiffusionLoss(NoiseSchedule(config.diffusion).to(world.device or "cpu"), weights.diffusion))
     if weights.output or weights.features:
         if plan.teacher is None:
             raise ConfigError("loss: distillation imitates an ancestor; give its folder with --ancestor")
@@ -133,11 +133,11 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[Term]:
         model = plan.teacher.to(world.device)
         teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks)
         if weights.output:
-            terms.append(Output(teacher, weights.output))
+            terms.append(OutputDistillation(teacher, weights.output))
         if weights.features:
             if not pairs:
                 raise ConfigError(f"loss.features: method {plan.method.config.name} names no features; use 0")
-            terms.append(Features(teacher, pairs, weights.features))
+            terms.append(FeatureDistillation(teacher, pairs, weights.features))
     if not terms:
         raise ConfigError("loss: every weight is 0, so nothing would be trained; give one that is not")
     return terms

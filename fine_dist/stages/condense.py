@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import HintsConfig, carried, facts_of, hash_of, is_foreign, is_there, licence_of
+from fine_dist.artifacts.locate import (
+    HintsConfig,
+    exists_locally,
+    facts_of,
+    hash_of,
+    inherited_facts,
+    is_foreign,
+    licence_of,
+)
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import CONDENSES, AnyMethod, build
 from fine_dist.methods.base import Weights
@@ -60,7 +68,7 @@ class CondenseConfig(StageConfig):
     @property
     def knows_shape(self) -> bool:
         """False while the ancestor that it is to be taken from is not there."""
-        return bool(self.arch or not self.ancestor or is_there(self.ancestor) or is_foreign(self.ancestor))
+        return bool(self.arch or not self.ancestor or exists_locally(self.ancestor) or is_foreign(self.ancestor))
 
     def origin(self) -> dict[str, Any]:
         return {
@@ -82,7 +90,7 @@ class CondenseConfig(StageConfig):
     def _teacher_arch(self) -> Arch | None:
         if not (self.ancestor and self.imitates):
             return None
-        if not is_there(self.ancestor) and (self.arch or not self.knows_shape):
+        if not exists_locally(self.ancestor) and (self.arch or not self.knows_shape):
             return self.arch or Arch()  # counts can be given before it is there
         return facts_of(self.ancestor, self.hints).arch
 
@@ -145,4 +153,4 @@ def handed_on(config: CondenseConfig, about: dict[str, Any]) -> dict[str, Any]:
     source: dict[str, Any] = {"path": config.ancestor, "hash": about["hash"], "licence": licence}
     if "imported" in about:
         source["imported"] = about["imported"]
-    return {**carried(about), "licence": licence, "ancestor": source}
+    return {**inherited_facts(about), "licence": licence, "ancestor": source}

@@ -26,7 +26,7 @@ PRELOAD = (
     "torch.utils.tensorboard",
     "fine_dist.engine.loop",
     "fine_dist.data.stream",
-    "fine_dist.diffusion.sample",
+    "fine_dist.diffusion.samplers",
     "diffusers.schedulers.scheduling_ddim",
     "diffusers.schedulers.scheduling_ddpm",
     "diffusers.schedulers.scheduling_dpmsolver_multistep",

@@ -33,22 +33,23 @@ class Pictures:
     def __call__(self, model: nn.Module, step: int) -> dict[str, Tensor]:
         import torch
 
-        from fine_dist.diffusion.sample import grid
-        from fine_dist.evaluation.quick import artist_of
-        from fine_dist.sampling.image_grid import labelled_grid, shown
-        from fine_dist.sampling.renderer import name_of
+        from fine_dist.evaluation.quick import preview_renderer
+        from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, tile_images
+        from fine_dist.sampling.renderer import class_name_of
 
         labels = torch.arange(min(self.arch.num_classes, 10)).repeat(4)
-        artist = artist_of(self.config, model, self.manifest, self.decoder)
-        drawn = [images for _, images in artist.draw(labels, torch.arange(len(labels)), self.config.seed, False)]
+        renderer = preview_renderer(self.config, model, self.manifest, self.decoder)
+        drawn = [images for _, images in renderer.render(labels, torch.arange(len(labels)), self.config.seed, False)]
         images = torch.cat(drawn)
-        captions = [name_of(int(label), artist.facts, self.arch.num_classes) for label in labels]
-        title = f"step {step}" if artist.pictures else f"step {step}: LATENTS, not decoded (--vae)"
-        picture = labelled_grid(images if artist.pictures else shown(images), captions, len(labels) // 4, title=title)
+        captions = [class_name_of(int(label), renderer.facts, self.arch.num_classes) for label in labels]
+        title = f"step {step}" if renderer.pictures else f"step {step}: LATENTS, not decoded (--vae)"
+        picture = labelled_grid(
+            images if renderer.pictures else latents_as_images(images), captions, len(labels) // 4, title=title
+        )
         pictures = {"samples": picture.float() / 255}
         for name, table in sorted_tables(self.method, model).items():
             scale = table.abs().amax().clamp_min(1e-12)
-            pictures[name] = grid((table / scale)[None, None], 1, zoom=8, gap=0)
+            pictures[name] = tile_images((table / scale)[None, None], 1, zoom=8, gap=0)
         return pictures
 
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import (
     HintsConfig,
-    carried,
+    exists_locally,
     facts_of,
     find_artifact,
     hash_of,
+    inherited_facts,
     is_foreign,
     is_hub_name,
-    is_there,
     read_artifact,
 )
 from fine_dist.artifacts.targets import descend
@@ -71,9 +71,9 @@ class TrainConfig(StageConfig):
         from fine_dist.model.dit import DiT
 
         arch = self.arch
-        if arch is None and self.parent and (is_there(self.parent) or is_hub_name(self.parent)):
+        if arch is None and self.parent and (exists_locally(self.parent) or is_hub_name(self.parent)):
             arch = facts_of(self.parent, self.hints).arch
-        if self.parent and is_there(self.parent) and not is_foreign(self.parent) and self.method is None:
+        if self.parent and exists_locally(self.parent) and not is_foreign(self.parent) and self.method is None:
             made = from_manifest(read_manifest(find_artifact(self.parent))["method"])
             if not made.traits.dense:
                 whole, _ = load_model(self.parent, self.learngene)  # what it is made of, its tensors alone tell
@@ -115,7 +115,7 @@ def _origin(sha256: str | None, extra: dict[str, Any]) -> dict[str, Any]:
     if imported := extra.get("imported"):
         licence = extra.get("licence")
         ancestor = {"path": imported["source"], "hash": sha256, "licence": licence, "imported": imported}
-    return {"origin": sha256, **carried(extra), **({"ancestor": ancestor} if ancestor else {})}
+    return {"origin": sha256, **inherited_facts(extra), **({"ancestor": ancestor} if ancestor else {})}
 
 
 def with_fresh_shell(model: nn.Module, seed: int) -> None:

@@ -46,8 +46,8 @@ def real(study: StudyConfig) -> Picture:
 
 
 def _grid(study: StudyConfig, images: Tensor, num_classes: int) -> Tensor:
-    from fine_dist.diffusion.sample import grid
+    from fine_dist.sampling.image_grid import tile_images
 
     low, high = (1.0, -1.0) if study.ink else (-1.0, 1.0)
     columns = num_classes * max(1, COLUMNS // num_classes) if num_classes <= 2 * COLUMNS else COLUMNS
-    return grid(images, columns, low=low, high=high, zoom=max(1, 48 // images.shape[-1]), gap=2)
+    return tile_images(images, columns, low=low, high=high, zoom=max(1, 48 // images.shape[-1]), gap=2)

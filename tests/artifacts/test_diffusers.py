@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fine_dist.artifacts.card import Card
+from fine_dist.artifacts.card import ModelCard
 from fine_dist.artifacts.diffusers_export import load_pipeline, set_frequencies, write_diffusers
 from fine_dist.artifacts.external import load
 from fine_dist.artifacts.imported import Hints
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.diffusion.sample import image_generator, sample
+from fine_dist.diffusion.samplers import image_generator, sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import save_artifact
@@ -34,7 +34,7 @@ def model() -> DiT:
 def exported(tmp_path_factory, model, vae):
     folder = tmp_path_factory.mktemp("out") / "pipe"
     names = tuple(f"class {i}" for i in range(10))
-    card = Card("fine", "ab" * 32, "cc-by-nc-4.0", "facebook/DiT-XL-2-256", {"FID-5k (ddim 50, guidance 1)": 12.5})
+    card = ModelCard("fine", "ab" * 32, "cc-by-nc-4.0", "facebook/DiT-XL-2-256", {"FID-5k (ddim 50, guidance 1)": 12.5})
     written = write_diffusers(
         folder, model.arch, model.state_dict(), vae=vae, scaling_factor=0.5, class_names=names, card=card
     )

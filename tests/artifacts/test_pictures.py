@@ -8,7 +8,7 @@ import torch
 
 from fine_dist.artifacts.autoencoder import Decoder, decoded
 from fine_dist.core.errors import ArtifactError, DataError
-from fine_dist.diffusion.sample import Drawn
+from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.sampling.image_store import ImageStore
 
 
@@ -46,7 +46,7 @@ def test_the_next_batch_is_drawn_while_one_is_decoded_and_order_is_kept(vae):
     def batches():
         for i in range(3):
             drawn.append(i)
-            yield Drawn(torch.tensor([i]), torch.tensor([0]), latents()[i : i + 1])
+            yield SampledBatch(torch.tensor([i]), torch.tensor([0]), latents()[i : i + 1])
 
     seen = []
     for batch, pictures in decoded(batches(), decoder):
@@ -57,7 +57,7 @@ def test_the_next_batch_is_drawn_while_one_is_decoded_and_order_is_kept(vae):
 
 def test_an_error_in_decoding_reaches_the_caller(vae):
     with pytest.raises(DataError, match="the VAE decodes"):
-        list(decoded([Drawn(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 3, 8, 8))], Decoder(vae)))
+        list(decoded([SampledBatch(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 3, 8, 8))], Decoder(vae)))
 
 
 # --- the store -------------------------------------------------------------------------------------------------------

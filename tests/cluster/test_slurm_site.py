@@ -24,7 +24,7 @@ def site(tmp_path):
     return {"FINE_DIST_SITE": str(file)}
 
 
-def settle(slurm, ready, what: str) -> None:
+def resolve_sampling(slurm, ready, what: str) -> None:
     until(lambda: ready() and not slurm.run("squeue", "-h", check=False).stdout.strip(), 90, what)
 
 
@@ -33,7 +33,7 @@ def test_a_script_that_may_not_requeue_submits_itself_again_and_ends(slurm, tmp_
     config.write_text("stop_times: 2\nlaunch: {gpus: 1}\n")
     words = ["sbatch", "--parsable", f"--output={tmp_path}/%j.out", "slurm/condense.sh", "--run-dir", str(run_dir)]
     job = slurm.run(*words, CONFIG=str(config), MODULE=TOY, **site).stdout.strip()
-    settle(slurm, lambda: results(run_dir), "the third start")
+    resolve_sampling(slurm, lambda: results(run_dir), "the third start")
     logs = sorted((run_dir / "logs").glob("toy_stage-*.log"))
     assert starts(run_dir) == 3 and len(logs) == 3
     first = next(path for path in logs if path.name == f"toy_stage-{job}.log").read_text()
@@ -48,7 +48,7 @@ def test_a_script_that_always_stops_submits_itself_only_so_often(slurm, tmp_path
     words = ["bash", "slurm/init.sh", "--run-dir", str(run_dir)]
     slurm.run(*words, CONFIG=str(config), MODULE=TOY, MAX_RESTARTS="1", **site)
     tasks = [run_dir / "out" / f"task{i}" for i in range(2)]
-    settle(slurm, lambda: all(starts(task) == 2 for task in tasks), "two starts of each task")
+    resolve_sampling(slurm, lambda: all(starts(task) == 2 for task in tasks), "two starts of each task")
     assert [starts(task) for task in tasks] == [2, 2]
     said = [path.read_text() for path in (run_dir / "logs").glob("toy_stage-*.log")]
     assert sum("restarted 1 times already" in text for text in said) == 2
@@ -56,9 +56,11 @@ def test_a_script_that_always_stops_submits_itself_only_so_often(slurm, tmp_path
 
 def test_a_job_that_submitted_itself_does_so_again_where_it_may_not_requeue(slurm, tmp_path, site):
     slurm.python(TOY, "--launcher", "slurm", "--run-dir", tmp_path / "run", "--stop-times", 2, **site)
-    settle(slurm, lambda: results(tmp_path / "run"), "the third start")
+    resolve_sampling(slurm, lambda: results(tmp_path / "run"), "the third start")
     assert starts(tmp_path / "run") == 3 and len(Submissions(tmp_path / "run").all()) == 3
     words = ("--tasks", 2, "--stop-times", 1)
     slurm.python(TOY, "--launcher", "slurm", "--run-dir", tmp_path / "many", *words, **site)
-    settle(slurm, lambda: all(results(tmp_path / "many" / "out" / f"task{i}") for i in range(2)), "both tasks")
+    resolve_sampling(
+        slurm, lambda: all(results(tmp_path / "many" / "out" / f"task{i}") for i in range(2)), "both tasks"
+    )
     assert [row["state"] for row in read(tmp_path / "many")] == ["done", "done"]

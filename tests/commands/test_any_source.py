@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fine_dist.artifacts.card import Card
+from fine_dist.artifacts.card import ModelCard
 from fine_dist.artifacts.diffusers_export import write_diffusers
 from fine_dist.artifacts.dit_pt import write_dit
 from fine_dist.artifacts.load import load_model
@@ -35,7 +35,7 @@ def pt(dense, tmp_path_factory):
 def folder(dense, tmp_path_factory):
     """A diffusers folder whose card names a licence."""
     path = tmp_path_factory.mktemp("diffusers") / "model"
-    write_diffusers(path, dense.arch, dense.state_dict(), card=Card(licence="cc-by-nc-4.0"))
+    write_diffusers(path, dense.arch, dense.state_dict(), card=ModelCard(licence="cc-by-nc-4.0"))
     return path
 
 

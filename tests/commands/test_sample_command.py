@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fine_dist.sampling import drawing
-from fine_dist.sampling import renderer as artist
+from fine_dist.sampling import renderer as renderer
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.commands.test_export import latent_model, vae  # noqa: F401 - fixtures
@@ -72,7 +72,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(trained, tmp_path):
 
 def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, monkeypatch, capsys):
     words = argv(trained, tmp_path / "run", "--classes", "balanced", "--count", "10", "--sampler.batch", "2")
-    whole, drawn = artist.Artist.draw, []
+    whole, drawn = renderer.ImageRenderer.draw, []
 
     def stops(self, *args):
         for batch in list(whole(self, *args))[:2]:
@@ -80,7 +80,7 @@ def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, 
             yield batch
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(artist.Artist, "draw", stops)
+    monkeypatch.setattr(renderer.ImageRenderer, "draw", stops)
     assert command(words) == 130
     assert "the same command draws what is missing" in capsys.readouterr().err
     assert not (tmp_path / "run" / "samples.npy").exists()
@@ -89,7 +89,7 @@ def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, 
         drawn.extend(numbers.tolist())
         return whole(self, labels, numbers, *args)
 
-    monkeypatch.setattr(artist.Artist, "draw", counts)
+    monkeypatch.setattr(renderer.ImageRenderer, "draw", counts)
     assert command(words) == 0
     assert drawn == list(range(10))
     monkeypatch.undo()
@@ -165,7 +165,7 @@ def test_latents_are_decoded_by_their_vae_or_called_latents(latent_model, vae, t
 
 def test_the_title_of_a_grid_says_that_latents_are_no_pictures(latent_model):  # noqa: F811
     config = drawing.SampleConfig(model=str(latent_model))
-    made = artist.make_artist(config, str(latent_model), torch.device("cpu"))
+    made = renderer.make_renderer(config, str(latent_model), torch.device("cpu"))
     assert not made.pictures and "LATENTS, not decoded" in drawing._title(made, config)
 
 

@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import (
-    Diffusion,
-    Features,
+    DiffusionLoss,
+    FeatureDistillation,
+    NoisedBatch,
     Objective,
-    Output,
-    Question,
+    OutputDistillation,
     Teacher,
     per_sample,
     variance_bound,
 )
-from fine_dist.diffusion.schedule import DrawAhead, NoiseSchedule, draw, mix
+from fine_dist.diffusion.processes import NoiseSchedule, PrefetchedDraws, draw, mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.dit import DiT
 from fine_dist.model.maps import Mapped
@@ -53,7 +53,7 @@ def test_a_draw_depends_on_seed_step_and_position_alone():
 
 def test_draws_ahead_are_the_draws_wherever_a_run_goes_on_and_whichever_positions_are_asked_for():
     plain = partial(draw, 3, shape=(1, 4, 4), num_timesteps=1000, label_drop=0.5)
-    ahead = DrawAhead(plain)
+    ahead = PrefetchedDraws(plain)
     first, second = torch.arange(4), torch.arange(4, 8)
     asked = [(0, first), (0, second), (1, first), (1, second), (2, first), (2, first), (2, second)]
     asked += [(9, first), (10, first), (5, second), (6, second), (7, torch.tensor([6, 1]))]  # resumed, and cut anew
@@ -174,10 +174,12 @@ def test_distilling_adds_the_distance_to_the_ancestors_output():
     )
     plain = Objective(CONFIG, arch, 0)(lambda z, t, y: torch.zeros_like(z), batch)
     teacher = Twos(arch)
-    terms = [Diffusion(NoiseSchedule(CONFIG)), Output(Teacher(teacher), 0.5)]
+    terms = [DiffusionLoss(NoiseSchedule(CONFIG)), OutputDistillation(Teacher(teacher), 0.5)]
     taught = Objective(CONFIG, arch, 0, terms)
     torch.testing.assert_close(taught(lambda z, t, y: torch.zeros_like(z), batch), plain + 0.5 * 4.0)
-    alone = Objective(CONFIG, arch, 0, [Diffusion(NoiseSchedule(CONFIG), 0.0), Output(Teacher(teacher), 2.0)])
+    alone = Objective(
+        CONFIG, arch, 0, [DiffusionLoss(NoiseSchedule(CONFIG), 0.0), OutputDistillation(Teacher(teacher), 2.0)]
+    )
     torch.testing.assert_close(alone(lambda z, t, y: torch.zeros_like(z), batch), torch.full((4,), 8.0))
 
 
@@ -187,12 +189,12 @@ def test_features_are_compared_pair_by_pair_through_maps_that_train():
         lively(DiT(tiny_arch(hidden_size=64, num_layers=6)), seed=1),
     )
     mapped = Mapped(student, ["block.1", "attention.0"], 64)
-    term = Features(Teacher(teacher, [5, 2]), [("block.1", "block.5"), ("attention.0", "attention.2")])
+    term = FeatureDistillation(Teacher(teacher, [5, 2]), [("block.1", "block.5"), ("attention.0", "attention.2")])
     z, t, y = inputs(student.arch)
-    question = Question(z, z, torch.zeros_like(z), t, y)
+    question = NoisedBatch(z, z, torch.zeros_like(z), t, y)
     answer = mapped(z, t, y)
     torch.testing.assert_close(answer.out, student(z, t, y))
-    ours, theirs = student.answer(z, t, y, [0, 1]), teacher.answer(z, t, y, [2, 5])
+    ours, theirs = student.forward_with_features(z, t, y, [0, 1]), teacher.forward_with_features(z, t, y, [2, 5])
     first = (mapped.maps[0](ours.features["block.1"]) - theirs.features["block.5"]).square().flatten(1).mean(1)
     second = (mapped.maps[1](ours.features["attention.0"]) - theirs.features["attention.2"]).square().flatten(1).mean(1)
     torch.testing.assert_close(term(question, answer), (first + second) / 2)
@@ -204,7 +206,7 @@ def test_features_are_compared_pair_by_pair_through_maps_that_train():
 def test_the_held_out_loss_asks_every_model_the_same_questions():
     z = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     y = torch.arange(20) % 10
-    one, two = (HeldOut(z, y, CONFIG) for _ in range(2))
+    one, two = (HeldOutLoss(z, y, CONFIG) for _ in range(2))
     assert torch.equal(one.eps, two.eps) and torch.equal(one.t, two.t)
     assert len(one.t) == 80 and one.t.min() < 20 and one.t.max() > 980
     zero = one(lambda z, t, y: torch.zeros_like(z))["held_out_loss"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.diffusion.objective import Diffusion, Features, Objective, Output, Teacher
-from fine_dist.diffusion.schedule import NoiseSchedule
+from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
+from fine_dist.diffusion.processes import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS
@@ -31,9 +31,9 @@ def stage_1(folder: str, name: str, config: ToyConfig) -> Outcome:
     weights, pairs = method.traits.loss, condensation.pairs
     teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(theirs.rpartition(".")[2]) for _, theirs in pairs])
     terms = [
-        Diffusion(NoiseSchedule(DiffusionConfig()), weights.diffusion),
-        Output(teacher, weights.output),
-        Features(teacher, pairs, weights.features),
+        DiffusionLoss(NoiseSchedule(DiffusionConfig()), weights.diffusion),
+        OutputDistillation(teacher, weights.output),
+        FeatureDistillation(teacher, pairs, weights.features),
     ]
     parts = {
         "model": lively(condensation.module, std=0.1),

@@ -12,7 +12,7 @@ import torch
 from fine_dist.core.config import load_yaml, validate
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError, RunDirError
 from fine_dist.data.settings import DataConfig
-from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.members import Family, expand
@@ -258,8 +258,10 @@ def test_every_task_carries_its_targets_as_rows(config):
 
 def test_targets_that_begin_as_one_model_are_looked_at_once(config, monkeypatch):
     looked = []
-    measure = HeldOut.__call__
-    monkeypatch.setattr(HeldOut, "__call__", lambda self, model, *how: looked.append(1) or measure(self, model, *how))
+    measure = HeldOutLoss.__call__
+    monkeypatch.setattr(
+        HeldOutLoss, "__call__", lambda self, model, *how: looked.append(1) or measure(self, model, *how)
+    )
     run_family(Family(changed(config, seeds=(0, 1), steps=1)), inside=False)
     # two depths begin alike whatever the seed, four targets end each in its own way
     assert len(looked) == 2 + 4

@@ -21,7 +21,7 @@ from fine_dist.artifacts.targets import load_target
 from fine_dist.core.errors import ArtifactError, ResumeLater
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import read_all
-from fine_dist.diffusion.held_out import HeldOut
+from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.settings import LoopConfig, OptimConfig
@@ -96,7 +96,7 @@ def test_the_held_out_loss_is_known_before_the_first_step_on_the_way_and_at_the_
 
 
 def test_a_target_names_its_learngene_and_merges_into_a_dense_model_of_the_stated_loss(family, learngene, shards):
-    measure = HeldOut(*read_all(str(shards / "held_out")), DiffusionConfig())
+    measure = HeldOutLoss(*read_all(str(shards / "held_out")), DiffusionConfig())
     for name in NAMES:
         dense, artifact = load_target(family / name)
         assert type(dense) is DiT and artifact.extra["parent"]["hash"] == learngene.hash

@@ -10,8 +10,8 @@ import torch
 from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.diffusion.objective import Diffusion, Features, Objective, Output, Teacher
-from fine_dist.diffusion.schedule import NoiseSchedule
+from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
+from fine_dist.diffusion.processes import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
 from fine_dist.methods.fine import FineConfig
@@ -138,9 +138,9 @@ def test_every_number_of_stage_1_meets_its_loss(name):
     weights, a = method.traits.loss, tiny_arch()
     teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(b.rpartition(".")[2]) for _, b in condensation.pairs])
     terms = [
-        Diffusion(NoiseSchedule(DiffusionConfig()), weights.diffusion),
-        Output(teacher, weights.output),
-        Features(teacher, condensation.pairs, weights.features),
+        DiffusionLoss(NoiseSchedule(DiffusionConfig()), weights.diffusion),
+        OutputDistillation(teacher, weights.output),
+        FeatureDistillation(teacher, condensation.pairs, weights.features),
     ]
     objective = Objective(DiffusionConfig(), a, seed=0, terms=terms)
     for step in range(4):  # a path that is drawn for a step leaves others alone

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.diffusion.objective import Features, Question, Teacher
+from fine_dist.diffusion.objective import FeatureDistillation, NoisedBatch, Teacher
 from fine_dist.methods import METHODS, build, check, parent_of
 from fine_dist.methods.learngene_pool import between, thirds
 from fine_dist.model.artifact import load_artifact, save_artifact
@@ -79,14 +79,14 @@ def test_blocks_imitate_the_teachers_thirds(condensation):
 def test_features_are_mapped_and_compared_with_the_teachers_of_the_anchor_that_is_trained(condensation):
     module: Imitating = copy.deepcopy(condensation.module)
     teacher_model = lively(DiT(TEACHER))
-    term = Features(Teacher(teacher_model, (3, 7, 11)), condensation.pairs)
+    term = FeatureDistillation(Teacher(teacher_model, (3, 7, 11)), condensation.pairs)
     z, t, y = inputs(ARCH)
-    question = Question(z, z, z, t, y)
-    wanted = teacher_model.answer(z, t, y, (3, 7, 11)).features
+    question = NoisedBatch(z, z, z, t, y)
+    wanted = teacher_model.forward_with_features(z, t, y, (3, 7, 11)).features
     for anchor, blocks in ((0, (0, 1, 2)), (2, (2,))):
         module.pool.route = Route(anchor)
         answer = module(z, t, y)
-        own = module.pool.anchor(anchor).answer(z, t, y, (0, 1, 2))
+        own = module.pool.anchor(anchor).forward_with_features(z, t, y, (0, 1, 2))
         torch.testing.assert_close(answer.out, own.out)
         errors = []
         for block in blocks:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.diffusion.sample import grid, guided, image_generator, sample, sample_batches, space_timesteps
+from fine_dist.diffusion.samplers import guided, image_generator, sample, sample_batches, space_timesteps
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
+from fine_dist.sampling.image_grid import tile_images
 
 DIFFUSION = DiffusionConfig()
 
@@ -376,11 +377,11 @@ def test_no_images_are_an_empty_tensor():
 
 def test_a_grid_lays_images_out_row_by_row_between_white_lines():
     images = torch.stack([torch.full((1, 2, 2), v) for v in (-1.0, 0.0, 1.0)])
-    picture = grid(images, columns=2)
+    picture = tile_images(images, columns=2)
     assert picture.shape == (1, 5, 5)
     assert picture[0, 0].tolist() == [0, 0, 1, 0.5, 0.5]
     assert picture[0, 3].tolist() == [1, 1, 1, 1, 1]
 
 
 def test_a_grid_of_four_channel_latents_shows_the_first_three():
-    assert grid(torch.zeros(2, 4, 3, 3), columns=8, zoom=2, gap=0).shape == (3, 6, 12)
+    assert tile_images(torch.zeros(2, 4, 3, 3), columns=8, zoom=2, gap=0).shape == (3, 6, 12)

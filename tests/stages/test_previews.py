@@ -69,7 +69,7 @@ def test_what_cannot_be_looked_at_is_refused_before_anything_is_written(more, wo
 
 
 def test_pictures_have_names_and_undecoded_latents_are_called_so():
-    from fine_dist.sampling.image_grid import labelled_grid, shown
+    from fine_dist.sampling.image_grid import labelled_grid, latents_as_images
 
     images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     plain = labelled_grid(images, ["a", "b", "c", "d"], 2)
@@ -78,6 +78,7 @@ def test_pictures_have_names_and_undecoded_latents_are_called_so():
     # a cell is 64 pixels wide under a line of text, and the text is there
     assert (plain[:, :14] < 255).any() and (plain[:, 14 + 1 : 14 + 63, 5:60] == 0).all()
     assert (
-        shown(torch.full((1, 4, 2, 2), 9.0)).unique().tolist() == [255] and shown(torch.zeros(1, 4, 2, 2)).shape[1] == 3
+        latents_as_images(torch.full((1, 4, 2, 2), 9.0)).unique().tolist() == [255]
+        and latents_as_images(torch.zeros(1, 4, 2, 2)).shape[1] == 3
     )
     assert np.asarray(plain).dtype == np.uint8

@@ -98,10 +98,10 @@ def test_the_lowest_loss_is_chosen_and_used_for_every_reported_run(tmp_path):
 
 
 def test_a_value_that_comes_to_no_loss_is_never_chosen():
-    class Known(Trial):
+    class ModelFacts(Trial):
         loss = None  # type: ignore[assignment]
 
-    bad = Known("he", {"optim.lr": 10.0}, None, 2, False)  # type: ignore[arg-type]
+    bad = ModelFacts("he", {"optim.lr": 10.0}, None, 2, False)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"tuning of he: no value of optim\.lr came to a finite loss"):
         choose([bad])
 

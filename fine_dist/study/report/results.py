@@ -6,7 +6,7 @@ A program fills a `Results` and hands it to `write_report`:
     results.add(method="ours", target=4, seed=0, stage="init", step=0, held_out_loss=0.125, steps_init=300, seconds=9.1)
     results.add(method="ours", target=4, seed=0, stage="train", step=400, held_out_loss=0.110, steps_init=300, ...)
     results.tables["learngene"] = {"qkv": table}                       # [L, R] tensors, one a matrix
-    results.pictures.append(Picture(image=grid(images, 8), method="ours", target=4, step=400))
+    results.pictures.append(Picture(image=tile_images(images, 8), method="ours", target=4, step=400))
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Picture(_Part):
     """A picture beside the numbers: samples of a model, or real data (`method` None)."""
 
     image: Any = Field(exclude=True)
-    """[1 or 3, H, W] float in 0..1 (`diffusion.sample.grid` makes one)."""
+    """[1 or 3, H, W] float in 0..1 (`sampling.image_grid.tile_images` makes one)."""
     method: str | None = None
     variant: str = ""
     target: int | None = None

@@ -33,7 +33,7 @@ Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledBatch:
     """A batch of images: their own numbers [B] int64, labels [B] int64, latents [B, C, H, W] float32; on the CPU."""
 
     indices: Tensor
@@ -83,7 +83,7 @@ def sample_batches(
     start: int = 0,
     device: torch.device | str | None = None,
     progress: bool | str = False,
-) -> Iterator[Drawn]:
+) -> Iterator[SampledBatch]:
     """The images in batches, each drawn when it is asked for: nothing is kept, so that any number can be written out.
 
     model:    a `Denoiser`; an `nn.Module` is in eval mode while a batch is drawn.
@@ -117,7 +117,7 @@ def _batches(
     start: int,
     device: torch.device,
     progress: bool | str,
-) -> Iterator[Drawn]:
+) -> Iterator[SampledBatch]:
     bar = _bar(progress, len(labels), start)
     try:
         for first in range(start, len(labels), config.batch):
@@ -131,7 +131,7 @@ def _batches(
                 if isinstance(model, nn.Module):
                     model.train(was_training)
             bar.update(len(z))
-            yield Drawn(indices[part], labels[part], z.float().cpu())
+            yield SampledBatch(indices[part], labels[part], z.float().cpu())
     finally:
         bar.close()
 
@@ -259,27 +259,6 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     generator = torch.Generator()
     generator.manual_seed(x ^ (x >> 16))
     return generator
-
-
-def grid(images: Tensor, columns: int, *, low: float = -1.0, high: float = 1.0, gap: int = 1, zoom: int = 1) -> Tensor:
-    """One picture [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row.
-
-    low, high: the values that become black and white. Of 3 channels or more the first three are shown, of fewer one.
-    gap:       white pixels between images (after the zoom).  zoom: each pixel becomes zoom x zoom.
-    """
-    images = images.detach().float().cpu()
-    if images.ndim != 4 or not len(images):
-        raise ValueError(f"images must be [N, C, H, W] with N > 0, not {list(images.shape)}")
-    images = images[:, : 3 if images.shape[1] >= 3 else 1]
-    images = ((images - low) / (high - low)).clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    count, channels, height, width = images.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    canvas = torch.ones(channels, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
-        canvas[:, y : y + height, x : x + width] = image
-    return canvas
 
 
 def _check(labels: Tensor, indices: Tensor, arch: Arch, config: SamplerConfig, diffusion: DiffusionConfig) -> None:

@@ -86,7 +86,7 @@ def draw(
     return Draws(t, noise, torch.tensor(dropped, dtype=torch.bool, pin_memory=pin))
 
 
-class DrawAhead:
+class PrefetchedDraws:
     """Whoever asks for some positions of a step has the next step's drawn by a thread meanwhile.
 
     A draw is a function of (seed, step, position), so what was drawn ahead and is not asked for (a run that resumed
