@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.steps import Step, made_up_batch, ranged
-from fine_dist.diffusion.processes import NoiseSchedule
+from fine_dist.diffusion.process import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.model.arch import Arch

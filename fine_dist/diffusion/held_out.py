@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.processes import NoiseSchedule, mix
+from fine_dist.diffusion.process import NoiseSchedule, mix
 from fine_dist.diffusion.settings import DiffusionConfig
 
 ENOUGH = 10_000

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fine_dist.diffusion.processes import Draws, NoiseSchedule, PrefetchedDraws, draw
+from fine_dist.diffusion.process import Draws, NoiseSchedule, PrefetchedDraws, draw
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT, ModelOutput

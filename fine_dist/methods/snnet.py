@@ -81,7 +81,7 @@ class Snnet(Stitching[SnnetConfig]):
         """(z_t, t, y) that the least squares look at."""
         import torch
 
-        from fine_dist.diffusion.processes import NoiseSchedule
+        from fine_dist.diffusion.process import NoiseSchedule
         from fine_dist.diffusion.settings import DiffusionConfig
 
         if parent.samples is None:

@@ -119,7 +119,7 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
     import torch
 
     from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, OutputDistillation, Teacher
-    from fine_dist.diffusion.processes import NoiseSchedule
+    from fine_dist.diffusion.process import NoiseSchedule
 
     weights = plan.weights
     terms: list[LossTerm] = []

@@ -20,7 +20,7 @@ from fine_dist.diffusion.objective import (
     per_sample,
     variance_bound,
 )
-from fine_dist.diffusion.processes import NoiseSchedule, PrefetchedDraws, draw, mix
+from fine_dist.diffusion.process import NoiseSchedule, PrefetchedDraws, draw, mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.dit import DiT
 from fine_dist.model.maps import Mapped

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
-from fine_dist.diffusion.processes import NoiseSchedule
+from fine_dist.diffusion.process import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS

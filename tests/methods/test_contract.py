@@ -11,7 +11,7 @@ from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
-from fine_dist.diffusion.processes import NoiseSchedule
+from fine_dist.diffusion.process import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
 from fine_dist.methods.fine import FineConfig
