@@ -10,6 +10,7 @@ parts of a step on this machine's device, measured now or earlier, and from link
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from fine_dist.planning.scaling_model import Link, Network
 from launchers.prepare import launch_of, make_spec, tasks_of
 from launchers.spec import Finding
 from launchers.worker import config_class, import_module
+
+log = logging.getLogger(__name__)
 
 STAGES = ("encode", "condense", "init", "creative", "train", "evaluate", "sample")
 
@@ -115,7 +118,7 @@ def _scale(config: Config, known: Namespace) -> int:
     else:
         print("\n".join([*found.words, "", *lines(found.series), "", *curve(found.series)]))
     if known.out:
-        print(f"drawn in {draw(found.series, known.out, found.words[0].partition(';')[0])}", file=sys.stderr)
+        log.info("drawn in %s", draw(found.series, known.out, found.words[0].partition(";")[0]))
     return 0
 
 

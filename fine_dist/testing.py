@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from fine_dist.core import logs
 from fine_dist.core.processes import free_port, rank_words
 
 _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
@@ -135,6 +136,7 @@ def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+    logs.configure()
     try:
         value = fn(*args)
     except SystemExit:

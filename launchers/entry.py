@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 from fine_dist.core.config import Config, run_dir_of
@@ -17,6 +17,8 @@ from launchers.registry import pick
 from launchers.spec import JobSpec, Task
 from launchers.state_table import StateTable, Submissions, TaskRow
 from launchers.worker import EXIT_BUSY, inside
+
+log = logging.getLogger(__name__)
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:
@@ -73,7 +75,7 @@ def _one(runner: Launcher, module: str, config: Config) -> int:
             return 0
     runner.wait([job])
     if job.code:
-        print(f"{job.spec.name}: {job.reason}; log: {job.log}", file=sys.stderr)
+        log.error("%s: %s; log: %s", job.spec.name, job.reason, job.log)
     return 1 if job.code is None or job.code < 0 else job.code
 
 
@@ -143,7 +145,7 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
     failed = [row for row in rows if row.state == "failed"]
     print(f"{sum(row.state == 'done' for row in rows)} of {len(rows)} tasks done, {len(failed)} failed", flush=True)
     for row in failed[:20]:
-        print(f"  {row.name}: {row.reason} (attempts: {row.attempts})", file=sys.stderr)
+        log.error("%s: %s (attempts: %d)", row.name, row.reason, row.attempts)
     return 0 if all(row.state == "done" for row in rows) else EXIT_TASKS_FAILED
 
 

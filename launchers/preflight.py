@@ -6,9 +6,9 @@ would say is its launcher's to find.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from launchers.spec import Capacity, Finding, JobSpec
 
 if TYPE_CHECKING:
     from fine_dist.stages.config import Blueprint
+
+log = logging.getLogger(__name__)
 
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", "fuse.juicefs", "glusterfs", "virtiofs"}
 """File systems that several machines see."""
@@ -59,7 +61,7 @@ def refuse(needs: LaunchConfig, found: list[Finding]) -> None:
     text = "the preflight found that this cannot work:\n  " + "\n  ".join(reasons)
     if needs.preflight == "refuse":
         raise LaunchError(f"{text}\n(--launch.preflight warn submits it all the same)")
-    print(f"warning: {text}", file=sys.stderr)
+    log.warning(text)
 
 
 # --- data ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 from fine_dist.core.errors import LaunchError
+from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
 from launchers.base import Job, Launcher
 from launchers.site import SlurmSite
@@ -36,17 +37,17 @@ class StepLauncher(Launcher):
     def fits(self, spec: JobSpec) -> int:
         env = os.environ
         machines = [
-            Node(cpus, int(env["SLURM_MEM_PER_NODE"]) if env.get("SLURM_MEM_PER_NODE") else None, _gpus())
+            Node(cpus, number_in(env, "SLURM_MEM_PER_NODE", 0) or None, _gpus())
             for cpus in _counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
         ]
         return fits_on(machines, spec)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         capacity = super().capacity(spec, many)
-        whole = os.environ.get("SLURM_MEM_PER_NODE")
+        whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
         if whole and not capacity.host_bytes:
             a_node = max(1, -(-capacity.workers // _nodes()))
-            capacity = replace(capacity, host_bytes=int(whole) * 2**20 / a_node)
+            capacity = replace(capacity, host_bytes=whole * 2**20 / a_node)
         return capacity
 
     def _start(self, job: Job) -> None:
@@ -66,7 +67,7 @@ class StepLauncher(Launcher):
         command += [f"--job-name={spec.name}", f"--output={job.log}", "--open-mode=append"]
         if spec.accelerators_per_node:
             command.append(site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
-        whole = os.environ.get("SLURM_MEM_PER_NODE")
+        whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
         elif whole:  # a step takes all memory of its nodes unless told, and the next one waits
@@ -97,11 +98,11 @@ class StepLauncher(Launcher):
 
 def _gpus() -> int:
     """Accelerators of a node of this allocation."""
-    return int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    return number_in(os.environ, "SLURM_GPUS_ON_NODE", 0)
 
 
 def _nodes() -> int:
-    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    return number_in(os.environ, "SLURM_JOB_NUM_NODES", 1, least=1)
 
 
 def _counts(text: str) -> list[int]:

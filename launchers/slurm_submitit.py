@@ -6,6 +6,7 @@ job file on disk, with the code that was copied when it was submitted.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ from typing import Any
 
 from fine_dist.core.config import load
 from fine_dist.core.errors import EXIT_RESUME, LaunchError
+from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
 from launchers import worker
 from launchers.base import Job, Launcher, stopped
@@ -37,6 +39,8 @@ from launchers.slurm_queue import (
 )
 from launchers.spec import Finding, JobSpec
 from launchers.state_table import Submissions
+
+log = logging.getLogger(__name__)
 
 GHOST_S = 30.0
 """Seconds after which a job that only the accounting believes in counts as lost."""
@@ -230,13 +234,13 @@ def requeue(file: str, max_restarts: int) -> None:
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
-    restarts = int(env.get("SLURM_RESTART_COUNT", "0")) + int(env.get(RESTARTS, "0"))
+    restarts = number_in(env, "SLURM_RESTART_COUNT", 0) + number_in(env, RESTARTS, 0)
     if state != "RUNNING":
         _leave(f"the job is {state or 'gone'}: not requeued")
     if restarts >= max_restarts:
         _leave(f"restarted {max_restarts} times already; the same command continues it")
     if SlurmSite.here().requeues:
-        print("saved; back into the queue", file=sys.stderr, flush=True)
+        log.info("saved; back into the queue")
         slurm("scontrol", "requeue", job)
         return
     env[RESTARTS] = str(restarts + 1)
@@ -254,5 +258,5 @@ def resubmit(spec: JobSpec) -> str | None:
 
 
 def _leave(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+    log.info(words)
     raise SystemExit(EXIT_RESUME)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -12,11 +13,14 @@ import typing
 from types import ModuleType
 from typing import Any, Literal
 
-from fine_dist.core import errors
+from fine_dist.core import errors, logs
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, FineDistError, LaunchError, ResumeLater
+from fine_dist.core.processes import number_in
 from launchers.spec import JobSpec
 from launchers.state_table import FINAL, StateTable
+
+log = logging.getLogger(__name__)
 
 EXIT_BUSY = 76
 """Another live process runs the task."""
@@ -34,6 +38,7 @@ def run_job(path: str) -> int:
     Codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 start it again, 76 another live
     process runs this task.
     """
+    logs.configure()
     return errors.guard(lambda: _run_job(path))
 
 
@@ -62,7 +67,7 @@ def _run_job(path: str) -> int:
     claim = table.claim(spec.rows)
     if claim is None:
         others = ", ".join(f"{r.name} ({r.host}, process {r.pid})" for n in spec.rows if (r := table.get(n)))
-        print(f"another process runs this task; left to it: {others}", file=sys.stderr)
+        log.warning("another process runs this task; left to it: %s", others)
         return EXIT_BUSY
     with claim:
         return _keep_rows(spec, table)
@@ -71,7 +76,7 @@ def _run_job(path: str) -> int:
 def _keep_rows(spec: JobSpec, table: StateTable) -> int:
     open_rows = [n for n in spec.rows if (row := table.get(n)) is None or row.state != "done"]
     if not open_rows:
-        print(f"{spec.name}: done already")
+        log.info("%s: done already", spec.name)
         return 0
     table.start_all(open_rows, scheduler_job())
 
@@ -137,8 +142,8 @@ def config_class(module: ModuleType) -> type[Config]:
 def rank() -> int:
     """This process's global rank in torchrun's or SLURM's words; 0 alone."""
     if "RANK" in os.environ:
-        return int(os.environ["RANK"])
-    return int(os.environ["SLURM_PROCID"]) if _in_step() else 0
+        return number_in(os.environ, "RANK")
+    return number_in(os.environ, "SLURM_PROCID") if _in_step() else 0
 
 
 def scheduler_job() -> str | None:

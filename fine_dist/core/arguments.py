@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args, get_origin
 
+from fine_dist.core import logs
 from fine_dist.core.config import C, Config, load_yaml, models_in, parse_word, shown, validate
 from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.core.help import alternatives, every_setting, has_a_name, summary, value_of_mapping
@@ -60,6 +61,7 @@ def parse(
         raise SystemExit(0)
     for_own, settings = _split(own, argv)
     known = own.parse_args(for_own)
+    logs.configure(known)
     values = load_yaml(known.config) if known.config else {}
     more = [option for action in own._actions for option in action.option_strings if option.startswith("--")]
     values, paths = _lay_over(kind, values, settings, more)
@@ -93,6 +95,7 @@ def _own_flags(prog: str, default: str | None, options: Options | None) -> argpa
     )
     if options:
         options(own)
+    logs.add_flags(own)
     return own
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
 import select
 import sys
 from collections.abc import Callable, Iterable
+from typing import TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_TASKS_FAILED = 3
@@ -68,46 +70,87 @@ def nearest(word: str, legal: Iterable[str]) -> str:
 def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "") -> int:
     """Run a command's body and translate what it raises into an exit code and at most one message.
 
-    promise: what is true when this command is interrupted ("the same command continues from the last checkpoint"), or
-             a function that says so then; none: nothing is promised.
+    Args:
+        main: The body; it returns an exit code, or None for 0.
+        promise: What is true when this command is interrupted ("the same command continues from the last checkpoint"),
+            or a function that is asked then. Empty: nothing is promised.
 
-    A reader of the output that has gone (`| head`) ends the command quietly, with the code that shells give for it.
+    Returns:
+        The exit code. A reader of the output that has gone (`| head`) ends the command quietly, with the code that
+        shells give for it.
+
     Set `FINE_DIST_TRACEBACK=1` to see the traceback of a user error too.
     """
+    prepare_streams()
     if os.environ.get("FINE_DIST_TRACEBACK"):
         return main() or 0
     try:
         return _and_flush(main)
     except ResumeLater as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
+        _say(f"stopped: {stop}")
         return EXIT_RESUME
     except ToldElsewhere:
         return EXIT_USER_ERROR
     except FineDistError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         said = promise if isinstance(promise, str) else promise()
-        print(f"interrupted; {said}" if said else "interrupted", file=sys.stderr)
+        _say(f"interrupted; {said}" if said else "interrupted")
         return EXIT_INTERRUPTED
     except MemoryError as error:
-        print(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches", file=sys.stderr)
+        _say(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches")
         return EXIT_USER_ERROR
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return EXIT_BROKEN_PIPE
         if error.errno not in _REMEDIES:
             raise
-        print(f"error: {error.strerror}: {error.filename or ''} ({_REMEDIES[error.errno]})", file=sys.stderr)
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"error: {error.strerror}{where} ({_REMEDIES[error.errno]})")
+        if isinstance(error, _OutputFull):
+            _to_nowhere(sys.stdout)
         return EXIT_USER_ERROR
 
 
+def prepare_streams() -> None:
+    """Make stdout and stderr safe to write to: closed ones lead nowhere, letters they cannot encode are escaped.
+
+    With descriptor 1 or 2 closed, the next file that is opened would get its number, and whatever a C library writes
+    to "stderr" would land in a checkpoint.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115 - open until the program ends
+        elif getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _say(text: str) -> None:
+    """A last message on stderr; one that is full or closed loses it, since there is nowhere else to say so."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class _OutputFull(OSError):
+    """What was printed could not be written."""
+
+
 def _and_flush(main: Callable[[], int | None]) -> int:
-    """Run it, and write out what it printed here, where a reader that has gone is noticed."""
+    """Run it, and write out what it printed here, where a reader that has gone or a full disk is noticed."""
     try:
         return main() or 0
     finally:
-        sys.stdout.flush()
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _OutputFull(error.errno, error.strerror, "standard output") from None
 
 
 def _reader_has_gone() -> bool:
@@ -121,8 +164,14 @@ def _reader_has_gone() -> bool:
     poll.register(out, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    _to_nowhere(sys.stdout)
     return True
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Have a stream's descriptor lead nowhere, so that what is still buffered can be flushed when the program ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _REMEDIES = {

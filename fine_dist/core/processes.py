@@ -5,15 +5,16 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NoReturn
 
-from fine_dist.core.errors import ResumeLater
+from fine_dist.core.errors import LaunchError, ResumeLater
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -52,14 +53,54 @@ def rank_words(
     return {key: str(value) for key, value in words.items()}
 
 
+def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0) -> int:
+    """A whole number from an environment variable. `LaunchError` when its text is none, or the number is too small.
+
+    default: its value where the variable is absent; none: it must be there. An empty variable counts as absent.
+    """
+    text = env.get(name, "").strip()
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.lstrip("-").isdecimal() and len(text) < 20 and int(text) >= least):
+        raise LaunchError(
+            f"environment variable {name}: a whole number of {least} or more is needed (got {text[:80]!r}); "
+            "launchers set it: unset it to run a single process"
+        )
+    return int(text)
+
+
+def seconds_in(env: Mapping[str, str], name: str, default: float) -> float:
+    """A time in seconds from an environment variable. `LaunchError` when its text is no positive number."""
+    text = env.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < 1e9:
+        raise LaunchError(f"environment variable {name}: seconds, above 0, are needed (got {text[:80]!r}); or unset it")
+    return seconds
+
+
 def rank_here() -> tuple[int, int]:
     """(rank, rank on this node) of this process in torchrun's words, or srun's; (0, 0) alone."""
     env = os.environ
     if "RANK" in env:
-        return int(env["RANK"]), int(env.get("LOCAL_RANK", 0))
+        return number_in(env, "RANK"), number_in(env, "LOCAL_RANK", 0)
     if "SLURM_STEP_NUM_TASKS" in env:
-        return int(env.get("SLURM_PROCID", 0)), int(env.get("SLURM_LOCALID", 0))
+        return number_in(env, "SLURM_PROCID", 0), number_in(env, "SLURM_LOCALID", 0)
     return 0, 0
+
+
+def rank_for_logs() -> tuple[int, int]:
+    """(rank, number of processes) for a log line, which never fails: (0, 1) where the environment says nonsense."""
+    env = os.environ
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if rank in env and size in env:
+            with contextlib.suppress(LaunchError):
+                return number_in(env, rank), number_in(env, size, least=1)
+    return 0, 1
 
 
 def die_with_parent(parent: int | None = None) -> None:

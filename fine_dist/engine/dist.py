@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.errors import ConfigError, LaunchError
-from fine_dist.core.processes import derived_port, rank_words
+from fine_dist.core.processes import derived_port, number_in, rank_words, seconds_in
 
 if TYPE_CHECKING:
     import torch
@@ -52,17 +52,19 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
     `srun` step only: a batch script also has SLURM_PROCID=0, but it is one process whatever SLURM_NTASKS says.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        local = int(env.get("LOCAL_RANK", rank))
-        local_size = int(env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or size)
+        rank, size = number_in(env, "RANK"), number_in(env, "WORLD_SIZE", least=1)
+        local = number_in(env, "LOCAL_RANK", rank)
+        local_size = number_in(env, "LOCAL_WORLD_SIZE", number_in(env, "LOCAL_SIZE", size, least=1), least=1)
         master = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
     elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        rank, size = int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"])
-        local = int(env.get("SLURM_LOCALID", 0))
+        rank, size = number_in(env, "SLURM_PROCID"), number_in(env, "SLURM_STEP_NUM_TASKS", least=1)
+        local = number_in(env, "SLURM_LOCALID", 0)
         per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
-        local_size = int(per_node or size)
+        local_size = number_in({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
-        port = env.get("MASTER_PORT") or derived_port(int(env.get("SLURM_JOB_ID", 0)), int(env.get("SLURM_STEP_ID", 0)))
+        port = env.get("MASTER_PORT") or derived_port(
+            number_in(env, "SLURM_JOB_ID", 0), number_in(env, "SLURM_STEP_ID", 0)
+        )
         master = f"{host}:{port}"
     else:
         return World()
@@ -151,7 +153,7 @@ def _join(found: World) -> None:
         os.environ.setdefault(key, value)
     if dist.is_initialized():
         return
-    timeout = timedelta(seconds=float(os.environ.get("FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S)))
+    timeout = timedelta(seconds=seconds_in(os.environ, "FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S))
     try:
         dist.init_process_group(_backend(found.device), init_method="env://", timeout=timeout)
     except (RuntimeError, ValueError) as error:

@@ -7,6 +7,7 @@ of an unfinished row are part of a checkpoint, so a resumed run writes the rows 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import RunDir
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,7 +86,7 @@ class Monitor:
         verb = "continues at step {} in" if step else "writes to"
         where = os.path.relpath(self.run_dir.path)
         where = str(self.run_dir.path) if where.startswith("..") else where
-        print(f"{self.title}: {verb.format(step)} {where}", file=sys.stderr)
+        log.info("%s: %s %s", self.title, verb.format(step), where)
         # A log file gets a line now and then, a terminal a live bar.
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=self.steps, initial=step, desc=self.title, unit="step", dynamic_ncols=not quiet, **quiet)

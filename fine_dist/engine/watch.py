@@ -7,9 +7,9 @@ hearts. When one stops, the lowest living rank says so in one message and all of
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -18,7 +18,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from fine_dist.core.errors import EXIT_USER_ERROR, FineDistError, ResumeLater, ToldElsewhere, TrainingError
+from fine_dist.core.processes import seconds_in
 from fine_dist.engine.dist import World, barrier, broadcast_object
+
+log = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 """Seconds between two beats."""
@@ -45,7 +48,7 @@ class Watch:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.dead_after_s = float(os.environ.get("FINE_DIST_DEAD_AFTER_S", DEAD_AFTER_S))
+        self.dead_after_s = seconds_in(os.environ, "FINE_DIST_DEAD_AFTER_S", DEAD_AFTER_S)
         self._keys = [f"beat/{rank}" for rank in range(world.world_size)]
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._state = "beating"
@@ -119,7 +122,7 @@ class Watch:
     def _end(self, trouble: Trouble) -> None:
         """End this process from the watching thread: the main one hangs in a collective that cannot finish."""
         if not trouble.told and self.world.rank == (1 if trouble.rank == 0 else 0):
-            print("error: " + _message(trouble), file=sys.stderr, flush=True)
+            log.error(_message(trouble))
         os._exit(EXIT_USER_ERROR)
 
     # --- the main thread --------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ jobs is one small file, so killing the process and starting the same command aga
 
 from __future__ import annotations
 
+import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +32,8 @@ from fine_dist.family.pack_model import Inputs, PackedDiT
 from fine_dist.family.pack_optim import PackedAdamW
 from fine_dist.family.pack_state import read_states, write_states
 from fine_dist.family.packing import EarlyStop
+
+log = logging.getLogger(__name__)
 
 State = Literal["running", "done", "failed"]
 
@@ -326,7 +328,7 @@ class PackRun:
         if not self.world.is_main:
             return
         if told:
-            print(told, file=sys.stderr, flush=True)
+            log.warning(told)
         begun = time.perf_counter()
         folder, name = self.states
         states = {

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import whole_file
+
+log = logging.getLogger(__name__)
 
 FORMAT = "2"
 SUFFIX = ".state.safetensors"
@@ -88,7 +90,7 @@ def set_aside(path: Path, why: str) -> None:
     """Keep a damaged file under another name, and say so."""
     with contextlib.suppress(FileNotFoundError):  # another pack has just done the same
         os.replace(path, path.with_name(path.name + DAMAGED))
-        print(f"{path.name} is damaged ({why}); set aside as {path.name}{DAMAGED}", file=sys.stderr, flush=True)
+        log.warning("%s is damaged (%s); set aside as %s%s", path.name, why, path.name, DAMAGED)
 
 
 def _jobs_in(path: Path) -> dict[str, Any]:

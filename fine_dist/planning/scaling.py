@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from fine_dist.model.arch import Arch
     from fine_dist.stages.config import Blueprint, StageConfig
+
+log = logging.getLogger(__name__)
 
 ANCESTOR = "its ancestor"
 GLOO_PROCESSES = 16
@@ -164,8 +166,7 @@ def _measured(
     device = pick_device(config.engine.device)
     parts, words = {}, ""
     for label, (arch, make) in models.items():
-        # on stderr: what is asked for, such as --json, is on stdout
-        print(f"measuring a step of {label} on this {device.type} ...", file=sys.stderr, flush=True)
+        log.info("measuring a step of %s on this %s ...", label, device.type)
         parts[label], words = measure(make(), arch, config.engine, config.optim, micro, device)
     threads = f", {_threads()} threads" if device.type == "cpu" else ""
     return parts, f"measured here: {words}{threads}, {config.engine.precision}"

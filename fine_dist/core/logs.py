@@ -1,0 +1,119 @@
+"""Messages about what a program does: records of `logging`, one line each on stderr, with the rank where several run.
+
+A module says `log = logging.getLogger(__name__)`; a command calls `configure` once. What a command is asked for (a
+table, a path, a dry run) is its product, and is printed to stdout; everything else is a record:
+
+    DEBUG    --verbose: details for whoever looks for a fault; also what libraries say on ranks other than 0
+    INFO     progress and results on the way (the default level)
+    WARNING  --quiet shows nothing below: something a user should know, also when a library says it
+    ERROR    why a command or a rank ends
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import threading
+import warnings
+from typing import Any
+
+from fine_dist.core.processes import rank_for_logs
+
+LEVEL = "FINE_DIST_LOG_LEVEL"
+"""Environment variable by which the processes that a command starts log as it does: debug, info or warning."""
+OURS = ("fine_dist", "launchers", "benchmarks")
+"""Names of loggers that are this project's; all others are libraries'."""
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
+_lock = threading.Lock()
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add `--verbose` and `--quiet`, which every command has."""
+    parser.add_argument("--verbose", action="store_true", help="also log details, and what libraries say on every rank")
+    parser.add_argument("--quiet", action="store_true", help="log warnings and errors only; results are still printed")
+
+
+def configure(options: argparse.Namespace | None = None) -> None:
+    """Send the records of this project and of libraries to stderr; may be called again, with another level.
+
+    options: parsed flags of `add_flags`; none: the level of the environment, which a parent process has set.
+
+    Python's `warnings` become records too, so that a library's is written once, by rank 0.
+    """
+    if options is not None and (options.verbose or options.quiet):
+        os.environ[LEVEL] = "debug" if options.verbose else "warning"
+    level = _LEVELS.get(os.environ.get(LEVEL, ""), logging.INFO)
+    root = logging.getLogger()
+    with _lock:
+        if not any(isinstance(handler, _Terminal) for handler in root.handlers):
+            root.addHandler(_Terminal())
+        # a library's INFO is for its own developers; its warnings are for whoever runs it
+        root.setLevel(logging.DEBUG if level == logging.DEBUG else logging.WARNING)
+        for name in OURS:
+            logging.getLogger(name).setLevel(level)
+        for name in _CHATTY:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        warnings.showwarning = _show_warning
+
+
+_CHATTY = ("PIL", "matplotlib", "asyncio", "urllib3", "filelock", "fsspec", "h5py", "numba", "torch")
+"""Libraries whose DEBUG records are thousands of lines about themselves."""
+
+
+class _Terminal(logging.Handler):
+    """Writes a record as one line to whatever stderr is now, above the progress bars that are on the screen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown: all of ours; a library's once, and below ERROR by rank 0 alone."""
+        rank, world_size = rank_for_logs()
+        record.rank, record.world_size = rank, world_size
+        if record.name.startswith(OURS) or logging.getLogger(OURS[0]).level == logging.DEBUG:
+            return True
+        if rank and record.levelno < logging.ERROR:
+            return False
+        key = (record.name, record.getMessage())
+        if key in self._said:
+            return False
+        self._said.add(key)
+        return True
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`[rank 3] warning: text`; without a rank where there is one process, without a level where it is INFO."""
+        several = getattr(record, "world_size", 1) > 1
+        where = f"[rank {record.__dict__['rank']}] " if several else ""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        return f"{where}{level}{text}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record. A stderr that is closed or full loses it: a log line may not end a run."""
+        try:
+            text = self.format(record)
+            bars: Any = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+            if bars is not None and getattr(bars, "_instances", None):
+                bars.write(text, file=sys.stderr)  # takes the bars away, writes, and draws them again below
+            else:
+                sys.stderr.write(text + "\n")
+                sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):  # full, closed, or none at all
+            pass
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    if file is not None:  # somebody wants it there
+        print(warnings.formatwarning(message, category, filename, lineno, line), file=file, end="")
+        return
+    if f"{os.sep}fine_dist{os.sep}" in filename:
+        logging.getLogger("fine_dist").warning(message)
+    else:
+        logging.getLogger("py.warnings").warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)
