@@ -105,7 +105,7 @@ class Bench:
         from fine_dist.engine.compiling import prepare_model
         from fine_dist.engine.dist import World
         from fine_dist.engine.ema import Ema
-        from fine_dist.model.cost import model_cost
+        from fine_dist.model.flops import model_cost
 
         model = self.model(kind)
         engine = EngineConfig.model_validate(

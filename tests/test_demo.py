@@ -49,13 +49,13 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
     assert "http" not in page.replace("http://www.w3.org", "")  # self-contained: nothing is fetched
     results = read_results(run / "report")
     assert {(row.method, row.target) for row in results.rows if row.stage == "train"} == {
-        (m, d) for m in ("fine", "he", "outside") for d in (1, 2)
+        (m, d) for m in ("fine", "scratch", "copied_shell") for d in (1, 2)
     }
     assert results.classifier_accuracy >= 0.95
     ancestor = results.ancestors["fine"]
     assert ancestor.stored < ancestor.params
     for depth in (1, 2):  # 3N steps are the run of N steps, continued
-        logs = [(run / f"he-L{depth}-n{n}-s0" / "metrics.jsonl").read_text() for n in (5, 15)]
+        logs = [(run / f"scratch-L{depth}-n{n}-s0" / "metrics.jsonl").read_text() for n in (5, 15)]
         assert logs[1].startswith(logs[0]) and json.loads(logs[1].splitlines()[-1])["step"] == 15
     models = {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
     assert len(models) == 8
@@ -71,7 +71,7 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
 def check_costs(run: Path) -> None:
     """Every cost of a row is steps x batch x the architecture's own arithmetic, stage by stage."""
     results = read_results(run / "report")
-    arch = Arch.model_validate(json.loads((run / "he-L2-n5-s0" / "model" / "manifest.json").read_text())["arch"])
+    arch = Arch.model_validate(json.loads((run / "scratch-L2-n5-s0" / "model" / "manifest.json").read_text())["arch"])
     dense = results.target_params[2]
     macs, large = forward_macs(arch), forward_macs(arch.with_depth(8))
     [initialised] = [row for row in results.at("fine", 2, 0) if row.stage == "init"]
@@ -89,9 +89,9 @@ def check_costs(run: Path) -> None:
     [trained] = results.at("fine", 2, 5)
     assert trained.flops == initialised.flops + 5 * 64 * 6.0 * macs and trained.stored == trained.trained == dense
     assert trained.seconds > initialised.seconds
-    [longest] = results.at("he", 2, 15)
+    [longest] = results.at("scratch", 2, 15)
     assert longest.samples == 15 * 64 and longest.flops == 15 * 64 * 6.0 * macs and longest.steps_condense == 0
-    [control] = results.at("outside", 2, 5)
+    [control] = results.at("copied_shell", 2, 5)
     assert control.steps_condense == 8 and control.steps_init == 0  # its parent's cost is counted to it as well
 
 

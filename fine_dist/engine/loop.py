@@ -34,7 +34,7 @@ from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.watch import Watch
 from fine_dist.model import flops
-from fine_dist.model.ops import emulates_bf16
+from fine_dist.model.layers import emulates_bf16
 
 _BEFORE_STEP = 0x6265666F7265
 """Keeps the draws of `before_step` apart from every other use of (seed, step)."""

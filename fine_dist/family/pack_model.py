@@ -25,7 +25,7 @@ from fine_dist.family.pack_ops import Frozen, block
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import SharedForm, cheaper_path
-from fine_dist.model.ops import compute_dtype
+from fine_dist.model.layers import compute_dtype
 
 _KEPT_SELECTIONS = 64
 """Selections of jobs whose biases are kept stacked."""

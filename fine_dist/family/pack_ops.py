@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fine_dist.model.attention import attention
-from fine_dist.model.ops import FactoredProduct, gelu
-from fine_dist.model.sweeps import EPS
+from fine_dist.model.layers import EPS, FactoredProduct, attention
 
 SWEEPS_UP_TO = 3 << 16
 """Numbers (768 KiB) up to which plain sweeps normalise in half of torch's time on a CPU: they stay in its cache."""
@@ -78,7 +77,7 @@ def block(
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.unbind(2)  #                         6 x [N, 1, D]
     qkv = ModulatedProduct.apply(x, shift_a, scale_a, sigma["qkv"], matrices["qkv"])
     x = GatedProduct.apply(x, _attention(qkv, num_heads), gate_a, sigma["o"], matrices["o"])
-    h = gelu(ModulatedProduct.apply(x, shift_m, scale_m, sigma["in"], matrices["in"]))
+    h = F.gelu(ModulatedProduct.apply(x, shift_m, scale_m, sigma["in"], matrices["in"]), approximate="tanh")
     return GatedProduct.apply(x, h, gate_m, sigma["out"], matrices["out"])
 
 

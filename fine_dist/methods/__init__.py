@@ -1,30 +1,39 @@
-"""The methods, in one dict. To add one: write its file, list it here."""
+"""The registry of methods: each one's settings, and where its code is.
+
+To add a method, write its settings (a `MethodConfig` in a module without torch) and its `Method` class, and add one
+line to `_METHODS`. Settings are imported here, because every command's `--help` shows them; the code, which imports
+torch, is imported when `METHODS[name]` is first asked for it.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.core.config import Config, union_of
-from fine_dist.methods.auto_lg import AutoLg
+from fine_dist.core.config import Config, union_of, validate
+from fine_dist.core.errors import ArtifactError, nearest
+from fine_dist.methods.adapters.config import BoftConfig, LoraConfig, OftConfig, PissaConfig, VeraConfig
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
-from fine_dist.methods.difffit import DiffFit
-from fine_dist.methods.fine import Fine, FineConfig
-from fine_dist.methods.he import He, HeConfig
-from fine_dist.methods.heur_lg import HeurLg
-from fine_dist.methods.kind import Kind
-from fine_dist.methods.learngene_pool import LearngenePool
-from fine_dist.methods.ligo import Ligo
-from fine_dist.methods.mimetic import Mimetic
-from fine_dist.methods.outside import Outside
-from fine_dist.methods.peft_methods import Boft, Lora, Oft, Pissa, Vera
-from fine_dist.methods.random_genes import RandomGenes
-from fine_dist.methods.snnet import Snnet
-from fine_dist.methods.svd import Svd
-from fine_dist.methods.svdiff import Svdiff
-from fine_dist.methods.sws import Sws
-from fine_dist.methods.tleg import Tleg
-from fine_dist.methods.wave import Wave
-from fine_dist.methods.weight_selection import WeightSelection
+from fine_dist.methods.fine.config import FineConfig
+from fine_dist.methods.kind.config import KindConfig
+from fine_dist.methods.ligo.config import LigoConfig
+from fine_dist.methods.settings import (
+    AutoLgConfig,
+    CopiedShellConfig,
+    DiffFitConfig,
+    HeurLgConfig,
+    MimeticConfig,
+    RandomGenesConfig,
+    ScratchConfig,
+    SvdConfig,
+    SvdiffConfig,
+    SwsConfig,
+    TlegConfig,
+    WeightSelectionConfig,
+)
+from fine_dist.methods.stitching.config import LearngenePoolConfig, SnnetConfig
+from fine_dist.methods.wave.config import WaveConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,38 +41,62 @@ if TYPE_CHECKING:
     from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
 
-METHODS: dict[str, type[Method[Any]]] = {
-    "fine": Fine,
-    "he": He,
-    "outside": Outside,
-    "random_genes": RandomGenes,
-    "auto_lg": AutoLg,
-    "boft": Boft,
-    "difffit": DiffFit,
-    "heur_lg": HeurLg,
-    "kind": Kind,
-    "learngene_pool": LearngenePool,
-    "ligo": Ligo,
-    "lora": Lora,
-    "mimetic": Mimetic,
-    "oft": Oft,
-    "pissa": Pissa,
-    "snnet": Snnet,
-    "svd": Svd,
-    "svdiff": Svdiff,
-    "sws": Sws,
-    "tleg": Tleg,
-    "vera": Vera,
-    "wave": Wave,
-    "weight_selection": WeightSelection,
+_METHODS: dict[str, tuple[type[MethodConfig], str]] = {
+    # name: (its settings, module and class of its code, below fine_dist.methods)
+    "fine": (FineConfig, "fine.method:Fine"),
+    "scratch": (ScratchConfig, "scratch:Scratch"),
+    "copied_shell": (CopiedShellConfig, "copied_shell:CopiedShell"),
+    "random_genes": (RandomGenesConfig, "random_genes:RandomGenes"),
+    "auto_lg": (AutoLgConfig, "kept_blocks:AutoLg"),
+    "boft": (BoftConfig, "adapters.method:Boft"),
+    "difffit": (DiffFitConfig, "difffit:DiffFit"),
+    "heur_lg": (HeurLgConfig, "kept_blocks:HeurLg"),
+    "kind": (KindConfig, "kind.method:Kind"),
+    "learngene_pool": (LearngenePoolConfig, "stitching.learngene_pool:LearngenePool"),
+    "ligo": (LigoConfig, "ligo.method:Ligo"),
+    "lora": (LoraConfig, "adapters.method:Lora"),
+    "mimetic": (MimeticConfig, "mimetic:Mimetic"),
+    "oft": (OftConfig, "adapters.method:Oft"),
+    "pissa": (PissaConfig, "adapters.method:Pissa"),
+    "snnet": (SnnetConfig, "stitching.snnet:Snnet"),
+    "svd": (SvdConfig, "svd:Svd"),
+    "svdiff": (SvdiffConfig, "svdiff:Svdiff"),
+    "sws": (SwsConfig, "sws:Sws"),
+    "tleg": (TlegConfig, "tleg:Tleg"),
+    "vera": (VeraConfig, "adapters.method:Vera"),
+    "wave": (WaveConfig, "wave.method:Wave"),
+    "weight_selection": (WeightSelectionConfig, "weight_selection:WeightSelection"),
 }
 
-AnyMethod = union_of([method.Config for method in METHODS.values()])
+
+class _Registry(Mapping[str, "type[Method[Any]]"]):
+    """Method classes by name; a class is imported when it is looked up."""
+
+    def __getitem__(self, name: str) -> type[Method[Any]]:
+        module, _, cls = _METHODS[name][1].partition(":")
+        found: type[Method[Any]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_METHODS)
+
+    def __len__(self) -> int:
+        return len(_METHODS)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _METHODS
+
+
+METHODS: Mapping[str, type[Method[Any]]] = _Registry()
+"""Every method's class by its name."""
+CONFIGS: dict[str, type[MethodConfig]] = {name: config for name, (config, _) in _METHODS.items()}
+"""Every method's settings by its name, without importing torch."""
+AnyMethod = union_of(list(CONFIGS.values()))
 """Annotation of a config field that holds the settings of any one method."""
 CONDENSES: MethodConfig = FineConfig()
-"""What stage 1 does unless it is told."""
-SCRATCH: MethodConfig = HeConfig()
-"""What needs no parent."""
+"""The default method of stage 1."""
+SCRATCH: MethodConfig = ScratchConfig()
+"""The method that needs no parent."""
 
 
 def build(config: MethodConfig) -> Method[Any]:
@@ -72,34 +105,32 @@ def build(config: MethodConfig) -> Method[Any]:
 
 
 def from_manifest(settings: dict[str, Any]) -> Method[Any]:
-    """The method that an artifact's manifest names."""
-    from fine_dist.core.config import validate
-    from fine_dist.core.errors import ArtifactError, nearest
+    """The method that an artifact's manifest names, with the settings it was made with.
 
+    Raises:
+        ArtifactError: The manifest names a method that is not in the registry.
+    """
     name = str(settings.get("name"))
-    if name not in METHODS:
-        raise ArtifactError(f"method {name!r} is not known here; {nearest(name, METHODS)}")
-    kind = METHODS[name].Config
-    return build(validate(kind, settings, "method in the manifest"))
+    if name not in CONFIGS:
+        raise ArtifactError(f"method {name!r} is not known here; {nearest(name, CONFIGS)}")
+    return build(validate(CONFIGS[name], settings, "method in the manifest"))
 
 
 def parent_of(artifact: Artifact) -> Parent:
-    """An artifact with its tensors in a module of the method that made it."""
+    """An artifact together with a module of the method that made it, in which its tensors are loaded."""
     method = from_manifest(artifact.method)
-    if artifact.kind == "learngene" or not method.traits.dense:
-        module = method.module(artifact.arch, artifact.tensors)
-    else:
-        from fine_dist.model.dit import DiT
-
-        module = DiT(artifact.arch)
+    as_itself = artifact.kind == "learngene" or not method.traits.dense
+    module = method.module(artifact.arch, artifact.tensors) if as_itself else build(SCRATCH).module(artifact.arch, {})
     load_into(module, artifact)
     return Parent(artifact, module)
 
 
 def load_into(module: nn.Module, artifact: Artifact) -> None:
-    """Put an artifact's tensors into a module. `ArtifactError` when names or shapes are not the module's."""
-    from fine_dist.core.errors import ArtifactError
+    """Load an artifact's tensors into a module.
 
+    Raises:
+        ArtifactError: Names or shapes of the tensors are not the module's.
+    """
     try:
         module.load_state_dict(artifact.tensors)
     except RuntimeError as error:
@@ -108,9 +139,7 @@ def load_into(module: nn.Module, artifact: Artifact) -> None:
 
 
 def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
-    """`Method.check`, whose error also names the methods that could."""
-    from fine_dist.core.errors import ArtifactError
-
+    """`Method.check`, whose error also names the methods that could make this target from this parent."""
     try:
         method.check(parent, target)
     except ArtifactError as error:
@@ -119,10 +148,8 @@ def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
 
 
 def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
-    from fine_dist.core.errors import ArtifactError
-
     try:
-        METHODS[name](METHODS[name].Config(name=name)).check(parent, target)
+        build(CONFIGS[name](name=name)).check(parent, target)
     except ArtifactError:
         return False
     return True
@@ -130,6 +157,7 @@ def _could(name: str, parent: Artifact | None, target: Arch) -> bool:
 
 __all__ = [
     "CONDENSES",
+    "CONFIGS",
     "METHODS",
     "SCRATCH",
     "AnyMethod",

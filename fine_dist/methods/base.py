@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.cost import Cost
     from fine_dist.model.dit import DiT
     from fine_dist.model.factors import SharedForm
+    from fine_dist.model.flops import Cost
 
 
 class MethodConfig(Config):
@@ -250,7 +250,7 @@ class Method(ABC, Generic[M]):
 
     def cost(self, model: nn.Module, batch: int = 1) -> Cost:
         """FLOPs and kept numbers of a step as things train now, and numbers stored and trained."""
-        from fine_dist.model.cost import model_cost
+        from fine_dist.model.flops import model_cost
 
         return model_cost(model, batch)
 

@@ -13,26 +13,18 @@ says 0.12%.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.methods.settings import DiffFitConfig
+from fine_dist.model.arch import Arch
 from fine_dist.model.depth import RESIDUAL
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-
-
-class DiffFitConfig(MethodConfig):
-    """DiffFit: biases, labels and scales of residual branches."""
-
-    name: Literal["difffit"] = "difffit"
-    """DiffFit."""
-    scaled: Literal["first_half", "all"] = "first_half"
-    """Blocks whose branches have a scale: the first 14 of 28, or all."""
+from fine_dist.model.dit import Condition, Dense, DiT
+from fine_dist.model.roles import Role, train_only
 
 
 class DiffFit(Method[DiffFitConfig]):
@@ -51,8 +43,6 @@ class DiffFit(Method[DiffFitConfig]):
         return {"scaled": ("first_half", "all")}
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.roles import train_only
-
         model = self.module(target, {})
         model.load_state_dict({**model.state_dict(), **needed(parent).module.state_dict()})
         train_only(model, "bias", "scaler")
@@ -62,9 +52,6 @@ class DiffFit(Method[DiffFitConfig]):
         return Descent(model, "some")
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> DiT:
-        from fine_dist.model.dit import Dense, DiT
-        from fine_dist.model.scaled import ScaledDense
-
         last = (arch.num_layers + 1) // 2 if self.config.scaled == "first_half" else arch.num_layers
 
         def matrix(name: str, layer: int) -> nn.Module:
@@ -75,8 +62,6 @@ class DiffFit(Method[DiffFitConfig]):
         return DiT(arch, matrix)
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.scaled import ScaledDense
-
         state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         for name, module in model.named_modules():
             if isinstance(module, ScaledDense):
@@ -84,3 +69,31 @@ class DiffFit(Method[DiffFitConfig]):
                 for part, tensor in zip(("weight", "bias"), module.folded()):
                     state[f"{name}.{part}"] = tensor.detach()
         return state
+
+
+class ScaledDense(Dense):
+    """`gamma * (x W^T + b)`, gamma [m] beginning at one.
+
+    While gradients are recorded gamma multiplies the product: no gradient of W is ever formed. Without them gamma is
+    folded into W and b first, so what is evaluated is, bit for bit, what `folded` deploys.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {**Dense.roles, "gamma": "scaler"}
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features)
+        self.gamma = nn.Parameter(torch.ones(out_features))
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            y = F.linear(x, self.weight, self.bias)
+            return y * self.gamma.to(y.dtype)
+        return F.linear(x, *self.folded())
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The weight [m, n] and bias [m] of the ordinary matrix of the same function."""
+        return self.gamma[:, None] * self.weight, self.gamma * self.bias
+
+    def kept_numbers(self, rows: int) -> int:
+        """Numbers that its backward pass keeps beyond a dense product's: the unscaled result."""
+        return rows * self.out_features

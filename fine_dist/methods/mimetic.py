@@ -14,32 +14,15 @@ Shapes: D width, A heads, k = D / A a head's size; weights are `out x in`, so q 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
+import torch
+from torch import Tensor
 
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fine_dist.model.arch import Arch
-
-
-class MimeticConfig(MethodConfig):
-    """Mimetic initialisation: attention's products near a multiple of the identity."""
-
-    name: Literal["mimetic"] = "mimetic"
-    """Mimetic."""
-    alpha_qk: float = Field(0.7, ge=0)
-    """Noise in queries' product with keys."""
-    beta_qk: float = Field(0.7, ge=0)
-    """Identity in queries' product with keys."""
-    alpha_vo: float = Field(0.4, ge=0)
-    """Noise in values' product with the projection."""
-    beta_vo: float = Field(0.4, ge=0)
-    """Negative identity in values' product with the projection."""
+from fine_dist.methods.settings import MimeticConfig
+from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
 
 
 class Mimetic(Method[MimeticConfig]):
@@ -51,10 +34,6 @@ class Mimetic(Method[MimeticConfig]):
     summary: ClassVar[str] = "from scratch, attention drawn as trained attention looks"
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        import torch
-
-        from fine_dist.model.dit import DiT
-
         model = DiT(target, generator=generator)
         size = target.hidden_size // target.num_heads
         with torch.no_grad():
@@ -70,8 +49,6 @@ class Mimetic(Method[MimeticConfig]):
 
     def head(self, width: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A head's W_q, W_k, W_v [k, D] and its columns of W_o [D, k]."""
-        import torch
-
         config = self.config
         noise = torch.randn(2, width, width, generator=generator, dtype=torch.float64) / width**0.5
         eye = torch.eye(width, dtype=torch.float64)
@@ -82,8 +59,6 @@ class Mimetic(Method[MimeticConfig]):
 
 def halves(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Two [D, size] factors, `left @ right.T` the best approximation of a [D, D] matrix of that rank."""
-    import torch
-
     u, s, vt = torch.linalg.svd(product)
     root = s[:size].sqrt()
     return u[:, :size] * root, vt[:size].T * root

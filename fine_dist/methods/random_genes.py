@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
-from fine_dist.methods.fine import factored_module
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.factors import SharedForm
-
-
-class RandomGenesConfig(MethodConfig):
-    """Control: random U and V, trained sigma, everything outside the blocks copied from FINE's learngene."""
-
-    name: Literal["random_genes"] = "random_genes"
-    """Control without learned factors."""
+from fine_dist.methods.fine.method import factored_module
+from fine_dist.methods.settings import RandomGenesConfig
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.factors import FactoredDiT, SharedForm
+from fine_dist.model.roles import of_role, train_only
 
 
 class RandomGenes(Method[RandomGenesConfig]):
@@ -40,9 +33,6 @@ class RandomGenes(Method[RandomGenesConfig]):
         return ("fine",)
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.factors import FactoredDiT
-        from fine_dist.model.roles import of_role, train_only
-
         source: Any = needed(parent).module
         model = FactoredDiT(target, source.rank, generator)
         model.load_state_dict({**model.state_dict(), **of_role(source, "shell")})
@@ -59,6 +49,4 @@ class RandomGenes(Method[RandomGenesConfig]):
         return model.shared_form()  # type: ignore[operator,no-any-return]
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.arch import MATRICES
-
         return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]

@@ -10,38 +10,19 @@ factors of rank D takes with its layers' own sigma (FINE's default), so that the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field, model_validator
+import torch
+from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
-from fine_dist.model.arch import MATRICES
+from fine_dist.methods.settings import SvdConfig
+from fine_dist.methods.shared import expanded
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.artifact import Artifact
 from fine_dist.model.depth import nearest_layers
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.artifact import Artifact
-
-
-class SvdConfig(MethodConfig):
-    """SVD: each layer's own top components."""
-
-    name: Literal["svd"] = "svd"
-    """Per-layer singular value decomposition."""
-    rank: int | None = Field(None, ge=1)
-    """Components of every matrix of a layer; none: as many as the budget has room for."""
-    budget: int | None = Field(None, ge=1)
-    """Numbers that all layers' components may take; none: those of one pair of shared factors of rank D."""
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> SvdConfig:
-        if self.rank and self.budget:
-            raise ValueError(f"rank {self.rank} and budget {self.budget} both say how many components; give one")
-        return self
+from fine_dist.model.dit import DiT
 
 
 class Svd(Method[SvdConfig]):
@@ -75,9 +56,6 @@ class Svd(Method[SvdConfig]):
         return ancestor.num_layers * rank * sum(sum(ancestor.matrix(matrix)) + 1 for matrix in MATRICES)
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.shared import expanded
-
         source = needed(parent)
         rank, taken = self.rank(source.arch), nearest_layers(source.arch.num_layers, target.num_layers)
         theirs = source.module.state_dict()
@@ -99,8 +77,6 @@ def shared_numbers(arch: Arch) -> int:
 
 def top_components(weight: Tensor, rank: int) -> Tensor:
     """The nearest matrix of this rank [m, n] (Eckart and Young), in the weight's dtype."""
-    import torch
-
     u, s, vt = torch.linalg.svd(weight.float(), full_matrices=False)
     cut: Tensor = u[:, :rank] * s[:rank] @ vt[:rank]
     return cut.to(weight.dtype)

@@ -9,23 +9,18 @@ U, S and V are kept with it so that a saved target never depends on the library 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-
-
-class SvdiffConfig(MethodConfig):
-    """SVDiff: shifts of singular values."""
-
-    name: Literal["svdiff"] = "svdiff"
-    """SVDiff."""
+from fine_dist.methods.settings import SvdiffConfig
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.dit import Condition, DiT
+from fine_dist.model.factors import cheaper_path, factored_product, multiply_adds
+from fine_dist.model.roles import Role, of_role, train_only
 
 
 class Svdiff(Method[SvdiffConfig]):
@@ -42,8 +37,6 @@ class Svdiff(Method[SvdiffConfig]):
         return Traits(parents=("model",), varies=frozenset())
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.roles import of_role, train_only
-
         source = needed(parent).module
         model = self.module(target, {})
         model.load_state_dict({**model.state_dict(), **of_role(source, "shell")})
@@ -53,15 +46,9 @@ class Svdiff(Method[SvdiffConfig]):
         return Descent(model, "some")
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> DiT:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.spectral import SpectralDense
-
         return DiT(arch, lambda matrix, layer: SpectralDense(*reversed(arch.matrix(matrix))))
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.roles import of_role
-        from fine_dist.model.spectral import SpectralDense
-
         state = {name: tensor.clone() for name, tensor in of_role(model, "shell", "bias").items()}
         for name, module in model.named_modules():
             if isinstance(module, SpectralDense):
@@ -69,10 +56,6 @@ class Svdiff(Method[SvdiffConfig]):
         return state
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        import torch
-
-        from fine_dist.model.arch import MATRICES
-
         blocks = list(model.blocks)  # type: ignore[arg-type]
         return {
             name: torch.stack([block.get_submodule(name).delta.detach().float().cpu() for block in blocks])
@@ -81,6 +64,68 @@ class Svdiff(Method[SvdiffConfig]):
 
 
 def _matrices(model: nn.Module) -> list[nn.Module]:
-    from fine_dist.model.arch import MATRICES
-
     return [block.get_submodule(matrix) for block in model.blocks for matrix in MATRICES]  # type: ignore[union-attr]
+
+
+class SpectralDense(nn.Module):
+    """`x (U diag(relu(S + delta)) V^T)^T + b`: U [m, r], S [r], V [n, r], b [m] frozen, delta [r] from zero.
+
+    The factors are stored as they were computed, so that another library's SVD never changes a saved model.
+    """
+
+    roles: ClassVar[dict[str, Role]] = {"U": "weight", "S": "weight", "V": "weight", "delta": "scaler", "bias": "bias"}
+
+    U: nn.Parameter
+    S: nn.Parameter
+    V: nn.Parameter
+    delta: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        m, n, r = out_features, in_features, min(out_features, in_features)
+        shapes = {"U": (m, r), "S": (r,), "V": (n, r), "bias": (m,), "delta": (r,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=name == "delta"))
+
+    @torch.no_grad()
+    def take(self, weight: Tensor, bias: Tensor) -> None:
+        """Become this matrix [m, n]."""
+        u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+        for own, value in ((self.U, u), (self.S, s), (self.V, vt.T), (self.bias, bias)):
+            own.copy_(value)
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        if self.choose(x.numel() // x.shape[-1], torch.is_grad_enabled()) == "factored":
+            return factored_product(x, self.U, self.V, self.spectrum, self.bias)
+        return F.linear(x, self.compose(), self.bias)
+
+    @property
+    def spectrum(self) -> Tensor:
+        """What the singular values have become, [r], none below zero."""
+        return F.relu(self.S + self.delta)
+
+    def compose(self) -> Tensor:
+        """The matrix [m, n]."""
+        return (self.U * self.spectrum) @ self.V.T
+
+    def choose(self, rows: int, backward: bool) -> str:
+        """Which path needs fewer multiply-adds."""
+        return cheaper_path(rows, *self._sides, **self._training, backward=backward)
+
+    @property
+    def _sides(self) -> tuple[int, int, int]:
+        return self.U.shape[0], self.V.shape[0], self.U.shape[1]
+
+    @property
+    def _training(self) -> dict[str, bool]:
+        return {"train_factors": self.U.requires_grad, "train_scalers": self.delta.requires_grad}
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows, on the path it would take; with its backward pass if there is one."""
+        path = self.choose(rows, backward)
+        return multiply_adds(path, rows, *self._sides, **self._training, backward=backward)
+
+    def kept_numbers(self, rows: int) -> int:
+        """Numbers that its backward pass keeps beyond a dense product's."""
+        return 2 * rows * self.U.shape[1] * (self.choose(rows, True) == "factored")

@@ -11,29 +11,18 @@ relative depth.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field
+import torch
+from torch import Tensor, nn
 
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
+from fine_dist.methods.settings import SwsConfig
+from fine_dist.methods.shared import OfGenes, SharedDiT, dense_state, expanded
+from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.depth import nearest_layers
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-    from fine_dist.model.shared import SharedDiT
-
-
-class SwsConfig(MethodConfig):
-    """SWS: layers of a stage share one block; one stage is Share Init."""
-
-    name: Literal["sws"] = "sws"
-    """Stage-wise sharing."""
-    stages: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((3, 3, 4, 3, 3), min_length=1)
-    """Layers of each stage of the model that stage 1 trains, whose depth is their sum; a single one is Share Init."""
+from fine_dist.model.dit import Dense, DiT
+from fine_dist.model.roles import Role
 
 
 class Sws(Method[SwsConfig]):
@@ -61,14 +50,9 @@ class Sws(Method[SwsConfig]):
         return Condensation(self.blueprint(arch, generator))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
-        from fine_dist.model.shared import staged
-
         return staged(self.auxiliary(arch), layers_of(self.config.stages), generator)
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.shared import expanded
-
         source = needed(parent).module
         genes: Any = source.genes
         stages = stages_of(target.num_layers, len(genes["qkv"]))
@@ -79,14 +63,9 @@ class Sws(Method[SwsConfig]):
         return Descent(model)
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.shared import staged
-
         return staged(arch, layers_of(self.config.stages)) if "genes.qkv.0.weight" in tensors else DiT(arch)
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.shared import dense_state
-
         return dense_state(model)
 
 
@@ -101,3 +80,29 @@ def stages_of(num_layers: int, stages: int) -> list[int]:
         return list(map(int, nearest_layers(stages, num_layers)))
     each, more = divmod(num_layers, stages)
     return layers_of(tuple(each + (stage < more) for stage in range(stages)))
+
+
+class SharedMatrix(Dense):
+    """A weight [m, n] and a bias [m] that several layers use as they are; they start as a layer's own would."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "gene", "bias": "gene"}
+
+    def __init__(self, m: int, n: int, *, zero: bool = False, generator: torch.Generator | None = None):
+        super().__init__(n, m)
+        nn.init.zeros_(self.bias)
+        if zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.xavier_uniform_(self.weight, generator=generator)
+
+
+def staged(arch: Arch, stages: list[int], generator: torch.Generator | None = None) -> SharedDiT:
+    """A DiT in which the layers of a stage share one block (SWS, arXiv 2404.16897). stages: each layer's stage, [L]."""
+    genes = {
+        matrix: nn.ModuleList(
+            SharedMatrix(*arch.matrix(matrix), zero=matrix == "adaln", generator=generator)
+            for _ in range(max(stages) + 1)
+        )
+        for matrix in MATRICES
+    }
+    return SharedDiT(arch, dict(genes), lambda matrix, layer: OfGenes(genes[matrix][stages[layer]]), generator)

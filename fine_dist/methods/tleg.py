@@ -11,27 +11,18 @@ weights are zero on both ends of the line, so that a block begins as the identit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from fine_dist.core.config import Depth
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-    from fine_dist.model.shared import SharedDiT
-
-
-class TlegConfig(MethodConfig):
-    """TLEG: layers on a line between two shared blocks."""
-
-    name: Literal["tleg"] = "tleg"
-    """TLEG."""
-    auxiliary_layers: Depth | None = 12
-    """Layers of the model that stage 1 trains; none: as many as `arch` has."""
+from fine_dist.methods.settings import TlegConfig
+from fine_dist.methods.shared import OfGenes, SharedDiT, dense_state, expanded
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.dit import DiT
+from fine_dist.model.roles import Role
 
 
 class Tleg(Method[TlegConfig]):
@@ -59,14 +50,9 @@ class Tleg(Method[TlegConfig]):
         return Condensation(self.blueprint(arch, generator))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
-        from fine_dist.model.shared import on_a_line
-
         return on_a_line(self.auxiliary(arch), generator)
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.shared import expanded, line_places
-
         source, places = needed(parent).module, line_places(target.num_layers)
         genes: Any = source.genes
         model = DiT(target, generator=generator)
@@ -76,12 +62,54 @@ class Tleg(Method[TlegConfig]):
         return Descent(model)
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.shared import on_a_line
-
         return on_a_line(arch) if "genes.qkv.base" in tensors else DiT(arch)
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        from fine_dist.model.shared import dense_state
-
         return dense_state(model)
+
+
+class LineMatrix(nn.Module):
+    """`W = base + place * slope`, the bias too: `forward(x [..., n], place) -> [..., m]` (TLEG, arXiv 2312.05614).
+
+    Both weights start at a truncated normal of 0.02, both biases at zero; zero: the weights as well.
+    """
+
+    roles: ClassVar[dict[str, Role]] = dict.fromkeys(("base", "slope", "base_bias", "slope_bias"), "gene")
+
+    def __init__(self, m: int, n: int, *, zero: bool = False, generator: torch.Generator | None = None):
+        super().__init__()
+        self.base, self.slope = nn.Parameter(torch.zeros(m, n)), nn.Parameter(torch.zeros(m, n))
+        self.base_bias, self.slope_bias = nn.Parameter(torch.zeros(m)), nn.Parameter(torch.zeros(m))
+        for weight in () if zero else (self.base, self.slope):
+            nn.init.trunc_normal_(weight, std=0.02, generator=generator)
+
+    def forward(self, x: Tensor, place: float) -> Tensor:
+        return F.linear(x, *self.dense(place))
+
+    def dense(self, place: float) -> tuple[Tensor, Tensor]:
+        """The weight [m, n] and bias [m] at a place on the line."""
+        return self.base + place * self.slope, self.base_bias + place * self.slope_bias
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows and the making of its weight; with its backward pass if there is one."""
+        make, product = self.base.numel(), rows * self.base.numel()
+        trains = self.base.requires_grad or self.slope.requires_grad
+        return make + product * (1 + backward) + (backward and trains) * (make + product)
+
+    def kept_numbers(self, rows: int) -> int:
+        """Numbers that its backward pass keeps beyond a dense product's: the weight that was made."""
+        return self.base.numel()
+
+
+def on_a_line(arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
+    """A DiT whose layers lie on one line: `theta_l = theta_B + (l - 1) / L theta_A` (TLEG, eq. 1), adaLN-zero."""
+    genes = {
+        matrix: LineMatrix(*arch.matrix(matrix), zero=matrix == "adaln", generator=generator) for matrix in MATRICES
+    }
+    places = line_places(arch.num_layers)
+    return SharedDiT(arch, dict(genes), lambda matrix, layer: OfGenes(genes[matrix], places[layer]), generator)
+
+
+def line_places(num_layers: int) -> list[float]:
+    """(l - 1) / L for l = 1 .. L."""
+    return [layer / num_layers for layer in range(num_layers)]

@@ -10,27 +10,18 @@ every axis by itself over its whole length. Position tables are fixed, of the ta
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
+from fine_dist.methods.axes import Axis, axes_of
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.model.axes import Axis
-
-
-class WeightSelectionConfig(MethodConfig):
-    """Weight selection: a uniform choice of a larger model's weights."""
-
-    name: Literal["weight_selection"] = "weight_selection"
-    """Weight selection."""
-    rows: Literal["grouped", "whole"] = "grouped"
-    """Units by third, head and sixth, alike wherever they occur; or every axis by itself, as the authors do."""
+from fine_dist.methods.settings import WeightSelectionConfig
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import Artifact
+from fine_dist.model.dit import DiT
 
 
 class WeightSelection(Method[WeightSelectionConfig]):
@@ -63,9 +54,6 @@ class WeightSelection(Method[WeightSelectionConfig]):
             )
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        from fine_dist.model.axes import axes_of
-        from fine_dist.model.dit import DiT
-
         source: Any = needed(parent).module
         model = DiT(target, generator=generator)
         theirs = source.state_dict()
@@ -82,8 +70,6 @@ class WeightSelection(Method[WeightSelectionConfig]):
 
     def choose(self, axis: Axis | None, source: Arch, target: Arch, large: int, small: int) -> Tensor:
         """Which of an axis's `large` entries are taken, int64 [small], ascending."""
-        import torch
-
         if axis is None or self.config.rows == "whole":
             return uniform(large, small)
         span = large // axis.groups
@@ -98,8 +84,6 @@ class WeightSelection(Method[WeightSelectionConfig]):
 
 def uniform(large: int, small: int) -> Tensor:
     """`small` of `large` indices at uniform spacing, int64, ascending: by stride where it divides."""
-    import torch
-
     if large % small == 0:
         return torch.arange(small) * (large // small)
     return torch.linspace(0, large - 1, small, dtype=torch.float64).round().long()

@@ -137,7 +137,7 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
         tensors, found = {**tensors, **own}, sha256_text(found + digest)
     arch = Arch.model_validate(manifest["arch"])
     for name, shape in arch.shell_shapes().items():
-        if name in tensors and manifest["kind"] != "sigma" and tuple(tensors[name].shape) != shape:
+        if name in tensors and tuple(tensors[name].shape) != shape:
             raise ArtifactError(
                 f"{folder}: {name} is {list(tensors[name].shape)}, and {list(shape)} by the arch in its {MANIFEST}: "
                 "one of them was altered; copy the folder again, or make it again"

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
+import torch
+from torch import Generator, Tensor
 
 RESIDUAL = ("o", "out")
 """Matrices that end a residual branch."""
@@ -41,8 +40,6 @@ def relative_depth(table: Tensor, num_layers: int) -> Tensor:
 
 def _places(source: int, num_layers: int) -> Tensor:
     """Where the target's layers lie among `source` layers, [N]: ends on ends, a single one in the middle."""
-    import torch
-
     if num_layers == 1:
         return torch.tensor([(source - 1) / 2])
     return torch.linspace(0, source - 1, num_layers)
@@ -60,8 +57,6 @@ def identical(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
 
 def random(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
     """Gaussian with the mean and standard deviation of this matrix's table."""
-    import torch
-
     noise = torch.randn(num_layers, table.shape[1], generator=generator).to(table)
     return table.mean() + table.std() * noise
 
@@ -76,8 +71,6 @@ def segment_mean(table: Tensor, num_layers: int) -> Tensor:
 
     That is the least-squares fit of such a function by one that is constant on the N pieces.
     """
-    import torch
-
     source = len(table)
     lower = torch.arange(num_layers)[:, None] * source / num_layers  # pieces in units of 1/L, [N, 1]
     upper = lower + source / num_layers
@@ -88,8 +81,6 @@ def segment_mean(table: Tensor, num_layers: int) -> Tensor:
 
 def longer_steps(source: int, num_layers: int) -> Tensor:
     """L/N for every layer: N steps of it go as far as L steps, [N]."""
-    import torch
-
     return torch.full((num_layers,), source / num_layers)
 
 
@@ -110,8 +101,6 @@ def nearest_layers(source: int, num_layers: int) -> Tensor:
 
 def whole(source: int, num_layers: int) -> Tensor:
     """Residual branches as they are: ones [N]."""
-    import torch
-
     return torch.ones(num_layers)
 
 
@@ -122,8 +111,6 @@ def segment_share(source: int, num_layers: int) -> Tensor:
     stands for a segment of k layers moves sqrt(k) times as far as it did, as a sum of k unrelated steps would; k times
     as far overshoots.
     """
-    import torch
-
     taken = nearest_layers(source, num_layers)
     distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
     closest = (distance == distance.min(0).values).float()

@@ -18,11 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fine_dist.model.arch import MATRICES, Arch, check_size
-from fine_dist.model.attention import attention
-from fine_dist.model.ops import gelu
-from fine_dist.model.ops import linear as product
+from fine_dist.model.layers import attention, gated_add, modulate
 from fine_dist.model.roles import Role
-from fine_dist.model.sweeps import gated_add, modulate
 
 LinearFactory = Callable[[str, int], nn.Module]
 """(matrix, layer) -> a `Matrix`, the module that multiplies by this matrix and adds its bias."""
@@ -52,7 +49,7 @@ class Dense(nn.Linear):
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return product(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows; with its backward pass if there is one."""
@@ -181,8 +178,8 @@ def block_forward(
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
     attended = linear("o", attention(linear("qkv", h), num_heads))  #                                      [B, T, D]
     x = gated_add(x, gate_a, attended)  #                                                                  [B, T, D]
-    h = modulate(x, shift_m, scale_m)  #                                                                   [B, T, D]
-    return gated_add(x, gate_m, linear("out", gelu(linear("in", h)))), attended  #                         [B, T, D]
+    h = linear("in", modulate(x, shift_m, scale_m))  #                                                   [B, T, 4 D]
+    return gated_add(x, gate_m, linear("out", F.gelu(h, approximate="tanh"))), attended  #                 [B, T, D]
 
 
 class TimeEmbedder(nn.Module):

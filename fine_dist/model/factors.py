@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fine_dist.model.arch import MATRICES, Arch, check_size
 from fine_dist.model.dit import Condition, DiT
-from fine_dist.model.ops import FactoredProduct, composed_product, compute_dtype
+from fine_dist.model.layers import FactoredProduct, compute_dtype
 from fine_dist.model.roles import Role, of_role, roles
 
 Path = Literal["auto", "composed", "factored"]
@@ -65,7 +66,7 @@ class Genes(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, bias: Tensor | None = None) -> Tensor:
         if sigma.dim() > 1 or self.choose(x.numel() // x.shape[-1], sigma) == "factored":
             return factored_product(x, self.U, self.V, sigma, bias)
-        return composed_product(x, self.U, sigma, self.V, bias)
+        return F.linear(x, self.compose(sigma), bias)
 
     def compose(self, sigma: Tensor) -> Tensor:
         """`U diag(sigma) V^T` [m, n]."""

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
-from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.targets import descend, load_target, own_tensors, save_target
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import build, parent_of
-from fine_dist.methods.fine import Fine, FineConfig
+from fine_dist.methods.fine.config import FineConfig
+from fine_dist.methods.fine.method import Fine
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.factors import FactoredDiT
 from tests.conftest import inputs, lively, tiny_arch
-
-EARLIER = Path(__file__).resolve().parents[1] / "data" / "earlier"
-
-
-def test_a_target_of_an_earlier_version_loads_with_its_learngene_to_the_same_weights():
-    dense, artifact = load_target(EARLIER / "sigma")
-    known = load_artifact(EARLIER / "model").tensors
-    assert artifact.kind == "sigma"
-    for name, tensor in dense.state_dict().items():
-        torch.testing.assert_close(tensor, known[name], atol=1e-6, rtol=1e-6)  # merged on another processor then
-    learngene, about = load_model(EARLIER / "learngene")
-    assert learngene.arch.num_layers == 3 and about["kind"] == "learngene"
 
 
 @pytest.fixture
@@ -67,5 +54,8 @@ def test_a_moved_parent_is_found_by_its_hash_or_asked_for(made, tmp_path):
     with pytest.raises(ArtifactError, match="say where it lies now with --learngene FOLDER"):
         load_target(tmp_path / "target")
     load_target(tmp_path / "target", learngene=tmp_path / "elsewhere")
+    other = lively(FactoredDiT(tiny_arch(), 16), seed=9)
+    method = FineConfig(rank=16).model_dump()
+    save_artifact(tmp_path / "another", kind="learngene", method=method, arch=other.arch, tensors=other.state_dict())
     with pytest.raises(ArtifactError, match="is another one"):
-        load_target(tmp_path / "target", learngene=EARLIER / "learngene")
+        load_target(tmp_path / "target", learngene=tmp_path / "another")

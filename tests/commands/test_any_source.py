@@ -78,7 +78,18 @@ def test_a_family_is_made_from_a_foreign_parent_and_read_again_where_it_has_move
     away.parent.mkdir()
     away.write_bytes(pt.read_bytes())
     init = ["init", "--parent", str(away), *HEADS, *data(digit_shards), "--run-dir", str(tmp_path / "i")]
-    init += ["--method.name", "outside", "--depths", "2", "--steps", "2", "--batch", "16", "--engine.device", "cpu"]
+    init += [
+        "--method.name",
+        "copied_shell",
+        "--depths",
+        "2",
+        "--steps",
+        "2",
+        "--batch",
+        "16",
+        "--engine.device",
+        "cpu",
+    ]
     assert command(init) == 0
     target = next((tmp_path / "i").glob("L2*"))
     before, _ = load_model(target)

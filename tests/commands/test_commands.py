@@ -307,7 +307,7 @@ def test_another_architecture_than_the_starts_is_refused(condensed, digit_shards
         (["--method.rank", "0"], "rank"),
         (["--arch.num-heads", "5"], "num_heads 5 does not divide"),
         (["--optim.lrr", "1"], "optim.lrr: unknown key"),
-        (["--method.name", "he"], "he has no stage 1"),
+        (["--method.name", "scratch"], "scratch has no stage 1"),
         (["--method.initial", "decompose"], "--ancestor"),
     ],
 )

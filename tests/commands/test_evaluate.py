@@ -175,7 +175,9 @@ def test_labels_and_shapes_that_do_not_fit_the_model_are_refused(digit_shards, c
 
     for name, fields in (("few", {"num_classes": 4}), ("large", {"input_size": 16})):
         model = DiT(tiny_arch(**fields))
-        save_artifact(tmp_path / name, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict())
+        save_artifact(
+            tmp_path / name, kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict()
+        )
     run = tmp_path / "r"
     assert "10 classes" in refused(argv([tmp_path / "few"], run, classifier, digit_shards), capsys)
     assert "1x16x16" in refused(argv([tmp_path / "large"], run, classifier, digit_shards), capsys)

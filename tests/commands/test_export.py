@@ -39,7 +39,9 @@ def latent_model(tmp_path_factory):
         "codec": {"name": "vae", "scaling_factor": 0.18215},
         "losses": {"held_out_loss": 0.5},
     }
-    save_artifact(folder, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict(), extra=extra)
+    save_artifact(
+        folder, kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict(), extra=extra
+    )
     return folder
 
 

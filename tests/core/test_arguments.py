@@ -153,7 +153,7 @@ def test_an_error_of_a_flag_is_worded_as_the_same_error_in_yaml(argv, text, tmp_
         ("--optim.lr=1 2", "'2' after --optim.lr=1 belongs to no setting"),
         ("--config", "--config: a value is needed after it"),
         ("--no-engine.compile yes", "--no-engine.compile takes no value"),
-        ("--method.name hee", "no variant is called 'hee'; did you mean 'he'? legal: "),
+        ("--method.name scratsh", "no variant is called 'scratsh'; did you mean 'scratch'? legal: "),
     ],
 )
 def test_a_flag_that_cannot_be_meant_is_one_line(argv, words):

@@ -17,7 +17,7 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.methods import AnyMethod
-from fine_dist.methods.fine import FineConfig
+from fine_dist.methods.fine.config import FineConfig
 from fine_dist.model.arch import Arch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +54,7 @@ def test_flags_lie_over_the_file_and_the_file_over_the_defaults(tmp_path):
 def test_a_flag_may_choose_another_method(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("method: {name: fine, rank: 8}\n")
-    assert toy("--config", str(file), "--method.name", "he").method.name == "he"
+    assert toy("--config", str(file), "--method.name", "scratch").method.name == "scratch"
     assert toy("--config", str(file), "--method.name=fine").method.rank == 8
 
 
@@ -136,7 +136,17 @@ def test_depths_that_no_model_has_are_refused_at_once(capsys, tmp_path):
     for depth in ("100000", "1000000"):
         assert (
             main(
-                ["--depths", depth, "--run-dir", str(tmp_path), "--dry-run", "--method.name", "he", "--arch", "DiT-B/2"]
+                [
+                    "--depths",
+                    depth,
+                    "--run-dir",
+                    str(tmp_path),
+                    "--dry-run",
+                    "--method.name",
+                    "scratch",
+                    "--arch",
+                    "DiT-B/2",
+                ]
             )
             == 2
         )
@@ -160,7 +170,7 @@ def test_every_mistake_of_a_file_is_named_at_once(tmp_path):
         (["--optim.lr", "fast"], "optim.lr: input"),
         (["--method.sigma", "lin"], "linear"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--method.name", "hee"], "'he'"),
+        (["--method.name", "scratsh"], "'scratch'"),
         (["--method.rank", "0"], "rank"),
     ],
 )

@@ -22,8 +22,7 @@ from fine_dist.diffusion.objective import (
 )
 from fine_dist.diffusion.process import NoiseSchedule, PrefetchedDraws, draw, mix
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.model.dit import DiT
-from fine_dist.model.maps import Mapped
+from fine_dist.model.dit import DiT, ModelOutput
 from tests.conftest import inputs, lively, tiny_arch
 
 CONFIG = DiffusionConfig()
@@ -188,18 +187,18 @@ def test_features_are_compared_pair_by_pair_through_maps_that_train():
         lively(DiT(tiny_arch(num_layers=2))),
         lively(DiT(tiny_arch(hidden_size=64, num_layers=6)), seed=1),
     )
-    mapped = Mapped(student, ["block.1", "attention.0"], 64)
+    maps = [torch.nn.Linear(student.arch.hidden_size, 64) for _ in range(2)]
     term = FeatureDistillation(Teacher(teacher, [5, 2]), [("block.1", "block.5"), ("attention.0", "attention.2")])
     z, t, y = inputs(student.arch)
     question = NoisedBatch(z, z, torch.zeros_like(z), t, y)
-    answer = mapped(z, t, y)
-    torch.testing.assert_close(answer.out, student(z, t, y))
     ours, theirs = student.forward_with_features(z, t, y, [0, 1]), teacher.forward_with_features(z, t, y, [2, 5])
-    first = (mapped.maps[0](ours.features["block.1"]) - theirs.features["block.5"]).square().flatten(1).mean(1)
-    second = (mapped.maps[1](ours.features["attention.0"]) - theirs.features["attention.2"]).square().flatten(1).mean(1)
+    mapped = [linear(ours.features[name]) for linear, name in zip(maps, ("block.1", "attention.0"))]
+    answer = ModelOutput(ours.out, dict(zip(("block.1", "attention.0"), mapped)))
+    first = (mapped[0] - theirs.features["block.5"]).square().flatten(1).mean(1)
+    second = (mapped[1] - theirs.features["attention.2"]).square().flatten(1).mean(1)
     torch.testing.assert_close(term(question, answer), (first + second) / 2)
     term(question, answer).sum().backward()
-    assert all(p.grad is not None for p in mapped.maps.parameters())
+    assert all(p.grad is not None for linear in maps for p in linear.parameters())
     assert all(p.grad is None for p in teacher.parameters())
 
 

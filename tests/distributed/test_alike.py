@@ -28,7 +28,7 @@ OTHER_PROCESSOR = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "
 def test_a_decomposition_on_mixed_processors_is_made_once(tmp_path, digit_shards):
     arch = tiny_arch(num_layers=3)
     ancestor = lively(DiT(arch), std=0.1)
-    save_artifact(tmp_path / "a", kind="model", method={"name": "he"}, arch=arch, tensors=ancestor.state_dict())
+    save_artifact(tmp_path / "a", kind="model", method={"name": "scratch"}, arch=arch, tensors=ancestor.state_dict())
     words = [
         sys.executable, "-m", "fine_dist.condense", "--config", str(tmp_path / "c.yaml"), "--method.sweeps", "5",
         "--run-dir", str(tmp_path / "run"), "--ancestor", str(tmp_path / "a"), "--method.rank", "24", "--steps", "4",

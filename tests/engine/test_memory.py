@@ -12,9 +12,9 @@ import torch
 
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig
 from fine_dist.model.arch import arch
-from fine_dist.model.cost import model_cost
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
+from fine_dist.model.flops import model_cost
 from fine_dist.planning.memory import activation_bytes, estimate
 from tests.conftest import inputs
 

@@ -19,9 +19,8 @@ from fine_dist.family.members import Family, expand
 from fine_dist.family.packing import CACHE_NUMBERS, PackConfig, Shape, activation_bytes, chunk_size, plan
 from fine_dist.family.train_family import run_family
 from fine_dist.init import dry_run, main, tasks
-from fine_dist.methods.fine import FineConfig
-from fine_dist.methods.he import HeConfig
-from fine_dist.methods.random_genes import RandomGenesConfig
+from fine_dist.methods.fine.config import FineConfig
+from fine_dist.methods.settings import RandomGenesConfig, ScratchConfig
 from fine_dist.model.arch import arch as named
 from launchers.spec import Capacity
 from tests.conftest import tiny_arch
@@ -103,7 +102,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, shards,
     with pytest.raises(ConfigError, match="give the folder that condense wrote"):
         check(changed(config, parent=None))
     with pytest.raises(ConfigError, match="shape of the targets must be given"):
-        check(changed(config, parent=None, method=HeConfig()))
+        check(changed(config, parent=None, method=ScratchConfig()))
     assert not (tmp_path / "family").exists()
 
 

@@ -263,12 +263,12 @@ def test_a_target_that_fails_is_marked_and_the_family_ends_with_code_3(learngene
 
 
 def test_controls_are_made_by_the_same_command(learngene, shards, tmp_path):
-    for method in ("random_genes", "outside", "he"):
+    for method in ("random_genes", "copied_shell", "scratch"):
         done = call(words(learngene, shards, tmp_path / method, "--method.name", method, "--launcher", "here"))
         assert done.returncode == 0, done.stderr
     dense, artifact = load_target(tmp_path / "random_genes" / NAMES[0])
     assert artifact.method["name"] == "random_genes" and dense.arch.num_layers == 2
-    for method in ("outside", "he"):
+    for method in ("copied_shell", "scratch"):
         assert load_artifact(tmp_path / method / NAMES[0] / "model", "model").arch.num_layers == 2
 
 

@@ -20,7 +20,8 @@ from fine_dist.family.pack_model import PackedDiT
 from fine_dist.family.pack_state import DAMAGED, SUFFIX
 from fine_dist.family.packing import EarlyStop
 from fine_dist.methods import parent_of
-from fine_dist.methods.random_genes import RandomGenes, RandomGenesConfig
+from fine_dist.methods.random_genes import RandomGenes
+from fine_dist.methods.settings import RandomGenesConfig
 from tests.family.tools import form, job, largest_difference, packed, sigma_of, solo, target
 
 FAMILY = [(4, 0, 3e-2), (2, 0, 1e-2), (3, 1, 3e-2)]

@@ -79,7 +79,7 @@ def artifact_for(name: str) -> Artifact | None:
         maker = makers[0] if makers else "fine"  # of one that takes any learngene
         module = lively(condensed(tiny(maker))[1], std=0.15)
         return save(folder, "learngene", tiny(maker), module)
-    return save(folder, "model", tiny("he"), trained(tiny_arch())) if "model" in kinds else None
+    return save(folder, "model", tiny("scratch"), trained(tiny_arch())) if "model" in kinds else None
 
 
 @functools.cache

@@ -92,13 +92,13 @@ class Widen(Method[WidenConfig]):
 DRIVE = """
 import json, sys
 from pathlib import Path
-from fine_dist.config import validate
+from fine_dist.core.config import validate
 from fine_dist.encode import EncodeConfig, run as encode
 from fine_dist.condense import CondenseConfig, run as condense
 from fine_dist.init import InitConfig, run as init
 from fine_dist.train import TrainConfig, run as train
 from fine_dist.study import StudyConfig, run_study
-from fine_dist.stages import load_model
+from fine_dist.artifacts.load import load_model
 from fine_dist.model.artifact import load_artifact
 
 root = Path(sys.argv[1])
@@ -131,7 +131,7 @@ stages = {"condense": {"arch": arch, "batch": 8, "engine": {**engine, "eval_ever
           "init": {"batch": 8, "engine": engine},
           "train": {"arch": arch, "batch": 8, "engine": {**engine, "eval_every": 1}}}
 entries = [{"name": "ours", "method": {"name": "blocks"}, "condense": {"steps": 2}, "init": {"steps": 2}, "train": [2]},
-           {"name": "scratch", "method": {"name": "he"}, "train": [2]}]
+           {"name": "scratch", "method": {"name": "scratch"}, "train": [2]}]
 study = validate(StudyConfig, {"title": "toys", "run_dir": str(root / "study"), "data": {"data": {"source": "digits"}},
     "depths": [3], "seeds": [0], "steps": {"N": 2}, "stages": stages, "main": "ours", "baseline": "scratch",
     "entries": entries, "features": None, "pictures": 0})
@@ -150,13 +150,12 @@ def house(tmp_path: Path) -> Path:
     methods = tmp_path / "fine_dist" / "methods"
     (methods / "toys.py").write_text(TOYS)
     text = (methods / "__init__.py").read_text()
-    lines = '    "repeat": Repeat,\n    "blocks": Blocks,\n    "widen": Widen,\n'
-    start = "METHODS: dict[str, type[Method[Any]]] = {\n"
+    lines = "".join(f'    "{name.lower()}": ({name}Config, "toys:{name}"),\n' for name in ("Repeat", "Blocks", "Widen"))
+    start = "_METHODS: dict[str, tuple[type[MethodConfig], str]] = {\n"
     assert start in text
     text = text.replace(start, start + lines)
-    text = text.replace(
-        "\nif TYPE_CHECKING:", "\nfrom fine_dist.methods.toys import Blocks, Repeat, Widen\n\nif TYPE_CHECKING:"
-    )
+    wanted = "from fine_dist.methods.toys import BlocksConfig, RepeatConfig, WidenConfig"
+    text = text.replace("\nif TYPE_CHECKING:", f"\n{wanted}\n\nif TYPE_CHECKING:")
     (methods / "__init__.py").write_text(text)
     return tmp_path
 

@@ -14,7 +14,7 @@ from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Ob
 from fine_dist.diffusion.process import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
-from fine_dist.methods.fine import FineConfig
+from fine_dist.methods.fine.config import FineConfig
 from fine_dist.model.dit import FinalLayer
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, moved, parent_for, save, targets_of, tiny, trained
@@ -218,13 +218,15 @@ def test_a_target_that_does_not_fit_is_refused(fields, words):
 
 def test_a_missing_or_wrong_parent_or_method_is_said_with_the_methods_that_could():
     learngene = artifact_for("fine")
-    with pytest.raises(ArtifactError, match=r"starts from a learngene.*methods that could: .*he"):
+    with pytest.raises(ArtifactError, match=r"starts from a learngene.*methods that could: .*scratch"):
         check(build(FineConfig()), None, tiny_arch())
-    with pytest.raises(ArtifactError, match=r"is a learngene, and method he takes: none; methods that could: .*fine"):
-        check(build(METHODS["he"].Config(name="he")), learngene, tiny_arch())
+    with pytest.raises(
+        ArtifactError, match=r"is a learngene, and method scratch takes: none; methods that could: .*fine"
+    ):
+        check(build(METHODS["scratch"].Config(name="scratch")), learngene, tiny_arch())
     with pytest.raises(ArtifactError, match="did you mean 'fine'"):
         from_manifest({"name": "fin"})
     with pytest.raises(ConfigError, match="rank"):
         from_manifest({"name": "fine", "rank": 0})
-    with pytest.raises(ConfigError, match="he has no stage 1"):
-        build(METHODS["he"].Config(name="he")).condense(tiny_arch(), None, torch.Generator())
+    with pytest.raises(ConfigError, match="scratch has no stage 1"):
+        build(METHODS["scratch"].Config(name="scratch")).condense(tiny_arch(), None, torch.Generator())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fine_dist.methods import build
-from fine_dist.methods.fine import Fine, FineConfig
+from fine_dist.methods.fine.config import FineConfig
+from fine_dist.methods.fine.method import Fine
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.depth import INITIALS, relative_depth
 from fine_dist.model.dit import DiT

@@ -10,11 +10,11 @@ import torch
 from fine_dist.artifacts.targets import descend
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods import build, check
-from fine_dist.methods.kind import KindConfig
+from fine_dist.methods.kind.config import KindConfig
+from fine_dist.methods.kind.gates import GATED, GatedDiT, neighbours
 from fine_dist.model.arch import arch
-from fine_dist.model.cost import model_cost
 from fine_dist.model.dit import DiT
-from fine_dist.model.gates import GATED, GatedDiT, neighbours
+from fine_dist.model.flops import model_cost
 from fine_dist.model.roles import roles
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny

@@ -10,10 +10,10 @@ import torch
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import FeatureDistillation, NoisedBatch, Teacher
 from fine_dist.methods import METHODS, build, check, parent_of
-from fine_dist.methods.learngene_pool import between, thirds
+from fine_dist.methods.stitching.learngene_pool import between, thirds
+from fine_dist.methods.stitching.pool import Imitating, Pool, Route, all_routes, parse_route
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import Condition, DiT
-from fine_dist.model.stitch import Imitating, Pool, Route, all_routes, parse_route
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.tools import method_of, saved_and_read, trained
 
@@ -202,7 +202,7 @@ def test_a_whole_pool_comes_back_from_disk_and_a_trained_one_gives_its_routes(st
 
 def test_costs_are_those_of_anchors_and_of_what_is_stitched(stitched):
     method, pool = stitched
-    dense = build(METHODS["he"].Config(name="he"))
+    dense = build(METHODS["scratch"].Config(name="scratch"))
     for anchor in range(3):
         own, alone = method.deploy(pool, str(anchor))
         want, got = dense.cost(alone.anchors[anchor], 2), own.cost(alone, 2)
@@ -226,7 +226,7 @@ def test_a_pool_is_condensed_stitched_and_cut_by_the_commands_own_stages(digit_s
 
     ancestor = lively(DiT(tiny_arch(num_layers=4, hidden_size=48)))
     save_artifact(
-        tmp_path / "a", kind="model", method={"name": "he"}, arch=ancestor.arch, tensors=ancestor.state_dict()
+        tmp_path / "a", kind="model", method={"name": "scratch"}, arch=ancestor.arch, tensors=ancestor.state_dict()
     )
     arch = tiny_arch(num_layers=2)
     data = DataConfig(shards=str(digit_shards / "train"))

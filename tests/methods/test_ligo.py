@@ -7,10 +7,10 @@ import torch
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check
+from fine_dist.methods.axes import axes_of
+from fine_dist.methods.ligo.growth import SPACES, GrownDiT, Widen, size_of, stacked
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.arch import arch as named
-from fine_dist.model.axes import axes_of
-from fine_dist.model.grow import SPACES, GrownDiT, Widen, size_of, stacked
 from tests.conftest import inputs, tiny_arch
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 
@@ -135,7 +135,7 @@ def test_counts_are_the_formulas_from_b_to_l(parent):
     method, tiny = target(parent)
     cost = method.cost(tiny, 3)
     assert cost.trained == trained(tiny) == count_operators(tiny.arch, 16, 2)
-    merged = method_of("he").cost(dense(method, tiny), 3)
+    merged = method_of("scratch").cost(dense(method, tiny), 3)
     assert cost.forward > merged.forward and cost.training > merged.training  # growing is paid for at every step
 
 

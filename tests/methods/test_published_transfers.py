@@ -8,8 +8,8 @@ from fine_dist.core.config import load
 from fine_dist.family.config import InitConfig
 from fine_dist.family.members import expand
 from fine_dist.methods.base import Weights
+from fine_dist.methods.stitching.pool import all_routes
 from fine_dist.model.arch import arch as named
-from fine_dist.model.stitch import all_routes
 from fine_dist.planning.estimates import dry_run
 from fine_dist.stages.condense import CondenseConfig
 

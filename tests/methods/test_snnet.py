@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fine_dist.methods import check, parent_of
+from fine_dist.methods.stitching.pool import all_routes, least_squares, trace
 from fine_dist.model.artifact import load_artifact, save_artifact
-from fine_dist.model.stitch import all_routes, least_squares, trace
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.tools import method_of, saved_and_read
 

@@ -39,7 +39,9 @@ def family(name, folder, shards, parent, labels="new", **fields):
 def parents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parents")
     model = lively(DiT(tiny_arch(**SMALL)))
-    save_artifact(folder / "model", kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict())
+    save_artifact(
+        folder / "model", kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict()
+    )
     method = method_of("snnet")
     arch = tiny_arch(num_layers=2, num_classes=CLASSES)
     pool = lively(method.condense(arch, None, torch.Generator().manual_seed(0)).module)

@@ -7,7 +7,8 @@ import torch
 
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods import build, check, from_manifest
-from fine_dist.methods.svd import SvdConfig, shared_numbers, top_components
+from fine_dist.methods.settings import SvdConfig
+from fine_dist.methods.svd import shared_numbers, top_components
 from fine_dist.model.arch import arch
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.roles import count_by_role

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from fine_dist.methods.svdiff import SpectralDense
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.arch import arch as named
-from fine_dist.model.spectral import SpectralDense
 from tests.conftest import inputs
 from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
 

@@ -7,7 +7,8 @@ import torch
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import build, from_manifest
-from fine_dist.methods.sws import SwsConfig, layers_of, stages_of
+from fine_dist.methods.settings import SwsConfig
+from fine_dist.methods.sws import layers_of, stages_of
 from fine_dist.model.arch import MATRICES, arch
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.methods import build
-from fine_dist.methods.tleg import TlegConfig
+from fine_dist.methods.settings import TlegConfig
 from fine_dist.model.arch import MATRICES, arch
 from tests.conftest import inputs, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny

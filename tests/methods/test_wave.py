@@ -8,12 +8,12 @@ import torch
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.methods import build, check
 from fine_dist.methods.base import Parent
-from fine_dist.methods.wave import WaveConfig
+from fine_dist.methods.shared import dense_state
+from fine_dist.methods.wave.config import WaveConfig
+from fine_dist.methods.wave.kronecker import kron_sum, tiles_of
+from fine_dist.methods.wave.width import fan_in, uniform
 from fine_dist.model.arch import MATRICES, arch
-from fine_dist.model.kron import kron_sum, tiles_of
 from fine_dist.model.roles import roles
-from fine_dist.model.shared import dense_state
-from fine_dist.model.width import fan_in, uniform
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny
 

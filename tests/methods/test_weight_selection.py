@@ -19,7 +19,7 @@ SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
 def parent(tmp_path_factory):
     model = lively(DiT(tiny_arch()))
     folder = tmp_path_factory.mktemp("parent") / "model"
-    save_artifact(folder, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict())
+    save_artifact(folder, kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict())
     return parent_of(load_artifact(folder))
 
 

@@ -21,7 +21,7 @@ def method_of(name: str, **settings) -> Method:
 def model_parent(folder: Path, std: float = 0.2, **fields) -> Parent:
     """A trained-looking dense model on disk, read again."""
     model = lively(DiT(tiny_arch(**fields)), std=std)
-    save_artifact(folder, kind="model", method={"name": "he"}, arch=model.arch, tensors=model.state_dict())
+    save_artifact(folder, kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict())
     return parent_of(load_artifact(folder))
 
 

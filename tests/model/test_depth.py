@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fine_dist.methods import build, parent_of
-from fine_dist.methods.fine import FineConfig
+from fine_dist.methods.fine.config import FineConfig
 from fine_dist.model.artifact import Artifact
 from fine_dist.model.depth import INITIALS, nearest_layers, segment_mean, segment_share
 from fine_dist.model.factors import FactoredDiT

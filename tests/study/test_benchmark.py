@@ -23,7 +23,7 @@ from tests.conftest import lively, tiny_arch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"
 KEYS = {"method", "target", "seed", "steps", "held_out_loss", "frechet", "stored", "trained", "flops"}
-TRANSFERS = {"full", "scratch", "outside", "difffit", "svdiff", "lora", "pissa", "oft", "boft", "vera", "kind",
+TRANSFERS = {"full", "scratch", "copied_shell", "difffit", "svdiff", "lora", "pissa", "oft", "boft", "vera", "kind",
              "kind_redraw", "fine"}  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_every_method_is_a_row_with_its_quality_and_its_costs(small):
     studies = load_benchmark(CONFIGS / "digits.yaml")
     assert depths.keys() == {entry.name for entry in studies["depths"].rows}
     assert {entry.method["name"] for study in studies.values() for entry in study.rows} == set(METHODS)
-    assert {row["steps"] for row in found["rows"] if row["method"] == "he"} == {3, 5, 6, 9}  # N, N+I, N+I+C/3, 3N
+    assert {row["steps"] for row in found["rows"] if row["method"] == "scratch"} == {3, 5, 6, 9}  # N, N+I, N+I+C/3, 3N
     # Everything behind a model is counted: stage 1, the ancestor that it imitates, and its forward passes.
     ancestor = depths["auto_lg"]["flops"] - depths["auto_lg"]["own_flops"]
     tleg = depths["tleg"]["flops"] - depths["tleg"]["own_flops"]
@@ -83,7 +83,7 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_pa
     readme = tmp_path / "README.md"
     readme.write_text("<!-- x table: begin -->\n<!-- x table: end -->\n")
     picture = ["--png", str(tmp_path / "curves.png"), "--series"]
-    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "fine,he"]) == 0
+    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "fine,scratch"]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "nobody"]) == 2
     assert fill_in(["--brief", "x", str(run / "depths" / "report"), str(readme)]) == 0

@@ -16,7 +16,7 @@ from fine_dist.study.graph import plan
 from fine_dist.study.measuring import Measuring, measure_ahead
 from fine_dist.study.scheduler import follow
 from tests.study.test_plan import DEMO
-from tests.study.test_tune import FINE, HE, SMALL
+from tests.study.test_tune import FINE, SCRATCH, SMALL
 
 pytestmark = pytest.mark.skipif(num_cores() < 2, reason="measuring in two processes takes two cores")
 
@@ -25,8 +25,15 @@ pytestmark = pytest.mark.skipif(num_cores() < 2, reason="measuring in two proces
 def graph(tmp_path_factory):
     """A finished study of two models."""
     folder = tmp_path_factory.mktemp("measured")
-    changes = {**SMALL, "tune": {}, "depths": [1], "seeds": [0, 1], "steps": {"C": 2, "I": 2, "N": 2}, "main": "he"}
-    entry = {**HE, "train": ["N"]}
+    changes = {
+        **SMALL,
+        "tune": {},
+        "depths": [1],
+        "seeds": [0, 1],
+        "steps": {"C": 2, "I": 2, "N": 2},
+        "main": "scratch",
+    }
+    entry = {**SCRATCH, "train": ["N"]}
     study = load_study(DEMO, run_dir=str(folder), entries=[entry], launch={"max_parallel": 2}, **changes)
     graph = plan(study)
     follow(graph, "here")
@@ -52,7 +59,7 @@ def test_two_processes_measure_what_one_does(graph):
 def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_path):
     changes = {**SMALL, "tune": {}, "run_dir": str(tmp_path), "seeds": [0, 1]}
     few = {"frechet": ["fine"], "frechet_depths": [2], "frechet_seeds": [0]}
-    study = load_study(DEMO, **changes, entries=[FINE, HE], **few)
+    study = load_study(DEMO, **changes, entries=[FINE, SCRATCH], **few)
     measuring = Measuring(plan(study))
     wanted = {
         (entry.name, depth, seed)
@@ -61,7 +68,7 @@ def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_pa
     }  # fmt: skip
     assert wanted == {("fine", 2, 0)}
     with pytest.raises(ConfigError, match=r"frechet\.0: no entry is called 'nobody'"):
-        load_study(DEMO, **changes, entries=[FINE, HE], frechet=["nobody"])
+        load_study(DEMO, **changes, entries=[FINE, SCRATCH], frechet=["nobody"])
 
 
 def _killed(model: measuring.Model) -> None:

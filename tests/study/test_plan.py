@@ -13,12 +13,12 @@ from fine_dist.study.graph import plan
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "configs" / "study" / "digits_demo.yaml"
 FINE = {"name": "fine", "method": {"name": "fine"}, "condense": {"steps": "C"}, "init": {"steps": "I"}}
-HE = {"name": "he", "method": {"name": "he"}, "train": ["N", "3N"]}
+SCRATCH = {"name": "scratch", "method": {"name": "scratch"}, "train": ["N", "3N"]}
 
 
 def study(*entries: dict, **changes) -> StudyConfig:
     """The demo's study with other entries."""
-    more = {"entries": list(entries) or [FINE, HE]} | changes
+    more = {"entries": list(entries) or [FINE, SCRATCH]} | changes
     return load_study(DEMO, **more)
 
 
@@ -26,18 +26,22 @@ def test_the_demo_has_the_runs_it_is_known_for():
     graph = plan(load_study(DEMO, seeds=[0, 1]))
     names = [run.name for run in graph.runs]
     assert len(names) == len(set(names)) == 1 + 2 * (1 + 6 + 1 + 6)
-    assert names[:4] == ["data", "condense-s0", "he-L6-n400-s0", "he-L6-n1200-s0"]
+    assert names[:4] == ["data", "condense-s0", "scratch-L6-n400-s0", "scratch-L6-n1200-s0"]
     assert graph["fine-L4-s1"].after == ("init-s1",) and graph["init-s1"].after == ("condense-s1",)
-    assert graph["outside-L4-s1"].after == ("condense-s1",)
-    long = graph["he-L6-n1200-s0"]
-    assert long.steps == 3 * graph["fine-L6-s0"].steps and long.grows == "he-L6-n400-s0" and long.after == (long.grows,)
+    assert graph["copied_shell-L4-s1"].after == ("condense-s1",)
+    long = graph["scratch-L6-n1200-s0"]
+    assert (
+        long.steps == 3 * graph["fine-L6-s0"].steps
+        and long.grows == "scratch-L6-n400-s0"
+        and long.after == (long.grows,)
+    )
 
 
 def test_a_learngene_that_several_rows_need_is_condensed_once():
     """By name (`parent`), and by content: the same stage 1 written out twice is one run."""
     again = {**FINE, "name": "again", "init": {"steps": "I", "settings": {"optim": {"lr": 0.01}}}}
     control = {"name": "random", "method": {"name": "random_genes"}, "parent": "fine", "init": {"steps": "I"}}
-    graph = plan(study(FINE, again, control, HE))
+    graph = plan(study(FINE, again, control, SCRATCH))
     assert [run.name for run in graph.runs if run.module == "fine_dist.condense"] == ["condense-fine-s0"]
     inits = [run for run in graph.runs if run.module == "fine_dist.init"]
     assert [run.name for run in inits] == ["init-fine-s0", "init-again-s0", "init-random-s0"]
@@ -47,14 +51,14 @@ def test_a_learngene_that_several_rows_need_is_condensed_once():
 
 
 def test_a_schedule_that_ends_at_its_last_step_is_not_continued():
-    graph = plan(study(FINE, {**HE, "settings": {"optim": {"schedule": "cosine"}}}))
-    assert graph["he-L6-n1200-s0"].grows is None and graph["he-L6-n1200-s0"].after == ("data",)
+    graph = plan(study(FINE, {**SCRATCH, "settings": {"optim": {"schedule": "cosine"}}}))
+    assert graph["scratch-L6-n1200-s0"].grows is None and graph["scratch-L6-n1200-s0"].after == ("data",)
 
 
 def test_a_trained_model_can_be_an_ancestor_and_need_not_be_a_row():
-    old = {"name": "old", "method": {"name": "he"}, "train": ["2N"], "depths": [8], "shown": False}
+    old = {"name": "old", "method": {"name": "scratch"}, "train": ["2N"], "depths": [8], "shown": False}
     copied = {**FINE, "method": {"name": "fine", "initial": "decompose"}, "condense": {"steps": "C", "ancestor": "old"}}
-    graph = plan(study(old, copied, HE))
+    graph = plan(study(old, copied, SCRATCH))
     condense = graph["condense-fine-s0"]
     assert condense.after == ("old-L8-s0",) and graph["old-L8-s0"].steps == 800
     assert condense.config.ancestor == str(graph["old-L8-s0"].run_dir / "model")
@@ -62,30 +66,36 @@ def test_a_trained_model_can_be_an_ancestor_and_need_not_be_a_row():
 
 def test_each_data_set_is_encoded_once_and_stages_read_their_own():
     other = {"digits": {"source": "digits"}, "few": {"source": "digits", "limit": 500}}
-    graph = plan(study({**FINE, "data": "few"}, HE, data=other).model_copy(update={"data": other}))
+    graph = plan(study({**FINE, "data": "few"}, SCRATCH, data=other).model_copy(update={"data": other}))
     assert graph["digits"].run_dir.name == "digits" and graph["few"].config.limit == 500
     assert graph["condense-fine-s0"].after == ("digits",)
-    assert graph["he-L2-n400-s0"].config.data.shards.endswith("digits/train")
+    assert graph["scratch-L2-n400-s0"].config.data.shards.endswith("digits/train")
     assert graph["fine-L2-s0"].config.data.shards.endswith("few/train")
     assert graph["init-fine-s0"].config.data.held_out.endswith("few/held_out")
 
 
 def test_controls_can_be_left_out():
     names = [run.name for run in plan(load_study(DEMO, controls=False)).runs]
-    assert not [name for name in names if name.startswith("outside")] and "fine-L2-s0" in names
+    assert not [name for name in names if name.startswith("copied_shell")] and "fine-L2-s0" in names
 
 
 @pytest.mark.parametrize(
     ("entries", "says"),
     [
-        ([FINE, {**HE, "parent": "fin"}], r"entries.he.parent: no entry is called 'fin'; there are fine, he"),
-        ([FINE, HE, HE], "two are called 'he'"),
-        ([FINE, {**HE, "data": "cats"}], "no data set is called 'cats'; there are data"),
-        ([FINE, {**HE, "train": ["N", "2Q"]}], r"Q has no value; known are C = 1500, I = 300, N = 400"),
-        ([FINE, {**HE, "train": ["0"]}], "come to 0"),
-        ([{**FINE, "parent": "he"}, {**HE, "method": {"name": "outside"}, "parent": "he"}], "single trained depth"),
-        ([{**FINE, "name": "he"}, {"name": "fine", "method": {"name": "svm"}}], "svm"),
-        ([FINE, {**HE, "settings": {"steps_": 4}}], "train of entry he: steps_: unknown key"),
+        (
+            [FINE, {**SCRATCH, "parent": "fin"}],
+            r"entries.scratch.parent: no entry is called 'fin'; there are fine, scratch",
+        ),
+        ([FINE, SCRATCH, SCRATCH], "two are called 'scratch'"),
+        ([FINE, {**SCRATCH, "data": "cats"}], "no data set is called 'cats'; there are data"),
+        ([FINE, {**SCRATCH, "train": ["N", "2Q"]}], r"Q has no value; known are C = 1500, I = 300, N = 400"),
+        ([FINE, {**SCRATCH, "train": ["0"]}], "come to 0"),
+        (
+            [{**FINE, "parent": "scratch"}, {**SCRATCH, "method": {"name": "copied_shell"}, "parent": "scratch"}],
+            "single trained depth",
+        ),
+        ([{**FINE, "name": "scratch"}, {"name": "fine", "method": {"name": "svm"}}], "svm"),
+        ([FINE, {**SCRATCH, "settings": {"steps_": 4}}], "train of entry scratch: steps_: unknown key"),
     ],
 )
 def test_what_cannot_be_planned_is_named(entries, says):
@@ -94,9 +104,9 @@ def test_what_cannot_be_planned_is_named(entries, says):
 
 
 def test_entries_that_come_from_each_other_are_refused():
-    one = {"name": "fine", "method": {"name": "outside"}, "parent": "he", "depths": [2], "train": ["N"]}
-    two = {**one, "name": "he", "parent": "fine"}
-    with pytest.raises(ConfigError, match=r"fine -> he|he -> fine"):
+    one = {"name": "fine", "method": {"name": "copied_shell"}, "parent": "scratch", "depths": [2], "train": ["N"]}
+    two = {**one, "name": "scratch", "parent": "fine"}
+    with pytest.raises(ConfigError, match=r"fine -> scratch|scratch -> fine"):
         plan(study(one, two))
 
 
@@ -104,7 +114,7 @@ def test_two_runs_of_one_name_are_refused():
     same = {"steps": "C", "name": "condense"}
     other = {**FINE, "name": "other", "condense": {**same, "settings": {"batch": 8}}}
     with pytest.raises(ConfigError, match="two different runs would be called condense-s0"):
-        plan(study({**FINE, "condense": same}, other, HE))
+        plan(study({**FINE, "condense": same}, other, SCRATCH))
 
 
 def test_settings_are_laid_over_but_a_methods_are_never_mixed():

@@ -1,0 +1,207 @@
+"""Five adapters of Hugging Face's peft on a DiT: LoRA, PiSSA, OFT, BOFT and VeRA, for a new domain at the same size.
+
+peft builds the layers, computes them and merges them; here is only which matrices they wrap (`qkv`, `o`, `in` and
+`out` of every block), what they cost, and how they are saved. Settings are peft's defaults, which are the papers'.
+Their codes being one, they share this file.
+
+With r the rank, a matrix of m x n trains: LoRA and PiSSA r (m + n); VeRA r + m; OFT n (k - 1) / 2, k its block's side;
+BOFT n b + m, b its block's side. What is stored beside the parent is that, VeRA's one shared pair of projections, and
+for PiSSA the residual base, which is not the parent's.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.methods.adapters.config import BoftConfig, LoraConfig, OftConfig, PissaConfig, VeraConfig
+from fine_dist.methods.adapters.wrapping import BASE, Adapted, adapt, share
+from fine_dist.methods.base import Descent, M, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
+from fine_dist.model.roles import of_role, train_only
+
+TARGETS = r"blocks\.\d+\.(qkv|o|in|out)"
+"""The matrices that are wrapped, by their whole name."""
+
+
+class Adapters(Method[M]):
+    """What the five have in common."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(parents=("model",), varies=frozenset())
+
+    @abstractmethod
+    def settings(self, fresh: bool) -> Any:
+        """peft's config. fresh: the adapter begins on its parent's weights; else its values are loaded afterwards."""
+
+    @abstractmethod
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        """Multiply-adds of the adapter beside its frozen base, for one product of `rows` rows."""
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        model = DiT(target, generator=generator)
+        model.load_state_dict(needed(parent).module.state_dict())
+        seed = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
+        return Descent(train_only(self.adapted(model, seed, fresh=True), "scaler"), "some")
+
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        return self.adapted(DiT(arch), 0, fresh=False)
+
+    def adapted(self, model: DiT, seed: int, fresh: bool) -> DiT:
+        """The same model with adapters in it; `seed` decides their draws."""
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        config = self.settings(fresh)
+        with torch.random.fork_rng(devices=[]), _plain_butterflies():
+            torch.manual_seed(seed)
+            tuner = adapt(model, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], config, self.macs)
+        self.finish(model, tuner)
+        return model
+
+    def finish(self, model: DiT, tuner: Any) -> None:
+        """What is still to be done with what peft made."""
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        state = {name: tensor.clone() for name, tensor in of_role(model, "shell", "weight", "bias").items()}
+        for name, module in model.named_modules():
+            if isinstance(module, Adapted):
+                merged = module.merged()
+                for leaf in ("weight", "bias"):
+                    state.pop(f"{name}.{BASE}{leaf}")
+                    state[f"{name}.{leaf}"] = getattr(merged, leaf).detach()
+        return state
+
+
+@contextmanager
+def _plain_butterflies() -> Iterator[None]:
+    """peft compiles a CUDA extension for BOFT while it builds a layer, once more for every layer where that fails.
+    One butterfly factor needs none: it is told that there is none."""
+    from peft.tuners.boft import layer
+
+    before = layer._FBD_CUDA
+    layer._FBD_CUDA = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        layer._FBD_CUDA = before
+
+
+# --- LoRA and PiSSA ----------------------------------------------------------------------------------------------
+
+
+class _ThinProducts(Adapters[M]):
+    """A product of two matrices of a small rank beside each frozen one."""
+
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        rank: int = self.config.rank  # type: ignore[attr-defined]
+        return rows * rank * (m + n) * (3 if backward else 1)
+
+
+class Lora(_ThinProducts[LoraConfig]):
+    """`W + (alpha / r) B A`, B from zero."""
+
+    Config: ClassVar[type[MethodConfig]] = LoraConfig
+    label: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "LoRA, arXiv 2106.09685"
+    summary: ClassVar[str] = "transfer: low-rank updates train"
+
+    def settings(self, fresh: bool) -> Any:
+        import peft
+
+        alpha: Any = self.config.alpha
+        return peft.LoraConfig(r=self.config.rank, lora_alpha=alpha, target_modules=TARGETS)
+
+
+class Pissa(_ThinProducts[PissaConfig]):
+    """`(W - B A) + B A`, B A the best approximation of W of rank r (eqs. 2 to 4)."""
+
+    Config: ClassVar[type[MethodConfig]] = PissaConfig
+    label: ClassVar[str] = "PiSSA"
+    paper: ClassVar[str] = "PiSSA, arXiv 2404.02948"
+    summary: ClassVar[str] = "transfer: principal components train"
+
+    def settings(self, fresh: bool) -> Any:
+        import peft
+
+        rank = self.config.rank
+        initial: Any = "pissa" if fresh else True
+        return peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=initial, target_modules=TARGETS)
+
+
+# --- rotations ---------------------------------------------------------------------------------------------------
+
+
+class Oft(Adapters[OftConfig]):
+    """`W R`, R block-diagonal and orthogonal by Cayley's transform, from the identity."""
+
+    Config: ClassVar[type[MethodConfig]] = OftConfig
+    label: ClassVar[str] = "OFT"
+    paper: ClassVar[str] = "OFT, arXiv 2306.07280"
+    summary: ClassVar[str] = "transfer: block rotations train"
+
+    def settings(self, fresh: bool) -> Any:
+        import peft
+
+        return peft.OFTConfig(r=0, oft_block_size=self.config.block, target_modules=TARGETS)
+
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        # rotating rows, and three products of every block for the five terms of the transform's series
+        k = min(self.config.block, n)
+        return (rows * n * k + 3 * n * k * k) * (3 if backward else 1)
+
+
+class Boft(Adapters[BoftConfig]):
+    """`diag(s) W R`, R from the identity, s from one."""
+
+    Config: ClassVar[type[MethodConfig]] = BoftConfig
+    label: ClassVar[str] = "BOFT"
+    paper: ClassVar[str] = "BOFT, arXiv 2311.06243"
+    summary: ClassVar[str] = "transfer: butterfly rotations train"
+
+    def settings(self, fresh: bool) -> Any:
+        import peft
+
+        return peft.BOFTConfig(
+            boft_block_size=self.config.block, boft_n_butterfly_factor=1, target_modules=TARGETS, init_weights=True
+        )
+
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        # peft rotates rows by a dense n x n matrix, which takes three dense products to make
+        return (rows * n * n + 3 * n**3) * (3 if backward else 1)
+
+
+# --- VeRA --------------------------------------------------------------------------------------------------------
+
+
+class Vera(Adapters[VeraConfig]):
+    """`W + diag(b) B diag(d) A`, A and B shared by all matrices, b from zero."""
+
+    Config: ClassVar[type[MethodConfig]] = VeraConfig
+    label: ClassVar[str] = "VeRA"
+    paper: ClassVar[str] = "VeRA, arXiv 2310.11454"
+    summary: ClassVar[str] = "transfer: scales of shared random projections train"
+
+    def settings(self, fresh: bool) -> Any:
+        import peft
+
+        config = peft.VeraConfig(
+            r=self.config.rank,
+            d_initial=self.config.d_initial,
+            projection_prng_key=self.config.projection_seed,
+            target_modules=TARGETS,
+        )
+        config.save_projection = False  # peft would save the shared matrices once a layer; `share` saves them once
+        return config
+
+    def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
+        return rows * self.config.rank * (m + n) * (2 if backward else 1)
+
+    def finish(self, model: DiT, tuner: Any) -> None:
+        share(model, ("vera_A", "vera_B"))

@@ -1,0 +1,82 @@
+"""A DiT whose layers share whole matrices: one for several layers, or a line through two for all of them.
+
+The genes lie at the root, once; a layer holds its genes in a tuple, which registers nothing, and *calls* them, which is
+when ZeRO-3 gathers them. What every such matrix can also say is the dense one that it stands for (`dense`).
+
+Shapes: m out features, n in features, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.dit import Condition, DiT, LinearFactory
+from fine_dist.model.roles import of_role
+
+
+class OfGenes(nn.Module):
+    """One layer's matrix, which has nothing of its own: it calls shared genes with what tells this layer apart."""
+
+    def __init__(self, genes: nn.Module, *place: float):
+        super().__init__()
+        self._genes, self.place = (genes,), place
+
+    @property
+    def genes(self) -> Any:
+        return self._genes[0]
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        return self.genes(x, *self.place)
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """The weight [m, n] and bias [m] that this layer multiplies by."""
+        return self.genes.dense(*self.place)
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        return self.genes.multiply_adds(rows, backward=backward)
+
+    def kept_numbers(self, rows: int) -> int:
+        kept = getattr(self.genes, "kept_numbers", None)
+        return kept(rows) if kept else 0
+
+
+class SharedDiT(DiT):
+    """A DiT whose root owns genes that the matrices of its blocks use.
+
+    genes:  by matrix; appear in the state dict as `genes.MATRIX...`.
+    linear: makes a layer's matrix of them.
+    """
+
+    def __init__(
+        self, arch: Arch, genes: dict[str, nn.Module], linear: LinearFactory, generator: torch.Generator | None = None
+    ):
+        super().__init__(arch, linear, generator)
+        self.genes = nn.ModuleDict(genes)
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the ordinary dense DiT that computes the same function, from what its matrices say."""
+    blocks: Any = model.blocks
+    return expanded(model, len(blocks), lambda matrix, layer: blocks[layer].get_submodule(matrix).dense())
+
+
+@torch.no_grad()
+def expanded(
+    model: nn.Module, num_layers: int, dense: Callable[[str, int], tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The state dict of a dense DiT of so many layers: what is outside the model's blocks, and block matrices as given.
+
+    dense: (matrix, layer) -> its weight [m, n] and bias [m].
+    """
+    state = {name: p.clone() for name, p in of_role(model, "shell").items()}
+    for layer in range(num_layers):
+        for matrix in MATRICES:
+            weight, bias = dense(matrix, layer)
+            state[f"blocks.{layer}.{matrix}.weight"] = weight.detach().clone()
+            state[f"blocks.{layer}.{matrix}.bias"] = bias.detach().clone()
+    return state

@@ -1,0 +1,140 @@
+"""What methods that stitch anchors of several widths have in common; each of them has a file of its own.
+
+Stage 1 trains anchors, one a step; stage 2 joins them (`model.stitch`) and trains one random route a step; any route
+deploys. Here are the settings, what is refused, and what an artifact holds.
+
+`arch` is the *widest* anchor's shape: latents, classes and depth are every anchor's, and the narrower widths follow
+from `widths`, so arch and settings rebuild the whole pool. A learngene is the anchors (and maps that distilled them),
+without stitches; it answers as its widest anchor. A target is all of it, the stitches with it, or with `route` set what
+that one route needs. A product is no dense DiT and loads as itself. Of a pool that was trained on (a `model`), setting
+`route` cuts that route out, ready to use.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.core.config import validate
+from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.methods.base import Descent, Method, Parent, needed
+from fine_dist.methods.stitching.config import StitchingConfig
+from fine_dist.methods.stitching.pool import Imitating, Pool, Route, all_routes, drawn, parse_route, pool_cost
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import Artifact
+from fine_dist.model.flops import Cost
+
+S = TypeVar("S", bound=StitchingConfig)
+
+
+class Stitching(Method[S]):
+    """What both have in common: anchors in stage 1, random routes in stage 2."""
+
+    windows: ClassVar[bool]
+    """Whether stitches are shared by sliding windows."""
+
+    # --- what it can do ---------------------------------------------------------------------------------------------
+
+    def check_parent(self, parent: Artifact) -> None:
+        made = parent.method.get("name")
+        takes = self.from_methods if parent.kind == "learngene" else (self.config.name,)
+        if made not in takes:
+            raise ArtifactError(
+                f"{parent.folder} is a {parent.kind} of method {made}, and method {self.config.name} takes one of: "
+                + ", ".join(takes)
+            )
+
+    def check(self, parent: Artifact | None, target: Arch) -> None:
+        super().check(parent, target)
+        if parent is None:
+            return
+        if list(parent.method["widths"]) != list(self.config.widths):
+            raise ArtifactError(
+                f"{parent.folder} has anchors of widths {list(parent.method['widths'])}, and method.widths says "
+                f"{list(self.config.widths)}; give the parent's"
+            )
+        if parent.kind == "model" and self.config.route is None:
+            raise ArtifactError(f"{parent.folder} is stitched already; set method.route to cut one route out of it")
+        if parent.kind == "model" and parent.method["route"] is not None:
+            raise ArtifactError(f"{parent.folder} holds route {parent.method['route']} alone; give the whole pool")
+        if self.config.route is not None:
+            self.chosen(target)
+
+    def chosen(self, arch: Arch) -> Route:
+        """The route that the settings name. `ArtifactError` when these anchors have none of that name."""
+        routes = all_routes(len(self.config.widths), arch.num_layers)
+        route = parse_route(str(self.config.route))
+        if route not in routes:
+            raise ArtifactError(
+                f"method.route: {self.config.route!r} is no route through {len(self.config.widths)} anchors of "
+                f"{arch.num_layers} blocks; legal: {', '.join(map(str, routes[:8]))}, ..."
+            )
+        return route
+
+    def archs(self, arch: Arch) -> list[Arch]:
+        """The anchors' shapes, narrow ones first. `ConfigError` for a width that no DiT has."""
+        found = []
+        for fraction in self.config.widths:
+            width, heads = arch.hidden_size * fraction, max(1, round(arch.num_heads * fraction))
+            if width != int(width):
+                raise ConfigError(f"method.widths: {fraction} of hidden_size {arch.hidden_size} is no whole width")
+            values = {**arch.model_dump(), "hidden_size": int(width), "num_heads": heads}
+            found.append(validate(Arch, values, f"method.widths: an anchor of {fraction} of arch"))
+        return found
+
+    # --- stages -----------------------------------------------------------------------------------------------------
+
+    def pool_of(self, arch: Arch, generator: torch.Generator | None = None) -> Pool:
+        """Anchors alone."""
+        return Pool(self.archs(arch), self.windows, generator)
+
+    @abstractmethod
+    def begin_stitches(self, pool: Pool, parent: Parent, generator: torch.Generator) -> None:
+        """Set the values of all stitches before stage 2."""
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        source = needed(parent)
+        pool: Any = copy.deepcopy(source.module)
+        if source.artifact.kind == "model":
+            return Descent(pool.only(self.chosen(target)).requires_grad_(True))
+        pool.windows = self.windows
+        pool.add_stitches()
+        self.begin_stitches(pool, source, generator)
+        pool.maps.clear()
+        model = pool if self.config.route is None else pool.only(self.chosen(target))
+        return Descent(model.requires_grad_(True), "all")
+
+    def before_step(self, model: nn.Module) -> Callable[[int, torch.Generator], None] | None:
+        pool: Any = model
+        return drawn(pool, pool.routes) if self.config.route is None else None
+
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        pool = self.pool_of(arch)
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition(".")
+            if head == "maps" and rest.endswith(".weight"):
+                key = rest.removesuffix(".weight")
+                pool.add_map(key, int(key.partition("_")[0]), tensor.shape[0])
+        pool.add_stitches([name.split(".")[1] for name in tensors if name.startswith("stitches.")])
+        return pool if self.config.route is None else pool.only(self.chosen(arch))
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        """Always a `ConfigError`: what it makes is no dense DiT."""
+        raise ConfigError(f"method {self.config.name}: a stitched model is no dense DiT, and deploys as it is")
+
+    def deploy(self, model: nn.Module, route: str) -> tuple[Stitching[S], nn.Module]:
+        """One route cut out of a trained pool, with the method of the settings that it is saved under."""
+        method = type(self)(self.config.model_copy(update={"route": route}))
+        pool: Any = model
+        return method, pool.only(method.chosen(pool.arch))
+
+    def cost(self, model: nn.Module, batch: int = 1) -> Cost:
+        pool: Any = model.pool if isinstance(model, Imitating) else model
+        maps = sum(pool.arch.num_tokens * m.in_features * m.out_features for m in pool.maps.values())
+        routes = pool.routes if self.config.route is None else [pool.route]
+        return pool_cost(pool, routes, batch, maps // len(pool.anchors))

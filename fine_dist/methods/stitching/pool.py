@@ -1,0 +1,281 @@
+"""DiTs of several widths in one module, and routes through them (SN-Net, arXiv 2302.06586; Learngene Pool, 2312.05743).
+
+A route is an anchor, or the first blocks of one, a linear map of its tokens, and the last blocks of the next wider one.
+The front anchor embeds the tokens; the back anchor's own conditioning and final layer serve its blocks. A route that
+leaves the front after block j enters the back at block k with |j - k| <= 1: for two anchors of L blocks that is 3 L - 2
+stitched routes and the two anchors, 18 for L = 6 and 27 for L = 9.
+
+Shapes: B batch, T tokens, D_a and D_b widths of neighbouring anchors, D_t a teacher's width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.dit import Condition, DiT, ModelOutput
+from fine_dist.model.flops import Cost, attention_macs
+from fine_dist.model.roles import Role
+
+
+class Route(NamedTuple):
+    """Through `anchor` alone; or through its blocks up to `last`, then the next wider anchor's from `first`."""
+
+    anchor: int
+    last: int | None = None
+    first: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.anchor) if self.last is None else f"{self.anchor}.{self.last}-{self.anchor + 1}.{self.first}"
+
+
+def parse_route(text: str) -> Route | None:
+    """`1` or `0.3-1.2` as a route; none where it is neither."""
+    match = re.fullmatch(r"(\d+)(?:\.(\d+)-(\d+)\.(\d+))?", text)
+    if not match:
+        return None
+    anchor, last, back, first = (None if part is None else int(part) for part in match.groups())
+    assert anchor is not None
+    return Route(anchor, last, first) if back in (None, anchor + 1) else None
+
+
+def all_routes(num_anchors: int, blocks: int) -> list[Route]:
+    """The anchors, then every stitched route, narrow ones first."""
+    places = range(blocks)
+    pairs = [(last, first) for last in places for first in places if abs(last - first) <= 1]
+    stitched = [Route(anchor, *pair) for anchor in range(num_anchors - 1) for pair in pairs]
+    return [Route(anchor) for anchor in range(num_anchors)] + stitched
+
+
+class Stitch(nn.Linear):
+    """A linear map of tokens between widths; a trained map from a student's features to a teacher's is one too."""
+
+    roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
+
+
+class Pool(nn.Module):
+    """`(z, t, y) -> output` by the route that is set: `pool.route = Route(...)`; at first the widest anchor.
+
+    archs:   of the anchors, alike but for their widths, narrow ones first. `arch` is the widest one's.
+    windows: stitches are shared by sliding windows of two blocks, as in SN-Net; else each (last, first) has its own.
+    """
+
+    def __init__(self, archs: Sequence[Arch], windows: bool = False, generator: torch.Generator | None = None):
+        super().__init__()
+        self.arch, self.windows = archs[-1], windows
+        self.anchors = nn.ModuleList(DiT(arch, generator=generator) for arch in archs)
+        self.maps = nn.ModuleDict()
+        self.stitches = nn.ModuleDict()
+        self.route = Route(len(archs) - 1)
+
+    # --- routes -----------------------------------------------------------------------------------------------------
+
+    @property
+    def routes(self) -> list[Route]:
+        """What there is to choose from: the anchors alone before there are stitches."""
+        found = all_routes(len(self.anchors), self.arch.num_layers)
+        return found if self.stitches else found[: len(self.anchors)]
+
+    def stitch_key(self, route: Route) -> str:
+        """The stitch of a route, by its name in `stitches`. The windows are (0, 1), (1, 2), ...; a pair of blocks
+        belongs to the first one that holds it."""
+        assert route.last is not None and route.first is not None
+        if self.windows:
+            return f"{route.anchor}_{max(route.last, route.first, 1) - 1}"
+        return f"{route.anchor}_{route.last}_{route.first}"
+
+    def add_stitches(self, keys: Sequence[str] | None = None) -> None:
+        """Make the stitches, all or some of them, of whatever values."""
+        stitched = [route for route in all_routes(len(self.anchors), self.arch.num_layers) if route.last is not None]
+        for route in stitched:
+            key = self.stitch_key(route)
+            if key not in self.stitches and (keys is None or key in keys):
+                self.stitches[key] = Stitch(self.width(route.anchor), self.width(route.anchor + 1))
+
+    def add_map(self, key: str, anchor: int, width: int, generator: torch.Generator | None = None) -> None:
+        """A trained map from an anchor's features to a teacher's width."""
+        self.maps[key] = Stitch(self.width(anchor), width)
+        nn.init.xavier_uniform_(self.maps[key].weight, generator=generator)  # type: ignore[arg-type]
+        nn.init.zeros_(self.maps[key].bias)  # type: ignore[arg-type]
+
+    def width(self, anchor: int) -> int:
+        return self.anchor(anchor).arch.hidden_size
+
+    def anchor(self, index: int) -> DiT:
+        return self.anchors[index]  # type: ignore[return-value]
+
+    def segments(self, route: Route) -> list[tuple[DiT, range]]:
+        """The anchors of a route and which of their blocks it takes."""
+        everything = range(self.arch.num_layers)
+        if route.last is None:
+            return [(self.anchor(route.anchor), everything)]
+        front, back = self.anchor(route.anchor), self.anchor(route.anchor + 1)
+        return [(front, everything[: route.last + 1]), (back, everything[route.first :])]
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        if self.route.last is None:
+            return self.anchor(self.route.anchor)(z, t, y)
+        (front, firsts), (back, lasts) = self.segments(self.route)
+        x, condition = front.embed(z, t, y)
+        for layer in firsts:
+            x = front.run(layer, front.blocks[layer], x, condition)  #                                   [B, T, D_a]
+        x = self.stitches[self.stitch_key(self.route)](x)  #                                             [B, T, D_b]
+        condition = Condition(back.time(t) + back.label(y), y)
+        for layer in lasts:
+            x = back.run(layer, back.blocks[layer], x, condition)
+        return back.unpatchify(back.final(x, condition.c))
+
+    def only(self, route: Route) -> Pool:
+        """A copy of what one route needs, and nothing else, under the same names."""
+        pool = copy.deepcopy(self)
+        pool.route, pool.maps = route, nn.ModuleDict()
+        segments = dict((id(anchor), blocks) for anchor, blocks in pool.segments(route))
+        kept = {pool.stitch_key(route)} if route.last is not None else set()
+        pool.stitches = nn.ModuleDict({key: stitch for key, stitch in pool.stitches.items() if key in kept})
+        anchor: Any
+        for index, anchor in enumerate(pool.anchors):
+            blocks = segments.get(id(anchor))
+            if blocks is None:
+                pool.anchors[index] = nn.Identity()
+                continue
+            for layer in set(range(self.arch.num_layers)) - set(blocks):
+                anchor.blocks[layer] = nn.Identity()
+            if route.last is not None:
+                unused = "final" if index == route.anchor else "patch"
+                setattr(anchor, unused, nn.Identity())
+        return pool
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all anchors."""
+        held = [block for anchor in self.anchors if isinstance(anchor, DiT) for block in anchor.blocks]
+        return [block for block in held if not isinstance(block, nn.Identity)]
+
+    @property
+    def recompute(self) -> str:
+        """How much is recomputed in the backward pass."""
+        return next(anchor.recompute for anchor in self.anchors if isinstance(anchor, DiT))
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        for anchor in self.anchors:
+            anchor.recompute = value  # type: ignore[assignment]
+
+
+class Imitating(nn.Module):
+    """`(z, t, y) -> ModelOutput`: a pool's anchor, with features through its maps: what distils a pool.
+
+    taps: for each anchor, {map's key: (`block` or `attention`, layer)}; a feature has its map's name.
+    """
+
+    def __init__(self, pool: Pool, taps: Sequence[dict[str, tuple[str, int]]]):
+        super().__init__()
+        self.pool, self.arch, self.taps = pool, pool.arch, tuple(taps)
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
+        taps = self.taps[self.pool.route.anchor]
+        layers = sorted({layer for _, layer in taps.values()})
+        answer = self.pool.anchor(self.pool.route.anchor).forward_with_features(z, t, y, layers)
+        found = {key: self.pool.maps[key](answer.features[f"{kind}.{at}"]) for key, (kind, at) in taps.items()}
+        return ModelOutput(answer.out, found)
+
+    @property
+    def recompute(self) -> str:
+        return self.pool.recompute
+
+    @recompute.setter
+    def recompute(self, value: str) -> None:
+        self.pool.recompute = value
+
+
+def drawn(pool: Pool, routes: Sequence[Route]) -> Callable[[int, torch.Generator], None]:
+    """Sets a random route before each step, the same on every rank."""
+
+    def before_step(step: int, generator: torch.Generator) -> None:
+        pool.route = routes[int(torch.randint(len(routes), (1,), generator=generator))]
+
+    return before_step
+
+
+# --- least squares ---------------------------------------------------------------------------------------------------
+
+
+def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The map of tokens x [N, D_a] to y [N, D_b] of least squared error: weight [D_b, D_a], bias [D_b], in fp64."""
+    ones = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(ones, y.double(), driver="gelsd").solution  # minimal norm, whatever the rank
+    return solution[:-1].T, solution[-1]
+
+
+@torch.no_grad()
+def trace(model: DiT, z: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
+    """The tokens before every block and after the last one: L + 1 of [B T, D]."""
+    x, condition = model.embed(z, t, y)
+    found = [x]
+    for block in model.blocks:
+        found.append(x := block(x, condition))
+    return [tokens.flatten(0, 1) for tokens in found]
+
+
+def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
+    """Begin every stitch as the mean, over the routes that share it, of the least-squares maps from what the front
+    gives to what the back's block is used to being given."""
+    traces = [trace(anchor, z, t, y) for anchor in pool.anchors]  # type: ignore[arg-type]
+    solved: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for route in pool.routes:
+        if route.last is not None and route.first is not None:
+            given, wanted = traces[route.anchor][route.last + 1], traces[route.anchor + 1][route.first]
+            solved.setdefault(pool.stitch_key(route), []).append(least_squares(given, wanted))
+    with torch.no_grad():
+        for key, maps in solved.items():
+            stitch = pool.stitches[key]
+            stitch.weight.copy_(torch.stack([weight for weight, _ in maps]).mean(0))  # type: ignore[operator]
+            stitch.bias.copy_(torch.stack([bias for _, bias in maps]).mean(0))  # type: ignore[operator]
+
+
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) -> Cost:
+    """What a sample costs on the mean of these routes. also: multiply-adds of maps beside them, forward."""
+    parts = [_route_macs(pool, route, batch) for route in routes]
+    forward, training, kept = (math.fsum(values) / len(parts) for values in zip(*parts))
+    numbers = [(p.numel(), p.requires_grad) for p in pool.parameters()]
+    return Cost(
+        forward=2 * forward,
+        training=2 * (training + 3 * also),
+        kept=kept,
+        stored=sum(n for n, _ in numbers),
+        trained=sum(n for n, trains in numbers if trains),
+    )
+
+
+def _route_macs(pool: Pool, route: Route, batch: int) -> tuple[float, float, float]:
+    """(forward alone, forward and backward, kept numbers) of one sample on a route."""
+    forward = training = kept = 0.0
+    segments = pool.segments(route)
+    for place, (anchor, blocks) in enumerate(segments):
+        arch, d = anchor.arch, anchor.arch.hidden_size
+        for layer in blocks:
+            for matrix in MATRICES:
+                module = anchor.blocks[layer].get_submodule(matrix)
+                rows = arch.rows(matrix, batch)
+                forward += module.multiply_adds(rows, backward=False) / batch  # type: ignore[operator]
+                training += module.multiply_adds(rows, backward=True) / batch  # type: ignore[operator]
+        first, last = place == 0, place == len(segments) - 1
+        patches = arch.num_tokens * d * arch.patch_size**2
+        outside = (
+            256 * d + d * d + first * patches * arch.in_channels + last * (patches * arch.out_channels + 2 * d * d)
+        )
+        if not last:
+            outside += arch.num_tokens * d * pool.width(route.anchor + 1)  # the stitch
+        rest = attention_macs(arch.with_depth(1)) * len(blocks) + outside
+        forward, training = forward + rest, training + 3 * rest
+    return forward, training, kept

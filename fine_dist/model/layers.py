@@ -1,0 +1,84 @@
+"""Operations inside a DiT's block, in plain torch, and the one product with a backward pass of its own.
+
+Shapes: N or B samples, T tokens, D width, A heads of d = D / A features, J jobs (or samples) with a sigma of their own,
+S rows of a job, R rank, m out features, n in features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-6
+"""Added to the variance in LayerNorm, as in DiT."""
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`LayerNorm(x) * (1 + scale) + shift`: x [N, T, D], shift and scale [N, 1, D] -> [N, T, D].
+
+    LayerNorm has no affine parameters of its own; under autocast it is computed in fp32.
+    """
+    return torch.addcmul(shift.to(x.dtype), F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale.to(x.dtype))
+
+
+def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """The residual branch `x + gate * y`: x and y [N, T, D], gate [N, 1, D] -> [N, T, D], in the dtype of x."""
+    return torch.addcmul(x, gate.to(x.dtype), y.to(x.dtype))
+
+
+def attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """`softmax(q k^T / sqrt(d)) v` for every head: `[B, T, 3 D] -> [B, T, D]`."""
+    # Split along a middle dimension, so that the gradients of q, k and v are written side by side, without a copy.
+    q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))  #        3 x [B, A, T, d]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class FactoredProduct(torch.autograd.Function):
+    """`((x V) * sigma) U^T + bias` with frozen U and V: the product that trains sigma alone.
+
+    Autograd would do the same arithmetic but keep `x V sigma` as well as `x V`. Here only `x V` is kept, no gradient of
+    U, V or bias is ever formed, and the gradient of sigma is a sum over rows taken in fp32:
+
+        g_sigma = sum_s (x V) * (g U),    g_x = ((g U) * sigma) V^T
+
+    Inputs: x [J, S, n], or x V itself [J, S, R] where v is None; sigma [J, R] fp32, one vector for each job or sample;
+    bias [J, m]; u [m, R] and v [n, R] in `dtype`, the dtype of the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        thin = x.to(dtype) if v is None else x.to(dtype) @ v  #                                            [J, S, R]
+        ctx.save_for_backward(thin, sigma, u, *([] if v is None else [v]))
+        scaled = (thin * sigma[:, None]).to(dtype)
+        return torch.baddbmm(bias[:, None].to(dtype), scaled, u.T.expand(len(sigma), *u.T.shape))  #       [J, S, m]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        thin, sigma, u, *v = ctx.saved_tensors
+        back = g.to(thin.dtype) @ u  #                                                                     [J, S, R]
+        g_sigma = (back * thin).sum(1, dtype=torch.float32)
+        g_x = None
+        if ctx.needs_input_grad[0]:
+            g_x = (back * sigma[:, None]).to(thin.dtype)
+            g_x = g_x @ v[0].T if v else g_x
+        return g_x, g_sigma, None, None, None, None
+
+
+def compute_dtype(like: Tensor) -> torch.dtype:
+    """The dtype in which products of this tensor are computed: autocast's where it is on, else the tensor's own."""
+    kind = like.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are emulated on this device, many times slower than fp32: on a CPU without AVX-512."""
+    if device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
