@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fine_dist.model.artifact import Artifact
     from fine_dist.model.dit import DiT
     from fine_dist.model.factors import SharedForm
-    from fine_dist.model.flops import Cost
+    from fine_dist.model.flops import ModelCost
 
 
 class MethodConfig(Config):
@@ -248,7 +248,7 @@ class Method(ABC, Generic[M]):
         """The target as a pack takes it, where its genes are frozen and shared; none where it trains by itself."""
         return None
 
-    def cost(self, model: nn.Module, batch: int = 1) -> Cost:
+    def cost(self, model: nn.Module, batch: int = 1) -> ModelCost:
         """FLOPs and kept numbers of a step as things train now, and numbers stored and trained."""
         from fine_dist.model.flops import model_cost
 

@@ -117,7 +117,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModelCost:
     """Of one sample, in a batch of the size that was asked for; and of the model."""
 
     forward: float
@@ -132,7 +132,7 @@ class Cost:
     """Those of them that train."""
 
 
-def model_cost(model: nn.Module, batch: int = 1) -> Cost:
+def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
     """The cost of a DiT of whatever matrices, on any device (meta as well)."""
     owner: Any = getattr(model, "student", model)
     arch = owner.arch
@@ -147,7 +147,7 @@ def model_cost(model: nn.Module, batch: int = 1) -> Cost:
     rest = attention_macs(arch) + outside_macs(arch)
     shell_trains = any(p.requires_grad for p in owner.final.parameters())
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return Cost(
+    return ModelCost(
         forward=2 * (forward / batch + rest),
         # attention's backward pass is twice its forward pass; the shell's has a weight gradient only where it trains
         training=2 * (training / batch + 3 * attention_macs(arch) + (2 + shell_trains) * outside_macs(arch)),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fine_dist.methods.base import Method
     from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.flops import Cost as ModelCost
+    from fine_dist.model.flops import ModelCost
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
 

@@ -47,7 +47,7 @@ class Widen(nn.Module):
         return 0 if self.M is None else others * groups * self.M.numel()
 
 
-class Source(nn.Module):
+class SourceWeights(nn.Module):
     """A matrix's weights [L1, m, n] and biases [L1, m] in the source's layers, frozen, and its depth operator [L2, L1].
 
     A depth operator begins by stacking (StackBERT: layer l is layer l mod L1) plus U(0, `noise`). Outside the blocks
@@ -79,7 +79,7 @@ def stacked(num_layers: int, source: int, noise: float, generator: torch.Generat
 class Grown(nn.Module):
     """A linear map whose weight and bias are grown at every use. Whatever it uses belongs to the model's root."""
 
-    def __init__(self, source: Source, layer: int, axes: tuple[Axis | None, Axis | None], widen: Any):
+    def __init__(self, source: SourceWeights, layer: int, axes: tuple[Axis | None, Axis | None], widen: Any):
         super().__init__()
         self._layer, self._axes = layer, axes
         self._source, self._widen = (source,), (widen,)
@@ -108,7 +108,7 @@ class Grown(nn.Module):
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows, the growing of its weight included; with its backward pass if there is one."""
-        source: Source = self._source[0]
+        source: SourceWeights = self._source[0]
         _, m1, n1 = source.weight.shape
         mix = source.weight.numel() if source.depth is not None else 0
         m2, widen = m1, 0
@@ -148,10 +148,10 @@ class GrownDiT(DiT):
         sources = nn.ModuleDict()
         for matrix in MATRICES:
             operator = stacked(arch.num_layers, layers, noise, generator)
-            sources[matrix] = Source((layers, *small.matrix(matrix)), True, operator)
+            sources[matrix] = SourceWeights((layers, *small.matrix(matrix)), True, operator)
         shapes = small.shell_shapes()
         for name in SHELL_AXES:
-            sources[key(name)] = Source((1, *shapes[f"{name}.weight"]), f"{name}.bias" in shapes)
+            sources[key(name)] = SourceWeights((1, *shapes[f"{name}.weight"]), f"{name}.bias" in shapes)
 
         def grown(matrix: str, layer: int) -> nn.Module:
             return Grown(sources[matrix], layer, MATRIX_AXES[matrix], widen)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from fine_dist.methods.ligo.config import LigoConfig
 from fine_dist.methods.ligo.growth import GrownDiT
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.artifact import Artifact
-from fine_dist.model.flops import Cost, outside_macs
+from fine_dist.model.flops import ModelCost, outside_macs
 from fine_dist.model.roles import train_only
 
 
@@ -78,7 +78,7 @@ class Ligo(Method[LigoConfig]):
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
         return model.merge()  # type: ignore[operator,no-any-return]
 
-    def cost(self, model: nn.Module, batch: int = 1) -> Cost:
+    def cost(self, model: nn.Module, batch: int = 1) -> ModelCost:
         cost = super().cost(model, batch)
         # what is outside the blocks is grown too: its operators' gradients come through gradients of its weights
         return replace(cost, training=cost.training + 2 * outside_macs(model.arch))  # type: ignore[arg-type]

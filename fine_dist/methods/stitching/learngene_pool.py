@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods.base import Condensation, MethodConfig, Parent, Traits, Weights
-from fine_dist.methods.stitching.base import Stitching
 from fine_dist.methods.stitching.config import LearngenePoolConfig
+from fine_dist.methods.stitching.method import Stitching
 from fine_dist.methods.stitching.pool import Imitating, Pool, drawn
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import Condition, DiT, ModelOutput
-from fine_dist.model.flops import Cost, attention_macs
+from fine_dist.model.flops import ModelCost, attention_macs
 from fine_dist.model.roles import Role
 
 
@@ -243,12 +243,12 @@ def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) -> Cost:
+def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) -> ModelCost:
     """What a sample costs on the mean of these routes. also: multiply-adds of maps beside them, forward."""
     parts = [_route_macs(pool, route, batch) for route in routes]
     forward, training, kept = (math.fsum(values) / len(parts) for values in zip(*parts))
     numbers = [(p.numel(), p.requires_grad) for p in pool.parameters()]
-    return Cost(
+    return ModelCost(
         forward=2 * forward,
         training=2 * (training + 3 * also),
         kept=kept,

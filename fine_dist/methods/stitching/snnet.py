@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from fine_dist.diffusion.process import NoiseSchedule
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods.base import Condensation, MethodConfig, Parent, Traits
-from fine_dist.methods.stitching.base import Stitching
 from fine_dist.methods.stitching.config import SnnetConfig
+from fine_dist.methods.stitching.method import Stitching
 from fine_dist.methods.stitching.pool import Pool, drawn, fit_stitches
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT

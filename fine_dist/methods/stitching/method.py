@@ -27,7 +27,7 @@ from fine_dist.methods.stitching.config import StitchingConfig
 from fine_dist.methods.stitching.pool import Imitating, Pool, Route, all_routes, drawn, parse_route, pool_cost
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import Artifact
-from fine_dist.model.flops import Cost
+from fine_dist.model.flops import ModelCost
 
 S = TypeVar("S", bound=StitchingConfig)
 
@@ -133,7 +133,7 @@ class Stitching(Method[S]):
         pool: Any = model
         return method, pool.only(method.chosen(pool.arch))
 
-    def cost(self, model: nn.Module, batch: int = 1) -> Cost:
+    def cost(self, model: nn.Module, batch: int = 1) -> ModelCost:
         pool: Any = model.pool if isinstance(model, Imitating) else model
         maps = sum(pool.arch.num_tokens * m.in_features * m.out_features for m in pool.maps.values())
         routes = pool.routes if self.config.route is None else [pool.route]
