@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.steps import Step, made_up_batch, ranged
-from fine_dist.diffusion.process import NoiseSchedule
+from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.model.arch import Arch
@@ -44,8 +44,7 @@ def reference_step(
     model = model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
-    schedule = NoiseSchedule(DiffusionConfig())
-    schedule.to(device)
+    process = make_process(DiffusionConfig()).to(device)
     kept: dict[str, Any] = {"batch": made_up_batch(arch, batch, device)}
 
     def forward() -> None:
@@ -53,7 +52,7 @@ def reference_step(
             data = kept["batch"]
             t = torch.randint(0, 1000, data.labels.shape, device=device)
             noise = torch.randn_like(data.latents)
-            z_t = schedule.add_noise(data.latents, t, noise)
+            z_t = process.add_noise(data.latents, t, noise)
             out = ranged("model", lambda: answer(z_t, t, data.labels))
             kept["loss"] = (out.float() - noise).square().flatten(1).mean(1).mean()
 

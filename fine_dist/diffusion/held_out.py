@@ -1,4 +1,4 @@
-"""The held-out noise-prediction loss: the very same questions for every model.
+"""The held-out loss: every model is measured on the same samples, times and noise.
 
 Shapes: B batch, C latent channels, H latent side.
 """
@@ -10,28 +10,36 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.process import NoiseSchedule, mix
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig
 
 ENOUGH = 10_000
-"""Questions beyond which more of each sample only take longer."""
+"""Number of (sample, time) pairs beyond which further times of each sample cost time and change little."""
 
 
 class HeldOutLoss:
-    """Held-out noise-prediction loss at fixed timesteps and noise: `measure(model) -> {"held_out_loss": float}`.
+    """Mean squared error of the model's prediction at fixed times and noise: `loss(model) -> {"held_out_loss": float}`.
 
-    Every sample is measured at one to four timesteps, as many as make `ENOUGH` questions, spread evenly over the chain,
-    with its own fixed noise and its true label, so that two models are compared on the very same questions.
+    Every sample is measured at one to four times, enough to make `ENOUGH` pairs. The times are the quantiles of the
+    process's law of training times, spread evenly, and each pair has its own fixed noise and its true label. Two models
+    are therefore compared on identical inputs. Samples are not weighted.
+
+    Args:
+        latents: Clean latents [N, C, H, H].
+        labels: Class labels [N].
+        config: The process; models of different processes have losses that cannot be compared.
+        seed: Seeds the noise.
     """
 
     def __init__(self, latents: Tensor, labels: Tensor, config: DiffusionConfig, seed: int = 0):
-        self.schedule = NoiseSchedule(config)
+        self.process = make_process(config)
         self.samples = n = len(latents)
         shape = latents.shape[1:]
         per_sample = min(4, max(1, ENOUGH // n))
         generator = torch.Generator().manual_seed(mix(seed, 0x4E1D))
         stratum = torch.arange(n * per_sample).double()
-        self.t = ((stratum + 0.5) / (n * per_sample) * config.num_timesteps).long()
+        self.t = self.process.times(((stratum + 0.5) / (n * per_sample)).tolist())
         order = torch.randperm(n * per_sample, generator=generator)
         self.z = latents.repeat(per_sample, 1, 1, 1)[order]
         self.y = labels.repeat(per_sample)[order]
@@ -47,15 +55,15 @@ class HeldOutLoss:
     def sums(
         self, model: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, batch: int, rank: int, size: int
     ) -> tuple[float, int]:
-        """(sum of losses, how many) of rank's share of the questions: whole batches, dealt out in turn.
+        """(sum of losses, number of pairs) of one rank's share: whole batches, dealt out in turn.
 
-        The batches are those of one process, so that the sums over all ranks are its sums up to their order.
+        The batches are those of a single process, so the sums over all ranks are its sums up to their order.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
-        self.schedule.to(device)
+        self.process.to(device)
         for start in range(rank * batch, len(self.t), batch * size):
             z, y, t, eps = (x[start : start + batch].to(device) for x in (self.z, self.y, self.t, self.eps))
-            out = model(self.schedule.add_noise(z, t, eps), t, y)[:, : z.shape[1]].float()
-            total += (out - eps).square().flatten(1).mean(1).double().sum().cpu()
+            out = model(self.process.add_noise(z, t, eps), t, y)[:, : z.shape[1]].float()
+            total += (out - self.process.target(z, t, eps)).square().flatten(1).mean(1).double().sum().cpu()
             count += len(t)
         return float(total), count

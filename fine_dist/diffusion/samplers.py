@@ -1,35 +1,49 @@
-"""Sampling latents through diffusers' schedulers, with noise that belongs to the image and not to the batch.
+"""Sampling latents, with noise that belongs to the image and not to the batch.
 
 Shapes: N images of this call, B of one batch, C latent channels, H, W latent pixels.
 
-Three schedulers (`SamplerConfig.scheduler`), all over the linear schedule of `DiffusionConfig`:
+For DDPM (`DiffusionConfig.process`), through diffusers' schedulers:
 
-ddpm  ancestral (arXiv 2006.11239, eq. 11) on a respaced chain: `space_timesteps`, which ADM and DiT use. With
-      `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else the posterior's.
-ddim  deterministic, eta = 0 (2010.02502, eq. 12). Timesteps end at T-1, where the latent is noise, so `steps` must
-      divide T: diffusers steps by T // steps, and any other number would skip noise levels silently.
-dpm   DPM-Solver++, second order, multistep (2211.01095).
+ddpm   Ancestral sampling (arXiv 2006.11239, eq. 11) on a respaced chain (`space_timesteps`), as ADM and DiT do. With
+       `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else it is the posterior's.
+ddim   Deterministic, eta = 0 (2010.02502, eq. 12). Timesteps end at T-1, where the latent is noise, so `steps` must
+       divide T: diffusers steps by T // steps, and any other number would skip noise levels silently.
+dpm    DPM-Solver++, second order, multistep (2211.01095).
 
-Guidance is `null + scale * (label - null)` on all noise channels, or on the first `guidance_channels`; what is not
-guided, a learned variance included, is the labelled half's. Both halves go through the model at once.
+For flow matching, on a grid of noise levels 1, 1 - 1/steps, ..., 0 with the process's shift:
+
+euler  The probability-flow ODE by Euler's method; equal to diffusers' `FlowMatchEulerDiscreteScheduler`.
+heun   The same by Heun's method; the last step is Euler's, as in EDM (2206.00364, algorithm 1).
+sde    SiT's reverse SDE (2401.08740, eq. 8) by Euler-Maruyama, with the diffusion coefficient w = 2 s at noise level s
+       (the authors' form "sigma"); the last step takes the mean.
+
+Guidance is `null + scale * (label - null)` on all predicted channels, or on the first `guidance_channels`, and only at
+noise levels within `guidance_interval`. What is not guided, a learned variance included, is the labelled half's. Both
+halves go through the model at once.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.diffusion.process import FlowProcess, Process, make_process
+from fine_dist.diffusion.random_draws import image_generator
+from fine_dist.diffusion.settings import DiffusionConfig, Precision, SamplerConfig
 from fine_dist.model.arch import Arch
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`model(z [B,C,H,W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`; a `DiT`, or any function."""
+"""`model(z [B,C,H,W], t [B], y [B] int64) -> [B, C or 2C, H, W]`; a `DiT`, or any function."""
+SCHEDULERS = {"ddpm": ("ddim", "ddpm", "dpm"), "flow": ("euler", "heun", "sde")}
+"""Schedulers by process; the first is what `auto` stands for."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,9 @@ def sample_batches(
     """
     indices = torch.arange(len(labels)) if indices is None else indices.cpu()
     _check(labels, indices, arch, config, diffusion)
-    build_scheduler(config, diffusion, arch.learn_sigma)
+    config = resolve_scheduler(config, diffusion)
+    if diffusion.process == "ddpm":
+        build_scheduler(config, diffusion, arch.learn_sigma)
     where = torch.device(device) if device is not None else _device_of(model)
     return _batches(model, labels.cpu(), indices, arch, config, diffusion, seed, start, where, progress)
 
@@ -147,21 +163,107 @@ def _sample_batch(
     seed: int,
     device: torch.device,
 ) -> Tensor:
-    scheduler = build_scheduler(config, diffusion, arch.learn_sigma)  # a fresh one: multistep solvers keep a history
+    process = make_process(diffusion).to(device)
     generators = [image_generator(seed, int(index)) for index in indices]
     z = torch.cat([torch.randn(1, *arch.latent_shape, generator=g) for g in generators]).to(device)  # B,C,H,W
     guided_channels = config.guidance_channels or arch.in_channels
-    takes_variance = config.scheduler == "ddpm" and arch.learn_sigma
-    noisy = {"generator": generators} if config.scheduler == "ddpm" else {}
+
+    def predict(z: Tensor, t: Tensor) -> Tensor:
+        """The guided output [B, C or 2C, H, W] float32 at a time [], its prediction clamped."""
+        level = float(process.noise_level(t))
+        scale = config.guidance if config.guidance_interval[0] <= level <= config.guidance_interval[1] else 1.0
+        times = t.to(device).expand(len(z))
+        with arithmetic(config.precision, device):
+            out = guided(model, z, times, labels, arch.num_classes, scale, guided_channels).float()
+        if config.clip is None:
+            return out
+        prediction = process.clamp(z, times, out[:, : arch.in_channels], config.clip)
+        return torch.cat([prediction, out[:, arch.in_channels :]], dim=1)
+
+    solve = _solve_flow if isinstance(process, FlowProcess) else _solve_ddpm
+    return solve(process, predict, z, arch, resolve_scheduler(config, diffusion), generators)  # type: ignore[arg-type]
+
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def _solve_ddpm(
+    process: Process, predict: Predict, z: Tensor, arch: Arch, config: SamplerConfig, generators: list[torch.Generator]
+) -> Tensor:
+    scheduler = build_scheduler(config, process.config, arch.learn_sigma)  # multistep solvers keep a history
+    ancestral = config.scheduler == "ddpm"
+    noisy = {"generator": generators} if ancestral else {}
     for step in scheduler.timesteps.tolist():
-        t = torch.full((len(z),), step, dtype=torch.int64, device=device)
-        out = guided(model, z, t, labels, arch.num_classes, config.guidance, guided_channels).float()
-        eps = out[:, : arch.in_channels]
-        if config.clip is not None:
-            eps = clip_start(z, eps, float(scheduler.alphas_cumprod[step]), config.clip)
-        out = torch.cat([eps, out[:, arch.in_channels :]], dim=1) if takes_variance else eps
+        out = predict(z, torch.tensor(step))
+        out = out if ancestral and arch.learn_sigma else out[:, : arch.in_channels]
         z = scheduler.step(out, step, z, return_dict=False, **noisy)[0]
     return z
+
+
+def _solve_flow(
+    process: FlowProcess,
+    predict: Predict,
+    z: Tensor,
+    arch: Arch,
+    config: SamplerConfig,
+    generators: list[torch.Generator],
+) -> Tensor:
+    levels = noise_levels(process, config.steps)
+
+    def velocity(z: Tensor, level: Tensor) -> Tensor:
+        """The derivative of z by the noise level."""
+        return process.sign * predict(z, process.time_at(level))[:, : arch.in_channels]
+
+    for level, following in zip(levels[:-1], levels[1:]):
+        step = float(following - level)  # below 0: from noise to data
+        v = velocity(z, level)
+        if config.scheduler == "sde":
+            # Score s = -noise / level, so that w / 2 * s = -noise where w = 2 level: nothing is divided by the level.
+            noise = z + (1 - float(level)) * v
+            z = z + step * (v + noise)
+            if following > 0:
+                fresh = torch.cat([torch.randn(1, *z.shape[1:], generator=g) for g in generators]).to(z.device)
+                z = z + (2 * float(level) * -step) ** 0.5 * fresh
+        elif config.scheduler == "heun" and following > 0:
+            ahead = velocity(z + step * v, following)
+            z = z + step * (v + ahead) / 2
+        else:
+            z = z + step * v
+    return z
+
+
+def noise_levels(process: FlowProcess, steps: int) -> Tensor:
+    """The noise levels [steps + 1] float32 of a sampler, from 1 to 0, after the process's shift."""
+    return process.shift(torch.linspace(1, 0, steps + 1, dtype=torch.float64)).float()
+
+
+def resolve_scheduler(config: SamplerConfig, diffusion: DiffusionConfig) -> SamplerConfig:
+    """The config with the scheduler that `auto` stands for. `ConfigError` for another process's scheduler."""
+    legal = SCHEDULERS[diffusion.process]
+    if config.scheduler == "auto":
+        return config.model_copy(update={"scheduler": legal[0]})
+    if config.scheduler not in legal:
+        raise ConfigError(
+            f"sampler.scheduler {config.scheduler}: it does not sample a model of process {diffusion.process}; legal: "
+            f"auto, {', '.join(legal)}"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """The arithmetic of a model that samples or is measured: `fp32` is exact, `tf32` concerns a GPU's products only."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, scale: float, channels: int) -> Tensor:
@@ -174,21 +276,8 @@ def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, sca
     return torch.cat([eps, labelled[:, channels:]], dim=1)
 
 
-def clip_start(z: Tensor, eps: Tensor, alpha_bar: float, limit: float) -> Tensor:
-    """The noise whose clean latent is the predicted one, clamped to [-limit, limit]; z and eps are [B, C, H, W].
-
-    Near t = T a clean latent is eps's error times 1 / sqrt(alpha_bar), about 160: small models wander off without it.
-    Rewriting eps does the same to every scheduler; diffusers' own clipping differs between them.
-    """
-    signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
-    start = ((z - noise * eps) / signal).clamp(-limit, limit)
-    return (z - signal * start) / noise
-
-
 def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sigma: bool) -> Any:
-    """The diffusers scheduler of these settings, its timesteps set. `ConfigError` when `steps` does not fit."""
-    import diffusers
-
+    """The diffusers scheduler of a DDPM's settings, its timesteps set. `ConfigError` when `steps` does not fit."""
     total, steps = diffusion.num_timesteps, config.steps
     if steps > total:
         raise ConfigError(f"sampler.steps {steps}: at most diffusion.num_timesteps, {total}")
@@ -197,6 +286,8 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
         "beta_start": diffusion.beta_start,
         "beta_end": diffusion.beta_end,
         "beta_schedule": "linear",
+        "prediction_type": "v_prediction" if diffusion.predicts == "v" else "epsilon",
+        "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
     if config.scheduler == "ddpm":
         if steps < 2:
@@ -246,21 +337,6 @@ def space_timesteps(total: int, counts: Sequence[int]) -> list[int]:
     return kept
 
 
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random stream of one image: first its initial noise, then one draw a step. Always on the CPU.
-
-    A CPU generator keeps only 32 bits of its seed. The mapping below is one-to-one in `index` for each `seed`, so
-    that two images of a run never share their noise (random 32-bit seeds would: 50,000 images, one pair in four runs).
-    """
-    offset = int.from_bytes(hashlib.blake2b(f"fine_dist.sample {seed}".encode(), digest_size=4).digest(), "little")
-    x = (index + offset) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3, a bijection
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    generator = torch.Generator()
-    generator.manual_seed(x ^ (x >> 16))
-    return generator
-
-
 def _check(labels: Tensor, indices: Tensor, arch: Arch, config: SamplerConfig, diffusion: DiffusionConfig) -> None:
     if labels.ndim != 1 or labels.shape != indices.shape:
         raise ConfigError(
@@ -289,7 +365,5 @@ def _device_of(model: Denoiser) -> torch.device:
 
 
 def _bar(progress: bool | str, total: int, done: int) -> Any:
-    from tqdm import tqdm
-
     title = progress if isinstance(progress, str) else "sample"
     return tqdm(total=total, initial=done, desc=title, unit="image", disable=None if progress else True, leave=False)

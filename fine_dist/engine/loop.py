@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError, ResumeLater, ToldElsewhere, TrainingError
-from fine_dist.diffusion.process import mix
+from fine_dist.diffusion.random_draws import mix
 from fine_dist.engine import alike, dist, stopping
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.backend import Backend, learning_rate, precision, trainable

@@ -122,7 +122,7 @@ class PackRun:
         self.micro = micro_batch(batch // world.world_size, engine.micro_batch)
         self.progress = [Progress() for _ in self.jobs]
         self._objective = Objective(diffusion, pack.arch, 0)
-        self._objective.schedule.to(world.device or "cpu")
+        self._objective.process.to(world.device or "cpu")
         self._save_s = 0.0
         self._no_memory: set[int] = set()
         if engine.keep_freed_memory and (world.device is None or world.device.type == "cpu"):

@@ -119,12 +119,12 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
     import torch
 
     from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, OutputDistillation, Teacher
-    from fine_dist.diffusion.process import NoiseSchedule
+    from fine_dist.diffusion.process import make_process
 
     weights = plan.weights
     terms: list[LossTerm] = []
     if weights.diffusion:
-        terms.append(DiffusionLoss(NoiseSchedule(config.diffusion).to(world.device or "cpu"), weights.diffusion))
+        terms.append(DiffusionLoss(make_process(config.diffusion).to(world.device or "cpu"), weights.diffusion))
     if weights.output or weights.features:
         if plan.teacher is None:
             raise ConfigError("loss: distillation imitates an ancestor; give its folder with --ancestor")

@@ -17,41 +17,41 @@ from fine_dist.diffusion.objective import (
     Objective,
     OutputDistillation,
     Teacher,
-    per_sample,
-    variance_bound,
 )
-from fine_dist.diffusion.process import NoiseSchedule, PrefetchedDraws, draw, mix
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.random_draws import PrefetchedDraws, draw, mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.dit import DiT, ModelOutput
 from tests.conftest import inputs, lively, tiny_arch
 
 CONFIG = DiffusionConfig()
+TIMES = make_process(CONFIG).times
 
 
 def test_the_schedule_is_the_linear_one_of_a_thousand_steps():
-    schedule = NoiseSchedule(CONFIG)
+    process = make_process(CONFIG)
     alpha_bar, products = 1.0, []
     for i in range(1000):
         alpha_bar *= 1 - (1e-4 + (2e-2 - 1e-4) * i / 999)
         products.append(alpha_bar)
     expected = torch.tensor(products, dtype=torch.float64)
-    torch.testing.assert_close(schedule.signal.double() ** 2, expected, atol=1e-6, rtol=1e-4)
-    torch.testing.assert_close(schedule.noise.double() ** 2, 1 - expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(process.signal.double() ** 2, expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(process.sigma.double() ** 2, 1 - expected, atol=1e-6, rtol=1e-4)
 
 
 def test_a_draw_depends_on_seed_step_and_position_alone():
     shape = (1, 4, 4)
-    whole = draw(3, 7, torch.arange(8), shape, num_timesteps=1000, label_drop=0.5)
-    part = draw(3, 7, torch.tensor([5, 2]), shape, num_timesteps=1000, label_drop=0.5)
+    whole = draw(3, 7, torch.arange(8), shape, times=TIMES, label_drop=0.5)
+    part = draw(3, 7, torch.tensor([5, 2]), shape, times=TIMES, label_drop=0.5)
     assert torch.equal(part.noise, whole.noise[[5, 2]])
     assert torch.equal(part.t, whole.t[[5, 2]]) and torch.equal(part.drop, whole.drop[[5, 2]])
     for seed, step in ((4, 7), (3, 8)):
-        other = draw(seed, step, torch.arange(8), shape, num_timesteps=1000, label_drop=0.5)
+        other = draw(seed, step, torch.arange(8), shape, times=TIMES, label_drop=0.5)
         assert not (other.noise == whole.noise).any()
 
 
 def test_draws_ahead_are_the_draws_wherever_a_run_goes_on_and_whichever_positions_are_asked_for():
-    plain = partial(draw, 3, shape=(1, 4, 4), num_timesteps=1000, label_drop=0.5)
+    plain = partial(draw, 3, shape=(1, 4, 4), times=TIMES, label_drop=0.5)
     ahead = PrefetchedDraws(plain)
     first, second = torch.arange(4), torch.arange(4, 8)
     asked = [(0, first), (0, second), (1, first), (1, second), (2, first), (2, first), (2, second)]
@@ -65,7 +65,7 @@ def test_draws_ahead_are_the_draws_wherever_a_run_goes_on_and_whichever_position
 
 def test_a_draws_numbers_are_those_of_every_earlier_version():
     """Seeds of finished runs mean something as long as these stand."""
-    draws = draw(7, 11, torch.tensor([0, 5]), (1, 2, 2), num_timesteps=1000, label_drop=0.5)
+    draws = draw(7, 11, torch.tensor([0, 5]), (1, 2, 2), times=TIMES, label_drop=0.5)
     generator = torch.Generator()
     for row, position in enumerate((0, 5)):
         generator.manual_seed(mix(7, 11, position))
@@ -76,7 +76,7 @@ def test_a_draws_numbers_are_those_of_every_earlier_version():
 
 def test_draws_are_uniform_in_time_gaussian_in_noise_and_drop_at_their_rate():
     n = 4000
-    draws = draw(0, 0, torch.arange(n), (1, 4, 4), num_timesteps=1000, label_drop=0.1)
+    draws = draw(0, 0, torch.arange(n), (1, 4, 4), times=TIMES, label_drop=0.1)
     assert draws.t.min() >= 0 and draws.t.max() <= 999
     # Five standard errors: sqrt(1/12/n) of the range, 1/sqrt(16 n) of the noise, sqrt(.09/n) of the rate.
     assert abs(draws.t.double().mean() - 499.5) < 5 * 1000 / math.sqrt(12 * n)
@@ -90,23 +90,23 @@ def test_neighbouring_seeds_do_not_collide():
 
 
 def test_the_noise_loss_is_the_mean_square_over_each_sample(generator):
-    schedule = NoiseSchedule(CONFIG)
+    process = make_process(CONFIG)
     z, eps, out = (torch.randn(3, 1, 4, 4, generator=generator) for _ in range(3))
     t = torch.tensor([0, 10, 999])
-    got = per_sample(schedule, out, z, schedule.add_noise(z, t, eps), t, eps)
+    got = DiffusionLoss(process)(NoisedBatch(z, process.add_noise(z, t, eps), eps, t, t), ModelOutput(out, {}))
     for b in range(3):
         assert float(got[b]) == pytest.approx(float(((out[b] - eps[b]) ** 2).mean()), rel=1e-5)
 
 
 def test_the_variance_bound_is_the_kl_divergence_of_two_gaussians_in_bits(generator):
-    schedule = NoiseSchedule(CONFIG)
+    process = make_process(CONFIG)
     z, eps = (torch.randn(4, 2, 4, 4, generator=generator).double() for _ in range(2))
     t = torch.tensor([1, 30, 500, 999])
     beta = torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64)
     bar = torch.cumprod(1 - beta, 0)
     z_t = bar[t].sqrt()[:, None, None, None] * z + (1 - bar[t]).sqrt()[:, None, None, None] * eps
     out = torch.randn(4, 4, 4, 4, generator=generator).double()
-    got = variance_bound(schedule, out.float(), z.float(), z_t.float(), t)
+    got = process.variance_bound(out.float(), z.float(), z_t.float(), t)
     for b, step in enumerate(t.tolist()):
         previous = bar[step - 1]
         posterior = beta[step] * (1 - previous) / (1 - bar[step])
@@ -127,11 +127,11 @@ def test_the_variance_bound_is_the_kl_divergence_of_two_gaussians_in_bits(genera
 
 
 def test_the_bound_trains_the_variance_and_never_the_noise(generator):
-    schedule = NoiseSchedule(CONFIG)
+    process = make_process(CONFIG)
     z, eps = torch.randn(2, 1, 4, 4, generator=generator), torch.randn(2, 1, 4, 4, generator=generator)
     t = torch.tensor([0, 400])
     out = torch.randn(2, 2, 4, 4, generator=generator).requires_grad_()
-    variance_bound(schedule, out, z, schedule.add_noise(z, t, eps), t).sum().backward()
+    process.variance_bound(out, z, process.add_noise(z, t, eps), t).sum().backward()
     assert out.grad[:, 0].abs().max() == 0 and (out.grad[:, 1].abs() > 0).any()
 
 
@@ -173,11 +173,11 @@ def test_distilling_adds_the_distance_to_the_ancestors_output():
     )
     plain = Objective(CONFIG, arch, 0)(lambda z, t, y: torch.zeros_like(z), batch)
     teacher = Twos(arch)
-    terms = [DiffusionLoss(NoiseSchedule(CONFIG)), OutputDistillation(Teacher(teacher), 0.5)]
+    terms = [DiffusionLoss(make_process(CONFIG)), OutputDistillation(Teacher(teacher), 0.5)]
     taught = Objective(CONFIG, arch, 0, terms)
     torch.testing.assert_close(taught(lambda z, t, y: torch.zeros_like(z), batch), plain + 0.5 * 4.0)
     alone = Objective(
-        CONFIG, arch, 0, [DiffusionLoss(NoiseSchedule(CONFIG), 0.0), OutputDistillation(Teacher(teacher), 2.0)]
+        CONFIG, arch, 0, [DiffusionLoss(make_process(CONFIG), 0.0), OutputDistillation(Teacher(teacher), 2.0)]
     )
     torch.testing.assert_close(alone(lambda z, t, y: torch.zeros_like(z), batch), torch.full((4,), 8.0))
 

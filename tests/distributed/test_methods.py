@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
-from fine_dist.diffusion.process import NoiseSchedule
+from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS
@@ -31,7 +31,7 @@ def stage_1(folder: str, name: str, config: ToyConfig) -> Outcome:
     weights, pairs = method.traits.loss, condensation.pairs
     teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(theirs.rpartition(".")[2]) for _, theirs in pairs])
     terms = [
-        DiffusionLoss(NoiseSchedule(DiffusionConfig()), weights.diffusion),
+        DiffusionLoss(make_process(DiffusionConfig()), weights.diffusion),
         OutputDistillation(teacher, weights.output),
         FeatureDistillation(teacher, pairs, weights.features),
     ]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fine_dist.core.config import Config
 from fine_dist.diffusion.objective import Objective
-from fine_dist.diffusion.process import mix
+from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import fit

@@ -11,7 +11,7 @@ from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
-from fine_dist.diffusion.process import NoiseSchedule
+from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
 from fine_dist.methods.fine.config import FineConfig
@@ -138,7 +138,7 @@ def test_every_number_of_stage_1_meets_its_loss(name):
     weights, a = method.traits.loss, tiny_arch()
     teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(b.rpartition(".")[2]) for _, b in condensation.pairs])
     terms = [
-        DiffusionLoss(NoiseSchedule(DiffusionConfig()), weights.diffusion),
+        DiffusionLoss(make_process(DiffusionConfig()), weights.diffusion),
         OutputDistillation(teacher, weights.output),
         FeatureDistillation(teacher, condensation.pairs, weights.features),
     ]

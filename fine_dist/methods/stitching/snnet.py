@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.process import NoiseSchedule
+from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.methods.base import Condensation, MethodConfig, Parent, Traits
 from fine_dist.methods.stitching.config import SnnetConfig
@@ -70,6 +70,6 @@ class Snnet(Stitching[SnnetConfig]):
             y = torch.randint(arch.num_classes, (len(z),), generator=generator)
         else:
             z, y = parent.samples
-        schedule = NoiseSchedule(DiffusionConfig())
-        t = torch.randint(schedule.num_timesteps, (len(z),), generator=generator)
-        return schedule.add_noise(z, t, torch.randn(z.shape, generator=generator)), t, y
+        process = make_process(DiffusionConfig.model_validate(parent.artifact.extra.get("diffusion") or {}))
+        t = process.random_times(len(z), generator)
+        return process.add_noise(z, t, torch.randn(z.shape, generator=generator)), t, y
