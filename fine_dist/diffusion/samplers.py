@@ -25,6 +25,7 @@ halves go through the model at once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,7 +215,7 @@ def _solve_flow(
         """The derivative of z by the noise level."""
         return process.sign * predict(z, process.time_at(level))[:, : arch.in_channels]
 
-    for level, following in zip(levels[:-1], levels[1:]):
+    for level, following in itertools.pairwise(levels):
         step = float(following - level)  # below 0: from noise to data
         v = velocity(z, level)
         if config.scheduler == "sde":
