@@ -125,7 +125,7 @@ class DdpmProcess(Process):
         self.num_timesteps = config.num_timesteps
 
     def _loss_weights(self, alpha_bar: Tensor) -> Tensor:
-        """Min-SNR (arXiv 2303.09556, eq. 5, and section 3.3 for v): min(SNR, gamma) over the prediction's own weight."""
+        """Min-SNR (arXiv 2303.09556, eq. 5, and section 3.3 for v): min(SNR, gamma) over its own weight."""
         ratio = alpha_bar / (1 - alpha_bar)
         bounded = ratio.clamp(max=self.config.min_snr_gamma)
         return bounded / (ratio + 1) if self.prediction == "v" else bounded / ratio
@@ -242,7 +242,7 @@ class FlowProcess(Process):
 
 
 def zero_terminal(alpha_bar: Tensor) -> Tensor:
-    """A schedule whose last step has no signal (arXiv 2305.08891, algorithm 1): sqrt(alpha_bar) shifted and rescaled."""
+    """A schedule whose last step has no signal (arXiv 2305.08891, algorithm 1): its root shifted and rescaled."""
     root = alpha_bar.sqrt()
     first, last = root[0].clone(), root[-1].clone()
     return ((root - last) * first / (first - last)).square()

@@ -21,7 +21,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class RandomDraws:
-    """The randomness of a step: times [B] as the model sees them, noise [B, C, H, H] float32, dropped labels [B] bool."""
+    """The randomness of a step: times [B] as the model sees them, noise [B, C, H, H], dropped labels [B] bool."""
 
     t: Tensor
     noise: Tensor

@@ -5,7 +5,7 @@ Shapes: N images of this call, B of one batch, C latent channels, H, W latent pi
 For DDPM (`DiffusionConfig.process`), through diffusers' schedulers:
 
 ddpm   Ancestral sampling (arXiv 2006.11239, eq. 11) on a respaced chain (`space_timesteps`), as ADM and DiT do. With
-       `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else it is the posterior's.
+       `arch.learn_sigma` the variance is interpolated in the log domain (2102.09672, eq. 15), else the posterior's.
 ddim   Deterministic, eta = 0 (2010.02502, eq. 12). Timesteps end at T-1, where the latent is noise, so `steps` must
        divide T: diffusers steps by T // steps, and any other number would skip noise levels silently.
 dpm    DPM-Solver++, second order, multistep (2211.01095).
