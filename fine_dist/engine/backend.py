@@ -206,12 +206,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of the update that leads from `step` to `step + 1`, of `steps` in all."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
+    warmup = round(optim.warmup_steps * steps) if optim.warmup_steps < 1 else round(optim.warmup_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
     if optim.schedule == "constant":
         return optim.lr
-    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return optim.lr * 0.5 * (1 + math.cos(math.pi * done))
+    done = (step - warmup) / max(1, steps - warmup)
+    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @contextlib.contextmanager

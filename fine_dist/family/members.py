@@ -230,7 +230,7 @@ class Family:
             "diffusion": config.diffusion.model_dump(mode="json"),
             "precision": config.engine.precision,
         }
-        if config.optim.schedule != "constant":  # the rate of every step depends on how many there will be
+        if config.optim.depends_on_steps:  # the rate of every step depends on how many there will be
             found["steps"] = config.steps
         return found
 

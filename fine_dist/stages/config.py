@@ -117,7 +117,7 @@ class StageConfig(Config):
             "engine": {key: getattr(self.engine, key) for key in BOUND},
         }
         shards.close()
-        return found if self.optim.schedule == "constant" else {**found, "steps": self.steps}
+        return {**found, "steps": self.steps} if self.optim.depends_on_steps else found
 
     @abstractmethod
     def blueprint(self) -> Blueprint | None:

@@ -126,7 +126,7 @@ class Graph:
             name = f"{entry.name}-L{depth}{middle}-s{seed}"
             changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
             # A schedule that knows its end makes another curve from the first step on.
-            grows = made[-1].name if made and made[-1].config.optim.schedule == "constant" else None
+            grows = made[-1].name if made and not made[-1].config.optim.depends_on_steps else None
             made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
         return made
 

@@ -106,6 +106,17 @@ def test_the_learning_rate_warms_up_and_falls_along_a_half_cosine() -> None:
     assert rates == pytest.approx([0.5, 2.0, 2.0, 1.0, 1 + math.cos(math.pi * 0.99)])
 
 
+def test_the_learning_rate_falls_along_a_line_after_a_warm_up_that_is_a_fraction_of_the_run() -> None:
+    optim = OptimConfig(lr=2.0, warmup_steps=0.05, schedule="linear")
+    for steps in (100, 400):
+        warm = steps // 20
+        rates = [learning_rate(optim, step, steps) for step in (0, warm - 1, warm, (steps + warm) // 2, steps - 1)]
+        expected = [2 / warm, 2.0, 2.0, 2 * (1 - ((steps + warm) // 2 - warm) / (steps - warm)), 2 / (steps - warm)]
+        assert rates == pytest.approx(expected)
+    assert optim.depends_on_steps and OptimConfig(warmup_steps=0.1).depends_on_steps
+    assert not OptimConfig(warmup_steps=10).depends_on_steps
+
+
 def test_a_sigma_only_checkpoint_of_dit_b_is_under_one_mib_and_the_frozen_weights_come_back(tmp_path: Path) -> None:
     b2 = arch("DiT-B/2", in_channels=1, input_size=4, num_classes=10, learn_sigma=False)
 
