@@ -22,10 +22,10 @@ class OptimConfig(Config):
     """Decoupled weight decay."""
     warmup_steps: float = Field(0, ge=0)
     """Updates over which the learning rate rises linearly from zero; 0 starts at the full rate. A number below 1 is a
-    fraction of the run's steps, such as 0.05 for a twentieth, so that runs of different lengths can share one setting."""
+    fraction of the run's steps, such as 0.05 for a twentieth: runs of different lengths can share one setting."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: `constant`, or falling to zero at the last step along a half cosine (`cosine`) or
-    a straight line (`linear`). A falling rate ends at a lower loss, but a run then cannot be extended by more steps."""
+    """Learning rate after the warm-up: `constant`, or falling to zero at the last step, along a half cosine (`cosine`)
+    or a line (`linear`). A falling rate ends at a lower loss, but such a run cannot be extended by more steps."""
     clip_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; none: never."""
 
