@@ -1,8 +1,8 @@
 """A batch of latents: as the shards store them, and as float32 where they are used.
 
-What a disk, a bus or another thread hands on is the stored bytes, half of float32's. The conversion is one rounding of
-one product, `float32(x) * float32(scale)`, wherever it is done, so that every device and every batch size finds the
-same bits.
+A stream passes on the stored numbers, which are half the bytes of float32. They become `(float32(x) - shift) *
+float32(scale)` where they are used. Each operation is rounded once wherever it runs, so every device and every batch
+size gives the same bits.
 
 B samples of a batch, C channels, H height, W width.
 """
@@ -16,17 +16,19 @@ import numpy as np
 import torch
 
 _NOISE = 0x6D6F6D656E7473
-"""Keeps the noise of moments apart from every other use of (seed, step, position)."""
+"""Random stream of the noise of moments, different from every other use of (seed, step, position)."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """A process's part of a global batch.
 
-    stored:    [B, C, H, W] in the shards' dtype, unscaled; of moments, the drawn latents in float32.
-    scale:     what `stored` is multiplied by.
-    labels:    int64 [B].
-    positions: int64 [B], places in the global batch; seed whatever is random by (seed, step, position).
+    Attributes:
+        stored: [B, C, H, W] in the shards' dtype, unscaled; for moments, the sampled and scaled latents in float32.
+        scale, shift: latents are `(stored - shift) * scale`.
+        labels: int64 [B].
+        positions: int64 [B], positions in the global batch; all randomness of a sample is seeded by (seed, step,
+            position).
     """
 
     step: int
@@ -35,40 +37,45 @@ class Batch:
     scale: float
     labels: torch.Tensor
     positions: torch.Tensor
+    shift: float = 0.0
 
     @cached_property
     def latents(self) -> torch.Tensor:
-        """float32 [B, C, H, W], multiplied by the scaling factor; converted on its device when first asked for."""
-        return as_float(self.stored, self.scale)
+        """float32 [B, C, H, W], shifted and scaled; converted once, on the device of `stored`."""
+        return as_float(self.stored, self.scale, self.shift)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Batch:
-        """On the device, as stored; positions stay in host memory, where randomness is drawn."""
+        """The batch on a device, in the stored dtype; positions stay in host memory, where randomness is drawn."""
         if device.type == "cpu":
             return self
-        # from page-locked memory alone does a copy to a GPU go on beside the host's work
+        # only a copy from page-locked memory runs while the host continues
         stored, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.stored, self.labels))
         return replace(self, stored=stored, labels=labels)
 
     def part(self, start: int, size: int) -> Batch:
-        """Some samples of it: a micro-batch."""
+        """A micro-batch: `size` samples from `start` on."""
         rows = slice(start, start + size)
         return replace(self, stored=self.stored[rows], labels=self.labels[rows], positions=self.positions[rows])
 
 
-def as_float(stored: torch.Tensor, scale: float) -> torch.Tensor:
-    """`stored`, of any float dtype and on any device, as float32 times `scale`; itself where nothing is to be done."""
+def as_float(stored: torch.Tensor, scale: float, shift: float = 0.0) -> torch.Tensor:
+    """`(stored - shift) * scale` in float32, for any float dtype and device; `stored` itself where that is the same."""
+    if shift:
+        return (stored.float() - shift).mul_(scale)
     if scale == 1:
         return stored.float()
     return stored.float().mul_(scale) if stored.dtype != torch.float32 else stored * scale
 
 
 def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:
-    """Sample latents from their moments [B, 2C, H, W] (mean, then standard deviation): [B, C, H, W].
+    """Sample latents [B, C, H, W] from their moments [B, 2C, H, W] (mean, then standard deviation).
 
-    The noise of a sample is seeded by (seed, step, position), so it is the same on every world size.
+    Args:
+        first: position of row 0 in the global batch. The noise of a sample is seeded by (seed, step, position), so it
+            does not depend on the world size.
     """
     mean, std = moments.chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)

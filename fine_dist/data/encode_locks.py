@@ -14,8 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import open_draft, remove_drafts, write_atomic
+from fine_dist.data.codecs import Codec
 from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (
     MANIFEST,
@@ -89,17 +93,33 @@ def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
         )
 
 
-def mark_done(
-    folder: Path, unit: int, shard: ShardInfo | None, shape: tuple[int, ...] | None, bad: list[BadInput], largest: int
-) -> None:
-    """Say that a unit is done: its shard (None: no image of it could be read), latent shape, bad images, labels."""
-    done = {
-        "shard": shard.model_dump() if shard else None,
-        "bad": [each.model_dump() for each in bad],
-        "largest_label": largest,
-        "shape": shape,
-    }
-    write_atomic(_done_path(folder, unit), json.dumps(done))
+class UnitDone(BaseModel):
+    """What is written of a finished unit, until the manifest is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shard: ShardInfo | None
+    """None when no image of the unit could be read."""
+    bad: tuple[BadInput, ...]
+    largest_label: int
+    shape: tuple[int, ...] | None
+    """Shape of a stored latent."""
+    sums: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
+    """By channel: number of values, their sum, their sum of squares."""
+
+
+def mark_done(folder: Path, unit: int, done: UnitDone) -> None:
+    """Record that a unit is finished."""
+    write_atomic(_done_path(folder, unit), done.model_dump_json())
+
+
+def _read_done(folder: Path, unit: int) -> UnitDone:
+    path = _done_path(folder, unit)
+    try:
+        return UnitDone.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise DataError(f"{path} is damaged: {what}; delete it, and encode again") from None
 
 
 def is_done(folder: Path, unit: int) -> bool:
@@ -184,7 +204,7 @@ class UnitClaims:
             self.release(unit)
 
 
-def merge(source: ImageSource, codec_name: str, scaling_factor: float, job: EncodeJob) -> Manifest:
+def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
     """Write the manifest from what the units left, once; `DataError` when too many images were bad in all."""
     with open(job.folder / _MERGING, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -193,24 +213,29 @@ def merge(source: ImageSource, codec_name: str, scaling_factor: float, job: Enco
             manifest = Manifest.parse(path.read_bytes(), str(path))
             _tidy(job.folder, source.units)
             return manifest
-        parts = [_read_mark(_done_path(job.folder, unit)) for unit in range(source.units)]
-        bad = [BadInput(**each) for part in parts for each in part["bad"]]
-        shards = tuple(ShardInfo(**part["shard"]) for part in parts if part["shard"])
+        parts = [_read_done(job.folder, unit) for unit in range(source.units)]
+        bad = [each for part in parts for each in part.bad]
+        shards = tuple(part.shard for part in parts if part.shard)
         count = sum(shard.count for shard in shards)
         images = len(bad) + count // (2 if job.flips else 1)
         if not count or len(bad) > job.max_bad_fraction * images:
             raise DataError(too_many(job, len(bad), images, bad[-1] if bad else None))
-        channels, height, width = next(part["shape"] for part in parts if part["shape"])
+        channels, height, width = next(part.shape for part in parts if part.shape)
+        count_C, sum_C, square_C = np.sum([part.sums for part in parts if part.shard], axis=0)
+        mean_C = sum_C / count_C
         manifest = Manifest(
             count=count,
             latent_shape=(channels // 2 if job.kind == "moments" else channels, height, width),
             kind=job.kind,
             dtype=job.dtype,
-            scaling_factor=scaling_factor,
-            num_classes=source.num_classes or 1 + max(part["largest_label"] for part in parts),
+            scaling_factor=codec.scaling_factor,
+            shift_factor=codec.shift_factor,
+            channel_mean=tuple(mean_C.tolist()),
+            channel_std=tuple(np.sqrt(np.maximum(square_C / count_C - mean_C**2, 0)).tolist()),
+            num_classes=source.num_classes or 1 + max(part.largest_label for part in parts),
             class_names=source.class_names,
             flips=job.flips,
-            codec=codec_name,
+            codec=codec.name,
             source=str(job.settings.get("source", "")),
             made_by={**job.settings, "fingerprint": source.fingerprint},
             shards=shards,

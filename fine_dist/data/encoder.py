@@ -1,8 +1,8 @@
 """Images to latent shards: many processes, one unit of work a shard, each done once.
 
-The folder of the shards is all they share (`sharing.py`). What a latent is depends on its image and the seed, not on
-who encoded it. Within a process only the codec is waited for: images are read by a pool of threads, stacked by one more
-and written by another, a batch before and behind it.
+Processes share only the folder of the shards (`encode_locks.py`). A latent depends on its image and the seed, not on
+the process that encoded it. Within a process only the codec is waited for: a pool of threads reads images, one thread
+stacks them and one writes shards, each a batch ahead of or behind the codec.
 
 Letters: B images of a batch, C channels of a latent, S image size.
 """
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.codecs import Codec
-from fine_dist.data.encode_locks import EncodeJob, UnitClaims, agree, count_done, mark_done, merge, too_many
+from fine_dist.data.encode_locks import EncodeJob, UnitClaims, UnitDone, agree, count_done, mark_done, merge, too_many
 from fine_dist.data.images import ImageItem, ImageSource
 from fine_dist.data.shards import BadInput, Manifest
 from fine_dist.data.unit_writer import UnitWriter
@@ -68,7 +68,7 @@ def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool 
                 if source.count is not None and bad > job.max_bad_fraction * source.count:
                     raise DataError(too_many(job, bad, source.count, part.last_bad))
         seconds = time.perf_counter() - started
-        manifest = merge(source, codec.name, codec.scaling_factor, job)
+        manifest = merge(source, codec, job)
     return Encoded(manifest, images, seconds, waited)
 
 
@@ -168,7 +168,9 @@ def _encode_unit(
     except BaseException:
         shard.abandon()
         raise
-    mark_done(job.folder, shard.unit, info, shard.shape, bad, shard.largest)
+    rows = tuple(tuple(row) for row in shard.sums.tolist())
+    done = UnitDone(shard=info, bad=tuple(bad), largest_label=shard.largest, shape=shard.shape, sums=rows)
+    mark_done(job.folder, shard.unit, done)
     part.images, part.bad, part.last_bad = shard.images, len(bad), bad[-1] if bad else None
     return part
 

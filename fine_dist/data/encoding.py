@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -13,18 +14,23 @@ from fine_dist.data.audit import Summary, verify
 from fine_dist.data.codecs import Autoencoder, Codec, Identity
 from fine_dist.data.encode_locks import EncodeJob, finished
 from fine_dist.data.encoder import encode
-from fine_dist.data.images import ChosenClasses, FolderImages, ImageSource, TarImages, tell_left_out
+from fine_dist.data.images import ChosenClasses, FolderImages, ImageSource, TarImages, class_folders, describe_left_out
 from fine_dist.data.settings import IDX, DataConfig, EncodeConfig
-from fine_dist.data.shards import Manifest
+from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode what the config says, together with any other process that does; returns the folder of the splits.
+    """Encode all splits of a config, together with any other process that runs it; returns the folder of the splits.
 
-    Run again, it continues, and does nothing when everything is there.
+    Interrupted? The same call resumes; it does nothing when every split is complete.
+
+    Raises:
+        DataError: the splits have different classes; a split's folder holds latents made with other settings; too
+            many images cannot be read.
     """
     splits = _splits(config)
+    _check_classes(config, splits)
     for split in splits:
         folder = config.folder() / split
         manifest = finished(folder, config.settings(split))
@@ -42,11 +48,36 @@ def _splits(config: EncodeConfig) -> tuple[str, ...]:
     if config.codec == "identity" and config.kind == "moments":
         raise ConfigError("kind: identity has no moments; legal with it: sample")
     if config.codec != "identity" and (config.source == "digits" or config.source.startswith(IDX)):
-        raise ConfigError("codec: digits and idx files are small grey images, which no autoencoder takes; use identity")
+        raise ConfigError("codec: digits and idx files are small gray images, which no autoencoder takes; use identity")
+    if config.held_out_fraction is not None and (config.held_out or not config.is_folder):
+        why = f"held_out is {config.held_out!r}" if config.held_out else f"source is {config.source!r}"
+        raise ConfigError(f"held_out_fraction: it divides a folder of class folders, and {why}; give one of the two")
     if config.split:
         return (config.split,)
-    both = config.source == "digits" or config.source.startswith(IDX) or config.held_out
+    both = config.source == "digits" or config.source.startswith(IDX) or config.held_out or config.held_out_fraction
     return SPLITS if both else ("train",)
+
+
+def _check_classes(config: EncodeConfig, splits: tuple[str, ...]) -> None:
+    """`DataError` when a label would be one class in one split and another class in the next.
+
+    Splits that are encoded by separate commands are compared as well, through the manifests beside this one's folder.
+    """
+    names = {f"{split} ({config.source_of(split)})": _class_names(config, split) for split in splits}
+    for path in sorted(config.folder().glob(f"*/{MANIFEST}")):
+        if path.parent.name not in splits and path.parent.name in SPLITS:
+            names[f"{path.parent.name} ({path.parent})"] = Manifest.parse(path.read_bytes(), str(path)).class_names
+    named = [(split, classes) for split, classes in names.items() if classes]
+    for (one, first), (two, second) in pairwise(named):
+        check_classes(one, first, two, second)
+
+
+def _class_names(config: EncodeConfig, split: str) -> tuple[str, ...]:
+    """Names of a folder's classes in the order of labels, without listing its images; none for other sources."""
+    if not config.is_folder:
+        return ()
+    names = class_folders(config.source_of(split))
+    return names if config.classes is None else tuple(names[c] for c in config.classes if c < len(names))
 
 
 def _source(config: EncodeConfig, split: str) -> ImageSource:
@@ -76,6 +107,8 @@ def _all_classes(config: EncodeConfig, split: str) -> ImageSource:
         seed=config.seed,
         limit=config.limit,
         background=config.background,
+        part=split if config.held_out_fraction is not None and split in SPLITS else None,
+        fraction=config.held_out_fraction or 0.1,
     )
 
 
@@ -101,6 +134,8 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
             expand_path(config.vae), subfolder=config.vae_subfolder, device=_device(config), precision=config.precision
         )
         codec.shape((3, config.image_size, config.image_size))
+    if config.kind == "moments" and codec.encode(torch.zeros(1, 3, config.image_size, config.image_size))[1] is None:
+        raise ConfigError(f"kind: {codec.name} has no moments; legal with it: sample")
     if config.scaling_factor:
         codec.scaling_factor = config.scaling_factor
     done = encode(source, codec, _job(config, split, folder), progress=rank_here()[0] == 0)
@@ -109,12 +144,12 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
         f"encode: {folder}: {done.manifest.count} samples in {len(done.manifest.shards)} shards, "
         f"{len(done.manifest.bad)} unreadable images{_left_out(done.manifest)}; "
         f"this process: {done.images} images, {rate:.1f} images/s, "
-        f"codec waiting for images {100 * done.waited_s / max(done.seconds, 1e-9):.1f}% of the time"
+        f"data loading stalled the encoder {100 * done.waited_s / max(done.seconds, 1e-9):.1f}% of the time"
     )
 
 
 def _left_out(manifest: Manifest) -> str:
-    return f", {tell_left_out(manifest.left_out, manifest.num_left_out)}" if manifest.num_left_out else ""
+    return f", {describe_left_out(manifest.left_out, manifest.num_left_out)}" if manifest.num_left_out else ""
 
 
 def _device(config: EncodeConfig) -> str:
@@ -156,7 +191,8 @@ def show(summary: Summary) -> list[str]:
         f"({payload / 1e9:.3g} GB of numbers)",
         f"samples     {manifest.count:,}" + (" (each image and its mirror image)" if manifest.flips else ""),
         f"latents     {shape} {manifest.dtype}, kind {manifest.kind}, codec {manifest.codec}",
-        f"scaling     {manifest.scaling_factor:g}",
+        f"scaling     {manifest.scaling_factor:g}"
+        + (f", shift {manifest.shift_factor:g}" if manifest.shift_factor else ""),
         f"mean, std   {summary.mean:.4g}, {summary.std:.4g} stored; std {summary.scaled_std:.4g} scaled",
         "by channel  " + ", ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(summary.channel_mean, summary.channel_std)),
         f"unreadable  {len(manifest.bad)} images"

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
@@ -33,14 +33,14 @@ FORMATS = {
     "BMP": ("bmp",),
     "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
-"""Kinds of images that are read, by what they are inside (Pillow's names), and the endings of their files."""
+"""Formats that are read (Pillow's names, recognized by content), and the endings of their files."""
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 """Endings of image files, upper or lower case."""
 WHITE = (255, 255, 255)
-Colour: TypeAlias = tuple[int, int, int]
+Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0 to 255."""
 _ORDER = 0x696D61676573
-"""Keeps the order of images apart from other uses of the seed."""
+"""Random stream of the order of images, different from other uses of the seed."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ImageSource(Protocol):
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Names of what lies among the images and is none."""
+        """Names of files and folders that are neither images nor classes."""
 
     @property
     def fingerprint(self) -> str:
@@ -83,14 +83,15 @@ class ImageSource(Protocol):
         """The images of a unit."""
 
 
-def center_crop(image: Image.Image, size: int, background: Colour = WHITE) -> np.ndarray:
+def center_crop(image: Image.Image, size: int, background: Color = WHITE) -> np.ndarray:
     """An image's central square, size x size: uint8 [3, size, size].
 
     The arithmetic of ADM (arXiv 2105.05233), which FIDs in the literature rest on: halve with a box filter while the
     shorter side is at least twice the size, then make the shorter side `size` bicubically, then cut out the middle.
-    What is transparent shows the background. `ValueError` for numbers of which nobody knows what white is.
+    Transparent parts show the background. An image is turned upright first, as its EXIF orientation says. Raises
+    `ValueError` for pixel values whose white level is unknown.
     """
-    image = to_rgb(image, background)
+    image = to_rgb(ImageOps.exif_transpose(image), background)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -100,8 +101,8 @@ def center_crop(image: Image.Image, size: int, background: Colour = WHITE) -> np
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
-    """An image in 8-bit colours: 16-bit numbers scaled down, what is transparent laid over the background."""
+def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
+    """An image in 8-bit RGB: 16-bit values are scaled down, transparent parts are composited onto the background."""
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bit(image)
     bands = image.getbands()
@@ -112,32 +113,43 @@ def to_rgb(image: Image.Image, background: Colour = WHITE) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Grey of 16-bit numbers (white is 65535), or of floats (white is 1), as 8-bit grey; Pillow itself would clip."""
+    """8-bit gray of 16-bit values (white is 65535) or floats (white is 1); Pillow's own conversion would clip."""
     values, white = np.asarray(image), 1 if image.mode == "F" else 65535
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= 0 and high <= white):
-        raise ValueError(
-            f"grey from {low:g} to {high:g} in mode {image.mode}, and only 0 to {white} have a known white"
-        )
-    grey = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+        raise ValueError(f"gray from {low:g} to {high:g} in mode {image.mode}; legal: 0 to {white}")
+    gray = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return gray
 
 
-def read_image(file: BinaryIO | Path, size: int, background: Colour) -> np.ndarray:
+def read_image(file: BinaryIO | Path, size: int, background: Color) -> np.ndarray:
     """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
     with Image.open(file, formats=[*FORMATS]) as image:
         return center_crop(image, size, background)
 
 
 class FolderImages:
-    """ImageNet's layout: one sub-folder of images per class; labels are the sub-folders' places in sorted order.
+    """ImageNet's layout: one sub-folder of images per class; a label is its sub-folder's rank in sorted order.
 
-    The images are shuffled once, by the seed, so that every shard holds all kinds of classes. Corrupt ones are found
-    when they are read. What is neither an image nor the folder of a class is named in `left_out`. `DataError` when
-    there are no sub-folders or no images.
+    The images are shuffled once, by the seed, so that every shard holds many classes. Damaged ones are found when they
+    are read. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`), and everything else that is neither an
+    image nor the folder of a class, are listed in `left_out`. Links are followed.
+
+    Args:
+        root: folder of class folders.
+        image_size: side of the square crop, in pixels.
+        per_unit: images of a unit, which becomes a shard.
+        seed: seed of the order.
+        limit: number of images, at most.
+        background: color under transparent images.
+        part: "train" or "held_out" of `fraction`; None: all images.
+        fraction: fraction of each class's images that is the part "held_out": every n-th, at least one of two.
+
+    Raises:
+        DataError: there are no sub-folders or no images.
     """
 
     def __init__(
@@ -148,26 +160,28 @@ class FolderImages:
         per_unit: int,
         seed: int,
         limit: int | None = None,
-        background: Colour = WHITE,
+        background: Color = WHITE,
+        part: str | None = None,
+        fraction: float = 0.1,
     ) -> None:
         self.root, self.image_size, self.per_unit = Path(expand_path(root)), image_size, per_unit
         self.background = background
-        if not self.root.is_dir():
-            raise DataError(f"source: {self.root}: there is no such folder")
+        self.class_names = class_folders(root)
         entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
-        self.class_names = tuple(entry.name for entry in entries if entry.is_dir())
-        files, others = [], [entry.name for entry in entries if not entry.is_dir()]
+        files, others = [], [entry.name + "/" * entry.is_dir() for entry in entries if not _is_class(entry)]
         for label, name in enumerate(self.class_names):
+            found = []
             for entry in sorted(os.scandir(self.root / name), key=lambda entry: entry.name):
-                if entry.name.rpartition(".")[2].lower() in SUFFIXES and not entry.is_dir():
-                    files.append((f"{name}/{entry.name}", label))
+                if _is_image(entry):
+                    found.append((f"{name}/{entry.name}", label))
                 else:
-                    others.append(f"{name}/{entry.name}" + ("/" if entry.is_dir() else ""))
+                    others.append(f"{name}/{entry.name}" + "/" * entry.is_dir())
+            files += found if part is None else _part_of(found, part, fraction)
         self.left_out = tuple(others)
         if not files:
             raise DataError(
                 f"source: {self.root} has no images in sub-folders, one per class; kinds: {', '.join(SUFFIXES)}"
-                + (f"; {tell_left_out(self.left_out)}" if others else "")
+                + (f"; {describe_left_out(self.left_out)}" if others else "")
             )
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]
         self.files = [files[i] for i in order]
@@ -184,6 +198,32 @@ class FolderImages:
         return read_image(self.root / name, self.image_size, self.background)
 
 
+def class_folders(root: str) -> tuple[str, ...]:
+    """Names of the class folders in a folder, in the order of labels. `DataError` when there is no such folder."""
+    folder = Path(expand_path(root))
+    if not folder.is_dir():
+        raise DataError(f"source: {folder}: there is no such folder")
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if _is_class(entry)))
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    name = entry.name
+    # is_file follows links, and is False for FIFOs and sockets, which would be waited for
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in SUFFIXES and entry.is_file()
+
+
+def _part_of(files: list[tuple[str, int]], part: str, fraction: float) -> list[tuple[str, int]]:
+    """Every n-th image of a class is held out, the last where there are fewer than n but more than one."""
+    every = max(2, round(1 / fraction))
+    last = len(files) - 1 if 1 < len(files) < every else -1
+    held_out = {number for number in range(len(files)) if number % every == every - 1 or number == last}
+    return [file for number, file in enumerate(files) if (number in held_out) == (part == "held_out")]
+
+
 class TarImages:
     """webdataset image shards (`KEY.jpg`, `KEY.cls`), each of which becomes one latent shard, in its order.
 
@@ -198,7 +238,7 @@ class TarImages:
         data: DataConfig,
         num_classes: int | None,
         limit: int | None = None,
-        background: Colour = WHITE,
+        background: Color = WHITE,
     ) -> None:
         self.urls = [url if is_remote(url) else local_path(url) for url in wds.shardlists.expand_urls(pattern)]
         missing = [url for url in self.urls if not is_remote(url) and not os.path.isfile(url)]
@@ -284,8 +324,12 @@ class ChosenClasses:
                 yield replace(item, label=self.places[item.label])
 
 
-def tell_left_out(names: Sequence[str], count: int | None = None) -> str:
-    """`3 files left out: a.txt, b/c.json, b/d` for lines that people read; count: when there are more than `names`."""
+def describe_left_out(names: Sequence[str], count: int | None = None) -> str:
+    """One line such as `3 files left out (no images): a.txt, b/c.json, b/d`.
+
+    Args:
+        count: how many there are, when `names` holds only the first of them.
+    """
     count = len(names) if count is None else count
     more = ", ..." if count > min(len(names), 5) else ""
     return f"{count:,} {'files' if count != 1 else 'file'} left out (no images): {', '.join(names[:5])}{more}"

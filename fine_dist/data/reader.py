@@ -33,18 +33,19 @@ _SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "th
 class Rows:
     """Records of a read: what they hold, and what is wrong with which row (its numbers are void).
 
-    stored: [B, ...] as in the shards, unscaled. labels: int64 [B]. scale: what the reader was asked to multiply by.
+    stored: [B, ...] as in the shards, unscaled. labels: int64 [B]. scale, shift: those that were asked for.
     """
 
     stored: torch.Tensor
     labels: np.ndarray
     scale: float
+    shift: float = 0.0
     faults: dict[int, str] = field(default_factory=dict)
 
     @property
     def latents(self) -> torch.Tensor:
-        """float32 [B, ...], multiplied by the scale."""
-        return as_float(self.stored, self.scale)
+        """float32 [B, ...], `(stored - shift) * scale`."""
+        return as_float(self.stored, self.scale, self.shift)
 
 
 class ShardSet:
@@ -84,10 +85,11 @@ class ShardSet:
             self._shards[number] = Shard(f"{self.base}/{info.name}", info, self.manifest, self._config, self._indexes)
         return self._shards[number]
 
-    def read(self, shard_B: np.ndarray, index_B: np.ndarray, scale: float = 1.0) -> Rows:
-        """The records at (shard, index) as they are stored, with the faults of those that are not good.
+    def read(self, shard_B: np.ndarray, index_B: np.ndarray, *, scaled: bool = False) -> Rows:
+        """The records at (shard, index) as they are stored, with the faults of those that are damaged.
 
-        scale: what `latents` of the result is multiplied by.
+        Args:
+            scaled: whether `latents` of the result applies the manifest's scale and shift.
         """
         numbers = shard_B.tolist()
         with self._lock:
@@ -96,7 +98,11 @@ class ShardSet:
         indexed = not regular and all(shard.index and not shard.index.faults for shard in shards.values())
         # NumPy's memory, not torch's aligned blocks: with those the heap was seen to grow by up to 90 MiB
         stored = np.empty((len(numbers), *self._layout.shape), self._layout.dtype)
-        rows = Rows(torch.from_numpy(stored), np.empty(len(numbers), np.int64), scale)
+        rows = Rows(
+            torch.from_numpy(stored),
+            np.empty(len(numbers), np.int64),
+            *((self.manifest.scaling_factor, self.manifest.shift_factor) if scaled else (1.0, 0.0)),
+        )
         if regular:
             self._read_regular(shards, shard_B, index_B, stored, rows, 0)
         elif indexed:

@@ -13,95 +13,108 @@ from fine_dist.core.settings import LaunchConfig
 
 
 class DataConfig(Config):
-    """Where latents are read from, and how (see `fine_dist.data.stream`)."""
+    """Where latents are read from, and how they are streamed."""
 
     shards: str | None = None
-    """Folder, URL or brace pattern of webdataset latent shards with their manifest.json."""
+    """Training latents: a folder, a URL or a brace pattern of webdataset shards that have a manifest.json."""
     held_out: str | None = None
-    """Shards that are never trained on; the held-out loss is measured on them."""
+    """Latents that are never trained on; the held-out loss is measured on them. Their classes must be those of
+    `shards`."""
     held_out_samples: int = Field(2048, ge=1)
-    """Samples of them, at most, that are measured each time while a model trains, at one to four timesteps each."""
+    """Number of held-out samples, at most, in each measurement during training. Each is measured at one to four
+    timesteps."""
     streams: int = Field(64, ge=1)
-    """Canonical streams C: the order of samples depends on it, never on the number of processes."""
+    """Number of canonical streams into which an epoch is divided. The order of samples depends on it, and never on the
+    number of processes; change it only for more processes than streams."""
     window: int = Field(1024, ge=1)
-    """Shuffle window of one stream, in samples (rounded up to whole shards)."""
-    workers: int = Field(0, ge=0)
-    """Reader threads of each training process, which read ahead; 0 reads when a batch is asked for."""
+    """Shuffle window of a stream, in samples; it is rounded up to whole shards. Larger shuffles better and keeps more
+    shards open."""
+    workers: int = Field(0, ge=0, le=1024)
+    """Reader threads of each training process. With 0, a batch is read when the training loop asks for it; use 2 or
+    more for slow or remote storage."""
     max_bad_fraction: float = Field(0.0, ge=0.0, lt=1.0)
-    """Fraction of damaged samples that is skipped before it becomes an error."""
+    """Fraction of damaged samples that is skipped before training stops with an error."""
     verify: Literal["size", "sha256", "none"] = "size"
-    """What is checked when a shard is opened: its size, its sha256 as well, or nothing."""
+    """What is checked when a shard is opened: its size, its size and sha256, or nothing."""
     cache_dir: str | None = None
-    """Local folder in which remote shards are kept; none by default."""
+    """Local folder that keeps copies of remote shards, shared by all processes of a node. By default a remote shard is
+    copied to an unnamed temporary file each time it is opened."""
     cache_bytes: int = Field(50 * 2**30, ge=0)
-    """Size cap of the cache, in bytes."""
-    retries: int = Field(5, ge=0)
-    """Attempts after the first to open or read a remote shard."""
+    """Size limit of the cache, in bytes."""
+    retries: int = Field(5, ge=0, le=1000)
+    """Number of further attempts when a remote shard cannot be opened or read."""
     timeout_s: float = Field(30.0, gt=0)
-    """Seconds without a byte after which a remote read is tried again."""
+    """Seconds without a received byte after which a remote read is retried."""
 
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 IDX = "idx:"
-"""What the name of a folder of IDX files begins with, as a source."""
+"""Prefix of a source that is a folder of IDX files."""
 
 
 class EncodeConfig(Config):
-    """Encode images into latent shards: OUT/SPLIT/latents-000000.tar and so on, and their manifest.json."""
+    """Encode images into latent shards: OUT/SPLIT/latents-000000.tar and so on, with their manifest.json."""
 
     source: str = "digits"
-    """`digits` (embedded), a folder with one sub-folder of images per class, webdataset image shards (.tar files as a
-    brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as Fashion-MNIST's."""
+    """Images to encode: `digits` (scikit-learn's, embedded), a folder with one sub-folder of images per class,
+    webdataset image shards (.tar files as a brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as
+    Fashion-MNIST's."""
     held_out: str | None = None
-    """ImageSource of a second split, held_out, that is encoded after the first; none: what the source itself has."""
+    """Source of a second split named held_out, encoded after the first. Its class folders must have the names of the
+    first source's. Default: the split that the source itself has, if any."""
+    held_out_fraction: float | None = Field(None, gt=0, le=0.5)
+    """Fraction of each class's images that becomes the split held_out when `source` is a folder: every n-th image, at
+    least one of each class with two or more. Default: no image is set aside."""
     classes: tuple[int, ...] | None = Field(None, min_length=1)
-    """Classes that are kept, by their labels: the first named becomes label 0; none: all."""
+    """Labels of the classes to keep; the first named becomes label 0. Default: all classes."""
     out: str | None = None
-    """Folder that gets one sub-folder of shards per split."""
+    """Output folder; it gets one sub-folder of shards per split."""
     split: str | None = None
-    """Name of that sub-folder, such as train or held_out; none: train (for digits and idx: both)."""
+    """Name of that sub-folder, such as train or held_out. Default: train, and held_out where the source has one."""
     codec: Literal["identity", "vae"] = "identity"
-    """`identity` keeps pixels, scaled to [-1, 1]; `vae` encodes with diffusers' AutoencoderKL."""
+    """`identity` keeps pixels, scaled to [-1, 1]; `vae` encodes with an autoencoder of diffusers."""
     vae: str = "stabilityai/sd-vae-ft-ema"
-    """Hub name or local folder of the autoencoder (safetensors weights)."""
+    """Hub name or local folder of the autoencoder, with safetensors weights. Any class of diffusers that encodes single
+    images serves, such as AutoencoderKL and AutoencoderDC; its scale and shift are kept in the manifest."""
     vae_subfolder: str | None = None
-    """Sub-folder that holds it, such as vae in a whole pipeline's repository."""
+    """Sub-folder of the autoencoder in a whole pipeline's repository, usually vae. Default: the repository's root."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
-    """Red, green and blue, 0 to 255, of what transparent images are laid over."""
+    """Red, green and blue, 0 to 255, onto which transparent images are composited."""
     kind: Literal["sample", "moments"] = "sample"
-    """Store one sample of each latent, or its mean and standard deviation, sampled anew at every reading."""
-    image_size: int = Field(256, ge=1)
-    """Side of the square that is cut from each image."""
+    """Store one sample of each latent, or its mean and standard deviation, from which a new sample is drawn at every
+    reading (twice the size)."""
+    image_size: int = Field(256, ge=1, le=2**14)
+    """Side of the square that is cropped from the center of each image, in pixels."""
     flips: bool = False
-    """Encode every image's mirror image too, as a further sample."""
+    """Also encode the mirror image of every image, as a further sample."""
     scaling_factor: float | None = Field(None, gt=0)
-    """What the stream multiplies latents by; none: what the autoencoder says (identity: 1)."""
+    """Factor by which the stream multiplies latents. Default: the autoencoder's own (identity: 1)."""
     num_classes: int | None = Field(None, ge=1)
-    """Classes of webdataset image shards; none: up to the largest label."""
-    shard_samples: int = Field(1024, ge=1)
-    """Samples of a shard (webdataset image shards become one each, whatever their size)."""
+    """Number of classes of webdataset image shards. Default: the largest label plus one."""
+    shard_samples: int = Field(1024, ge=1, le=10**9)
+    """Number of samples in a shard. Each webdataset image shard becomes one latent shard, whatever its size."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Of the stored numbers."""
-    batch: int = Field(32, ge=1)
-    """Images that go through the codec together."""
-    workers: int = Field(4, ge=1)
+    """Data type of the stored numbers."""
+    batch: int = Field(32, ge=1, le=2**16)
+    """Number of images that go through the codec together. It changes speed and memory alone."""
+    workers: int = Field(4, ge=1, le=1024)
     """Threads that read, decode and crop images ahead of the codec."""
     seed: Seed = 0
-    """Shuffles the images over shards, and seeds the noise of sampled latents."""
+    """Seed of the order of images over shards and of the noise of sampled latents."""
     limit: int | None = Field(None, ge=1)
-    """At most about so many images; none: all."""
+    """Number of images to encode, at most. Default: all."""
     max_bad_fraction: float = Field(0.001, ge=0, lt=1)
-    """Fraction of images that may be unreadable; they are listed in the manifest."""
+    """Fraction of unreadable images beyond which encoding fails; those within it are listed in the manifest."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the autoencoder runs; `auto` takes a GPU when there is one."""
+    """Device of the autoencoder; `auto` takes a GPU when there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the autoencoder."""
+    """Precision of the autoencoder."""
     launch: LaunchConfig = LaunchConfig()
-    """What a job needs; its processes share the work by shard."""
+    """Resources of the job; its processes divide the shards among themselves."""
 
     @property
     def run_dir(self) -> str | None:
-        """Where a job keeps its files."""
+        """Folder of a job's own files: that of the shards."""
         return self.out
 
     def folder(self) -> Path:
@@ -110,8 +123,14 @@ class EncodeConfig(Config):
             raise ConfigError("out: the folder for the shards is needed, for example --out data/digits")
         return Path(expand_path(self.out))
 
+    @property
+    def is_folder(self) -> bool:
+        """Whether the source is a folder of class folders."""
+        embedded = self.source == "digits" or self.source.startswith((IDX, "pipe:"))
+        return not embedded and not self.source.endswith(".tar")
+
     def settings(self, split: str) -> dict[str, Any]:
-        """What decides the content of the shards."""
+        """The settings that determine the content of a split's shards."""
         keys = (
             "source codec vae vae_subfolder kind image_size flips scaling_factor num_classes shard_samples dtype seed"
         )
@@ -122,8 +141,10 @@ class EncodeConfig(Config):
             made["background"] = self.background
         if self.classes is not None:
             made["classes"] = list(self.classes)
+        if self.held_out_fraction is not None:
+            made["held_out_fraction"] = self.held_out_fraction
         return {**made, "source": self.source_of(split), "split": split}
 
     def source_of(self, split: str) -> str:
-        """What a split is made of."""
+        """The source of a split's images."""
         return self.held_out if self.held_out and split == "held_out" else self.source

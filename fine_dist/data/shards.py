@@ -89,7 +89,13 @@ class Manifest(_Model):
     dtype: Literal["float16", "float32"] = "float16"
     """Of the stored numbers."""
     scaling_factor: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """The stream multiplies by it; shards hold what the codec gave."""
+    """Factor of the stream: it gives `(stored - shift_factor) * scaling_factor`; shards hold the codec's own output."""
+    shift_factor: float = Field(0.0, allow_inf_nan=False)
+    """Shift of the stream, before the factor."""
+    channel_mean: tuple[float, ...] = ()
+    """Mean of each channel of the stored latents, where it was measured while encoding."""
+    channel_std: tuple[float, ...] = ()
+    """Standard deviation of each channel of the stored latents (of the mean, for moments)."""
     num_classes: int = Field(ge=1, le=10**7)
     """Labels are 0 .. num_classes - 1."""
     class_names: tuple[str, ...] = ()
@@ -126,6 +132,8 @@ class Manifest(_Model):
             self.num_classes,
             [(s.count, s.sha256) for s in self.shards],
         ]
+        if self.shift_factor:
+            parts.append(self.shift_factor)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> Path:
@@ -160,6 +168,26 @@ class Manifest(_Model):
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
             raise DataError(f"{where}: a shard is listed twice")
         return manifest
+
+
+def check_classes(one: str, first: tuple[str, ...], two: str, second: tuple[str, ...]) -> None:
+    """`DataError` when two sets of latents, both with class names, do not mean the same class by the same label.
+
+    Args:
+        one, two: what the sets are called in the message.
+        first, second: their class names in the order of labels; sets without names are not compared.
+    """
+    if not first or not second or first == second:
+        return
+    label = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+    what = " and ".join(
+        f"{names[label]!r} in {where}" if label < len(names) else f"no class of {where}"
+        for where, names in ((one, first), (two, second))
+    )
+    raise DataError(
+        f"label {label} is {what} ({len(first)} and {len(second)} classes); labels are ranks of class folders in "
+        "sorted order: give both the same class folders (an empty one keeps its label)"
+    )
 
 
 class ShardWriter:

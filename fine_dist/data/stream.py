@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fine_dist.core.errors import DataError
-from fine_dist.data.batch import Batch, draw_moments
+from fine_dist.data.batch import Batch, as_float, draw_moments
 from fine_dist.data.order import Order
 from fine_dist.data.reader import Rows, ShardSet
 from fine_dist.data.settings import DataConfig
@@ -75,7 +75,6 @@ class LatentStream:
             streams=config.streams,
             window=config.window,
         )
-        self._scale = self.manifest.scaling_factor
         self._seed, self._workers = seed, config.workers
         share = global_batch // world_size
         self._low, self._high = rank * share, (rank + 1) * share
@@ -164,15 +163,18 @@ class LatentStream:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, step: int, shard: np.ndarray, index: np.ndarray) -> Batch:
-        rows = self._set.read(shard, index, self._scale)
+        rows = self._set.read(shard, index, scaled=True)
         for row, fault in rows.faults.items():
             self._set.count_bad(int(shard[row]), int(index[row]), fault)
             self._replace(step, row, rows)
-        stored, scale = rows.stored, self._scale
-        if self.manifest.kind == "moments":  # scaling the mean and the deviation scales the sample
-            stored, scale = draw_moments(rows.latents, self._seed, step, self._low), 1.0
+        stored, scale, shift = rows.stored, rows.scale, rows.shift
+        if self.manifest.kind == "moments":
+            # a sample of scaled moments is the scaled sample; the shift moves its mean alone
+            moments = as_float(stored, scale)
+            moments[:, : self.manifest.latent_shape[0]] -= shift * scale
+            stored, scale, shift = draw_moments(moments, self._seed, step, self._low), 1.0, 0.0
         labels = torch.from_numpy(rows.labels)
-        return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions)
+        return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions, shift)
 
     def _replace(self, step: int, row: int, rows: Rows) -> None:
         """Put the stream's next good sample into a damaged one's place: the same on every world size, with no state."""
@@ -180,7 +182,7 @@ class LatentStream:
         stream, k = divmod(position, self._order.per_stream)
         j = step * self._order.per_stream + k
         for shard, index in self._candidates(stream, j):
-            found = self._set.read(shard, index, self._scale)
+            found = self._set.read(shard, index, scaled=True)
             if not found.faults:
                 rows.stored[row], rows.labels[row] = found.stored[0], found.labels[0]
                 return
@@ -233,7 +235,7 @@ def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch
     latents, labels = [], []
     for start in range(0, len(shard), _PLAN_SAMPLES):
         part = slice(start, start + _PLAN_SAMPLES)
-        rows = shard_set.read(shard[part], index[part], manifest.scaling_factor)
+        rows = shard_set.read(shard[part], index[part], scaled=True)
         for row, fault in rows.faults.items():
             shard_set.count_bad(int(shard[part][row]), int(index[part][row]), fault)
         latents.append(rows.latents[:, : manifest.latent_shape[0]])

@@ -23,14 +23,17 @@ EncodedBatch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class UnitWriter:
-    """The shard of a unit. `images`: handed in so far; `shape`, `largest`: of the latents and labels, once closed.
+    """Writes the shard of a unit.
 
-    An error of the thread (a full disk, a latent that is not finite) is raised by the `add` or `close` that follows.
+    `images` counts those handed in; once closed, `shape` is that of the latents, `largest` the largest label, and
+    `sums` the number of values, their sum and their sum of squares for each channel of the latents (of the mean, for
+    moments). An error of the thread (a full disk, a latent that is not finite) is raised by the next `add` or `close`.
     """
 
     def __init__(self, thread: ThreadPoolExecutor, job: EncodeJob, unit: int) -> None:
         self.unit, self.images, self.largest = unit, 0, -1
         self.shape: tuple[int, ...] | None = None
+        self.sums = np.zeros((3, 0))
         self._thread, self._job = thread, job
         self._writer: ShardWriter | None = None
         self._behind: deque[Future[None]] = deque()
@@ -59,6 +62,11 @@ class UnitWriter:
 
     def _write(self, sides: list[EncodedBatch], labels: list[int], first: int) -> None:
         latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
+        for (mean, _), stored in zip(sides, latents):
+            values = stored[:, : mean.shape[1]].astype(np.float64)
+            count = np.full(values.shape[1], values.size / values.shape[1])
+            found = np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))])
+            self.sums = self.sums + found if self.sums.size else found
         for row, label in enumerate(labels):
             for side in latents:
                 if self._writer is None:

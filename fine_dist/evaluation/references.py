@@ -93,7 +93,7 @@ class References:
         start, stop = len(shard) * rank // size, len(shard) * (rank + 1) // size
         for first in range(start, stop, _BATCH):
             part = slice(first, min(first + _BATCH, stop))
-            rows = shards.read(shard[part], index[part], manifest.scaling_factor)
+            rows = shards.read(shard[part], index[part], scaled=True)
             for row, fault in rows.faults.items():
                 shards.count_bad(int(shard[part][row]), int(index[part][row]), fault)
             yield torch.arange(part.start, part.stop), finish(rows.latents[:, : manifest.latent_shape[0]])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from fine_dist.core.errors import DataError
+from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.data.images import center_crop
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest
-from fine_dist.data.stream import read_all
+from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.encode import main, run
 from tests.data.picturing import config
 
@@ -91,9 +92,9 @@ def test_mirror_images_are_entries_of_their_own(folder, vae, tmp_path):
 
 def test_an_autoencoder_that_is_not_there_or_does_not_fit_says_so(folder, vae, tmp_path):
     path, _ = vae
-    with pytest.raises(DataError, match="no AutoencoderKL can be loaded"):
+    with pytest.raises(DataError, match="no autoencoder can be loaded"):
         run(config(folder, tmp_path, codec="vae", vae=str(tmp_path)))
-    with pytest.raises(DataError, match="sides that are multiples of 4, not 3x30x30"):
+    with pytest.raises(DataError, match="down-samples by 4; use a multiple of 4, such as 28"):
         run(config(folder, tmp_path, codec="vae", vae=str(path), image_size=30))
 
 
@@ -104,4 +105,57 @@ def test_a_transformer_where_an_autoencoder_is_needed_is_named_as_what_it_is(fol
     model.save_pretrained(tmp_path / "dit")
     argv = ["--source", str(folder), "--out", str(tmp_path / "out"), "--codec", "vae", "--vae", str(tmp_path / "dit")]
     assert main([*argv, "--launcher", "here"]) == 2
-    assert "it is a DiTTransformer2DModel, and an AutoencoderKL is needed" in capsys.readouterr().err
+    assert "it is a DiTTransformer2DModel, and an autoencoder is needed" in capsys.readouterr().err
+
+
+def test_a_shifted_autoencoder_s_latents_are_shifted_then_scaled(folder, vae, tmp_path):
+    path, model = vae
+    run(config(folder, tmp_path / "plain", codec="vae", vae=str(path), kind="moments", dtype="float32"))
+    model.register_to_config(shift_factor=0.25)
+    model.save_pretrained(tmp_path / "shifted")
+    model.register_to_config(shift_factor=None)
+    for kind in ("moments", "sample"):
+        out = tmp_path / kind
+        run(config(folder, out, codec="vae", vae=str(tmp_path / "shifted"), kind=kind, dtype="float32"))
+        assert Manifest.parse((out / "train" / "manifest.json").read_bytes(), "").shift_factor == 0.25
+    plain, _ = read_all(str(tmp_path / "plain" / "train"))
+    shifted, _ = read_all(str(tmp_path / "moments" / "train"))
+    torch.testing.assert_close(shifted, plain - 0.25 * 0.5)  # (x - shift) * scale, with scale 0.5
+
+    def batch(shards: Path) -> torch.Tensor:
+        with LatentStream(DataConfig(shards=str(shards / "train")), seed=0, global_batch=8) as stream:
+            return next(stream.batches()).latents
+
+    # the same noise moves both, so the samples differ by the shift alone
+    torch.testing.assert_close(batch(tmp_path / "moments"), batch(tmp_path / "plain") - 0.25 * 0.5)
+    assert batch(tmp_path / "sample").shape == (8, 4, 8, 8)
+
+
+def test_an_autoencoder_of_another_class_gives_its_own_channels_and_sides(folder, tmp_path):
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    model = AutoencoderDC(
+        latent_channels=8,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 8, 16),
+        decoder_block_out_channels=(8, 8, 16),
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+        scaling_factor=0.4,
+    )
+    model.save_pretrained(tmp_path / "dc")
+    run(config(folder, tmp_path / "out", codec="vae", vae=str(tmp_path / "dc"), dtype="float32"))
+    manifest = Manifest.parse((tmp_path / "out" / "train" / "manifest.json").read_bytes(), "")
+    assert manifest.latent_shape == (8, 8, 8) and manifest.scaling_factor == pytest.approx(0.4)
+    latents = read_all(str(tmp_path / "out" / "train"))[0] / 0.4
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.tensor(manifest.channel_mean), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        latents.std((0, 2, 3), correction=0), torch.tensor(manifest.channel_std), rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ConfigError, match="has no moments"):
+        run(config(folder, tmp_path / "m", codec="vae", vae=str(tmp_path / "dc"), kind="moments"))

@@ -162,7 +162,7 @@ def test_inspect_warns_when_the_scaling_looks_wrong(tmp_path, std, factor, words
         ([], "out: the folder for the shards is needed"),
         (["--out", "x", "--source", "/absent"], "source: /absent: there is no such folder"),
         (["--out", "x", "--source", "/absent/{0..3}.tar"], "/absent/0.tar: there is no such file (4 of 4 missing)"),
-        (["--out", "x", "--codec", "vae"], "small grey images, which no autoencoder takes"),
+        (["--out", "x", "--codec", "vae"], "small gray images, which no autoencoder takes"),
         (["--out", "x", "--kind", "moments"], "identity has no moments"),
         (["--out", "x", "--split", "test"], "digits have no split 'test'; legal: train, held_out"),
     ],
