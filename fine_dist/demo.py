@@ -27,25 +27,25 @@ class DemoConfig(Config):
     """The whole method on scikit-learn's digits (1,797 real scans, used as 1x8x8 latents), with a report."""
 
     study: str | None = None
-    """Another study's file, over which the settings below are laid; none: the demo's own."""
+    """Study file to run in place of the demo's own; the settings below are laid over it."""
     run_dir: str = "runs/demo"
-    """Where everything is written; the report lands in its `report/`."""
+    """Folder for everything that is written; the report is in its `report/`."""
     seeds: int = Field(1, ge=1)
-    """Seeds 0, 1, ... of the whole chain, learngene included; the report shows means and spread."""
+    """Number of seeds of the whole chain, learngene included; with several, the report shows means and spread."""
     depths: tuple[int, ...] = (2, 4, 6)
-    """Depths of the targets."""
+    """Depths (numbers of layers) of the models that are initialized from the learngene."""
     condense_steps: int = Field(1500, ge=1)
-    """Stage 1."""
+    """Updates of stage 1, which condenses the ancestor into the learngene."""
     init_steps: int = Field(300, ge=1)
-    """Stage 2: initialisation alone."""
+    """Updates of stage 2, which trains only the scalers of each target."""
     train_steps: int = Field(400, ge=1)
-    """Stage 3, N: each target after initialisation. Scratch is trained N and 3 N steps."""
+    """Updates N of stage 3, which trains each target as a whole; models from scratch are trained N and 3 N steps."""
     samples: int = Field(500, ge=10)
-    """Images drawn for each Fréchet distance."""
+    """Images that are sampled from each model for its Fréchet distance."""
     controls: bool = True
-    """Also train targets that inherit only what is outside the blocks."""
+    """Also train the control: models that inherit the embedders and the final layer, with random blocks."""
     parallel: int = Field(min(2, os.cpu_count() or 1), ge=1)
-    """Jobs at once, a thread each."""
+    """Jobs that run at the same time, each on one CPU thread."""
 
 
 def study_of(config: DemoConfig) -> StudyConfig:

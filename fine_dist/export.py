@@ -17,19 +17,19 @@ class ExportConfig(Config):
     was written is read back and compared."""
 
     model: str | None = None
-    """A model, a target, a learngene, a run; also DiT's `.pt`, a folder of diffusers, a name on the hub."""
+    """What to write: a model, target, learngene or run of ours, DiT's `.pt`, a diffusers folder or a hub name."""
     out: str | None = None
-    """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; must not exist yet."""
+    """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; it must not exist yet."""
     to: Literal["fine_dist", "diffusers", "dit"] = "fine_dist"
-    """Format: this project's `model`, a `DiTPipeline` folder, or the original DiT's state dict."""
+    """Format: this project's `model` folder, a `DiTPipeline` folder of diffusers, or the original DiT's state dict."""
     vae: str | None = None
-    """Folder or hub name of the `AutoencoderKL` that goes into a pipeline."""
+    """Folder or hub name of the `AutoencoderKL` that completes a diffusers pipeline (with `--to diffusers`)."""
     learngene: str | None = None
-    """Where the parent of an initialised target lies now, when it has moved."""
+    """Present place of the learngene that a target was made from, when it has moved since."""
     weights: Literal["ema", "raw"] = "ema"
-    """The averages of what was trained, or the weights themselves."""
+    """Weights to write: their exponential moving average (`ema`), or those of the last step (`raw`)."""
     hints: HintsConfig = HintsConfig()
-    """What another project's file does not say of itself."""
+    """Facts about another project's file that it does not state itself."""
 
 
 def run(config: ExportConfig) -> Path:

@@ -22,9 +22,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args, get_origin
 
 from fine_dist.core import logs
-from fine_dist.core.config import C, Config, load_yaml, models_in, parse_word, shown, validate
+from fine_dist.core.config import C, Config, models_in, shown, validate
 from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.core.help import alternatives, every_setting, has_a_name, summary, value_of_mapping
+from fine_dist.core.yaml_files import load_yaml, parse_word
 
 
 class Call(NamedTuple):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import reprlib
 import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fine_dist.core.errors import ConfigError, nearest
+from fine_dist.core.yaml_files import load_yaml, to_yaml
 
 C = TypeVar("C", bound="Config")
 MAX_DEPTH = 1000
@@ -22,7 +21,15 @@ Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
 """A number of layers."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 """A seed, as torch's generators take it."""
-MAX_CONFIG_BYTES = 4 * 2**20
+
+
+def _text_of(value: Any) -> Any:
+    """Whole numbers, numbers and truth values as the texts that an environment or an option holds."""
+    return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float)) else value
+
+
+Text = Annotated[str, BeforeValidator(_text_of)]
+"""A text that may look like a number: `env: {OMP_NUM_THREADS: 4}`."""
 
 
 class Config(BaseModel):
@@ -60,81 +67,6 @@ def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping read from a YAML file by the safe loader. `ConfigError` when it is not one, or has a key twice."""
-    try:
-        with open(path, "rb") as stream:
-            raw = stream.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"config file {path}: {error.strerror}; give a YAML file of keys and values") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ConfigError(
-            f"config file {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; give a YAML file of keys and values"
-        )
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"config file {path} is not text (byte {error.start} is {raw[error.start]:#04x}, which UTF-8 does not "
-            "have there); give a YAML file of keys and values"
-        ) from None
-    return parse_yaml(text, f"config file {path}")
-
-
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """A mapping from YAML text, by the safe loader. `ConfigError` says what is wrong and in which line."""
-    try:
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{where} is not YAML: {str(error).partition(chr(10))[0]}") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: values lie too deep inside each other to be a config") from None
-    if not isinstance(values if values is not None else {}, dict):
-        raise ConfigError(f"{where}: a mapping of keys to values is needed, not {type(values).__name__}")
-    return values or {}
-
-
-def parse_word(word: str) -> Any:
-    """A word of a command line as the scalar, list or mapping that it is in YAML; a word that is no YAML is text."""
-    try:
-        return yaml.load(word, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError, RecursionError):
-        return word
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, reading `1e-4` as the number it is (YAML 1.1 wants `1.0e-4`) and refusing a key given twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[Any, int] = {}
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
-                continue
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"key {key.value!r} is there twice, first in line {seen[key.value] + 1}; keep one",
-                    key.start_mark,
-                )
-            seen[key.value] = key.start_mark.line
-        return super().construct_mapping(node, deep)
-
-
-_Dumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-"""libyaml's where it is built in: a fan-out of thousands of tasks writes as many files."""
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
 def validate(
     kind: type[C], values: dict[str, Any], where: str = "config", flags: Collection[tuple[str, ...]] = ()
 ) -> C:
@@ -142,6 +74,7 @@ def validate(
 
     where: what the values come from, such as a file's path. flags: paths of the keys that the command line gave.
     """
+    refuse_strange_letters(values, where)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -155,8 +88,28 @@ def validate(
     raise ConfigError("\n  ".join(f"{place}: " + "\n  ".join(lines) for place, lines in found.items()))
 
 
+def refuse_strange_letters(values: Any, where: str) -> None:
+    """`ConfigError` for a text that neither a file's name nor a config file can hold: one with NUL, or not Unicode."""
+    waiting: list[tuple[str, Any]] = [("", values)]
+    seen: set[int] = set()
+    while waiting:
+        path, value = waiting.pop()
+        if isinstance(value, str):
+            if "\0" in value:
+                raise ConfigError(f"{where}: {path}: a text cannot hold the character NUL (got {shown(value)})")
+            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+                raise ConfigError(f"{where}: {path}: a name that is not UTF-8 (got {shown(value)}); rename it")
+        elif isinstance(value, (dict, list)) and id(value) not in seen:
+            seen.add(id(value))  # YAML's anchors may hold one list ten thousand times
+            if isinstance(value, list):
+                waiting += [(path, item) for item in value]
+                continue
+            waiting += [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+            waiting += [(path, key) for key in value]
+
+
 def dump_yaml(config: Config, known: dict[str, tuple[Any, str]] | None = None) -> str:
-    """The resolved config; `validate(type(config), yaml.safe_load(text)) == config`.
+    """The resolved config; `validate(type(config), parse_yaml(text, "")) == config`.
 
     known: for many configs that are copies of one but for a few keys: an empty dictionary, given to every call, which
            keeps the text of each key's value. The text is the same without it.
@@ -165,8 +118,7 @@ def dump_yaml(config: Config, known: dict[str, tuple[Any, str]] | None = None) -
     for key in type(config).model_fields:
         value = getattr(config, key)
         if key not in known or known[key][0] is not value:
-            part = config.model_dump(mode="json", include={key})
-            known[key] = (value, yaml.dump(part, Dumper=_Dumper, sort_keys=False, width=110))
+            known[key] = (value, to_yaml(config.model_dump(mode="json", include={key})))
         text += known[key][1]
     return text or "{}\n"
 
@@ -248,5 +200,12 @@ def run_dir_of(config: Config) -> Path:
 
 
 def expand_path(path: str) -> str:
-    """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone."""
+    """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone, and so is a variable that is not set here.
+
+    A variable such as SLURM_TMPDIR may be set where the job runs, where the path is expanded once more.
+    """
     return path if "://" in path or path.startswith("pipe:") else os.path.expandvars(os.path.expanduser(path))
+
+
+PathKey = Annotated[str, AfterValidator(expand_path)]
+"""A path, or a name that may be one: `~` and `$VARIABLES` are expanded when the config is read."""

@@ -55,6 +55,10 @@ class LaunchError(FineDistError):
     """A job cannot be submitted, or a scheduler refused it."""
 
 
+class NotAFile(OSError):
+    """A file is needed, and a named pipe, a socket or a device is there, from which a reader may wait for ever."""
+
+
 class ResumeLater(Exception):
     """The run was asked to stop, saved its state and should be started again (exit code 75)."""
 
@@ -104,10 +108,11 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return EXIT_BROKEN_PIPE
-        if error.errno not in _REMEDIES:
+        if error.errno not in _REMEDIES and not isinstance(error, NotAFile):
             raise
         where = f": {error.filename}" if error.filename else ""
-        _say(f"error: {error.strerror}{where} ({_REMEDIES[error.errno]})")
+        remedy = _REMEDIES.get(error.errno or 0, "a regular file is needed there")
+        _say(f"error: {error.strerror}{where} ({remedy})")
         if isinstance(error, _OutputFull):
             _to_nowhere(sys.stdout)
         return EXIT_USER_ERROR

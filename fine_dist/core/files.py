@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fine_dist.core.errors import RunDirError
+from fine_dist.core.errors import NotAFile, RunDirError
 
 _PIECE = 1 << 20
 _DRAFTS = 256
@@ -218,13 +219,64 @@ def sync_disk(folder: str | Path) -> None:
         os.close(descriptor)
 
 
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def check_regular(path: str | Path) -> None:
+    """`NotAFile` when a named pipe, a socket or a device is there: to be asked before a library opens it by its name.
+
+    Opening a pipe that nobody writes to waits for ever, a terminal waits for a hand, and /dev/zero never ends. What is
+    not there, or is a folder, is left to the one who opens it.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        _refuse_irregular(os.stat(path).st_mode, path)
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """A regular file, open for reading. `NotAFile` for anything else that is no folder."""
+    check_regular(path)
+    # not to wait, should it have become a pipe meanwhile; a regular file does not know this flag
+    file = io.BufferedReader(io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)))
+    try:
+        mode = os.fstat(file.fileno()).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _refuse_irregular(mode, path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_bytes(path: str | Path, most: int = -1) -> bytes:
+    """The content of a regular file, or its first `most` bytes. `NotAFile` as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read(most)
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """The UTF-8 text of a regular file. `NotAFile` as `open_regular`; `UnicodeDecodeError` for other bytes."""
+    return read_bytes(path).decode("utf-8", errors)
+
+
+def _refuse_irregular(mode: int, path: str | Path) -> None:
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if kind := kinds.get(stat.S_IFMT(mode)):
+        raise NotAFile(errno.EINVAL, f"is {kind}, no regular file", str(path))
+
+
 # --- hashes ----------------------------------------------------------------------------------------------------------
 
 
 def sha256_of(path: str | Path) -> str:
     """Hex sha256 of a file, read in pieces."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
     return digest.hexdigest()
@@ -271,7 +323,7 @@ def locked(path: str | Path) -> Iterator[None]:
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """All whole rows; a line that is being written, or that a crash cut short, is left out. Empty without a file."""
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_text(path, "replace").splitlines()
     except FileNotFoundError:
         return []
     return [row for line in lines if (row := _row(line)) is not None]
@@ -280,7 +332,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str, Any] | None:
     """The newest whole row (that has `key`) within the last bytes of the file; none where there is none."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - within))
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:

@@ -2,51 +2,61 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from fine_dist.core.config import Config
+from fine_dist.core.config import Config, Text
 
 
 class LaunchConfig(Config):
     """What a job needs and how the launchers run it. Nothing here changes results."""
 
     nodes: int = Field(1, ge=1)
-    """Number of nodes."""
+    """Number of nodes that one job takes; raise it when one node does not hold enough accelerators or memory."""
     processes: int = Field(1, ge=1)
-    """Processes a node; one an accelerator is usual."""
+    """Processes on each node; the usual number is one for each accelerator."""
     gpus: float = Field(0, ge=0)
-    """Accelerators a process; a fraction lets tasks of a fan-out share one (Ray, local)."""
+    """Accelerators for each process; 0 computes on the CPU, a fraction shares one between tasks (Ray, local)."""
     cpus: int = Field(1, ge=1)
-    """CPU cores a process."""
+    """CPU cores for each process, reserved with the scheduler; threads and readers should fit into them."""
     memory_gb: float | None = Field(None, gt=0)
-    """Host memory a node, in GiB; none: the cluster's default."""
+    """Host memory that a job reserves on each node, in GiB; none leaves it to the cluster's default."""
     minutes: int | None = Field(None, ge=1)
-    """Time limit of a job (of one task, in a fan-out); none: the cluster's default."""
+    """Time limit of a job, or of one task of a fan-out, in minutes; none leaves it to the cluster's default."""
     max_parallel: int | None = Field(None, ge=1)
-    """Tasks of a fan-out that run at once; none: as many as fit."""
+    """Tasks of a fan-out that run at the same time, at most; none runs as many as fit."""
     retries: int = Field(1, ge=0)
-    """Further attempts for a task or a Ray worker group that was lost or failed."""
+    """Further attempts for a task, or for a Ray worker group, that failed or was lost with its node."""
     max_restarts: int = Field(20, ge=0)
-    """Times that SLURM may start a job again after preemption, a time limit or a lost node."""
+    """How often SLURM may restart a job after preemption, a time limit or a lost node."""
     wait: bool = False
-    """Stay until a submitted job has ended, and exit with its code (SLURM; Ray Jobs)."""
+    """Wait until a submitted job has ended and exit with its code (SLURM, Ray Jobs); otherwise return at once."""
     snapshot: bool = True
-    """Submitted jobs run a copy of the code as it is now, whatever changes before they start."""
+    """Run submitted jobs from a copy of the code as it is now, so that later edits do not change them."""
     preflight: Literal["refuse", "warn", "off"] = "refuse"
-    """What a submission does when the preflight (`fine_dist.plan`) finds that it cannot work."""
+    """What a submission does when `fine-dist plan` finds that the job cannot work: refuse it, warn, or not look."""
     gpu_memory_gb: float | None = Field(None, gt=0)
-    """Memory of one accelerator where the job will run, in GiB, for the preflight; none: this machine's, when local."""
+    """Memory of one accelerator where the job will run, in GiB, for the preflight; none: this machine's, if local."""
     partition: str | None = None
-    """SLURM partition; none: the cluster's default."""
+    """SLURM partition that jobs are submitted to; none leaves it to the cluster's default."""
     account: str | None = None
-    """SLURM account; none: the user's default."""
+    """SLURM account that jobs are charged to; none leaves it to the user's default."""
     address: str | None = None
-    """Ray: `auto`, HOST:PORT or ray://HOST:10001 to connect, http://HOST:8265 for a Ray job; none: RAY_ADDRESS."""
-    env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of every process."""
-    slurm: dict[str, str] = Field(default_factory=dict)
-    """Further sbatch options by their long names: `constraint`, `qos`, `exclude`."""
-    ray: dict[str, str] = Field(default_factory=dict)
-    """Further Ray resources a process needs: `{"highmem": "1"}`."""
+    """Ray cluster: `auto`, HOST:PORT or ray://HOST:10001 to connect, http://HOST:8265 to submit a Ray job; none takes
+    RAY_ADDRESS."""
+    env: dict[str, Text] = Field(default_factory=dict)
+    """Environment variables that are set in every process before anything is imported."""
+    slurm: dict[str, Text] = Field(default_factory=dict)
+    """Further sbatch options by their long names, such as `constraint`, `qos` or `exclude`."""
+    ray: dict[str, Text] = Field(default_factory=dict)
+    """Further Ray resources that each process needs, such as `{"highmem": "1"}`."""
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if not re.fullmatch(r"[^=\s]+", name):
+                raise ValueError(f"{name!r} is no name of an environment variable: = and spaces are not legal in one")
+        return env

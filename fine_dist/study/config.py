@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fine_dist.core.config import Config, load_yaml, validate
+from fine_dist.core.config import Config, validate
 from fine_dist.core.settings import LaunchConfig
+from fine_dist.core.yaml_files import load_yaml
 from fine_dist.diffusion.settings import SamplerConfig
 from fine_dist.study.report.results import SECTIONS, Claim
 from launchers.spec import check_name

@@ -12,8 +12,9 @@ from typing import Any
 
 from pydantic import Field
 
-from fine_dist.core.config import Config, load_yaml, parse_word, validate
+from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.yaml_files import load_yaml, parse_word
 from fine_dist.study import results_of
 from fine_dist.study.config import StudyConfig, merged
 from fine_dist.study.graph import plan

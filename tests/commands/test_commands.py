@@ -19,7 +19,8 @@ from fine_dist.__main__ import COMMANDS
 from fine_dist.__main__ import main as fine_dist
 from fine_dist.artifacts.load import load_model
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import load, load_yaml
+from fine_dist.core.config import load
+from fine_dist.core.yaml_files import load_yaml
 from fine_dist.model.artifact import load_artifact
 from tests.conftest import inputs
 

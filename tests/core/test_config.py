@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from pydantic import Field
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, dump_yaml, load, validate
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.settings import LaunchConfig
+from fine_dist.core.yaml_files import parse_yaml, to_yaml
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.methods import AnyMethod
@@ -83,7 +86,6 @@ def test_what_is_resolved_reloads_equal(tmp_path):
         ("optim: {lr: 1, eps: 1, lr: 2}", ["key 'lr' is there twice", "line 1"]),
         ("steps: 1\nbatch: 2\nsteps: 3", ["key 'steps' is there twice, first in line 1", "line 3"]),
         ("a: " + "[" * 5000, ["too deep"]),
-        ("a: 2001-99-99", ["not YAML"]),
         ("a: " + "9" * 5000, ["not YAML"]),
         ("a: !!python/object/apply:os.mkdir [executed]", ["not YAML", "could not determine a constructor"]),
         ("arch: {num_layers: 1000000}", ["arch.num_layers", "less than or equal to 1000"]),
@@ -186,6 +188,68 @@ def test_numbers_may_be_written_as_people_write_them(tmp_path):
     file.write_text("optim: {lr: 1e-4}\n")
     assert yaml.safe_load("lr: 1e-4")["lr"] == "1e-4"  # what the plain loader makes of it
     assert toy("--config", str(file)).optim.lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("24:00:00", "24:00:00"), ("off", "off"), ("yes", "yes"), ("010", 10), ("0o17", 15), ("0x1f", 31), ("+5", 5),
+        ("1_000", "1_000"), ("1e-4", 1e-4), ("5.", 5.0), (".5", 0.5), ("-.inf", -float("inf")), ("~", None),
+        ("", None), ("True", True), ("false", False), ("2001-12-14", "2001-12-14"), ("'1e3'", "1e3"), (".", "."),
+    ],
+)  # fmt: skip
+def test_yaml_is_that_of_version_1_2(text, value):
+    found = parse_yaml(f"a: {text}", "here")["a"]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("value", ["24:00:00", "off", "010", "1e-4", "0o17", "1_000", "~", "", "=", "é", 1e-8, -0.0, 7])
+def test_what_is_written_is_read_alike_by_both_versions_of_yaml(value):
+    text = to_yaml({"a": value})
+    assert parse_yaml(text, "here") == {"a": value} == yaml.safe_load(text)
+
+
+def test_times_and_words_of_a_config_are_what_was_typed(tmp_path):
+    """What version 1.1 of YAML makes of them: 60 days, false, 8 and a number where a text belongs."""
+    with pytest.raises(ConfigError, match=r"launch\.minutes.*24:00:00"):
+        validate(Launched, parse_yaml("launch: {minutes: 24:00:00}", "here"))
+    found = validate(Launched, parse_yaml("launch: {preflight: off, minutes: 010}", "here")).launch
+    assert (found.preflight, found.minutes) == ("off", 10)
+    text = "launch: {env: {OMP_NUM_THREADS: 4, DEBUG: true, SHARE: 0.5}, slurm: {time: 24:00:00, nice: 100}}"
+    found = validate(Launched, parse_yaml(text, "here")).launch
+    assert found.env == {"OMP_NUM_THREADS": "4", "DEBUG": "true", "SHARE": "0.5"}
+    assert found.slurm == {"time": "24:00:00", "nice": "100"}
+    with pytest.raises(ConfigError, match=r"launch\.env.*'A=B' is no name of an environment variable"):
+        validate(Launched, {"launch": {"env": {"A=B": "1"}}})
+
+
+class Launched(Config):
+    """A config with what a job needs."""
+
+    launch: LaunchConfig = LaunchConfig()
+    """What a job needs."""
+
+
+@pytest.mark.parametrize("word", ["a\0b", "a\udcffb"])
+@pytest.mark.parametrize(
+    "wrap", [lambda word: word, lambda word: [word], lambda word: {word: 1}, lambda word: {"a": word}]
+)
+def test_letters_that_no_file_can_hold_are_refused_with_their_key(word, wrap):
+    with pytest.raises(ConfigError, match=r"data\b.*: .*(NUL|UTF-8)"):
+        validate(Toy, {"data": wrap(word)})
+
+
+def test_a_config_that_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for path, words in (
+        (tmp_path / "pipe.yaml", "is a named pipe"),
+        ("/dev/zero", "is a device"),
+        (tmp_path, "irectory"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            toy("--config", str(path))
+    with pytest.raises(ConfigError, match="null byte"):
+        toy("--config", "a\0b")
 
 
 def test_a_value_error_of_a_config_names_its_place():

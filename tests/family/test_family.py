@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fine_dist.core.config import load_yaml, validate
+from fine_dist.core.config import validate
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError, RunDirError
+from fine_dist.core.yaml_files import load_yaml
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.settings import LoopConfig
