@@ -1,4 +1,4 @@
-"""`python -m fine_dist.evaluate`: held-out loss, FID and its kin, of models or of images."""
+"""`python -m fine_dist.evaluate`: held-out loss, FID and other scores, of models or of images."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
-from fine_dist.evaluation.evaluator import Evaluation, keep, table
-from fine_dist.sampling.settings import EvaluateConfig
+from fine_dist.evaluation.settings import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> Path:
@@ -18,19 +17,20 @@ def run(config: EvaluateConfig) -> Path:
     from rich.console import Console
 
     from fine_dist.engine import dist
+    from fine_dist.evaluation.evaluator import Evaluator, record, table
 
     if not config.models:
         raise ConfigError("models: give one folder or more with --models")
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
-    evaluation = Evaluation(config, world)
-    rows = [evaluation(path) for path in config.models]
-    floors = evaluation.references.floors()
+    evaluator = Evaluator(config, world)
+    rows = [evaluator(path) for path in config.models]
+    floors = evaluator.references.floors()
     folder = Path(expand_path(config.run_dir))
     if not world.is_main:
         return folder
-    path = keep(folder, evaluation.protocol(), rows, floors)
+    path = record(folder, evaluator.protocol(), rows, floors)
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     for metric, value in floors.items():
         print(f"{metric} of held-out real images to the same reference: {value:.4f}")

@@ -40,25 +40,6 @@ class SamplerOverrides(Config):
         return value
 
 
-class FeaturesConfig(Config):
-    """Where the weights of feature networks are."""
-
-    inception: str | None = None
-    """File pt_inception-2015-12-05-6726825d.pth: FID, sFID, IS, precision, recall, KID."""
-    dinov2: str | None = None
-    """A transformers folder of DINOv2: FDD."""
-    efflite: str | None = None
-    """A .pth of EfficientNet-lite0 (FD-EffLite); none: that of the package, where it is installed."""
-    classifier: str | None = None
-    """Folder of a classifier of the images at hand (the demo writes one): FD-classifier."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_folder(cls, value: Any) -> Any:
-        """A folder alone is a classifier's."""
-        return {"classifier": value} if isinstance(value, str) else value
-
-
 @dataclass(frozen=True)
 class ModelFacts:
     """Of a model. diffusion: none where nothing says. sampler: settings by name, those that its manifest has.

@@ -14,11 +14,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from fine_dist.core.errors import ArtifactError, DataError
+from fine_dist.core.config import expand_path
+from fine_dist.core.errors import ArtifactError, ConfigError, DataError
 from fine_dist.core.files import write_atomic
-from fine_dist.evaluation.base import Extracted, as_signed
+from fine_dist.data.settings import DataConfig
+from fine_dist.data.sources import locate
+from fine_dist.data.stream import read_all
+from fine_dist.evaluation.feature_network import Extracted, as_signed
 from fine_dist.evaluation.moments import Moments
 
 NUM_FEATURES = 64
@@ -28,7 +33,7 @@ _TENSORS, _MANIFEST, _KIND = "classifier.safetensors", "classifier.json", "class
 class Classifier(nn.Module):
     """A convolution, as many with stride 2 as leave at most 7 x 7 places, a hidden layer of `NUM_FEATURES`, logits.
 
-    76K parameters for digits of 1x8x8, 211K for garments of 1x28x28. It is a `fine_dist.evaluation.base.Features`:
+    76K parameters for digits of 1x8x8, 211K for garments of 1x28x28. It is a `feature_network.Features`:
     `classifier(images) -> Extracted` with the hidden layer's activations and the logits.
     """
 
@@ -169,8 +174,47 @@ def _jitter(images: Tensor, turn: float = 0.2, stretch: float = 0.12, shift: flo
     return F.grid_sample(images + 1, where, align_corners=False) - 1  # what is outside an image is black, -1
 
 
-def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0) -> Path:
-    """Write the classifier as safetensors and JSON (shape, accuracy, seed, sha256); returns the folder."""
+def classifier_of_shards(folder: str | Path, shards: str, held_out: str | None) -> Trained:
+    """The classifier in `folder` when it was trained on these shards; else one is trained and kept there.
+
+    Args:
+        folder: Where it is kept.
+        shards: Shards of pictures (codec identity) to train on.
+        held_out: Shards that its accuracy is measured on. Default: every tenth picture of `shards`, which is then not
+            trained on.
+
+    Raises:
+        ConfigError: When the shards hold an autoencoder's latents, not pictures.
+        DataError: When a sample is damaged.
+    """
+    manifest = locate(expand_path(shards), DataConfig())[0]
+    if manifest.codec != "identity" or manifest.latent_shape[0] not in (1, 3):
+        raise ConfigError(
+            f"features.classifier: train needs shards of pictures, and {shards} holds latents of {manifest.codec}; "
+            "use --features.inception or --features.dinov2 with --vae FOLDER"
+        )
+    try:
+        kept = json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+        if kept["data"] == manifest.hash:
+            return load_classifier(folder)
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # nothing usable is there: it is trained now
+    images, labels = read_all(expand_path(shards))
+    if held_out:
+        others = read_all(expand_path(held_out))
+    else:
+        tenth = torch.arange(len(images)) % 10 == 0
+        others, (images, labels) = (images[tenth], labels[tenth]), (images[~tenth], labels[~tenth])
+    trained = train_classifier(images, labels, others)
+    save_classifier(folder, trained, data=manifest.hash)
+    return trained
+
+
+def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0, data: str | None = None) -> Path:
+    """Write the classifier as safetensors and JSON (shape, accuracy, seed, sha256); returns the folder.
+
+    data: hash of the shards that it was trained on, where it was trained on shards.
+    """
     folder, model = Path(folder), trained.classifier
     blob = _blob(model)
     manifest = {
@@ -180,6 +224,7 @@ def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0) -> P
         "num_classes": model.head.out_features,
         "held_out_accuracy": trained.accuracy,
         "seed": seed,
+        "data": data,
         "sha256": hashlib.sha256(blob).hexdigest(),
     }
     write_atomic(folder / _TENSORS, blob)
@@ -189,21 +234,24 @@ def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0) -> P
 
 def load_classifier(folder: str | Path) -> Trained:
     """Read what `save_classifier` wrote. `ArtifactError` when it is missing, damaged, or its hash is wrong."""
-    from safetensors.torch import load
-
     folder = Path(folder)
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         blob = (folder / _TENSORS).read_bytes()
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"no classifier in {folder} ({error}); run the demo, which trains one") from None
+        raise ArtifactError(
+            f"features.classifier: no classifier in {folder} ({error}); --features.classifier train trains one on "
+            "data.shards"
+        ) from None
     found = hashlib.sha256(blob).hexdigest()
     if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
-        raise ArtifactError(f"{folder / _MANIFEST} is of no classifier; delete the folder and run the demo again")
+        raise ArtifactError(
+            f"{folder / _MANIFEST} describes no classifier; delete the folder and use --features.classifier train"
+        )
     if found != manifest.get("sha256"):
         raise ArtifactError(
             f"{folder / _TENSORS}: sha256 is {found[:12]}…, the manifest says {str(manifest.get('sha256'))[:12]}…; "
-            "delete the folder and run the demo again"
+            "delete the folder and use --features.classifier train"
         )
     try:
         channels, height, width = manifest["shape"]
@@ -218,6 +266,4 @@ def load_classifier(folder: str | Path) -> Trained:
 
 
 def _blob(model: Classifier) -> bytes:
-    from safetensors.torch import save
-
     return save({key: value.contiguous() for key, value in model.state_dict().items()})

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fine_dist.core.errors import ConfigError, DataError, nearest
-from fine_dist.evaluation.collect import KEPT, Gaussian, Statistics
 from fine_dist.evaluation.frechet import frechet_from
+from fine_dist.evaluation.image_statistics import SUBSET, Gaussian, Statistics
 from fine_dist.evaluation.scores import kernel_distance, precision_recall
 
 STANDARD = 50_000
 """Images of a FID that may be called so; of another number it is called FID-5k."""
+HELD_OUT_LOSS = "held_out_loss"
+"""The one metric that asks the model itself, not its images."""
 NETWORKS = {
     "fid": "inception",
     "sfid": "inception",
@@ -20,11 +22,13 @@ NETWORKS = {
     "recall": "inception",
     "kid": "inception",
     "fdd": "dinov2",
-    "fd-efflite": "efflite",
-    "fd-classifier": "classifier",
+    "fd_classifier": "classifier",
 }
-"""Every metric, and its usual network. `is`, `precision`, `recall` and `kid` go with any other, too."""
-_FRECHET = {"fid": "inception", "fdd": "dinov2", "fd-efflite": "efflite", "fd-classifier": "classifier"}
+"""Every metric of images, and its usual network."""
+FRECHET = {"fid": "inception", "fdd": "dinov2", "fd_classifier": "classifier"}
+"""Fréchet distances on pooled features, each of one network alone."""
+ANY_NETWORK = ("is", "precision", "recall", "kid")
+"""Metrics that go with any network, and take the only one that is given where it is not Inception."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,11 @@ class Score:
 
 
 def networks(metrics: Iterable[str]) -> dict[str, list[str]]:
-    """Which networks some metrics need, and which of them each measures. `ConfigError` for an unknown metric."""
+    """Which networks some metrics usually need, and which of them each measures. `ConfigError` for an unknown one."""
     needed: dict[str, list[str]] = {}
     for metric in metrics:
         if metric not in NETWORKS:
-            raise ConfigError(f"metrics: {metric!r} is none; {nearest(metric, NETWORKS)}")
+            raise ConfigError(f"metrics: {metric!r} is unknown; {nearest(metric, [HELD_OUT_LOSS, *NETWORKS])}")
         needed.setdefault(NETWORKS[metric], []).append(metric)
     return needed
 
@@ -73,9 +77,9 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
     both: tuple[float, float] | None = None
     for metric in metrics:
         networks([metric])
-        if metric in _FRECHET:
-            if _FRECHET[metric] != samples.features:
-                raise ConfigError(f"metrics: {metric} is measured with {_FRECHET[metric]}, not with {samples.features}")
+        if metric in FRECHET:
+            if FRECHET[metric] != samples.features:
+                raise ConfigError(f"metrics: {metric} is measured with {FRECHET[metric]}, not with {samples.features}")
             scores.append(Score(metric, samples.distance + size, _frechet(samples.pooled, reference.pooled)))
         elif metric == "sfid":
             scores.append(_spatial(samples, reference, size))
@@ -83,7 +87,7 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
             scores.append(_inception_score(samples, size))
         elif samples.kept is None or reference.kept is None:
             who = samples if samples.kept is None else reference
-            why = f"{who.source} gives statistics only, and {metric} needs its images (arr_0)"
+            why = f"{who.source} holds statistics only, and {metric} needs images (arr_0)"
             better = "lower" if metric == "kid" else "higher"
             scores.append(Score(metric, metric if metric != "kid" else "KID", None, None, better, why))
         elif metric == "kid":
@@ -94,10 +98,13 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
     return scores
 
 
-def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str]) -> list[str]:
-    """What a reader of these scores should know: too few samples, above all."""
+def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str], adm: bool = False) -> list[str]:
+    """What a reader of these scores should know: too few samples, above all.
+
+    adm: precision and recall were made by ADM's protocol, of all 50,000 samples.
+    """
     told = []
-    frechet = [metric for metric in metrics if metric in _FRECHET or metric == "sfid"]
+    frechet = [metric for metric in metrics if metric in FRECHET or metric == "sfid"]
     count = samples.count or STANDARD
     if frechet and count <= len(samples.pooled.mean):
         told.append(
@@ -111,9 +118,11 @@ def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str])
         )
     near = [metric for metric in ("precision", "recall") if metric in metrics]
     kept = [len(s.kept) for s in (samples, reference) if s.kept is not None]
-    if near and kept and min(kept) < KEPT:
+    wanted = (STANDARD, SUBSET) if adm else (SUBSET, SUBSET)
+    if near and len(kept) == 2 and any(n < most for n, most in zip(kept, wanted)):
         told.append(
-            f"{' and '.join(near)} of {' and '.join(map(str, kept))} images; the literature takes {KEPT} of each"
+            f"{' and '.join(near)} of {kept[0]} samples against {kept[1]} real images; the literature takes "
+            f"{wanted[0]} against {wanted[1]}"
         )
     return told
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of
-from fine_dist.evaluation.base import Extracted, as_rgb
+from fine_dist.evaluation.feature_network import Extracted, as_rgb
 
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class DinoV2(nn.Module):
-    """`features(images) -> Extracted`; see `fine_dist.evaluation.base.Features`. Made by `load_dino`."""
+    """`features(images) -> Extracted`; a `feature_network.Features`. Made by `load_dino`."""
 
     name, distance = "dinov2", "FDD"
 

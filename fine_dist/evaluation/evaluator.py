@@ -1,177 +1,223 @@
-"""Measuring models and sets of images with any number of processes, and writing numbers down with their protocol.
+"""The one evaluator: the held-out loss and scores of images, for `evaluate`, for studies and while a model trains.
 
-Every process measures its share; sums and float64 moments are merged, so that any number of processes gives the numbers
-of one. A number without its protocol is no number: `evaluate.json` says how each came about.
+Every process measures its share; sums and float64 moments are merged, so any number of processes gives the numbers of
+one. A number means nothing without its protocol, so `evaluate.json` says how each came about.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fine_dist.artifacts.model_facts import FeaturesConfig
+import torch
+from rich.table import Table
+from torch import nn
+
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
+from fine_dist.core.files import sha256_text, write_atomic
+from fine_dist.data.sources import locate
+from fine_dist.data.stream import check_fit, read_all
+from fine_dist.diffusion.held_out import HeldOutLoss
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine.dist import World, all_reduce_sum
+from fine_dist.evaluation.comparison import ANY_NETWORK, HELD_OUT_LOSS, NETWORKS, Score, cautions, compare, networks
+from fine_dist.evaluation.features import NAMES
+from fine_dist.evaluation.image_statistics import Collector, Selection, Statistics, measure_path
 from fine_dist.evaluation.references import References, is_images
+from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
 from fine_dist.sampling.renderer import ImageRenderer, make_renderer
-from fine_dist.sampling.settings import EvaluateConfig
 
-if TYPE_CHECKING:
-    import torch
-
-    from fine_dist.diffusion.held_out import HeldOutLoss
-    from fine_dist.engine.dist import World
-    from fine_dist.evaluation.collect import Statistics
-    from fine_dist.evaluation.comparison import Score
-
-HELD_OUT = "held_out"
-_ANY_NETWORK = ("is", "precision", "recall", "kid")
-"""Metrics that are measured with another network where that alone is given."""
+_BATCH = 256
+"""Questions that a model is asked at once for its held-out loss."""
 
 
-class Evaluation:
-    """The measurements of a config, with what they share read once: `evaluation(path) -> row`. All processes call."""
+@dataclass
+class Measurement:
+    """The numbers of one model or one set of images.
 
-    def __init__(self, config: EvaluateConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.device: torch.device = world.device  # type: ignore[assignment]
-        self.wanted = wanted_of(config)
-        self.networks = networks_of(self.wanted, config.features)
+    held_out_loss: none where it was not asked for.
+    scores: by metric, such as `fid` or `fd_classifier`.
+    networks: the feature network behind each score.
+    images: how many were measured.
+    notes: what a reader of the numbers should know, such as too few samples.
+    """
+
+    held_out_loss: float | None = None
+    scores: dict[str, Score] = field(default_factory=dict)
+    networks: dict[str, str] = field(default_factory=dict)
+    images: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def numbers(self) -> dict[str, float]:
+        """Every number by its metric's name, the held-out loss included; what could not be measured is left out."""
+        found = {metric: float(score.value) for metric, score in self.scores.items() if score.value is not None}
+        return found if self.held_out_loss is None else {HELD_OUT_LOSS: self.held_out_loss, **found}
+
+    def row(self) -> dict[str, Any]:
+        """The same as a row of evaluate.json."""
+        scores = {metric: {**asdict(s), "network": self.networks[metric]} for metric, s in self.scores.items()}
+        return {HELD_OUT_LOSS: self.held_out_loss, "images": self.images, "scores": scores, "notes": self.notes}
+
+
+class Evaluator:
+    """The measurements of a config, with what they share read once. All processes call alike.
+
+    Args:
+        config: What is measured, on which data, with which sampler.
+        world: The processes that measure together.
+        held_out_samples: Samples of `data.held_out` that are measured, from the first. Default: all of them.
+
+    Raises:
+        ConfigError: When nothing is asked for, or what a metric needs is not given.
+    """
+
+    def __init__(self, config: EvaluateConfig, world: World, held_out_samples: int | None = None) -> None:
+        self.config, self.world, self.held_out_samples = config, world, held_out_samples
+        self.device = world.device or torch.device("cpu")
+        self.metrics = requested_metrics(config)
+        self.networks = networks_of(self.metrics, config.features)
         self.references = References(config, self.networks, world)
-        self._questions: dict[str, HeldOutLoss] = {}
+        self._held_out: dict[str, HeldOutLoss] = {}
 
     def __call__(self, path: str) -> dict[str, Any]:
-        """The numbers of a model or of images, and how they came about; JSON."""
+        """The numbers of a model or of a set of images at a path, and how they came about; JSON."""
         if is_images(path):
-            return self._row(path, {"arch": None, "method": "images"}, None, self._of_images(path), [])
-        renderer = make_renderer(self.config, path, self.device)
-        arch = renderer.model.arch
-        if self.networks and not renderer.pictures:
-            raise ConfigError(
-                f"metrics: {', '.join(self.metrics)} of {path} need pictures, and it makes latents of "
-                f"{arch.in_channels} channels; say what decodes them with --vae FOLDER"
-            )
-        loss = self.held_out_loss(renderer) if HELD_OUT in self.wanted else None
-        found = self._of_samples(renderer) if self.networks else {}
-        about = {"arch": arch.name, "method": renderer.about["method"]["name"]} | renderer.protocol(self.config.seed)
+            measured = self._scored(self._of_files(path))
+            return {"model": path, "arch": None, "method": "images", **measured.row()}
+        renderer = self.renderer(path)
+        arch, protocol = renderer.model.arch, renderer.protocol(self.config.seed)
+        about = {"arch": arch.name, "method": renderer.about["method"]["name"], **protocol}
         about["hash"] = about.pop("model")
-        return self._row(path, about, loss, found, renderer.notes)
+        return {"model": path, **about, **self.measure(renderer).row()}
+
+    def renderer(self, path: str) -> ImageRenderer:
+        """A model on disk with its settings: what the config says, or else what the model's manifest says."""
+        return make_renderer(self.config, path, self.device)
+
+    def measure(self, renderer: ImageRenderer) -> Measurement:
+        """All numbers of a model.
+
+        `DataError` when the held-out shards do not fit it, `ConfigError` when scores of images are asked of a model of
+        latents without a VAE.
+        """
+        loss = None
+        if HELD_OUT_LOSS in self.metrics:
+            where = expand_path(str(self.config.data.held_out))
+            check_fit(locate(where, self.config.data)[0], renderer.model.arch, where)
+            loss = self.held_out_loss(renderer.model, renderer.diffusion)
+        found = self.scores(renderer) if self.networks else Measurement()
+        found.held_out_loss, found.notes = loss, [*renderer.notes, *found.notes]
+        return found
+
+    def held_out_loss(self, model: nn.Module, diffusion: DiffusionConfig, alone: bool = False) -> float:
+        """Mean noise-prediction loss over the questions of `data.held_out`, of a dense or a composed model.
+
+        alone: this process asks all questions by itself, as rank 0 does while a model trains; else each process asks
+        its share.
+        """
+        key = diffusion.model_dump_json()
+        if key not in self._held_out:
+            latents, labels = read_all(expand_path(str(self.config.data.held_out)), self.held_out_samples)
+            self._held_out[key] = HeldOutLoss(latents, labels, diffusion)
+        rank, size = (0, 1) if alone else (self.world.rank, self.world.world_size)
+        total, count = self._held_out[key].sums(model.to(self.device).eval(), self.device, _BATCH, rank, size)
+        if not alone:
+            total, count = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64), self.world).tolist()
+        return float(total / count)
+
+    def scores(self, renderer: ImageRenderer, alone: bool = False) -> Measurement:
+        """Scores of samples; an image is drawn once and shown to every network. alone: as in `held_out_loss`."""
+        if not renderer.pictures:
+            asked = ", ".join(metric for metric in self.metrics if metric != HELD_OUT_LOSS)
+            raise ConfigError(
+                f"metrics: {asked} of {renderer.where} need pictures, and it makes latents of "
+                f"{renderer.model.arch.in_channels} channels; say what decodes them with --vae FOLDER"
+            )
+        count = self.config.samples
+        rank, size = (0, 1) if alone else (self.world.rank, self.world.world_size)
+        labels, mine = torch.arange(count) % renderer.model.arch.num_classes, torch.arange(rank, count, size)
+        collectors = {
+            name: Collector(self.references.network(name), count, self._selection, source=renderer.where)
+            for name in self.networks
+        }
+        progress = f"sample {Path(renderer.where).name}" if self.world.is_main and not alone else False
+        for drawn, images in renderer.render(labels[mine], mine, self.config.seed, progress):
+            for collector in collectors.values():
+                collector.add(drawn.indices, images)
+        if not alone:
+            for collector in collectors.values():
+                collector.all_reduce()
+        return self._scored({name: collector.result() for name, collector in collectors.items()})
 
     @property
-    def metrics(self) -> list[str]:
-        """Those that are measured on images."""
-        return [metric for metric in self.wanted if metric != HELD_OUT]
+    def _selection(self) -> Selection:
+        """Of samples: as of the reference, but all of them under ADM's protocol."""
+        reference = self.references.selection
+        return Selection(None, reference.seed, consecutive=True) if self.config.protocol == "adm" else reference
+
+    def _of_files(self, path: str) -> dict[str, Statistics]:
+        return {
+            name: measure_path(
+                self.references.network(name),
+                expand_path(path),
+                selection=self._selection,
+                rank=self.world.rank,
+                world_size=self.world.world_size,
+                progress=self.world.is_main,
+                background=self.config.background,
+            )
+            for name in self.networks
+        }
+
+    def _scored(self, found: dict[str, Statistics]) -> Measurement:
+        result = Measurement(images=next((statistics.count for statistics in found.values()), None))
+        scores: dict[str, Score] = {}
+        for name, statistics in found.items():
+            metrics, real = self.networks[name], self.references.statistics(name)
+            scores |= {score.metric: score for score in compare(statistics, real, metrics, seed=self.config.seed)}
+            result.networks |= dict.fromkeys(metrics, name)
+            result.notes += cautions(statistics, real, metrics, adm=self.config.protocol == "adm")
+        result.scores = {metric: scores[metric] for metric in self.metrics if metric in scores}
+        return result
 
     def protocol(self) -> dict[str, Any]:
         """What decides the numbers, models apart; JSON."""
         config = self.config
         return {
-            "metrics": self.wanted,
+            "metrics": self.metrics,
+            "protocol": config.protocol,
             "samples": config.samples if self.networks else None,
             "seed": config.seed,
             "weights": config.weights,
             "sampler": config.sampler.model_dump(exclude={"batch"}),
             "diffusion": config.diffusion.model_dump() if config.diffusion else None,
             "vae": [config.vae, config.vae_precision] if config.vae else None,
+            **({"held_out_samples": self.held_out_samples} if self.held_out_samples else {}),
             **self.references.protocol(),
         }
 
-    def held_out_loss(self, renderer: ImageRenderer) -> float:
-        """Over all questions, each process its share. `DataError` when the shards do not fit the model."""
-        from fine_dist.data.sources import locate
-        from fine_dist.data.stream import check_fit, read_all
-        from fine_dist.diffusion.held_out import HeldOutLoss
 
-        where = expand_path(str(self.config.data.held_out))
-        check_fit(locate(where, self.config.data)[0], renderer.model.arch, where)
-        key = renderer.diffusion.model_dump_json()
-        if key not in self._questions:
-            self._questions[key] = HeldOutLoss(*read_all(where), renderer.diffusion)
-        total, count = self._questions[key].sums(
-            renderer.model, self.device, 256, self.world.rank, self.world.world_size
-        )
-        both = self._sum(total, count)
-        return both[0] / both[1]
-
-    def _sum(self, *values: float) -> list[float]:
-        import torch
-
-        from fine_dist.engine.dist import all_reduce_sum
-
-        return all_reduce_sum(torch.tensor(values, dtype=torch.float64), self.world).tolist()
-
-    # --- images ------------------------------------------------------------------------------------------------------
-
-    def _of_samples(self, renderer: ImageRenderer) -> dict[str, Statistics]:
-        """The statistics of samples under every network; an image is drawn once and shown to all."""
-        import torch
-
-        from fine_dist.evaluation.collect import Collector
-
-        count, world = self.config.samples, self.world
-        labels = torch.arange(count) % renderer.model.arch.num_classes
-        mine = torch.arange(world.rank, count, world.world_size)
-        collectors = {
-            name: Collector(self.references.network(name), count, source=renderer.where) for name in self.networks
-        }
-        bar = f"sample {Path(renderer.where).name}" if world.is_main else False
-        for drawn, images in renderer.render(labels[mine], mine, self.config.seed, bar):
-            for collector in collectors.values():
-                collector.add(drawn.indices, images)
-        return {name: collector.all_reduce().result() for name, collector in collectors.items()}
-
-    def _of_images(self, path: str) -> dict[str, Statistics]:
-        from fine_dist.evaluation.collect import measure_path
-
-        return {
-            name: measure_path(
-                self.references.network(name),
-                expand_path(path),
-                rank=self.world.rank,
-                world_size=self.world.world_size,
-                progress=self.world.is_main,
-            )
-            for name in self.networks
-        }
-
-    def _row(
-        self, path: str, about: dict[str, Any], loss: float | None, found: dict[str, Statistics], notes: list[str]
-    ) -> dict[str, Any]:
-        from fine_dist.evaluation.comparison import cautions, compare
-
-        scores: dict[str, dict[str, Any]] = {}
-        told = list(notes)
-        for name, statistics in found.items():
-            metrics, real = self.networks[name], self.references.statistics(name)
-            both: list[Score] = compare(statistics, real, metrics, seed=self.config.seed)
-            scores |= {score.metric: {**asdict(score), "network": name} for score in both}
-            told += cautions(statistics, real, metrics)
-        ordered = {metric: scores[metric] for metric in self.metrics if metric in scores}
-        count = next((statistics.count for statistics in found.values()), None)
-        return {"model": path, **about, "held_out_loss": loss, "images": count, "scores": ordered, "notes": told}
-
-
-def wanted_of(config: EvaluateConfig) -> list[str]:
-    """The metrics, in the order asked. `ConfigError` when there are none, or what one needs is not said."""
-    from fine_dist.evaluation.comparison import NETWORKS
-
+def requested_metrics(config: EvaluateConfig) -> list[str]:
+    """The metrics, in the order asked. `ConfigError` when there are none, or what one needs is not given."""
     wanted = list(dict.fromkeys(config.metrics))
     for metric in wanted:
-        if metric not in (HELD_OUT, *NETWORKS):
-            raise ConfigError(f"metrics: {metric!r} is none; {nearest(metric, [HELD_OUT, *NETWORKS])}")
+        if metric not in (HELD_OUT_LOSS, *NETWORKS):
+            raise ConfigError(f"metrics: {metric!r} is unknown; {nearest(metric, [HELD_OUT_LOSS, *NETWORKS])}")
     if not wanted:
-        wanted = [HELD_OUT] if config.data.held_out else []
-        wanted += ["fd-classifier"] if config.features.classifier else []
+        wanted = [HELD_OUT_LOSS] if config.data.held_out else []
+        wanted += ["fd_classifier"] if config.features.classifier else []
     if not wanted:
         raise ConfigError(
-            "nothing to measure: set data.held_out (the loss), or metrics with their features and a reference"
+            "nothing to measure: give --data.held-out SHARDS for the held-out loss, or --metrics with their --features "
+            "and a --reference"
         )
-    if HELD_OUT in wanted and not config.data.held_out:
+    if HELD_OUT_LOSS in wanted and not config.data.held_out:
         raise ConfigError("data.held_out: the held-out loss needs shards that were never trained on")
-    if wanted != [HELD_OUT] and not (config.reference or config.data.shards):
+    if wanted != [HELD_OUT_LOSS] and not (config.reference or config.data.shards):
         raise ConfigError(
             "reference: scores of images need real ones to compare with: --reference FILE (images or statistics), or "
             "--data.shards FOLDER"
@@ -179,21 +225,18 @@ def wanted_of(config: EvaluateConfig) -> list[str]:
     return wanted
 
 
-def networks_of(wanted: Sequence[str], features: FeaturesConfig) -> dict[str, list[str]]:
-    """The metrics of each network. `ConfigError` when one's weights are not said."""
-    from fine_dist.evaluation.comparison import networks
-    from fine_dist.evaluation.features import NAMES
-
+def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, list[str]]:
+    """The metrics of each network. `ConfigError` when a network's weights are not given."""
     found: dict[str, list[str]] = {}
-    others = [name for name in NAMES if getattr(features, name)]
-    usual = networks([metric for metric in wanted if metric != HELD_OUT])
-    for name, metrics in usual.items():
-        for metric in metrics:
+    given = [name for name in NAMES if getattr(features, name)]
+    usual = networks([metric for metric in metrics if metric != HELD_OUT_LOSS])
+    for name, its_metrics in usual.items():
+        for metric in its_metrics:
             use = name
-            if not getattr(features, name) and metric in _ANY_NETWORK and len(others) == 1:
-                use = others[0]
-            if not getattr(features, use) and use != "efflite":
-                raise ConfigError(f"features.{use}: {metric} needs its weights: {NAMES[use]}")
+            if not getattr(features, name) and metric in ANY_NETWORK and len(given) == 1:
+                use = given[0]
+            if not getattr(features, use):
+                raise ConfigError(f"features.{use}: {metric} needs weights: {NAMES[use]}")
             found.setdefault(use, []).append(metric)
     return found
 
@@ -201,21 +244,24 @@ def networks_of(wanted: Sequence[str], features: FeaturesConfig) -> dict[str, li
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def keep(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
+def record(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
     """Write rows beside those of the same protocol; the file. Numbers of another protocol are never overwritten."""
-    from fine_dist.core.files import sha256_text, write_atomic
-
     protocol = json.loads(json.dumps(protocol))
     key = sha256_text(json.dumps(protocol, sort_keys=True))
     for path in (folder / "evaluate.json", folder / f"evaluate-{key[:8]}.json"):
         there = _read(path)
         if there is None or there.get("protocol") == protocol:
             break
-    mine = {(row["model"], row.get("hash")) for row in rows}
-    before = [row for row in (there or {}).get("rows", ()) if (row["model"], row.get("hash")) not in mine]
+    mine = {_key_of(row) for row in rows}
+    before = [row for row in (there or {}).get("rows", ()) if _key_of(row) not in mine]
     text = json.dumps({"protocol": protocol, "floors": floors, "rows": [*before, *rows]}, indent=1)
     write_atomic(path, text + "\n")
     return path
+
+
+def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is of: a model's weights, or a step of a run."""
+    return row.get("model"), row.get("hash"), row.get("step")
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -225,18 +271,19 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}; move it away, or choose another --run-dir") from None
-    return found if isinstance(found, dict) else {}
+    rows = found.get("rows", ()) if isinstance(found, dict) else None
+    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} is damaged: rows of numbers are missing; move it away, or choose another --run-dir")
+    return found
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Any:
+def table(rows: Sequence[dict[str, Any]]) -> Table:
     """A rich table of rows; a model's name is folded where it is long, never cut."""
-    from rich.table import Table
-
     made = Table()
     made.add_column("model", overflow="fold", min_width=12)
     made.add_column("architecture", overflow="fold")
     made.add_column("method", overflow="fold")
-    loss = any(row["held_out_loss"] is not None for row in rows)
+    loss = any(row[HELD_OUT_LOSS] is not None for row in rows)
     if loss:
         made.add_column("held-out loss", justify="right")
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["scores"]))
@@ -245,7 +292,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Any:
         made.add_column(name, justify="right", overflow="fold")
     for row in rows:
         cells = [row["model"], row["arch"] or "-", row["method"]]
-        cells += [_figure(row["held_out_loss"])] if loss else []
+        cells += [_figure(row[HELD_OUT_LOSS])] if loss else []
         made.add_row(*cells, *(_cell(row["scores"].get(metric)) for metric in metrics))
     return made
 

@@ -1,6 +1,8 @@
 """Images to measure: a folder of pictures, a tar of them, or ADM's `.npz`; all of one size, read in batches.
 
-Arrays are uint8 [B, C, H, W]. An image's number is its place in the sorted list (in a tar or `.npz`: its place).
+Arrays are uint8 [B, C, H, W]. An image's number is its place in the sorted list (in a tar or `.npz`: its place). What
+`encode` reads is read here, in the same way: transparent pictures are laid over a background, and 16-bit ones are
+scaled to 8 bits.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
+from fine_dist.data.images import FORMATS, SUFFIXES, WHITE, Colour, to_rgb
 from fine_dist.sampling.npz import NpzImages
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 
 class Images(Protocol):
@@ -32,38 +34,46 @@ class Images(Protocol):
         """Numbers [B] int64 and images uint8 [B, 3, H, W] of those numbered start..stop-1."""
 
 
-def open_images(path: str | Path) -> Images:
-    """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`."""
+def is_picture(path: Path) -> bool:
+    """Whether a name is that of an image file, and not a hidden one such as macOS's `._` companions."""
+    return path.suffix.lower().lstrip(".") in SUFFIXES and not path.name.startswith(".")
+
+
+def open_images(path: str | Path, background: Colour = WHITE) -> Images:
+    """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`.
+
+    background: what transparent pictures are laid over.
+    """
     path = Path(expand_path(str(path)))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        return Pictures(str(path), [(str(p.relative_to(path)), p.read_bytes) for p in files])
+        files = sorted(p for p in path.rglob("*") if is_picture(p) and p.is_file())
+        return Pictures(str(path), [(str(p.relative_to(path)), p.read_bytes) for p in files], background)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder of images")
     if path.suffix == ".npz":
         return _Npz(path)
     if path.suffix == ".tar":
-        return _tar(path)
+        return _tar(path, background)
     raise DataError(f"{path}: images come as a folder of pictures, a .tar of them, or ADM's .npz")
 
 
 class Pictures:
     """Encoded pictures, each by a function that reads its bytes."""
 
-    def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]]) -> None:
+    def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]], background: Colour = WHITE) -> None:
         if not files:
             raise DataError(f"{where} holds no images; looked for {', '.join(SUFFIXES)}")
-        self.where, self.files = where, files
+        self.where, self.files, self.background = where, files, background
         self.count = len(files)
 
     def batches(self, batch: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         stop = self.count if stop is None else min(stop, self.count)
-        first = _decode(self.where, *self.files[0]).shape
+        first = self._decode(0).shape
         for begin in range(start, stop, batch):
             numbers = range(begin, min(begin + batch, stop))
             images = []
             for i in numbers:
-                image = _decode(self.where, *self.files[i])
+                image = self._decode(i)
                 if image.shape != first:
                     raise DataError(
                         f"{self.where}: {self.files[i][0]} is {image.shape[1]}x{image.shape[0]}, and "
@@ -72,6 +82,16 @@ class Pictures:
                     )
                 images.append(image)
             yield torch.tensor(list(numbers)), torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+    def _decode(self, number: int) -> np.ndarray:
+        """uint8 [H, W, 3]. `DataError` for what cannot be read."""
+        name, read = self.files[number]
+        try:
+            with Image.open(io.BytesIO(read()), formats=[*FORMATS]) as image:
+                return np.asarray(to_rgb(image, self.background))
+        except Exception as error:  # decoders raise whatever they like
+            first = str(error).partition(chr(10))[0][:200]
+            raise DataError(f"{self.where}: {name} cannot be read: {first}") from None
 
 
 class _Npz:
@@ -92,7 +112,7 @@ class _Npz:
                 return
 
 
-def _tar(path: Path) -> Pictures:
+def _tar(path: Path, background: Colour) -> Pictures:
     """Members are found once and read by their place in the file; nothing is unpacked."""
     files: list[tuple[str, Callable[[], bytes]]] = []
 
@@ -107,29 +127,8 @@ def _tar(path: Path) -> Pictures:
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
-                if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
+                if member.isfile() and is_picture(Path(member.name)):
                     files.append((member.name, reader(member.offset_data, member.size)))
     except tarfile.TarError as error:
         raise DataError(f"{path} is no tar, or a damaged one: {error}") from None
-    return Pictures(str(path), files)
-
-
-def _decode(where: str, name: str, read: Callable[[], bytes]) -> np.ndarray:
-    """uint8 [H, W, 3]. `DataError` for what is damaged, deeper than 8 bits, or transparent."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(read())) as image:
-            image.load()
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{where}: {name} has more than 8 bits a channel ({image.mode}); convert it to 8 first")
-            if "A" in image.getbands() or "transparency" in image.info:
-                whole = image.convert("RGBA")
-                if whole.getchannel("A").getextrema()[0] < 255:
-                    raise DataError(f"{where}: {name} is transparent in places; put it on a background first")
-                image = whole
-            return np.asarray(image.convert("RGB"))
-    except DataError:
-        raise
-    except Exception as error:  # decoders raise whatever they like
-        raise DataError(f"{where}: {name} cannot be read: {str(error).partition(chr(10))[0][:200]}") from None
+    return Pictures(str(path), files, background)

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of
-from fine_dist.evaluation.base import Extracted, as_rgb
-from fine_dist.evaluation.weights import check_tensors, read_weights
+from fine_dist.evaluation.feature_network import Extracted, as_rgb, check_tensors, read_weights
 
 NUM_POOLED, NUM_SPATIAL, NUM_CLASSES, SIDE = 2048, 2023, 1008, 299
 PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
+WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PUBLISHED}"
 """The end of its name is the beginning of its sha256."""
 
 Size = int | tuple[int, int]
@@ -155,7 +155,7 @@ def _last(channels: int, pool: str) -> Mixed:
 
 
 class Inception(nn.Module):
-    """`features(images) -> Extracted`; see `fine_dist.evaluation.base.Features`. Made by `load_inception`."""
+    """`features(images) -> Extracted`; a `feature_network.Features`. Made by `load_inception`."""
 
     name, distance, num_features = "inception", "FID", NUM_POOLED
 
@@ -230,8 +230,8 @@ def load_inception(path: str | Path, device: torch.device | str = "cpu") -> Ince
     path = Path(path)
     if not path.is_file():
         raise ArtifactError(
-            f"{path}: no such file; FID needs the weights {PUBLISHED} (91 MB, published with pytorch-fid): copy them "
-            "here and give their path"
+            f"features.inception: {path}: no such file; FID needs {PUBLISHED} (91 MB): download it from "
+            f"{WEIGHTS_URL} and give its path"
         )
     identity = sha256_of(path)
     if path.name == PUBLISHED and not identity.startswith("6726825d"):

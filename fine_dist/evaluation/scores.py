@@ -14,7 +14,7 @@ from torch import Tensor
 from fine_dist.core.errors import DataError
 
 IS_SPLIT = 5000
-"""Images of one Inception Score; of more, the mean over consecutive parts is reported, as ADM's evaluation does."""
+"""Images of one Inception Score; of more, the mean over parts of so many is reported, as ADM's evaluation does."""
 
 
 @dataclass
@@ -24,7 +24,7 @@ class ClassSums:
         IS = exp mean_i KL(p_i || mean_j p_j)
 
     count [P], entropy [P] (the sums of Σ_k p log p), classes [P, K] (the sums of p), float64, P parts. Which part an
-    image belongs to is told by its own number, so that processes may share the images in any way.
+    image belongs to depends on its number alone, so processes may share the images in any way.
     """
 
     count: Tensor
@@ -36,12 +36,12 @@ class ClassSums:
         parts = max(1, -(-num_images // split))
         return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in ((parts,), (parts,), (parts, num_classes))))
 
-    def update(self, logits: Tensor, indices: Tensor, split: int = IS_SPLIT) -> None:
-        """Add logits [N, K] of the images with these numbers [N]."""
+    def update(self, logits: Tensor, part: Tensor) -> None:
+        """Add logits [N, K] of images that belong to these parts [N]."""
         log_p = logits.detach().cpu().double().log_softmax(dim=1)
         if not torch.isfinite(log_p).all():
             raise DataError("logits of an image are NaN or infinite")
-        p, part = log_p.exp(), indices.cpu() // split
+        p, part = log_p.exp(), part.cpu()
         self.count.index_add_(0, part, torch.ones(len(part), dtype=torch.float64))
         self.entropy.index_add_(0, part, (p * log_p).sum(dim=1))
         self.classes.index_add_(0, part, p)
@@ -69,7 +69,7 @@ class ClassSums:
 def inception_score(logits: Tensor, split: int = IS_SPLIT) -> tuple[float, float]:
     """Mean and standard deviation over parts of `split` images of logits [N, K]."""
     sums = ClassSums.empty(len(logits), logits.shape[1], split)
-    sums.update(logits, torch.arange(len(logits)), split)
+    sums.update(logits, torch.arange(len(logits)) // split)
     return sums.score()
 
 

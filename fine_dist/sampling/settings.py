@@ -1,4 +1,4 @@
-"""Settings of the commands that draw images of models: what they share, and what is measured."""
+"""Settings that all commands share which draw images of models."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Literal
 from pydantic import Field
 
 from fine_dist.artifacts.locate import HintsConfig
-from fine_dist.artifacts.model_facts import FeaturesConfig, SamplerOverrides
+from fine_dist.artifacts.model_facts import SamplerOverrides
 from fine_dist.core.config import Config
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.settings import EngineConfig
 
@@ -38,23 +37,3 @@ class SamplingSettings(Config):
     """Device and threads."""
     launch: LaunchConfig = LaunchConfig()
     """What the job needs, where it is submitted."""
-
-
-class EvaluateConfig(SamplingSettings):
-    """Measure models, or files of images: the held-out noise-prediction loss, FID, sFID, IS, precision, recall,
-    FDD, KID and Fréchet distances on other networks."""
-
-    models: tuple[str, ...] = ()
-    """Models of any source or the runs that made them; also images: an .npz, a .tar or a folder of pictures."""
-    metrics: tuple[str, ...] = ()
-    """held_out fid sfid is precision recall kid fdd fd-efflite fd-classifier; none: what data and features allow."""
-    run_dir: str = "runs/evaluate"
-    """Where evaluate.json is written; numbers of another protocol get a file of their own beside it."""
-    samples: int = Field(500, ge=2)
-    """Images drawn of each model, classes in turn."""
-    reference: str | None = None
-    """Real images (.npz, .tar, folder) or their statistics (ADM's .npz); none: those of data.shards."""
-    features: FeaturesConfig = FeaturesConfig()
-    """Weights of the feature networks; a folder alone is a classifier's."""
-    data: DataConfig = DataConfig()
-    """`held_out` for the loss; `shards` are the real images when there is no reference."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,12 @@ from fine_dist.stages.config import LossConfig, StageConfig
 if TYPE_CHECKING:
     from torch import nn
 
-    from fine_dist.artifacts.autoencoder import Decoder
     from fine_dist.diffusion.objective import LossTerm
     from fine_dist.engine.dist import World
     from fine_dist.engine.program import Program
-    from fine_dist.evaluation.quick import Measure, Quick
     from fine_dist.model.arch import Arch
     from fine_dist.model.dit import DiT
+    from fine_dist.sampling.renderer import ImageRenderer
 
 
 @dataclass
@@ -45,13 +43,12 @@ class Plan:
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
     """What the engine trains, and how it is looked at."""
-    from fine_dist.data.stream import LatentStream, read_all
-    from fine_dist.diffusion.held_out import HeldOutLoss
+    from fine_dist.data.stream import LatentStream
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.program import Program
-    from fine_dist.evaluation.quick import Quick, decoder_of
+    from fine_dist.evaluation.training_scores import QuickEvaluation, decoder_of, held_out_evaluator, training_renderer
     from fine_dist.model.flops import train_flops
-    from fine_dist.stages.previews import Pictures, histograms_of
+    from fine_dist.stages.previews import PreviewCallback, histograms_of
 
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
@@ -63,44 +60,55 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         world_size=world.world_size,
         expect=plan.arch,
     )
-    keep = plan.condensation.product
-    decoder = decoder_of(config, stream.manifest, world)
-    quick = Quick(config, stream.manifest, world) if config.quick.every else None
-    held_out: Callable[[nn.Module], dict[str, float]] | None = None
+    kept = plan.condensation.product
+    decoder = decoder_of(config.vae, stream.manifest, world)
+
+    def renderer(model: nn.Module) -> ImageRenderer:
+        """What is kept of a (copy of the) trained module, as one that draws."""
+        return training_renderer(
+            kept(model), config.run_dir, stream.manifest, decoder, config.sampler, config.diffusion
+        )
+
+    quick = None
+    if config.quick.every:
+        quick = QuickEvaluation(
+            config.quick,
+            data=config.data,
+            vae=config.vae,
+            sampler=config.sampler,
+            diffusion=config.diffusion,
+            run_dir=config.run_dir,
+            steps=config.steps,
+            seed=config.seed,
+            world=world,
+        )
+    evaluator = None
     if config.data.held_out:
         check_held_out(config.data, plan.arch)
-    if config.data.held_out and world.is_main:
-        questions = read_all(expand_path(config.data.held_out), config.data.held_out_samples)
-        measure = HeldOutLoss(*questions, config.diffusion)
-        held_out = lambda model: measure(keep(model))  # noqa: E731
-    if quick is not None and world.is_main:
-        held_out = _with_quick(quick, held_out, keep, decoder)
+        evaluator = held_out_evaluator(config.data, world)
+
+    def scores(model: nn.Module) -> dict[str, float]:
+        """Numbers of the averaged weights, by metric; on rank 0."""
+        found = {}
+        if evaluator is not None:
+            found["held_out_loss"] = evaluator.held_out_loss(kept(model), config.diffusion, alone=True)
+        return {**found, **(quick(renderer(model)) if quick is not None else {})}
+
     drawn = plan.method if plan.draws else None
-    pictures = Pictures(config, plan.arch, drawn, stream.manifest, decoder)
+    preview = PreviewCallback(drawn, config.seed)
     histograms = histograms_of(drawn)
     return Program(
         model=plan.condensation.module,
         objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),
         stream=stream,
         identity=identity,
-        held_out=held_out,
-        pictures=lambda model, step: pictures(keep(model), step),
-        histograms=lambda model: histograms(keep(model)),
+        held_out=scores if world.is_main and (evaluator or quick) else None,
+        pictures=lambda model, step: preview(renderer(model), step),
+        histograms=lambda model: histograms(kept(model)),
         before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),
         tokens_per_sample=plan.arch.num_tokens,
     )
-
-
-def _with_quick(
-    quick: Quick, held_out: Measure | None, keep: Callable[[nn.Module], nn.Module], decoder: Decoder | None
-) -> Measure:
-    """The held-out loss, and the quick scores when they are due."""
-
-    def measure(model: nn.Module) -> dict[str, float]:
-        return {**(held_out(model) if held_out else {}), **quick(keep(model), decoder)}
-
-    return measure
 
 
 def check_held_out(data: DataConfig, arch: Arch) -> None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_dist.artifacts.model_facts import FeaturesConfig
 from fine_dist.core.config import Config, Seed, expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.evaluation.settings import QuickConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,21 +47,6 @@ class Blueprint:
     method: Method[Any]
     teacher: Arch | None = None
     """A frozen model that is asked at every step."""
-
-
-class QuickConfig(Config):
-    """Samples of the EMA, scored while a model trains."""
-
-    every: int = Field(0, ge=0)
-    """Steps between quick evaluations, which are made when the held-out loss is (engine.eval_every); 0: none."""
-    samples: int = Field(2048, ge=2)
-    """Images drawn each time, the same noise and classes every time."""
-    metrics: tuple[str, ...] = ()
-    """fid sfid is precision recall kid fdd fd-efflite fd-classifier; none: fd-classifier."""
-    features: FeaturesConfig = FeaturesConfig()
-    """Weights of the feature networks; a folder alone is a classifier's."""
-    reference: str | None = None
-    """Real images or their statistics; none: those of data.shards."""
 
 
 class StageConfig(Config):

@@ -3,51 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
-    from fine_dist.artifacts.autoencoder import Decoder
-    from fine_dist.data.shards import Manifest
-    from fine_dist.methods.base import Method
-    from fine_dist.model.arch import Arch
-    from fine_dist.stages.config import StageConfig
+from fine_dist.methods.base import Method
+from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, tile_images
+from fine_dist.sampling.renderer import ImageRenderer, class_name_of
+
+CLASSES, ROWS = 10, 4
+"""Columns (the first classes) and rows of a preview, at most."""
 
 
-class Pictures:
-    """`(EMA model, step) -> pictures`: samples, a column a class, of the same noise every time, decoded where there is
-    a decoder; and the method's tables over depth."""
+class PreviewCallback:
+    """`(renderer of the EMA, step) -> pictures`: samples of the same noise every time, a column a class, decoded where
+    there is a decoder; and the method's tables over depth.
 
-    def __init__(
-        self,
-        config: StageConfig,
-        arch: Arch,
-        method: Method[Any] | None,
-        manifest: Manifest,
-        decoder: Decoder | None = None,
-    ) -> None:
-        self.config, self.arch, self.method = config, arch, method
-        self.manifest, self.decoder = manifest, decoder
+    method: whose tables are drawn; none draws none. seed: of the samples' noise.
+    """
 
-    def __call__(self, model: nn.Module, step: int) -> dict[str, Tensor]:
-        import torch
+    def __init__(self, method: Method[Any] | None, seed: int) -> None:
+        self.method, self.seed = method, seed
 
-        from fine_dist.evaluation.quick import preview_renderer
-        from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, tile_images
-        from fine_dist.sampling.renderer import class_name_of
-
-        labels = torch.arange(min(self.arch.num_classes, 10)).repeat(4)
-        renderer = preview_renderer(self.config, model, self.manifest, self.decoder)
-        drawn = [images for _, images in renderer.render(labels, torch.arange(len(labels)), self.config.seed, False)]
+    def __call__(self, renderer: ImageRenderer, step: int) -> dict[str, Tensor]:
+        num_classes = renderer.model.arch.num_classes
+        labels = torch.arange(min(num_classes, CLASSES)).repeat(ROWS)
+        drawn = [images for _, images in renderer.render(labels, torch.arange(len(labels)), self.seed, False)]
         images = torch.cat(drawn)
-        captions = [class_name_of(int(label), renderer.facts, self.arch.num_classes) for label in labels]
+        captions = [class_name_of(int(label), renderer.facts, num_classes) for label in labels]
         title = f"step {step}" if renderer.pictures else f"step {step}: LATENTS, not decoded (--vae)"
         picture = labelled_grid(
-            images if renderer.pictures else latents_as_images(images), captions, len(labels) // 4, title=title
+            images if renderer.pictures else latents_as_images(images), captions, len(labels) // ROWS, title=title
         )
         pictures = {"samples": picture.float() / 255}
-        for name, table in sorted_tables(self.method, model).items():
+        for name, table in sorted_tables(self.method, renderer.model).items():
             scale = table.abs().amax().clamp_min(1e-12)
             pictures[name] = tile_images((table / scale)[None, None], 1, zoom=8, gap=0)
         return pictures

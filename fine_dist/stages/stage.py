@@ -93,7 +93,7 @@ def write_hparams(config: StageConfig, plan: Plan, fitted: Fitted, stage: str, f
         if isinstance(value, (int, float, str, bool)):
             settings[f"method.{key}"] = value
     losses = fitted.losses
-    kept = ("held_out_loss", *(key for key in losses if key.startswith("quick_")))
+    kept = [key for key in losses if key != "loss" and not key.startswith("raw_")]
     metrics = {f"{stage}/final_{key}": losses[key] for key in kept if key in losses}
     metrics = metrics or {f"{stage}/final_loss": losses["loss"]}
     with SummaryWriter(str(folder)) as board:

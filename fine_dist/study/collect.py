@@ -43,7 +43,7 @@ class _Collector:
 
     def collect(self) -> Results:
         study = self.study
-        measures = self.measuring.on(next(iter(study.data)))
+        floor = self.measuring.on(next(iter(study.data))).references.floors().get("fd_classifier")
         results = Results(
             title=study.title,
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -58,8 +58,8 @@ class _Collector:
             sections=study.sections,
             tables_note=study.tables_note,
             classifier_accuracy=self.measuring.accuracy,
-            frechet_floor=measures.floor,
-            frechet_samples=study.samples if measures.floor is not None else None,
+            frechet_floor=floor,
+            frechet_samples=study.samples if floor is not None else None,
             config=self._said(),
             machine=machine(),
         )
@@ -240,4 +240,4 @@ class _Collector:
 
 
 def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:
-    return {key: numbers.get(key) for key in ("frechet", "fd_efflite")}
+    return {key: numbers.get(key) for key in ("frechet",)}

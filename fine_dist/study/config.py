@@ -132,10 +132,6 @@ class StudyConfig(Config):
     """Layers of the models that have one; empty: any."""
     frechet: tuple[str, ...] = ()
     """Entries whose models have one; empty: all."""
-    efflite: tuple[str, ...] = ()
-    """Entries whose models, after N steps and at `tune_depth`, where they have a Fréchet distance, also have one on the
-    ImageNet features of EfficientNet-lite0 (FD-EffLite): of as many samples, to as many real images; 10,000 take four
-    minutes on 2 cores."""
     sampler: SamplerConfig = SamplerConfig()
     """How they are drawn."""
     pictures: int = Field(40, ge=0)
@@ -182,7 +178,6 @@ class StudyConfig(Config):
             raise ValueError(f"entries: two are called {twice[0]!r}")
         named = {"main": self.main, "baseline": self.baseline}
         named |= {f"frechet.{i}": name for i, name in enumerate(self.frechet)}
-        named |= {f"efflite.{i}": name for i, name in enumerate(self.efflite)}
         named |= {f"chosen.{name}": name for name in self.chosen}
         named |= {f"pictured.{i}": name for i, name in enumerate(self.pictured)}
         for entry in self.entries:

@@ -10,29 +10,20 @@ from fine_dist.study.config import StudyConfig
 
 def features(study: StudyConfig) -> tuple[str | None, float | None]:
     """Folder of the features of the Fréchet distance, and their classifier's held-out accuracy; trained once."""
-    from fine_dist.core.errors import ArtifactError
-    from fine_dist.data.stream import read_all
-    from fine_dist.evaluation.features import load_classifier, save_classifier, train_classifier
+    from fine_dist.evaluation.classifier import classifier_of_shards, load_classifier
 
     if study.features is None:
         return None, None
     if study.features != "classifier":
         return study.features, load_classifier(study.features).accuracy
     folder, data = study.root / "features", study.root / next(iter(study.data))
-    try:
-        return str(folder), load_classifier(folder).accuracy
-    except ArtifactError:
-        trained = train_classifier(*read_all(str(data / "train")), read_all(str(data / "held_out")))
-        save_classifier(folder, trained)
-        return str(folder), trained.accuracy
+    return str(folder), classifier_of_shards(folder, str(data / "train"), str(data / "held_out")).accuracy
 
 
 def check_features(study: StudyConfig) -> None:
     """`ArtifactError` when a network's weights are not there: said before hours are spent."""
-    from fine_dist.evaluation.features import load_classifier, load_features
+    from fine_dist.evaluation.classifier import load_classifier
 
-    if study.efflite:
-        load_features("efflite", None)
     if study.features not in (None, "classifier"):
         load_classifier(study.features)
 

@@ -23,7 +23,7 @@ from fine_dist.study.config import Entry
 from fine_dist.study.environment import features
 
 if TYPE_CHECKING:
-    from fine_dist.evaluation.measure import Measures
+    from fine_dist.evaluation.evaluator import Evaluator
     from fine_dist.study.graph import Graph
 
 
@@ -37,8 +37,6 @@ class Model(NamedTuple):
     """Data set that it is measured on."""
     distances: bool = False
     """Whether a Fréchet distance is wanted."""
-    efflite: bool = False
-    """Whether its samples' distance on EfficientNet's features is wanted as well."""
 
 
 class Measuring:
@@ -50,25 +48,28 @@ class Measuring:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.study = graph, graph.study
         self.features, self.accuracy = features(self.study)
-        self._measures: dict[str, Measures] = {}
+        self._evaluators: dict[str, Evaluator] = {}
 
-    def on(self, data: str) -> Measures:
-        """The measurements on one data set."""
-        from fine_dist.evaluation.measure import MeasureConfig, Measures
+    def on(self, data: str) -> Evaluator:
+        """What measures on one data set: the evaluator of `python -m fine_dist.evaluate`, so the numbers are its."""
+        from fine_dist.engine import dist
+        from fine_dist.evaluation.evaluator import Evaluator
+        from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
 
-        if data not in self._measures:
+        if data not in self._evaluators:
             folder = self.study.root / data
-            self._measures[data] = Measures(
-                MeasureConfig(
-                    data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
-                    features=self.features,
-                    samples=self.study.samples,
-                    sampler=self.study.sampler,
-                )
+            config = EvaluateConfig(
+                metrics=("held_out_loss", *(["fd_classifier"] if self.features else [])),
+                data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
+                features=FeaturesConfig(classifier=self.features),
+                samples=self.study.samples,
+                sampler=self.study.sampler,  # type: ignore[arg-type]
+                run_dir=str(self.study.root),
             )
-        return self._measures[data]
+            self._evaluators[data] = Evaluator(config, dist.alone())
+        return self._evaluators[data]
 
-    def of(self, entry: Entry) -> Measures:
+    def of(self, entry: Entry) -> Evaluator:
         """The measurements of an entry's targets."""
         return self.on(settings.data_of(self.study, "train", entry))
 
@@ -88,15 +89,13 @@ class Measuring:
     def models(self, entry: Entry, depth: int, seed: int) -> list[Model]:
         """What is measured of one target: as initialised, where it has a stage 2, and after each training."""
         data, distances = settings.data_of(self.study, "train", entry), self._has_distances(entry, depth, seed)
-        wanted = distances and entry.name in self.study.efflite and depth == self._efflite_depth(entry)
         found = []
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
-            found.append(Model(f"{run.name}-L{depth}", folder, data, distances, wanted and entry.init.final))
+            found.append(Model(f"{run.name}-L{depth}", folder, data, distances))
         for run in self.graph.train(entry, depth, seed):
-            at_budget = run.steps == self.study.steps.get("N")
-            found.append(Model(run.name, run.run_dir, data, distances, wanted and at_budget))
+            found.append(Model(run.name, run.run_dir, data, distances))
         return found
 
     def _has_distances(self, entry: Entry, depth: int, seed: int) -> bool:
@@ -104,50 +103,51 @@ class Measuring:
         wanted = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
         return all(not chosen or value in chosen for chosen, value in wanted)
 
-    def _efflite_depth(self, entry: Entry) -> int:
-        depths = self.study.depths_of(entry)
-        return self.study.tune_depth if self.study.tune_depth in depths else depths[0]
-
     def numbers(self, model: Model) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
-        from fine_dist.artifacts.load import find_artifact, load_model
+        from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import read_manifest
 
-        manifest, measures = read_manifest(find_artifact(model.folder)), self.on(model.data)
-        config = measures.config.model_dump(mode="json")
-        loss = self._once(
-            f"{model.name}.loss",
-            [manifest, config["data"], config["diffusion"]],
-            lambda: {"held_out_loss": measures.loss(load_model(model.folder)[0])},
-        )
-        if not model.distances or (self.features is None and not model.efflite):
-            return loss | {"frechet": None}
-        return loss | self._once(
-            f"{model.name}.distances",
-            [manifest, config, self.accuracy, model.efflite],
-            lambda: measures.distances(load_model(model.folder)[0], model.name, model.efflite),
-        )
+        manifest, evaluator = read_manifest(find_artifact(model.folder)), self.on(model.data)
+        data = evaluator.config.data.model_dump(mode="json")
+
+        def loss() -> dict[str, Any]:
+            renderer = evaluator.renderer(str(model.folder))
+            return {"held_out_loss": evaluator.held_out_loss(renderer.model, renderer.diffusion)}
+
+        def distances() -> dict[str, Any]:
+            return {"frechet": evaluator.scores(evaluator.renderer(str(model.folder))).numbers()["fd_classifier"]}
+
+        found = self._once(f"{model.name}.loss", [manifest, data], loss)
+        if not model.distances or self.features is None:
+            return found | {"frechet": None}
+        return found | self._once(f"{model.name}.distances", [manifest, evaluator.protocol()], distances)
 
     def untrained(self, entry: Entry, depth: int, seed: int) -> dict[str, float]:
         """Held-out losses of every variant of an entry's target without any training; empty where nobody asks."""
         from fine_dist.artifacts.load import find_artifact
+        from fine_dist.artifacts.model_facts import known
+        from fine_dist.diffusion.settings import DiffusionConfig
         from fine_dist.model.artifact import load_artifact, read_manifest
 
-        parent, measures = self.graph.parent_of(entry, seed), self.of(entry)
-        if not entry.untrained or parent is None or measures.held_out is None:
+        parent, evaluator = self.graph.parent_of(entry, seed), self.of(entry)
+        if not entry.untrained or parent is None:
             return {}
-        folder, config = find_artifact(parent[0].run_dir), measures.config.model_dump(mode="json")
+        folder, data = find_artifact(parent[0].run_dir), evaluator.config.data.model_dump(mode="json")
 
         def measure() -> dict[str, float]:
             artifact = load_artifact(folder)
+            diffusion = known(artifact.extra).diffusion or DiffusionConfig()
             method = settings.method_of(artifact.method if entry.condense else entry.method)
             return {
-                str(value): measures.loss(settings.untrained(method.vary(axis, value), artifact, depth, seed))
+                str(value): evaluator.held_out_loss(
+                    settings.untrained(method.vary(axis, value), artifact, depth, seed), diffusion
+                )
                 for axis, values in method.variants().items()
                 for value in values
             }
 
-        told = [read_manifest(folder), entry.method, depth, seed, config["data"], config["diffusion"]]
+        told = [read_manifest(folder), entry.method, depth, seed, data]
         return self._once(f"{entry.name}-L{depth}-s{seed}.untrained", told, measure)
 
     def _once(self, name: str, told: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fine_dist.study.report.results import Picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fine_dist.evaluation.measure import Measures
+    from fine_dist.evaluation.evaluator import Evaluator
 
 COLUMNS = 10
 """Of a grid, about: a multiple of the classes, where they are not too many."""
@@ -22,13 +22,15 @@ def pictured(study: StudyConfig, entry: Entry) -> bool:
     return bool(study.pictures) and (not study.pictured or entry.name in study.pictured)
 
 
-def samples(study: StudyConfig, measures: Measures, folder: Path, **fields: Any) -> Picture:
+def samples(study: StudyConfig, evaluator: Evaluator, folder: Path, **fields: Any) -> Picture:
     """Samples of a model on disk; `fields` are the picture's."""
-    from fine_dist.artifacts.load import load_model
+    import torch
 
-    model = load_model(folder)[0]
-    images = measures.draw(model, study.pictures, "pictures")
-    return Picture(image=_grid(study, images, model.arch.num_classes), **fields)
+    renderer = evaluator.renderer(str(folder))
+    num_classes, numbers = renderer.model.arch.num_classes, torch.arange(study.pictures)
+    drawn = renderer.render(numbers % num_classes, numbers, evaluator.config.seed, "sample pictures")
+    images = torch.cat([batch.latents for batch, _ in drawn])
+    return Picture(image=_grid(study, images, num_classes), **fields)
 
 
 def real(study: StudyConfig) -> Picture:

@@ -144,7 +144,7 @@ def test_sample_writes_latents_labels_and_a_picture(trained, tmp_path):
 
 def test_evaluate_measures_several_models_beside_each_other(condensed, trained, digit_shards, tmp_path, capsys):
     from fine_dist.data.small_images import digits
-    from fine_dist.evaluation.features import save_classifier, train_classifier
+    from fine_dist.evaluation.classifier import save_classifier, train_classifier
 
     parts = [torch.as_tensor(part) for split in ("train", "held_out") for part in digits(split)]
     save_classifier(tmp_path / "features", train_classifier(parts[0], parts[1], (parts[2], parts[3]), epochs=1))
@@ -153,9 +153,9 @@ def test_evaluate_measures_several_models_beside_each_other(condensed, trained, 
     assert fine_dist(argv) == 0
     found = json.loads((tmp_path / "evaluate.json").read_text())
     assert [row["model"] for row in found["rows"]] == [str(condensed), str(trained)]
-    distances = [row["scores"]["fd-classifier"]["value"] for row in found["rows"]]
+    distances = [row["scores"]["fd_classifier"]["value"] for row in found["rows"]]
     assert all(row["held_out_loss"] > 0 for row in found["rows"])
-    assert min(distances) > found["floors"]["fd-classifier"] > 0
+    assert min(distances) > found["floors"]["fd_classifier"] > 0
     assert "held-out loss" in capsys.readouterr().out
 
 

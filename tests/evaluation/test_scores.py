@@ -69,7 +69,7 @@ def test_the_order_in_which_images_come_changes_nothing():
     logits, order = draws(50, 12), torch.randperm(50, generator=torch.Generator().manual_seed(0))
     sums = ClassSums.empty(50, 12, split=20)
     for part in order.split(7):
-        sums.update(logits[part], part, split=20)
+        sums.update(logits[part], part // 20)
     assert sums.score() == pytest.approx(inception_score(logits, split=20), rel=1e-12)
 
 
@@ -115,7 +115,7 @@ def test_ten_thousand_against_ten_thousand_fit_into_two_gib():
     """Fewer features than Inception's 2048, for time: what grows is the 10,000 x 10,000, 400 MB a table in float32."""
     code = """
 import resource, torch
-from fine_dist.metrics import precision_recall
+from fine_dist.evaluation.scores import precision_recall
 g = torch.Generator().manual_seed(0)
 a, b = torch.randn(10_000, 64, generator=g), torch.randn(10_000, 64, generator=g)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

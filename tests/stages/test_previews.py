@@ -30,13 +30,13 @@ def test_quick_scores_are_taken_every_so_many_steps_and_are_those_of_evaluate(cl
     quick = ["--quick.every", "4", "--quick.samples", "24", "--quick.features", str(classifier)]
     assert command(train(digit_shards, tmp_path / "t", *quick)) == 0
     rows = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
-    found = {row["step"]: row["quick_fd-classifier"] for row in rows if "quick_fd-classifier" in row}
+    found = {row["step"]: row["fd_classifier"] for row in rows if "fd_classifier" in row}
     assert list(found) == [4, 6]  # every fourth, and the last
-    assert [e.step for e in board(tmp_path / "t").Scalars("train/quick_fd-classifier")] == [4, 6]
+    assert [e.step for e in board(tmp_path / "t").Scalars("train/fd_classifier")] == [4, 6]
     words = ["evaluate", "--models", str(tmp_path / "t"), *data(digit_shards), "--features", str(classifier)]
-    words += ["--metrics", "fd-classifier", "--samples", "24", "--sampler.steps", "2", "--run-dir", str(tmp_path / "e")]
+    words += ["--metrics", "fd_classifier", "--samples", "24", "--sampler.steps", "2", "--run-dir", str(tmp_path / "e")]
     assert command(words) == 0
-    score = json.loads((tmp_path / "e" / "evaluate.json").read_text())["rows"][0]["scores"]["fd-classifier"]
+    score = json.loads((tmp_path / "e" / "evaluate.json").read_text())["rows"][0]["scores"]["fd_classifier"]
     assert found[6] == pytest.approx(score["value"], rel=1e-4)
 
 
@@ -60,7 +60,7 @@ def test_settings_and_scores_are_a_row_of_tensorboards_table(digit_shards, tmp_p
 @pytest.mark.parametrize(("more", "words"), [
     (["--quick.every", "2"], "quick.metrics"),
     (["--quick.every", "2", "--quick.metrics", "fid"], "features.inception"),
-    (["--quick.every", "2", "--quick.metrics", "held_out"], "eval_every"),
+    (["--quick.every", "2", "--quick.metrics", "held_out_loss"], "eval_every"),
     (["--vae", "nowhere"], "pictures, not latents"),
 ])  # fmt: skip
 def test_what_cannot_be_looked_at_is_refused_before_anything_is_written(more, words, digit_shards, tmp_path, capsys):

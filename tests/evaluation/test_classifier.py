@@ -10,14 +10,14 @@ import torch
 from sklearn.datasets import load_digits
 
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
-from fine_dist.evaluation.classifier import effort
-from fine_dist.evaluation.features import (
+from fine_dist.evaluation.classifier import (
     NUM_FEATURES,
+    effort,
     load_classifier,
-    load_features,
     save_classifier,
     train_classifier,
 )
+from fine_dist.evaluation.features import load_features
 from fine_dist.evaluation.frechet import frechet_distance
 
 

@@ -5,7 +5,7 @@ Shapes: B images of a batch, F pooled features, S spatial ones, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.evaluation.base import Features
-from fine_dist.evaluation.image_reader import open_images
+from fine_dist.evaluation.feature_network import Features
+from fine_dist.evaluation.image_reader import Images, open_images
 from fine_dist.evaluation.moments import Moments
-from fine_dist.evaluation.scores import ClassSums
+from fine_dist.evaluation.scores import IS_SPLIT, ClassSums
 from fine_dist.sampling.npz import has_statistics, read_statistics
 
-KEPT = 10_000
-"""Images whose features are kept, for precision, recall and KID: the first ones by number."""
+SUBSET = 10_000
+"""Images whose features are kept for precision, recall and KID, as the literature takes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Statistics:
     count:     how many; none where a statistics file does not say.
     features:  the network's name; identity: sha256 of its weights (none: a statistics file does not say).
     distance:  what a Fréchet distance on it is called.
-    pooled, spatial: for Fréchet distances.   kept: features [up to KEPT, F] float32.
+    pooled, spatial: for Fréchet distances.
+    kept:      features [up to `Selection.keep`, F] float32 of a random subset, in the order of the images' numbers.
     classes:   Inception Score's mean and standard deviation.
     """
 
@@ -57,33 +59,71 @@ class Statistics:
     classes: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which images of a set precision, recall, KID and Inception Score's parts are made of.
+
+    Sets often come sorted by class (a folder a class; samples drawn class by class). The first images of such a set
+    are of its first classes alone, so what is kept is a random subset, the same in every process.
+
+    keep:        features that are kept, for precision, recall and KID; 0 keeps none, None all.
+    seed:        of the random subset and of the parts.
+    consecutive: Inception Score's parts are consecutive images, as in ADM's script, instead of random ones.
+    """
+
+    keep: int | None = SUBSET
+    seed: int = 0
+    consecutive: bool = False
+
+    def subset(self, count: int) -> Tensor:
+        """Numbers [K] int64, ascending, of the images that are kept of `count`."""
+        if self.keep is None or self.keep >= count:
+            return torch.arange(count)
+        return self._order(count)[: self.keep].sort().values
+
+    def parts(self, count: int) -> Tensor:
+        """Which of Inception Score's parts of `IS_SPLIT` images each image belongs to, [count] int64."""
+        if self.consecutive or count <= IS_SPLIT:
+            return torch.arange(count) // IS_SPLIT
+        return torch.empty(count, dtype=torch.int64).scatter_(0, self._order(count), torch.arange(count) // IS_SPLIT)
+
+    def _order(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
+
+
 class Collector:
     """Takes batches in any order and number of processes: `add` each image once, then `all_reduce`, then `result`.
 
-    num_images: of the whole set, over all processes. keep: how many features to keep (0: none).
+    num_images: of the whole set, over all processes.
     """
 
-    def __init__(self, features: Features, num_images: int, keep: int = KEPT, source: str = "samples") -> None:
-        self.features, self.num_images, self.keep, self.source = features, num_images, keep, source
+    def __init__(
+        self, features: Features, num_images: int, selection: Selection = Selection(), source: str = "samples"
+    ) -> None:
+        self.features, self.num_images, self.source = features, num_images, source
         self.pooled = Moments.empty(features.num_features)
         self.spatial: Moments | None = None
         self.classes: ClassSums | None = None
-        self._kept: list[Tensor] = []
-        self._numbers: list[Tensor] = []
+        chosen = selection.subset(num_images)
+        self._part = selection.parts(num_images)
+        # row of an image in the table of kept features; -1 for those that are not kept
+        self._row = torch.full((num_images,), -1).scatter_(0, chosen, torch.arange(len(chosen)))
+        self._table = torch.zeros(len(chosen), features.num_features)
+        self._filled = 0
 
     def add(self, numbers: Tensor, images: Tensor) -> None:
         """numbers [B]: each image's place in the set, 0..num_images-1; images as the network takes them."""
-        found = self.features(images)
+        found, numbers = self.features(images), numbers.cpu()
         self.pooled.update(found.pooled)
         if found.spatial is not None:
             self.spatial = (self.spatial or Moments.empty(found.spatial.shape[1])).update(found.spatial)
         if found.logits is not None:
             self.classes = self.classes or ClassSums.empty(self.num_images, found.logits.shape[1])
-            self.classes.update(found.logits, numbers)
-        first = numbers < self.keep
-        if first.any():
-            self._kept.append(found.pooled.cpu()[first].float())
-            self._numbers.append(numbers[first].cpu())
+            self.classes.update(found.logits, self._part[numbers])
+        rows = self._row[numbers]
+        kept = rows >= 0
+        if kept.any():
+            self._table[rows[kept]] = found.pooled.cpu()[kept].float()
 
     def all_reduce(self, device: torch.device | str = "cpu") -> Collector:
         """Merge over all processes of the default group; every process gets the same. Returns itself.
@@ -105,27 +145,17 @@ class Collector:
         if int(sides[1]):
             self.classes = self.classes or ClassSums.empty(self.num_images, int(sides[1]))
             self.classes.all_reduce(device)
-        if self.keep:
-            self._gather(device)
+        if len(self._table):
+            # each process has written its own rows and left the others zero, so the sum is the whole table
+            table = self._table.to(device)
+            dist.all_reduce(table)
+            self._table = table.cpu()
         return self
-
-    def _gather(self, device: torch.device | str) -> None:
-        """Each process writes its rows into one table, and tables are added: no row has two writers."""
-        table = torch.zeros(min(self.keep, self.num_images), self.features.num_features)
-        for numbers, rows in zip(self._numbers, self._kept):
-            table[numbers] = rows
-        table = table.to(device)
-        dist.all_reduce(table)
-        self._kept, self._numbers = [table.cpu()], [torch.arange(len(table))]
 
     def result(self) -> Statistics:
         """The statistics. `DataError` for fewer than 2 images, or other than were announced."""
         if self.pooled.count != self.num_images:
             raise DataError(f"{self.source}: {self.pooled.count} images were measured, and {self.num_images} announced")
-        kept = None
-        if self._kept:
-            order = torch.cat(self._numbers).argsort()
-            kept = torch.cat(self._kept)[order]
         return Statistics(
             source=self.source,
             count=self.pooled.count,
@@ -134,7 +164,7 @@ class Collector:
             identity=self.features.identity or None,
             pooled=Gaussian(self.pooled.mean, self.pooled.covariance()),
             spatial=Gaussian(self.spatial.mean, self.spatial.covariance()) if self.spatial is not None else None,
-            kept=kept,
+            kept=self._table if len(self._table) else None,
             classes=self.classes.score() if self.classes is not None else None,
         )
 
@@ -145,7 +175,7 @@ def measure(
     *,
     num_images: int,
     source: str = "samples",
-    keep: int = KEPT,
+    selection: Selection = Selection(),
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Statistics:
@@ -153,9 +183,7 @@ def measure(
 
     device: where the processes communicate.
     """
-    from tqdm import tqdm
-
-    collector = Collector(features, num_images, keep, source)
+    collector = Collector(features, num_images, selection, source)
     with tqdm(
         total=num_images, desc=features.name, unit="image", disable=None if progress else True, leave=False
     ) as bar:
@@ -170,49 +198,52 @@ def measure_path(
     path: str | Path,
     *,
     batch: int = 64,
-    keep: int = KEPT,
-    limit: int | None = None,
+    selection: Selection = Selection(),
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
     progress: bool = False,
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Statistics:
     """Statistics of the images at a path (read by `image_reader`); process `rank` of `world_size` reads its share.
 
-    limit: only the first so many images.
+    background: what transparent pictures are laid over.
     """
-    images = open_images(path)
-    total = images.count if limit is None else min(limit, images.count)
-    start, stop = total * rank // world_size, total * (rank + 1) // world_size
+    images = open_images(path, background)
+    start, stop = images.count * rank // world_size, images.count * (rank + 1) // world_size
     return measure(
         features,
         images.batches(batch, start, stop),
-        num_images=total,
+        num_images=images.count,
         source=str(path),
-        keep=keep,
+        selection=selection,
         device=device,
         progress=progress,
     )
 
 
-def reference(features: Features, path: str | Path, *, keep: int = KEPT, **options: Any) -> Statistics:
+def reference(
+    features: Features,
+    path: str | Path,
+    *,
+    batch: int = 64,
+    selection: Selection = Selection(),
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> Statistics:
     """Reference statistics: of an `.npz` that holds them (ADM's `mu, sigma, mu_s, sigma_s`), or of images at a path.
 
-    A file that holds images as well (`arr_0`) gives the kept features, too, when `keep` is not 0. options: as
-    `measure_path`. `DataError` when the statistics are of another number of features than the network has.
+    A file that holds images as well (`arr_0`) gives the kept features, too. options: as `measure_path`. `DataError`
+    when the statistics are of another number of features than the network has.
     """
     path = expand_path(str(path))
+    share = {"batch": batch, "rank": rank, "world_size": world_size}
     if not (path.endswith(".npz") and has_statistics(path)):
-        return measure_path(features, path, keep=keep, **options)
+        return measure_path(features, path, selection=selection, **share, **options)
     found = read_statistics(path)
     if len(found.mu) != features.num_features:
         raise DataError(f"{path}: statistics of {len(found.mu)} features; {features.name} has {features.num_features}")
-    try:
-        kept = measure_path(features, path, keep=keep, limit=keep, **options).kept if keep else None
-    except DataError as error:
-        if "arr_0" not in str(error):
-            raise
-        kept = None
     spatial = None
     if found.mu_s is not None and found.sigma_s is not None:
         spatial = Gaussian(torch.from_numpy(found.mu_s), torch.from_numpy(found.sigma_s))
@@ -224,5 +255,34 @@ def reference(features: Features, path: str | Path, *, keep: int = KEPT, **optio
         identity=None,
         pooled=Gaussian(torch.from_numpy(found.mu), torch.from_numpy(found.sigma)),
         spatial=spatial,
-        kept=kept,
+        kept=_features_of_subset(features, path, selection, batch, rank, world_size, **options),
     )
+
+
+def _features_of_subset(
+    features: Features, path: str, selection: Selection, batch: int, rank: int, world_size: int, **options: Any
+) -> Tensor | None:
+    """Features of the images that are kept of a file which has statistics already; none where it holds no images."""
+    options.pop("background", None)
+    try:
+        images = open_images(path)
+    except DataError as error:
+        if "arr_0" not in str(error):
+            raise
+        return None
+    chosen = selection.subset(images.count)
+    if not len(chosen):
+        return None
+    start, stop = images.count * rank // world_size, images.count * (rank + 1) // world_size
+    batches = _only(chosen, images, batch, start, stop)
+    return measure(
+        features, batches, num_images=len(chosen), source=path, selection=Selection(keep=None), **options
+    ).kept
+
+
+def _only(chosen: Tensor, images: Images, batch: int, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The chosen ones of the images start..stop-1, numbered by their place among the chosen."""
+    for numbers, part in images.batches(batch, start, stop):
+        wanted = torch.isin(numbers, chosen)
+        if wanted.any():
+            yield torch.searchsorted(chosen, numbers[wanted]), part[wanted]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from fine_dist.core.errors import ConfigError, DataError
-from fine_dist.evaluation.base import Extracted
-from fine_dist.evaluation.collect import measure, measure_path, reference
 from fine_dist.evaluation.comparison import cautions, compare, networks
+from fine_dist.evaluation.feature_network import Extracted
 from fine_dist.evaluation.frechet import frechet_distance
 from fine_dist.evaluation.image_reader import open_images
+from fine_dist.evaluation.image_statistics import IS_SPLIT, Selection, measure, measure_path, reference
 from fine_dist.evaluation.moments import Moments
-from fine_dist.evaluation.scores import inception_score, precision_recall
+from fine_dist.evaluation.scores import inception_score, kernel_distance, precision_recall
 from fine_dist.sampling.npz import ReferenceStatistics, write_samples, write_statistics
 
 
@@ -143,7 +143,7 @@ def test_a_fid_is_named_by_its_number_of_images(count, name):
 def test_too_few_samples_are_told(tmp_path):
     few = measure_path(Toy(), as_npz(tmp_path / "x.npz", pictures(5)))
     told = cautions(few, few, ["fid", "precision"])
-    assert "singular covariance" in told[0] and "10000 of each" in told[1]
+    assert "singular covariance" in told[0] and "takes 10000 against 10000" in told[1]
 
 
 def test_metrics_are_sorted_by_the_network_they_need():
@@ -155,14 +155,14 @@ def test_metrics_are_sorted_by_the_network_they_need():
 def _measured(path: str, unequal: bool) -> object:
     import torch.distributed as dist
 
-    from fine_dist.evaluation.collect import measure
     from fine_dist.evaluation.image_reader import open_images
+    from fine_dist.evaluation.image_statistics import Selection, measure
 
     dist.init_process_group("gloo")
     try:
         images, rank, world = open_images(path), dist.get_rank(), dist.get_world_size()
         cuts = [0, 37, 37, 40] if unequal else [images.count * r // world for r in range(world + 1)]
-        found = measure(Toy(), images.batches(6, cuts[rank], cuts[rank + 1]), num_images=40, keep=25)
+        found = measure(Toy(), images.batches(6, cuts[rank], cuts[rank + 1]), num_images=40, selection=Selection(25))
         return found.pooled.covariance, found.spatial.covariance, found.kept, found.classes  # type: ignore[union-attr]
     finally:
         dist.destroy_process_group()
@@ -175,7 +175,7 @@ def test_processes_together_measure_what_one_measures(tmp_path, unequal):
     from fine_dist.testing import run_distributed
 
     path = as_npz(tmp_path / "x.npz", pictures())
-    alone = measure_path(Toy(), path, keep=25)
+    alone = measure_path(Toy(), path, selection=Selection(25))
     for pooled, spatial, kept, classes in run_distributed(_measured, 3, str(path), unequal):
         torch.testing.assert_close(pooled, alone.pooled.covariance, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(spatial, alone.spatial.covariance, rtol=1e-6, atol=1e-9)
@@ -198,8 +198,6 @@ def test_images_of_mixed_sizes_are_named(tmp_path):
     [
         (b"no picture", "cannot be read"),
         (png(pictures(1)[0])[:80], "cannot be read"),
-        (png(np.full((8, 6), 40_000, np.uint16)), "more than 8 bits"),
-        (png(np.full((8, 6, 4), 100, np.uint8)), "transparent"),
     ],
 )
 def test_pictures_that_would_be_measured_wrongly_are_refused(tmp_path, content, words):
@@ -207,6 +205,19 @@ def test_pictures_that_would_be_measured_wrongly_are_refused(tmp_path, content, 
     (folder / "00001.png").write_bytes(content)
     with pytest.raises(DataError, match=f"00001.png.*{words}"):
         measure_path(Toy(), folder)
+
+
+def test_transparent_and_16_bit_pictures_are_read_as_encode_reads_them(tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    clear = np.zeros((8, 6, 4), np.uint8)
+    clear[:4] = (10, 20, 30, 255)
+    (folder / "0.png").write_bytes(png(clear))
+    (folder / "1.png").write_bytes(png(np.full((8, 6), 65535, np.uint16)))
+    (folder / "._0.png").write_bytes(b"a companion file that macOS leaves")
+    _, both = next(iter(open_images(folder, (9, 8, 7)).batches(2)))
+    assert both[0, :, 0, 0].tolist() == [10, 20, 30] and both[0, :, 7, 0].tolist() == [9, 8, 7]
+    assert (both[1] == 255).all()
 
 
 def test_opaque_alpha_and_grey_are_pictures(tmp_path):
@@ -227,3 +238,71 @@ def test_places_without_images_are_named(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"x" * 1000)
     with pytest.raises(DataError, match="no tar"):
         open_images(tmp_path / "x.tar")
+
+
+# --- which images precision, recall, KID and Inception Score see ---------------------------------------------------
+
+
+class Plane:
+    """Features that are an image's own first numbers: classes are clusters of pixels."""
+
+    name, distance, num_features, identity = "inception", "FID", 12, "plane"
+
+    def __call__(self, images: torch.Tensor) -> Extracted:
+        pooled = images.float().flatten(1)[:, :12] / 64 - 2
+        return Extracted(pooled, None, 3 * pooled)
+
+
+def classes(num: int, each: int, seed: int, order: str) -> torch.Tensor:
+    """`each` images of every class, uint8 [N, 3, 2, 2], by class or shuffled; all seeds are of one distribution."""
+    centers = torch.randint(40, 216, (num, 12), generator=torch.Generator().manual_seed(99))
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.randn(num * each, 12, generator=g) * 8
+    x = (centers.repeat_interleave(each, 0) + noise).round().clamp(0, 255).to(torch.uint8).view(-1, 3, 2, 2)
+    return x if order == "sorted" else x[torch.randperm(len(x), generator=g)]
+
+
+DEFAULT = Selection()
+
+
+def statistics(x: torch.Tensor, selection: Selection = DEFAULT):
+    parts = ((torch.arange(len(x))[i : i + 1000], x[i : i + 1000]) for i in range(0, len(x), 1000))
+    return measure(Plane(), parts, num_images=len(x), selection=selection)
+
+
+def test_sets_that_are_sorted_by_class_score_like_shuffled_ones():
+    """Of 600 images the first 400 are of 20 of the 30 classes; a random subset of 400 is of all of them."""
+    few, everything = Selection(400), Selection(None)
+    real, fake = classes(30, 20, 0, "sorted"), classes(30, 20, 1, "sorted")
+    whole = precision_recall(statistics(real, everything).kept, statistics(fake, everything).kept)
+    for order in ("sorted", "shuffled"):
+        found = statistics(classes(30, 20, 1, order), few)
+        scores = {s.metric: s.value for s in compare(found, statistics(real, few), ["precision", "recall", "kid"])}
+        assert (scores["precision"], scores["recall"]) == pytest.approx(whole, abs=0.06)
+        assert abs(scores["kid"]) < 0.03
+    first = statistics(fake[:400], everything).kept  # what the first images would score
+    shuffled = statistics(classes(30, 20, 0, "shuffled"), everything).kept[:400]
+    assert precision_recall(first, shuffled)[0] < whole[0] - 0.15 and kernel_distance(first, shuffled)[0] > 0.03
+
+
+def test_inception_scores_of_sorted_sets_are_those_of_shuffled_ones():
+    x = classes(30, 500, 0, "sorted")
+    sorted_, consecutive = statistics(x).classes[0], statistics(x, Selection(consecutive=True)).classes[0]
+    shuffled = statistics(classes(30, 500, 0, "shuffled"), Selection(consecutive=True)).classes[0]
+    assert len(x) == 3 * IS_SPLIT
+    assert sorted_ == pytest.approx(shuffled, rel=0.01) and consecutive < shuffled * 0.99
+
+
+def test_the_subset_is_the_same_every_time_and_another_with_another_seed():
+    x = classes(3, 50, 0, "sorted")
+    one, same, other = (statistics(x, Selection(20, seed)).kept for seed in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other) and len(one) == 20
+    assert Selection(20).subset(7).tolist() == list(range(7))
+
+
+def test_a_statistics_file_gives_a_random_subset_of_its_images(tmp_path):
+    x = classes(3, 50, 0, "sorted")
+    array = x.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "r.npz", mu=np.zeros(12), sigma=np.eye(12), arr_0=array)
+    kept = reference(Plane(), tmp_path / "r.npz", selection=Selection(20)).kept
+    assert torch.equal(kept, statistics(x, Selection(20)).kept)
