@@ -112,14 +112,17 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
 
 
 def check_held_out(data: DataConfig, arch: Arch) -> None:
-    """`DataError` unless held-out shards are there and fit the model."""
-    from fine_dist.data.reader import ShardSet
+    """`DataError` unless held-out shards are there, fit the model and have the classes of the training shards."""
+    from fine_dist.data.shards import check_classes
+    from fine_dist.data.sources import locate
     from fine_dist.data.stream import check_fit
 
     where = expand_path(str(data.held_out))
-    shards = ShardSet(where, data)
-    check_fit(shards.manifest, arch, where)
-    shards.close()
+    manifest, _ = locate(where, data)
+    check_fit(manifest, arch, where)
+    if data.shards:
+        training = expand_path(data.shards)
+        check_classes(training, locate(training, data)[0].class_names, where, manifest.class_names)
 
 
 def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:

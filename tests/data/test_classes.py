@@ -8,8 +8,11 @@ from PIL import Image
 
 from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.data.images import FolderImages, center_crop
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest
 from fine_dist.encode import main, run
+from fine_dist.model.arch import Arch
+from fine_dist.stages.build import check_held_out
 from tests.data.picturing import config, picture
 
 
@@ -105,3 +108,14 @@ def test_a_fifo_among_the_images_is_left_out_and_waited_for_by_nobody(pets, tmp_
         main(["--source", str(pets), "--out", str(tmp_path / "out"), "--image-size", "16", "--launcher", "here"]) == 0
     )
     assert manifest_of(tmp_path / "out").left_out == ("cat/pipe.png",)
+
+
+def test_training_refuses_held_out_shards_of_other_classes(pets, tmp_path):
+    other = tmp_path / "other"
+    class_folder(other, "dog", 4)
+    run(config(pets, tmp_path / "a", image_size=8))
+    run(config(other, tmp_path / "b", image_size=8))
+    arch = Arch(hidden_size=32, num_layers=1, num_heads=2, patch_size=2, in_channels=3, input_size=8, num_classes=2)
+    check_held_out(DataConfig(shards=str(tmp_path / "a/train"), held_out=str(tmp_path / "a/train")), arch)
+    with pytest.raises(DataError, match=r"label 0 is 'cat' in .* and 'dog' in"):
+        check_held_out(DataConfig(shards=str(tmp_path / "a/train"), held_out=str(tmp_path / "b/train")), arch)
