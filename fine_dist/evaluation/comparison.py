@@ -23,6 +23,7 @@ NETWORKS = {
     "kid": "inception",
     "fdd": "dinov2",
     "fd_classifier": "classifier",
+    "accuracy": "classifier",
 }
 """Every metric of images, and its usual network."""
 FRECHET = {"fid": "inception", "fdd": "dinov2", "fd_classifier": "classifier"}
@@ -83,6 +84,9 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
             scores.append(Score(metric, samples.distance + size, _frechet(samples.pooled, reference.pooled)))
         elif metric == "sfid":
             scores.append(_spatial(samples, reference, size))
+        elif metric == "accuracy":
+            why = None if samples.accuracy is not None else f"{samples.source} does not say which class an image shows"
+            scores.append(Score("accuracy", "class accuracy", samples.accuracy, None, "higher", why))
         elif metric == "is":
             scores.append(_inception_score(samples, size))
         elif samples.kept is None or reference.kept is None:

@@ -147,7 +147,7 @@ class Evaluator:
         progress = f"sample {Path(renderer.where).name}" if self.world.is_main and not alone else False
         for drawn, images in renderer.render(labels[mine], mine, self.config.seed, progress):
             for collector in collectors.values():
-                collector.add(drawn.indices, images)
+                collector.add(drawn.indices, images, labels[drawn.indices])
         if not alone:
             for collector in collectors.values():
                 collector.all_reduce()

@@ -15,12 +15,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.data.images import FORMATS, SUFFIXES, WHITE, Colour, to_rgb
+from fine_dist.data.images import FORMATS, SUFFIXES, WHITE, Color, to_rgb
 from fine_dist.sampling.npz import NpzImages
 
 
@@ -39,7 +39,7 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in SUFFIXES and not path.name.startswith(".")
 
 
-def open_images(path: str | Path, background: Colour = WHITE) -> Images:
+def open_images(path: str | Path, background: Color = WHITE) -> Images:
     """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`.
 
     background: what transparent pictures are laid over.
@@ -60,7 +60,7 @@ def open_images(path: str | Path, background: Colour = WHITE) -> Images:
 class Pictures:
     """Encoded pictures, each by a function that reads its bytes."""
 
-    def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]], background: Colour = WHITE) -> None:
+    def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]], background: Color = WHITE) -> None:
         if not files:
             raise DataError(f"{where} holds no images; looked for {', '.join(SUFFIXES)}")
         self.where, self.files, self.background = where, files, background
@@ -88,7 +88,7 @@ class Pictures:
         name, read = self.files[number]
         try:
             with Image.open(io.BytesIO(read()), formats=[*FORMATS]) as image:
-                return np.asarray(to_rgb(image, self.background))
+                return np.asarray(to_rgb(ImageOps.exif_transpose(image), self.background))
         except Exception as error:  # decoders raise whatever they like
             first = str(error).partition(chr(10))[0][:200]
             raise DataError(f"{self.where}: {name} cannot be read: {first}") from None
@@ -112,7 +112,7 @@ class _Npz:
                 return
 
 
-def _tar(path: Path, background: Colour) -> Pictures:
+def _tar(path: Path, background: Color) -> Pictures:
     """Members are found once and read by their place in the file; nothing is unpacked."""
     files: list[tuple[str, Callable[[], bytes]]] = []
 

@@ -46,6 +46,7 @@ class Statistics:
     pooled, spatial: for Fréchet distances.
     kept:      features [up to `Selection.keep`, F] float32 of a random subset, in the order of the images' numbers.
     classes:   Inception Score's mean and standard deviation.
+    accuracy:  fraction of images that the network gives the label they were made for; none without labels.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Statistics:
     spatial: Gaussian | None = None
     kept: Tensor | None = None
     classes: tuple[float, float] | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,13 @@ class Collector:
         # row of an image in the table of kept features; -1 for those that are not kept
         self._row = torch.full((num_images,), -1).scatter_(0, chosen, torch.arange(len(chosen)))
         self._table = torch.zeros(len(chosen), features.num_features)
-        self._filled = 0
+        self._right = torch.zeros(2, dtype=torch.int64)  # images with their label, images that have one
 
-    def add(self, numbers: Tensor, images: Tensor) -> None:
-        """numbers [B]: each image's place in the set, 0..num_images-1; images as the network takes them."""
+    def add(self, numbers: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
+        """numbers [B]: each image's place in the set, 0..num_images-1; images as the network takes them.
+
+        labels [B]: the classes that samples were drawn for.
+        """
         found, numbers = self.features(images), numbers.cpu()
         self.pooled.update(found.pooled)
         if found.spatial is not None:
@@ -120,6 +125,9 @@ class Collector:
         if found.logits is not None:
             self.classes = self.classes or ClassSums.empty(self.num_images, found.logits.shape[1])
             self.classes.update(found.logits, self._part[numbers])
+            if labels is not None:
+                right = found.logits.argmax(dim=1).cpu() == labels.cpu()
+                self._right += torch.tensor([int(right.sum()), len(labels)])
         rows = self._row[numbers]
         kept = rows >= 0
         if kept.any():
@@ -145,6 +153,9 @@ class Collector:
         if int(sides[1]):
             self.classes = self.classes or ClassSums.empty(self.num_images, int(sides[1]))
             self.classes.all_reduce(device)
+        right = self._right.to(device)
+        dist.all_reduce(right)
+        self._right = right.cpu()
         if len(self._table):
             # each process has written its own rows and left the others zero, so the sum is the whole table
             table = self._table.to(device)
@@ -166,6 +177,7 @@ class Collector:
             spatial=Gaussian(self.spatial.mean, self.spatial.covariance()) if self.spatial is not None else None,
             kept=self._table if len(self._table) else None,
             classes=self.classes.score() if self.classes is not None else None,
+            accuracy=int(self._right[0]) / int(self._right[1]) if self._right[1] else None,
         )
 
 

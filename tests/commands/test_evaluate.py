@@ -35,7 +35,7 @@ def read(folder) -> dict:
     return json.loads((folder / "evaluate.json").read_text())
 
 
-METRICS = ["held_out_loss", "fd_classifier", "is", "precision", "recall", "kid"]
+METRICS = ["held_out_loss", "fd_classifier", "accuracy", "is", "precision", "recall", "kid"]
 
 
 def test_two_processes_measure_what_one_does(trained, classifier, digit_shards, tmp_path):
