@@ -41,8 +41,8 @@ class EvaluateConfig(SamplingSettings):
     models: tuple[str, ...] = ()
     """Models of any source, or the runs that made them; also images: an .npz, a .tar or a folder of pictures."""
     metrics: tuple[str, ...] = ()
-    """Any of: held_out_loss fid sfid is precision recall kid fdd fd_classifier accuracy (of the samples' classes, by the
-    classifier). Default: held_out_loss where data.held_out is given, fd_classifier where features.classifier is."""
+    """Any of: held_out_loss fid sfid is precision recall kid fdd fd_classifier accuracy (of the classes of samples, by
+    the classifier). Default: held_out_loss if data.held_out is given, and fd_classifier if features.classifier is."""
     protocol: Literal["subset", "adm"] = "subset"
     """Which images precision, recall and KID see. `subset`: 10,000 of each side, drawn at random by `seed` (all where
     there are fewer). `adm`: every sample against 10,000 reference images, and Inception Score over consecutive parts,
