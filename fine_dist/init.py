@@ -33,8 +33,14 @@ def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
     family.check()
     # A worker keeps the jobs of its pack together; how many go through at once it decides where it runs.
     alone = config.pack.model_copy(update={"workers": 1})
+    complete = {member.name for member in family.members if family.done(member)}
     return [
-        Task(pack.name, config.model_copy(update={"only": pack.jobs, "pack": alone}), pack.jobs)
+        Task(
+            pack.name,
+            config.model_copy(update={"only": pack.jobs, "pack": alone}),
+            pack.jobs,
+            tuple(name for name in pack.jobs if name in complete),
+        )
         for pack in family.packs(capacity)
     ]
 

@@ -145,19 +145,17 @@ def _gloo() -> Callable[[int], tuple[Network, float]]:
 def findings(module: str, call: Call, rate: float | None) -> list[Finding]:
     """What is known of a call before it is made: of one of its tasks, when it has several."""
     from launchers.base import Launcher
-    from launchers.preflight import preflight, upload
+    from launchers.preflight import check_job, upload
     from launchers.registry import pick
 
-    place = pick(call.launcher, launch_of(call.config))
-    with place(launch_of(call.config)) as runner:
+    target = pick(call.launcher, launch_of(call.config))
+    with target(launch_of(call.config)) as runner:
         whole = make_spec(module, call.config, write=False)
         capacity = runner.capacity(whole) if isinstance(runner, Launcher) else None
         tasks = tasks_of(module, call.config, capacity)
         config = tasks[0].config if tasks else call.config
         spec = make_spec(module, config, write=False)
-        if isinstance(runner, Launcher):
-            capacity = runner.capacity(spec, bool(tasks))
-        found = [*preflight(module, config, spec, capacity=capacity, rate=rate), *runner.findings(spec, bool(tasks))]
+        found = check_job(module, config, spec, runner, many=bool(tasks), rate=rate)
     found.append(upload(module))
     if tasks:
         found.insert(0, Finding("tasks", "ok", f"{len(tasks)} tasks; what follows is for one of them"))

@@ -1,9 +1,9 @@
-"""Where every launcher ends: `python -m fine_dist.worker JOB.json` runs `module.run(config)` of one job.
+"""One process of a job, which every launcher starts: runs `module.run(config)` of a job file.
 
-    python -m fine_dist.worker JOB.json          one process of a job (torchrun, srun, Ray and a pool set its rank)
-    python -m fine_dist.worker --pool IN OUT     a server for `launchers.local`: one fork per job, imports paid once
+    python -m fine_dist.worker JOB.json          one process of a job (torchrun, srun, Ray or a pool set its rank)
+    python -m fine_dist.worker --pool IN OUT     the server of a local pool, which forks one process for each job
 
-Exit codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 start it again, 76 another live
+Exit codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 to be started again, 76 another live
 process runs this task.
 """
 
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
 from fine_dist.core.processes import die_with_parent
-from launchers.worker import LIFELINE, NOTE, run_job
+from launchers.worker import EXIT_FILE, LIFELINE, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parent = os.environ.pop(LIFELINE, None)
     if parent:
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m fine_dist.worker JOB.json", file=sys.stderr)
         return EXIT_USER_ERROR
     code = run_job(argv[0])
-    note = os.environ.get(NOTE)
-    if code == EXIT_RESUME and note:
-        Path(note).write_text(f"{code}\n")
+    exit_file = os.environ.get(EXIT_FILE)
+    if code == EXIT_RESUME and exit_file:
+        Path(exit_file).write_text(f"{code}\n", encoding="ascii")
         return 0
     return code
 

@@ -1,4 +1,4 @@
-"""What all launchers share: a job's handle, the queue of a fan-out and retries.
+"""The interface of a launch target, the queue of a fan-out, and the retries that all launchers share.
 
 A `LaunchTarget` is what `--launcher` names. Most targets are launchers, to which a command submits jobs; a
 `CommandTarget` runs the command itself.
@@ -13,10 +13,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR
+from fine_dist.core.limits import GIB
 from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
@@ -25,106 +26,133 @@ from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
-ENDED = ("done", "failed", "cancelled")
+FINAL_STATES = ("done", "failed", "cancelled")
+STOPPED_BY_FILE = "stopped by a file STOP; the same command continues it"
 
 
 @dataclass(eq=False)
 class Job:
-    """Handle of one submitted job; the launcher that made it keeps it up to date."""
+    """Handle of one submitted job, kept up to date by the launcher that submitted it."""
 
     spec: JobSpec
+    """What runs."""
     file: Path
-    """Its JSON on disk."""
+    """JSON file of the spec."""
     state: JobState = "pending"
+    """Last known state."""
     id: str | None = None
-    """The scheduler's name of it."""
+    """The scheduler's name of the job."""
     code: int | None = None
-    """Exit code once it has ended; negative: ended by that signal; None: it was lost."""
+    """Exit code once the job has ended; negative: killed by that signal; None: the job was lost."""
     reason: str | None = None
-    """Why it failed, in the scheduler's words where there are any."""
+    """Why the job failed, in the scheduler's words where there are any."""
     attempts: int = 0
+    """Number of times the job was started and counted as an attempt."""
     retries: int = 0
-    """Further attempts it may have."""
+    """Number of further attempts that are allowed."""
     restarts: int = 0
-    """Times it asked to be started again (exit code 75)."""
+    """Number of times the job was started again without counting an attempt (exit code 75, a lost node)."""
     show: bool = False
-    """Its output goes to this terminal, where the launcher can, instead of its log."""
-    handle: Any = field(default=None, repr=False)
-    """The launcher's own."""
+    """Whether its output goes to this terminal, where the launcher can do that, instead of its log."""
+    handle: object = field(default=None, repr=False)
+    """The launcher's own object for the running job."""
     own_log: Path | None = None
-    """Where its output goes when the scheduler names the file."""
+    """Log file whose name the scheduler chose."""
 
     @property
     def log(self) -> Path:
-        """Its output."""
+        """File of the job's output."""
         return self.own_log or Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in ENDED
+        """Whether the job has reached its final state."""
+        return self.state in FINAL_STATES
+
+
+# --- launch targets --------------------------------------------------------------------------------------------------
 
 
 class LaunchTarget(ABC):
-    """What a name of `--launcher` means. Use as a context manager.
+    """A value of `--launcher`. Use as a context manager.
 
-    needs: what the config's `launch` says; None: the defaults.
+    Args:
+        needs: The `launch` settings of the config. None: the defaults.
     """
 
-    name: str
-    """What `--launcher` calls it. Two may share a name: the first of the registry that `serves` is taken."""
-    on_this_machine = False
-    """Whether jobs get this machine's cores, memory and accelerators."""
-    detached = False
-    """Whether its jobs live on when this process ends."""
+    name: ClassVar[str]
+    """The value of `--launcher`. Two targets may share a name when at most one of them serves an environment."""
+    on_this_machine: ClassVar[bool] = False
+    """Whether jobs use this machine's cores, memory and accelerators."""
+    detached: ClassVar[bool] = False
+    """Whether jobs outlive this process."""
 
     def __init__(self, needs: LaunchConfig | None = None) -> None:
         self.needs = needs or LaunchConfig()
 
     @classmethod
-    def is_the_one(cls, needs: LaunchConfig) -> bool:
-        """Whether `--launcher auto` means this one, by where this process is."""
-        return False
-
-    @classmethod
     def serves(cls, needs: LaunchConfig) -> bool:
-        """Whether it can be meant by its name, by where this process is and what is asked for."""
+        """Whether the target works in this process's environment, for these needs."""
         return True
 
+    @classmethod
+    def affinity(cls, needs: LaunchConfig) -> int:
+        """How well the target matches this process's environment; `--launcher auto` takes the highest."""
+        return 0
+
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        """What can be known of a job (one of `many` tasks) before it is started here."""
+        """What can be known of a job before it starts here.
+
+        Args:
+            spec: The job, or one task of a fan-out.
+            many: Whether it is a task of a fan-out.
+        """
         return []
 
-    def close(self) -> None:  # noqa: B027 (most hold nothing)
-        """Free what it holds."""
+    def close(self) -> None:  # noqa: B027 - most targets hold nothing
+        """Free what the target holds."""
 
-    def __enter__(self: P) -> P:
+    def __enter__(self: T) -> T:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
 
 
-P = TypeVar("P", bound=LaunchTarget)
+T = TypeVar("T", bound=LaunchTarget)
+K = TypeVar("K", bound=type[LaunchTarget])
+_registered: list[type[LaunchTarget]] = []
+
+
+def register(target: K) -> K:
+    """Class decorator: make a launch target known to `--launcher`."""
+    _registered.append(target)
+    return target
+
+
+def registered() -> tuple[type[LaunchTarget], ...]:
+    """The launch targets that were registered so far."""
+    return tuple(_registered)
 
 
 class CommandTarget(LaunchTarget):
-    """A place that takes a command as it is."""
+    """A target that runs a whole command, with all its tasks."""
 
     @abstractmethod
     def run(self, module: str, config: Config) -> int:
-        """Run `module.run(config)` there, with all its tasks; the exit code."""
+        """Run `module.run(config)` there, with all its tasks; returns the exit code."""
 
 
 class Launcher(LaunchTarget):
-    """Submits jobs and follows them. A subclass starts, checks and cancels one; the queue is here.
+    """Submits jobs and follows them. A subclass starts, polls and cancels one job; the queue is here.
 
-    Leaving it as a context manager cancels what it still runs.
+    Leaving the context manager cancels the jobs that still run.
     """
 
-    max_restarts = 20
-    copies_code = True
-    """Whether jobs run a copy of the code, as `launch.snapshot` says, or the code where it lies."""
+    max_restarts: ClassVar[int] = 20
+    """Restarts of one job that count as no attempt."""
+    copies_code: ClassVar[bool] = True
+    """Whether jobs run a copy of the code, as `launch.snapshot` says, or the installed code."""
 
     def __init__(self, needs: LaunchConfig | None = None) -> None:
         super().__init__(needs)
@@ -132,25 +160,37 @@ class Launcher(LaunchTarget):
         self._live: list[Job] = []
         self._width = 1
 
-    # --- what users of a launcher call
+    # --- what callers use
 
     def runs_here(self, spec: JobSpec) -> bool:
-        """Whether a single job such as this needs no process of its own: the command itself is the job."""
+        """Whether a single such job needs no process of its own, because the command itself can run it."""
         return False
 
     def submit(self, spec: JobSpec, retries: int = 0, show: bool = False) -> Job:
-        """Start one job now. show: its output goes to this terminal, where that can be."""
+        """Start one job now.
+
+        Args:
+            spec: The job.
+            retries: Further attempts if it fails.
+            show: Whether its output goes to this terminal, where the launcher can do that.
+        """
         job = self._job(spec, retries)
         job.show = show
         self._begin(job)
         return job
 
     def warm(self, spec: JobSpec) -> None:
-        """Get ready for jobs like this one while the caller still checks what is to run."""
+        """Prepare for jobs like this one in the background, while the caller still checks what is to run."""
         return
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
-        """Hand in many jobs, of which at most `max_parallel` run at once (None: as many as fit)."""
+        """Submit many jobs.
+
+        Args:
+            specs: The jobs.
+            max_parallel: Maximum number that run at once. None: as many as fit.
+            retries: Further attempts for each job.
+        """
         jobs = [self._job(spec, retries) for spec in specs]
         self._queue.extend(jobs)
         self._width = max_parallel or (self.fits(specs[0]) if specs else 1)
@@ -158,7 +198,7 @@ class Launcher(LaunchTarget):
         return jobs
 
     def status(self, job: Job) -> JobState:
-        """What became of a job."""
+        """The current state of a job."""
         if not job.ended:
             self.poll()
         return job.state
@@ -174,14 +214,22 @@ class Launcher(LaunchTarget):
             job.state = "cancelled"
 
     def logs(self, job: Job) -> str:
-        """What a job has printed so far."""
+        """The output of a job so far."""
         return job.log.read_text(encoding="utf-8", errors="replace") if job.log.exists() else ""
 
     def wait(self, jobs: Sequence[Job], tick: Callable[[], None] | None = None, every_s: float = 0.02) -> list[Job]:
-        """Stay until all jobs have ended; `tick` is called about every 0.5 s.
+        """Wait until all jobs have ended.
 
-        An interrupt or SIGTERM has them save and end, unless they are the scheduler's (`detached`); after SIGTERM,
-        SIGUSR1 or SIGUSR2 it raises `ResumeLater`.
+        When this process is interrupted or receives SIGTERM, SIGUSR1 or SIGUSR2, the jobs are asked to save and end,
+        unless they outlive this process (`detached`).
+
+        Args:
+            jobs: The jobs to wait for.
+            tick: Called about every 0.5 s.
+            every_s: Seconds between two looks at the jobs.
+
+        Raises:
+            ResumeLater: A signal arrived.
         """
         last = 0.0
         try:
@@ -196,73 +244,76 @@ class Launcher(LaunchTarget):
                     time.sleep(every_s)
         except BaseException:
             if not self.detached:
+                # All jobs are asked before the first is waited for, so that they save at the same time.
                 for job in self._live:
-                    self._tell(job)  # all of them first, so that they save at the same time
+                    self._request_stop(job)
                 for job in jobs:
                     self.cancel(job)
             raise
 
     def poll(self) -> None:
-        """Look after running jobs, try again what may be tried again, start what waits."""
+        """Update the running jobs, queue again those that may be retried, and start queued ones."""
         for job in list(self._live):
             if self._check(job):
                 self._live.remove(job)
-                self._ended(job)
+                self._finish(job)
         while self._queue and len(self._live) < self._width:
             job = self._queue.popleft()
             if job.spec.table and was_stopped(job.spec.table):
-                job.state, job.code, job.reason = "cancelled", EXIT_RESUME, STOPPED_WORDS
+                job.state, job.code, job.reason = "cancelled", EXIT_RESUME, STOPPED_BY_FILE
             else:
                 self._begin(job)
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """Those of earlier submissions that still wait or run."""
+        """Those of earlier submissions (task names by job id) that are still queued or running."""
         return {}
 
     def close(self) -> None:
-        """Cancel what still runs and free what the launcher holds."""
+        """Cancel the jobs that still run and free what the launcher holds."""
         for job in [*self._queue, *self._live]:
             self.cancel(job)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
-        """The machines that `many` such jobs get, or one job alone: what a fan-out is planned for, and checked with.
+        """What the launcher's machines hold of such jobs; these are not the machine that this process is on.
 
-        Its own machines, not the one that this process is on.
+        Args:
+            spec: One of the jobs.
+            many: Whether there are several; a single job has its machines to itself.
         """
         memory = self.needs.gpu_memory_gb
         return Capacity(
             workers=self.fits(spec) if many else 1,
-            accelerator_bytes=memory * 2**30 if memory and spec.accelerators_per_node else None,
+            accelerator_bytes=memory * GIB if memory and spec.accelerators_per_node else None,
             cpu=not spec.accelerators_per_node,
-            host_bytes=spec.memory_gb * 2**30 if spec.memory_gb else None,
+            host_bytes=spec.memory_gb * GIB if spec.memory_gb else None,
         )
 
-    # --- what a launcher must say
+    # --- what a launcher implements
 
     @abstractmethod
     def fits(self, spec: JobSpec) -> int:
-        """How many such jobs its machines hold at once."""
+        """Number of such jobs that the launcher's machines run at once."""
 
     @abstractmethod
     def _start(self, job: Job) -> None:
-        """Start it; set `handle` and `id`."""
+        """Start the job; set `handle` and `id`."""
 
     @abstractmethod
     def _check(self, job: Job) -> bool:
-        """Whether it has ended; then `code` (and `reason`) are set."""
+        """Whether the job has ended; if so, set `code` (and `reason`)."""
 
     @abstractmethod
     def _stop(self, job: Job) -> None:
-        """End it."""
+        """End the job and wait for its end."""
 
-    def _tell(self, job: Job) -> None:
-        """Ask it to save and end, without waiting."""
+    def _request_stop(self, job: Job) -> None:
+        """Ask the job to save and end, without waiting."""
 
     # --- the queue
 
     def _job(self, spec: JobSpec, retries: int) -> Job:
-        file = job_file(spec)  # its name is a hash of what it holds
-        if not file.is_file():
+        file = job_file(spec)
+        if not file.is_file():  # its name is a hash of its content
             spec.save(file)
         return Job(spec, file, retries=retries)
 
@@ -273,63 +324,63 @@ class Launcher(LaunchTarget):
         self._start(job)
         self._live.append(job)
 
-    def _ended(self, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
         if job.code == 0:
             job.state = "done"
             return
         if job.code == EXIT_RESUME and stopped(job.spec):
-            job.state, job.reason = "cancelled", STOPPED_WORDS
+            job.state, job.reason = "cancelled", STOPPED_BY_FILE
             return
         job.reason = job.reason or explain(job.code)
-        # Told to stop, lost with its node, or another process is about to let go of the task: no failure of the task.
+        # A job that was asked to stop, was lost with its node, or found its task still locked has not failed.
         if job.code in (None, EXIT_RESUME, EXIT_BUSY) and job.restarts < self.max_restarts:
             job.restarts += 1
             job.attempts -= 1
-            self._again(job)
+            self._requeue(job)
         elif (
             job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY, EXIT_INTERRUPTED)
             and job.attempts <= job.retries
         ):
-            self._again(job)
+            self._requeue(job)
         else:
             job.state = "failed"
 
-    def _again(self, job: Job) -> None:
+    def _requeue(self, job: Job) -> None:
         job.state = "pending"
         self._queue.append(job)
 
 
-STOPPED_WORDS = "stopped by a file STOP; the same command continues it"
-
-
 def stopped(spec: JobSpec) -> bool:
-    """Whether somebody left a file STOP for this job or its fan-out: it is then not started again by itself."""
+    """Whether a file STOP was left for this job or its fan-out; no launcher restarts such a job."""
     return was_stopped(spec.run_dir, spec.table or spec.run_dir)
 
 
+# --- exit codes ------------------------------------------------------------------------------------------------------
+
+
 def explain(code: int | None) -> str:
-    """An exit code in words."""
+    """The meaning of an exit code (None: no code is known)."""
     if code is None:
         return "lost: the process or its node is gone"
     if code < 0:
         return f"killed by signal {-code}"
-    words = {
+    meanings = {
         EXIT_RESUME: "stopped early; the same command continues it",
         EXIT_BUSY: "another live process runs this task",
         EXIT_USER_ERROR: "refused (see its log)",
         EXIT_TASKS_FAILED: "some tasks failed",
         EXIT_INTERRUPTED: "cancelled",
     }
-    return words.get(code, f"exit code {code}")
+    return meanings.get(code, f"exit code {code}")
 
 
 def joint_code(codes: Sequence[int]) -> int:
-    """The exit code of a job of several processes: its first real failure, else 75 if any said so, else 0.
+    """The exit code of a job of several processes: its first failure, else 75 if any process ended with it, else 0.
 
-    A process that was ended by SIGTERM, after another had ended with a code of its own, says nothing.
+    A launcher ends the remaining processes by SIGTERM once one has failed; their codes are not failures of their own.
     """
-    said = [code for code in codes if code != -signal.SIGTERM]
-    if not any(said):
-        said = list(codes)
-    real = [code for code in said if code not in (0, EXIT_RESUME)]
-    return real[0] if real else max(said, default=0)
+    own = [code for code in codes if code != -signal.SIGTERM]
+    if not any(own):
+        own = list(codes)
+    failures = [code for code in own if code not in (0, EXIT_RESUME)]
+    return failures[0] if failures else max(own, default=0)

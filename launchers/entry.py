@@ -1,8 +1,9 @@
-"""`launch`: the one function every command calls to run its stage here, locally, on SLURM or on Ray."""
+"""`launch`: the function by which every command runs its stage here, in a local pool, on SLURM or on Ray."""
 
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from fine_dist.core.config import Config, run_dir_of
@@ -10,59 +11,89 @@ from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
 from launchers.base import CommandTarget, Job, Launcher
 from launchers.code_snapshot import code_root, snapshot
-from launchers.here import Here, check_accelerators, run_here
-from launchers.preflight import preflight, refuse
-from launchers.prepare import fans_out, launch_of, make_spec, make_specs, tasks_of
+from launchers.local import Here, run_here
+from launchers.machine import require_accelerators
+from launchers.preflight import check_job, refuse
+from launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
 from launchers.registry import pick
 from launchers.spec import JobSpec, Task
 from launchers.state_table import StateTable, Submissions, TaskRow
-from launchers.worker import EXIT_BUSY, inside
+from launchers.worker import EXIT_BUSY, MARK, inside, world_size
 
 log = logging.getLogger(__name__)
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:
-    """Run `module.run(config)` where `launcher` says; the exit code.
+    """Run `module.run(config)` where `launcher` says.
 
-    module:   importable name with `run(config)`; the first parameter of `run` is annotated with the config class.
-              A module with `tasks(config)` or `tasks(config, capacity)`, which returns a list of `Task` or None, is a
-              fan-out: each task is `run(task.config)`, recorded in the state table of `config.run_dir`; a task that
-              is done is not run again. None: one ordinary job. The `Capacity` describes the machines that tasks will
-              run on.
-    config:   has `run_dir`, and `launch: LaunchConfig` for what the job needs.
-    launcher: a name of `launchers.registry`, or `auto`. Inside a job it is always `here`.
+    A module with `tasks(config)` or `tasks(config, capacity)` that returns a list of `Task` is a fan-out: each task is
+    `run(task.config)`, recorded in the state table of `config.run_dir`, and a task that is complete is not run again.
+    When that function returns None, or there is none, the module is one job. `capacity` describes the machines that the
+    tasks will run on.
 
-    Codes: 0 done (or submitted), 3 some tasks failed, 75 stopped early and to be started again, else what the job ended
-    with. Raises `LaunchError` when it cannot run there, with the remedy.
+    Args:
+        module: Importable name of a module with `run(config)`, whose first parameter is annotated with a config class.
+        config: Has `run_dir`, and `launch: LaunchConfig` for the resources of the job.
+        launcher: A value of `--launcher`. Inside a job everything runs in this process.
+
+    Returns:
+        The exit code: 0 done (or submitted), 3 some tasks failed, 75 stopped early and to be started again, else the
+        exit code of the job.
+
+    Raises:
+        LaunchError: The job cannot run there; the message says why, with the remedy.
     """
     needs = launch_of(config)
-    place = Here if inside() else pick(launcher, needs)
-    with place(needs) as runner:
+    if inside():
+        _refuse_single_rank(make_spec(module, config, write=False))
+    target = Here if inside() else pick(launcher, needs)
+    with target(needs) as runner:
         if isinstance(runner, CommandTarget):
-            return runner.run(module, config)
-        assert isinstance(runner, Launcher)
-        spec = make_spec(module, config, code=code_root(module), write=False)
-        tasks = None
-        if fans_out(module):
-            runner.warm(spec)
-            tasks = tasks_of(module, config, runner.capacity(spec))
-        if tasks is not None:
-            return _fan_out(runner, module, config, tasks)
-        if runner.runs_here(spec):
-            check_accelerators(spec)
-            return run_here(module, config)
-        return _one(runner, module, config)
+            code = runner.run(module, config)
+        else:
+            assert isinstance(runner, Launcher)
+            code = _on_launcher(runner, module, config)
+    if code == 0 and not inside() and not (target.detached and not needs.wait):
+        for line in result_lines(module, config):
+            print(line, flush=True)
+    return code
 
 
-def check(module: str, config: Config, launcher: str = "auto") -> None:
-    """What a dry run can know of where a command would run: `LaunchError` for a launcher that does not exist, or for
-    accelerators that this machine has not when the job would run on it. Nothing is started, no cluster is asked."""
-    place = pick(launcher, launch_of(config))
-    if place.on_this_machine and not inside():
-        check_accelerators(make_spec(module, config, write=False))
+def _on_launcher(runner: Launcher, module: str, config: Config) -> int:
+    spec = make_spec(module, config, code=code_root(module), write=False)
+    tasks = None
+    if fans_out(module):
+        runner.warm(spec)
+        tasks = tasks_of(module, config, runner.capacity(spec))
+    if tasks is not None:
+        return _fan_out(runner, module, config, tasks)
+    if runner.runs_here(spec):
+        require_accelerators(spec)
+        return run_here(module, config)
+    return _single(runner, module, config)
 
 
-def _one(runner: Launcher, module: str, config: Config) -> int:
+def _refuse_single_rank(spec: JobSpec) -> None:
+    """Refuse to run one rank of a job that asks for several.
+
+    The shell of `srun --pty bash` has the variables of a task of a step of one: a command typed there looks like a
+    rank, and would train alone.
+
+    Raises:
+        LaunchError: This process is the only one of its step, and the config asks for more.
+    """
+    if MARK not in os.environ and world_size() == 1 and spec.world_size > 1:
+        raise LaunchError(
+            f"launch asks for {spec.world_size} processes, and this process is the only one that torchrun or srun "
+            "started (the shell of `srun --pty` is such a process); use `salloc` and --launcher slurm, start "
+            f"{spec.world_size} processes with srun or torchrun, or set --launch.processes 1 --launch.nodes 1"
+        )
+
+
+# --- one job ---------------------------------------------------------------------------------------------------------
+
+
+def _single(runner: Launcher, module: str, config: Config) -> int:
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     _refuse_second(runner, run_dir)
@@ -72,6 +103,7 @@ def _one(runner: Launcher, module: str, config: Config) -> int:
         Submissions(run_dir).add({str(job.id): [job.spec.name]})
         print(f"submitted {job.spec.name} as {runner.name} job {job.id}; log: {job.log}", flush=True)
         if not needs.wait:
+            print(f"follow: python -m fine_dist.status {run_dir}", flush=True)
             return 0
     runner.wait([job])
     if job.code:
@@ -79,23 +111,28 @@ def _one(runner: Launcher, module: str, config: Config) -> int:
     return 1 if job.code is None or job.code < 0 else job.code
 
 
+def _refuse_second(runner: Launcher, run_dir: Path) -> None:
+    alive = runner.alive(Submissions(run_dir).all())
+    if alive:
+        raise LaunchError(f"{run_dir}: {runner.name} job {next(iter(alive))} works on it already; cancel it or wait")
+
+
+# --- a fan-out -------------------------------------------------------------------------------------------------------
+
+
 def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -> int:
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
     with table.driver(f"{runner.name} fan-out"):
-        for word in (STOP, STOPPED):  # left from before: the user starts it again, so it does not count
-            (run_dir / word).unlink(missing_ok=True)
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
+        for name in (STOP, STOPPED):  # left by an earlier run: starting it again withdraws the request
+            (run_dir / name).unlink(missing_ok=True)
         specs = make_specs(module, config, tasks, code=_code(runner, module, config))
-        queued = runner.alive(Submissions(run_dir).all())
-        taken = {name for names in queued.values() for name in names}
-        over = {row.name for row in table.rows() if row.state == "done"}
-        todo = [spec for spec in specs if not over.issuperset(spec.rows) and taken.isdisjoint(spec.rows)]
-        done = sum(over.issuperset(spec.rows) for spec in specs)
-        waiting = f", {len(specs) - done - len(todo)} in the queue already" if taken else ""
-        print(f"{module}: {len(specs)} tasks, {done} done before{waiting}, {len(todo)} to run", flush=True)
+        queued = {name for names in runner.alive(Submissions(run_dir).all()).values() for name in names}
+        todo = [spec for spec in specs if not is_done(table, spec) and queued.isdisjoint(spec.rows)]
+        print(f"{module}: {_counts(table, specs, todo, queued)}", flush=True)
         if runner.detached:
             jobs = runner.submit_many(todo, needs.max_parallel, needs.retries) if todo else []
             Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
@@ -113,22 +150,18 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
     return code
 
 
-def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
-    needs = launch_of(config)
-    if needs.preflight != "off":
-        spec = make_spec(module, config, write=False)
-        found = preflight(module, config, spec, light=many, capacity=runner.capacity(spec, many))
-        refuse(needs, [*found, *runner.findings(spec, many)])
-
-
-def _refuse_second(runner: Launcher, run_dir: Path) -> None:
-    alive = runner.alive(Submissions(run_dir).all())
-    if alive:
-        raise LaunchError(f"{run_dir}: {runner.name} job {next(iter(alive))} works on it already; cancel it or wait")
+def _counts(table: StateTable, specs: list[JobSpec], todo: list[JobSpec], queued: set[str]) -> str:
+    """`8 tasks in 2 jobs, 3 done before, 5 to run`: rows of the state table, which `status` counts as well."""
+    names = [name for spec in specs for name in spec.rows]
+    done = sum((row := table.get(name)) is not None and row.state == "done" for name in names)
+    running = sum(name in queued for name in names)
+    waiting = f", {running} in the queue already" if queued else ""
+    jobs = f" in {len(specs)} jobs" if len(specs) < len(names) else ""
+    return f"{len(names)} tasks{jobs}, {done} done before{waiting}, {len(names) - done - running} to run"
 
 
 def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
-    """Stay with the jobs of a fan-out to their ends, and write down those that died without a word of their own."""
+    """Wait for the jobs of a fan-out, and record the failure of those whose processes could not do so themselves."""
     for job in runner.wait(jobs):
         if job.code in (0, EXIT_BUSY) or job.state == "cancelled":
             continue
@@ -139,7 +172,7 @@ def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
 
 
 def report(table: StateTable, specs: list[JobSpec]) -> int:
-    """Say what became of a fan-out; its exit code."""
+    """Print how many tasks of a fan-out are done and name those that failed; returns the exit code."""
     wanted = {name for spec in specs for name in spec.rows}
     rows = [row for row in table.rows() if row.name in wanted]
     failed = [row for row in rows if row.state == "failed"]
@@ -149,6 +182,37 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
     return 0 if all(row.state == "done" for row in rows) else EXIT_TASKS_FAILED
 
 
+def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
+    needs = launch_of(config)
+    if needs.preflight != "off":
+        spec = make_spec(module, config, write=False)
+        refuse(needs, check_job(module, config, spec, runner, many=many, light=many))
+
+
 def _code(runner: Launcher, module: str, config: Config) -> str:
-    wanted = launch_of(config).snapshot and runner.copies_code
-    return str(snapshot(run_dir_of(config), module)) if wanted else code_root(module)
+    copied = launch_of(config).snapshot and runner.copies_code
+    return str(snapshot(run_dir_of(config), module)) if copied else code_root(module)
+
+
+# --- a dry run -------------------------------------------------------------------------------------------------------
+
+
+def check(module: str, config: Config, launcher: str = "auto") -> None:
+    """Check a command without starting anything: what the run would refuse is refused, and notes are printed.
+
+    No cluster is asked, and accelerators that this machine lacks are a note, since a dry run is often typed on a laptop
+    or a login node; only a start refuses them.
+
+    Raises:
+        LaunchError: The run would be refused, or there is no such launcher.
+    """
+    needs = launch_of(config)
+    target = pick(launcher, needs)
+    local = target.on_this_machine and not inside()
+    with target(needs) if local else Here(needs) as runner:
+        spec = make_spec(module, config, write=False)
+        found = check_job(module, config, spec, runner if local else None, light=True)
+    refuse(needs, found)
+    for finding in found:
+        if finding.level == "note" and finding.what == "gpus":
+            print(f"note: {finding.text}\n")

@@ -1,7 +1,8 @@
-"""A pool of processes on this machine.
+"""This machine: a pool of processes (`local`), and this very process (`here`).
 
-A small server (`fine_dist.worker --pool`) imports torch and the job's module once and forks a clean process per job, so
-a task of a fan-out costs milliseconds, not an interpreter's start. A job of several processes gets torchrun's words.
+The pool is a small server (`fine_dist.worker --pool`) that imports torch and the job's module once and forks a clean
+process for every job, so that a task of a fan-out costs milliseconds and not the start of an interpreter. A job of
+several processes gets the environment variables that torchrun would set.
 """
 
 from __future__ import annotations
@@ -15,26 +16,50 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Job, Launcher, joint_code
-from launchers.here import check_accelerators
-from launchers.machine import fits_here, local_capacity, visible_devices
-from launchers.preflight import accelerators
+from launchers.base import CommandTarget, Job, Launcher, joint_code, register
+from launchers.machine import fits_here, local_capacity, missing_accelerators, require_accelerators, visible_devices
+from launchers.prepare import make_spec
 from launchers.spec import Capacity, Finding, JobSpec
-from launchers.worker import LIFELINE
+from launchers.worker import LIFELINE, exit_code, import_module, inside
 
 GRACE_S = 30.0
-"""Seconds a job has to save after SIGTERM before it is killed."""
+"""Seconds that a job has to save after SIGTERM before it is killed."""
 
 
+@register
+class Here(CommandTarget):
+    """This process, one task after the other. Inside a job every command runs here."""
+
+    name = "here"
+    on_this_machine = True
+
+    def run(self, module: str, config: Config) -> int:
+        if not inside():  # inside a job, its launcher has chosen the accelerators
+            require_accelerators(make_spec(module, config, write=False))
+        return run_here(module, config)
+
+    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
+        missing = missing_accelerators(spec)
+        return [missing] if missing else []
+
+
+def run_here(module: str, config: Config) -> int:
+    """Run `module.run(config)` in this process; returns the exit code."""
+    return exit_code(import_module(module).run(config))
+
+
+@register
 class LocalLauncher(Launcher):
-    """Jobs on this machine.
+    """A pool of processes on this machine.
 
-    threads: CPU threads of a process; None: the job's `cpus_per_process`.
+    Args:
+        needs: The `launch` settings of the config. None: the defaults.
+        threads: CPU threads of each process. None: the job's `cpus_per_process`.
     """
 
     name = "local"
@@ -45,57 +70,59 @@ class LocalLauncher(Launcher):
         super().__init__(needs)
         self._threads = threads
         self._servers: dict[str | None, ForkServer] = {}
-        self._devices = visible_devices()
-        self._load = dict.fromkeys(self._devices, 0.0)
+        self._load: dict[str, float] = {}
+        """Share of every accelerator that running jobs use; empty until a job asks for one."""
 
     @classmethod
-    def is_the_one(cls, needs: LaunchConfig) -> bool:
-        return True
+    def affinity(cls, needs: LaunchConfig) -> int:
+        return 10  # wherever nothing else matches
 
     def runs_here(self, spec: JobSpec) -> bool:
         return spec.nodes == spec.world_size == 1
 
     def fits(self, spec: JobSpec) -> int:
-        return fits_here(spec, len(self._devices))
+        return fits_here(spec, len(visible_devices()) if spec.accelerators_per_node else 0)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         return local_capacity(spec, many, self.needs.gpu_memory_gb)
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        return accelerators(spec, len(self._devices))
+        missing = missing_accelerators(spec)
+        return [missing] if missing else []
 
     def warm(self, spec: JobSpec) -> None:
-        """Let the processes' server import what such a job needs while the caller still checks what is to run."""
+        """Let the server of the pool import what such a job needs."""
         self._server(spec).preload(spec)
 
     def _start(self, job: Job) -> None:
         spec = job.spec
         if spec.nodes > 1:
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes; local has one: use --launcher slurm or ray")
-        check_accelerators(spec)
+        require_accelerators(spec)
         devices = self._take(spec.accelerators_per_node)
         env = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
-        job.handle = self._server(spec).group(spec, job.file, None if job.show else job.log, env)
-        job.handle.devices = devices
-        job.id = f"local {os.getpid()}.{job.handle.ids[0]}"
+        group = self._server(spec).group(spec, job.file, None if job.show else job.log, env)
+        group.devices = devices
+        job.handle = group
+        job.id = f"local {os.getpid()}.{group.ids[0]}"
 
     def _check(self, job: Job) -> bool:
-        group: ProcessGroup = job.handle
+        group = _group_of(job)
         if not group.ended():
             return False
-        self._give_back(job)
+        self._release(job)
         job.code = group.code
         return True
 
-    def _tell(self, job: Job) -> None:
-        job.handle.end()
+    def _request_stop(self, job: Job) -> None:
+        _group_of(job).end()
 
     def _stop(self, job: Job) -> None:
-        group: ProcessGroup = job.handle
+        group = _group_of(job)
         while not group.ended():
             group.end()
             time.sleep(0.01)
-        self._give_back(job)
+        self._release(job)
 
     def close(self) -> None:
         super().close()
@@ -110,30 +137,45 @@ class LocalLauncher(Launcher):
         return server
 
     def _take(self, amount: float) -> list[str]:
+        """The least used accelerators for a job that asks for `amount` of them."""
         if not amount:
             return []
+        self._load = self._load or dict.fromkeys(visible_devices(), 0.0)
         count = max(1, round(amount))
-        chosen = sorted(self._devices, key=lambda device: self._load[device])[:count]
+        chosen = sorted(self._load, key=self._load.__getitem__)[:count]
         for device in chosen:
             self._load[device] += amount / count
         return chosen
 
-    def _give_back(self, job: Job) -> None:
-        for device in job.handle.devices:
-            self._load[device] -= job.spec.accelerators_per_node / len(job.handle.devices)
+    def _release(self, job: Job) -> None:
+        devices = _group_of(job).devices
+        for device in devices:
+            self._load[device] -= job.spec.accelerators_per_node / len(devices)
+
+
+def _group_of(job: Job) -> ProcessGroup:
+    assert isinstance(job.handle, ProcessGroup)
+    return job.handle
 
 
 class ProcessGroup:
-    """The processes of one job on this machine."""
+    """The processes of one job on this machine.
+
+    Args:
+        server: The server that forked them.
+        ids: The server's numbers of the processes.
+    """
 
     def __init__(self, server: ForkServer, ids: list[int]) -> None:
         self.ids = ids
         self.devices: list[str] = []
+        """Accelerators that the job uses."""
         self._server = server
-        self._told: dict[int, float] = {}
+        self._signaled: dict[int, float] = {}
+        """Time at which each process got SIGTERM."""
 
     def ended(self) -> bool:
-        """Whether all processes have; when one has failed, the others, which would wait for it for ever, are ended."""
+        """Whether all processes have ended. When one has failed, the others, which wait for it, are ended."""
         self._server.read()
         codes = [self._server.codes.get(i) for i in self.ids]
         if None in codes and any(code not in (None, 0) for code in codes):
@@ -142,25 +184,26 @@ class ProcessGroup:
 
     @property
     def code(self) -> int:
-        """The joint exit code of processes that have ended."""
+        """The joint exit code of the processes, once all have ended."""
         return joint_code([self._server.codes[i] for i in self.ids])
 
     def end(self) -> None:
-        """Every process gets SIGTERM once, and SIGKILL after the grace. To be called until all have ended."""
+        """Send each process SIGTERM once, and SIGKILL after the grace period. Call it until all have ended."""
         now = time.monotonic()
         for i in self.ids:
-            if i not in self._told:
+            if i not in self._signaled:
                 if self._server.signal(i, signal.SIGTERM):
-                    self._told[i] = now
-            elif now - self._told[i] > GRACE_S:
+                    self._signaled[i] = now
+            elif now - self._signaled[i] > GRACE_S:
                 self._server.signal(i, signal.SIGKILL)
 
 
 class ForkServer:
-    """Our end of `python -m fine_dist.worker --pool`, which ends with this process.
+    """Client of `python -m fine_dist.worker --pool`, a server that ends with this process.
 
-    spec:    the first job: its code, environment and directory are the server's.
-    threads: CPU threads of a process.
+    Args:
+        spec: The first job; its code, environment and working directory become the server's.
+        threads: CPU threads of each process.
     """
 
     def __init__(self, spec: JobSpec, threads: int) -> None:
@@ -180,32 +223,40 @@ class ForkServer:
         self._next = 0
         self._pids: dict[int, int] = {}
         self.codes: dict[int, int] = {}
+        """Exit codes of the processes that have ended."""
         self.alive = True
 
     def preload(self, spec: JobSpec) -> None:
         """Import what the job will import."""
-        self._ask({"preload": spec.module, "code": spec.code})
+        self._send({"preload": spec.module, "code": spec.code})
 
     def group(self, spec: JobSpec, file: Path, log: Path | None, env: dict[str, str]) -> ProcessGroup:
-        """Start a job's processes, with torchrun's words when there are several."""
+        """Start a job's processes; several get torchrun's environment variables.
+
+        Args:
+            spec: The job.
+            file: Its JSON file.
+            log: File for the output. None: the output of this process.
+            env: Further environment variables of each process.
+        """
         size = spec.processes_per_node
         if size == 1:
             return ProcessGroup(self, [self._start(file, env, log)])
         port = free_port()
         ranks = [{**rank_words(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
-        return ProcessGroup(self, [self._start(file, words, log) for words in ranks])
+        return ProcessGroup(self, [self._start(file, variables, log) for variables in ranks])
 
     def _start(self, file: Path, env: dict[str, str], log: Path | None) -> int:
         self._next += 1
-        self._ask({"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None})
+        self._send({"id": self._next, "job": str(file), "env": env, "log": str(log) if log else None})
         return self._next
 
-    def _ask(self, request: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # read() then finds the pool dead and the job lost
+    def _send(self, request: dict[str, object]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # read() then finds the server dead and its jobs lost
             os.write(self._commands, json.dumps(request).encode() + b"\n")
 
     def read(self) -> None:
-        """Take in what the server has said; if it is gone, so are its jobs."""
+        """Read the server's replies. When the server is gone, its jobs count as killed."""
         while self.alive and select.select([self._replies], [], [], 0)[0]:
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
@@ -223,7 +274,7 @@ class ForkServer:
                 self.codes.setdefault(i, -signal.SIGKILL)
 
     def signal(self, i: int, number: int) -> bool:
-        """Signal a process and its children; False while it is not there yet (or any more)."""
+        """Signal a process and its children; False when it has not started yet or has ended."""
         self.read()
         if i in self.codes or i not in self._pids:
             return False
@@ -237,6 +288,6 @@ class ForkServer:
         os.close(self._commands)
         self.read()
         if len(self.codes) == self._next:
-            self._process.kill()  # no job is left that it would have to end; its own end takes most of a second
+            self._process.kill()  # no job is left for it to end, and a normal exit takes most of a second
         self._process.wait()
         os.close(self._replies)

@@ -1,7 +1,8 @@
-"""Whether a job can work, before it is submitted: accelerators, memory, hours, shards against ranks, disk, storage.
+"""The preflight: whether a job can work, found out before it is submitted.
 
-`fine_dist.plan` prints what is found; every submission refuses what cannot work, with the remedy. What a scheduler
-would say is its launcher's to find.
+It looks at accelerators, memory, hours, shards against ranks, disk and storage, and at what the stage itself refuses.
+`fine-dist plan` prints what is found, a dry run and every submission refuse what cannot work: all three call
+`check_job`.
 """
 
 from __future__ import annotations
@@ -9,59 +10,101 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fine_dist.core.config import Config, expand_path
-from fine_dist.core.errors import DataError, LaunchError
+from fine_dist.core.errors import DataError, FineDistError, LaunchError
 from fine_dist.core.files import last_row
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
+from launchers.base import Launcher, LaunchTarget
 from launchers.code_snapshot import code_files
 from launchers.spec import Capacity, Finding, JobSpec
+from launchers.worker import import_module
 
 if TYPE_CHECKING:
-    from fine_dist.stages.config import Blueprint
+    from fine_dist.stages.config import Blueprint, StageConfig
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", "fuse.juicefs", "glusterfs", "virtiofs"}
-"""File systems that several machines see."""
+"""Types of file systems that several machines see."""
 MEMORY_MARGIN = 0.92
-"""Share of an accelerator's memory that a process may plan for: the rest is the context's and the allocator's."""
+"""Share of an accelerator's memory that a process may plan for; the CUDA context and the allocator use the rest."""
 UPLOAD_LIMIT = 100 * 2**20
-"""Bytes of a working directory that Ray uploads at most."""
+"""Maximum size in bytes of a working directory that Ray uploads."""
+
+
+def check_job(
+    module: str, config: Config, spec: JobSpec, target: LaunchTarget | None, *, many: bool = False, light: bool = False,
+    rate: float | None = None, capacity: Capacity | None = None,
+) -> list[Finding]:  # fmt: skip
+    """Everything that can be known of a job before it starts.
+
+    Args:
+        module: Importable name of a module with `run(config)`. Its `check(config)`, if it has one, raises what its
+            `run` would refuse.
+        config: The config of the job, or of one task of a fan-out.
+        spec: The job.
+        target: Where it will run. None: nothing is known of that.
+        many: Whether the job is a task of a fan-out.
+        light: Whether estimates that build the model are left out.
+        rate: Updates per second, if stated. None: as an earlier run in the same directory has measured.
+        capacity: What the machines hold; None: as the target says.
+    """
+    if capacity is None and isinstance(target, Launcher):
+        capacity = target.capacity(spec, many)
+    found = [*_stage(module, config), *preflight(config, spec, light=light, capacity=capacity, rate=rate)]
+    return found + (target.findings(spec, many) if target is not None else [])
 
 
 def preflight(
-    module: str, config: Config, spec: JobSpec, *, light: bool = False, capacity: Capacity | None = None,
-    rate: float | None = None,
-) -> list[Finding]:  # fmt: skip
-    """What can be known of a job from its config and the machines it will run on.
-
-    light: leave out what needs torch. capacity: those machines; None: nothing is known of them.
-    rate:  updates a second, stated; None: measured by an earlier run in its directory.
-    """
+    config: Config, spec: JobSpec, *, light: bool = False, capacity: Capacity | None = None, rate: float | None = None
+) -> list[Finding]:
+    """What can be known of a job from its config and from what its machines hold (None: unknown)."""
     found = _data(config, spec)
     plan = None if light else _plan(config)
     if plan is not None:
-        found += [_memory(config, spec, plan, capacity), _disk_for(config, spec, plan)]
+        stage, blueprint = plan
+        found += [_memory(stage, spec, blueprint, capacity), _disk_for(stage, spec, blueprint)]
     else:
         found.append(_disk(Path(spec.run_dir), 0))
-    found += [*_time(config, spec, rate), *_storage(spec)]
-    return found
+    return [*found, *_time(config, spec, rate), *_storage(spec)]
 
 
 def refuse(needs: LaunchConfig, found: list[Finding]) -> None:
-    """`LaunchError` with all reasons why a job cannot work; with `launch.preflight warn` they are only printed."""
+    """Refuse a job that cannot work, with all reasons; with `launch.preflight warn` they are only logged.
+
+    Raises:
+        LaunchError: A finding says `stop`.
+    """
     reasons = [f"{finding.what}: {finding.text}" for finding in found if finding.level == "stop"]
     if not reasons or needs.preflight == "off":
         return
     text = "the preflight found that this cannot work:\n  " + "\n  ".join(reasons)
     if needs.preflight == "refuse":
         raise LaunchError(f"{text}\n(--launch.preflight warn submits it all the same)")
-    log.warning(text)
+    log.warning("warning: %s", text)
+
+
+# --- the stage itself ------------------------------------------------------------------------------------------------
+
+
+def _stage(module: str, config: Config) -> list[Finding]:
+    """What the stage's own `check` refuses."""
+    check: Callable[[Config], None] | None = getattr(import_module(module), "check", None)
+    if check is None:
+        return []
+    try:
+        check(config)
+    except FineDistError as error:
+        return [Finding("settings", "stop", str(error))]
+    return [Finding("settings", "ok", "shapes, data and parents fit each other")]
 
 
 # --- data ----------------------------------------------------------------------------------------------------------
@@ -87,9 +130,7 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
     shards = sum(shard.count > 0 for shard in manifest.shards)
     text = f"{manifest.count:,} samples in {shards} shards"
     if shards < spec.world_size:
-        text += (
-            f" for {spec.world_size} processes: some will read the same shards; encode into {spec.world_size} or more"
-        )
+        text += f" for {spec.world_size} processes: some will share a shard; encode into {spec.world_size} or more"
         return [*found, Finding("data", "note", text)]
     return [*found, Finding("data", "ok", text)]
 
@@ -97,14 +138,15 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
 # --- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config) -> Blueprint | None:
-    """What a stage would train; none when it is not known yet, or nothing trains."""
+def _plan(config: Config) -> tuple[StageConfig, Blueprint] | None:
+    """The settings and model of a stage that trains one; None when its shape is not known yet, or nothing trains."""
     from fine_dist.stages.config import StageConfig
 
-    return config.blueprint() if isinstance(config, StageConfig) else None
+    blueprint = config.blueprint() if isinstance(config, StageConfig) else None
+    return (config, blueprint) if isinstance(config, StageConfig) and blueprint is not None else None
 
 
-def _memory(config: Any, spec: JobSpec, plan: Blueprint, capacity: Capacity | None) -> Finding:
+def _memory(config: StageConfig, spec: JobSpec, plan: Blueprint, capacity: Capacity | None) -> Finding:
     from fine_dist.planning.estimates import stage_memory
 
     micro = config.engine.micro_batch or max(1, config.batch // spec.world_size)
@@ -113,7 +155,7 @@ def _memory(config: Any, spec: JobSpec, plan: Blueprint, capacity: Capacity | No
     where, most = _most(config.launch, spec, capacity)
     if most is None:
         key = "gpu_memory_gb" if spec.accelerators_per_node else "memory_gb"
-        return Finding("memory", "note", f"{text}; say launch.{key} to have it compared")
+        return Finding("memory", "note", f"{text}; set launch.{key} to have it compared")
     if need > most:
         remedy = "lower engine.micro_batch, set engine.activation_checkpointing blocks, or shard more (deepspeed.stage)"
         return Finding("memory", "stop", f"{text} and {where} has {most / GIB:.1f}; {remedy}")
@@ -121,7 +163,7 @@ def _memory(config: Any, spec: JobSpec, plan: Blueprint, capacity: Capacity | No
 
 
 def _most(needs: LaunchConfig, spec: JobSpec, capacity: Capacity | None) -> tuple[str, float | None]:
-    """Bytes that one process may use, and whose; None when it is not known here."""
+    """Whose memory a process uses, and how many bytes of it; None when that is not known here."""
     if spec.accelerators_per_node:
         each = needs.gpu_memory_gb * GIB if needs.gpu_memory_gb else capacity.accelerator_bytes if capacity else None
         return "an accelerator", each and each * MEMORY_MARGIN
@@ -132,46 +174,31 @@ def _most(needs: LaunchConfig, spec: JobSpec, capacity: Capacity | None) -> tupl
     return "", None
 
 
-def accelerators(spec: JobSpec, devices: int) -> list[Finding]:
-    """Whether this machine, which shows `devices` accelerators, has those that a job asks for; a job that asks for one
-    is never run on the CPU unsaid."""
-    wanted = spec.accelerators_per_node
-    if not wanted:
-        return []
-    if devices >= wanted:
-        return [Finding("gpus", "ok", f"{wanted:g} accelerators wanted, {devices} here")]
-    each = wanted / spec.processes_per_node
-    has = f"has {devices}" if devices else "shows no accelerator"
-    text = f"launch.gpus {each:g} for {spec.processes_per_node} processes, and this machine {has}"
-    remedy = "--launch.gpus 0 computes on the CPU; --launcher slurm or ray sends it to machines that have them"
-    fewer = "lower launch.gpus or launch.processes; " if devices else "check nvidia-smi and CUDA_VISIBLE_DEVICES; "
-    return [Finding("gpus", "stop", f"{text}; {fewer}{remedy}")]
-
-
-def _disk_for(config: Any, spec: JobSpec, plan: Blueprint) -> Finding:
-    """A checkpoint holds what trains, two moments and the EMA in fp32; one more than are kept exists while writing."""
+def _disk_for(config: StageConfig, spec: JobSpec, plan: Blueprint) -> Finding:
+    """The disk space of checkpoints. Each holds the trained numbers, two moments and the EMA in fp32, and while one is
+    written there is one more than are kept."""
     cost = plan.method.cost(plan.model)
     checkpoint = 4 * cost.trained * 4
     return _disk(Path(spec.run_dir), checkpoint * (config.engine.keep_checkpoints + 1) + 8 * cost.stored)
 
 
 def _disk(run_dir: Path, need: int) -> Finding:
-    place = run_dir
-    while not place.exists():
-        place = place.parent
-    if not os.access(place, os.W_OK):
-        return Finding("disk", "stop", f"{place} cannot be written to; choose another run_dir")
-    free = shutil.disk_usage(place).free
-    text = f"{need / GIB:.1f} GiB for checkpoints and results, {free / GIB:.0f} GiB free at {place}"
+    folder = run_dir
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", "stop", f"{folder} cannot be written to; choose another run_dir")
+    free = shutil.disk_usage(folder).free
+    text = f"{need / GIB:.1f} GiB for checkpoints and results, {free / GIB:.0f} GiB free at {folder}"
     if need > free:
         return Finding("disk", "stop", f"{text}; free some, lower engine.keep_checkpoints, or choose another run_dir")
     return Finding("disk", "ok", text)
 
 
-# --- time and place ------------------------------------------------------------------------------------------------
+# --- time and storage -----------------------------------------------------------------------------------------------
 
 
-def _time(config: Any, spec: JobSpec, rate: float | None) -> list[Finding]:
+def _time(config: Config, spec: JobSpec, rate: float | None) -> list[Finding]:
     steps = getattr(config, "steps", None)
     measured = rate or _measured(Path(spec.run_dir))
     if not steps or not measured:
@@ -189,13 +216,14 @@ def _time(config: Any, spec: JobSpec, rate: float | None) -> list[Finding]:
 
 
 def _measured(run_dir: Path) -> float | None:
-    """Updates a second that a run in this directory has logged last."""
+    """Updates per second that a run in this directory logged last; None if there is no such number."""
     row = last_row(run_dir / "metrics.jsonl", "steps_per_s")
-    return float(row["steps_per_s"]) or None if row and row["steps_per_s"] else None
+    rate = row["steps_per_s"] if row else None
+    return float(rate) if isinstance(rate, (int, float)) and rate > 0 else None
 
 
 def _storage(spec: JobSpec) -> list[Finding]:
-    """Whether the run directory looks shared; only a job on the nodes can prove it, and every job checks."""
+    """Whether the run directory is on a shared file system, as far as this machine can tell; every job checks again."""
     kind = file_system(Path(spec.run_dir))
     if kind in NETWORK:
         return [Finding("storage", "ok", f"{spec.run_dir} is on {kind}")]
@@ -203,7 +231,7 @@ def _storage(spec: JobSpec) -> list[Finding]:
 
 
 def file_system(path: Path) -> str:
-    """Type of the file system that holds a path (Linux)."""
+    """Type of the file system that holds a path, such as `ext4` (Linux)."""
     best, kind = "", "an unknown file system"
     try:
         mounts = Path("/proc/self/mounts").read_text(encoding="utf-8")
@@ -221,12 +249,12 @@ def file_system(path: Path) -> str:
 
 
 def upload(module: str, limit: int = UPLOAD_LIMIT) -> Finding:
-    """The size of the code that a submission copies, against what Ray uploads; the largest entries when over it."""
+    """The size of the code that a submission copies, compared with the limit of Ray's uploads."""
     return weigh({name: path.stat().st_size for name, path in code_files(module).items()}, limit)
 
 
 def weigh(sizes: dict[str, int], limit: int = UPLOAD_LIMIT) -> Finding:
-    """Sizes by name, in bytes, against a limit on their sum."""
+    """The sum of file sizes (bytes by name) compared with a limit; above it, the five largest files are listed."""
     total = sum(sizes.values())
     text = f"{len(sizes)} files of code, {total / 2**20:.1f} MiB (Ray uploads at most {limit / 2**20:.0f})"
     if total <= limit:

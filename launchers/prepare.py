@@ -1,4 +1,4 @@
-"""From a config to job files: the resolved config, one `JobSpec` a task, all on disk, and rows of the state table."""
+"""From a config to job files: the resolved config and one `JobSpec` for each task, on disk, and their table rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from fine_dist.core.config import Config, dump_yaml, run_dir_of
+from fine_dist.core.config import Config, DumpCache, dump_yaml, run_dir_of
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import sha256_text, sync_disk, write_atomic
 from fine_dist.core.settings import LaunchConfig
@@ -18,48 +17,77 @@ from launchers.worker import import_module
 
 
 def launch_of(config: Config) -> LaunchConfig:
-    """The launch settings of a stage's config; defaults when it has none."""
+    """The launch settings of a stage's config; the defaults if it has none."""
     launch = getattr(config, "launch", None)
     return launch if isinstance(launch, LaunchConfig) else LaunchConfig()
 
 
 def fans_out(module: str) -> bool:
-    """Whether a module may be many tasks: it has `tasks(config)`, or `tasks(config, capacity)`."""
+    """Whether a module may be many tasks, because it has `tasks(config)` or `tasks(config, capacity)`."""
     return callable(getattr(import_module(module), "tasks", None))
 
 
 def tasks_of(module: str, config: Config, capacity: Capacity | None = None) -> list[Task] | None:
-    """The tasks of a fan-out, or None when the module is one job. Raises `LaunchError` when two tasks share a name.
+    """The tasks of a fan-out.
 
-    capacity: the machines they will run on; handed on when the module's `tasks` takes a second argument.
+    Args:
+        module: Name of the module.
+        config: Its config.
+        capacity: What the machines hold that the tasks will run on; passed on if the module's `tasks` takes it.
+
+    Returns:
+        The tasks, or None if the module is one job for this config.
+
+    Raises:
+        LaunchError: Two tasks share a name.
     """
     if not fans_out(module):
         return None
     make: Callable[..., list[Task] | None] = import_module(module).tasks
-    takes_room = len(inspect.signature(make).parameters) > 1
-    tasks = make(config, capacity) if takes_room else make(config)
+    takes_capacity = len(inspect.signature(make).parameters) > 1
+    tasks = make(config, capacity) if takes_capacity else make(config)
     if tasks is None:
         return None
-    names = [row for task in tasks for row in (task.rows or (task.name,))]
+    names = [row for task in tasks for row in _rows(task)]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise LaunchError(f"{module}: two tasks are named {twice[0]!r}")
     return tasks
 
 
+def _rows(task: Task) -> tuple[str, ...]:
+    return task.rows or (task.name,)
+
+
+def result_lines(module: str, config: Config) -> list[str]:
+    """What a command prints when it has succeeded: its result and the next command, as its module says them."""
+    lines: Callable[[Config], list[str]] | None = getattr(import_module(module), "result_lines", None)
+    return lines(config) if lines else []
+
+
 def make_spec(
     module: str, config: Config, name: str | None = None, *, code: str | None = None, table: Path | None = None,
-    rows: Sequence[str] = (), write: bool = True, durable: bool = True,
-    known: dict[str, tuple[Any, str]] | None = None,
+    rows: Sequence[str] = (), write: bool = True, durable: bool = True, known: DumpCache | None = None,
 ) -> JobSpec:  # fmt: skip
-    """The job of one config, whose resolved YAML is written into the run directory (unless `write` is false).
+    """The job of one config.
 
-    known: what the tasks of a fan-out share of their YAML (`dump_yaml`).
+    Names of the files it writes carry a hash of their content, so that a second submission never changes the files of
+    the first.
 
-    File names carry a hash of what they hold: a second submission never changes the files of the first.
+    Args:
+        module: Importable name of a module with `run(config)`.
+        config: Its config, whose resolved YAML is written into the run directory.
+        name: Name of the job. None: the last part of the module's name.
+        code: Folder with a copy of the code. None: the installed code.
+        table: Run directory of the fan-out that the job is a task of.
+        rows: Rows of its state table; empty: one row, `name`.
+        write: Whether the config is written; a plan writes nothing.
+        durable: Whether the file is synced; a caller that writes many syncs them together.
+        known: Cache of `dump_yaml` that the tasks of a fan-out share.
     """
     launch = launch_of(config)
     run_dir = run_dir_of(config)
+    _refuse_odd_path(run_dir)
     name = name or module.rpartition(".")[2]
     text = dump_yaml(config, known)
     home = table or run_dir
@@ -86,13 +114,33 @@ def make_spec(
     )
 
 
+def _refuse_odd_path(run_dir: Path) -> None:
+    """Refuse a run directory that scripts and schedulers cannot name: a job script is lines of text.
+
+    Raises:
+        LaunchError: The path holds a newline or another control character.
+    """
+    odd = [char for char in str(run_dir) if ord(char) < 32 or ord(char) == 127]
+    if odd:
+        raise LaunchError(f"run_dir {str(run_dir)!r} holds the control character {odd[0]!r}; choose another name")
+
+
 def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str | None = None) -> list[JobSpec]:
-    """The jobs of a fan-out, their configs and job files on disk, and their pending rows in the state table."""
+    """The jobs of a fan-out, with configs and job files on disk and rows in the state table.
+
+    Rows that read `done` although the module says that their results are not complete for this config are opened again.
+
+    Args:
+        module: Importable name of the module.
+        config: Config of the fan-out; its `launch` settings hold for every task.
+        tasks: The tasks.
+        code: Folder with a copy of the code. None: the installed code.
+    """
     home = run_dir_of(config)
     launch = launch_of(config)
     specs = []
     run_dirs: dict[str, str] = {}
-    known: dict[str, tuple[Any, str]] = {}
+    known: DumpCache = {}
     for task in tasks:
         part = task.config
         if "launch" in type(part).model_fields:
@@ -103,8 +151,25 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
         specs.append(spec)
     if specs:
         sync_disk(home)  # once for all of them
-    StateTable(home).add([row for spec in specs for row in spec.rows], run_dirs)
+    table = StateTable(home)
+    table.add([row for spec in specs for row in spec.rows], run_dirs)
+    agree(table, tasks)
     return specs
+
+
+def agree(table: StateTable, tasks: Sequence[Task]) -> None:
+    """Bring the state table in line with the results on disk, where a module can tell which are complete.
+
+    This is the one rule of what is left to do: more steps than before open a task again, and results that another
+    launcher, or no launcher, completed are done.
+    """
+    for task in tasks:
+        if task.complete is not None:
+            complete = set(task.complete)
+            table.reopen(name for name in _rows(task) if name not in complete)
+            late = [name for name in complete if (row := table.get(name)) is not None and row.state == "pending"]
+            if late:
+                table.finish_all(late, "done")
 
 
 def is_done(table: StateTable, spec: JobSpec) -> bool:
@@ -113,7 +178,7 @@ def is_done(table: StateTable, spec: JobSpec) -> bool:
 
 
 def job_file(spec: JobSpec) -> Path:
-    """Where a job's JSON lies: named by its content, so that no submission changes the files of another."""
+    """Path of a job's JSON file, named by its content so that no submission changes the files of another."""
     return Path(spec.table or spec.run_dir) / "jobs" / f"{spec.name}-{short_hash(spec.model_dump_json())}.json"
 
 

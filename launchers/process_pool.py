@@ -1,6 +1,6 @@
-"""The server of a local pool: imports are paid once, and every job is a clean fork.
+"""The server of a local pool, which imports everything once and forks a clean process for every job.
 
-`serve` is the far end of `launchers.local.ForkServer`, which starts it as `python -m fine_dist.worker --pool IN OUT`.
+`launchers.local.ForkServer` is its client and starts it as `python -m fine_dist.worker --pool IN OUT`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,44 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO, TypedDict
 
 from fine_dist.core.processes import die_with_parent, leave
 from launchers.spec import JobSpec
 from launchers.worker import run_job
 
 
+class Request(TypedDict, total=False):
+    """One request: start a job, or import a module."""
+
+    id: int
+    """Number of the process, chosen by the client."""
+    job: str
+    """Job file."""
+    env: dict[str, str]
+    """Further environment variables."""
+    log: str | None
+    """File for the output; None: the server's own output."""
+    preload: str
+    """Module to import."""
+    code: str | None
+    """Folder with the copy of the code."""
+
+
 def serve(commands_fd: int, replies_fd: int) -> int:
-    """Fork one process a job; the exit code of the server. A fork ends with its job's.
+    """Fork one process for each job until the input ends; the jobs that still run are then killed.
 
-    Lines in: {"id", "job", "env", "log"} or {"preload", "code"}; lines out: {"id", "pid"} and {"id", "rc"}.
+    Requests are lines of JSON, {"id", "job", "env", "log"} or {"preload", "code"}; replies are {"id", "pid"} and
+    {"id", "rc"}. The server stays single-threaded and runs no job itself, because a fork of a process with threads may
+    inherit a lock that nobody releases. Each fork thus begins with Python, pydantic and torch imported and nothing
+    else.
 
-    The server itself stays single-threaded and runs no job, so a fork is a clean process in which Python, pydantic and
-    torch are imported already. It ends with its input, and its jobs with it.
+    Args:
+        commands_fd: File descriptor of the requests.
+        replies_fd: File descriptor of the replies.
+
+    Returns:
+        The exit code of the server.
     """
     children: dict[int, int] = {}
     server = os.getpid()
@@ -39,7 +63,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
             if "preload" in request:
                 _preload(request["preload"], request["code"])
                 continue
-            with contextlib.suppress(Exception):  # a job file that cannot be read is the job's own trouble
+            with contextlib.suppress(Exception):  # the job itself reports a file that cannot be read
                 spec = JobSpec.load(request["job"])
                 _preload(spec.module, spec.code)
             pid = os.fork()
@@ -53,7 +77,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
     return 0
 
 
-def _requests(fd: int, idle: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _requests(fd: int, idle: Callable[[], None]) -> Iterator[Request]:
     pending = b""
     while True:
         idle()
@@ -76,7 +100,7 @@ def _reap(children: dict[int, int], replies: TextIO) -> None:
 
 
 def _preload(module: str, code: str | None) -> None:
-    """Import what a job of this module will import. Trouble is left to the job itself, which reports it in its log."""
+    """Import what a job of this module will import. The job itself reports an import that fails, in its log."""
     if module in sys.modules:
         return
     with contextlib.suppress(Exception):
@@ -86,15 +110,14 @@ def _preload(module: str, code: str | None) -> None:
             importlib.import_module(name)
 
 
-def _forked(request: dict[str, Any], server: int) -> int:
-    """The child's life after the fork: its own group, log and environment, then the job."""
+def _forked(request: Request, server: int) -> int:
+    """Run the job in the forked child, in a session, log and environment of its own; returns the exit code."""
     os.setsid()
     die_with_parent(server)
-    quiet = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(quiet, 0)
-    if request.get("log"):
-        Path(request["log"]).parent.mkdir(parents=True, exist_ok=True)
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    if path := request.get("log"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
         print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {request['job']}", flush=True)

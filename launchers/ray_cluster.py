@@ -1,26 +1,57 @@
-"""The Ray cluster: connecting to it, what its nodes hold, whether they share a directory."""
+"""A Ray cluster: the connection, what its nodes hold, whether it grows, whether its nodes share a directory."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from fine_dist.core.errors import LaunchError
+from fine_dist.core.limits import GIB
+from fine_dist.core.settings import LaunchConfig
 from launchers.spec import JobSpec
+
+_STATIC_NODE = re.compile(r"node_[0-9a-f]{20,}")
+"""Node types of a cluster that nobody scales: Ray's monitor names each after the node's id."""
+
+
+class Demand(TypedDict, total=False):
+    """What one task or rank asks of Ray, as options of `ray.remote`."""
+
+    num_cpus: float
+    num_gpus: float
+    memory: int
+    resources: dict[str, float]
 
 
 def inside_ray() -> bool:
-    """Whether this process is in a Ray job, or is told by RAY_ADDRESS where Ray is."""
+    """Whether this process is in a Ray job, or RAY_ADDRESS names a cluster."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
+def address_of(needs: LaunchConfig) -> str:
+    """The address that a job names, or RAY_ADDRESS; empty without either."""
+    return needs.address or os.environ.get("RAY_ADDRESS") or ""
+
+
 def connect(address: str | None) -> bool:
-    """Connect this process to a Ray cluster; whether it was not connected before."""
+    """Connect this process to a Ray cluster.
+
+    Args:
+        address: Address of the cluster. None: RAY_ADDRESS, or the cluster of this machine.
+
+    Returns:
+        Whether this call made the connection; False when there was one.
+
+    Raises:
+        LaunchError: There is no cluster at that address.
+    """
     import ray
 
     if ray.is_initialized():
@@ -43,65 +74,100 @@ def connect(address: str | None) -> bool:
 
 
 def nodes() -> list[dict[str, float]]:
-    """Resources of every node that is alive."""
+    """Resources of every live node, by Ray's names."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def grows() -> bool:
-    """Whether an autoscaler looks after this cluster."""
+    """Whether an autoscaler may add nodes to this cluster.
+
+    The head of every cluster publishes an autoscaling status, also where nothing can be added; there the node types are
+    named after the nodes themselves.
+    """
+    return any(not _STATIC_NODE.fullmatch(name) for name in _node_types())
+
+
+def _node_types() -> set[str]:
+    """Names of the node types in the autoscaler's status, of either version of the autoscaler."""
     from ray.experimental.internal_kv import _internal_kv_get
 
-    return bool(_internal_kv_get("__autoscaling_status")) or "RAY_CLUSTER_NAME" in os.environ
+    status = json.loads(_internal_kv_get("__autoscaling_status") or b"{}")
+    report = status.get("autoscaler_report") or {}
+    names = {name for key in ("active_nodes", "idle_nodes", "pending_launches") for name in report.get(key) or ()}
+    if names:
+        return names
+    import ray
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        cluster = get_cluster_status(ray.get_runtime_context().gcs_address)
+    except Exception:  # this Ray has no such autoscaler, or it has not reported yet
+        return set()
+    return {node.ray_node_type_name for node in [*cluster.active_nodes, *cluster.idle_nodes]}
 
 
 def one_rank(spec: JobSpec) -> JobSpec:
-    """The share of one process of a job."""
+    """The job of one process of a job: its share of the resources."""
     size = spec.processes_per_node
     share = {"nodes": 1, "processes_per_node": 1, "accelerators_per_node": spec.accelerators_per_node / size}
     return spec.model_copy(update={**share, "memory_gb": spec.memory_gb and spec.memory_gb / size})
 
 
-def demand(spec: JobSpec) -> dict[str, Any]:
-    """What one task of a fan-out asks of Ray; its processes share a node."""
-    options: dict[str, Any] = {"num_cpus": spec.processes_per_node * spec.cpus_per_process}
+def demand(spec: JobSpec) -> Demand:
+    """What one task of a fan-out asks of Ray; all its processes are on one node."""
+    options: Demand = {"num_cpus": spec.processes_per_node * spec.cpus_per_process}
     if spec.accelerators_per_node:
         options["num_gpus"] = spec.accelerators_per_node
     if spec.memory_gb:
-        options["memory"] = int(spec.memory_gb * 2**30)
-    extra = {name: float(amount) for name, amount in spec.extras.get("ray", {}).items()}
-    return {**options, "resources": extra} if extra else options
+        options["memory"] = int(spec.memory_gb * GIB)
+    if extra := {name: float(amount) for name, amount in spec.extras.get("ray", {}).items()}:
+        options["resources"] = extra
+    return options
 
 
-def copies(node: Mapping[str, float], options: Mapping[str, Any]) -> int:
-    """How many tasks with such a demand a node holds."""
-    names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    wanted = {names[key]: value for key, value in options.items() if key in names} | dict(options.get("resources", {}))
-    return min((int(node.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount), default=1)
+def resources_of(options: Demand) -> dict[str, float]:
+    """A demand by Ray's names of resources."""
+    wanted = {
+        "CPU": options.get("num_cpus", 0.0),
+        "GPU": options.get("num_gpus", 0.0),
+        "memory": options.get("memory", 0),
+        **options.get("resources", {}),
+    }
+    return {name: amount for name, amount in wanted.items() if amount}
+
+
+def copies(node: Mapping[str, float], options: Demand) -> int:
+    """Number of tasks with such a demand that a node holds at once."""
+    return min((int(node.get(name, 0) / amount + 1e-9) for name, amount in resources_of(options).items()), default=1)
 
 
 def check_storage(run_dir: Path) -> None:
-    """`LaunchError` unless every node sees what this process writes into the run directory, and writes there too."""
+    """Check that every node sees the run directory of this process, and writes there too.
+
+    Raises:
+        LaunchError: A node does not, or cannot be asked.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     run_dir.mkdir(parents=True, exist_ok=True)
     token = f".storage-{uuid.uuid4().hex}"
     (run_dir / token).touch()
-    there = []
+    answers = []
     for node in ray.nodes():
         if node["Alive"]:
-            place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look = ray.remote(_sees).options(num_cpus=0, max_retries=1, scheduling_strategy=place)
-            there.append(look.remote(str(run_dir / token)))
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            look = ray.remote(_sees).options(num_cpus=0, max_retries=1, scheduling_strategy=on_node)
+            answers.append(look.remote(str(run_dir / token)))
     try:
-        said = ray.get(there, timeout=60)
+        seen_by = ray.get(answers, timeout=60)
     except ray.exceptions.RayError as error:
         raise LaunchError(f"{run_dir}: the nodes could not be asked whether they see it ({error})") from None
     finally:
         (run_dir / token).unlink()
-    blind = sorted({host for host, seen in said if not seen})
+    blind = sorted({host for host, seen in seen_by if not seen})
     if blind:
         raise LaunchError(
             f"run_dir {run_dir} is not shared: {', '.join(blind)} cannot see what this process wrote there; use a path "
@@ -110,6 +176,7 @@ def check_storage(run_dir: Path) -> None:
 
 
 def _sees(token: str) -> tuple[str, bool]:
+    """On a node: its host name, and whether it sees a file; it also writes beside that file."""
     path = Path(token)
     if path.exists():
         mine = path.with_name(f"{path.name}-{os.getpid()}")

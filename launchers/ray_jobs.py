@@ -1,71 +1,95 @@
-"""From a laptop to a Ray cluster over HTTP: the command itself becomes one Ray job, with the code it was typed with."""
+"""From a laptop to a Ray cluster over HTTP: the command itself becomes one Ray job, with a copy of the code."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fine_dist.core.config import Config, dump_yaml
+from fine_dist.core.config import Config, dump_yaml, expand_path
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import CommandTarget
+from launchers.base import CommandTarget, register
 from launchers.code_snapshot import stage_code
 from launchers.preflight import refuse, upload
 from launchers.prepare import launch_of
-from launchers.ray_cluster import inside_ray
+from launchers.ray_cluster import address_of, inside_ray
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+log = logging.getLogger(__name__)
+
+PATH_KEYS = (
+    "ancestor", "baselines", "classifier", "extra", "held_out", "images", "learngene", "models", "out", "parent",
+    "parents", "reference", "shards", "source", "vae",
+)  # fmt: skip
+"""Settings whose values are paths, so that a single word may be one."""
 AGENT_WAIT_S = 90.0
-"""Seconds in which a busy cluster's head may become able to take a job."""
+"""Seconds in which the head of a busy cluster may become able to take a job."""
 
 
+@register
 class RayJobs(CommandTarget):
-    """The Ray cluster behind an HTTP address (`launch.address` or RAY_ADDRESS): it gets the command, not its jobs."""
+    """The Ray cluster behind an HTTP address (`launch.address` or RAY_ADDRESS), which gets the whole command."""
 
     name = "ray"
     detached = True
 
     @classmethod
-    def is_the_one(cls, needs: LaunchConfig) -> bool:
-        return inside_ray()
+    def serves(cls, needs: LaunchConfig) -> bool:
+        return address_of(needs).startswith("http")
 
     @classmethod
-    def serves(cls, needs: LaunchConfig) -> bool:
-        return _address(needs).startswith("http")
+    def affinity(cls, needs: LaunchConfig) -> int:
+        return 30 if inside_ray() else 0
 
     def run(self, module: str, config: Config) -> int:
-        return submit_command(module, config, _address(self.needs))
-
-
-def _address(needs: LaunchConfig) -> str:
-    return needs.address or os.environ.get("RAY_ADDRESS") or ""
+        return submit_command(module, config, address_of(self.needs))
 
 
 def submit_command(module: str, config: Config, address: str) -> int:
-    """Submit `python -m MODULE --launcher ray` with this config to Ray Jobs at `address`; its exit code, 0 or 1.
+    """Submit `python -m MODULE --launcher ray` with this config to Ray Jobs.
 
-    Uploaded are the code and the config; data and run_dir must be paths that the cluster knows. Raises `LaunchError`.
+    The code and the config are uploaded. Relative paths are resolved where the command was typed, because the job runs
+    in a temporary folder; data and run_dir must lie on storage that the cluster mounts under the same path.
+
+    Args:
+        module: Importable name of the stage's module.
+        config: Its config.
+        address: HTTP address of the cluster's dashboard.
+
+    Returns:
+        The exit code, 0 or 1 (0 as soon as the job is submitted, unless `launch.wait`).
+
+    Raises:
+        LaunchError: run_dir is relative, the code is too large, or the cluster does not take the job.
     """
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     needs = launch_of(config)
-    if not os.path.isabs(os.path.expanduser(str(getattr(config, "run_dir", "")))):
+    run_dir = expand_path(str(getattr(config, "run_dir", "")))
+    if not os.path.isabs(run_dir):
         raise LaunchError(
-            "run_dir: a Ray job runs in a folder that Ray deletes; give an absolute path on shared storage"
+            f"run_dir {run_dir!r}: a Ray job runs in a folder that Ray deletes; give an absolute path on shared "
+            f"storage, such as {os.path.abspath(run_dir)} if the cluster mounts it"
         )
-    # Inside the job the cluster is at hand: what was the address here is not one there.
+    # Inside the job RAY_ADDRESS names the cluster; the HTTP address is of no use there.
     inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
+    inner = with_absolute_paths(inner)
     refuse(needs, [upload(module)])
     with tempfile.TemporaryDirectory() as folder:
         stage_code(Path(folder), module)
-        (Path(folder) / "job.yaml").write_text(dump_yaml(inner))
+        (Path(folder) / "job.yaml").write_text(dump_yaml(inner), encoding="utf-8")
         try:
             client = JobSubmissionClient(address)
             env = {"working_dir": folder, "env_vars": dict(needs.env)}
-            job = _patiently(client, f"python -m {module} --config job.yaml --launcher ray", env)
+            job = _submit(client, f"python -m {module} --config job.yaml --launcher ray", env)
         except (RuntimeError, ConnectionError, ValueError) as error:
             raise LaunchError(f"Ray Jobs at {address}: {str(error).strip().splitlines()[0]}") from None
     print(f"submitted {module} as Ray job {job}; follow: ray job logs --follow --address {address} {job}", flush=True)
@@ -83,12 +107,50 @@ def submit_command(module: str, config: Config, address: str) -> int:
         time.sleep(1)
 
 
-def _patiently(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """Submit a job. A head whose agent is not up yet, or too busy to answer, is asked again for a while."""
+def with_absolute_paths(config: Config) -> Config:
+    """The config with every relative path made absolute from the current directory.
+
+    A text counts as a path when it begins with `./` or `../`, when its first folder exists here (`runs/a`, of a run
+    that is still to be made), or when it is the value of a key that holds paths and exists here. Other texts, such as
+    names on a hub, stay as they are. So do `~` and $VARIABLES, which the cluster expands.
+    """
+    changes: dict[str, object] = {}
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        changed = _absolute(key, value)
+        if changed is not value:
+            log.info("%s: %s is %s for the Ray job", key, value, changed)
+            changes[key] = changed
+    return config.model_copy(update=changes) if changes else config
+
+
+def _absolute(key: str, value: object) -> object:
+    if isinstance(value, Config):
+        return with_absolute_paths(value)
+    if isinstance(value, (tuple, list)):
+        parts = [_absolute(key, part) for part in value]
+        return type(value)(parts) if any(new is not old for new, old in zip(parts, value)) else value
+    if isinstance(value, dict):
+        entries = {name: _absolute(key, part) for name, part in value.items()}
+        return entries if any(entries[name] is not value[name] for name in entries) else value
+    return os.path.abspath(value) if isinstance(value, str) and _is_relative_path(key, value) else value
+
+
+def _is_relative_path(key: str, text: str) -> bool:
+    if not text or "://" in text or text.startswith(("/", "~", "$", "pipe:")) or "\0" in text or len(text) > 4096:
+        return False
+    if text.startswith(("./", "../")):
+        return True
+    first, slash, _ = text.partition("/")
+    return os.path.isdir(first) if slash else key in PATH_KEYS and os.path.exists(text)
+
+
+def _submit(client: JobSubmissionClient, entrypoint: str, runtime_env: Mapping[str, object]) -> str:
+    """Submit a job. A head whose agent has not started yet, or is too busy to answer, is asked again for a while."""
     deadline = time.monotonic() + AGENT_WAIT_S
     while True:
         try:
-            return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env=dict(runtime_env)))
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise

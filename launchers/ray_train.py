@@ -1,7 +1,7 @@
-"""Ray: one job as a `TorchTrainer`, a fan-out as tasks of one Ray job.
+"""Ray: one job as a `TorchTrainer`, and a fan-out as tasks of one Ray job.
 
-Ray places processes, notices lost ones and starts them again; the work itself is always `fine_dist.worker` in a process
-of its own, tied to Ray's worker: signals reach it, its environment is clean, and it dies with the worker.
+Ray schedules processes, detects lost ones and starts them again. The work itself is always `fine_dist.worker` in a
+process of its own, so that signals reach it and its environment is clean; it dies with Ray's worker.
 """
 
 from __future__ import annotations
@@ -23,22 +23,36 @@ from pathlib import Path
 from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Job, Launcher
+from launchers.base import Job, Launcher, register
 from launchers.local import ForkServer
-from launchers.ray_cluster import check_storage, connect, copies, demand, grows, inside_ray, nodes, one_rank
+from launchers.machine import VISIBLE
+from launchers.ray_cluster import (
+    address_of,
+    check_storage,
+    connect,
+    copies,
+    demand,
+    grows,
+    inside_ray,
+    nodes,
+    one_rank,
+    resources_of,
+)
 from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import LIFELINE
 
 QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
-"""Exit codes that starting the workers again would not change; others count as failures of the worker group."""
+"""Exit codes that a restart of the workers would not change; others are failures of the worker group."""
 LOOK_EVERY_S = 2.0
-"""Seconds between looks at the child and at Ray's news of preemption."""
+"""Seconds between two looks at the child process and at Ray's announcements of preemption."""
 
 
+@register
 class RayLauncher(Launcher):
-    """Jobs on the Ray cluster at `needs.address`, at RAY_ADDRESS, or of the Ray job this process is in.
+    """Jobs on the Ray cluster at `needs.address`, at RAY_ADDRESS, or of the Ray job that this process is in.
 
-    Raises `LaunchError` when there is none.
+    Raises:
+        LaunchError: There is no such cluster.
     """
 
     name = "ray"
@@ -47,15 +61,19 @@ class RayLauncher(Launcher):
         super().__init__(needs)
         self._ours = connect(self.needs.address)
         self._wanted: int | None = None
-        self._many = False  # a fan-out's jobs are tasks; a single one is a trainer
+        self._many = False  # jobs of a fan-out are Ray tasks; a single job is a trainer
         self._next_look = 0.0
 
     @classmethod
-    def is_the_one(cls, needs: LaunchConfig) -> bool:
-        return inside_ray()
+    def serves(cls, needs: LaunchConfig) -> bool:
+        return not address_of(needs).startswith("http")
+
+    @classmethod
+    def affinity(cls, needs: LaunchConfig) -> int:
+        return 30 if inside_ray() else 0
 
     def fits(self, spec: JobSpec) -> int:
-        """At least one: an autoscaler may still bring the node that holds it."""
+        """Number of such jobs that the nodes hold at once; at least 1, since an autoscaler may add a node for it."""
         return max(1, sum(copies(node, demand(spec)) for node in nodes()))
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
@@ -65,19 +83,21 @@ class RayLauncher(Launcher):
         return replace(capacity, host_bytes=capacity.host_bytes or min(held, default=None))
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        """Whether the nodes can hold it; a cluster that grows by itself may still come to hold what none does now."""
+        """Whether the nodes can hold the job. A cluster with an autoscaler may hold later what no node holds now."""
         wanted = demand(spec) if many else demand(one_rank(spec))
-        capacity = [copies(node, wanted) for node in nodes()]
-        enough = max(capacity, default=0) >= 1 if many else sum(capacity) >= spec.world_size
+        held = [copies(node, wanted) for node in nodes()]
+        enough = max(held, default=0) >= 1 if many else sum(held) >= spec.world_size
         if "/working_dir_files/" in spec.run_dir:
             text = f"{spec.run_dir} is in a folder that Ray deletes; give an absolute run_dir on shared storage"
             return [Finding("storage", "stop", text)]
-        asks = ", ".join(f"{key} {value}" for key, value in wanted.items())
+        asks = ", ".join(f"{key} {value:g}" for key, value in resources_of(wanted).items())
         if enough:
-            return [Finding("ray", "ok", f"{len(capacity)} nodes hold {sum(capacity)} at once of ({asks})")]
-        what = "no node holds one task" if many else f"{spec.world_size} processes, the nodes hold {sum(capacity)}"
+            return [Finding("ray", "ok", f"{len(held)} nodes hold {sum(held)} at once of ({asks})")]
+        what = "no node holds one task" if many else f"{spec.world_size} processes, the nodes hold {sum(held)}"
         text = f"{what} of ({asks}); lower launch.cpus, gpus, memory_gb, processes or nodes, or add nodes"
-        return [Finding("ray", "note" if grows() else "stop", text)]
+        if grows():
+            return [Finding("ray", "note", f"{text}; the autoscaler may add them")]
+        return [Finding("ray", "stop", text)]
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
         for run_dir in {spec.table or spec.run_dir for spec in specs}:
@@ -87,10 +107,10 @@ class RayLauncher(Launcher):
         return super().submit_many(specs, max_parallel, retries)
 
     def poll(self) -> None:
-        if time.monotonic() > self._next_look and (self._queue or self._live):  # the cluster may grow or shrink
+        if time.monotonic() > self._next_look and (self._queue or self._live):  # nodes come and go
             self._next_look = time.monotonic() + 5.0
             spec = (self._queue or self._live)[0].spec
-            # Two more than fit, so that an autoscaler sees the demand.
+            # Two more than fit are submitted, because an autoscaler acts on tasks that wait.
             self._width = min(self._wanted or sys.maxsize, self.fits(spec) + 2)
         super().poll()
 
@@ -116,10 +136,11 @@ class RayLauncher(Launcher):
             return job.handle.check(job)
         import ray
 
+        assert isinstance(job.handle, ray.ObjectRef)
         if not ray.wait([job.handle], timeout=0)[0]:
             return False
         try:
-            job.code = ray.get(job.handle)
+            job.code = int(ray.get(job.handle))
         except ray.exceptions.OutOfMemoryError:
             job.code, job.reason = 137, "ended by Ray because its node ran out of memory; raise launch.memory_gb"
         except ray.exceptions.RayTaskError as error:
@@ -143,15 +164,19 @@ _servers: dict[str | None, ForkServer] = {}
 
 
 def run_task(file: str, log: str) -> int:
-    """Inside a Ray worker: run one job in forked processes of its own; the exit code. Its result is its run directory.
+    """Inside a Ray worker: run one job in forked processes; returns the exit code. The result is the run directory.
 
-    The fork server stays for the next task that Ray gives this worker, so imports are paid once.
+    The fork server stays for the next task of this worker, so that imports happen once.
+
+    Args:
+        file: The job file.
+        log: File for the output.
     """
     spec = JobSpec.load(file)
     server = _servers.get(spec.code)
     if server is None or not server.alive:
         server = _servers[spec.code] = ForkServer(spec, spec.cpus_per_process)
-    group = server.group(spec, Path(file), Path(log), env={"RAY_JOB_ID": _ray_job()})
+    group = server.group(spec, Path(file), Path(log), env={"RAY_JOB_ID": _ray_job(), **_devices(spec)})
     while not group.ended():
         time.sleep(0.005)
     return group.code
@@ -163,11 +188,24 @@ def _ray_job() -> str:
     return str(ray.get_runtime_context().get_job_id())
 
 
+def _devices(spec: JobSpec) -> dict[str, str]:
+    """The accelerators that Ray assigned to this task, as environment variables.
+
+    Ray reuses a worker for many tasks and changes its environment for each, while the fork server keeps the environment
+    of the first: every task must be given its own.
+    """
+    import ray
+
+    if not spec.accelerators_per_node:
+        return {name: os.environ[name] for name in VISIBLE if name in os.environ}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(ray.get_runtime_context().get_accelerator_ids()["GPU"])}
+
+
 # --- one job as a TorchTrainer -------------------------------------------------------------------------------------
 
 
 class _Training:
-    """A `TorchTrainer` that is followed from a thread, so that the launcher can look after it."""
+    """A `TorchTrainer` that runs in a thread, so that the launcher can poll it."""
 
     def __init__(self, job: Job, needs: LaunchConfig) -> None:
         self._outcome: tuple[int | None, str | None] | None = None
@@ -177,11 +215,11 @@ class _Training:
     def check(self, job: Job) -> bool:
         if self._thread.is_alive():
             return False
-        job.code, job.reason = self._outcome or (None, "the trainer ended without a word")
+        job.code, job.reason = self._outcome or (None, "the trainer ended without a result")
         return True
 
     def stop(self) -> None:
-        """Leave the cluster, which ends the trainer's workers and with them our processes."""
+        """Leave the cluster, which ends the trainer's workers and with them their processes."""
         import ray
 
         ray.shutdown()
@@ -190,9 +228,7 @@ class _Training:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        rank = demand(one_rank(spec))
-        resources = {"CPU": rank["num_cpus"], **rank.get("resources", {})}
-        resources |= {name: rank[key] for key, name in (("num_gpus", "GPU"), ("memory", "memory")) if key in rank}
+        resources = resources_of(demand(one_rank(spec)))
         storage = Path(spec.run_dir) / "ray"
         storage.mkdir(parents=True, exist_ok=True)
         token = storage / f".storage-{uuid.uuid4().hex}"
@@ -230,10 +266,10 @@ def _last_line(error: Exception) -> str:
 
 
 def train_worker(config: dict[str, str]) -> None:
-    """Inside Ray Train, one rank: run the job's process to its end and report a pointer to its checkpoint.
+    """Inside Ray Train, on one rank: run the process of the job and report a pointer to its checkpoint.
 
-    The engine saves every rank's part in the run directory and resumes from it by itself; what Ray keeps is a pointer,
-    so that its `Result` and its own restarts name the right place.
+    The engine saves every rank's part in the run directory and resumes from it by itself. Ray keeps only a pointer, so
+    that its `Result` names the run directory.
     """
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
@@ -241,7 +277,7 @@ def train_worker(config: dict[str, str]) -> None:
     spec = JobSpec.load(config["file"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    _prove_storage(Path(config["token"]), rank, context.get_world_size())
+    _check_storage_of_ranks(Path(config["token"]), rank, context.get_world_size())
     meet = {"address": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": free_port()} if rank == 0 else None
     meet = broadcast_from_rank_zero(meet)
     words = rank_words(rank, context.get_world_size(), context.get_local_rank(), context.get_local_world_size(), **meet)
@@ -265,15 +301,15 @@ def train_worker(config: dict[str, str]) -> None:
 
 
 def _attend(child: subprocess.Popen[bytes], rank: int, run_dir: Path) -> int:
-    """Wait for the child. When Ray announces that a node will go, have the engine save.
+    """Wait for the child process; when Ray announces that a node will be taken away, have the engine save.
 
-    The collectives keep all ranks in step: rank 0's process says when it is over, and the engine ends on all ranks
+    Broadcasts keep the ranks in step: all leave when rank 0's process has ended, as the engine ends on all ranks
     together. A rank whose process fails leaves at once, and Ray ends the others.
     """
     import ray.train
     from ray.train.collective import broadcast_from_rank_zero
 
-    told = False
+    announced = False
     over = False
     while not over:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -281,15 +317,19 @@ def _attend(child: subprocess.Popen[bytes], rank: int, run_dir: Path) -> int:
         if child.returncode not in (None, *QUIET_CODES):
             break
         over = broadcast_from_rank_zero(child.returncode is not None)
-        if not over and not told and ray.train.get_preemption_info() is not None:
-            told = True
+        if not over and not announced and ray.train.get_preemption_info() is not None:
+            announced = True
             if rank == 0:
                 (run_dir / "SAVE").touch()
     return child.wait()
 
 
-def _prove_storage(token: Path, rank: int, size: int) -> None:
-    """Every rank must see the driver's mark, and rank 0 every rank's."""
+def _check_storage_of_ranks(token: Path, rank: int, size: int) -> None:
+    """Check that every rank sees the driver's file in the run directory, and rank 0 every rank's.
+
+    Raises:
+        LaunchError: One does not.
+    """
     from ray.train.collective import barrier
 
     if not token.exists():

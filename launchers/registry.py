@@ -1,41 +1,64 @@
-"""The places where jobs run, listed once: `--launcher NAME` takes the first of that name which serves, `auto` the first
-that says it is the one. None of them imports Ray or submitit before it is used."""
+"""Which launch target `--launcher NAME` means: the built-in ones and those of installed packages.
+
+A package adds one by an entry point of the group `fine_dist.launchers` that names a module whose import registers it
+(`launchers.base.register`). No target imports Ray or submitit before it is used.
+"""
 
 from __future__ import annotations
 
+import importlib
+from functools import cache
+from importlib import metadata
+
 from fine_dist.core.errors import LaunchError, nearest
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Launcher, LaunchTarget
-from launchers.here import Here
-from launchers.local import LocalLauncher
-from launchers.ray_jobs import RayJobs
-from launchers.ray_train import RayLauncher
-from launchers.slurm_steps import StepLauncher
-from launchers.slurm_submitit import SlurmLauncher
+from launchers.base import Launcher, LaunchTarget, registered
 
-TARGETS: tuple[type[LaunchTarget], ...] = (RayJobs, RayLauncher, StepLauncher, SlurmLauncher, LocalLauncher, Here)
-"""In the order in which they are asked; LocalLauncher always is the one."""
+BUILT_IN = ("local", "ray_jobs", "ray_train", "slurm_steps", "slurm_submitit")
+"""Modules of this package that register targets."""
+ENTRY_POINTS = "fine_dist.launchers"
+
+
+@cache
+def targets() -> tuple[type[LaunchTarget], ...]:
+    """All launch targets."""
+    for name in BUILT_IN:
+        importlib.import_module(f"launchers.{name}")
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        point.load()
+    return registered()
 
 
 def names() -> list[str]:
-    """What `--launcher` takes."""
-    return ["auto", *dict.fromkeys(place.name for place in TARGETS)]
+    """The values that `--launcher` takes."""
+    return ["auto", *sorted({target.name for target in targets()})]
 
 
 def pick(name: str, needs: LaunchConfig | None = None) -> type[LaunchTarget]:
-    """The place of a name, by where this process is and what the job needs. `LaunchError` names the legal ones."""
+    """The launch target of a name.
+
+    Args:
+        name: A value of `--launcher`. `auto` is the target with the highest affinity to this process's environment.
+        needs: Resources of the job; some targets share a name and differ in the address that they serve.
+
+    Raises:
+        LaunchError: There is no such target; the message lists the legal names.
+    """
     needs = needs or LaunchConfig()
     if name not in names():
         raise LaunchError(f"--launcher {name!r}: no such launcher; {nearest(name, names())}")
-    if name == "auto":
-        return next(place for place in TARGETS if place.serves(needs) and place.is_the_one(needs))
-    return next(place for place in TARGETS if place.name == name and place.serves(needs))
+    serving = [target for target in targets() if name in ("auto", target.name) and target.serves(needs)]
+    return max(serving, key=lambda target: target.affinity(needs))
 
 
 def get_launcher(name: str, needs: LaunchConfig | None = None) -> Launcher:
-    """The launcher of a name. `LaunchError` when jobs cannot be handed to what the name means here."""
-    place = pick(name, needs)
-    if not issubclass(place, Launcher):
-        legal = nearest(name, dict.fromkeys(p.name for p in TARGETS if issubclass(p, Launcher)))
+    """The launcher of a name, ready to submit jobs to.
+
+    Raises:
+        LaunchError: There is no such launcher, or the name means a target that runs commands only.
+    """
+    target = pick(name, needs)
+    if not issubclass(target, Launcher):
+        legal = nearest(name, {other.name for other in targets() if issubclass(other, Launcher)})
         raise LaunchError(f"launcher {name!r} takes whole commands, no jobs; {legal}")
-    return place(needs)
+    return target(needs)

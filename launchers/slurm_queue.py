@@ -1,4 +1,4 @@
-"""Asking SLURM: its limits, what became of jobs, what it would say to one."""
+"""Questions to SLURM: the limits of a partition, the states of jobs, whether a job would be accepted."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fine_dist.core.errors import EXIT_INTERRUPTED, LaunchError
 from fine_dist.core.settings import LaunchConfig
@@ -17,20 +18,25 @@ from launchers.base import JobState
 from launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
-GHOST = "alive in the accounting only"
-"""Said of a job that the controller does not know: it was lost in a crash, or has ended a moment ago."""
+UNKNOWN_TO_CONTROLLER = "alive in the accounting only"
+"""Reason of a job that the accounting calls alive and the controller does not know: the controller lost it in a crash,
+or it has just ended."""
 RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
 
 
 def slurm(*command: str) -> str:
-    """Output of one of SLURM's commands. `LaunchError` with the scheduler's words when it fails."""
+    """The output of one of SLURM's commands.
+
+    Raises:
+        LaunchError: The command failed, or is not installed; the message has the scheduler's words.
+    """
     if not shutil.which(command[0]):
         raise LaunchError(f"{command[0]} is not on this machine's PATH; submit from a login node of the SLURM cluster")
     for _ in range(10):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
             break
-        time.sleep(2)  # the controller is restarting; jobs go on without it
+        time.sleep(2)  # the controller restarts now and then, while jobs continue
     if done.returncode:
         raise LaunchError(f"{command[0]}: {scheduler_words(done.stderr or done.stdout)}")
     return done.stdout
@@ -38,30 +44,32 @@ def slurm(*command: str) -> str:
 
 @dataclass(frozen=True)
 class PartitionLimits:
-    """What a cluster allows."""
+    """The limits of a cluster and of one of its partitions."""
 
     array: int
-    """Largest number of tasks of one array."""
+    """Maximum number of tasks of one array."""
     minutes: int
-    """Time limit of a job that states none."""
+    """Time limit in minutes of a job that states none."""
     max_minutes: int | None
-    """Longest time limit of the partition; None: unlimited."""
+    """Maximum time limit of the partition in minutes. None: unlimited."""
     nodes: int
-    """Nodes of the partition."""
+    """Number of nodes of the partition."""
     partition: str
+    """Name of the partition."""
     partitions: tuple[str, ...]
+    """Names of all partitions."""
 
 
 def limits(partition: str | None = None) -> PartitionLimits:
-    """MaxArraySize and a partition's limits. The default partition's when there is no such one."""
-    said = slurm("scontrol", "show", "config")
-    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", said, re.M)
+    """MaxArraySize, and the limits of a partition (None, or an unknown name: the default partition)."""
+    settings = slurm("scontrol", "show", "config")
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.M)
     known = {}
     for line in slurm("scontrol", "show", "partition", "-o").splitlines():
         words = dict(word.split("=", 1) for word in line.split() if "=" in word)
         if "PartitionName" in words:
             known[words["PartitionName"]] = words
-    if partition is None or partition.split(",")[0] not in known:  # sbatch has the last word on a name
+    if partition is None or partition.split(",")[0] not in known:  # sbatch itself refuses the name
         chosen = next((name for name, words in known.items() if words.get("Default") == "YES"), next(iter(known), ""))
     else:
         chosen = partition.split(",")[0]
@@ -75,27 +83,30 @@ def limits(partition: str | None = None) -> PartitionLimits:
 
 @dataclass(frozen=True)
 class Node:
-    """What one node has."""
+    """The resources of one node."""
 
     cpus: int
+    """Number of CPUs."""
     memory_mb: int | None
+    """Memory in MiB. None: unknown."""
     gpus: int
+    """Number of accelerators."""
 
 
 def nodes_of(partition: str) -> list[Node]:
     """The nodes of a partition that are not down."""
-    said = slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%c|%m|%G|%T")
-    found = []
-    for line in said.split():
+    listing = slurm("sinfo", "-h", "-N", "-p", partition, "-o", "%c|%m|%G|%T")
+    nodes = []
+    for line in listing.split():
         cpus, memory, generic, state = line.split("|")
         if not state.startswith(("down", "fail", "drain", "maint")):
             gpus = sum(int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", generic))
-            found.append(Node(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
-    return found
+            nodes.append(Node(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
+    return nodes
 
 
 def fits_on(nodes: Sequence[Node], spec: JobSpec) -> int:
-    """How many such jobs those nodes hold at once; at least one, because a job waits for what it needs."""
+    """Number of such jobs that the nodes run at once; at least 1, because a job waits for what it needs."""
     held = 0
     for node in nodes:
         capacity = node.cpus // (spec.processes_per_node * spec.cpus_per_process)
@@ -108,28 +119,32 @@ def fits_on(nodes: Sequence[Node], spec: JobSpec) -> int:
 
 
 def slurm_findings(spec: JobSpec, needs: LaunchConfig, request: Sequence[str]) -> list[Finding]:
-    """What the scheduler would say to a job, without submitting it.
+    """Whether the scheduler would accept a job, without submitting it.
 
-    request: the words that sbatch will be given, script included.
+    Args:
+        spec: The job.
+        needs: Its `launch` settings.
+        request: The arguments that sbatch will be given, script included.
     """
     found = []
     known = limits(needs.partition)
     if spec.minutes and known.max_minutes and spec.minutes > known.max_minutes:
-        text = f"launch.minutes {spec.minutes} is over the {known.max_minutes} of partition {known.partition}; the job "
-        found.append(
-            Finding("slurm", "stop", text + "would wait for ever. Lower it: jobs save and requeue at the limit")
+        text = (
+            f"launch.minutes {spec.minutes} is over the {known.max_minutes} of partition {known.partition}: the job "
+            "would wait forever; lower it: jobs save and requeue at the limit"
         )
+        found.append(Finding("slurm", "stop", text))
     if known.nodes and spec.nodes > known.nodes:
         text = (
             f"launch.nodes {spec.nodes}: partition {known.partition} has {known.nodes}; lower it, or another partition"
         )
         found.append(Finding("slurm", "stop", text))
-    words = ["sbatch", "--test-only", *request]
+    command = ["sbatch", "--test-only", *request]
     with outside_allocation():
-        said = subprocess.run(words, capture_output=True, text=True, check=False)
-    if said.returncode and not found:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and not found:
         remedy = f"check launch.partition ({', '.join(known.partitions)}), nodes, gpus, memory_gb and launch.slurm"
-        found.append(Finding("slurm", "stop", f"{scheduler_words(said.stderr)}; {remedy}"))
+        found.append(Finding("slurm", "stop", f"{scheduler_words(done.stderr)}; {remedy}"))
     about = f"partition {known.partition}: {known.nodes} nodes, at most {known.max_minutes or 'unlimited'} minutes"
     return [*found, Finding("slurm", "ok", f"{about}; arrays of up to {known.array} tasks")]
 
@@ -140,10 +155,10 @@ def _minutes(text: str) -> int | None:
 
 
 def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]]:
-    """State, exit code and the scheduler's word for it, by job id; a job nobody knows any more counts as lost."""
-    found: dict[str, tuple[JobState, int | None, str]] = {}
+    """State, exit code and reason of jobs, by job id. A job that nothing knows any more counts as failed."""
+    states: dict[str, tuple[JobState, int | None, str]] = {}
     if not ids:
-        return found
+        return states
     heads = ",".join(sorted({i.partition("_")[0] for i in ids}))
     with contextlib.suppress(LaunchError):  # squeue refuses ids that it has forgotten; sacct knows them
         said = slurm(
@@ -152,16 +167,17 @@ def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]
         for line in said.splitlines():
             words = line.split()
             status = int(words[2]) if words[2].isdecimal() else 0
-            found[words[0]] = _verdict(words[1], status >> 8, status & 127)
-    missing = [i for i in ids if i not in found]
+            states[words[0]] = _verdict(words[1], status >> 8, status & 127)
+    missing = [i for i in ids if i not in states]
     if missing:
         with contextlib.suppress(LaunchError):  # a cluster without accounting
             for line in slurm("sacct", "-n", "-X", "-P", "-j", heads, "-o", "JobID,State,ExitCode").splitlines():
                 name, state, exit_code = line.split("|")
                 code, _, number = exit_code.partition(":")
                 verdict = _verdict(state.split()[0], int(code), int(number or 0))
-                found.setdefault(name, verdict if verdict[0] not in ("pending", "running") else (*verdict[:2], GHOST))
-    return {i: found.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
+                alive = verdict[0] in ("pending", "running")
+                states.setdefault(name, (*verdict[:2], UNKNOWN_TO_CONTROLLER) if alive else verdict)
+    return {i: states.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
 
 
 def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, str]:
@@ -179,7 +195,7 @@ def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, s
 
 
 def scheduler_words(text: str) -> str:
-    """The lines that SLURM's commands wrote, without Python's traceback around them."""
+    """The lines that SLURM's commands wrote, without the traceback of a library around them."""
     lines = [
         line.strip() for line in text.splitlines() if re.match(r"\s*(sbatch|srun|slurm\w*|scontrol|squeue): ", line)
     ]
@@ -188,9 +204,28 @@ def scheduler_words(text: str) -> str:
 
 @contextlib.contextmanager
 def outside_allocation() -> Iterator[None]:
-    """Without the words of a job this process may be in: sbatch would take some of them as options."""
-    hidden = {key: os.environ.pop(key) for key in list(os.environ) if key.startswith("SLURM_") and key != "SLURM_CONF"}
+    """Hide the variables of the job that this process may be in, because sbatch takes some of them as options.
+
+    SBATCH_EXPORT is hidden too: with NONE, which some sites set for everybody, jobs would start without the variables
+    that name their code and their config.
+    """
+    hidden = {key: os.environ.pop(key) for key in list(os.environ) if _is_of_a_job(key)}
     try:
         yield
     finally:
         os.environ.update(hidden)
+
+
+def _is_of_a_job(variable: str) -> bool:
+    return (variable.startswith("SLURM_") and variable != "SLURM_CONF") or variable == "SBATCH_EXPORT"
+
+
+def refuse_pattern(path: str | Path) -> None:
+    """Refuse a run directory whose name SLURM would rewrite: `%` and `\\` are special in the paths of log files.
+
+    Raises:
+        LaunchError: The path holds one of them.
+    """
+    odd = next((char for char in "%\\" if char in str(path)), None)
+    if odd:
+        raise LaunchError(f"run_dir {path}: SLURM gives {odd!r} in paths of logs a meaning; choose a name without it")

@@ -1,4 +1,4 @@
-"""Inside a SLURM allocation (salloc, or a batch script): every job is an `srun` step of it."""
+"""Inside a SLURM allocation (salloc, or a batch script), where every job is an `srun` step."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from dataclasses import replace
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Job, Launcher
+from launchers.base import Job, Launcher, register
 from launchers.site import SlurmSite
-from launchers.slurm_queue import Node, fits_on
+from launchers.slurm_queue import Node, fits_on, refuse_pattern
 from launchers.spec import Capacity, JobSpec
 
 GRACE_S = 60.0
+"""Seconds that a step has to save before it is killed."""
 
 
+@register
 class StepLauncher(Launcher):
-    """Steps of the allocation this process runs in; they end with it."""
+    """Steps of the allocation that this process runs in; they end with it."""
 
     name = "slurm"
 
@@ -31,16 +33,16 @@ class StepLauncher(Launcher):
         return "SLURM_JOB_ID" in os.environ
 
     @classmethod
-    def is_the_one(cls, needs: LaunchConfig) -> bool:
-        return True  # in an allocation, which is where it serves
+    def affinity(cls, needs: LaunchConfig) -> int:
+        return 20
 
     def fits(self, spec: JobSpec) -> int:
         env = os.environ
-        machines = [
+        nodes = [
             Node(cpus, number_in(env, "SLURM_MEM_PER_NODE", 0) or None, _gpus())
             for cpus in _counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
         ]
-        return fits_on(machines, spec)
+        return fits_on(nodes, spec)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         capacity = super().capacity(spec, many)
@@ -54,10 +56,12 @@ class StepLauncher(Launcher):
         spec = job.spec
         if spec.nodes > _nodes():
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes and this allocation has {_nodes()}")
+        refuse_pattern(job.log)
         site = SlurmSite.here()
         command = [
             "srun",
             *site.srun_args,
+            "--export=ALL",
             "--kill-on-bad-exit=1",
             "--exact",
             f"--nodes={spec.nodes}",
@@ -70,25 +74,26 @@ class StepLauncher(Launcher):
         whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
-        elif whole:  # a step takes all memory of its nodes unless told, and the next one waits
+        elif whole:  # without --mem a step takes all memory of its nodes, and the next step waits for it
             command.append(f"--mem={int(whole) // max(1, min(self._width, self.fits(spec)))}M")
-        env = {**os.environ, **spec.env}
+        env = {**os.environ, **site.environment(), **spec.env}
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
         command += [*shlex.split(site.wrapper), sys.executable, "-u", "-m", "fine_dist.worker", str(job.file)]
-        job.handle = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
-        job.id = f"{os.environ['SLURM_JOB_ID']} step of process {job.handle.pid}"
+        process = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
+        job.handle = process
+        job.id = f"{os.environ['SLURM_JOB_ID']} step of process {process.pid}"
 
     def _check(self, job: Job) -> bool:
-        job.code = job.handle.poll()
+        job.code = _srun_of(job).poll()
         return job.code is not None
 
-    def _tell(self, job: Job) -> None:
-        job.handle.send_signal(signal.SIGUSR1)  # srun passes it to its tasks, and does not end before them
+    def _request_stop(self, job: Job) -> None:
+        _srun_of(job).send_signal(signal.SIGUSR1)  # srun passes it to its tasks, and does not end before them
 
     def _stop(self, job: Job) -> None:
-        process: subprocess.Popen[bytes] = job.handle
-        self._tell(job)
+        process = _srun_of(job)
+        self._request_stop(job)
         deadline = time.monotonic() + GRACE_S
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -96,8 +101,13 @@ class StepLauncher(Launcher):
         process.wait()
 
 
+def _srun_of(job: Job) -> subprocess.Popen[bytes]:
+    assert isinstance(job.handle, subprocess.Popen)
+    return job.handle
+
+
 def _gpus() -> int:
-    """Accelerators of a node of this allocation."""
+    """Number of accelerators on a node of this allocation."""
     return number_in(os.environ, "SLURM_GPUS_ON_NODE", 0)
 
 
@@ -106,9 +116,9 @@ def _nodes() -> int:
 
 
 def _counts(text: str) -> list[int]:
-    """`8(x2),4` is 8, 8, 4."""
-    found = []
+    """Expand SLURM's compressed list of counts: `8(x2),4` is 8, 8, 4."""
+    counts = []
     for part in text.split(","):
         count, _, times = part.partition("(x")
-        found += [int(count)] * int(times.rstrip(")") or 1)
-    return found
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts

@@ -1,7 +1,7 @@
-"""SLURM through submitit: jobs submit themselves, a fan-out becomes arrays.
+"""SLURM through submitit: single jobs, and arrays for fan-outs.
 
-submitit writes the sbatch script and keeps its own small pickle, which names `WorkerCall` and a path; what runs is the
-job file on disk, with the code that was copied when it was submitted.
+submitit writes the sbatch script and a small pickle of its own that names `WorkerCall` and a path; what runs is the job
+file on disk, with the code that was copied at submission.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fine_dist.core.config import load
 from fine_dist.core.errors import EXIT_RESUME, LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
 from launchers import worker
-from launchers.base import Job, Launcher, stopped
+from launchers.base import Job, JobState, Launcher, register, stopped
 from launchers.prepare import launch_of
 from launchers.site import SlurmSite
 from launchers.slurm_queue import (
-    GHOST,
+    UNKNOWN_TO_CONTROLLER,
     fits_on,
     job_states,
     limits,
     nodes_of,
     outside_allocation,
+    refuse_pattern,
     scheduler_words,
     slurm,
     slurm_findings,
@@ -40,18 +41,25 @@ from launchers.slurm_queue import (
 from launchers.spec import Finding, JobSpec
 from launchers.state_table import Submissions
 
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
 log = logging.getLogger(__name__)
 
-GHOST_S = 30.0
-"""Seconds after which a job that only the accounting believes in counts as lost."""
+LOST_AFTER_S = 30.0
+"""Seconds after which a job that only the accounting knows counts as lost."""
 SIGNAL_S = 120
-"""Seconds before the time limit at which a job is told to save."""
+"""Seconds before the time limit at which a job is asked to save."""
+GPU_OPTIONS = {"gpus-per-node", "gres", "gpus-per-task", "gpus"}
+"""Options of sbatch that request accelerators; one in `launch.slurm` replaces ours."""
 
 
+@register
 class SlurmLauncher(Launcher):
-    """Jobs of their own, which live on when this process ends.
+    """Jobs of the SLURM cluster, which outlive this process.
 
-    needs: the partition, account and restarts of the jobs; None: the cluster's defaults.
+    Args:
+        needs: Partition, account and restarts of the jobs. None: the cluster's defaults.
     """
 
     name = "slurm"
@@ -64,16 +72,22 @@ class SlurmLauncher(Launcher):
         self._site = SlurmSite.here()
         self._next_look = 0.0
         self._width = sys.maxsize
-        self._ghosts: dict[str | None, float] = {}
+        self._states: dict[str, tuple[JobState, int | None, str]] = {}
+        self._unknown_since: dict[str | None, float] = {}
+        """When the controller was first found not to know a job."""
+
+    @classmethod
+    def serves(cls, needs: LaunchConfig) -> bool:
+        return "SLURM_JOB_ID" not in os.environ  # inside an allocation, jobs are its steps
 
     def fits(self, spec: JobSpec) -> int:
-        """What the partition's nodes hold, whatever else waits for them."""
+        """Number of such jobs that the nodes of the partition hold, whatever else is queued."""
         return fits_on(nodes_of(self._limits.partition), spec)
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
-        """Arrays, chunked because MaxArraySize bounds the index. All are accepted by sbatch, or none."""
+        """Submit arrays, in chunks because MaxArraySize bounds the index. If sbatch refuses one, all are cancelled."""
         jobs = [self._job(spec, retries) for spec in specs]
-        # One array has one set of resources.
+        # All tasks of an array have the same resources.
         groups: dict[str, list[Job]] = {}
         for job in jobs:
             groups.setdefault(repr(self._parameters(job.spec, "", None)), []).append(job)
@@ -92,9 +106,9 @@ class SlurmLauncher(Launcher):
         return jobs
 
     def poll(self) -> None:
-        """As any launcher; the scheduler is asked once in two seconds."""
+        """As any launcher; the scheduler is asked at most twice a second, and every two seconds about many jobs."""
         if time.monotonic() >= self._next_look:
-            self._seen = job_states([job.id for job in self._live if job.id])
+            self._states = job_states([job.id for job in self._live if job.id])
             super().poll()
             self._next_look = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
 
@@ -104,7 +118,7 @@ class SlurmLauncher(Launcher):
             if many:
                 executor.parameters["map_count"] = 1
             script = Path(folder, "request.sh")
-            script.write_text(executor._make_submission_file_text("true", "request"))
+            script.write_text(executor._make_submission_file_text("true", "request"), encoding="utf-8")
             return slurm_findings(spec, self.needs, [str(script)])
 
     def alive(self, submissions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -113,24 +127,24 @@ class SlurmLauncher(Launcher):
         return {job: [*submissions[job]] for job in ids if states[job][0] in ("pending", "running")}
 
     def close(self) -> None:
-        """Submitted jobs are the scheduler's."""
+        """Submitted jobs belong to the scheduler and continue."""
 
     def _start(self, job: Job) -> None:
         self._submit([job], None)
         self._next_look = 0.0
 
     def _check(self, job: Job) -> bool:
-        state, code, words = self._seen.get(job.id or "", ("running", None, ""))
-        if words != GHOST:
-            self._ghosts.pop(job.id, None)
-        elif time.monotonic() - self._ghosts.setdefault(job.id, time.monotonic()) > GHOST_S:
+        state, code, reason = self._states.get(job.id or "", ("running", None, ""))
+        if reason != UNKNOWN_TO_CONTROLLER:
+            self._unknown_since.pop(job.id, None)
+        elif time.monotonic() - self._unknown_since.setdefault(job.id, time.monotonic()) > LOST_AFTER_S:
             job.code, job.reason = None, "lost: the controller has forgotten it"
             return True
         if state in ("pending", "running"):
             job.state = state
             return False
         job.code = code
-        job.reason = words or None
+        job.reason = reason or None
         return True
 
     def _stop(self, job: Job) -> None:
@@ -144,6 +158,7 @@ class SlurmLauncher(Launcher):
         import submitit
 
         spec = jobs[0].spec
+        refuse_pattern(spec.table or spec.run_dir)
         folder = Path(spec.table or spec.run_dir) / "logs" / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
         name = spec.name if len(jobs) == 1 else spec.module.rpartition(".")[2]
@@ -162,7 +177,7 @@ class SlurmLauncher(Launcher):
             job.own_log = folder / f"{handle.job_id}_0_log.out"
             job.state, job.attempts = "pending", job.attempts or 1
 
-    def _executor(self, spec: JobSpec, folder: Path, name: str, max_parallel: int | None) -> Any:
+    def _executor(self, spec: JobSpec, folder: Path, name: str, max_parallel: int | None) -> SlurmExecutor:
         import submitit
 
         python = shlex.join([*shlex.split(self._site.wrapper), sys.executable])
@@ -170,16 +185,18 @@ class SlurmLauncher(Launcher):
         executor.update_parameters(**self._parameters(spec, name, max_parallel))
         return executor
 
-    def _parameters(self, spec: JobSpec, name: str, max_parallel: int | None) -> dict[str, Any]:
+    def _parameters(self, spec: JobSpec, name: str, max_parallel: int | None) -> dict[str, object]:
         extra = {key.replace("_", "-"): value for key, value in spec.extras.get("slurm", {}).items()}
         minutes = spec.minutes or self._limits.minutes
         code = spec.code or spec.cwd
-        setup = [f"source {shlex.quote(str(self._site.file))}"] if self._site.file else []
         gpus = {}
-        if spec.accelerators_per_node and not {"gpus-per-node", "gres", "gpus-per-task", "gpus"} & extra.keys():
-            flag = self._site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node)
-            gpus = dict([flag.removeprefix("--").split("=", 1)])
-        wanted: dict[str, Any] = {
+        if spec.accelerators_per_node and not GPU_OPTIONS & extra.keys():
+            option, _, count = self._site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node).partition("=")
+            gpus = {option.removeprefix("--"): count}
+        # The job and its step get this environment whatever SBATCH_EXPORT or SLURM_EXPORT_ENV say.
+        srun_args = ["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={spec.cpus_per_process}"]
+        pythonpath = f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"
+        options: dict[str, object] = {
             "job_name": name,
             "time": minutes,
             "nodes": spec.nodes,
@@ -191,27 +208,29 @@ class SlurmLauncher(Launcher):
             "signal_delay_s": min(SIGNAL_S, minutes * 30),
             "stderr_to_stdout": True,
             "array_parallelism": max_parallel or 1000,
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={spec.cpus_per_process}", *self._site.srun_args],
-            "setup": [*setup, f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"],
-            "additional_parameters": {"requeue": True, "chdir": code, **gpus, **extra},
+            "srun_args": [*srun_args, *self._site.srun_args],
+            "setup": [*self._site.setup_lines(), pythonpath],
+            "additional_parameters": {"requeue": True, "export": "ALL", "chdir": code, **gpus, **extra},
         }
-        return {key: value for key, value in wanted.items() if value is not None}
+        return {key: value for key, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class WorkerCall:
-    """What a task of the job does: run the job file; on exit code 75 rank 0 puts the job back into the queue,
-    unless somebody left a file STOP."""
+    """The function of each task of the job: runs the job file. On exit code 75 rank 0 puts the job back into the queue,
+    unless a file STOP was left for it."""
 
     file: str
+    """The job file."""
     max_restarts: int
+    """Maximum number of times that the job goes back into the queue."""
 
     def __call__(self) -> None:
         code = worker.run_job(self.file)
         if code == EXIT_RESUME and not stopped(JobSpec.load(self.file)):
             if worker.rank() == 0:
                 requeue(self.file, self.max_restarts)
-            time.sleep(30)  # the requeue ends this process; to exit now would make the step, and the job, fail
+            time.sleep(30)  # the requeue ends this process; exiting now would fail the step, and with it the job
         if code:
             raise SystemExit(code)
 
@@ -221,13 +240,18 @@ def _call(call: WorkerCall) -> None:
 
 
 RESTARTS = "FINE_DIST_RESTARTS"
-"""How often a job was submitted again, where `scontrol requeue` is not allowed."""
+"""Environment variable: how often the job was submitted again, where `scontrol requeue` is not allowed."""
 
 
 def requeue(file: str, max_restarts: int) -> None:
     """Put this job back into the queue, or submit it again where the site does not allow that.
 
-    Exits with 75 when it was submitted again, was cancelled or has been put back too often.
+    Args:
+        file: The job file.
+        max_restarts: Maximum number of times.
+
+    Raises:
+        SystemExit: With code 75, when the job was submitted again, was cancelled, or has been restarted too often.
     """
     env = os.environ
     job = env["SLURM_JOB_ID"]
@@ -236,20 +260,20 @@ def requeue(file: str, max_restarts: int) -> None:
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
     restarts = number_in(env, "SLURM_RESTART_COUNT", 0) + number_in(env, RESTARTS, 0)
     if state != "RUNNING":
-        _leave(f"the job is {state or 'gone'}: not requeued")
+        _exit_resume(f"the job is {state or 'gone'}: not requeued")
     if restarts >= max_restarts:
-        _leave(f"restarted {max_restarts} times already; the same command continues it")
+        _exit_resume(f"restarted {max_restarts} times already; the same command continues it")
     if SlurmSite.here().requeues:
         log.info("saved; back into the queue")
         slurm("scontrol", "requeue", job)
         return
     env[RESTARTS] = str(restarts + 1)
     again = resubmit(JobSpec.load(file))
-    _leave(f"saved; goes on as job {again}")
+    _exit_resume(f"saved; goes on as job {again}")
 
 
 def resubmit(spec: JobSpec) -> str | None:
-    """Submit a job once more; the scheduler's name of it."""
+    """Submit a job once more; returns the scheduler's name of it."""
     config = load(worker.config_class(worker.import_module(spec.module)), spec.config)
     launcher = SlurmLauncher(launch_of(config))
     job = launcher.submit(spec)
@@ -257,6 +281,6 @@ def resubmit(spec: JobSpec) -> str | None:
     return job.id
 
 
-def _leave(words: str) -> None:
-    log.info(words)
+def _exit_resume(reason: str) -> None:
+    log.info("%s", reason)
     raise SystemExit(EXIT_RESUME)

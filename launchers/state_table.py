@@ -1,11 +1,13 @@
-"""What became of each task of a fan-out (`StateTable`), and what was handed to a scheduler (`Submissions`).
+"""The state of each task of a fan-out (`StateTable`), and the jobs submitted to a scheduler (`Submissions`).
 
-Which tasks there are is said in lists, `RUN_DIR/tasks/.added/HASH.json`, one file for all that were added at once and
-never changed after. What became of a task that has started is one small file, `RUN_DIR/tasks/NAME.json`, replaced by an
-atomic rename; a task without one is pending. Writers of different tasks never touch the same file, so there is no
-shared log to corrupt, compact or lock, and a reader sees either the old row or the new one. Who may run a task is
-decided by `flock` on its lock file, held for as long as the task runs: the kernel (or the file server) drops it the
-moment the process dies, however it dies, so nothing has to expire and a restarted driver goes on at once.
+The names of the tasks are stored in lists, `RUN_DIR/tasks/.added/HASH.json`: one immutable file for all tasks that were
+added at once. The state of a task that was started is one small file, `RUN_DIR/tasks/NAME.json`, replaced by an atomic
+rename; a task without one is pending. Writers of different tasks never touch the same file, so there is no shared log
+to corrupt, compact or lock, and a reader sees either the old row or the new one.
+
+Which process may run a task is decided by `flock` on the task's lock file, held for as long as the task runs. The
+kernel (or the file server) releases it the moment the process dies, however it dies. No lease has to expire, so that a
+restarted driver continues at once.
 """
 
 from __future__ import annotations
@@ -20,56 +22,61 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import sha256_text, try_lock, write_all, write_atomic
+from fine_dist.core.files import is_locked, sha256_text, try_lock, write_all, write_atomic
 from launchers.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]
 FINAL = ("done", "failed")
+"""States of a task whose last attempt has reported its end."""
 ADDED = ".added"
-"""Folder of the lists of tasks."""
+"""Name of the folder with the lists of tasks."""
 
 
 class TaskRow(Config):
-    """What is known of one task."""
+    """The state of one task."""
 
     name: str
+    """Name of the task."""
     index: int = 0
-    """LaunchTarget in the fan-out."""
+    """Position of the task in the fan-out."""
     state: State = "pending"
+    """State of the last attempt; a task whose process was killed still reads `running` (see `StateTable.lost`)."""
     reason: str | None = None
-    """Why it failed."""
+    """Why the last attempt failed or stopped."""
     attempts: int = 0
-    """Times it was started."""
+    """Number of times the task was started."""
     deaths: int = 0
-    """Attempts that ended without a word: the process was killed, most likely for want of memory."""
+    """Number of attempts whose process was killed before it could report, most likely for lack of memory."""
     host: str | None = None
-    """Where it runs or ran last."""
+    """Host of the last attempt."""
     pid: int | None = None
+    """Process id of the last attempt."""
     job: str | None = None
-    """The scheduler's name of the job that ran it."""
+    """The scheduler's name of the job of the last attempt."""
     run_dir: str | None = None
+    """Run directory of the task."""
     started: float | None = None
-    """Unix time of the last start."""
+    """Unix time at which the last attempt started."""
     seconds: float | None = None
-    """How long the last attempt took."""
+    """Duration of the last attempt in seconds."""
 
 
-class Claim:
-    """The right to run some tasks, held until `release` or the death of this process."""
+class TaskClaim:
+    """The exclusive right to run some tasks, held until `release` or the end of this process."""
 
     def __init__(self, files: list[int]) -> None:
         self._files = files
 
     def release(self) -> None:
-        """Give the tasks back."""
+        """Let other processes run the tasks."""
         while self._files:
             os.close(self._files.pop())
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> TaskClaim:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -77,17 +84,20 @@ class Claim:
 
 
 class StateTable:
-    """The durable table of a fan-out in `RUN_DIR/tasks`. Any process on any host may read; holders of a claim write."""
+    """The durable state table of a fan-out in `RUN_DIR/tasks`.
+
+    Any process on any host may read. A row is written by the holder of the task's claim, or before there is one.
+    """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "tasks"
         self._lists: dict[str, dict[str, TaskRow]] = {}
-        """What each list says; lists never change, so each is read once."""
-        self._joined: tuple[list[str], dict[str, TaskRow]] = ([], {})
-        """The lists that there were, and what they say together."""
+        """Pending rows by list file; lists are immutable, so each is read once."""
+        self._merged: tuple[list[str], dict[str, TaskRow]] = ([], {})
+        """The list files at the last look, and their rows together."""
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
-        """Make a pending row for every name that has none; rows that exist keep their state. One file for all."""
+        """Add a pending row for every name that has none, in one file. Existing rows keep their state."""
         known = self._added().keys() | {path.stem for path in self.folder.glob("*.json")}
         new = [
             [check_name(name), index, (run_dirs or {}).get(name)]
@@ -99,22 +109,22 @@ class StateTable:
             write_atomic(self.folder / ADDED / f"{sha256_text(text)[:16]}.json", text)
 
     def rows(self) -> list[TaskRow]:
-        """All rows in the order they were added. A task whose process is gone still reads `running`: see `lost`."""
-        found = dict(self._added())
+        """All rows in the order they were added. A task whose process was killed still reads `running`: see `lost`."""
+        rows = dict(self._added())
         for path in self.folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
-                found[path.stem] = self._read(path)
-        return sorted(found.values(), key=lambda row: (row.index, row.name))
+                rows[path.stem] = self._read(path)
+        return sorted(rows.values(), key=lambda row: (row.index, row.name))
 
     def get(self, name: str) -> TaskRow | None:
-        """One row, or None."""
+        """The row of a task, or None if there is no such task."""
         try:
             return self._read(self._row_path(name))
         except FileNotFoundError:
             return self._added().get(name)
 
     def _added(self) -> dict[str, TaskRow]:
-        """The pending row of every task that was ever added."""
+        """The pending row of every task that was added."""
         try:
             lists = sorted(name for name in os.listdir(self.folder / ADDED) if name.endswith(".json"))
         except FileNotFoundError:
@@ -122,12 +132,12 @@ class StateTable:
         for name in lists:
             if name not in self._lists:
                 self._lists[name] = self._read_list(self.folder / ADDED / name)
-        if lists != self._joined[0]:
-            found: dict[str, TaskRow] = {}
-            for name in reversed(lists):  # the first that names a task has it
-                found |= self._lists[name]
-            self._joined = lists, found
-        return self._joined[1]
+        if lists != self._merged[0]:
+            rows: dict[str, TaskRow] = {}
+            for name in reversed(lists):  # a task in several lists keeps the row of the first
+                rows |= self._lists[name]
+            self._merged = lists, rows
+        return self._merged[1]
 
     def _read_list(self, path: Path) -> dict[str, TaskRow]:
         try:
@@ -136,16 +146,26 @@ class StateTable:
         except (ValueError, TypeError):
             raise RunDirError(f"{path} is damaged; delete it, and the same command adds its tasks again") from None
 
-    def update(self, name: str, **changes: Any) -> TaskRow:
+    def update(self, name: str, **changes: object) -> TaskRow:
         """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""
         return self._write([(self.get(name) or TaskRow(name=name), changes)])[0]
 
+    def reopen(self, names: Iterable[str]) -> list[str]:
+        """Set rows that read `done` back to `pending`, because their results are not complete for a new config.
+
+        Returns:
+            The names that were reopened.
+        """
+        rows = [row for name in names if (row := self.get(name)) is not None and row.state == "done"]
+        self._write([(row, {"state": "pending", "reason": "more steps were asked for"}) for row in rows])
+        return [row.name for row in rows]
+
     def start(self, name: str, job: str | None = None) -> TaskRow:
-        """The task starts here and now: one more attempt."""
+        """Record that this process starts one more attempt at the task."""
         return self.start_all([name], job)[0]
 
     def start_all(self, names: Iterable[str], job: str | None = None) -> list[TaskRow]:
-        """All of these start here and now; their rows are made durable together."""
+        """Record that this process starts one more attempt at each of these tasks, with one sync for all rows."""
         here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
         fresh = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **here}
         rows = [self.get(name) or TaskRow(name=name) for name in names]
@@ -154,34 +174,40 @@ class StateTable:
         )
 
     def finish(self, name: str, state: State, reason: str | None = None) -> TaskRow:
-        """The attempt is over: `done`, `failed` with its reason, or `pending` again."""
+        """Record how the attempt ended: `done`, `failed` with its reason, or `pending` again."""
         return self.finish_all([name], state, reason)[0]
 
     def finish_all(self, names: Iterable[str], state: State, reason: str | None = None) -> list[TaskRow]:
-        """The attempt at all of these is over; their rows are made durable together."""
+        """Record how the attempt at each of these tasks ended, with one sync for all rows."""
         now, rows = time.time(), [self.get(name) or TaskRow(name=name) for name in names]
         changes = {"state": state, "reason": reason}
         return self._write([(r, {**changes, "seconds": now - r.started if r.started else None}) for r in rows])
 
     def started(self) -> set[str]:
-        """Names of the tasks that have a row of their own: those that were ever started. One look at the folder."""
+        """Names of the tasks that were ever started, from one listing of the folder."""
         try:
             return {name[:-5] for name in os.listdir(self.folder) if name.endswith(".json")}
         except FileNotFoundError:
             return set()
 
-    def _write(self, changed: Sequence[tuple[TaskRow, dict[str, Any]]]) -> list[TaskRow]:
-        """Rows with changes, written with one sync."""
+    def _write(self, changed: Sequence[tuple[TaskRow, dict[str, object]]]) -> list[TaskRow]:
+        """Write rows with their changes, with one sync."""
         rows = [validate(TaskRow, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
         write_all({self._row_path(row.name): row.model_dump_json() + "\n" for row in rows})
         return rows
 
-    def claim(self, names: Iterable[str], wait_s: float = 2.0) -> Claim | None:
-        """The right to run these tasks, all or none; None when another live process has one of them.
+    def claim(self, names: Iterable[str], wait_s: float = 2.0) -> TaskClaim | None:
+        """Take the right to run these tasks, all or none.
 
-        wait_s: seconds to try, because `lost` looks at a lock by taking it for an instant.
+        Args:
+            names: The tasks.
+            wait_s: Seconds to keep trying, because `lost` tests a lock by taking it for an instant.
 
-        `RunDirError` for more tasks than this process may have files open.
+        Returns:
+            The claim, or None when another live process holds one of the tasks.
+
+        Raises:
+            RunDirError: There are more tasks than this process may have open files.
         """
         files: list[int] = []
         deadline = time.monotonic() + wait_s
@@ -191,19 +217,19 @@ class StateTable:
             files.append(file)
             while not try_lock(file, self.folder):
                 if time.monotonic() > deadline:
-                    Claim(files).release()
+                    TaskClaim(files).release()
                     return None
                 time.sleep(0.02)
-        return Claim(files)
+        return TaskClaim(files)
 
     def _open_lock(self, name: str, held: list[int]) -> int:
-        """A task's lock file. Where the soft limit of open files is reached it is raised to the hard one."""
+        """Open a task's lock file. At the soft limit of open files, the limit is raised to the hard one."""
         path, flags = self._lock_path(name), os.O_RDWR | os.O_CREAT
         try:
             return os.open(path, flags, 0o666)
         except OSError as error:
             if error.errno != errno.EMFILE:
-                Claim(held).release()
+                TaskClaim(held).release()
                 raise
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -211,7 +237,7 @@ class StateTable:
             return os.open(path, flags, 0o666)
         except OSError:
             count = len(held)
-            Claim(held).release()
+            TaskClaim(held).release()
             raise RunDirError(
                 f"{self.folder}: a process holds one open file a task, and the limit here is {hard} (at task "
                 f"{count + 1}, {name}); raise it (ulimit -Hn), or let fewer tasks run in one process (pack.max_jobs, "
@@ -219,23 +245,22 @@ class StateTable:
             ) from None
 
     def lost(self, row: TaskRow) -> bool:
-        """Whether the row says `running` although no live process holds the task."""
-        if row.state != "running":
-            return False
-        try:
-            file = os.open(self._lock_path(row.name), os.O_RDWR)
-        except FileNotFoundError:
-            return True
-        try:
-            return try_lock(file, self.folder)
-        finally:
-            os.close(file)
+        """Whether the row reads `running` although no live process holds the task. Needs no right to write."""
+        return row.state == "running" and is_locked(self._lock_path(row.name)) is False
 
     @contextlib.contextmanager
     def driver(self, what: str) -> Iterator[None]:
-        """Held by the process that hands out tasks. `RunDirError` names the other one when there is one."""
+        """Held by the process that starts the tasks of the fan-out.
+
+        A block that ends with an error before any task was added leaves no trace of itself.
+
+        Raises:
+            RunDirError: Another live process holds it; the message names that process.
+        """
+        created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(self.folder / ".driver", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = self.folder / ".driver"
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not try_lock(file, self.folder):
                 owner = os.read(file, 4096).decode(errors="replace").strip()
@@ -245,7 +270,15 @@ class StateTable:
                 )
             os.ftruncate(file, 0)
             os.write(file, f"{what}, process {os.getpid()} on {socket.gethostname()}".encode())
-            yield
+            try:
+                yield
+            except BaseException:
+                if self.folder in created and not self._added():
+                    lock.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # a folder that holds something else by now stays
+                        for path in created:
+                            path.rmdir()
+                raise
         finally:
             os.close(file)
 
@@ -263,23 +296,32 @@ class StateTable:
 
 
 class Submissions:
-    """What was handed to a scheduler from a run directory: `RUN_DIR/jobs/.submitted`, one file a submission.
+    """The jobs that were submitted to a scheduler from a run directory: `RUN_DIR/jobs/.submitted`.
 
-    Kept apart from the rows: a scheduler may start a task before the id it was given can be written down.
+    They are stored beside the rows, one file for each submission, because a scheduler may start a task before its job
+    id can be written down.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "jobs" / ".submitted"
 
     def add(self, jobs: Mapping[str, Sequence[str]]) -> None:
-        """Remember which tasks each of the scheduler's jobs was given."""
+        """Record the names of the tasks of each of the scheduler's jobs."""
         if jobs:
             file = re.sub("[^A-Za-z0-9_.-]", "_", next(iter(jobs))) + ".json"
             write_atomic(self.folder / file, json.dumps({job: [*names] for job, names in jobs.items()}) + "\n")
 
     def all(self) -> dict[str, list[str]]:
-        """Scheduler's job -> names of its tasks."""
-        found: dict[str, list[str]] = {}
+        """Names of the tasks of every submitted job, by the scheduler's job id.
+
+        Raises:
+            RunDirError: A file of the folder is damaged.
+        """
+        jobs: dict[str, list[str]] = {}
         for path in sorted(self.folder.glob("*.json")):
-            found |= json.loads(path.read_text(encoding="utf-8"))
-        return found
+            try:
+                entries = json.loads(path.read_text(encoding="utf-8"))
+                jobs |= {str(job): [str(name) for name in names] for job, names in entries.items()}
+            except (ValueError, TypeError, AttributeError):
+                raise RunDirError(f"{path} is damaged; delete it if none of its jobs is queued or running") from None
+        return jobs

@@ -1,4 +1,4 @@
-"""torchrun, ending with 75 when the run was stopped early and the same command continues it.
+"""torchrun with exit code 75 when the run was stopped early and the same command continues it.
 
     python -m launchers.torchrun --nproc-per-node 2 -m fine_dist.condense --config FILE
 

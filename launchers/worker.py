@@ -1,4 +1,7 @@
-"""One process of a job: `run_job` reads a job file and calls `module.run(config)`; rank 0 keeps the job's rows."""
+"""One process of a job: `run_job` reads a job file and calls `module.run(config)`.
+
+Rank 0 holds the job's rows of the state table while it runs and records how they end.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import sys
 import traceback
 import typing
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 from fine_dist.core import errors, logs
 from fine_dist.core.config import Config, load
@@ -23,33 +26,60 @@ from launchers.state_table import FINAL, StateTable
 log = logging.getLogger(__name__)
 
 EXIT_BUSY = 76
-"""Another live process runs the task."""
-NOTE = "FINE_DIST_EXIT_FILE"
-"""A file that takes exit code 75 under torchrun, which itself ends with 1 whatever its workers end with."""
+"""Exit code of a process that found its task locked by another live process."""
+EXIT_FILE = "FINE_DIST_EXIT_FILE"
+"""Environment variable: a file that receives exit code 75. torchrun ends with 1 whatever its workers end with."""
 MARK = "FINE_DIST_JOB"
-"""Environment variable that holds the job file inside a worker: commands run here instead of submitting again."""
+"""Environment variable: the job file, inside a worker. Commands there run in place instead of submitting jobs."""
 LIFELINE = "FINE_DIST_DIE_WITH_PARENT"
-"""Set to the process id of the one that starts a worker: the worker is killed when that process is gone."""
+"""Environment variable: process id of the parent. A worker is killed when that process ends."""
+ACCELERATORS = "FINE_DIST_ACCELERATORS"
+"""Environment variable: accelerators that each process of the job asked for. Such a process never uses the CPU."""
 
 
 def run_job(path: str) -> int:
-    """Run one process of a job; the exit code. Rank 0 keeps the job's rows of the state table.
+    """Run one process of a job.
 
-    Codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 start it again, 76 another live
-    process runs this task.
+    Args:
+        path: The job file.
+
+    Returns:
+        The exit code: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 to be started again, 76
+        another live process runs the task.
     """
     logs.configure()
     return errors.guard(lambda: _run_job(path))
 
 
 def inside() -> bool:
-    """Whether this process is one of a job already: our worker, or started by torchrun, deepspeed or srun."""
+    """Whether this process belongs to a job: a worker, or a process of torchrun, deepspeed or srun."""
     return MARK in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_step()
 
 
+def world_size() -> int:
+    """Number of processes that torchrun or srun started together with this one; 1 alone.
+
+    Raises:
+        LaunchError: The environment variable is no number.
+    """
+    if "RANK" in os.environ:
+        return _number("WORLD_SIZE", 1)
+    return _number("SLURM_STEP_NUM_TASKS", 1) if _in_step() else 1
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdecimal()):
+        raise LaunchError(f"environment variable {name} is {text!r}; torchrun and srun set it to a number: unset it")
+    return int(text)
+
+
 def _in_step() -> bool:
-    """Whether srun started this process. Batch scripts and interactive shells have SLURM_PROCID=0 too, but no step or
-    one with a reserved number (above 0xfffffff0)."""
+    """Whether srun started this process.
+
+    Batch scripts and interactive shells have SLURM_PROCID=0 too, but no step, or one with a reserved number (above
+    0xfffffff0).
+    """
     step = os.environ.get("SLURM_STEP_ID", "")
     return "SLURM_PROCID" in os.environ and step.isdecimal() and int(step) < 0xFFFFFFF0
 
@@ -58,6 +88,8 @@ def _run_job(path: str) -> int:
     path = os.path.abspath(path)
     spec = JobSpec.load(path)
     os.environ.update(spec.env)
+    if spec.accelerators_per_node:
+        os.environ[ACCELERATORS] = f"{spec.accelerators_per_node / spec.processes_per_node:g}"
     os.environ[MARK] = path
     os.chdir(spec.cwd)
     sys.path[0:0] = [spec.code] if spec.code and spec.code not in sys.path else []
@@ -70,10 +102,11 @@ def _run_job(path: str) -> int:
         log.warning("another process runs this task; left to it: %s", others)
         return EXIT_BUSY
     with claim:
-        return _keep_rows(spec, table)
+        return _run_with_rows(spec, table)
 
 
-def _keep_rows(spec: JobSpec, table: StateTable) -> int:
+def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
+    """Run the job and record its start and its end in its rows of the state table."""
     open_rows = [n for n in spec.rows if (row := table.get(n)) is None or row.state != "done"]
     if not open_rows:
         log.info("%s: done already", spec.name)
@@ -81,7 +114,7 @@ def _keep_rows(spec: JobSpec, table: StateTable) -> int:
     table.start_all(open_rows, scheduler_job())
 
     def close(state: Literal["pending", "done", "failed"], reason: str | None = None) -> None:
-        # a pack writes rows of its own while it runs; those stay
+        # A pack records the end of each target itself; those rows stay as they are.
         table.finish_all([n for n in open_rows if (r := table.get(n)) is None or r.state not in FINAL], state, reason)
 
     try:
@@ -110,14 +143,15 @@ def _call(spec: JobSpec) -> int:
 
 
 def exit_code(result: object) -> int:
-    """What a stage's `run` returned as an exit code: an int is one, anything else is success."""
+    """The exit code of what a stage's `run` returned: an int is one, anything else means success."""
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
 def import_module(name: str) -> ModuleType:
-    """The module of a job; of a package that is also a command (`fine_dist.creative`), its `command` module.
+    """Import the module of a job; of a package that is also a command (`fine_dist.creative`), its `command` module.
 
-    Raises `LaunchError` when it cannot be imported or has no `run`.
+    Raises:
+        LaunchError: It cannot be imported, or has no `run`.
     """
     try:
         module = importlib.import_module(name)
@@ -131,23 +165,31 @@ def import_module(name: str) -> ModuleType:
 
 
 def config_class(module: ModuleType) -> type[Config]:
-    """The config class of a job's module: the annotation of the first parameter of its `run`."""
+    """The config class of a job's module: the annotation of the first parameter of its `run`.
+
+    Raises:
+        ConfigError: The parameter is not annotated with a config class.
+    """
     parameters: list[str] = list(inspect.signature(module.run).parameters)
-    kind: Any = typing.get_type_hints(module.run).get(parameters[0]) if parameters else None
+    kind: object = typing.get_type_hints(module.run).get(parameters[0]) if parameters else None
     if not (isinstance(kind, type) and issubclass(kind, Config)):
         raise ConfigError(f"{module.__name__}.run: its first parameter must be annotated with a config class")
     return kind
 
 
 def rank() -> int:
-    """This process's global rank in torchrun's or SLURM's words; 0 alone."""
+    """Global rank of this process as torchrun or srun numbered it; 0 alone.
+
+    Raises:
+        LaunchError: The environment variable is no number.
+    """
     if "RANK" in os.environ:
         return number_in(os.environ, "RANK")
     return number_in(os.environ, "SLURM_PROCID") if _in_step() else 0
 
 
 def scheduler_job() -> str | None:
-    """The scheduler's name of the job this process belongs to, such as `slurm 12_3` or `ray 02000000`."""
+    """The scheduler's name of the job that this process belongs to, such as `slurm 12_3`; None outside of one."""
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"slurm {env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '')}"

@@ -108,7 +108,11 @@ def refuse_strange_letters(values: Any, where: str) -> None:
             waiting += [(path, key) for key in value]
 
 
-def dump_yaml(config: Config, known: dict[str, tuple[Any, str]] | None = None) -> str:
+DumpCache: typing.TypeAlias = dict[str, tuple[Any, str]]
+"""Value and text of each key, shared by the calls of `dump_yaml` for many configs that differ in a few keys."""
+
+
+def dump_yaml(config: Config, known: DumpCache | None = None) -> str:
     """The resolved config; `validate(type(config), parse_yaml(text, "")) == config`.
 
     known: for many configs that are copies of one but for a few keys: an empty dictionary, given to every call, which

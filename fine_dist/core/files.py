@@ -309,6 +309,27 @@ def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
         ) from None
 
 
+def is_locked(path: str | Path, *, posix: bool = False) -> bool | None:
+    """Whether a live process holds an exclusive lock on a file. Needs only the right to read it.
+
+    Args:
+        path: The lock file.
+        posix: The kind of lock, as in `try_lock`. This process's own lock of that kind is not seen, and is lost.
+
+    Returns:
+        None when it cannot be told: the file may not be read, or its file system has no locks.
+    """
+    take = fcntl.lockf if posix else fcntl.flock
+    try:
+        with open(path, "rb") as file:
+            take(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock: readers on a read-only mount may take it
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        return True if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and os.access(path, os.R_OK) else None
+
+
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Hold an exclusive lock on a file that is there, waiting for whoever has it."""

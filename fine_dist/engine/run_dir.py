@@ -16,7 +16,7 @@ from typing import Any
 
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import RunDirError, ToldElsewhere
-from fine_dist.core.files import remove_drafts, try_lock, write_atomic
+from fine_dist.core.files import is_locked, remove_drafts, try_lock, write_atomic
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
@@ -246,12 +246,9 @@ def owner_of(path: str | Path) -> str | None:
     lock = Path(path) / "lock"
     if str(lock.resolve()) in _held:  # to look would be to let go: a process's lock ends with any of its files
         return f"pid {os.getpid()} on {socket.gethostname()}"
-    try:
-        handle = open(lock, "r+", encoding="utf-8")  # noqa: SIM115 - closed below
-    except FileNotFoundError:
+    if not is_locked(lock, posix=True):
         return None
-    with handle:
-        return None if try_lock(handle.fileno(), lock, posix=True) else handle.read().strip() or "unknown"
+    return lock.read_text(encoding="utf-8", errors="replace").strip() or "unknown"
 
 
 def describe_environment() -> dict[str, Any]:

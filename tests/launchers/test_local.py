@@ -17,8 +17,7 @@ from fine_dist.core.errors import LaunchError, RunDirError
 from fine_dist.core.settings import LaunchConfig
 from launchers.base import joint_code
 from launchers.entry import launch
-from launchers.here import Here
-from launchers.local import LocalLauncher
+from launchers.local import Here, LocalLauncher
 from launchers.prepare import make_spec
 from launchers.ray_jobs import RayJobs
 from launchers.ray_train import RayLauncher

@@ -27,7 +27,7 @@ def config(tmp_path, digit_shards, **fields) -> CondenseConfig:
 
 
 def findings(made: CondenseConfig, **options) -> dict[str, Finding]:
-    return {f.what: f for f in preflight(CONDENSE, made, make_spec(CONDENSE, made, write=False), **options)}
+    return {f.what: f for f in preflight(made, make_spec(CONDENSE, made, write=False), **options)}
 
 
 def test_a_sound_job_has_no_objection_and_nothing_is_written(tmp_path, digit_shards):
@@ -41,9 +41,7 @@ def test_a_sound_job_has_no_objection_and_nothing_is_written(tmp_path, digit_sha
 def test_a_batch_that_does_not_divide_is_refused_with_one_that_does(tmp_path, digit_shards):
     found = findings(config(tmp_path, digit_shards, launch=LaunchConfig(processes=3)), light=True)
     made = config(tmp_path, digit_shards, launch=LaunchConfig(processes=3))
-    stops = [
-        f for f in preflight(CONDENSE, made, make_spec(CONDENSE, made, write=False), light=True) if f.level == "stop"
-    ]
+    stops = [f for f in preflight(made, make_spec(CONDENSE, made, write=False), light=True) if f.level == "stop"]
     assert "64 cannot be divided over 3" in stops[0].text and "63" in stops[0].text and found
 
 
@@ -86,12 +84,12 @@ def test_missing_shards_are_refused_before_anything_is_submitted(tmp_path, digit
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_an_objection_can_be_turned_into_a_warning(capsys):
+def test_an_objection_can_be_turned_into_a_warning(caplog):
     found = [Finding("disk", "stop", "too small"), Finding("data", "ok", "fine")]
     with pytest.raises(LaunchError, match="disk: too small"):
         refuse(LaunchConfig(), found)
     refuse(LaunchConfig(preflight="warn"), found)
-    assert "disk: too small" in capsys.readouterr().err
+    assert "disk: too small" in caplog.text
 
 
 def test_code_too_large_to_upload_lists_its_largest_files():

@@ -136,6 +136,7 @@ def test_a_sites_facts_are_in_the_script(fake, monkeypatch):
     text = (fake / "script").read_text()
     assert "#SBATCH --gres=gpu:2\n" in text and "gpus-per-node" not in text
     assert f"\nsource {site}\n" in text and f"apptainer exec --nv /i.sif {sys.executable} -u" in text
+    assert "#SBATCH --export=ALL\n" in text and "srun --unbuffered" in text and " --export=ALL " in text
     assert "--container-image=/i.sqsh --container-mounts=/a:/a" in text
     assert "--gres=gpu:2" in sbatch_flags(jobs[0], needs)
     needs, jobs = specs(fake / "run", 1, gpus=1, slurm={"gres": "gpu:h100:1"})
@@ -187,7 +188,7 @@ def test_a_job_that_only_the_accounting_believes_in_is_lost_after_a_while(fake, 
     launcher = SlurmLauncher(needs)
     job = launcher.submit(jobs[0])
     assert launcher.status(job) == "running"
-    monkeypatch.setattr(slurm_submitit, "GHOST_S", -1.0)
+    monkeypatch.setattr(slurm_submitit, "LOST_AFTER_S", -1.0)
     launcher._next_look = 0.0
     assert launcher.status(job) == "failed" and "forgotten" in job.reason
 
