@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-log = logging.getLogger(__name__)
-
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", "fuse.juicefs", "glusterfs", "virtiofs"}
 """Types of file systems that several machines see."""
 MEMORY_MARGIN = 0.92
@@ -89,7 +87,7 @@ def refuse(needs: LaunchConfig, found: list[Finding]) -> None:
     text = "the preflight found that this cannot work:\n  " + "\n  ".join(reasons)
     if needs.preflight == "refuse":
         raise LaunchError(f"{text}\n(--launch.preflight warn submits it all the same)")
-    log.warning("warning: %s", text)
+    log.warning("%s", text)
 
 
 # --- the stage itself ------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from pydantic import Field, field_validator
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import write_atomic
-from fine_dist.core.settings import Environment
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
 MAX_NAME = 120
@@ -65,7 +64,7 @@ class JobSpec(Config):
     """Host memory of each node in GiB. None: the cluster's default."""
     minutes: int | None = Field(None, ge=1)
     """Time limit in minutes. None: the cluster's default."""
-    env: Environment = Field(default_factory=dict)
+    env: dict[str, str] = Field(default_factory=dict)
     """Environment variables that are set before anything is imported."""
     extras: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Settings of one launcher, by its name: `{"slurm": {"constraint": "a100"}}`."""
@@ -74,6 +73,14 @@ class JobSpec(Config):
     @classmethod
     def _name_is_a_file_name(cls, name: str) -> str:
         return check_name(name)
+
+    @field_validator("env")
+    @classmethod
+    def _variables_have_names(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if not name or "=" in name:
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        return env
 
     @property
     def world_size(self) -> int:

@@ -63,15 +63,8 @@ def world_size() -> int:
         LaunchError: The environment variable is no number.
     """
     if "RANK" in os.environ:
-        return _number("WORLD_SIZE", 1)
-    return _number("SLURM_STEP_NUM_TASKS", 1) if _in_step() else 1
-
-
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not (text.isascii() and text.isdecimal()):
-        raise LaunchError(f"environment variable {name} is {text!r}; torchrun and srun set it to a number: unset it")
-    return int(text)
+        return number_in(os.environ, "WORLD_SIZE", 1)
+    return number_in(os.environ, "SLURM_STEP_NUM_TASKS", 1) if _in_step() else 1
 
 
 def _in_step() -> bool:
