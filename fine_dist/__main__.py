@@ -1,26 +1,27 @@
-"""`python -m fine_dist` (also `fine-dist`): lists the commands and runs one: `fine-dist condense --help`."""
+"""`fine-dist` (also `python -m fine_dist`): lists the commands and runs one: `fine-dist condense --help`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-from fine_dist.core.errors import EXIT_USER_ERROR, guard, nearest
+from fine_dist.core.errors import ConfigError, guard, nearest
 
 COMMANDS = {
-    "encode": "images or the embedded digits -> latent shards; --inspect and --verify them",
-    "condense": "stage 1: train a learngene from an ancestor's architecture or weights",
-    "init": "stage 2: initialise a family of targets by training sigma alone",
+    "encode": "encode images, or the embedded digits, into latent shards; inspect and verify shards",
+    "condense": "stage 1: condense an ancestor into a learngene, or train a learngene from scratch",
+    "init": "stage 2: initialize a family of models of several depths from a learngene",
+    "train": "stage 3: train a model, from an initialized target or from scratch",
+    "sample": "sample images from one model, or the same images from several",
+    "evaluate": "measure held-out loss, FID and other metrics of models or of images",
+    "export": "write a model for diffusers, in the original DiT's layout, or as a dense model",
     "creative": 'CreTok: learn a token for "creative" on frozen text encoders',
-    "train": "stage 3: train a model, from an initialised target or from scratch",
-    "sample": "draw images from a model, or the same from several",
-    "evaluate": "held-out loss, FID and its kin, of models or of images",
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
-    "status": "the tasks of a fan-out: pending, running, done, failed",
-    "export": "a model for this project, for diffusers, or in the original DiT's layout",
-    "study": "a table of methods x targets x seeds, run, measured and reported",
-    "demo": "the whole method on the embedded data set, with a report",
+    "status": "show the tasks of a fan-out: pending, running, done, failed",
+    "study": "run, measure and report a table of methods x targets x seeds",
+    "demo": "run the whole method on the embedded data set and write a report",
 }
+"""Every command, with one line about it."""
 
 ROOMS = ("creative", "study")
 """Commands that are packages."""
@@ -33,10 +34,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: python -m fine_dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
+        print("usage: fine-dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
         for name, what in COMMANDS.items():
             print(f"  {name:10} {what}")
-        print("\n`python -m fine_dist.COMMAND --help` shows examples and the settings used most, `--help-all` all.")
+        print(
+            "\n`fine-dist COMMAND --help` shows examples and the settings used most, `--help-all` all settings. "
+            "\n`python -m fine_dist.COMMAND` runs a command too."
+        )
         return 0
     if argv[0] == "--version":
         from fine_dist import __version__
@@ -44,8 +48,7 @@ def _main(argv: list[str]) -> int:
         print(f"fine_dist {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        print(f"error: no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        raise ConfigError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
     # a room that is also a command (`creative`, `study`) keeps it in a module of its own
     name = f"fine_dist.{argv[0]}"
     command = importlib.import_module(f"{name}.command" if argv[0] in ROOMS else name)

@@ -8,9 +8,15 @@ from pathlib import Path
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import guard
+from fine_dist.core.help import table
 from fine_dist.engine.run_dir import promise_of
+from fine_dist.methods import CONDENSING, described
 from fine_dist.stages.condense import CondenseConfig, run
 from fine_dist.stages.config import PRELOAD
+
+
+def _methods() -> list[str]:
+    return ["methods with a stage 1 (--method.name NAME):", *table(described(CONDENSING))]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         nonlocal run_dir
-        call = parse(CondenseConfig, argv, "python -m fine_dist.condense")
+        call = parse(CondenseConfig, argv, "fine-dist condense", notes=_methods)
         if call.dry_run:
             from launchers.entry import check
 

@@ -53,7 +53,7 @@ def study_of(config: DemoConfig) -> StudyConfig:
     return load_study(
         config.study or STUDY,
         run_dir=config.run_dir,
-        command=f"python -m fine_dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
+        command=f"fine-dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
         seeds=list(range(config.seeds)),
         depths=list(config.depths),
         steps={"C": config.condense_steps, "I": config.init_steps, "N": config.train_steps},
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
     def body() -> int:
-        call = parse(DemoConfig, argv, "python -m fine_dist demo")
+        call = parse(DemoConfig, argv, "fine-dist demo")
         if call.dry_run:
             print("\n".join([*outline(study_of(call.config)), dump_yaml(call.config).rstrip()]))
             print("dry run: nothing was done")

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         nonlocal promise
-        call = parse(EncodeConfig, argv, "python -m fine_dist.encode", options=_options)
+        call = parse(EncodeConfig, argv, "fine-dist encode", options=_options)
         config: EncodeConfig = call.config
         if call.options.inspect or call.options.verify is not None or call.options.index:
             print("\n".join(_of_shards(config, call.options)))

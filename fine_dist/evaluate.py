@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
     def body() -> int:
-        call = parse(EvaluateConfig, argv, "python -m fine_dist.evaluate")
+        call = parse(EvaluateConfig, argv, "fine-dist evaluate")
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0

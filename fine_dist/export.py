@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
     def body() -> int:
-        call = parse(ExportConfig, argv, "python -m fine_dist.export")
+        call = parse(ExportConfig, argv, "fine-dist export")
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0

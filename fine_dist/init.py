@@ -17,8 +17,10 @@ from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
+from fine_dist.core.help import table
 from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family, expand
+from fine_dist.methods import described
 from launchers.spec import Capacity, Task
 from launchers.state_table import StateTable
 from launchers.worker import inside
@@ -116,6 +118,10 @@ def promise_of(config: InitConfig) -> str:
     return f"{done} of {len(rows)} targets are done and stay so; the same command continues the others"
 
 
+def _methods() -> list[str]:
+    return ["methods (--method.name NAME; plan and --dry-run say which parents one takes):", *table(described())]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
@@ -128,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal config
         from launchers.entry import launch
 
-        call = parse(InitConfig, argv, "python -m fine_dist.init", options=options)
+        call = parse(InitConfig, argv, "fine-dist init", notes=_methods, options=options)
         if call.options.list:
             from fine_dist.family.summary import list_family
 

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.plan --config FILE --launcher slurm`: whether a job can work, before it is submitted.
+"""Check whether a job can work before it is submitted: `fine-dist plan --config FILE --launcher slurm`.
 
 Looks at accelerators, memory, steps and hours, shards against ranks, disk, shared storage, and what the scheduler would
 say. Every submission does the same and refuses what cannot work, with the remedy.
@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fine_dist.core.arguments import Call, parse
+from fine_dist.core import logs
+from fine_dist.core.arguments import Call, FlagParser, parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
 from fine_dist.planning.scaling import Question
@@ -37,27 +38,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    own = ArgumentParser(
-        prog="python -m fine_dist.plan", description=__doc__, add_help=False, allow_abbrev=False,
-        formatter_class=RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    own.add_argument(
-        "--stage", help=f"which command the config is for ({', '.join(STAGES)}; default: tell by the config)"
-    )
-    own.add_argument("--rate", type=float, help="updates a second, when no earlier run here has measured them")
+    own = FlagParser("fine-dist plan")
+    own.add_argument("--stage", metavar="NAME", help=f"command the config is for: {', '.join(STAGES)} "
+                     "(default: told by the config)")  # fmt: skip
+    own.add_argument("--rate", type=float, help="updates a second, where no earlier run here has measured them")
     own.add_argument("--json", action="store_true", help="print the findings, or the predictions, as JSON")
-    asks = bool({"-h", "--help", "--scale"} & {*argv}) or not argv
-    if asks:
+    logs.add_flags(own)
+    scales = "--scale" in argv
+    if scales or not argv or "--help-all" in argv:
         _add_scale(own)
     elif alone := [flag for flag in ONLY_WITH_SCALE if flag in argv]:
         raise ConfigError(f"{alone[0]}: belongs to --scale P, the number of processes to predict")
+    own.answer_help(argv or ["--help"], USAGE, " ".join((__doc__ or "").split()) + MORE)
     known, rest = own.parse_known_args(argv)
-    if "-h" in rest or "--help" in rest or not rest:
-        print(own.format_help() + "\nand the flags of that command: --config FILE --launcher NAME --KEY.KEY VALUE ...")
-        return 0
+    logs.configure(known)
     module = _module(known.stage, rest)
-    call = parse(config_class(import_module(module)), rest, "python -m fine_dist.plan")
-    if asks:
+    call = parse(config_class(import_module(module)), rest, f"fine-dist {module.rpartition('.')[2]}")
+    if scales:
         return _scale(call.config, known)
     found = findings(module, call, known.rate)
     if known.json:
@@ -67,28 +64,32 @@ def _main(argv: list[str]) -> int:
     return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
 
 
+USAGE = "[--stage NAME] [--config FILE] [--launcher NAME] [--KEY VALUE ...]"
+MORE = (
+    " The settings are those of the planned command, with its flags --config, --launcher and --KEY VALUE; "
+    "--help-all also lists the flags that go with --scale."
+)
 ONLY_WITH_SCALE = ("--zero", "--hold", "--per-node", "--bandwidth", "--latency", "--overlap", "--cores", "--gloo",
                     "--parts")  # fmt: skip
 
 
-def _add_scale(own: ArgumentParser) -> None:
+def _add_scale(own: FlagParser) -> None:
     asked = Question(())
-    group = own.add_argument_group("scale", "what a step takes on so many processes (a stage that trains one model)")
-    add = group.add_argument
-    add("--scale", metavar="P", nargs="+", type=int, help="numbers of processes to predict")
+    add = own.add_argument
+    add("--scale", metavar="P", nargs="+", type=int, help="predict what a step takes on so many processes (several may "
+        "be given), for a stage that trains one model")  # fmt: skip
     add("--zero", metavar="STAGE", nargs="+", type=int, default=asked.stages, help="stages of ZeRO (default: 0 1 2 3)")
     add("--hold", choices=("process", "batch"), default=asked.hold,
         help="what stays as in the config: a process's share of the batch (default), or the whole batch")  # fmt: skip
     add("--per-node", metavar="N", type=int, default=asked.per_node, help="processes of a node (default: 8)")
     add("--bandwidth", metavar="GB/S", nargs=2, type=float, default=asked.gigabytes_per_s,
-        help="of a process inside its node, and between nodes (default: 150 25)")  # fmt: skip
+        help="GB/s of a process inside its node, and between nodes (default: 150 25)")  # fmt: skip
     add("--latency", metavar="US", nargs=2, type=float, default=asked.microseconds,
-        help="of a hop inside a node, and between nodes, in microseconds (default: 5 15)")  # fmt: skip
+        help="microseconds of a hop inside a node, and between nodes (default: 5 15)")  # fmt: skip
     add("--overlap", metavar="SHARE", type=float, default=asked.overlap,
-        help="share of a pass that ZeRO communication may run beside (default: 0)")  # fmt: skip
-    add(
-        "--cores", metavar="N", type=int, help="cores of a node that its processes share (default: each has its device)"
-    )
+        help="share of a pass that ZeRO communication may overlap (default: 0)")  # fmt: skip
+    add("--cores", metavar="N", type=int,
+        help="cores of a node that its processes share (default: each has its own device)")  # fmt: skip
     add("--gloo", action="store_true", help="measure links and shared cores between local processes instead")
     add("--parts", metavar="FILE", help="the parts of a step from an earlier --json, such as one of a GPU node")
     add("--out", metavar="FILE", help="also draw the curves: a .png, .svg or .pdf")

@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
     def body() -> int:
-        call = parse(SampleConfig, argv, "python -m fine_dist.sample")
+        call = parse(SampleConfig, argv, "fine-dist sample")
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0

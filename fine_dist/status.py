@@ -1,4 +1,4 @@
-"""`python -m fine_dist.status RUN_DIR`: what became of the tasks of a fan-out, or of a single run, live."""
+"""Show what became of the tasks of a fan-out, or of a single run: `fine-dist status RUN_DIR`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fine_dist.core import logs
+from fine_dist.core.arguments import FlagParser
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from launchers.status import ENDED, read, show, summary
 
@@ -19,12 +21,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fine_dist.status", description=__doc__)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = FlagParser("fine-dist status")
     parser.add_argument("run_dir", type=Path, help="run directory of a fan-out or of a single run")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-    parser.add_argument("--watch", action="store_true", help="stay, and update until every task has ended")
-    parser.add_argument("--all", action="store_true", help="all rows, not the most interesting 40")
-    args = parser.parse_args(argv)
+    parser.add_argument("--json", action="store_true", help="print the rows and their counts as JSON")
+    parser.add_argument("--watch", action="store_true", help="stay, and update the table until every task has ended")
+    parser.add_argument("--all", action="store_true", help="show all rows instead of the 40 that matter most")
+    logs.add_flags(parser)
+    parser.answer_help(argv, "RUN_DIR [--json] [--watch] [--all]", " ".join((__doc__ or "").split()))
+    args = parser.read(argv)
+    logs.configure(args)
     rows = read(args.run_dir)
     if args.json:
         print(json.dumps({"run_dir": str(args.run_dir.absolute()), "summary": summary(rows), "tasks": rows}, indent=1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from fine_dist.core.errors import EXIT_USER_ERROR, guard
+from fine_dist.core.errors import ConfigError, guard
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,8 +32,10 @@ def _main(argv: list[str]) -> int:
         return 0
     if words[:1] == ["spread"] and len(words) == 2:
         return spread(words[1])
-    print(f"usage: {__doc__}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    raise ConfigError(
+        f"submit: {' '.join(words[:2]) or 'nothing'!r} says no job; legal: `prepare MODULE [--KEY VALUE ...]`, "
+        "`spread JOB.json` (what slurm/*.sh call; `fine-dist COMMAND --launcher slurm` submits by itself)"
+    )
 
 
 if __name__ == "__main__":

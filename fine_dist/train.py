@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         nonlocal run_dir
-        call = parse(TrainConfig, argv, "python -m fine_dist.train")
+        call = parse(TrainConfig, argv, "fine-dist train")
         config: TrainConfig = call.config
         if call.dry_run:
             from launchers.entry import check

@@ -138,7 +138,7 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
             Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
             if jobs:
                 print(f"submitted as {runner.name} jobs {jobs[0].id} to {jobs[-1].id}; "
-                      f"follow: python -m fine_dist.status {run_dir}", flush=True)  # fmt: skip
+                      f"follow: fine-dist status {run_dir}", flush=True)  # fmt: skip
             if not needs.wait:
                 return 0
             follow(runner, table, jobs)

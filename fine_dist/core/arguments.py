@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, get_args, get_origin
 from fine_dist.core import logs
 from fine_dist.core.config import C, Config, models_in, shown, validate
 from fine_dist.core.errors import ConfigError, nearest
-from fine_dist.core.help import alternatives, every_setting, has_a_name, summary, value_of_mapping
+from fine_dist.core.help import alternatives, every_setting, flags_page, has_a_name, summary, value_of_mapping
 from fine_dist.core.yaml_files import load_yaml, parse_word
 
 
@@ -42,23 +42,35 @@ _FLAG = re.compile(r"--[A-Za-z_]")
 
 
 def parse(
-    kind: type[C], argv: list[str] | None, prog: str, default: str | None = None, options: Options | None = None
+    kind: type[C],
+    argv: list[str] | None,
+    prog: str,
+    default: str | None = None,
+    options: Options | None = None,
+    notes: Callable[[], list[str]] | None = None,
 ) -> Call:
     """Read `--config FILE`, dotted flags over it, and the flags every command has.
 
-    kind:    the command's config class; its docstring is the command's description.
-    argv:    arguments without the program's name (None: sys.argv).
-    default: a config file that is read when `--config` is not given.
-    options: adds the command's own flags (they are not part of the config).
+    Args:
+        kind: The command's config class; its docstring is the command's description.
+        argv: Arguments without the program's name (None: sys.argv).
+        prog: What a user types to run the command, such as `fine-dist condense`.
+        default: A config file that is read when `--config` is not given.
+        options: Adds the command's own flags, which are not part of the config.
+        notes: Further lines of the short help, such as a list of methods.
 
-    `ConfigError` for whatever is wrong; `--help` and `--help-all` print and end the program.
+    Returns:
+        The config and the flags. `--help` and `--help-all` print and end the program instead.
+
+    Raises:
+        ConfigError: For whatever is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher adds this to every rank's arguments; the environment says the same.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
     own = _own_flags(prog, default, options)
     if {"-h", "--help", "--help-all"} & {*argv}:
-        print(every_setting(kind, prog, own) if "--help-all" in argv else summary(kind, prog, own))
+        print(every_setting(kind, prog, own) if "--help-all" in argv else summary(kind, prog, own, notes))
         raise SystemExit(0)
     for_own, settings = _split(own, argv)
     known = own.parse_args(for_own)
@@ -70,10 +82,28 @@ def parse(
     return Call(config, known.dry_run, known.launcher, known)
 
 
-class _OwnFlags(argparse.ArgumentParser):
-    """argparse for the flags that are no settings, with our words for its errors."""
+class FlagParser(argparse.ArgumentParser):
+    """argparse for the flags that are no settings: errors in one line as for settings, `--help` and `--help-all`."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
+
+    def answer_help(self, argv: list[str], usage: str, about: str) -> None:
+        """Print all flags and end the program, where help is asked for: for a command that has few."""
+        if {"-h", "--help", "--help-all"} & {*argv}:
+            print(flags_page(self, usage, about))
+            raise SystemExit(0)
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """The flags. `ConfigError` for one that does not exist, with the nearest that does."""
+        known, unknown = self.parse_known_args(argv)
+        if unknown:
+            legal = [option for action in self._actions for option in action.option_strings]
+            raise ConfigError(f"command line: {unknown[0]!r} is no flag of {self.prog}; {nearest(unknown[0], legal)}")
+        return known
 
     def error(self, message: str) -> NoReturn:
+        """What argparse finds wrong as a `ConfigError`."""
         words = re.fullmatch(r"argument (--[\w-]+).*?: (.*)", message)
         if words and words[2].startswith("expected"):
             raise ConfigError(f"command line: {words[1]}: a value is needed after it")
@@ -82,8 +112,8 @@ class _OwnFlags(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}")
 
 
-def _own_flags(prog: str, default: str | None, options: Options | None) -> argparse.ArgumentParser:
-    own = _OwnFlags(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
+def _own_flags(prog: str, default: str | None, options: Options | None) -> FlagParser:
+    own = FlagParser(prog)
     instead = f" (default: {default})" if default else ""
     own.add_argument("--config", metavar="FILE", default=default, help=f"YAML file of settings{instead}")
     own.add_argument("--dry-run", action="store_true", help="print the resolved config and estimates; do nothing")

@@ -10,8 +10,8 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
@@ -110,8 +110,10 @@ PAGES = {
 }
 
 
-def summary(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
-    """The short help of a command."""
+def summary(
+    kind: type[Config], prog: str, own: argparse.ArgumentParser, notes: Callable[[], list[str]] | None = None
+) -> str:
+    """The short help of a command. notes: its further lines, such as a list of methods."""
     page = PAGES.get(re.split(r"[ .]", prog)[-1]) or Page((), tuple(kind.model_fields))
     every = list(settings(kind))
     lines = _head(kind, prog)
@@ -119,9 +121,26 @@ def summary(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
         lines += ["", "examples:", *(f"  {prog} {words}".rstrip() for words in page.examples)]
     lines += ["", "the settings used most (keys of the YAML, and flags):"]
     for key in page.usual:
-        lines += next((each.lines() for each in every if each.path == key), [])  # a group has no line of its own
+        found = [each for each in every if each.path == key]  # a group has no line of its own, a union several
+        if len(found) > 1:
+            names = ", ".join(each.shape for each in found)
+            lines += replace(found[0], shape="NAME", about=f"One of {names}. (default: {found[0].shape})").lines()
+        elif found:
+            lines += found[0].lines()
     lines += ["", "flags of the command:", *_own_lines(own)]
+    if notes:
+        lines += ["", *notes()]
     return "\n".join([*lines, "", f"--help-all lists all {len(every)} settings."])
+
+
+def flags_page(own: argparse.ArgumentParser, usage: str, about: str) -> str:
+    """The help of a command that has flags and no settings."""
+    return "\n".join([f"usage: {own.prog} {usage}", "", *textwrap.wrap(about, WIDTH), "", *_own_lines(own)])
+
+
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Names and what they are, in the columns of flags and their meaning."""
+    return [line for name, about in rows for line in _columns(name, about)]
 
 
 def every_setting(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
@@ -148,11 +167,23 @@ def _head(kind: type[Config], prog: str) -> list[str]:
 def _own_lines(own: argparse.ArgumentParser) -> list[str]:
     lines = []
     for action in own._actions:
-        shape = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        shape = "" if action.nargs == 0 else f" {_shape_of_flag(action)}"
         lines += _columns(
-            ", ".join(action.option_strings) + (f" [{shape[1:]}]" if action.nargs == "?" else shape), action
+            (", ".join(action.option_strings) or str(action.metavar or action.dest.upper()))
+            + (f" [{shape[1:]}]" if action.nargs == "?" else shape).rstrip(),
+            action,
         )
     return lines + _columns("--help, --help-all", "this, briefly or with every setting")
+
+
+def _shape_of_flag(action: argparse.Action) -> str:
+    names = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or action.dest.upper(),)
+    if isinstance(action.nargs, int):
+        names = tuple(names[0] for _ in range(action.nargs)) if len(names) == 1 else names
+    word = " ".join(str(name) for name in names)
+    if action.choices:
+        word = "|".join(str(choice) for choice in action.choices)
+    return f"{word} ..." if action.nargs in ("+", "*") else "" if not action.option_strings else word
 
 
 def _columns(left: str, right: argparse.Action | str) -> list[str]:

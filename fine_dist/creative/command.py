@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument("--clip", metavar="FOLDER", help="local folder of the CLIP model that scores them")
 
     def body() -> int:
-        call = parse(CreativeConfig, argv, "python -m fine_dist.creative", options=options)
+        call = parse(CreativeConfig, argv, "fine-dist creative", options=options)
         chosen = call.options
         if bool(chosen.images) != bool(chosen.clip) or (chosen.images and not chosen.evaluate):
             raise ConfigError("--images and --clip go together, with --evaluate: what is scored, and by which model")

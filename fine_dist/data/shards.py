@@ -152,7 +152,7 @@ class Manifest(_Model):
             message = first["msg"][0].lower() + first["msg"][1:]
             raise DataError(
                 f"{where}: not a manifest of latent shards: {at}{message} (got {shown(first['input'])}); encode again, "
-                "or write one with `python -m fine_dist.encode --index FOLDER`"
+                "or write one with `fine-dist encode --index FOLDER`"
             ) from None
         if math.prod(manifest.stored_shape) > MAX_NUMBERS:
             shape = "x".join(map(str, manifest.stored_shape))

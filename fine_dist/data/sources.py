@@ -78,14 +78,14 @@ def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
 
 def _no_manifest(base: str) -> str:
     if not os.path.isdir(base):
-        return f"{base}: there is no such folder of shards; make one with `python -m fine_dist.encode`"
+        return f"{base}: there is no such folder of shards; make one with `fine-dist encode`"
     tars = sum(name.endswith(".tar") for name in os.listdir(base))
     if tars:
         return (
             f"{base}: {tars} tar files but no {MANIFEST}; write one with "
-            f"`python -m fine_dist.encode --index {base} --num-classes N --scaling-factor F`"
+            f"`fine-dist encode --index {base} --num-classes N --scaling-factor F`"
         )
-    return f"{base}: no {MANIFEST} and no shards; make some with `python -m fine_dist.encode`"
+    return f"{base}: no {MANIFEST} and no shards; make some with `fine-dist encode`"
 
 
 def read_bytes(url: str, config: DataConfig) -> bytes:

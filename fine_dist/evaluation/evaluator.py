@@ -212,7 +212,7 @@ def requested_metrics(config: EvaluateConfig) -> list[str]:
         wanted += ["fd_classifier"] if config.features.classifier else []
     if not wanted:
         raise ConfigError(
-            "nothing to measure: give --data.held-out SHARDS for the held-out loss, or --metrics with their --features "
+            "nothing to measure: give --data.held-out SHARDS for the held-out loss, or --metrics with features.* "
             "and a --reference"
         )
     if HELD_OUT_LOSS in wanted and not config.data.held_out:

@@ -179,7 +179,7 @@ class Family:
         data = member.domain_config.data
         if not data.shards:
             key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
-            raise DataError(f"{key} is not set: give the folder that `python -m fine_dist.encode` wrote")
+            raise DataError(f"{key} is not set: give the folder that `fine-dist encode` wrote")
         if member.domain not in self._read:
             found = []
             for where in filter(None, (data.shards, data.held_out)):

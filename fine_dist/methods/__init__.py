@@ -8,7 +8,7 @@ torch, is imported when `METHODS[name]` is first asked for it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.config import Config, union_of, validate
@@ -67,6 +67,13 @@ _METHODS: dict[str, tuple[type[MethodConfig], str]] = {
     "wave": (WaveConfig, "wave.method:Wave"),
     "weight_selection": (WeightSelectionConfig, "weight_selection:WeightSelection"),
 }
+CONDENSING = ("fine", "kind", "learngene_pool", "snnet", "sws", "tleg", "wave")
+"""Methods that have a stage 1 (`Traits.condenses`), known without importing their code."""
+
+
+def described(names: Iterable[str] = tuple(_METHODS)) -> list[tuple[str, str]]:
+    """Methods by name with one line about each, for the help of commands."""
+    return [(name, " ".join((_METHODS[name][0].__doc__ or "").split())) for name in names]
 
 
 class _Registry(Mapping[str, "type[Method[Any]]"]):

@@ -51,7 +51,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     from fine_dist.stages.previews import PreviewCallback, histograms_of
 
     if config.data.shards is None:
-        raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
+        raise ConfigError("data.shards is not set: give the folder that `fine-dist encode` wrote")
     stream = LatentStream(
         config.data,
         seed=config.seed,

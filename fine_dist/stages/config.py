@@ -90,7 +90,7 @@ class StageConfig(Config):
         from fine_dist.data.reader import ShardSet
 
         if self.data.shards is None:
-            raise ConfigError("data.shards is not set: give the folder that `python -m fine_dist.encode` wrote")
+            raise ConfigError("data.shards is not set: give the folder that `fine-dist encode` wrote")
         shards = ShardSet(expand_path(self.data.shards), self.data)
         found = {
             **self.origin(),

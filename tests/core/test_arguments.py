@@ -19,6 +19,7 @@ from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.help import PAGES, settings
 from fine_dist.family.config import InitConfig
+from fine_dist.methods import METHODS, build
 from fine_dist.plan import ONLY_WITH_SCALE
 from launchers.worker import config_class, import_module
 from tests.core.test_config import Toy
@@ -34,7 +35,7 @@ def kind_of(command: str) -> type[Config]:
 
 
 def init(*argv: str) -> InitConfig:
-    return parse(InitConfig, list(argv), "python -m fine_dist.init").config
+    return parse(InitConfig, list(argv), "fine-dist init").config
 
 
 # --- values --------------------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_errors_of_the_file_and_of_flags_are_told_apart(tmp_path):
 
 def helped(command: str, flag: str, capsys) -> str:
     with pytest.raises(SystemExit) as ended:
-        parse(kind_of(command), [flag], f"python -m fine_dist.{command}")
+        parse(kind_of(command), [flag], f"fine-dist {command}")
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -184,7 +185,7 @@ def helped(command: str, flag: str, capsys) -> str:
 @pytest.mark.parametrize("command", KINDS)
 def test_help_is_short_and_its_examples_and_settings_exist(command, capsys):
     text, page, kind = helped(command, "--help", capsys), PAGES[command], kind_of(command)
-    assert len(text.splitlines()) <= 60
+    assert len(text.splitlines()) <= 90
     assert len(page.usual) >= 2 and len(page.examples) == 3
     known = {setting.path for setting in settings(kind)}
     assert set(page.usual) <= known
@@ -196,8 +197,18 @@ def test_help_is_short_and_its_examples_and_settings_exist(command, capsys):
             parser.add_argument(name)
 
     for words in page.examples:
-        assert f"python -m fine_dist.{command} {words}".rstrip() in text
+        assert f"fine-dist {command} {words}".rstrip() in text
         parse(kind, [str(ROOT / w) if w.startswith("configs/") else w for w in words.split()], command, options=own)
+
+
+@pytest.mark.parametrize("command", ["condense", "init"])
+def test_help_lists_the_methods_that_can(command, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"fine_dist.{command}").main(["--help"])
+    text = capsys.readouterr().out
+    listed = re.findall(r"^  (\w+) +[A-Z]", text.partition("\nmethods")[2], re.M)
+    able = [name for name in METHODS if command == "init" or build(METHODS[name].Config()).traits.condenses]
+    assert listed == able
 
 
 def leaves(kind: type[Config], config: Config | dict, path: str = "") -> list[str]:
@@ -275,7 +286,7 @@ def test_shards_are_made_by_following_what_the_messages_say(tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     code, said = run("encode", ["--inspect", "data/digits/train"], capsys)
     assert code == 2
-    module = re.search(r"`python -m fine_dist\.(\w+)`", said)
+    module = re.search(r"`fine-dist (\w+)`", said)
     assert module is not None
     code, said = run(module[1], ["--launcher", "here"], capsys)
     assert code == 2
@@ -291,7 +302,7 @@ def test_a_manifest_is_written_by_the_command_that_its_absence_or_damage_prints(
         if damage:
             (tmp_path / "d" / "manifest.json").write_text(damage)
         code, said = run("encode", ["--inspect", str(tmp_path / "d")], capsys)
-        told = re.search(r"`python -m fine_dist.encode (--index .*?)`", said)
+        told = re.search(r"`fine-dist encode (--index .*?)`", said)
         assert code == 2 and told is not None
         filled = {"FOLDER": str(tmp_path / "d"), "N": "10", "F": "0.5"}
         assert run("encode", [filled.get(word, word) for word in told[1].split()], capsys)[0] == 0
@@ -353,6 +364,40 @@ def raising(error: BaseException):
         raise error
 
     return body
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("status", "run_dir"),
+        ("status somewhere --jsn", "did you mean '--json'?"),
+        ("plan --scale x", "--scale: invalid int value: 'x'"),
+        ("plan --zero 1 --stage train", "--zero: belongs to --scale P"),
+        ("plan", ""),
+    ],
+)
+def test_commands_without_settings_speak_as_the_others_do(argv, words, capsys):
+    module, *rest = argv.split()
+    code, said = ended(module, rest, capsys)
+    if words:
+        assert code == 2 and said.startswith("error: ") and words in said and said.count("\n") == 1, said
+    for flag in ("--help", "--help-all"):
+        code, said = ended(module, [flag], capsys)
+        assert code == 0 and said.startswith(f"usage: fine-dist {module} "), said
+        assert ("--bandwidth" in said) == (module == "plan" and flag == "--help-all")
+
+
+def ended(command: str, argv: list[str], capsys) -> tuple[int, str]:
+    try:
+        return run(command, argv, capsys)
+    except SystemExit as stop:
+        return int(stop.code or 0), capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", ["", "prepare", "spread", "spred x", "prepare a b --help", "spread a b c", "--spread"])
+def test_submit_without_a_verb_it_has_is_one_line(argv, capsys):
+    code, said = run("submit", argv.split(), capsys)
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
 
 
 def test_ctrl_c_promises_only_what_the_command_says(capsys):
