@@ -1,13 +1,18 @@
-"""Mimetic initialisation of attention (Trockman and Kolter, arXiv 2305.09828): weights drawn as trained ones look.
+"""Mimetic initialization of attention (Trockman and Kolter, arXiv 2305.09828): weights with the products of trained ones.
 
-In trained transformers the products of a head's weights are close to a multiple of the identity: queries with keys on
-the positive side, values with the projection on the negative. Each head draws (eqs. 5 and 6)
+In trained transformers the products of attention's weights are close to multiples of the identity: positive for queries
+with keys, negative for values with the projection. With Z [D, D] of entries N(0, 1 / D), drawn anew each time:
 
-    W_q^T W_k ~ alpha_qk Z + beta_qk I,    W_o W_v ~ alpha_vo Z - beta_vo I,    Z [D, D] with entries N(0, 1 / D),
+    W_q^T W_k = alpha_qk Z + beta_qk I    for every head (eq. 5),
+    W_o W_v   = alpha_vo Z - beta_vo I    for all heads together (eq. 6).
 
-takes the SVD `A = P S Q^T` of that whole [D, D] matrix, cuts it to the k components that a head has, and puts sqrt(S)
-on both sides. Everything else is DiT's own initialisation; adaLN-zero still closes every branch at the first step, so
-what the draw changes is the gradient that opens them.
+Each wanted product is factored by an SVD `P S Q^T` with sqrt(S) on both sides. A head's queries and keys take the k
+leading components of an SVD of its own. Values and projection are *one* SVD of the whole [D, D] matrix, whose D
+components are dealt out to the heads in order: the heads' products then add up to the wanted matrix exactly. (An SVD
+for every head would add up to about twice the wanted diagonal, because each takes its leading components.)
+
+Everything else is DiT's own initialization. adaLN-zero still closes every branch at the first step; what this changes
+is the gradient that opens them.
 
 Shapes: D width, A heads, k = D / A a head's size; weights are `out x in`, so q = x W_q^T.
 """
@@ -26,39 +31,37 @@ from fine_dist.model.dit import DiT
 
 
 class Mimetic(Method[MimeticConfig]):
-    """From scratch, attention apart."""
+    """Training from scratch, with attention's weights drawn to look like trained ones."""
 
     Config: ClassVar[type[MethodConfig]] = MimeticConfig
     label: ClassVar[str] = "mimetic"
     paper: ClassVar[str] = "Mimetic initialization, arXiv 2305.09828"
     summary: ClassVar[str] = "from scratch, attention drawn as trained attention looks"
 
+    @torch.no_grad()
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         model = DiT(target, generator=generator)
-        size = target.hidden_size // target.num_heads
-        with torch.no_grad():
-            for block in model.blocks:
-                qkv, o = block.get_submodule("qkv").weight, block.get_submodule("o").weight
-                for head in range(target.num_heads):
-                    q, k, v, out = self.head(target.hidden_size, size, generator)
-                    own = slice(head * size, (head + 1) * size)
-                    for third, rows in zip(qkv.chunk(3), (q, k, v)):  # type: ignore[operator]
-                        third[own] = rows
-                    o[:, own] = out  # type: ignore[operator]
+        for block in model.blocks:
+            qkv, o = block.get_parameter("qkv.weight"), block.get_parameter("o.weight")
+            q, k, v = qkv.chunk(3)
+            for rows in torch.arange(target.hidden_size).chunk(target.num_heads):
+                wanted = self.wanted(target.hidden_size, self.config.alpha_qk, self.config.beta_qk, generator)
+                left, right = halves(wanted, len(rows))
+                q[rows], k[rows] = left.T.float(), right.T.float()
+            wanted = self.wanted(target.hidden_size, self.config.alpha_vo, -self.config.beta_vo, generator)
+            left, right = halves(wanted, target.hidden_size)
+            o.copy_(left)
+            v.copy_(right.T)
         return Descent(model)
 
-    def head(self, width: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A head's W_q, W_k, W_v [k, D] and its columns of W_o [D, k]."""
-        config = self.config
-        noise = torch.randn(2, width, width, generator=generator, dtype=torch.float64) / width**0.5
-        eye = torch.eye(width, dtype=torch.float64)
-        left, right = halves(config.alpha_qk * noise[0] + config.beta_qk * eye, size)
-        out, value = halves(config.alpha_vo * noise[1] - config.beta_vo * eye, size)
-        return left.T.float(), right.T.float(), value.T.float(), out.float()
+    def wanted(self, width: int, noise: float, identity: float, generator: torch.Generator) -> Tensor:
+        """`noise Z + identity I` [D, D] in float64."""
+        z = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+        return noise * z + identity * torch.eye(width, dtype=torch.float64)
 
 
 def halves(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two [D, size] factors, `left @ right.T` the best approximation of a [D, D] matrix of that rank."""
+    """Two [D, size] factors whose product `left @ right.T` is the best approximation of a [D, D] matrix of that rank."""
     u, s, vt = torch.linalg.svd(product)
     root = s[:size].sqrt()
     return u[:, :size] * root, vt[:size].T * root

@@ -22,20 +22,25 @@ from fine_dist.model.roles import of_role
 class OfGenes(nn.Module):
     """One layer's matrix, which has nothing of its own: it calls shared genes with what tells this layer apart."""
 
-    def __init__(self, genes: nn.Module, *place: float):
+    place: Tensor | None
+
+    def __init__(self, genes: nn.Module, place: float | None = None):
         super().__init__()
-        self._genes, self.place = (genes,), place
+        self._genes = (genes,)
+        # A tensor, not a float: compiled blocks take it as an input, where a float would compile every layer again.
+        self.register_buffer("place", None if place is None else torch.tensor(place), persistent=False)
 
     @property
     def genes(self) -> Any:
         return self._genes[0]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.genes(x, *self.place)
+        return self.genes(x) if self.place is None else self.genes(x, self.place)
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] that this layer multiplies by."""
-        return self.genes.dense(*self.place)
+        dense: tuple[Tensor, Tensor] = self.genes.dense() if self.place is None else self.genes.dense(self.place)
+        return dense
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         return self.genes.multiply_adds(rows, backward=backward)

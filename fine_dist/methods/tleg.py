@@ -83,10 +83,10 @@ class LineMatrix(nn.Module):
         for weight in () if zero else (self.base, self.slope):
             nn.init.trunc_normal_(weight, std=0.02, generator=generator)
 
-    def forward(self, x: Tensor, place: float) -> Tensor:
+    def forward(self, x: Tensor, place: Tensor | float) -> Tensor:
         return F.linear(x, *self.dense(place))
 
-    def dense(self, place: float) -> tuple[Tensor, Tensor]:
+    def dense(self, place: Tensor | float) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] at a place on the line."""
         return self.base + place * self.slope, self.base_bias + place * self.slope_bias
 

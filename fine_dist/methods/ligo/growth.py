@@ -50,8 +50,8 @@ class Widen(nn.Module):
 class SourceWeights(nn.Module):
     """A matrix's weights [L1, m, n] and biases [L1, m] in the source's layers, frozen, and its depth operator [L2, L1].
 
-    A depth operator begins by stacking (StackBERT: layer l is layer l mod L1) plus U(0, `noise`). Outside the blocks
-    there is one layer and no operator. Under ZeRO-3 it is gathered because it is called.
+    Outside the blocks there is one layer and no depth operator. Under ZeRO-3 the weights are gathered because this
+    module is called.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gene", "bias": "gene", "depth": "scaler"}
@@ -62,31 +62,37 @@ class SourceWeights(nn.Module):
         self.bias = nn.Parameter(torch.zeros(weight[:2]), requires_grad=False) if bias else None
         self.depth = None if operator is None else nn.Parameter(operator)
 
-    def forward(self, layer: int) -> tuple[Tensor, Tensor | None]:
+    def forward(self, layer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The weight [m, n] and bias [m] mixed for the target's layer, an int64 scalar."""
         if self.depth is None:
             return self.weight[0], None if self.bias is None else self.bias[0]
-        mix = self.depth[layer]
+        mix = self.depth.index_select(0, layer.view(1))[0]  #                                                  [L1]
         return torch.tensordot(mix, self.weight, 1), None if self.bias is None else torch.tensordot(mix, self.bias, 1)
 
 
 def stacked(num_layers: int, source: int, noise: float, generator: torch.Generator | None) -> Tensor:
-    """Where a depth operator begins, [L2, L1]."""
-    return torch.eye(source)[torch.arange(num_layers) % source] + noise * torch.rand(
-        num_layers, source, generator=generator
-    )
+    """The depth operator at its start, [L2, L1]: StackBERT's stacking (layer l is layer l mod L1) plus U(0, noise), each
+    row divided by its sum, as the authors do. The main entries are then about 0.97, 0.93, 0.85 for 3, 6, 12 layers."""
+    stack = torch.eye(source)[torch.arange(num_layers) % source]
+    operator = stack + noise * torch.rand(num_layers, source, generator=generator)
+    return operator / operator.sum(1, keepdim=True)
 
 
 class Grown(nn.Module):
     """A linear map whose weight and bias are grown at every use. Whatever it uses belongs to the model's root."""
 
+    layer: Tensor
+
     def __init__(self, source: SourceWeights, layer: int, axes: tuple[Axis | None, Axis | None], widen: Any):
         super().__init__()
-        self._layer, self._axes = layer, axes
+        # A tensor, not an int: compiled blocks take it as an input, where an int would compile every layer again.
+        self.register_buffer("layer", torch.tensor(layer), persistent=False)
+        self._axes = axes
         self._source, self._widen = (source,), (widen,)
 
     def grow(self) -> tuple[Tensor, Tensor | None]:
         """Weight [m2, n2] and bias [m2], dense."""
-        weight, bias = self._source[0](self._layer)
+        weight, bias = self._source[0](self.layer)
         for dim, axis in enumerate(self._axes):
             if axis is not None:
                 weight = self._widen[0][axis.space](weight, dim, axis.groups)

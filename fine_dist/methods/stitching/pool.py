@@ -187,6 +187,11 @@ class Imitating(nn.Module):
         return ModelOutput(answer.out, found)
 
     @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all anchors, which is what is compiled."""
+        return self.pool.blocks
+
+    @property
     def recompute(self) -> str:
         return self.pool.recompute
 
