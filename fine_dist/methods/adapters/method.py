@@ -173,8 +173,9 @@ class Boft(Adapters[BoftConfig]):
         )
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        # peft rotates rows by a dense n x n matrix, which takes three dense products to make
-        return (rows * n * n + 3 * n**3) * (3 if backward else 1)
+        # peft rotates rows by a dense n x n matrix. Three n x n products make it, each with a constant (a permutation,
+        # its transpose, the identity), so that the backward pass needs one product for each of them, not two.
+        return rows * n * n * (3 if backward else 1) + 3 * n**3 * (2 if backward else 1)
 
 
 # --- VeRA --------------------------------------------------------------------------------------------------------
