@@ -1,4 +1,4 @@
-"""Mimetic initialization of attention (Trockman and Kolter, arXiv 2305.09828): weights with the products of trained ones.
+"""Mimetic initialization of attention (Trockman and Kolter, arXiv 2305.09828): products like those of trained weights.
 
 In trained transformers the products of attention's weights are close to multiples of the identity: positive for queries
 with keys, negative for values with the projection. With Z [D, D] of entries N(0, 1 / D), drawn anew each time:
@@ -61,7 +61,7 @@ class Mimetic(Method[MimeticConfig]):
 
 
 def halves(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two [D, size] factors whose product `left @ right.T` is the best approximation of a [D, D] matrix of that rank."""
+    """Two [D, size] factors; `left @ right.T` is the best approximation of a [D, D] matrix of that rank."""
     u, s, vt = torch.linalg.svd(product)
     root = s[:size].sqrt()
     return u[:, :size] * root, vt[:size].T * root
