@@ -71,8 +71,8 @@ class SourceWeights(nn.Module):
 
 
 def stacked(num_layers: int, source: int, noise: float, generator: torch.Generator | None) -> Tensor:
-    """The depth operator at its start, [L2, L1]: StackBERT's stacking (layer l is layer l mod L1) plus U(0, noise),
-    each row divided by its sum, as the authors do. The main entries are then about 0.97, 0.93, 0.85 for 3, 6, 12 layers."""
+    """The depth operator at its start, [L2, L1]: stacking (StackBERT: l mod L1) plus U(0, noise), each
+    row divided by its sum, as the authors do. Main entries are then about 0.97, 0.93, 0.85 for 3, 6, 12 layers."""
     stack = torch.eye(source)[torch.arange(num_layers) % source]
     operator = stack + noise * torch.rand(num_layers, source, generator=generator)
     return operator / operator.sum(1, keepdim=True)
