@@ -1,1 +1,1 @@
-"""What `python -m benchmarks` measures; each module has `run(quick) -> list[Row]`."""
+"""What `python -m benchmarks` measures; each module has `run(quick) -> list[BenchmarkRow]`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: measure speed and memory on this machine, beside the figures to reach."""
+"""`python -m benchmarks NAME`: measure speed and memory on this machine, next to target figures."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from fine_dist.core.errors import guard
 
 if TYPE_CHECKING:
     from benchmarks.gpu import Found as GpuFound
-    from benchmarks.rows import Row
+    from benchmarks.rows import BenchmarkRow
 
 NAMES = {
-    "speed": "a training step: throughput, memory, overhead of the loop",
-    "data": "the latent stream and encoding, against plain webdataset and one file a sample",
-    "scale": "steps of 2 and 4 processes against their prediction, and the books of 10,000 targets",
-    "fanout": "many targets at once, against one after the other",
-    "metrics": "every metric of images at 50,000 of them, and its memory; the Fréchet distance against scipy",
-    "sample": "a dense model drawn by our sampler and by diffusers' DiTPipeline",
-    "creative": "a token's training against the loops that it stands beside",
-    "gpu": "what only a GPU can show: its tests, steps at DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
+    "speed": "a training step: throughput, memory and the overhead of the loop",
+    "data": "the latent stream and encoding, compared with plain webdataset and with one file per sample",
+    "scale": "steps of 2 and 4 processes compared with their prediction, and bookkeeping for 10,000 targets",
+    "fanout": "training many targets in one program, compared with one after the other",
+    "metrics": "every image metric at 50,000 images, with its memory; the Fréchet distance compared with scipy",
+    "sample": "sampling from a dense model, compared with diffusers' DiTPipeline",
+    "creative": "training a CreTok token, compared with loops of textual inversion",
+    "gpu": "what only a GPU can show: its tests, steps of DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 0 when everything was measured, whether or not a bar was reached; 1 when a part of `gpu`
+    """The command. Returns 0 when everything was measured, whether or not targets were met; 1 when a part of `gpu`
     failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -43,14 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=NAMES, help="what to measure")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows, machine and versions here")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: a smoke test")
-    size = parser.add_argument_group("speed alone")
-    size.add_argument("--arch", metavar="NAME", help="another size than DiT-S/2, such as DiT-XL/2 or DiT-B/2-L6")
-    size.add_argument("--batch", metavar="N", type=_positive, help="samples a step; 16 unless told")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="also write the rows, the machine and the versions to FILE"
+    )
+    parser.add_argument("--quick", action="store_true", help="smoke test with smaller sizes and fewer rounds")
+    size = parser.add_argument_group("only for speed")
+    size.add_argument("--arch", metavar="NAME", help="architecture (default: DiT-S/2), such as DiT-XL/2 or DiT-B/2-L6")
+    size.add_argument("--batch", metavar="N", type=_positive, help="samples per step (default: 16)")
     options = parser.parse_args(argv)
     if options.name != "speed" and (options.arch or options.batch):
-        parser.error(f"{options.name}: --arch and --batch are the speed benchmark's")
+        parser.error(f"{options.name}: --arch and --batch belong to the speed benchmark")
     commands = {"gpu": _gpu_check}
     return guard(lambda: commands.get(options.name, _run)(options))
 
@@ -70,7 +72,7 @@ def _gpu_check(options: argparse.Namespace) -> int:
 
 
 def report(found: GpuFound, out: Path, quick: bool) -> int:
-    """Show what the parts of `gpu` gave and write it to a file; 1 when a part failed, else 0."""
+    """Print the results of the parts of `gpu` and write them to a file; 1 when a part failed, else 0."""
     about = {"benchmark": "gpu", "quick": quick, **machine(), **found.as_json()}
     show(found.rows, {**about, "seconds": round(sum(found.seconds.values()), 1)})
     del about["machine"]  # a published file names the card, not the host
@@ -84,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
     module = importlib.import_module(f"benchmarks.{options.name}")
     started = time.perf_counter()
     size = {"arch": options.arch, "batch": options.batch} if options.name == "speed" else {}
-    rows: list[Row] = module.run(options.quick, **size)
+    rows: list[BenchmarkRow] = module.run(options.quick, **size)
     about = {
         "benchmark": options.name,
         "quick": options.quick,
@@ -104,19 +106,19 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
         write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def show(rows: list[Row], about: dict[str, Any]) -> None:
+def show(rows: list[BenchmarkRow], about: dict[str, Any]) -> None:
     """Print the rows as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("measure", "value", "bar", "")
+    table = Table("measurement", "value", "target", "")
     for column in (1, 2):
         table.columns[column].justify = "right"
     for row in rows:
         sign = {"higher": "≥ ", "lower": "≤ ", "near": ""}[row.better]
         low = f"{_figure(2 - row.bar)} to " if row.bar is not None and row.better == "near" else ""
         bar = "" if row.bar is None else f"{sign}{low}{_figure(row.bar)}"
-        mark = {None: "", True: "[green]reached[/]", False: "[red]missed[/]"}[row.passed]
+        mark = {None: "", True: "[green]target met[/]", False: "[red]target missed[/]"}[row.passed]
         share = "" if row.share is None else f" = {row.share:.1f}%"
         table.add_row(row.measure, f"{_figure(row.value)} {row.unit}{share}", bar, mark)
     console = Console(width=None if sys.stdout.isatty() else 140)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.creative.config import CreativeConfig, Template
 from fine_dist.creative.encoders import TextEncoder
 from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
@@ -27,7 +27,7 @@ TOKEN, START, MAX_COSINE, PACK = "<CreTok>", "creative", 0.5, 8
 OPTIM = OptimConfig(lr=1e-2, clip_norm=None)
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows; `quick` takes a smaller encoder and fewer rounds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = 16 if device.type == "cuda" else 2
@@ -55,21 +55,23 @@ def run(quick: bool) -> list[Row]:
     label = f"{layers} layers, width {width}, {batch} pairs"
     packed = PACK / median_of_ratios(found["packed"], found["ours"])
     return [
-        Row(f"updates a second, {label}", 1 / median(found["ours"]), "1/s"),
-        Row("the same without the cached positions before the token", 1 / median(found["uncached"]), "1/s"),
-        Row("plain loop: whole prompts, the row alone trains", 1 / median(found["plain"]), "1/s"),
-        Row("textual inversion's loop: whole prompts, the whole table trains", 1 / median(found["inversion"]), "1/s"),
+        BenchmarkRow(f"updates a second, {label}", 1 / median(found["ours"]), "1/s"),
+        BenchmarkRow("the same without the cached positions before the token", 1 / median(found["uncached"]), "1/s"),
+        BenchmarkRow("plain loop: whole prompts, the row alone trains", 1 / median(found["plain"]), "1/s"),
+        BenchmarkRow(
+            "textual inversion's loop: whole prompts, the whole table trains", 1 / median(found["inversion"]), "1/s"
+        ),
         # One row of three tokens only reads the weights, whatever else is saved: the figure is for information.
-        Row("cached / not cached, one run", median_of_ratios(found["uncached"], found["ours"]), "x"),
-        Row(
+        BenchmarkRow("cached / not cached, one run", median_of_ratios(found["uncached"], found["ours"]), "x"),
+        BenchmarkRow(
             f"cached / not cached, {PACK} runs packed",
             median_of_ratios(found["packed, uncached"], found["packed"]),
             "x",
             1.0,
         ),
-        Row("ours / plain loop", median_of_ratios(found["plain"], found["ours"]), "x", 1.0),
-        Row("ours / textual inversion's loop", median_of_ratios(found["inversion"], found["ours"]), "x", 1.0),
-        Row(f"{PACK} runs packed / one after the other", packed, "x", 1.0),
+        BenchmarkRow("ours / plain loop", median_of_ratios(found["plain"], found["ours"]), "x", 1.0),
+        BenchmarkRow("ours / textual inversion's loop", median_of_ratios(found["inversion"], found["ours"]), "x", 1.0),
+        BenchmarkRow(f"{PACK} runs packed / one after the other", packed, "x", 1.0),
     ]
 
 

@@ -22,7 +22,7 @@ import torch
 import webdataset as wds
 
 from benchmarks.encoding import encoding
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardWriter, write_shards
 from fine_dist.data.stream import LatentStream
@@ -30,7 +30,7 @@ from fine_dist.data.stream import LatentStream
 SHAPE, BATCH, CLASSES, FACTOR = (4, 32, 32), 256, 1000, 0.18215
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows; `quick` measures less of each."""
     with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:
         root = Path(folder)
@@ -85,7 +85,7 @@ def _plain_webdataset(paths: list[str]) -> Iterator[tuple[torch.Tensor, torch.Te
         yield torch.from_numpy(latents).float().mul_(FACTOR), torch.from_numpy(labels)
 
 
-def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
+def _throughput(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     say("samples a second")
     shards = root / "shards"
     paths = sorted(str(path) for path in shards.glob("*.tar"))
@@ -140,16 +140,18 @@ def _throughput(root: Path, count: int, rounds: int) -> list[Row]:
         name: median_of_ratios(found["cat"], found[name]) for name in ("ours", "float", "one thread", "two threads")
     }
     return [
-        Row("stream, samples a second", rate["ours"], "1/s"),
-        Row("stream and conversion to float32", rate["float"], "1/s"),
-        Row("plain webdataset, samples a second", rate["plain"], "1/s"),
-        Row("one .npy a sample through DataLoader", rate["files"], "1/s"),
-        Row("stream, to float32 / plain webdataset", median_of_ratios(found["plain"], found["float"]), "x", 5),
-        Row("stream, to float32 / one .npy a sample", median_of_ratios(found["files"], found["float"]), "x", 10),
-        Row("stream / cat shards > /dev/null", share["ours"], "x", 0.25),
-        Row("stream, to float32 / cat", share["float"], "x"),
-        Row("stream with 1 reader thread / cat", share["one thread"], "x"),
-        Row("stream with 2 reader threads / cat", share["two threads"], "x"),
+        BenchmarkRow("stream, samples a second", rate["ours"], "1/s"),
+        BenchmarkRow("stream and conversion to float32", rate["float"], "1/s"),
+        BenchmarkRow("plain webdataset, samples a second", rate["plain"], "1/s"),
+        BenchmarkRow("one .npy a sample through DataLoader", rate["files"], "1/s"),
+        BenchmarkRow("stream, to float32 / plain webdataset", median_of_ratios(found["plain"], found["float"]), "x", 5),
+        BenchmarkRow(
+            "stream, to float32 / one .npy a sample", median_of_ratios(found["files"], found["float"]), "x", 10
+        ),
+        BenchmarkRow("stream / cat shards > /dev/null", share["ours"], "x", 0.25),
+        BenchmarkRow("stream, to float32 / cat", share["float"], "x"),
+        BenchmarkRow("stream with 1 reader thread / cat", share["one thread"], "x"),
+        BenchmarkRow("stream with 2 reader threads / cat", share["two threads"], "x"),
     ]
 
 
@@ -183,7 +185,7 @@ print(json.dumps([libraries, found]))
 """
 
 
-def _memory(shards: Path, epochs: int) -> list[Row]:
+def _memory(shards: Path, epochs: int) -> list[BenchmarkRow]:
     """Resident memory of a process of its own that reads epochs at the default settings."""
     say(f"memory over {epochs} epochs")
     ran = subprocess.run(
@@ -193,16 +195,16 @@ def _memory(shards: Path, epochs: int) -> list[Row]:
     # the first epoch fills the allocator's pools
     settled = peaks[1:] or peaks
     return [
-        Row("memory of a process, highest", max(peaks), "MiB", 300, "lower"),
-        Row("of which imported libraries", libraries, "MiB"),
-        Row(f"memory's growth from epoch 2 to {epochs}", settled[-1] - settled[0], "MiB", 10, "lower"),
+        BenchmarkRow("memory of a process, highest", max(peaks), "MiB", 300, "lower"),
+        BenchmarkRow("of which imported libraries", libraries, "MiB"),
+        BenchmarkRow(f"memory's growth from epoch 2 to {epochs}", settled[-1] - settled[0], "MiB", 10, "lower"),
     ]
 
 
 # --- start-up and resuming -----------------------------------------------------------------------------------------
 
 
-def _start_up(root: Path, num_shards: int) -> list[Row]:
+def _start_up(root: Path, num_shards: int) -> list[BenchmarkRow]:
     """Until the first batch is there: from the beginning, and at 90% of an epoch of small shards."""
     say(f"starting and resuming with {num_shards:,} shards")
     folder, per_shard = root / "many", 8
@@ -231,8 +233,8 @@ def _start_up(root: Path, num_shards: int) -> list[Row]:
     found = interleaved({"start": lambda: until_first(0), "resume": lambda: until_first(last)}, 5)
     later = median([b - a for a, b in zip(found["start"], found["resume"])])
     return [
-        Row(f"start with {num_shards:,} shards, to the first batch", median(found["start"]), "s", 2, "lower"),
-        Row("resuming at 90% of an epoch, beyond starting", later, "s", 3, "lower"),
+        BenchmarkRow(f"start with {num_shards:,} shards, to the first batch", median(found["start"]), "s", 2, "lower"),
+        BenchmarkRow("resuming at 90% of an epoch, beyond starting", later, "s", 3, "lower"),
     ]
 
 

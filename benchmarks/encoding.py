@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.data.codecs import Autoencoder
 from fine_dist.data.encode_locks import EncodeJob
 from fine_dist.data.encoder import encode
@@ -18,7 +18,7 @@ from fine_dist.data.images import FolderImages
 BATCH, WORKERS, SIDE = 16, 2, 256
 
 
-def encoding(root: Path, count: int, rounds: int) -> list[Row]:
+def encoding(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     """Images of ImageNet's usual size through a tiny autoencoder, with 2 threads that read and crop them."""
     say("encoding")
     codec, source = _autoencoder(root / "vae"), _images(root / "images", count)
@@ -38,10 +38,10 @@ def encoding(root: Path, count: int, rounds: int) -> list[Row]:
         {"codec": lambda: seconds(lambda: [codec.encode(batch) for batch in batches]), "whole": whole}, rounds
     )
     return [
-        Row("encoding 500x375 JPEGs to 256 px with a tiny VAE", count / median(found["whole"]), "images/s"),
-        Row("the codec alone, images decoded beforehand", count / median(found["codec"]), "images/s"),
-        Row("encoding / the codec alone", median_of_ratios(found["codec"], found["whole"]), "x", 0.9),
-        Row(f"of which the codec waits for images, {WORKERS} threads", 100 * median(waited), "%", 5, "lower"),
+        BenchmarkRow("encoding 500x375 JPEGs to 256 px with a tiny VAE", count / median(found["whole"]), "images/s"),
+        BenchmarkRow("the codec alone, images decoded beforehand", count / median(found["codec"]), "images/s"),
+        BenchmarkRow("encoding / the codec alone", median_of_ratios(found["codec"], found["whole"]), "x", 0.9),
+        BenchmarkRow(f"of which the codec waits for images, {WORKERS} threads", 100 * median(waited), "%", 5, "lower"),
     ]
 
 

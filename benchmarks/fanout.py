@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
-from benchmarks.turns import wall_times
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.timing import wall_times
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -38,7 +38,7 @@ DEPTHS, SEEDS = (2, 4, 6, 8), (0, 1, 2)
 """The family whose wall time is measured: 12 targets."""
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows; `quick` takes few steps and its wall times are a smoke test."""
     import torch
 
@@ -82,7 +82,7 @@ def _prepare(root: Path) -> Artifact:
 
 def _wall_times(
     root: Path, batch: int, steps: int, bars: tuple[float | None, float | None], seeds: Sequence[int]
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """bars: of packed over separate, and of packed over in turn."""
 
     def command(out: str, *more: str) -> list[str]:
@@ -113,11 +113,11 @@ def _wall_times(
     in_turn_s = min(spent for name, spent in took.items() if "turn" in name)
     at = f"batch {batch}: "
     return [
-        Row(f"{at}{count} targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
-        Row(f"{at}separate processes, two at a time", separate_s, "s"),
-        Row(f"{at}one process, one target after the other", in_turn_s, "s"),
-        Row(f"{at}packed / separate", packed_s / separate_s, "x", bars[0], "lower"),
-        Row(f"{at}packed / in turn", packed_s / in_turn_s, "x", bars[1], "lower"),
+        BenchmarkRow(f"{at}{count} targets, {steps} steps: packed, {cores} workers", packed_s, "s"),
+        BenchmarkRow(f"{at}separate processes, two at a time", separate_s, "s"),
+        BenchmarkRow(f"{at}one process, one target after the other", in_turn_s, "s"),
+        BenchmarkRow(f"{at}packed / separate", packed_s / separate_s, "x", bars[0], "lower"),
+        BenchmarkRow(f"{at}packed / in turn", packed_s / in_turn_s, "x", bars[1], "lower"),
     ]
 
 
@@ -198,7 +198,7 @@ def _ratio(root: Path, learngene: Artifact, depths: Sequence[int], batch: int, d
     return median_of_ratios(found["pack"], found["solo"]), median(found["solo"])
 
 
-def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -> list[Row]:
+def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -> list[BenchmarkRow]:
     """Small batches gain from larger products and fewer calls, large ones from what jobs of a seed share."""
     import torch
 
@@ -214,7 +214,7 @@ def _curve(root: Path, learngene: Artifact, device: torch.device, quick: bool) -
     return rows
 
 
-def _large(root: Path, device: torch.device, quick: bool) -> list[Row]:
+def _large(root: Path, device: torch.device, quick: bool) -> list[BenchmarkRow]:
     """Width 256 and 12 layers: what a pack gains where a job's own products are large."""
     import torch
 
@@ -234,11 +234,11 @@ def _large(root: Path, device: torch.device, quick: bool) -> list[Row]:
 
 
 def _step_row(root: Path, learngene: Artifact, depths: Sequence[int], batch: int, device: torch.device, count: int,
-              rounds: int) -> Row:  # fmt: skip
+              rounds: int) -> BenchmarkRow:  # fmt: skip
     """A pack's step over its jobs' own. Where the plan has jobs apart, it says what they would lose together."""
     ratio, _ = _ratio(root, learngene, depths, batch, device, count, rounds)
     what = f"step: {len(depths)} jobs of width {learngene.arch.hidden_size} at batch {batch} / sum of solo steps"
-    return Row(what, ratio, "x", 1.0, "lower")
+    return BenchmarkRow(what, ratio, "x", 1.0, "lower")
 
 
 def _chunk(arch: Arch, size: int, jobs: int, batch: int, device: torch.device) -> int:
@@ -248,7 +248,7 @@ def _chunk(arch: Arch, size: int, jobs: int, batch: int, device: torch.device) -
     return chunk_size(Shape("deepest", arch, "", 1, size), jobs, batch, 4 * 2**30, cpu=device.type == "cpu")
 
 
-def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
+def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[BenchmarkRow]:
     """Jobs an hour at batch 16, and where packing stops to gain."""
     rows = []
     for jobs in (2, 4, 12, 24, 48):
@@ -257,7 +257,9 @@ def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
             say(f"steps of {jobs} jobs at batch {batch} on the GPU")
             ratio, _ = _ratio(root, learngene, depths, batch, device, 10, 3)
             bar = 3.0 if jobs == 12 and batch == 16 else None
-            rows.append(Row(f"GPU: jobs an hour, {jobs} at batch {batch} packed / in turn", 1 / ratio, "x", bar))
+            rows.append(
+                BenchmarkRow(f"GPU: jobs an hour, {jobs} at batch {batch} packed / in turn", 1 / ratio, "x", bar)
+            )
     return rows
 
 
@@ -266,7 +268,7 @@ def _gpu(root: Path, learngene: Artifact, device: torch.device) -> list[Row]:
 _MEASURE = """
 import os, sys, torch
 torch.set_num_threads(1)
-from fine_dist.benchmarks import fanout
+from benchmarks import fanout
 print(*fanout.memory_of(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))
 """
 
@@ -310,7 +312,7 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _memory(root: Path, quick: bool) -> list[Row]:
+def _memory(root: Path, quick: bool) -> list[BenchmarkRow]:
     """One model plus J batches' activations."""
     width, batch = (128, 32) if quick else (256, 32)
     # Every tensor gets a mapping of its own, so that what is freed leaves the resident set.
@@ -322,9 +324,11 @@ def _memory(root: Path, quick: bool) -> list[Row]:
         done = subprocess.run(words, env=env, check=True, capture_output=True, text=True)
         found[jobs] = [int(word) for word in done.stdout.split()]
     return [
-        Row("memory: model of a pack of 8 / of 1 (U and V once)", found[8][0] / found[1][0], "x", 1.15, "lower"),
+        BenchmarkRow(
+            "memory: model of a pack of 8 / of 1 (U and V once)", found[8][0] / found[1][0], "x", 1.15, "lower"
+        ),
         *(
-            Row(
+            BenchmarkRow(
                 f"memory: activations of {j} jobs / {j} x those of one",
                 found[j][1] / (j * found[1][1]),
                 "x",
@@ -333,11 +337,11 @@ def _memory(root: Path, quick: bool) -> list[Row]:
             )
             for j in sorted(set(found) - {1})
         ),
-        Row("memory: activations measured / planned", found[8][1] / (8 * found[8][2]), "x", 1.15, "lower"),
+        BenchmarkRow("memory: activations measured / planned", found[8][1] / (8 * found[8][2]), "x", 1.15, "lower"),
     ]
 
 
-def _artifact(root: Path) -> list[Row]:
+def _artifact(root: Path) -> list[BenchmarkRow]:
     """The artifact of a DiT-B target of 12 layers: its sigma and its biases."""
     import torch
 
@@ -351,4 +355,4 @@ def _artifact(root: Path) -> list[Row]:
         root / "target", method=CONDENSES.model_dump(), parent=None, arch=arch, own=own, names=list(own), facts={}
     )
     size = sum(file.stat().st_size for file in (root / "target").iterdir())
-    return [Row("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]
+    return [BenchmarkRow("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]

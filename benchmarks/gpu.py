@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import Row, say
+from benchmarks.rows import BenchmarkRow, say
 from fine_dist.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,14 +35,14 @@ class Part:
     """One program: `words` after `python`, in which `{out}` is the file that it writes; `read` makes rows of that."""
 
     words: Sequence[str]
-    read: Callable[[Path], list[Row]]
+    read: Callable[[Path], list[BenchmarkRow]]
 
 
 @dataclass
 class Found:
     """What all parts gave. failed: part -> the end of what it said."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[BenchmarkRow] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -124,13 +124,13 @@ def _end_of(command: list[str]) -> str | None:
     return f"exit code {done.returncode}: " + "\n".join(done.stdout.strip().splitlines()[-5:])
 
 
-def read_rows(path: Path, about: str) -> list[Row]:
+def read_rows(path: Path, about: str) -> list[BenchmarkRow]:
     """The rows that a benchmark wrote."""
-    rows = [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    return [Row(**{**row.as_json(), "measure": about + row.measure}) for row in rows]
+    rows = [BenchmarkRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    return [BenchmarkRow(**{**row.as_json(), "measure": about + row.measure}) for row in rows]
 
 
-def read_tests(path: Path) -> list[Row]:
+def read_tests(path: Path) -> list[BenchmarkRow]:
     """How many tests passed and how many did not, from pytest's JUnit file."""
     counted = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     for suite in ElementTree.parse(path).getroot().iter("testsuite"):
@@ -138,9 +138,9 @@ def read_tests(path: Path) -> list[Row]:
             counted[key] += int(suite.get(key, 0))
     bad = counted["failures"] + counted["errors"]
     return [
-        Row("tests on the GPU: passed", counted["tests"] - bad - counted["skipped"], "tests", 1),
-        Row("tests on the GPU: failed", bad, "tests", 0, "lower"),
-        Row("tests on the GPU: skipped", counted["skipped"], "tests", 0, "lower"),
+        BenchmarkRow("tests on the GPU: passed", counted["tests"] - bad - counted["skipped"], "tests", 1),
+        BenchmarkRow("tests on the GPU: failed", bad, "tests", 0, "lower"),
+        BenchmarkRow("tests on the GPU: skipped", counted["skipped"], "tests", 0, "lower"),
     ]
 
 

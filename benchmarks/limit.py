@@ -1,7 +1,7 @@
 """What this machine and the arithmetic allow: the rate of matrix products, measured, and FLOPs counted.
 
 No step can be faster than its products at the rate that products run at here; a part of the distance to it is what
-`benchmarks.parts` shows as room. A multiply-add is two FLOPs.
+`benchmarks.step_profile` shows as room. A multiply-add is two FLOPs.
 
 Shapes: N rows of a product (tokens, or samples for adaln), m out and n in features.
 """

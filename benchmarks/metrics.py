@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from benchmarks.resident import resident_growth
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.peak_memory import resident_growth
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ MEMORY_BAR_GIB = 2.0
 BATCH = 500
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows. quick: 2,000 images of 256 features; the Fréchet ratio is a smoke test."""
     import torch
 
@@ -37,7 +37,7 @@ def run(quick: bool) -> list[Row]:
         torch.set_num_threads(threads)
 
 
-def frechet_rows(num: int, rounds: int, bar: float | None) -> list[Row]:
+def frechet_rows(num: int, rounds: int, bar: float | None) -> list[BenchmarkRow]:
     """The distance against `scipy.linalg.sqrtm`, by turns; with regular and with singular covariances."""
     import scipy.linalg
 
@@ -60,10 +60,10 @@ def frechet_rows(num: int, rounds: int, bar: float | None) -> list[Row]:
     ours = frechet_from(mean, a, mean, b)
     theirs = float(a.trace() + b.trace()) - 2 * float(scipy.linalg.sqrtm(product).trace().real)
     return [
-        Row(f"Fréchet distance, {num} features", median(times["ours"]), "s", None, "lower"),
-        Row("  over scipy's sqrtm", median_of_ratios(times["ours"], times["sqrtm"]), "x", bar, "lower"),
-        Row("  difference to sqrtm's result, relative", abs(ours - theirs) / theirs, "x", None, "lower"),
-        Row(
+        BenchmarkRow(f"Fréchet distance, {num} features", median(times["ours"]), "s", None, "lower"),
+        BenchmarkRow("  over scipy's sqrtm", median_of_ratios(times["ours"], times["sqrtm"]), "x", bar, "lower"),
+        BenchmarkRow("  difference to sqrtm's result, relative", abs(ours - theirs) / theirs, "x", None, "lower"),
+        BenchmarkRow(
             "  singular covariance, over sqrtm", median_of_ratios(times["singular"], times["sqrtm"]), "x", None, "lower"
         ),
     ]
@@ -78,7 +78,7 @@ def covariance(num: int, samples: int, seed: int) -> Tensor:
     return torch.cov((x * torch.logspace(0, -2, num)).T)
 
 
-def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int, bars: bool) -> list[Row]:
+def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int, bars: bool) -> list[BenchmarkRow]:
     """Seconds and memory of each metric, network apart."""
     import torch
 
@@ -126,6 +126,6 @@ def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int,
         say(name)
         times: list[float] = []
         grown = resident_growth(lambda body=body, times=times: times.append(seconds(body)))  # type: ignore[misc]
-        rows.append(Row(name, times[0], "s", None, "lower"))
-        rows.append(Row("  memory beside its inputs", grown / 2**30, "GiB", bar, "lower"))
+        rows.append(BenchmarkRow(name, times[0], "s", None, "lower"))
+        rows.append(BenchmarkRow("  memory beside its inputs", grown / 2**30, "GiB", bar, "lower"))
     return rows

@@ -1,4 +1,4 @@
-"""A measured figure beside the figure it should reach, and ways of measuring that a busy machine disturbs least."""
+"""A measured figure with its target, and ways of measuring that other load on the machine disturbs least."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """One line of a benchmark.
 
-    measure: what was measured, in words.
-    value:   the figure.
-    unit:    its unit (`x` for a ratio).
-    bar:     the figure it should reach; none: for information.
-    better:  which side of the bar is the good one; `near`: a ratio no further from 1 than the bar, on both sides.
-    share:   percent that it is of the whole which it is a part of; none: it is no part.
+    Attributes:
+        measure: What was measured.
+        value: The figure.
+        unit: Its unit (`x` for a ratio).
+        bar: The target; None for a figure without one.
+        better: Which side of the target is good; `near`: a ratio no further from 1 than the target, on either side.
+        share: Percent of the whole that the figure is a part of; None where it is not a part.
     """
 
     measure: str
@@ -31,7 +32,7 @@ class Row:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the bar is reached; none without a bar."""
+        """Whether the target is met; None without a target."""
         if self.bar is None:
             return None
         if self.better == "near":
@@ -43,7 +44,7 @@ class Row:
 
 
 def say(what: str) -> None:
-    """Tell who is waiting what is measured now; the table comes at the end."""
+    """Report on stderr what is being measured; the table comes at the end."""
     print(f"measuring {what} ...", file=sys.stderr, flush=True)
 
 
@@ -64,7 +65,7 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup
     """
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):
-        # every other round in reverse, so that nobody always runs in another's wake
+        # every other round in reverse order, so that no variant always follows the same other one
         for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
             figure = variants[name]()
             if turn >= warmup:
@@ -73,7 +74,7 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup
 
 
 def median_of_ratios(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of over[i] / under[i]: pairs measured next to each other share the machine's mood."""
+    """The median of over[i] / under[i]: figures measured next to each other share the load of the machine."""
     return statistics.median(a / b for a, b in zip(over, under))
 
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Row, interleaved, median, median_of_ratios, say, seconds
+from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.arch import arch as named
@@ -24,7 +24,7 @@ BAR = 1.0
 SEED = 5
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows. quick: two layers, few steps."""
     from fine_dist.engine.dist import pick_device
 
@@ -76,7 +76,7 @@ def tiny_vae(folder: Path, channels: int) -> None:
 
 def turns(
     model: nn.Module, pipeline: Any, batch: int, steps: int, guidance: float, rounds: int, bar: float | None
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """Images a second of each, and how far their images are apart."""
     import torch
 
@@ -101,8 +101,8 @@ def turns(
     times = interleaved({"ours": lambda: seconds(ours), "theirs": lambda: seconds(theirs)}, rounds)
     label = f"{arch.name}, batch {batch}, {steps} DDIM steps, guidance {guidance:g}"
     return [
-        Row(f"ours: {label}", batch / median(times["ours"]), "images/s"),
-        Row("  DiTPipeline", batch / median(times["theirs"]), "images/s"),
-        Row("  ours over DiTPipeline, images/s", median_of_ratios(times["theirs"], times["ours"]), "x", bar),
-        Row("  largest difference of a pixel (0..1)", apart, "", None, "lower"),
+        BenchmarkRow(f"ours: {label}", batch / median(times["ours"]), "images/s"),
+        BenchmarkRow("  DiTPipeline", batch / median(times["theirs"]), "images/s"),
+        BenchmarkRow("  ours over DiTPipeline, images/s", median_of_ratios(times["theirs"], times["ours"]), "x", bar),
+        BenchmarkRow("  largest difference of a pixel (0..1)", apart, "", None, "lower"),
     ]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.rows import Row, median, say
+from benchmarks.rows import BenchmarkRow, median, say
 from fine_dist.model.arch import Arch
 from fine_dist.planning.scaling_model import Affine, Network, Parts, Prediction, predict
 
@@ -28,9 +28,9 @@ BAR = 1.2
 TARGETS = 10_000
 
 
-def run(quick: bool) -> list[Row]:
+def run(quick: bool) -> list[BenchmarkRow]:
     """All rows. quick: two ZeRO stages, one round, 1,000 targets, and no bars."""
-    from benchmarks.many import books
+    from benchmarks.large_families import books
 
     kinds = [kind for kind in KINDS if not quick or kind[1] in (0, 1)]
     return [
@@ -41,7 +41,7 @@ def run(quick: bool) -> list[Row]:
 
 def against_reality(
     kinds: Sequence[tuple[str, int]], rounds: int, bars: bool, worlds: Sequence[int] = WORLDS
-) -> list[Row]:
+) -> list[BenchmarkRow]:
     """Predicted over measured, for each world, model and stage: medians of the rounds' own ratios."""
     found: dict[tuple[int, str, int], list[tuple[Prediction, float]]] = {}
     slower: dict[int, list[float]] = {p: [] for p in worlds}
@@ -57,7 +57,7 @@ def against_reality(
                 found.setdefault((processes, model, stage), []).append((expected, measured))
     cores = len(os.sched_getaffinity(0))
     rows = [
-        Row(f"a process computes slower while {p} do, {cores} cores", median(values), "x", None, "lower")
+        BenchmarkRow(f"a process computes slower while {p} do, {cores} cores", median(values), "x", None, "lower")
         for p, values in slower.items()
     ]
     for (processes, model, stage), pairs in found.items():
@@ -66,8 +66,10 @@ def against_reality(
         ratio = median([made.step_s / seconds for made, seconds in pairs])
         talk = median([made.communication_s / made.step_s for made, _ in pairs])
         rows += [
-            Row(f"{where}: step, measured", 1e3 * measured, "ms", None, "lower"),
-            Row(f"  predicted / measured ({talk:.0%} communication)", ratio, "x", BAR if bars else None, "near"),
+            BenchmarkRow(f"{where}: step, measured", 1e3 * measured, "ms", None, "lower"),
+            BenchmarkRow(
+                f"  predicted / measured ({talk:.0%} communication)", ratio, "x", BAR if bars else None, "near"
+            ),
         ]
     return rows
 

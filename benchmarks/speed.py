@@ -12,13 +12,13 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks import limit
-from benchmarks.rows import Row, median
-from benchmarks.speed_plan import Plan, at, kinds, mfu_rows, precisions, reference_row, release, stage_1_row
+from benchmarks.rows import BenchmarkRow, median
+from benchmarks.speed_plan import SpeedPlan, at, kinds, mfu_rows, precisions, reference_row, release, stage_1_row
 from benchmarks.steps import Step, ratio
 from fine_dist.model.arch import arch as named
 
 
-def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[Row]:
+def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[BenchmarkRow]:
     """All rows. quick: two layers, a small batch, two rounds: a smoke test. arch, batch: another size than DiT-S/2's
     at 16 (six layers on a CPU); the loop and larger batches are then left out."""
     import torch
@@ -36,10 +36,10 @@ def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[
     shape = named(arch or size, learn_sigma=False, input_size=16 if quick else 32)
     own_size = arch is not None or batch is not None
     seconds = 90.0 if device.type == "cpu" else 3.0
-    plan = Plan(shape, batch or (4 if quick else 16), device, quick, own_size, seconds)
+    plan = SpeedPlan(shape, batch or (4 if quick else 16), device, quick, own_size, seconds)
     if precisions(device) == ["fp32"]:
         print("speed: bf16 is left out: this CPU has no products in it (it would need AVX-512)", flush=True)
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     with tqdm(pieces(plan).items(), desc="speed", unit="part") as bar:
         for name, measure in bar:
             bar.set_postfix_str(name)
@@ -48,22 +48,22 @@ def run(quick: bool, arch: str | None = None, batch: int | None = None) -> list[
     return rows
 
 
-def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
+def pieces(plan: SpeedPlan) -> dict[str, Callable[[], list[BenchmarkRow]]]:
     """What is measured, by what the bar says meanwhile."""
-    from benchmarks.apart import apart_of
+    from benchmarks.isolated_steps import isolated_rows
     from benchmarks.speed_loop import loop
     from benchmarks.speed_modes import compiled_of, memory_of, paths_of
 
-    found: dict[str, Callable[[], list[Row]]] = {}
+    found: dict[str, Callable[[], list[BenchmarkRow]]] = {}
     for precision in precisions(plan.device):
         found[f"steps, {precision}"] = lambda p=precision: steps_of(plan, p)  # type: ignore[misc]
         if plan.device.type == "cpu":
-            found[f"apart, {precision}"] = lambda p=precision: apart_of(plan, p)  # type: ignore[misc]
+            found[f"isolated, {precision}"] = lambda p=precision: isolated_rows(plan, p)  # type: ignore[misc]
         if not plan.quick:  # compiling alone takes longer than all else then
             found[f"compiled, {precision}"] = lambda p=precision: compiled_of(plan, p)  # type: ignore[misc]
     if not (plan.quick or plan.own_size):
         found["stage 1, batch 64"] = lambda: stage_1_of(replace(plan, batch=64))
-    small = Plan(plan.arch.with_depth(2), plan.batch, plan.device, plan.quick, True, plan.seconds)
+    small = SpeedPlan(plan.arch.with_depth(2), plan.batch, plan.device, plan.quick, True, plan.seconds)
     found["paths"] = lambda: paths_of(small)
     found["memory"] = lambda: memory_of(plan if plan.own_size else small)
     if not plan.own_size:
@@ -74,7 +74,7 @@ def pieces(plan: Plan) -> dict[str, Callable[[], list[Row]]]:
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
-def groups(plan: Plan, precision: str) -> list[dict[str, Callable[[], Step]]]:
+def groups(plan: SpeedPlan, precision: str) -> list[dict[str, Callable[[], Step]]]:
     """Makers of the steps that are timed together, each group with the dense step. All are one group on a CPU, where
     turns must lie close; on a GPU each stands beside the dense step alone, so that large models fit."""
     from benchmarks.reference_dit import diffusers_step, original_step
@@ -91,14 +91,14 @@ def groups(plan: Plan, precision: str) -> list[dict[str, Callable[[], Step]]]:
     return [{name: makers[name] for name in ("dense", other)} for other in makers if other != "dense"]
 
 
-def steps_of(plan: Plan, precision: str) -> list[Row]:
+def steps_of(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
     """All steps of a precision against the dense one, the references and the machine, and their parts."""
-    from benchmarks.parts import part_rows, profile
+    from benchmarks.step_profile import part_rows, profile
 
     square = limit.square_rate(precision, plan.device)
     own = limit.own_rate(plan.arch, plan.batch, precision, plan.device)
-    rows: list[Row] = []
-    shown: dict[str, list[Row]] = {}
+    rows: list[BenchmarkRow] = []
+    shown: dict[str, list[BenchmarkRow]] = {}
     for makers in groups(plan, precision):
         steps = {name: make() for name, make in makers.items()}
         figures = plan.bench().times({**steps, "square": square, "own": own}, plan.seconds)
@@ -112,22 +112,24 @@ def steps_of(plan: Plan, precision: str) -> list[Row]:
             if name in ("dense", "stage 1", at(1)):
                 shown[name] += part_rows(f"{name}, {precision}", [profile(step)])
         rows = rows or [
-            Row(f"matrix products, {precision}: the best square", median(figures["square"]) / 1e9, "GFLOP/s"),
-            Row(f"matrix products, {precision}: the model's own shapes", median(figures["own"]) / 1e9, "GFLOP/s"),
+            BenchmarkRow(f"matrix products, {precision}: the best square", median(figures["square"]) / 1e9, "GFLOP/s"),
+            BenchmarkRow(
+                f"matrix products, {precision}: the model's own shapes", median(figures["own"]) / 1e9, "GFLOP/s"
+            ),
         ]
         del steps
         release(plan.device)
     return [*rows, *(row for some in shown.values() for row in some)]
 
 
-def step_rows(plan: Plan, precision: str, name: str, steps: dict[str, Step], figures: Any) -> list[Row]:
+def step_rows(plan: SpeedPlan, precision: str, name: str, steps: dict[str, Step], figures: Any) -> list[BenchmarkRow]:
     """A step of ours: its speed, against the dense one, and its share of the machine's products."""
     where, seconds, flops = f"{name}, {precision}", figures[name], steps[name].flops
     rows = [
-        Row(f"{where}: step, {plan.label}", median(seconds), "s", None, "lower"),
-        Row(f"{where}: images/s", plan.batch / median(seconds), "1/s"),
-        Row(f"{where}: share of the best square product", limit.share(figures["square"], seconds, flops), "%"),
-        Row(f"{where}: share of its own products' rate", limit.share(figures["own"], seconds, flops), "%"),
+        BenchmarkRow(f"{where}: step, {plan.label}", median(seconds), "s", None, "lower"),
+        BenchmarkRow(f"{where}: images/s", plan.batch / median(seconds), "1/s"),
+        BenchmarkRow(f"{where}: share of the best square product", limit.share(figures["square"], seconds, flops), "%"),
+        BenchmarkRow(f"{where}: share of its own products' rate", limit.share(figures["own"], seconds, flops), "%"),
         *mfu_rows(plan, precision, name, seconds, flops),
     ]
     least = flops / steps["dense"].flops
@@ -137,11 +139,11 @@ def step_rows(plan: Plan, precision: str, name: str, steps: dict[str, Step], fig
         divisor = plan.arch.hidden_size // kinds(plan.arch)[name].rank  # type: ignore[operator]
         bar = limit.sigma_bar(divisor, least) if plan.cpu_bars else None
         over = ratio(figures, name, "dense")
-        rows.append(Row(f"{where}: / dense (limit by multiply-adds {least:.3f})", over, "x", bar, "lower"))
+        rows.append(BenchmarkRow(f"{where}: / dense (limit by multiply-adds {least:.3f})", over, "x", bar, "lower"))
     return rows
 
 
-def stage_1_of(plan: Plan) -> list[Row]:
+def stage_1_of(plan: SpeedPlan) -> list[BenchmarkRow]:
     """Joint training of shared factors against the dense step, alone."""
     bench, kind = plan.bench(), kinds(plan.arch)
     steps = {name: bench.step(kind[name], plan.batch) for name in ("dense", "stage 1")}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Row, median
+from benchmarks.rows import BenchmarkRow, median
 from benchmarks.steps import Bench, StepKind
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Clock:
+class LoopClock:
     """Seconds spent in forward, backward and optimiser so far, and for each step's start: the time, that sum, and
     whether a checkpoint was being written."""
 
@@ -43,7 +43,7 @@ class Clock:
         return call
 
 
-def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -> list[Row]:
+def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -> list[BenchmarkRow]:
     """A real run on streamed shards: what is not forward, backward or optimiser, waiting for data, and saving."""
     from fine_dist.data.stream import LatentStream
     from fine_dist.diffusion.objective import Objective
@@ -54,7 +54,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
     from fine_dist.engine.stopping import Stopper
     from fine_dist.model.flops import train_flops
 
-    clock = Clock(device)
+    clock = LoopClock(device)
 
     class TimedRun(Run):
         def next_batch(self, batches: Any) -> tuple[Any, float]:
@@ -89,7 +89,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
             return loop_rows(clock, run, save_at, f"{arch.name}, batch {batch}", bars)
 
 
-def loop_rows(clock: Clock, run: Any, save_at: int, label: str, bars: bool) -> list[Row]:
+def loop_rows(clock: LoopClock, run: Any, save_at: int, label: str, bars: bool) -> list[BenchmarkRow]:
     """From the times of steps: step i lasts from start i to start i + 1; step `save_at - 1` ends with the saving."""
     lasted = [after[0] - before[0] for before, after in zip(clock.starts, clock.starts[1:])]
     inside = [after[1] - before[1] for before, after in zip(clock.starts, clock.starts[1:])]
@@ -102,10 +102,14 @@ def loop_rows(clock: Clock, run: Any, save_at: int, label: str, bars: bool) -> l
     lost = sum(lasted[i] - usual for i in disturbed)
     stall = max(0.0, lost - copying) / usual
     return [
-        Row(f"loop beside forward, backward, optimiser, {label}", 100 * overhead, "%", 3.0 if bars else None, "lower"),
-        Row(f"loop waiting for data, {label}", 100 * clock.waited / sum(lasted), "%", 2.0 if bars else None, "lower"),
-        Row("copying the state for a checkpoint", copying, "s", None, "lower"),
-        Row(f"stall of a save beyond copying, {label}", stall, "steps", 1.0 if bars else None, "lower"),
+        BenchmarkRow(
+            f"loop beside forward, backward, optimiser, {label}", 100 * overhead, "%", 3.0 if bars else None, "lower"
+        ),
+        BenchmarkRow(
+            f"loop waiting for data, {label}", 100 * clock.waited / sum(lasted), "%", 2.0 if bars else None, "lower"
+        ),
+        BenchmarkRow("copying the state for a checkpoint", copying, "s", None, "lower"),
+        BenchmarkRow(f"stall of a save beyond copying, {label}", stall, "steps", 1.0 if bars else None, "lower"),
     ]
 
 

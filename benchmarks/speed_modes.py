@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks import limit
-from benchmarks.resident import peak_memory_of
-from benchmarks.rows import Row, say
-from benchmarks.speed_plan import DENSE, Plan, at, kinds, precisions, reference_row, release
+from benchmarks.peak_memory import peak_memory_of
+from benchmarks.rows import BenchmarkRow, say
+from benchmarks.speed_plan import DENSE, SpeedPlan, at, kinds, precisions, reference_row, release
 from benchmarks.steps import Step, StepKind, compiles, ratio
 
 AUTO_SLACK = 1.03
@@ -15,7 +15,7 @@ AUTO_SLACK = 1.03
 PATHS = ("factored", "composed")
 
 
-def compiled_of(plan: Plan, precision: str) -> list[Row]:
+def compiled_of(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
     """The original-style step, as it is and with compiled blocks, over ours with `engine.compile`; no row where either
     does not compile."""
     from benchmarks.reference_dit import original_step
@@ -41,7 +41,7 @@ def compiled_of(plan: Plan, precision: str) -> list[Row]:
     ]
 
 
-def paths_of(plan: Plan) -> list[Row]:
+def paths_of(plan: SpeedPlan) -> list[BenchmarkRow]:
     """Sigma-only steps on each path: what choosing by multiply-adds is worth."""
     bench, rows = plan.bench(), []
     for divisor in limit.SIGMA_AIMS:
@@ -53,12 +53,12 @@ def paths_of(plan: Plan) -> list[Row]:
         better = min(PATHS, key=lambda path: ratio(figures, path, "auto"))
         bar = None if plan.quick else AUTO_SLACK
         label = f"{at(divisor)}, {plan.label}, fp32: auto / the better path ({better})"
-        rows.append(Row(label, ratio(figures, "auto", better), "x", bar, "lower"))
+        rows.append(BenchmarkRow(label, ratio(figures, "auto", better), "x", bar, "lower"))
         release(plan.device)
     return rows
 
 
-def memory_of(plan: Plan) -> list[Row]:
+def memory_of(plan: SpeedPlan) -> list[BenchmarkRow]:
     """Peak memory of a step of each kind and precision, and what recomputing blocks saves of it and takes in time."""
     bench, rows = plan.bench(), []
     for precision in precisions(plan.device):
@@ -75,9 +75,9 @@ def memory_of(plan: Plan) -> list[Row]:
             where = f"{name}, {precision}, {plan.label}"
             saved = memory["blocks"] / memory["none"] if memory["none"] else 0.0
             rows += [
-                Row(f"{where}: peak memory of a step", memory["none"], "MiB", None, "lower"),
-                Row(f"{where}: checkpointing, memory", saved, "x", None, "lower"),
-                Row(f"{where}: checkpointing, time", ratio(figures, "blocks", "none"), "x", None, "lower"),
+                BenchmarkRow(f"{where}: peak memory of a step", memory["none"], "MiB", None, "lower"),
+                BenchmarkRow(f"{where}: checkpointing, memory", saved, "x", None, "lower"),
+                BenchmarkRow(f"{where}: checkpointing, time", ratio(figures, "blocks", "none"), "x", None, "lower"),
             ]
             del steps, step
             release(plan.device)

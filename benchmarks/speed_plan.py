@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks import limit
-from benchmarks.rows import Row, median
+from benchmarks.rows import BenchmarkRow, median
 from benchmarks.steps import Bench, StepKind
 from fine_dist.model.arch import Arch
 
@@ -26,7 +26,7 @@ DENSE = StepKind("dense")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SpeedPlan:
     """What is measured. seconds: for one group of steps, of which each is taken twice at least."""
 
     arch: Arch
@@ -73,7 +73,7 @@ def at(divisor: int) -> str:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def mfu_rows(plan: Plan, precision: str, name: str, seconds: list[float], flops: float) -> list[Row]:
+def mfu_rows(plan: SpeedPlan, precision: str, name: str, seconds: list[float], flops: float) -> list[BenchmarkRow]:
     """Of a GPU whose peak is known: the share of it that the step's arithmetic takes."""
     from fine_dist.model.flops import peak_flops
 
@@ -82,22 +82,22 @@ def mfu_rows(plan: Plan, precision: str, name: str, seconds: list[float], flops:
         return []
     aimed = plan.gpu_bars and name == "dense" and precision == "bf16" and plan.arch.name.startswith("DiT-XL/2")
     share = 100 * flops / median(seconds) / peak
-    return [Row(f"{name}, {precision}: MFU, {plan.label}", share, "%", MFU_BAR_GPU if aimed else None)]
+    return [BenchmarkRow(f"{name}, {precision}: MFU, {plan.label}", share, "%", MFU_BAR_GPU if aimed else None)]
 
 
-def reference_row(plan: Plan, name: str, precision: str, value: float, ours: str = "ours") -> Row:
+def reference_row(plan: SpeedPlan, name: str, precision: str, value: float, ours: str = "ours") -> BenchmarkRow:
     """How many times as long a reference's step takes as ours."""
     words = {"original": "original-style DiT", "diffusers": "diffusers' DiTTransformer2DModel"}[name]
     bars = {"ours": ORIGINAL_BARS[precision], "ours, compiled": COMPILED_BAR}
     bar = bars.get(ours) if plan.cpu_bars and name == "original" else None
-    return Row(f"{words} / {ours}, {precision}, {plan.label} (above 1: ours is faster)", value, "x", bar)
+    return BenchmarkRow(f"{words} / {ours}, {precision}, {plan.label} (above 1: ours is faster)", value, "x", bar)
 
 
-def stage_1_row(plan: Plan, precision: str, value: float, least: float) -> Row:
+def stage_1_row(plan: SpeedPlan, precision: str, value: float, least: float) -> BenchmarkRow:
     """Stage 1 over dense. least: its multiply-adds over the dense step's, which no speed goes below."""
     bar = STAGE_1_BAR_GPU if plan.gpu_bars else STAGE_1_BARS.get(plan.batch) if plan.cpu_bars else None
     label = f"stage 1, {precision}: / dense, {plan.label} (limit by multiply-adds {least:.3f})"
-    return Row(label, value, "x", bar, "lower")
+    return BenchmarkRow(label, value, "x", bar, "lower")
 
 
 def release(device: torch.device) -> None:

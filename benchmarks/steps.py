@@ -1,7 +1,7 @@
 """Training steps to be timed: of every kind, as the engine's loop takes them, on made-up batches.
 
 A step is a forward pass, a backward pass, clipping and AdamW, and the average (`Backend`, `Ema`). Its parts run inside
-named ranges, by which `benchmarks.parts` tells where the time goes.
+named ranges, by which `benchmarks.step_profile` tells where the time goes.
 
 Shapes: B batch, C latent channels, H latent side.
 """

@@ -1,4 +1,4 @@
-"""What a study would take, before anything is run: FLOPs of every run, hours, and hours of accelerators."""
+"""The cost of a study before anything is run: FLOPs of every run, hours, and hours of accelerators."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from fine_dist.core.config import validate
 from fine_dist.planning.estimates import ASSUMED_TFLOPS
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig
-from fine_dist.study.graph import Graph, Run, plan
+from fine_dist.study.graph import Graph, StudyRun, plan
 from fine_dist.study.tune import trials
 
 CORE_GFLOPS = 40.0
-"""What is supposed of one CPU core: about 60 ms for a step of 64 samples through 8 layers of width 64, 16 tokens."""
-BEGIN_S = 2.0
-"""Seconds that a run on a CPU takes beside its steps: it starts, measures and saves."""
+"""Assumed speed of one CPU core: 60 ms for a step of 64 samples through 8 layers of width 64 with 16 tokens."""
+OVERHEAD_S = 2.0
+"""Seconds of a run on a CPU besides its steps: it starts, measures and saves."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of a whole graph."""
+    """The estimated cost of a graph of runs."""
 
     runs: int
     flops: float
     machine_hours: float
     """Of accelerators, or of CPU cores where a study asks for none."""
     hours: float
-    """At the study's width (`launch.max_parallel`; none: everything at once that may be), no shorter than the longest
-    chain of runs that wait for each other."""
+    """Hours with `launch.max_parallel` runs at once (None: as many as are ready), and at least those of the longest
+    chain of runs that need each other."""
     accelerators: bool
 
     def line(self, what: str) -> str:
@@ -36,20 +36,26 @@ class Estimate:
         rate = f"{ASSUMED_TFLOPS:g} TFLOP/s an accelerator" if self.accelerators else f"{CORE_GFLOPS:g} GFLOP/s a core"
         return (
             f"{what}: {self.runs} runs, {self.flops:.3g} FLOPs, {self.hours:.3g} hours, {self.machine_hours:.3g} "
-            f"{unit} (supposing {rate}; encoding and measuring not counted)"
+            f"{unit} (assuming {rate}; encoding and measuring not counted)"
         )
 
 
-def estimate(study: StudyConfig, graph: Graph | None = None) -> Estimate:
-    """Of the study's runs, or of those of another graph of it, whatever is done already."""
+def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = CORE_GFLOPS) -> Estimate:
+    """The cost of a study, whatever is done already.
+
+    Args:
+        study: The study.
+        graph: Other runs of it, such as those of tuning; None: all its runs.
+        gflops: GFLOP/s of one CPU core, where the study asks for no accelerators.
+    """
     graph = graph or plan(study)
     launch, accelerators = study.launch, study.launch.gpus > 0
     workers = launch.nodes * launch.processes if accelerators else 1
     hours, flops = {}, {}
     for run in graph.runs:
         flops[run.name] = run_flops(study, graph, run)
-        rate = workers * ASSUMED_TFLOPS * 1e12 if accelerators else CORE_GFLOPS * 1e9
-        hours[run.name] = flops[run.name] / rate / 3600 + (0.0 if accelerators else BEGIN_S / 3600)
+        rate = workers * ASSUMED_TFLOPS * 1e12 if accelerators else gflops * 1e9
+        hours[run.name] = flops[run.name] / rate / 3600 + (0.0 if accelerators else OVERHEAD_S / 3600)
     total = sum(hours.values())
     chain: dict[str, float] = {}
 
@@ -69,20 +75,20 @@ def estimate(study: StudyConfig, graph: Graph | None = None) -> Estimate:
     )
 
 
-def tuning_estimate(study: StudyConfig) -> Estimate | None:
-    """Of what tuning takes; none where nothing is tried."""
+def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate | None:
+    """The cost of tuning, without extensions of grids; None where nothing is tuned."""
     if not study.tune:
         return None
     graph, tried = trials(study)
-    return estimate(study, graph) if tried else None
+    return estimate(study, graph, gflops) if tried else None
 
 
-def run_flops(study: StudyConfig, graph: Graph, run: Run) -> float:
-    """FLOPs of one run, forward and backward: stage 1 as its method counts them, a dense model's otherwise; a run that
-    goes on from a shorter one has its own part alone."""
+def run_flops(study: StudyConfig, graph: Graph, run: StudyRun) -> float:
+    """FLOPs of one run: stage 1 as its method counts them, otherwise those of a dense model. A run that continues a
+    shorter one counts its own part."""
     from fine_dist.model.arch import Arch
 
-    if run.module == settings.MODULES["encode"]:
+    if run.module in (settings.MODULES["encode"], settings.COPY_MODULE):
         return 0.0
     stage_1: Any = settings.stage_1_flops(run.config)
     steps = run.steps - (graph[run.grows].steps if run.grows else 0)
@@ -90,3 +96,44 @@ def run_flops(study: StudyConfig, graph: Graph, run: Run) -> float:
         return steps * run.config.batch * stage_1
     base = run.config.arch or validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
     return sum(steps * run.config.batch * settings.step_flops(base.with_depth(depth)) for depth in run.depths)
+
+
+def measuring_hours(study: StudyConfig, gflops: float = CORE_GFLOPS) -> float:
+    """Hours that measuring the models takes: their samples and their held-out loss.
+
+    The held-out loss is taken as if each of 1,000 images were noised at 10 timesteps.
+    """
+    from fine_dist.model.arch import Arch
+
+    arch = validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
+    forward = settings.step_flops(arch) / 3
+    models = sum(max(1, len(e.train)) + 1 for e in study.rows) * len(study.depths) * len(study.seeds)
+    passes = 10_000 + (study.samples * study.sampler.steps if study.features else 0)
+    wide = max(1, study.launch.max_parallel or 1)
+    rate = ASSUMED_TFLOPS * 1e12 if study.launch.gpus else gflops * 1e9 * wide
+    return models * passes * forward / rate / 3600
+
+
+def measured_gflops(seconds: float = 1.5) -> float:
+    """GFLOP/s of one core of this machine on forward and backward passes of a small model."""
+    import time
+
+    import torch
+
+    from fine_dist.model.arch import Arch
+    from fine_dist.model.dit import DiT
+
+    arch = Arch(hidden_size=128, num_layers=2, num_heads=4, patch_size=2, in_channels=4, input_size=16, num_classes=10)
+    model, threads = DiT(arch), torch.get_num_threads()
+    z, t, y = torch.randn(16, 4, 16, 16), torch.full((16,), 500), torch.zeros(16, dtype=torch.long)
+    torch.set_num_threads(1)
+    try:
+        output = model(z, t, y)
+        steps, begun = 0, time.process_time()
+        while time.process_time() - begun < seconds:
+            output = model(z, t, y)
+            (output if isinstance(output, torch.Tensor) else output[0]).square().mean().backward()
+            steps += 1
+        return steps * 16 * settings.step_flops(arch) / (time.process_time() - begun) / 1e9
+    finally:
+        torch.set_num_threads(threads)

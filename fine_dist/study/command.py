@@ -1,37 +1,64 @@
-"""`python -m fine_dist.study --config FILE`: run a table of methods x targets x seeds, measure it and report it."""
+"""`python -m fine_dist.study --config FILE`: run a study, measure it and report it."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from pathlib import Path
+from typing import Any
 
-from fine_dist.core.errors import guard
+from fine_dist.core.arguments import parse
+from fine_dist.core.errors import ConfigError, guard
+from fine_dist.core.files import write_atomic
+from fine_dist.study.study_file import StudyFile, template
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fine_dist.study", description=__doc__, allow_abbrev=False)
+    return guard(lambda: _run(argv))
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--template", metavar="FILE", help="write an example of the short form to FILE and stop")
     parser.add_argument(
-        "--config", metavar="FILE", required=True, help="the study, such as configs/benchmark/digits.yaml"
-    )
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change a setting of the study")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and one seed: a smoke test")
-    parser.add_argument("--launcher", default="auto", help="where jobs run: local, slurm, ray, auto, here")
-    parser.add_argument("--dry-run", action="store_true", help="name the runs and what they would take; run nothing")
-    options = parser.parse_args(argv)
-    return guard(lambda: _run(options))
+        "--set", metavar="KEY=VALUE", action="append", default=[],
+        help="change a setting of every study of the file, by dotted key: --set steps.N=200 --set seeds=[0]",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="smoke test: lay the file's `quick` settings over it")
+    parser.add_argument("--no-tables", action="store_true", help="write the reports without printing their tables")
 
 
-def _run(options: argparse.Namespace) -> int:
-    from fine_dist.study import methods
+def _run(argv: list[str] | None) -> int:
+    import sys
 
-    benchmark = methods.load_benchmark(options.config, options.set, options.quick)
-    if options.dry_run:
-        print("\n".join([*methods.outline(benchmark), "dry run: nothing was done"]))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--template" in words:  # before the settings are read: there are none yet
+        return _write_template(words)
+    call = parse(StudyFile, argv, "python -m fine_dist.study", options=_options)
+    # planning a study builds its models on the meta device: torch is needed from here on
+    from fine_dist.study import describe, run_studies
+    from fine_dist.study.budget import measured_gflops
+    from fine_dist.study.study_file import studies_of
+
+    options: Any = call.options
+    file: StudyFile = call.config
+    gflops = measured_gflops() if file.data and not file.launch.gpus else None
+    studies = studies_of(file, options.config or "FILE", options.set, options.quick, gflops)
+    if call.dry_run:
+        print("\n".join([*describe(studies, gflops), "dry run: nothing was done"]))
         return 0
-    methods.run(benchmark, options.launcher)
+    if file.data:
+        print("\n".join(describe(studies, gflops, runs=False)), flush=True)
+    run_studies(studies, call.launcher, echo=not options.no_tables)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _write_template(words: list[str]) -> int:
+    place = words.index("--template") + 1
+    if place >= len(words):
+        raise ConfigError("command line: --template: a file name is needed after it")
+    path = Path(words[place])
+    if path.exists():
+        raise ConfigError(f"--template {path}: the file exists already; give another name")
+    write_atomic(path, template())
+    print(f"{path}: edit it, then run: python -m fine_dist.study --config {path} --dry-run")
+    return 0

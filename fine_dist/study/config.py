@@ -1,10 +1,10 @@
-"""A study as data: data sets, entries (what is initialised, from what, how long), targets, seeds and claims."""
+"""A study as data: data sets, entries (what is initialized, from what, for how long), targets, seeds and claims."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,162 +12,189 @@ from fine_dist.core.config import Config, validate
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.core.yaml_files import load_yaml
 from fine_dist.diffusion.settings import SamplerConfig
-from fine_dist.study.report.results import SECTIONS, Claim
+from fine_dist.study.report.results import SECTIONS, PublishedClaim
 from launchers.spec import check_name
 
+SCRATCH_SHELL = "scratch_shell"
+"""Ending of the name of a row that `add_scratch_shell_row` adds."""
 
-class Stage(Config):
+
+class StudyStage(Config):
     """One stage of an entry."""
 
     steps: int | str
-    """A number, or a formula of the study's symbols: N, 3N, N+I."""
+    """Steps as a number, or as a formula of the study's symbols: N, 3N, N+I."""
     name: str | None = None
-    """Run directories are called NAME-sSEED; none: STAGE-ENTRY."""
+    """Run directories are called NAME-sSEED. Default: STAGE-ENTRY-sSEED."""
     ancestor: str | None = None
-    """Entry whose model this stage learns from (stage 1 of methods that need an ancestor)."""
+    """Entry whose model stage 1 starts from or imitates. Needed by methods that take an ancestor."""
     data: str | None = None
-    """Data set of this stage; none: the study's first for stage 1, the entry's for stage 2."""
+    """Data set of this stage. Default: the study's first data set for stage 1, the entry's for stage 2."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Laid over the study's settings of this stage."""
+    """Settings of the stage's command, laid over those that the study gives for this stage."""
     final: bool = False
-    """Stage 2 is all the training that a target has: its steps are counted as training steps."""
+    """Whether stage 2 is all the training that a target has; its steps then count as training steps."""
 
 
-class Entry(Config):
-    """One row of a study's table: targets made in one way."""
+class StudyEntry(Config):
+    """One row of a study's table: targets that are initialized and trained in one way."""
 
     name: str
-    """Of the series, and the first word of its run directories."""
-    label: str | None = None
-    """How it is called in the report; none: as its method, else by its name."""
-    colour: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
-    """In the report, as #rrggbb; none: one of its own."""
-    method: dict[str, Any]
-    """Settings of its method."""
+    """Series name; also the prefix of its run directories."""
+    display_name: str | None = None
+    """Name in the report. Default: the label of its method."""
+    color: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
+    """Color in the report as #rrggbb. Default: the next free color."""
+    method: dict[str, Any] = Field(default_factory=dict)
+    """Settings of its method, such as {name: tleg}. Needed unless `source` is given."""
+    source: str | None = None
+    """An existing model that other entries start from: a folder or run of this project, DiT's `.pt`, a diffusers
+    folder or a name on the hub. It costs nothing in the report, and such an entry has no targets."""
     parent: str | None = None
-    """Entry whose learngene or model targets come from; none: its own learngene when it condenses, else nothing."""
-    condense: Stage | None = None
-    """Stage 1."""
-    init: Stage | None = None
-    """Stage 2: all depths of a seed in one family; none: targets are trained as they descend."""
+    """Entry whose learngene or model the targets start from. Default: the entry's own learngene if it has a stage 1,
+    else nothing."""
+    condense: StudyStage | None = None
+    """Stage 1. Default: the entry has none."""
+    init: StudyStage | None = None
+    """Stage 2, in which all depths of a seed form one family. Default: targets are trained as the method makes them."""
     train: tuple[int | str, ...] = ("N",)
-    """Stage 3: lengths. A longer run continues the shorter one where the schedule allows, and repeats nothing."""
+    """Lengths of stage 3. With a constant learning rate a longer run continues the shorter one; with a schedule that
+    decays each length is a run of its own."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Laid over the study's settings of stage 3."""
+    """Settings of stage 3, laid over those that the study gives for it."""
     data: str | None = None
-    """Data set of stages 2 and 3, and of the measures; none: the study's first."""
+    """Data set of stages 2 and 3 and of the measurements. Default: the study's first."""
     labels: Literal["keep", "new"] = "keep"
-    """Whether the labels of stage 2's data mean what the parent's do, or targets learn labels of their own."""
+    """Whether the labels of stage 2's data mean what the parent's do (`keep`), or targets learn labels of their own."""
     shell: Literal["inherited", "scratch"] = "inherited"
-    """What is outside the blocks when stage 3 begins: as the method has it, or from scratch."""
-    bare: bool = False
-    """Also a row NAME_bare: the same entry but for `shell: scratch`."""
+    """Embedders and final layer when stage 3 begins: as the method made them, or initialized from scratch."""
+    add_scratch_shell_row: bool = False
+    """Whether there is also a row NAME_scratch_shell, which differs in `shell: scratch` alone."""
     depths: tuple[int, ...] = ()
-    """Layers of its targets; empty: the study's."""
+    """Layers of its targets. Default: the study's depths."""
     untrained: bool = False
-    """Also measure every variant of the method's targets before any training."""
+    """Whether every variant of the method's targets is also measured before any training."""
     shown: bool = True
-    """Whether its targets are rows of the report; an ancestor need not be."""
+    """Whether its targets are rows of the report. An ancestor need not be."""
     control: bool = False
-    """Whether it can be left out by `controls: false`."""
+    """Whether the entry is a control, which `controls: false` leaves out."""
 
     @model_validator(mode="after")
-    def _one_shell(self) -> Entry:
+    def _consistent(self) -> StudyEntry:
         if self.shell == "scratch" and self.init and self.init.final:
-            raise ValueError(f"entries.{self.name}: shell is where stage 3 begins, and init.final leaves it none")
+            raise ValueError(
+                f"entries.{self.name}: shell applies when stage 3 begins, and with init.final there is none"
+            )
+        if bool(self.source) == bool(self.method):
+            raise ValueError(f"entries.{self.name}: give either method or source")
         return self
 
     @field_validator("name")
     @classmethod
-    def _named(cls, name: str) -> str:
+    def _legal_name(cls, name: str) -> str:
         return check_name(name)
 
 
+class ShardFolders(NamedTuple):
+    """Folders of a data set's shards."""
+
+    train: str
+    held_out: str
+
+
 class StudyConfig(Config):
-    """A study: entries x depths x seeds, run once each and measured alike."""
+    """A study: entries x depths x seeds, each run once and measured alike."""
 
     title: str
-    """Of the report."""
+    """Title of the report."""
     run_dir: str
-    """Where everything is written; the report lands in its `report/`."""
+    """Folder of all runs. The report is written to its `report/`."""
     dataset: str = ""
-    """What is trained on, in words."""
+    """The training data in words, for the report."""
     command: str = ""
     """The command that makes this study, for the report."""
     data: dict[str, dict[str, Any]]
-    """Data sets: name -> settings of `fine_dist.encode`. Folders are RUN_DIR/NAME."""
+    """Data sets by name: {shards: FOLDER, held_out: FOLDER} for existing shards, else settings of
+    `python -m fine_dist.encode`, which then writes RUN_DIR/NAME."""
     stages: dict[str, dict[str, Any]]
     """Settings of `condense`, `init` and `train` that all entries share."""
     seeds: tuple[int, ...] = (0,)
-    """Of the whole chain, stage 1 included."""
+    """Seeds of the whole chain, stage 1 included. An ordering needs three or more."""
     depths: tuple[int, ...] = Field(min_length=1)
     """Layers of the targets."""
     steps: dict[str, int]
-    """Symbols of formulas: N (training after initialisation), I (initialisation), C (stage 1), or any capital."""
-    entries: tuple[Entry, ...] = Field(min_length=1)
-    """The rows."""
+    """Symbols of the formulas of steps: N (training after initialization), I (initialization), C (stage 1), or any
+    other capital letter."""
+    entries: tuple[StudyEntry, ...] = Field(min_length=1)
+    """The rows of the study."""
     main: str
     """Entry that the report is about."""
     baseline: str
-    """Entry that it is held against first."""
+    """Entry that it is compared with first, usually training from scratch."""
     controls: bool = True
-    """Run the entries that are marked as controls."""
+    """Whether the entries that are marked as controls are run."""
     tune: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """Settings of the last stage of every row, dotted, and the values to choose from: `{optim.lr: [5e-4, 1e-3]}`. The
-    held-out loss chooses, entry by entry, on a seed that is not reported."""
+    """Grid of settings of every row's last stage, by dotted key: {optim.lr: [5e-4, 1e-3, 2e-3]}. The held-out loss
+    chooses for each entry on a seed that is not reported. Default: nothing is tuned."""
+    tune_extend: int = Field(3, ge=0)
+    """How often a row's grid of numbers is extended while its best value lies at an end. A row whose best value still
+    lies at an end is not published."""
     tune_seed: int = Field(1000, ge=0)
-    """That seed, of the whole chain."""
+    """Seed of the whole chain on which tuning chooses; it cannot be one of `seeds`."""
     tune_depth: int | None = Field(None, ge=1)
-    """Layers of the targets on which it is chosen; none (or not of the entry): the entry's first."""
-    chosen: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What tuning has chosen before, entry by entry, each one of `tune`'s combinations: nothing is tried again for
-    these; null: everything is tried."""
+    """Layers of the targets that are tuned. Default: the first depth of each entry."""
+    tuned: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Values that an earlier tuning chose, by entry, such as {fine: {optim.lr: 1e-3}}; these entries are not tuned
+    again. null: every entry is tuned."""
     features: str | None = "classifier"
-    """`classifier`: one trained on the study's own data; a folder with one; none: no Fréchet distance."""
+    """Feature network of the Fréchet distance: `classifier` trains one on the study's data, a folder holds one, null
+    leaves the distance out."""
     samples: int = Field(500, ge=2)
     """Images drawn for each Fréchet distance."""
-    frechet_seeds: tuple[int, ...] = ()
-    """Seeds whose models have a Fréchet distance; empty: all."""
-    frechet_depths: tuple[int, ...] = ()
-    """Layers of the models that have one; empty: any."""
     frechet: tuple[str, ...] = ()
-    """Entries whose models have one; empty: all."""
+    """Entries whose models get a Fréchet distance. Default: all."""
+    frechet_depths: tuple[int, ...] = ()
+    """Depths whose models get a Fréchet distance. Default: all."""
+    frechet_seeds: tuple[int, ...] = ()
+    """Seeds whose models get a Fréchet distance. Default: all."""
     sampler: SamplerConfig = SamplerConfig()
-    """How they are drawn."""
+    """Sampler of the images behind distances and sample grids."""
     pictures: int = Field(40, ge=0)
-    """Images of a sample grid, a column a class; none at 0."""
-    pictured: tuple[str, ...] = ()
-    """Entries that have pictures, and what they come from too; empty: all of them."""
-    ink: bool = False
-    """Show pictures dark on white: scans of writing."""
-    labels: dict[str, str] = Field(default_factory=dict)
-    """Further labels, such as those of `ENTRY:VARIANT`."""
+    """Images in a sample grid, one column per class. 0 draws none."""
+    sample_entries: tuple[str, ...] = ()
+    """Entries whose models, and whose parents, get sample grids. Default: all."""
+    sample_depths: tuple[int, ...] = ()
+    """Depths whose models get sample grids. Default: all."""
+    invert_colors: bool = False
+    """Whether sample grids are shown dark on white, as scans of writing are."""
+    display_names: dict[str, str] = Field(default_factory=dict)
+    """Display names of further series, such as ENTRY:VARIANT."""
     tables_note: str = ""
-    """What is drawn over depth, in words."""
-    claims: tuple[Claim, ...] = ()
-    """What the report decides."""
+    """What the tables over depth hold, as a sentence."""
+    claims: tuple[PublishedClaim, ...] = ()
+    """Claims of papers and controls that the report checks."""
     sections: dict[str, str] = Field(default_factory=lambda: dict(SECTIONS))
-    """Sections of the report in order, and their titles."""
+    """Sections of the report in order, with their titles."""
     launch: LaunchConfig = LaunchConfig(retries=0)
     """What a job needs, and how many run at once (`max_parallel`)."""
 
-    @field_validator("tune", "chosen", mode="before")
+    @field_validator("tune", "tuned", mode="before")
     @classmethod
-    def _nothing(cls, value: Any) -> Any:
-        return {} if value is None else value  # what a mapping that is laid over another cannot say
+    def _null_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value  # a mapping laid over another cannot say "nothing" otherwise
 
     @model_validator(mode="before")
     @classmethod
-    def _with_bare_rows(cls, values: Any) -> Any:
+    def _with_scratch_shell_rows(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not isinstance(values.get("entries"), (list, tuple)):
             return values
-        entries: list[Any] = []
+        key, entries = "add_scratch_shell_row", []
         for entry in values["entries"]:
-            if not isinstance(entry, dict) or entry.get("bare") is not True:
+            if not isinstance(entry, dict) or entry.get(key) is not True:
                 entries.append(entry)
                 continue
-            more = {"name": f"{entry.get('name')}_bare", "shell": "scratch", "untrained": False}
-            entries += [{**entry, "bare": False}, {**entry, "bare": False, **more}]
+            more = {"name": f"{entry.get('name')}_{SCRATCH_SHELL}", "shell": "scratch", "untrained": False}
+            entries += [{**entry, key: False}, {**entry, key: False, **more}]
         return {**values, "entries": entries}
 
     @model_validator(mode="after")
@@ -176,70 +203,91 @@ class StudyConfig(Config):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"entries: two are called {twice[0]!r}")
-        named = {"main": self.main, "baseline": self.baseline}
-        named |= {f"frechet.{i}": name for i, name in enumerate(self.frechet)}
-        named |= {f"chosen.{name}": name for name in self.chosen}
-        named |= {f"pictured.{i}": name for i, name in enumerate(self.pictured)}
+        if not self.data:
+            raise ValueError("data: a study needs one data set or more")
+        for where, name in self._references().items():
+            if name not in names:
+                raise ValueError(f"{where}: no entry is called {name!r}; there are {', '.join(names)}")
         for entry in self.entries:
-            named[f"entries.{entry.name}.parent"] = entry.parent or entry.name
-            if entry.condense and entry.condense.ancestor:
-                named[f"entries.{entry.name}.condense.ancestor"] = entry.condense.ancestor
             for stage in (entry, entry.condense, entry.init):
                 if stage and stage.data and stage.data not in self.data:
                     known = ", ".join(self.data)
                     raise ValueError(f"entries.{entry.name}: no data set is called {stage.data!r}; there are {known}")
-        for where, name in named.items():
-            if name not in names:
-                raise ValueError(f"{where}: no entry is called {name!r}; there are {', '.join(names)}")
         if self.tune and self.tune_seed in self.seeds:
             raise ValueError(f"tune_seed {self.tune_seed} is one of seeds, whose results are reported; choose another")
         empty = [key for key, values in self.tune.items() if not values]
         if empty:
             raise ValueError(f"tune.{empty[0]}: give one value or more")
-        for name, values in self.chosen.items():
-            wrong = [key for key in self.tune if values.get(key) not in self.tune[key]]
-            if wrong:
-                tried = ", ".join(map(str, self.tune[wrong[0]]))
-                raise ValueError(f"chosen.{name}: {wrong[0]} {values.get(wrong[0])} is none of tune's values, {tried}")
-        if not self.data:
-            raise ValueError("data: a study needs one data set or more")
+        for name, values in self.tuned.items():
+            missing = [key for key in self.tune if key not in values]
+            if missing:
+                raise ValueError(f"tuned.{name}: {missing[0]} has no value, and it is one of tune's keys")
         missing = [stage for stage in ("condense", "init", "train") if stage not in self.stages]
         if missing:
             raise ValueError(f"stages: {missing[0]} is missing")
         return self
 
+    def _references(self) -> dict[str, str]:
+        """Every place that names an entry, and the name."""
+        named = {"main": self.main, "baseline": self.baseline}
+        for key in ("frechet", "tuned", "sample_entries"):
+            named |= {
+                f"{key}.{name}" if key == "tuned" else f"{key}.{i}": name for i, name in enumerate(getattr(self, key))
+            }
+        for entry in self.entries:
+            named[f"entries.{entry.name}.parent"] = entry.parent or entry.name
+            if entry.condense and entry.condense.ancestor:
+                named[f"entries.{entry.name}.condense.ancestor"] = entry.condense.ancestor
+        return named
+
     @property
     def root(self) -> Path:
-        """Its folder."""
+        """Folder of the study."""
         return Path(os.path.expandvars(os.path.expanduser(self.run_dir)))
 
     @property
-    def used(self) -> tuple[Entry, ...]:
+    def used(self) -> tuple[StudyEntry, ...]:
         """The entries that are run."""
-        return tuple(entry for entry in self.entries if self.controls or not entry.control)
+        return tuple(e for e in self.entries if not e.source and (self.controls or not e.control))
 
-    def entry(self, name: str) -> Entry:
+    @property
+    def rows(self) -> tuple[StudyEntry, ...]:
+        """The entries that are run and shown in the report."""
+        return tuple(entry for entry in self.used if entry.shown)
+
+    def entry(self, name: str) -> StudyEntry:
         """The entry of a name."""
         return next(entry for entry in self.entries if entry.name == name)
 
-    @property
-    def rows(self) -> tuple[Entry, ...]:
-        """The entries that are run and shown."""
-        return tuple(entry for entry in self.used if entry.shown)
-
-    def depths_of(self, entry: Entry) -> tuple[int, ...]:
+    def depths_of(self, entry: StudyEntry) -> tuple[int, ...]:
         """Layers of an entry's targets."""
         return entry.depths or self.depths
 
+    def encodes(self, data: str) -> bool:
+        """Whether a data set is made by the study (and not given as shards)."""
+        return "shards" not in self.data[data]
+
+    def shards_of(self, data: str) -> ShardFolders:
+        """Folders of a data set's shards."""
+        if self.encodes(data):
+            return ShardFolders(str(self.root / data / "train"), str(self.root / data / "held_out"))
+        return ShardFolders(str(self.data[data]["shards"]), str(self.data[data]["held_out"]))
+
 
 def load_study(path: str | Path, **changes: Any) -> StudyConfig:
-    """A study's file with some keys changed; mappings are laid over, other values replaced. `ConfigError` names what
-    is wrong."""
+    """A study's file with some keys changed; mappings are laid over, other values replaced.
+
+    Raises:
+        ConfigError: The file or the changes are no legal study.
+    """
     return validate(StudyConfig, merged(load_yaml(path), changes), str(path))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`, mapping by mapping; settings of a method are replaced as a whole, never mixed."""
+    """`changes` laid over `base`, mapping by mapping.
+
+    Settings of a method are replaced as a whole, never mixed: they belong to one method.
+    """
     made = dict(base)
     for key, value in changes.items():
         mixed = isinstance(value, dict) and isinstance(made.get(key), dict) and key != "method"

@@ -1,4 +1,4 @@
-"""The graph of runs that a study becomes: what must be done before what, and nothing twice."""
+"""The graph of runs that a study becomes: which run needs which others, with nothing run twice."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from fine_dist.core.config import Config
 from fine_dist.core.errors import ConfigError
 from fine_dist.study import settings
-from fine_dist.study.config import Entry, StudyConfig
-from fine_dist.study.report.formula import steps_of
+from fine_dist.study.config import StudyConfig, StudyEntry
+from fine_dist.study.report.results import steps_of
 
 _STAMP = "study.json"
 
 
 @dataclass
-class Run:
-    """One job of a study and what must be done before it."""
+class StudyRun:
+    """One job of a study and the runs it needs."""
 
     name: str
     module: str
@@ -27,9 +27,9 @@ class Run:
     steps: int
     after: tuple[str, ...] = ()
     grows: str | None = None
-    """The shorter run that this one goes on from: up to there the two are the same, bit for bit."""
+    """The shorter run that this one continues; up to its end the two are bitwise equal."""
     depths: tuple[int, ...] = ()
-    """Layers of what it trains, a model each; empty for stage 1, whose method says."""
+    """Layers of the models it trains; empty for stage 1, whose method decides."""
 
     @property
     def run_dir(self) -> Path:
@@ -37,18 +37,18 @@ class Run:
 
     @property
     def key(self) -> str:
-        """A hash of everything its config says but where it is launched."""
+        """A hash of its config without the launch settings."""
         return hashlib.sha256(_content(self.module, self.config, {"launch"}).encode()).hexdigest()
 
     def stamp(self, done: bool) -> None:
-        """Note in the run's directory which run it was started for, and whether it ended well."""
+        """Record in the run's directory which config it was started with, and whether it succeeded."""
         from fine_dist.core.files import write_atomic
 
         write_atomic(self.run_dir / _STAMP, json.dumps({"key": self.key, "done": done}) + "\n")
 
     @property
     def done(self) -> bool:
-        """Whether this very run was finished before: the same config, and its product is there."""
+        """Whether this run has finished: with the same config, and its product is there."""
         try:
             stamp = json.loads((self.run_dir / _STAMP).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -56,10 +56,10 @@ class Run:
         if stamp.get("key") != self.key:
             return False
         whole = settings.finished(self.module, self.config)
-        return bool(stamp.get("done") or self._ended_well()) if whole is None else whole
+        return bool(stamp.get("done") or self._succeeded()) if whole is None else whole
 
-    def _ended_well(self) -> bool:
-        """What its worker wrote down, should the process that submitted it have ended before."""
+    def _succeeded(self) -> bool:
+        """Its worker's own record, for when the process that submitted it ended earlier."""
         from launchers.state_table import StateTable
 
         row = StateTable(self.run_dir.parent).get(self.name)
@@ -68,24 +68,28 @@ class Run:
 
 @dataclass
 class Graph:
-    """All runs of a study, in the order they are wanted; `follow` runs them, `collect` reads them."""
+    """All runs of a study in order of priority; `follow` runs them and `collect_results` reads them."""
 
     study: StudyConfig
-    runs: list[Run] = field(default_factory=list)
-    _by_content: dict[str, Run] = field(default_factory=dict)
+    runs: list[StudyRun] = field(default_factory=list)
+    _by_content: dict[str, StudyRun] = field(default_factory=dict)
     _open: list[str] = field(default_factory=list)
 
-    def __getitem__(self, name: str) -> Run:
+    def __getitem__(self, name: str) -> StudyRun:
         return next(run for run in self.runs if run.name == name)
 
-    # --- the runs of an entry; each is made when it is first asked for -----------------------------------------------
+    # --- the runs of an entry, each made when it is first needed -----------------------------------------------------
 
-    def data(self, name: str) -> Run:
+    def data(self, name: str) -> StudyRun:
         """The run that makes a data set."""
-        return self._add(Run(name, settings.MODULES["encode"], settings.encode_config(self.study, name), 0))
+        return self._add(StudyRun(name, settings.MODULES["encode"], settings.encode_config(self.study, name), 0))
 
-    def condense(self, entry: Entry, seed: int) -> Run:
-        """Stage 1. `ConfigError` for an entry that has none."""
+    def condense(self, entry: StudyEntry, seed: int) -> StudyRun:
+        """The run of stage 1.
+
+        Raises:
+            ConfigError: The entry has no stage 1.
+        """
         stage = entry.condense
         if stage is None:
             raise ConfigError(f"entry {entry.name} has no condense stage, so it has no learngene to give")
@@ -95,8 +99,8 @@ class Graph:
         after = (ancestor[0].name,) if ancestor else ()
         return self._stage("condense", name, entry, changes, after)
 
-    def init(self, entry: Entry, seed: int) -> Run:
-        """Stage 2: the targets of one seed."""
+    def init(self, entry: StudyEntry, seed: int) -> StudyRun:
+        """The run of stage 2, which makes the targets of one seed."""
         stage = entry.init
         if stage is None:
             raise ConfigError(f"entry {entry.name} has no init stage")
@@ -108,9 +112,8 @@ class Graph:
         )
         return self._stage("init", name, entry, changes, (parent[0].name,) if parent else (), depths)
 
-    def train(self, entry: Entry, depth: int, seed: int) -> list[Run]:
-        """Stage 3 of one target: its lengths, shortest first; a longer one continues the shorter. None where stage 2 is
-        all the training there is."""
+    def train(self, entry: StudyEntry, depth: int, seed: int) -> list[StudyRun]:
+        """The runs of stage 3 of one target, shortest first; none where stage 2 is all its training."""
         if entry.init and entry.init.final:
             return []
         lengths = sorted({self.steps(formula) for formula in entry.train})
@@ -120,28 +123,32 @@ class Graph:
         if entry.init:
             first = self.init(entry, seed)
             target, after = settings.target_folder(first.config, depth), (first.name,)
-        made: list[Run] = []
+        made: list[StudyRun] = []
         for steps in lengths:
             middle = f"-n{steps}" if len(lengths) > 1 else ""
             name = f"{entry.name}-L{depth}{middle}-s{seed}"
             changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
-            # A schedule that knows its end makes another curve from the first step on.
+            # A schedule that depends on the last step gives another curve from the first step on, so that a longer run
+            # can continue a shorter one only where the rate is constant.
             grows = made[-1].name if made and not made[-1].config.optim.depends_on_steps else None
             made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
         return made
 
-    def parent_of(self, entry: Entry, seed: int) -> tuple[Run, Path] | None:
-        """What an entry's targets come from: the run that makes it, and the folder it lies in."""
+    def parent_of(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path] | None:
+        """The parent of an entry's targets: the run that makes it, and its folder."""
         if entry.parent:
             return self.parent(self.study.entry(entry.parent), seed)
         return self.parent(entry, seed) if entry.condense else None
 
-    def parent(self, entry: Entry, seed: int) -> tuple[Run, Path]:
+    def parent(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path]:
         """An entry as a parent: its learngene, else the model of its longest training at its only depth."""
         if entry.name in self._open:
             raise ConfigError(f"entries: {' -> '.join([*self._open, entry.name])} come from each other")
         self._open.append(entry.name)
         try:
+            if entry.source:
+                run = self._add(StudyRun(entry.name, settings.COPY_MODULE, settings.copy_config(self.study, entry), 0))
+                return run, run.run_dir / "model"
             if entry.condense:
                 run = self.condense(entry, seed)
                 return run, run.run_dir / "learngene"
@@ -156,42 +163,46 @@ class Graph:
         finally:
             self._open.pop()
 
-    def lineage(self, entry: Entry, seed: int) -> list[Run]:
-        """What must be trained before an entry's targets begin: ancestors' runs first, then what they come from."""
+    def lineage(self, entry: StudyEntry, seed: int) -> list[StudyRun]:
+        """The runs that are trained before an entry's targets start: those of ancestors first, then of the parent."""
         if entry.parent:
             parent = self.study.entry(entry.parent)
-            return [*self.lineage(parent, seed), *([] if parent.condense else [self.parent(parent, seed)[0]])]
+            own = parent.condense or parent.source  # a learngene is in its own lineage, and a copy costs nothing
+            return [*self.lineage(parent, seed), *([] if own else [self.parent(parent, seed)[0]])]
         if not entry.condense:
             return []
         ancestor = self.study.entry(entry.condense.ancestor) if entry.condense.ancestor else None
-        before = [*self.lineage(ancestor, seed), self.parent(ancestor, seed)[0]] if ancestor else []
+        before: list[StudyRun] = []
+        if ancestor and not ancestor.source:
+            before = [*self.lineage(ancestor, seed), self.parent(ancestor, seed)[0]]
         return [*before, self.condense(entry, seed)]
 
     def steps(self, formula: int | str) -> int:
-        """A formula's value in this study; at least one."""
-        found = steps_of(formula, self.study.steps)
-        if found < 1:
-            raise ConfigError(f"steps {formula!r} come to {found}; a run has 1 step or more")
-        return found
+        """A formula's value in this study, at least 1."""
+        steps = steps_of(formula, self.study.steps)
+        if steps < 1:
+            raise ConfigError(f"steps {formula!r} come to {steps}; a run has 1 step or more")
+        return steps
 
-    # --- adding ----------------------------------------------------------------------------------------------------
+    # --- adding ------------------------------------------------------------------------------------------------------
 
     def _stage(
-        self, stage: str, name: str, entry: Entry, changes: dict[str, Any], after: tuple[str, ...],
+        self, stage: str, name: str, entry: StudyEntry, changes: dict[str, Any], after: tuple[str, ...],
         depths: tuple[int, ...] = (), grows: str | None = None,
-    ) -> Run:  # fmt: skip
+    ) -> StudyRun:  # fmt: skip
         config = settings.stage_config(self.study, stage, name, entry, changes)
-        data = self.data(settings.data_of(self.study, stage, entry))
-        if not self._comes_after(after, data.name):
-            after = (*after, data.name)
-        return self._add(Run(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
+        name_of_data = settings.data_of(self.study, stage, entry)
+        if self.study.encodes(name_of_data):
+            data = self.data(name_of_data)
+            after = after if self._comes_after(after, data.name) else (*after, data.name)
+        return self._add(StudyRun(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
 
     def _comes_after(self, names: tuple[str, ...], wanted: str) -> bool:
-        """Whether one of these runs needs a run, however far back."""
+        """Whether one of these runs needs the wanted one, directly or not."""
         return any(name == wanted or self._comes_after(self[name].after, wanted) for name in names)
 
-    def _add(self, run: Run) -> Run:
-        """The run, or the one that does the same under another name."""
+    def _add(self, run: StudyRun) -> StudyRun:
+        """The run, or an earlier one with the same content under another name."""
         content = _content(run.module, run.config, {"launch", "run_dir"})
         known = self._by_content.get(content)
         if known is not None:
@@ -209,10 +220,11 @@ def _content(module: str, config: Config, without: set[str]) -> str:
 
 
 def plan(study: StudyConfig) -> Graph:
-    """The runs: the longest that wait for nothing come first, so that no core is idle at the end."""
+    """The graph of a study. Long runs that need nothing come first, so that no core is idle at the end."""
     graph = Graph(study)
     for name in study.data:
-        graph.data(name)
+        if study.encodes(name):
+            graph.data(name)
     for seed in study.seeds:
         for entry in study.used:
             if entry.condense:
@@ -226,7 +238,7 @@ def plan(study: StudyConfig) -> Graph:
     return graph
 
 
-def _trains(graph: Graph, seed: int, entries: list[Entry]) -> None:
+def _trains(graph: Graph, seed: int, entries: list[StudyEntry]) -> None:
     """Deepest targets first."""
     for depth in sorted({d for e in entries for d in graph.study.depths_of(e)}, reverse=True):
         for entry in entries:

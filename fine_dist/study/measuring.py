@@ -1,6 +1,6 @@
 """Measuring a study's models: each once, and several at a time where the study runs several jobs.
 
-A model's measurements are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
+The measurements of a model are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
 """
 
 from __future__ import annotations
@@ -19,48 +19,49 @@ from fine_dist.core.files import write_atomic
 from fine_dist.core.limits import num_cores
 from fine_dist.data.settings import DataConfig
 from fine_dist.study import settings
-from fine_dist.study.config import Entry
-from fine_dist.study.environment import features
+from fine_dist.study.config import StudyConfig, StudyEntry, merged
 
 if TYPE_CHECKING:
+    from fine_dist.diffusion.settings import DiffusionConfig
     from fine_dist.evaluation.evaluator import Evaluator
     from fine_dist.study.graph import Graph
 
 
-class Model(NamedTuple):
-    """A finished model of a study."""
+class MeasuredModel(NamedTuple):
+    """A finished model of a study that is to be measured."""
 
     name: str
-    """Of its measurements' files."""
+    """Name of the files of its measurements."""
     folder: Path
     data: str
-    """Data set that it is measured on."""
+    """Data set it is measured on."""
     distances: bool = False
-    """Whether a Fréchet distance is wanted."""
+    """Whether its samples are measured too."""
 
 
 class Measuring:
     """The measurements of a study's models.
 
-    accuracy: held-out, of the classifier whose features the Fréchet distance has; none without one.
+    Attributes:
+        accuracy: Held-out accuracy of the classifier behind the Fréchet distance; None without one.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.graph, self.study = graph, graph.study
-        self.features, self.accuracy = features(self.study)
+        self.features, self.accuracy = classifier_of(self.study)
         self._evaluators: dict[str, Evaluator] = {}
 
     def on(self, data: str) -> Evaluator:
-        """What measures on one data set: the evaluator of `python -m fine_dist.evaluate`, so the numbers are its."""
+        """The evaluator of a data set: that of `python -m fine_dist.evaluate`, so that the numbers are the same."""
         from fine_dist.engine import dist
         from fine_dist.evaluation.evaluator import Evaluator
         from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
 
         if data not in self._evaluators:
-            folder = self.study.root / data
+            shards = self.study.shards_of(data)
             config = EvaluateConfig(
                 metrics=("held_out_loss", *(["fd_classifier"] if self.features else [])),
-                data=DataConfig(shards=str(folder / "train"), held_out=str(folder / "held_out")),
+                data=DataConfig(shards=shards.train, held_out=shards.held_out),
                 features=FeaturesConfig(classifier=self.features),
                 samples=self.study.samples,
                 sampler=self.study.sampler,  # type: ignore[arg-type]
@@ -69,12 +70,29 @@ class Measuring:
             self._evaluators[data] = Evaluator(config, dist.alone())
         return self._evaluators[data]
 
-    def of(self, entry: Entry) -> Evaluator:
-        """The measurements of an entry's targets."""
+    def of(self, entry: StudyEntry) -> Evaluator:
+        """The evaluator of an entry's targets."""
         return self.on(settings.data_of(self.study, "train", entry))
 
-    def parent(self, entry: Entry, seed: int) -> Model | None:
-        """What an entry's targets come from, on the data that it was trained on, which need not be theirs."""
+    @property
+    def floor(self) -> tuple[float, int] | None:
+        """Fréchet distance of held-out real images to the training data, and their number; None without features."""
+        from fine_dist.data.sources import locate
+
+        data = next(iter(self.study.data))
+        floor = self.on(data).references.floors().get("fd_classifier")
+        manifest, _ = locate(self.study.shards_of(data).held_out, DataConfig())
+        return None if floor is None else (floor, manifest.count)
+
+    def held_out_count(self, entry: StudyEntry) -> int:
+        """Number of samples behind the held-out loss of an entry's targets."""
+        from fine_dist.data.sources import locate
+
+        shards = self.study.shards_of(settings.data_of(self.study, "train", entry))
+        return locate(shards.held_out, DataConfig())[0].count
+
+    def parent(self, entry: StudyEntry, seed: int) -> MeasuredModel | None:
+        """The parent of an entry's targets, measured on the data it was trained on; None where there is none."""
         from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import read_manifest
 
@@ -83,28 +101,30 @@ class Measuring:
             return None
         run = found[0]
         depth = read_manifest(find_artifact(run.run_dir))["arch"]["num_layers"]
-        data = Path(run.config.data.shards).parent.name
-        return Model(run.name, run.run_dir, data, self._has_distances(entry, depth, seed))
+        trained_on = str(getattr(getattr(run.config, "data", None), "shards", ""))
+        data = next((n for n in self.study.data if self.study.shards_of(n).train == trained_on), None)
+        distances = self._has_distances(entry, depth, seed)
+        return MeasuredModel(run.name, run.run_dir, data or next(iter(self.study.data)), distances)
 
-    def models(self, entry: Entry, depth: int, seed: int) -> list[Model]:
-        """What is measured of one target: as initialised, where it has a stage 2, and after each training."""
+    def models(self, entry: StudyEntry, depth: int, seed: int) -> list[MeasuredModel]:
+        """The models of one target: as initialized, where it has a stage 2, and after each training."""
         data, distances = settings.data_of(self.study, "train", entry), self._has_distances(entry, depth, seed)
-        found = []
+        models = []
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
-            found.append(Model(f"{run.name}-L{depth}", folder, data, distances))
+            models.append(MeasuredModel(f"{run.name}-L{depth}", folder, data, distances))
         for run in self.graph.train(entry, depth, seed):
-            found.append(Model(run.name, run.run_dir, data, distances))
-        return found
+            models.append(MeasuredModel(run.name, run.run_dir, data, distances))
+        return models
 
-    def _has_distances(self, entry: Entry, depth: int, seed: int) -> bool:
+    def _has_distances(self, entry: StudyEntry, depth: int, seed: int) -> bool:
         study = self.study
         wanted = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
         return all(not chosen or value in chosen for chosen, value in wanted)
 
-    def numbers(self, model: Model) -> dict[str, Any]:
-        """Held-out loss and distances of a model on disk, each measured once for these weights and settings."""
+    def numbers(self, model: MeasuredModel) -> dict[str, Any]:
+        """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
         from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import read_manifest
 
@@ -116,62 +136,142 @@ class Measuring:
             return {"held_out_loss": evaluator.held_out_loss(renderer.model, renderer.diffusion)}
 
         def distances() -> dict[str, Any]:
-            return {"frechet": evaluator.scores(evaluator.renderer(str(model.folder))).numbers()["fd_classifier"]}
+            scores = evaluator.scores(evaluator.renderer(str(model.folder))).numbers()
+            return {key: scores.get(key) for key in ("fd_classifier", "accuracy")}
 
-        found = self._once(f"{model.name}.loss", [manifest, data], loss)
+        numbers = self._once(f"{model.name}.loss", [manifest, data], loss)
         if not model.distances or self.features is None:
-            return found | {"frechet": None}
-        return found | self._once(f"{model.name}.distances", [manifest, evaluator.protocol()], distances)
+            return numbers | {"fd_classifier": None, "accuracy": None}
+        return numbers | self._once(f"{model.name}.distances", [manifest, evaluator.protocol()], distances)
 
-    def untrained(self, entry: Entry, depth: int, seed: int) -> dict[str, float]:
-        """Held-out losses of every variant of an entry's target without any training; empty where nobody asks."""
+    def untrained(self, entry: StudyEntry, depth: int, seed: int) -> dict[str, float]:
+        """Held-out losses of an entry's target before any training, by variant.
+
+        The variant "" is the target as the entry has it, where that is not measured as the end of stage 2; the others
+        are those of the method, where the entry asks for them (`untrained`).
+        """
         from fine_dist.artifacts.load import find_artifact
-        from fine_dist.artifacts.model_facts import known
-        from fine_dist.diffusion.settings import DiffusionConfig
-        from fine_dist.model.artifact import load_artifact, read_manifest
+        from fine_dist.model.artifact import read_manifest
 
-        parent, evaluator = self.graph.parent_of(entry, seed), self.of(entry)
-        if not entry.untrained or parent is None:
+        evaluator, parent = self.of(entry), self.graph.parent_of(entry, seed)
+        if (entry.init and not entry.untrained) or entry.shell == "scratch":
             return {}
-        folder, data = find_artifact(parent[0].run_dir), evaluator.config.data.model_dump(mode="json")
+        if entry.labels == "new" and not entry.init:
+            return {}
 
         def measure() -> dict[str, float]:
-            artifact = load_artifact(folder)
-            diffusion = known(artifact.extra).diffusion or DiffusionConfig()
-            method = settings.method_of(artifact.method if entry.condense else entry.method)
-            return {
-                str(value): evaluator.held_out_loss(
-                    settings.untrained(method.vary(axis, value), artifact, depth, seed), diffusion
-                )
-                for axis, values in method.variants().items()
-                for value in values
-            }
+            diffusion = self.diffusion_of(entry)
 
-        told = [read_manifest(folder), entry.method, depth, seed, data]
-        return self._once(f"{entry.name}-L{depth}-s{seed}.untrained", told, measure)
+            def loss(variant: tuple[str, str] | None = None) -> float:
+                return evaluator.held_out_loss(self.untrained_model(entry, depth, seed, variant), diffusion)
 
-    def _once(self, name: str, told: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What was measured when all that it depends on was the same, or is now."""
-        key = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+            losses = {} if entry.init else {"": loss()}
+            for variant in self._variants(entry, seed) if entry.untrained else ():
+                losses[variant[1]] = loss(variant)
+            return losses
+
+        data = evaluator.config.data.model_dump(mode="json")
+        manifest = read_manifest(find_artifact(parent[0].run_dir)) if parent else None
+        key = [manifest, entry.method, entry.untrained, depth, seed, data, self.diffusion_of(entry).model_dump()]
+        return self._once(f"{entry.name}-L{depth}-s{seed}.untrained", key, measure)
+
+    def diffusion_of(self, entry: StudyEntry) -> DiffusionConfig:
+        """The diffusion process that an entry's targets are trained for."""
+        from fine_dist.diffusion.settings import DiffusionConfig
+
+        stage = merged(self.study.stages["train"], entry.settings)
+        return DiffusionConfig.model_validate(stage.get("diffusion", {}))
+
+    def samples(self, entry: StudyEntry, model: Any) -> Any:
+        """The latents [N, C, H, H] of an entry's sample grid, drawn from a model in memory: the same noise for all."""
+        import torch
+
+        from fine_dist.diffusion.samplers import sample
+
+        labels = torch.arange(self.study.pictures) % model.arch.num_classes
+        return sample(
+            model.eval(), labels=labels, arch=model.arch, config=self.study.sampler, diffusion=self.diffusion_of(entry),
+            seed=0, progress="sample grid",
+        )  # fmt: skip
+
+    def _variants(self, entry: StudyEntry, seed: int) -> list[tuple[str, str]]:
+        """(axis, value) of every variant of the method that makes an entry's targets."""
+        method = settings.method_of(self._method(entry, seed))
+        return [(axis, value) for axis, values in method.variants().items() for value in values]
+
+    def _method(self, entry: StudyEntry, seed: int) -> dict[str, Any]:
+        """Settings of the method that makes the targets: of the learngene, where the entry condenses its own."""
+        from fine_dist.artifacts.load import find_artifact
+        from fine_dist.model.artifact import read_manifest
+
+        parent = self.graph.parent_of(entry, seed)
+        if parent is None or not entry.condense:
+            return entry.method
+        return dict(read_manifest(find_artifact(parent[0].run_dir))["method"])
+
+    def untrained_model(self, entry: StudyEntry, depth: int, seed: int, variant: tuple[str, str] | None = None) -> Any:
+        """An entry's target before any training, as a model."""
+        from fine_dist.artifacts.load import find_artifact
+        from fine_dist.model.arch import Arch
+        from fine_dist.model.artifact import load_artifact
+
+        parent = self.graph.parent_of(entry, seed)
+        method = settings.method_of(self._method(entry, seed))
+        method = method.vary(*variant) if variant else method
+        if parent is None:
+            arch = Arch.model_validate(self.study.stages["train"]["arch"]).with_depth(depth)
+            return settings.untrained(method, None, arch, seed)
+        artifact = load_artifact(find_artifact(parent[0].run_dir))
+        return settings.untrained(method, artifact, artifact.arch.with_depth(depth), seed)
+
+    def _once(self, name: str, key: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The stored measurement if everything it depends on (`key`) is unchanged, else a new one."""
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if found["key"] == key:
-                return dict(found["numbers"])
+            stored = json.loads(file.read_text(encoding="utf-8"))
+            if stored["key"] == digest:
+                return dict(stored["numbers"])
         numbers = measure()
-        write_atomic(file, json.dumps({"key": key, "numbers": numbers}) + "\n")
+        write_atomic(file, json.dumps({"key": digest, "numbers": numbers}) + "\n")
         return numbers
+
+
+def classifier_of(study: StudyConfig) -> tuple[str | None, float | None]:
+    """Folder and held-out accuracy of the classifier behind the Fréchet distance; trained once where asked for."""
+    from fine_dist.evaluation.classifier import classifier_of_shards, load_classifier
+
+    if study.features is None:
+        return None, None
+    if study.features != "classifier":
+        return study.features, load_classifier(study.features).accuracy
+    folder, shards = study.root / "features", study.shards_of(next(iter(study.data)))
+    return str(folder), classifier_of_shards(folder, shards.train, shards.held_out).accuracy
+
+
+def check_features(study: StudyConfig) -> None:
+    """Refuse a study whose feature network is not there, before hours are spent.
+
+    Raises:
+        ArtifactError: The folder holds no classifier.
+    """
+    from fine_dist.evaluation.classifier import load_classifier
+
+    if study.features not in (None, "classifier"):
+        load_classifier(study.features)
 
 
 # --- several at a time -----------------------------------------------------------------------------------------------
 
 
 def measure_ahead(measuring: Measuring) -> None:
-    """Measure all models of a study in as many processes as the study runs jobs (`launch.max_parallel`), a share of the
-    cores each: small models in two processes are done sooner than by two threads. Nothing where it is one process, or
-    models are measured on an accelerator.
+    """Measure all models of a study in as many processes as the study runs jobs (`launch.max_parallel`).
 
-    Raises what a measurement raises, and `TrainingError` when a process was killed.
+    Each process gets a share of the cores: small models in two processes are done sooner than by two threads. Nothing
+    is done where that is one process, or where models are measured on an accelerator.
+
+    Raises:
+        TrainingError: A process was killed.
     """
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
@@ -188,22 +288,21 @@ def measure_ahead(measuring: Measuring) -> None:
     targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
     parents = [measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows]
     models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]
-    models = list(dict.fromkeys(models))  # several rows may come from one
-    untrained = [target for target in targets if target[0].untrained]
+    models = list(dict.fromkeys(models))  # several rows may have one parent
     given = (measuring.graph, num_cores() // processes, os.getpid())
     try:
         with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
-            done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, untrained))
-            list(tqdm(done, total=len(models) + len(untrained), desc="measure", unit="model", leave=False))
+            done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, targets))
+            list(tqdm(done, total=len(models) + len(targets), desc="measure", unit="model", leave=False))
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"a process that measured models of {study.root} was killed (out of memory?); what is measured is kept and "
-            "the same command goes on; with launch.max_parallel 1 models are measured one after the other"
+            f"a process that measured models of {study.root} was killed (out of memory?). What is measured is kept; "
+            "run the same command to resume, with launch.max_parallel 1 to measure one model at a time"
         ) from error
 
 
-_here: Measuring
-"""Of a process of the pool."""
+_worker: Measuring
+"""The measurements of a process of the pool."""
 
 
 def _begin(graph: Graph, threads: int, parent: int) -> None:
@@ -212,18 +311,19 @@ def _begin(graph: Graph, threads: int, parent: int) -> None:
     from fine_dist.core.processes import die_with_parent
     from fine_dist.engine.allocator import keep_freed_memory
 
-    global _here
+    global _worker
     die_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all of the group: the parent alone says so
-    os.environ["TQDM_DISABLE"] = "1"  # the parent has the bar
+    # Ctrl-C reaches the whole process group. The parent reports it; here it just ends the process.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["TQDM_DISABLE"] = "1"  # the parent shows the progress
     torch.set_num_threads(threads)
-    keep_freed_memory()  # every batch asks for what the one before had
-    _here = Measuring(graph)
+    keep_freed_memory()  # every batch allocates the same sizes as the one before
+    _worker = Measuring(graph)
 
 
-def _numbers(model: Model) -> None:
-    _here.numbers(model)
+def _numbers(model: MeasuredModel) -> None:
+    _worker.numbers(model)
 
 
-def _untrained(target: tuple[Entry, int, int]) -> None:
-    _here.untrained(*target)
+def _untrained(target: tuple[StudyEntry, int, int]) -> None:
+    _worker.untrained(*target)

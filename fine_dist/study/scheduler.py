@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.errors import TrainingError
@@ -12,17 +13,17 @@ from fine_dist.core.processes import stop_on_signals
 from fine_dist.study import settings
 
 if TYPE_CHECKING:
-    from fine_dist.study.graph import Graph, Run
+    from fine_dist.study.graph import Graph, StudyRun
     from launchers.base import Job, Launcher
 
 LOG_LINES = 8
-"""Of a failed run's log, shown with its error."""
-LOOK_S = 5.0
-"""Seconds between questions to a scheduler about jobs of an earlier call."""
+"""Lines of a failed run's log that its error shows."""
+REFRESH_S = 5.0
+"""Seconds between two queries to a scheduler about jobs of an earlier call."""
 
 
-def follow(graph: Graph, launcher: str = "auto") -> None:
-    """Run everything that is not done. A run that fails holds up only what comes after it.
+def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ()) -> dict[str, str]:
+    """StudyRun everything that is not done. A run that fails holds up only what comes after it.
 
     launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
 
@@ -30,33 +31,41 @@ def follow(graph: Graph, launcher: str = "auto") -> None:
     """
     from launchers.worker import inside
 
-    with Bars(len(graph.runs)) as bars, stop_on_signals():
+    with RunBars(len(graph.runs)) as bars, stop_on_signals():
         if launcher == "here" or inside():
-            _follow_here(graph, bars)
-            return
+            return _follow_here(graph, bars, optional)
         from launchers.registry import get_launcher
 
         with get_launcher(launcher, graph.study.launch) as runner:
-            _Queue(graph, runner, bars).run()
+            return _Queue(graph, runner, bars).run(optional)
 
 
-def _follow_here(graph: Graph, bars: Bars) -> None:
+def _follow_here(graph: Graph, bars: RunBars, optional: Collection[str]) -> dict[str, str]:
     from launchers.worker import import_module
 
+    failed: dict[str, str] = {}
     for run in _in_order(graph):
         if not run.done:
             bars.show(run)
             _prepare(graph, run)
-            import_module(run.module).run(run.config)
+            try:
+                import_module(run.module).run(run.config)
+            except TrainingError as error:
+                if run.name not in optional:
+                    raise
+                failed[run.name] = str(error)
+                bars.end(run, failed=True)
+                continue
             run.stamp(done=True)
         bars.end(run)
+    return failed
 
 
-def _in_order(graph: Graph) -> list[Run]:
+def _in_order(graph: Graph) -> list[StudyRun]:
     """Every run after what it needs."""
-    found: dict[str, Run] = {}
+    found: dict[str, StudyRun] = {}
 
-    def visit(run: Run) -> None:
+    def visit(run: StudyRun) -> None:
         for name in run.after:
             visit(graph[name])
         found.setdefault(run.name, run)
@@ -66,15 +75,15 @@ def _in_order(graph: Graph) -> list[Run]:
     return list(found.values())
 
 
-def _prepare(graph: Graph, run: Run) -> None:
+def _prepare(graph: Graph, run: StudyRun) -> None:
     if run.grows and not run.run_dir.exists():
         inherit(graph[run.grows], run)
-    if not settings.finished(run.module, run.config):  # a product of another config is for the stage itself to judge
+    if not settings.finished(run.module, run.config):  # the stage itself refuses a product of another config
         run.stamp(done=False)
 
 
-def inherit(short: Run, run: Run) -> None:
-    """A run directory with the checkpoints and logs of a finished shorter run: the engine resumes from there."""
+def inherit(short: StudyRun, run: StudyRun) -> None:
+    """Make a run directory with the checkpoints and logs of a finished shorter run, from which the engine resumes."""
     half = run.run_dir.with_name(f".{run.run_dir.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -85,9 +94,9 @@ def inherit(short: Run, run: Run) -> None:
 
 
 class _Queue:
-    """What waits, what runs, and what became of the rest."""
+    """The runs that wait, those that run, and the outcome of the others."""
 
-    def __init__(self, graph: Graph, runner: Launcher, bars: Bars) -> None:
+    def __init__(self, graph: Graph, runner: Launcher, bars: RunBars) -> None:
         from launchers.state_table import StateTable, Submissions
 
         self.graph, self.runner, self.bars = graph, runner, bars
@@ -99,13 +108,13 @@ class _Queue:
         self.table = StateTable(graph.study.root.absolute())
         self.elsewhere: set[str] = set()
         """Runs that an earlier call handed to a scheduler and that it still has."""
-        self._looked: set[str] = set()
+        self._checked: set[str] = set()
         self._widths: dict[str, int] = {}
-        self._next_look = 0.0
+        self._next_refresh = 0.0
         self.code = self._code()
 
     def _code(self) -> str | None:
-        """The code that jobs run: a copy, where they may start later than now."""
+        """The code that jobs run: a snapshot where they may start later than now."""
         from launchers.code_snapshot import code_root, snapshot
 
         if self.runner.on_this_machine:
@@ -113,10 +122,10 @@ class _Queue:
         module = self.graph.runs[0].module
         return str(snapshot(self.graph.study.root, module)) if self.graph.study.launch.snapshot else code_root(module)
 
-    def run(self) -> None:
+    def run(self, optional: Collection[str]) -> dict[str, str]:
         while self.waiting or self.running:
-            self._look()
-            self._begin()
+            self._refresh_submissions()
+            self._start_ready()
             self.runner.poll()
             for name, job in list(self.running.items()):
                 self.bars.show(self.graph[name])
@@ -125,42 +134,44 @@ class _Queue:
                     self._end(self.graph[name], job)
             if self.waiting or self.running:
                 time.sleep(0.1)
-        if self.failed:
-            told = "\n".join(f"{name}: {why}" for name, why in self.failed.items())
-            raise TrainingError(f"{len(self.failed)} of {len(self.graph.runs)} runs failed or could not start:\n{told}")
+        wanted = {name: why for name, why in self.failed.items() if name not in optional}
+        if wanted:
+            reasons = "\n".join(f"{name}: {why}" for name, why in wanted.items())
+            raise TrainingError(f"{len(wanted)} of {len(self.graph.runs)} runs failed or could not start:\n{reasons}")
+        return self.failed
 
-    def _look(self) -> None:
-        if self.runner.detached and time.monotonic() > self._next_look:
-            self._next_look = time.monotonic() + LOOK_S
+    def _refresh_submissions(self) -> None:
+        if self.runner.detached and time.monotonic() > self._next_refresh:
+            self._next_refresh = time.monotonic() + REFRESH_S
             alive = self.runner.alive(self.submissions.all())
             self.elsewhere = {name for names in alive.values() for name in names} - self.running.keys()
-            self._looked -= self.elsewhere
+            self._checked -= self.elsewhere
 
-    def _begin(self) -> None:
-        """Start what may start, in order; settle what is done already or can never start."""
+    def _start_ready(self) -> None:
+        """Start the runs whose needs are done, in order; settle those that are done already or can never start."""
         for run in list(self.waiting):
-            lost = next((name for name in run.after if name in self.failed), None)
-            if lost:
+            failed = next((name for name in run.after if name in self.failed), None)
+            if failed:
                 self.waiting.remove(run)
-                self.failed[run.name] = f"needs {lost}"
+                self.failed[run.name] = f"needs {failed}"
             elif not self.done.issuperset(run.after) or run.name in self.elsewhere:
                 continue
             elif self._finished(run):
                 self.waiting.remove(run)
-                self._well(run)
+                self._succeeded(run)
             elif len(self.running) < self._width(run):
                 self.waiting.remove(run)
                 self._submit(run)
 
-    def _finished(self, run: Run) -> bool:
-        """Whether a run that may start was done before: asked of the disk once."""
-        if run.name in self._looked:
+    def _finished(self, run: StudyRun) -> bool:
+        """Whether a run that may start was done by an earlier call; the disk is asked once."""
+        if run.name in self._checked:
             return False
-        self._looked.add(run.name)
+        self._checked.add(run.name)
         return run.done
 
-    def _width(self, run: Run) -> int:
-        """How many runs go at once."""
+    def _width(self, run: StudyRun) -> int:
+        """How many runs of this kind go at once."""
         from launchers.prepare import make_spec
 
         most = self.graph.study.launch.max_parallel
@@ -169,7 +180,7 @@ class _Queue:
             self._widths[run.module] = self.runner.fits(spec)
         return most or self._widths[run.module]
 
-    def _submit(self, run: Run) -> None:
+    def _submit(self, run: StudyRun) -> None:
         from launchers.prepare import make_spec
 
         self.table.add([run.name], {run.name: str(run.run_dir)})
@@ -181,22 +192,22 @@ class _Queue:
         if self.runner.detached:
             self.submissions.add({str(job.id): [run.name]})
 
-    def _end(self, run: Run, job: Job) -> None:
+    def _end(self, run: StudyRun, job: Job) -> None:
         if job.state == "done":
             run.stamp(done=True)
-            self._well(run)
+            self._succeeded(run)
             return
-        words = "\n    ".join(self.runner.logs(job).splitlines()[-LOG_LINES:])
-        self.failed[run.name] = f"{job.reason}; {job.log} ends with\n    {words}"
+        log_end = "\n    ".join(self.runner.logs(job).splitlines()[-LOG_LINES:])
+        self.failed[run.name] = f"{job.reason}; {job.log} ends with\n    {log_end}"
         self.bars.end(run, failed=True)
 
-    def _well(self, run: Run) -> None:
+    def _succeeded(self, run: StudyRun) -> None:
         self.done.add(run.name)
         self.bars.end(run)
 
 
-class Bars:
-    """One progress bar a running job, read from its metrics.jsonl: step, loss, rate and time left."""
+class RunBars:
+    """One progress bar per running job, read from its metrics.jsonl: step, loss, rate and time left."""
 
     def __init__(self, count: int) -> None:
         from rich.progress import (
@@ -215,14 +226,14 @@ class Bars:
         self.all = self.progress.add_task("all runs", total=count, facts="")
         self._bars: dict[str, Any] = {}
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> RunBars:
         self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def show(self, run: Run) -> None:
+    def show(self, run: StudyRun) -> None:
         if run.name not in self._bars:
             self._bars[run.name] = self.progress.add_task(run.name, total=run.steps or None, facts="")
         row = newest(run)
@@ -230,16 +241,18 @@ class Bars:
             facts = f"loss {row['loss']:.4f}  {row.get('steps_per_s', 0.0):.1f} step/s"
             self.progress.update(self._bars[run.name], completed=min(row["step"], run.steps), facts=facts)
 
-    def end(self, run: Run, failed: bool = False) -> None:
-        before = "" if run.name in self._bars else " (done before)"
+    def end(self, run: StudyRun, failed: bool = False) -> None:
+        fresh = run.name in self._bars
         if run.name in self._bars:
             self.progress.update(self._bars[run.name], visible=False)
         self.progress.advance(self.all)
-        mark = "FAILED" if failed else f"-> {run.run_dir}{before}"
-        self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
+        # a terminal has the bars; a log gets a line for each run that was run now
+        if failed or (fresh and not self.progress.console.is_terminal):
+            mark = "FAILED" if failed else f"-> {run.run_dir}"
+            self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
 
 
-def newest(run: Run) -> dict[str, Any] | None:
+def newest(run: StudyRun) -> dict[str, Any] | None:
     """The newest row with a training loss in the run's metrics.jsonl, or in those of its targets."""
     files = [run.run_dir / "metrics.jsonl", *run.run_dir.glob("*/metrics.jsonl")]
     rows = [row for file in files if (row := last_row(file, "loss"))]

@@ -1,4 +1,4 @@
-"""What a study says to the stages and asks of methods: every key of their configs that it knows stands here."""
+"""The configs that a study gives to the stages, and what it asks of methods: the only place that knows their keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.config import Config, validate
-from fine_dist.study.config import Entry, Stage, StudyConfig, merged
+from fine_dist.study.config import StudyConfig, StudyEntry, StudyStage, merged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     from fine_dist.model.flops import ModelCost
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
+COPY_MODULE = "fine_dist.study.ancestor_copy"
 
 
-# --- configs of stages ---------------------------------------------------------------------------------------------
+# --- configs of stages -----------------------------------------------------------------------------------------------
 
 
-def stage_config(study: StudyConfig, stage: str, run: str, entry: Entry, changes: dict[str, Any]) -> Any:
-    """The config of one run: the study's settings of the stage, the entry's over them, then what the graph decides."""
+def stage_config(study: StudyConfig, stage: str, run: str, entry: StudyEntry, changes: dict[str, Any]) -> Any:
+    """The config of one run: the study's settings of the stage, the entry's over them, then `changes`."""
     own = _own(entry, stage)
     name = data_of(study, stage, entry)
-    data = study.root / name
+    shards = study.shards_of(name)
     values = merged(study.stages[stage], own.settings if own else entry.settings)
-    values["data"] = {**values.get("data", {}), "shards": str(data / "train"), "held_out": str(data / "held_out")}
+    values["data"] = {**values.get("data", {}), "shards": shards.train, "held_out": shards.held_out}
     if stage == "init" and entry.labels == "new":
         values["domains"] = {name: {"data": values.pop("data"), "labels": "new"}}
     if stage == "train" and entry.shell != "inherited":
@@ -40,18 +41,18 @@ def stage_config(study: StudyConfig, stage: str, run: str, entry: Entry, changes
     return validate(kind, merged(values, changes), f"{stage} of entry {entry.name}")
 
 
-def data_of(study: StudyConfig, stage: str, entry: Entry) -> str:
-    """Name of the data set that a stage of an entry reads."""
+def data_of(study: StudyConfig, stage: str, entry: StudyEntry) -> str:
+    """The name of the data set that a stage of an entry reads."""
     own = _own(entry, stage)
     return (own.data if own else None) or (None if stage == "condense" else entry.data) or next(iter(study.data))
 
 
-def _own(entry: Entry, stage: str) -> Stage | None:
+def _own(entry: StudyEntry, stage: str) -> StudyStage | None:
     return {"condense": entry.condense, "init": entry.init}.get(stage)
 
 
 def _needs(study: StudyConfig) -> dict[str, Any]:
-    """What a job needs. How many run at once is the study's own business."""
+    """What a job of a study needs; how many run at once is decided by the study itself."""
     return study.launch.model_dump(exclude={"max_parallel"})
 
 
@@ -63,14 +64,22 @@ def encode_config(study: StudyConfig, name: str) -> Config:
     return validate(EncodeConfig, values, f"data.{name}")
 
 
-def condense_settings(entry: Entry, seed: int, steps: int, ancestor: Path | None) -> dict[str, Any]:
+def copy_config(study: StudyConfig, entry: StudyEntry) -> Config:
+    """The config that copies an existing model into the study."""
+    from fine_dist.study.ancestor_copy import AncestorCopyConfig
+
+    values = {"source": entry.source, "run_dir": str(study.root / entry.name), "launch": _needs(study)}
+    return validate(AncestorCopyConfig, values, f"entries.{entry.name}")
+
+
+def condense_settings(entry: StudyEntry, seed: int, steps: int, ancestor: Path | None) -> dict[str, Any]:
     """Stage 1 of an entry."""
     found = {"method": entry.method, "seed": seed, "steps": steps}
     return {**found, "ancestor": str(ancestor)} if ancestor else found
 
 
 def init_settings(
-    entry: Entry, seed: int, steps: int, depths: tuple[int, ...], parent: Path | None, own: bool
+    entry: StudyEntry, seed: int, steps: int, depths: tuple[int, ...], parent: Path | None, own: bool
 ) -> dict[str, Any]:
     """Stage 2 of an entry. own: the parent is the entry's own learngene, whose method decides."""
     found: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
@@ -80,7 +89,7 @@ def init_settings(
 
 
 def train_settings(
-    entry: Entry, seed: int, steps: int, depth: int, parent: Path | None, target: Path | None
+    entry: StudyEntry, seed: int, steps: int, depth: int, parent: Path | None, target: Path | None
 ) -> dict[str, Any]:
     """Stage 3 of one target: from what stage 2 made (`target`), or as the method lets it descend from `parent`."""
     found: dict[str, Any] = {"seed": seed, "steps": steps}
@@ -97,11 +106,11 @@ def target_folder(config: Any, depth: int) -> Path:
     return Path(config.run_dir) / next(member.name for member in expand(config) if member.depth == depth)
 
 
-# --- what a finished run says --------------------------------------------------------------------------------------
+# --- finished runs ---------------------------------------------------------------------------------------------------
 
 
 def finished(module: str, config: Any) -> bool | None:
-    """Whether a run's directory holds its whole product; none for a stage that only its own end can tell of."""
+    """Whether a run's directory holds its product; None for a stage whose directory does not tell."""
     folder = Path(config.run_dir)
     if module == MODULES["init"]:
         from fine_dist.family.listing import result_of
@@ -113,7 +122,7 @@ def finished(module: str, config: Any) -> bool | None:
     return None
 
 
-# --- what is asked of a method -------------------------------------------------------------------------------------
+# --- questions to a method -------------------------------------------------------------------------------------------
 
 
 def method_of(settings: dict[str, Any]) -> Method[Any]:
@@ -123,22 +132,22 @@ def method_of(settings: dict[str, Any]) -> Method[Any]:
     return from_manifest(settings)
 
 
-def label_of(entry: Entry) -> str:
-    """How an entry is called."""
-    label = entry.label or method_of(entry.method).label
+def label_of(entry: StudyEntry) -> str:
+    """The display name of an entry."""
+    label = entry.display_name or method_of(entry.method).label
     return label if entry.shell == "inherited" else f"{label}, scratch shell"
 
 
-def untrained(method: Method[Any], parent: Artifact, depth: int, seed: int) -> Any:
-    """A target before any training, as a model that can be measured."""
+def untrained(method: Method[Any], parent: Artifact | None, arch: Arch, seed: int) -> Any:
+    """A target of this shape before any training, as a model that can be measured."""
     from fine_dist.artifacts.targets import descend
     from fine_dist.methods import parent_of
 
-    return descend(method, parent_of(parent), parent.arch.with_depth(depth), seed).model
+    return descend(method, parent_of(parent) if parent else None, arch, seed).model
 
 
 def depth_tables(folder: Path) -> dict[str, Tensor]:
-    """name -> [L, R]: what the method of a learngene or target draws over depth; empty where it draws nothing."""
+    """Tables [L, R] over depth of a learngene or target by name; empty where its method has none."""
     from fine_dist.artifacts.load import load_unmerged
 
     method, model = load_unmerged(folder)
@@ -146,7 +155,7 @@ def depth_tables(folder: Path) -> dict[str, Tensor]:
 
 
 def stage_2_cost(config: Any, depth: int) -> ModelCost:
-    """What one sample's step of a target costs in stage 2, and the numbers that train, by its method's own count."""
+    """Cost of one training sample of a target in stage 2, and the numbers that train, as its method counts them."""
     from fine_dist.artifacts.targets import descend
     from fine_dist.family.members import Family
 
@@ -160,7 +169,7 @@ def stage_2_cost(config: Any, depth: int) -> ModelCost:
 
 
 def stage_1_flops(config: Config) -> float | None:
-    """FLOPs of one sample's step of stage 1, its teacher's forward pass included; none for another stage."""
+    """FLOPs of one training sample of stage 1, its teacher's forward pass included; None for another stage."""
     from fine_dist.model.flops import forward_macs
     from fine_dist.stages.condense import CondenseConfig
 
@@ -172,7 +181,7 @@ def stage_1_flops(config: Config) -> float | None:
 
 
 def step_flops(arch: Arch) -> float:
-    """FLOPs of one sample's step of a dense model, all of which trains: forward and backward."""
+    """FLOPs of one training sample of a dense model, forward and backward."""
     from fine_dist.model.flops import forward_macs
 
     return 6.0 * forward_macs(arch)

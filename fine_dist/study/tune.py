@@ -1,7 +1,8 @@
-"""Fair tuning: every row tries the same values, on a seed that is not reported, and the held-out loss chooses.
+"""Fair tuning: every row tries the same grid on a seed that is not reported, and the held-out loss chooses.
 
-What is tried is the last stage of a row: stage 3, or stage 2 where that is all the training there is. Whatever comes
-before it is made once for all values. The choices stand in tuned.json of the study's folder, with the losses.
+Tuned is the last stage of a row: stage 3, or stage 2 where that is all its training. The stages before it are run once
+for all values. A grid of numbers is extended by its own step while the best value lies at an end. Choices and losses
+are written to tuned.json in the study's folder.
 """
 
 from __future__ import annotations
@@ -16,66 +17,127 @@ from fine_dist.core.config import validate
 from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import last_row, write_atomic
 from fine_dist.study import settings
-from fine_dist.study.config import Entry, Stage, StudyConfig, merged
-from fine_dist.study.graph import Graph, Run
+from fine_dist.study.config import StudyConfig, StudyEntry, StudyStage, merged
+from fine_dist.study.graph import Graph, StudyRun
+from fine_dist.study.scheduler import follow
 
 FILE = "tuned.json"
+Point = dict[str, Any]
+"""One combination of tuned values, by dotted key."""
 
 
 @dataclass
 class Trial:
-    """One value (or one of each of several) tried for an entry."""
+    """One point tried for an entry."""
 
     entry: str
-    values: dict[str, Any]
-    run: Run
+    values: Point
+    run: StudyRun
     depth: int
     final: bool
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss at its end; none where there is none, or it is not finite."""
+        """The held-out loss at its end; None where it is not finite, or the run failed (the loss diverged)."""
+        if not self.run.done:
+            return None
         folder = settings.target_folder(self.run.config, self.depth) if self.final else self.run.run_dir
         row = last_row(folder / "metrics.jsonl", "held_out_loss")
         return row["held_out_loss"] if row and math.isfinite(row["held_out_loss"]) else None
 
 
-def trials(study: StudyConfig) -> tuple[Graph, list[Trial]]:
-    """The runs that tuning takes, in a graph of their own, and what each of them tries."""
+def tune_study(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, list[dict[str, Any]]]]:
+    """Run the trials that are not done.
+
+    Returns:
+        The study with the chosen values in its entries; and by entry all points, as {values, held_out_loss, chosen}.
+    """
+    if not study.tune:
+        return study, {}
+    grids: dict[str, list[Point]] = {e.name: points(study) for e in study.rows if e.name not in study.tuned}
+    chosen: dict[str, list[dict[str, Any]]] = {}
+    for extension in range(study.tune_extend + 1):
+        graph, tried = trials(study, grids)
+        if tried:
+            keys = ", ".join(study.tune)
+            what = "grids extended where the best value lay at an end" if extension else f"grid of {keys}"
+            print(f"tuning: {len(tried)} trials on seed {study.tune_seed}, {what}", flush=True)
+            failed = follow(graph, launcher, {trial.run.name for trial in tried})
+            for name, why in failed.items():
+                print(f"note: trial {name} counts as worse than all others, because it failed: {why.splitlines()[0]}")
+        chosen = choose(tried)
+        more = {name: extended(study, rows) for name, rows in chosen.items()}
+        if not any(more.values()):
+            break
+        grids = {name: [*grid, *more[name]] for name, grid in grids.items()}
+    chosen |= given(study)
+    write_atomic(study.root / FILE, json.dumps(chosen, indent=1) + "\n")
+    return with_choices(study, chosen), chosen
+
+
+def trials(study: StudyConfig, grids: dict[str, list[Point]] | None = None) -> tuple[Graph, list[Trial]]:
+    """The runs of tuning in a graph of their own, and the point that each of them tries.
+
+    Args:
+        study: The study.
+        grids: Points by entry; None: the study's grid for every row without given values.
+    """
     graph = Graph(study)
     found = []
     for name in study.data:
-        graph.data(name)
+        if study.encodes(name):
+            graph.data(name)
     for entry in study.rows:
-        if entry.name in study.chosen:
+        grid = points(study) if grids is None else grids.get(entry.name, [])
+        if entry.name in study.tuned or not grid:
             continue
         depth = depth_of(study, entry)
         small = entry.model_copy(update={"depths": (depth,)})
-        for i, point in enumerate(points(study)):
-            changed, final = _with(small, point, f"tune-{entry.name}-{i}"), entry.init is not None and entry.init.final
-            # The stages before have their own names, whichever row asked for them first.
-            if small.condense:
-                graph.condense(small, study.tune_seed)
-            if small.init and not final:
-                graph.init(small, study.tune_seed)
+        final = entry.init is not None and entry.init.final
+        # stages before the tuned one get their names from the entry itself, whichever row needs them first
+        if small.condense:
+            graph.condense(small, study.tune_seed)
+        if small.init and not final:
+            graph.init(small, study.tune_seed)
+        for i, point in enumerate(grid):
+            changed = _with(small, point, f"tune-{entry.name}-{i}")
             run = graph.init(changed, study.tune_seed) if final else graph.train(changed, depth, study.tune_seed)[0]
             found.append(Trial(entry.name, point, run, depth, final))
     return graph, found
 
 
-def points(study: StudyConfig) -> list[dict[str, Any]]:
-    """Every combination of the values: dotted keys."""
+def points(study: StudyConfig) -> list[Point]:
+    """Every combination of the grid's values."""
     return [dict(zip(study.tune, values)) for values in itertools.product(*study.tune.values())]
 
 
-def depth_of(study: StudyConfig, entry: Entry) -> int:
-    """Layers of the targets that an entry is tuned on."""
+def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
+    """The points beyond a grid's ends that should be tried next; empty where the best value lies inside.
+
+    The next value keeps the ratio of the last two (1e-3, 2e-3 -> 4e-3); grids with a 0 or with words are not extended.
+    """
+    best = next(row["values"] for row in rows if row["chosen"])
+    found = []
+    for key in study.tune:
+        values = sorted({row["values"][key] for row in rows if isinstance(row["values"][key], (int, float))})
+        if len(values) < 2 or values[0] <= 0 or best[key] not in (values[0], values[-1]):
+            continue
+        low = best[key] == values[0]
+        near, next_to_it = (values[0], values[1]) if low else (values[-1], values[-2])
+        value = near * near / next_to_it
+        # a whole number stays one, such as a rank
+        found.append({**best, key: round(value) if isinstance(near, int) else float(f"{value:.4g}")})
+    return [point for point in found if point not in [row["values"] for row in rows]]
+
+
+def depth_of(study: StudyConfig, entry: StudyEntry) -> int:
+    """Layers of the targets on which an entry is tuned."""
     depths = study.depths_of(entry)
     return study.tune_depth if study.tune_depth in depths else depths[0]
 
 
-def _with(entry: Entry, point: dict[str, Any], name: str | None = None) -> Entry:
-    """An entry with these values in its last stage; with a name, only its shortest training, under that name."""
+def _with(entry: StudyEntry, point: Point, name: str | None = None) -> StudyEntry:
+    """An entry with these values in its last stage; with a name, only its first length, under that name."""
     changes: dict[str, Any] = {}
     for key, value in point.items():
         for part in reversed(key.split(".")):
@@ -88,53 +150,42 @@ def _with(entry: Entry, point: dict[str, Any], name: str | None = None) -> Entry
     else:
         update["settings"] = merged(entry.settings, changes)
     if name:
-        # the stages that all values share are those of the entry itself
+        # the stages that all points share keep the names they have for the entry itself
         for key in ("condense", "init"):
             stage = update.get(key) or getattr(entry, key)
-            if isinstance(stage, Stage) and stage.name is None:
+            if isinstance(stage, StudyStage) and stage.name is None:
                 update[key] = stage.model_copy(update={"name": f"{key}-{entry.name}"})
         update |= {"name": name, "train": entry.train[:1]}
     return entry.model_copy(update=update)
 
 
 def choose(tried: list[Trial]) -> dict[str, list[dict[str, Any]]]:
-    """For each entry what was tried, its loss, and which was chosen. `TrainingError` where none came to a loss."""
+    """For each entry every point with its loss, and which one is chosen.
+
+    Raises:
+        TrainingError: No point of an entry came to a finite loss.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for trial in tried:
         found.setdefault(trial.entry, []).append({"values": trial.values, "held_out_loss": trial.loss, "chosen": False})
     for name, rows in found.items():
-        known = [row for row in rows if row["held_out_loss"] is not None]
-        if not known:
+        finite = [row for row in rows if row["held_out_loss"] is not None]
+        if not finite:
             raise TrainingError(f"tuning of {name}: no value of {', '.join(rows[0]['values'])} came to a finite loss")
-        min(known, key=lambda row: row["held_out_loss"])["chosen"] = True
+        min(finite, key=lambda row: row["held_out_loss"])["chosen"] = True
     return found
 
 
-def known(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
-    """What `choose` says of the entries whose choice the study's file gives: its losses are not known here."""
-    return {
-        entry.name: [
-            {"values": point, "held_out_loss": None, "chosen": point == {k: study.chosen[entry.name][k] for k in point}}
-            for point in points(study)
-        ]
-        for entry in study.rows
-        if entry.name in study.chosen
-    }
-
-
-def tuned(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, list[dict[str, Any]]]]:
-    """The study with the values that were chosen in its entries, and what was tried. Runs what is not done."""
-    from fine_dist.study.scheduler import follow
-
-    if not study.tune:
-        return study, {}
-    graph, tried = trials(study)
-    if tried:
-        print(f"tuning: {len(tried)} trials of {', '.join(study.tune)} on seed {study.tune_seed}", flush=True)
-        follow(graph, launcher)
-    found = choose(tried) | known(study)
-    write_atomic(study.root / FILE, json.dumps(found, indent=1) + "\n")
-    return with_choices(study, found), found
+def given(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
+    """What `choose` would say about the entries whose values the study gives; their losses are unknown here."""
+    found = {}
+    for entry in study.rows:
+        values = study.tuned.get(entry.name)
+        if values is not None:
+            point = {key: values[key] for key in study.tune}
+            grid = points(study) if point in points(study) else [*points(study), point]
+            found[entry.name] = [{"values": p, "held_out_loss": None, "chosen": p == point} for p in grid]
+    return found
 
 
 def with_choices(study: StudyConfig, found: dict[str, list[dict[str, Any]]]) -> StudyConfig:

@@ -8,10 +8,10 @@ import time
 import pytest
 import torch
 
-from benchmarks import limit, parts, speed, speed_plan
-from benchmarks.apart import apart, apart_of
+from benchmarks import limit, speed, speed_plan, step_profile
+from benchmarks.isolated_steps import isolated_rows, isolated_step
 from benchmarks.reference_dit import EMA_DECAY, PlainDiT, diffusers_dit, follow, reference_step
-from benchmarks.rows import Row
+from benchmarks.rows import BenchmarkRow
 from benchmarks.steps import Bench, Step, StepKind
 from fine_dist.artifacts.diffusers_export import forward_of, set_frequencies
 from fine_dist.artifacts.diffusers_folder import to_diffusers
@@ -63,7 +63,7 @@ def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: StepKind) -> None:
     step = Bench(tiny_arch(num_layers=2), CPU, 2).step(kind, 4)
     step()
     began = time.perf_counter()
-    found = parts.profile(step)
+    found = step_profile.profile(step)
     took_ms = 1e3 * (time.perf_counter() - began)
     # no part twice: what is told is at most what passed
     assert 0 < sum(found.values()) <= took_ms
@@ -71,7 +71,7 @@ def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: StepKind) -> None:
     for place in [(part, way) for part in both for way in ("forward", "backward")]:
         assert found[place] > 0, place
     assert all(found[part, ""] > 0 for part in ("optimiser", "EMA", "loss"))
-    rows = parts.part_rows("x", [found])
+    rows = step_profile.part_rows("x", [found])
     assert sum(row.share or 0.0 for row in rows) == pytest.approx(100)
     kept = sum(row.share or 0.0 for row in rows if re.search(r": (GEMM|attention),", row.measure))
     assert rows[-1].value == pytest.approx(100 - kept)
@@ -95,7 +95,7 @@ def test_parts_of_a_step_sum_to_it_and_each_is_seen(kind: StepKind) -> None:
     ],
 )
 def test_operations_are_told_by_name_surroundings_and_shape(names, shapes, part) -> None:
-    assert parts.part_of(names, shapes, width=32) == part
+    assert step_profile.part_of(names, shapes, width=32) == part
 
 
 def test_the_rate_of_products_is_flops_over_the_fastest_call() -> None:
@@ -137,7 +137,7 @@ def test_measuring_ends_when_the_seconds_are_over_and_takes_two_rounds_at_least(
 
 
 def test_the_rows_of_a_tiny_size_are_complete_and_have_no_bar() -> None:
-    plan = speed_plan.Plan(tiny_arch(num_layers=2), 4, CPU, quick=True, own_size=False, seconds=0.1)
+    plan = speed_plan.SpeedPlan(tiny_arch(num_layers=2), 4, CPU, quick=True, own_size=False, seconds=0.1)
     rows = {row.measure: row for row in speed.steps_of(plan, "bf16")}
     assert all(row.bar is None and row.value >= 0 for row in rows.values())
     words = "\n".join(rows)
@@ -147,19 +147,19 @@ def test_the_rows_of_a_tiny_size_are_complete_and_have_no_bar() -> None:
 
 
 def test_steps_in_processes_of_their_own_are_timed_and_a_dead_one_is_an_error() -> None:
-    plan = speed_plan.Plan(tiny_arch(num_layers=1), 2, CPU, quick=True, own_size=False, seconds=0.1)
-    assert all(row.value > 0 and row.bar is None for row in apart_of(plan, "fp32"))
-    with apart("kept", plan, "no such precision") as step, pytest.raises((RuntimeError, BrokenPipeError)):
+    plan = speed_plan.SpeedPlan(tiny_arch(num_layers=1), 2, CPU, quick=True, own_size=False, seconds=0.1)
+    assert all(row.value > 0 and row.bar is None for row in isolated_rows(plan, "fp32"))
+    with isolated_step("kept", plan, "no such precision") as step, pytest.raises((RuntimeError, BrokenPipeError)):
         step()
 
 
 def test_bars_are_those_of_the_size_and_device_they_were_set_for() -> None:
-    plan = speed_plan.Plan(named("DiT-S/2"), 16, CPU, quick=False, own_size=False, seconds=1.0)
+    plan = speed_plan.SpeedPlan(named("DiT-S/2"), 16, CPU, quick=False, own_size=False, seconds=1.0)
     assert speed_plan.stage_1_row(plan, "fp32", 1.0, 0.9).bar == 1.10
     assert speed_plan.reference_row(plan, "original", "bf16", 1.0).bar == 1.25
     assert speed_plan.reference_row(plan, "original", "bf16", 1.0, "ours, compiled").bar == 1.30
     assert speed_plan.reference_row(plan, "diffusers", "bf16", 1.0).bar is None
-    card = speed_plan.Plan(named("DiT-XL/2"), 32, torch.device("cuda"), quick=False, own_size=True, seconds=1.0)
+    card = speed_plan.SpeedPlan(named("DiT-XL/2"), 32, torch.device("cuda"), quick=False, own_size=True, seconds=1.0)
     assert speed_plan.stage_1_row(card, "bf16", 1.0, 0.9).bar == 1.06
     assert speed_plan.reference_row(card, "original", "fp32", 1.0).bar is None
 
@@ -167,7 +167,7 @@ def test_bars_are_those_of_the_size_and_device_they_were_set_for() -> None:
 def test_a_share_is_printed_beside_its_figure(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks.__main__ import machine, show
 
-    show([Row("x: GEMM, forward", 12.0, "ms", share=34.5)], {**machine(), "seconds": 0, "quick": False})
+    show([BenchmarkRow("x: GEMM, forward", 12.0, "ms", share=34.5)], {**machine(), "seconds": 0, "quick": False})
     assert "12 ms = 34.5%" in capsys.readouterr().out
 
 

@@ -73,8 +73,8 @@ def test_recomputing_blocks_keeps_one_block_and_every_input():
 MEASURED = """
 import json, sys
 from pathlib import Path
-from fine_dist.benchmarks.resident import kib
-from fine_dist.benchmarks.steps import Bench, StepKind
+from benchmarks.peak_memory import kib
+from benchmarks.steps import Bench, StepKind
 from fine_dist.config import OptimConfig
 from fine_dist.engine import dist
 from fine_dist.model.zoo import arch

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from benchmarks import many
+from benchmarks import large_families
 from fine_dist.core.config import dump_yaml
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import write_all
@@ -23,7 +23,7 @@ NAMES = [f"t{i}" for i in range(300)]
 
 def test_a_pack_starts_with_one_sync_and_every_end_of_a_target_has_its_own(tmp_path):
     table = StateTable(tmp_path)
-    with many.slow_disk(0.0) as syncs:
+    with large_families.slow_disk(0.0) as syncs:
         table.add(NAMES)
         added = syncs[0]
         table.start_all(NAMES[:64], job="slurm 7_1")
@@ -128,5 +128,9 @@ def test_planning_four_times_the_targets_takes_about_four_times_as_long():
 
 @pytest.mark.slow
 def test_ten_thousand_targets_are_planned_listed_followed_and_kept_within_their_bars():
-    missed = [f"{row.measure}: {row.value:.3g} {row.unit}" for row in many.books(10_000, True) if row.passed is False]
+    missed = [
+        f"{row.measure}: {row.value:.3g} {row.unit}"
+        for row in large_families.books(10_000, True)
+        if row.passed is False
+    ]
     assert not missed, missed

@@ -256,9 +256,10 @@ def test_a_run_whose_processes_cost_nothing_to_each_other_is_predicted_to_last_a
 
 
 def test_a_ratio_is_near_one_on_both_sides_of_it():
-    from benchmarks.rows import Row
+    from benchmarks.rows import BenchmarkRow
 
     passed = {
-        value: Row("predicted / measured", value, "x", 1.2, "near").passed for value in (0.79, 0.8, 1.0, 1.2, 1.21)
+        value: BenchmarkRow("predicted / measured", value, "x", 1.2, "near").passed
+        for value in (0.79, 0.8, 1.0, 1.2, 1.21)
     }
     assert passed == {0.79: False, 0.8: True, 1.0: True, 1.2: True, 1.21: False}

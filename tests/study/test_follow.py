@@ -6,19 +6,19 @@ import pytest
 
 from fine_dist.core.errors import TrainingError
 from fine_dist.study.config import load_study
-from fine_dist.study.graph import Graph, Run, plan
+from fine_dist.study.graph import Graph, StudyRun, plan
 from fine_dist.study.scheduler import _prepare, follow, inherit
-from tests.study.test_plan import DEMO
+from tests.study.studies import DIGITS
 from tests.study.toy import ToyConfig
 
 
 def graph_of(root, *runs: tuple[str, tuple[str, ...], bool]) -> Graph:
     """(name, after, fails) -> toy runs, each of which needs the notes of those before it."""
-    graph = Graph(load_study(DEMO, run_dir=str(root), launch={"max_parallel": 2}))
+    graph = Graph(load_study(DIGITS, run_dir=str(root), launch={"max_parallel": 2}))
     for name, after, fails in runs:
         needs = tuple(str(root / before / "ran") for before in after)
         graph.runs.append(
-            Run(name, "tests.study.toy", ToyConfig(run_dir=str(root / name), needs=needs, fail=fails), 1, after)
+            StudyRun(name, "tests.study.toy", ToyConfig(run_dir=str(root / name), needs=needs, fail=fails), 1, after)
         )
     return graph
 
@@ -65,9 +65,9 @@ def test_a_run_of_another_config_is_not_taken_for_done(tmp_path):
 
 def test_a_finished_run_of_other_settings_is_left_to_its_stage_to_refuse(tmp_path):
     """Its mark is not replaced by ours, or the next call would take it for this run."""
-    study = load_study(DEMO, run_dir=str(tmp_path))
+    study = load_study(DIGITS, run_dir=str(tmp_path))
     run = plan(study)["condense-s0"]
-    other = Run(run.name, run.module, run.config.model_copy(update={"steps": 7}), 7)
+    other = StudyRun(run.name, run.module, run.config.model_copy(update={"steps": 7}), 7)
     other.stamp(done=True)
     (run.run_dir / "DONE.json").write_text("{}")
     _prepare(Graph(study), run)
@@ -77,7 +77,7 @@ def test_a_finished_run_of_other_settings_is_left_to_its_stage_to_refuse(tmp_pat
 def test_how_jobs_are_launched_does_not_make_another_run(tmp_path):
     run = graph_of(tmp_path, ("one", (), False)).runs[0]
     moved = run.config.model_copy(update={"launch": run.config.launch.model_copy(update={"cpus": 7})})
-    assert Run("one", run.module, moved, 1).key == run.key
+    assert StudyRun("one", run.module, moved, 1).key == run.key
 
 
 def test_a_longer_run_inherits_checkpoints_and_rows_but_no_end(tmp_path):

@@ -15,8 +15,7 @@ from fine_dist.study.config import load_study
 from fine_dist.study.graph import plan
 from fine_dist.study.measuring import Measuring, measure_ahead
 from fine_dist.study.scheduler import follow
-from tests.study.test_plan import DEMO
-from tests.study.test_tune import FINE, SCRATCH, SMALL
+from tests.study.studies import DIGITS, FINE, SCRATCH, SMALL
 
 pytestmark = pytest.mark.skipif(num_cores() < 2, reason="measuring in two processes takes two cores")
 
@@ -34,7 +33,7 @@ def graph(tmp_path_factory):
         "main": "scratch",
     }
     entry = {**SCRATCH, "train": ["N"]}
-    study = load_study(DEMO, run_dir=str(folder), entries=[entry], launch={"max_parallel": 2}, **changes)
+    study = load_study(DIGITS, run_dir=str(folder), entries=[entry], launch={"max_parallel": 2}, **changes)
     graph = plan(study)
     follow(graph, "here")
     return graph
@@ -49,7 +48,7 @@ def test_two_processes_measure_what_one_does(graph):
         file = graph.study.root / "measures" / f"{model.name}.loss.json"
         apart = json.loads(file.read_text())["numbers"]
         before = file.stat().st_mtime_ns
-        assert one.numbers(model) == {**apart, "frechet": None}
+        assert one.numbers(model) == {**apart, "fd_classifier": None, "accuracy": None}
         assert file.stat().st_mtime_ns == before  # not measured again
         file.unlink()
         # products of fewer threads are summed in another order
@@ -59,7 +58,7 @@ def test_two_processes_measure_what_one_does(graph):
 def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_path):
     changes = {**SMALL, "tune": {}, "run_dir": str(tmp_path), "seeds": [0, 1]}
     few = {"frechet": ["fine"], "frechet_depths": [2], "frechet_seeds": [0]}
-    study = load_study(DEMO, **changes, entries=[FINE, SCRATCH], **few)
+    study = load_study(DIGITS, **changes, entries=[FINE, SCRATCH], **few)
     measuring = Measuring(plan(study))
     wanted = {
         (entry.name, depth, seed)
@@ -68,14 +67,14 @@ def test_distances_are_of_the_entries_depths_and_seeds_that_are_asked_for(tmp_pa
     }  # fmt: skip
     assert wanted == {("fine", 2, 0)}
     with pytest.raises(ConfigError, match=r"frechet\.0: no entry is called 'nobody'"):
-        load_study(DEMO, **changes, entries=[FINE, SCRATCH], frechet=["nobody"])
+        load_study(DIGITS, **changes, entries=[FINE, SCRATCH], frechet=["nobody"])
 
 
-def _killed(model: measuring.Model) -> None:
+def _killed(model: measuring.MeasuredModel) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_process_is_told_and_nothing_hangs(graph, monkeypatch):
     monkeypatch.setattr(measuring, "_numbers", _killed)
-    with pytest.raises(TrainingError, match=r"was killed .* the same command goes on"):
+    with pytest.raises(TrainingError, match=r"was killed .* run the same command to resume"):
         measure_ahead(Measuring(graph))

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.study.config import StudyConfig, load_study, merged
+from fine_dist.study.config import load_study, merged
 from fine_dist.study.graph import plan
-
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "configs" / "study" / "digits_demo.yaml"
-FINE = {"name": "fine", "method": {"name": "fine"}, "condense": {"steps": "C"}, "init": {"steps": "I"}}
-SCRATCH = {"name": "scratch", "method": {"name": "scratch"}, "train": ["N", "3N"]}
+from tests.study.studies import DIGITS, FINE, SCRATCH, study
 
 
-def study(*entries: dict, **changes) -> StudyConfig:
-    """The demo's study with other entries."""
-    more = {"entries": list(entries) or [FINE, SCRATCH]} | changes
-    return load_study(DEMO, **more)
-
-
-def test_the_demo_has_the_runs_it_is_known_for():
-    graph = plan(load_study(DEMO, seeds=[0, 1]))
+def test_a_study_has_a_run_for_every_stage_depth_and_seed():
+    graph = plan(load_study(DIGITS, seeds=[0, 1]))
     names = [run.name for run in graph.runs]
     assert len(names) == len(set(names)) == 1 + 2 * (1 + 6 + 1 + 6)
     assert names[:4] == ["data", "condense-s0", "scratch-L6-n400-s0", "scratch-L6-n1200-s0"]
     assert graph["fine-L4-s1"].after == ("init-s1",) and graph["init-s1"].after == ("condense-s1",)
-    assert graph["copied_shell-L4-s1"].after == ("condense-s1",)
+    assert graph["shell-L4-s1"].after == ("condense-s1",)
     long = graph["scratch-L6-n1200-s0"]
     assert (
         long.steps == 3 * graph["fine-L6-s0"].steps
@@ -75,8 +63,8 @@ def test_each_data_set_is_encoded_once_and_stages_read_their_own():
 
 
 def test_controls_can_be_left_out():
-    names = [run.name for run in plan(load_study(DEMO, controls=False)).runs]
-    assert not [name for name in names if name.startswith("copied_shell")] and "fine-L2-s0" in names
+    names = [run.name for run in plan(load_study(DIGITS, controls=False)).runs]
+    assert not [name for name in names if name.startswith("shell")] and "fine-L2-s0" in names
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,17 @@ def main() -> int:
 
     from fine_dist.core.errors import guard
     from fine_dist.study.config import load_study
-    from fine_dist.study.graph import Graph, Run
+    from fine_dist.study.graph import Graph, StudyRun
     from fine_dist.study.scheduler import follow
 
     def body() -> int:
         root = Path(sys.argv[1])
-        study = load_study("configs/study/digits_demo.yaml", run_dir=str(root))
+        study = load_study("tests/study/digits.yaml", run_dir=str(root))
         graph = Graph(study)
         for name, after in (("two", ("one",)), ("three", ("one",)), ("one", ())):
             needs = tuple(str(root / before / "ran") for before in after)
             config = ToyConfig(run_dir=str(root / name), needs=needs, seconds=float((sys.argv[3:] or ["0"])[0]))
-            graph.runs.append(Run(name, "tests.study.toy", config, 1, after))
+            graph.runs.append(StudyRun(name, "tests.study.toy", config, 1, after))
         follow(graph, sys.argv[2])
         return 0
 

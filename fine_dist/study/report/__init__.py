@@ -1,9 +1,8 @@
-"""The report of a run: `results.json`, a self-contained `report.html`, and the same table in the terminal.
+"""The report of a study: `results.json`, a self-contained `report.html`, and the same table in the terminal.
 
-    from fine_dist.report import Ancestor, Claim, Picture, Results, summary_png, write_report
+    from fine_dist.study.report import Results, write_report
 
-`Results` says how it is filled: rows, series, claims, labels and colours are data. Nothing here trains or samples, and
-every number shown is computed from the rows.
+Nothing here trains or samples; every number shown is computed from the measurements in `Results`.
 """
 
 from __future__ import annotations
@@ -12,64 +11,69 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fine_dist.study.report.claims import Comparison, Verdict, verdicts
-from fine_dist.study.report.formula import steps_of
-from fine_dist.study.report.results import SECTIONS, Ancestor, Claim, Mean, Picture, Results, Row, read_results
+from fine_dist.study.report.results import (
+    SECTIONS,
+    Ancestor,
+    Mean,
+    Picture,
+    PublishedClaim,
+    Results,
+    TargetMeasurement,
+    read_results,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
 
-def write_report(folder: str | Path, results: Results, *, echo: bool = True, console: Console | None = None) -> Path:
-    """Write `results.json`, `report.html` and `pictures/*.png` into `folder`; returns the path of the page.
+def write_report(
+    folder: str | Path, results: Results, *, echo: bool = True, console: Console | None = None, claims: bool = True
+) -> Path:
+    """Write `results.json`, `report.html` and `pictures/*.png` into a folder.
 
-    echo:    print the table and the verdicts as well.
-    console: where to print (None: stdout).
-    Raises `OSError` when the folder cannot be written.
+    Args:
+        folder: Where they go.
+        results: The results.
+        echo: Whether to print the table as well.
+        console: Where to print; None: stdout.
+        claims: Whether the verdicts are printed.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: The folder cannot be written.
     """
+    # drawing needs matplotlib, which `--help` and planning a study do not
     from fine_dist.study.report.canvas import picture_png
-    from fine_dist.study.report.page import page
-    from fine_dist.study.report.terminal import print_report
+    from fine_dist.study.report.claims import verdicts
+    from fine_dist.study.report.render import page, print_report
 
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(results.pictures):
-        words = [picture.series if picture.method else "real" if picture.target is None else "model"]
-        words += [f"L{picture.target}"] if picture.target is not None else []
-        words += [f"step{picture.step}"] if picture.step is not None else []
-        picture.file = f"pictures/{i:02d}-{'-'.join(words).replace(':', '-')}.png"
+        parts = [picture.series if picture.method else "real" if picture.target is None else "parent"]
+        parts += [f"L{picture.target}"] if picture.target is not None else []
+        parts += [f"step{picture.step}"] if picture.step is not None else []
+        picture.file = f"pictures/{i:02d}-{'-'.join(parts).replace(':', '-')}.png"
         (folder / picture.file).write_bytes(picture_png(picture, width=1))
     data = results.model_dump(mode="json")
     data["verdicts"] = [verdict.as_json() for verdict in verdicts(results)]
     (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     (folder / "report.html").write_text(page(results), encoding="utf-8")
     if echo:
-        print_report(results, console)
+        print_report(results, console, claims)
     return folder / "report.html"
-
-
-def summary_png(results: Results, path: str | Path, series: Sequence[str] | None = None) -> Path:
-    """One picture for a README: curves for every depth, of some series or all, and samples; returns its path."""
-    from fine_dist.study.report.figures import summary_png as draw
-
-    return draw(results, path, series)
 
 
 __all__ = [
     "SECTIONS",
     "Ancestor",
-    "Claim",
-    "Comparison",
     "Mean",
     "Picture",
+    "PublishedClaim",
     "Results",
-    "Row",
-    "Verdict",
+    "TargetMeasurement",
     "read_results",
-    "steps_of",
-    "summary_png",
-    "verdicts",
     "write_report",
 ]

@@ -1,4 +1,9 @@
-"""How the report draws: matplotlib without a display, one style, inline SVG, PNG bytes."""
+"""How figures are drawn: matplotlib without a display, one style, and SVG that a page can make interactive.
+
+A figure on the page has no key of its own: the page's key of series stands above all figures, and hides and shows what
+belongs to a series in all of them. For that, `tag` marks an artist with the number of its series, and `svg_of` turns
+the mark into an attribute. Points that answer to the mouse are circles laid over the drawing.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,19 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from html import escape
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
 from fine_dist.study.report.results import Picture
 
-INK, FAINT, LINES = "#1f2933", "#7b8794", "#e4e7eb"
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
@@ -26,22 +37,41 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.axisbelow": True,
     "xtick.color": FAINT,
     "ytick.color": FAINT,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    "grid.color": LINES,
+    "grid.color": GRID,
     "grid.linewidth": 0.8,
     "svg.fonttype": "none",
     "legend.frameon": False,
 }
 
 
+class Mark(NamedTuple):
+    """A point that shows `text` under the mouse, in the data coordinates of its axis."""
+
+    axis: Any
+    x: float
+    y: float
+    series: int
+    text: str
+
+
 @contextmanager
 def figure_of(
     columns: int, width: float, height: float, rows: int = 1, heights: tuple[float, ...] = (1.0,)
 ) -> Iterator[tuple[Any, list[Any]]]:
-    """A figure with its axes row by row; inches a column, and in all."""
+    """A figure and its axes, row by row.
+
+    Args:
+        columns: Number of panels in a row.
+        width: Width of a panel in inches.
+        height: Height of the figure in inches.
+        rows: Number of rows.
+        heights: Relative heights of the rows.
+    """
     with style():
         figure = new_figure(width * columns, height)
         yield figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
@@ -49,67 +79,90 @@ def figure_of(
 
 @contextmanager
 def style() -> Iterator[None]:
-    import matplotlib
-
+    """The style of all figures."""
     with matplotlib.rc_context(_STYLE):
         yield
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Without pyplot, which keeps every figure and looks for a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+    """A figure made without pyplot, which keeps every figure alive and looks for a display."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.03))
     FigureCanvasAgg(figure)
     return figure
 
 
-FEW = 8
-"""Series that a key inside a panel has room for."""
-
-
-def key(figure: Any, axis: Any, handles: list[Any], names: list[str], loc: str) -> None:
-    """Name the series: in a panel where they are few, else below the figure, which grows by the room that takes."""
-    look = {"fontsize": 9.5, "handlelength": 1.4, "labelcolor": INK}
-    if len(names) <= FEW:
-        axis.legend(handles, names, loc=loc, **look)
+def key_below(figure: Any, axes: list[Any]) -> None:
+    """A key below a figure that stands alone (PNG); the figure grows by the room it takes, so no curve is covered."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(name, handle)
+    if not handles:
         return
     width, height = figure.get_size_inches()
-    columns = max(2, int(width / 2.4))
-    figure.set_size_inches(width, height + 0.22 * -(-len(names) // columns) + 0.2)
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, **look)
+    columns = max(1, min(len(handles), int(width / 2.2)))
+    figure.set_size_inches(width, height + 0.24 * -(-len(handles) // columns) + 0.1)
+    names = list(handles)[::-1]
+    figure.legend([handles[n] for n in names], names, loc="outside lower center", ncols=columns, fontsize=9.5,
+                  handlelength=1.4, labelcolor=INK)  # fmt: skip
 
 
-def svg_of(figure: Any, name: str, title: str) -> str:
-    """The figure as an inline SVG that takes the page's font and width; ids are its own (`name` salts them)."""
-    import matplotlib
+def tag(artist: Any, series: int) -> Any:
+    """Mark an artist as part of a series, by the number of the series."""
+    artist.set_gid(f"series--{series}")
+    return artist
 
+
+def svg_of(figure: Any, name: str, title: str, marks: list[Mark] | None = None) -> str:
+    """The figure as an inline SVG that takes the page's font and width.
+
+    Args:
+        figure: The figure.
+        name: Makes ids of this figure differ from those of other figures on the page.
+        title: What a screen reader says.
+        marks: Points with a text under the mouse.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()[buffer.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(
-        r'(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"', rf'\1role="img" aria-label="{title}"', svg, count=1
+        r'(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"',
+        lambda found: f'{found[1]}role="img" aria-label="{escape(title)}"',
+        svg,
+        count=1,
     )
     svg = re.sub(r'height="[\d.]+pt"|width="[\d.]+pt"', "", svg)
+    svg = re.sub(r'id="series--(\d+)"', r'class="series" data-series="\1"', svg)
+    # matplotlib numbers these ids from 1 in every figure; two figures on one page would share them
     svg = re.sub(
-        r'id="((?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|Poly|Line|image)[\w.]*)"', "", svg
+        r'id="((?:figure|axes|patch|text|line2d|matplotlib|xtick|ytick|legend|Poly|Fill|Line|image|Path)[\w.]*)"',
+        "",
+        svg,
     )
-    return re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
+    height = figure.get_size_inches()[1] * 72
+    circles = "".join(_circle(mark, height, 72 / figure.dpi) for mark in marks or ())
+    return svg.replace("</svg>", f"{circles}</svg>")
+
+
+def _circle(mark: Mark, height: float, scale: float) -> str:
+    """The layout is done by now, so data coordinates can be turned into points of the SVG (72 to the inch)."""
+    x, y = mark.axis.transData.transform((mark.x, mark.y)) * scale
+    return (
+        f'<circle class="series mark" data-series="{mark.series}" cx="{x:.1f}" cy="{height - y:.1f}" r="6">'
+        f"<title>{escape(mark.text)}</title></circle>"
+    )
 
 
 def pixels_of(picture: Picture) -> np.ndarray:
-    """[H, W] or [H, W, 3], as an image library wants it."""
+    """A picture as [H, W] or [H, W, 3]."""
     return picture.image[0] if picture.image.shape[0] == 1 else picture.image.transpose(1, 2, 0)
 
 
 def picture_png(picture: Picture, width: int = 480) -> bytes:
-    """The PNG of a picture; whole-number zoom up to about `width` pixels, because browsers blur small images."""
-    from PIL import Image
-
+    """The PNG of a picture, zoomed by a whole number to about `width` pixels, because browsers blur small images."""
     pixels = (np.clip(pixels_of(picture), 0, 1) * 255).round().astype(np.uint8)
     zoom = max(1, math.ceil(width / pixels.shape[1]))
     buffer = io.BytesIO()

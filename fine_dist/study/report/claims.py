@@ -1,8 +1,8 @@
-"""Claims as data, and which of them hold on measured rows, each by its own comparison of means.
+"""Which claims hold on the measurements, each decided by a comparison of means.
 
-A claim is a chain of comparisons "left is lower than right", each at every target and for each measure, or it says
-that a table follows depth on a line. A comparison that lacks a row is *not measured*: nothing is interpolated, and
-nothing is borrowed from another step.
+A claim is a chain of comparisons "left is lower than right", one for every target and measure, or it says that a table
+follows a straight line over depth. A comparison without a measurement on both sides is *not measured*: nothing is
+interpolated or taken from another step.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fine_dist.study.report.depth_curves import linearity
-from fine_dist.study.report.formula import steps_of
-from fine_dist.study.report.results import Claim, Mean, Results, number
+import numpy as np
 
-MEASURES = {"held_out_loss": "held-out loss", "frechet": "Fréchet distance", "fd_efflite": "FD-EffLite"}
+from fine_dist.study.report.results import Mean, PublishedClaim, Results, number, steps_of
+
+MEASURES = {"held_out_loss": "held-out loss", "fd_classifier": "Fréchet distance"}
 HELD, NOISE, FAILED, MISSING = "held", "within noise", "did not hold", "not measured"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """`left` lower than `right` (`or_equal`: no higher) at one target by one measure."""
+    """Whether `left` is lower than `right` (`or_equal`: no higher) at one target by one measure."""
 
     target: int
     measure: str
@@ -33,7 +33,7 @@ class Comparison:
 
     @property
     def held(self) -> bool | None:
-        """By the means alone; none: not measured."""
+        """The comparison of the means alone; None: not measured."""
         if self.left_value is None or self.right_value is None:
             return None
         a, b = self.left_value.mean, self.right_value.mean
@@ -41,15 +41,15 @@ class Comparison:
 
     @property
     def within_spread(self) -> bool:
-        """The difference is smaller than the seeds' own (root of the summed variances)."""
+        """Whether the difference is smaller than the seeds' spread (root of the summed variances)."""
         if self.left_value is None or self.right_value is None:
             return False
         noise = math.hypot(self.left_value.spread, self.right_value.spread)
         return abs(self.left_value.mean - self.right_value.mean) < noise
 
     @property
-    def word(self) -> str:
-        """A difference within the seeds' spread decides nothing, unless "no higher" is claimed and holds."""
+    def outcome(self) -> str:
+        """A difference within the seeds' spread decides nothing, unless the claim is "no higher" and it holds."""
         if self.held is None:
             return MISSING
         if self.within_spread and not (self.or_equal and self.held):
@@ -73,22 +73,22 @@ class Comparison:
             "right_mean": self.right_value.mean if self.right_value else None,
             "held": self.held,
             "within_spread": self.within_spread,
-            "verdict": self.word,
+            "verdict": self.outcome,
         }
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim on these rows."""
+    """One claim and what the measurements say about it."""
 
     claim: str
     source: str
     comparisons: list[Comparison] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
-    """(what, value) where a claim is no comparison of two means."""
+    """Pairs (what, value) for a claim that does not compare two means."""
     note: str = ""
     decided: bool | None = None
-    """By the facts, where they are what decides."""
+    """The decision where `facts` decide; None where comparisons do."""
 
     def of(self, measure: str) -> list[Comparison]:
         return [c for c in self.comparisons if c.measure == measure]
@@ -98,22 +98,22 @@ class Verdict:
         """One of held, within noise, did not hold, not measured: the least favourable of its measured comparisons."""
         if self.decided is not None:
             return HELD if self.decided else FAILED
-        words = {c.word for c in self.comparisons}
-        return next((word for word in (FAILED, NOISE, HELD) if word in words), MISSING)
+        outcomes = {c.outcome for c in self.comparisons}
+        return next((outcome for outcome in (FAILED, NOISE, HELD) if outcome in outcomes), MISSING)
 
     @property
     def partial(self) -> bool:
-        """Some comparisons by the held-out loss lack a row."""
+        """Whether some comparisons of the held-out loss were not measured."""
         return self.plain != MISSING and any(c.held is None for c in self.of("held_out_loss"))
 
     @property
     def one_seed(self) -> bool:
-        """No comparison has a second seed, so nothing is known of the spread."""
+        """Whether only one seed was measured, so that nothing is known about the spread."""
         means = [m for c in self.comparisons for m in (c.left_value, c.right_value) if m is not None]
         return bool(means) and all(m.num == 1 for m in means)
 
     @property
-    def word(self) -> str:
+    def outcome(self) -> str:
         partly = " where measured" if self.partial and self.plain == HELD else ""
         return self.plain + partly + (" on one seed" if self.one_seed else "")
 
@@ -121,7 +121,7 @@ class Verdict:
         return {
             "claim": self.claim,
             "source": self.source,
-            "verdict": self.word,
+            "verdict": self.outcome,
             "comparisons": [c.as_json() for c in self.comparisons],
             "facts": dict(self.facts),
             "note": self.note,
@@ -129,40 +129,78 @@ class Verdict:
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Every claim of the results, decided from the rows alone."""
+    """Every claim of the results with its verdict, decided from the measurements alone."""
     return [_line(claim, results) if claim.on_a_line else _chain(claim, results) for claim in results.claims]
 
 
-def compare(results: Results, claim: Claim, measure: str) -> list[Comparison]:
-    """A chain's comparisons by one measure, target by target."""
-    found = []
+def compare(results: Results, claim: PublishedClaim, measure: str) -> list[Comparison]:
+    """The comparisons of a chain by one measure, target by target."""
+    comparisons = []
     for target in results.targets:
         for left, right in zip(claim.chain, claim.chain[1:]):
             a, b = (_end(results, series, at, target, measure) for series, at in (left, right))
-            found.append(Comparison(target, measure, a[0], b[0], a[1], b[1], claim.or_equal))
-    return found
+            comparisons.append(Comparison(target, measure, a[0], b[0], a[1], b[1], claim.or_equal))
+    return comparisons
 
 
-def _chain(claim: Claim, results: Results) -> Verdict:
+def _chain(claim: PublishedClaim, results: Results) -> Verdict:
     comparisons = [c for measure in MEASURES for c in compare(results, claim, measure)]
     return Verdict(claim.text, claim.source, comparisons, note=claim.note)
 
 
 def _end(results: Results, series: str, at: int | str, target: int, measure: str) -> tuple[str, Mean | None]:
-    """One side of a comparison: what it is called, and its mean if it was measured."""
+    """One side of a comparison: its name, and its mean if it was measured."""
     step = steps_of(at, results.steps)
-    return f"{results.label(series)} at {step:,} steps", results.mean(series, target, step, measure)
+    return f"{results.name_of(series)} at {step:,} steps", results.mean(series, target, step, measure)
 
 
-def _line(claim: Claim, results: Results) -> Verdict:
-    found = {name: linearity(table) for name, table in results.tables.get(claim.on_a_line or "", {}).items()}
-    known = {name: fit for name, fit in found.items() if fit is not None}
+def _line(claim: PublishedClaim, results: Results) -> Verdict:
+    fits = {name: linearity(table) for name, table in results.tables.get(claim.on_a_line or "", {}).items()}
+    known = {name: fit for name, fit in fits.items() if fit is not None}
     if not known:
-        return Verdict(claim.text, claim.source, note="no table of 3 layers or more that moves")
+        return Verdict(claim.text, claim.source, note="no table has 3 or more layers that differ")
     facts = [(name, f"r {fit.correlation:.2f}, line {fit.r_squared:.0%}") for name, fit in known.items()]
     note = (
         "r: correlation of the first principal component with depth; line: share of the variance over layers that a "
-        f"straight line explains. Held when every r is at least {claim.bound:g}, a bound of this report. {claim.note}"
+        f"straight line explains. The claim holds when every r is at least {claim.bound:g}, a threshold chosen for "
+        f"this report. {claim.note}"
     )
     decided = all(fit.correlation >= claim.bound for fit in known.values())
     return Verdict(claim.text, claim.source, facts=facts, note=note.strip(), decided=decided)
+
+
+# --- tables over depth -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """How a table [L, R] changes with depth: `score` [L] on its first principal component, the score's correlation with
+    depth, and the share of variance that a straight line over depth explains (R²)."""
+
+    mean: np.ndarray
+    direction: np.ndarray
+    score: np.ndarray
+    correlation: float
+    r_squared: float
+
+
+def linearity(table: Any) -> Linearity | None:
+    """PCA over the layers of a table [L, R]. None for fewer than 3 layers or a table whose layers are equal."""
+    values = np.asarray(table, dtype=np.float64)
+    if len(values) < 3 or np.allclose(values, values[0]):
+        return None
+    mean = values.mean(axis=0)
+    centred = values - mean
+    left, singular, right = np.linalg.svd(centred, full_matrices=False)
+    score, direction = left[:, 0] * singular[0], right[0]
+    depth = np.linspace(-1, 1, len(values))
+    slope = depth @ centred / (depth @ depth)
+    if score @ depth < 0:
+        score, direction = -score, -direction
+    return Linearity(
+        mean,
+        direction,
+        score,
+        float(np.corrcoef(score, depth)[0, 1]),
+        float(((depth[:, None] * slope) ** 2).sum() / (centred**2).sum()),
+    )

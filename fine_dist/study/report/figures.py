@@ -1,64 +1,303 @@
-"""The report's pictures, drawn by matplotlib from rows: curves, bars, tables over depth, and the README's summary."""
+"""The figures of a report's page: curves, bars, trade-offs of quality and cost, and scalers over depth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from colorsys import hsv_to_rgb
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fine_dist.core.errors import ConfigError
-from fine_dist.study.report.canvas import FAINT, INK, LINES, figure_of, key, new_figure, pixels_of, style, svg_of
-from fine_dist.study.report.cost_table import ratio
-from fine_dist.study.report.depth_curves import linearity
-from fine_dist.study.report.results import Picture, Results, number
+from fine_dist.study.report.canvas import FAINT, GRID, INK, Mark, figure_of, svg_of, tag
+from fine_dist.study.report.claims import linearity
+from fine_dist.study.report.results import Mean, Results, number, ratio, short
+from fine_dist.study.report.tables import storage_of
+from fine_dist.study.report.worth import MODELS, break_even, end_curve
 
 _MAIN, _BASELINE = "#0b7285", "#e8590c"
 _OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
+_LONG = 3
+"""Points from which a series is drawn as a line; fewer are drawn as points."""
 
 
-def colour(series: str, results: Results) -> str:
-    """The same colour for a series in every picture."""
-    given = {results.main: _MAIN, results.baseline: _BASELINE, **results.colours}
+def color_of(series: str, results: Results) -> str:
+    """The color of a series, the same in every figure."""
+    given = {results.main: _MAIN, results.baseline: _BASELINE, **results.colors}
     others = [s for s in results.series if s not in given]
     if series in given or series not in others:
         return given.get(series, _MAIN)
     place = others.index(series)
     if place < len(_OTHERS):
         return _OTHERS[place]
-    # hues a golden section apart never come near each other soon
+    # hues a golden section apart stay distinct for as long as possible
     shades = hsv_to_rgb(place * 0.618034 % 1, 0.75, 0.8 if place % 2 else 0.6)
     return "#" + "".join(f"{round(255 * shade):02x}" for shade in shades)
 
 
+def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float, Mean]], where: str) -> list[Mark]:
+    """A series on an axis: a line with a band of one standard deviation, or points where there are few of them.
+
+    Args:
+        results: The results, for color, name and number of the series.
+        axis: The axis.
+        series: The series.
+        points: x and the mean there, ascending.
+        where: Format of the text under the mouse, with `x` and `mean`.
+    """
+    points = list(points)
+    if not points:
+        return []
+    index, color = results.series.index(series), color_of(series, results)
+    xs = [x for x, _ in points]
+    means, spreads = (np.array([getattr(mean, key) for _, mean in points]) for key in ("mean", "spread"))
+    look = {"lw": 2.2 if series in (results.main, results.baseline) else 1.4, "ms": 3.2, "marker": "o"}
+    if len(points) < _LONG:
+        look |= {"lw": 0, "ms": 5.5}
+    tag(axis.plot(xs, means, color=color, label=results.name_of(series), **look)[0], index)
+    if spreads.any():
+        if len(points) < _LONG:
+            _, _, bars = axis.errorbar(xs, means, yerr=spreads, color=color, lw=0, elinewidth=1.2)
+            tag(bars[0], index)
+        else:
+            tag(axis.fill_between(xs, means - spreads, means + spreads, color=color, alpha=0.16, lw=0), index)
+    name = results.name_of(series)
+    texts = [where.format(x=f"{x:,.0f}", mean=_with_spread(mean)) for x, mean in points]
+    return [Mark(axis, x, mean.mean, index, f"{name}, {text}") for (x, mean), text in zip(points, texts)]
+
+
+def _with_spread(mean: Mean) -> str:
+    return number(mean.mean) + (f" ± {number(mean.spread, like=mean.mean)}" if mean.num > 1 else "")
+
+
+# --- during training -------------------------------------------------------------------------------------------------
+
+
 def curves_svg(results: Results) -> str | None:
-    """Held-out loss against training steps, a panel a depth. None when no target was trained."""
-    targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
+    """Held-out loss against training steps, one panel per depth; None where no target was measured twice."""
+    targets = curve_targets(results)
     if not targets:
         return None
-    with figure_of(len(targets), 3.9, 3.5) as (figure, axes):
-        _curve_panels(axes, results, targets)
-        return svg_of(figure, "curves", "Held-out loss against training steps, by depth")
+    with figure_of(len(targets), 3.9, 3.4) as (figure, axes):
+        marks = curve_panels(axes, results, targets)
+        return svg_of(figure, "curves", "Held-out loss against training steps, by depth", marks)
+
+
+def curve_targets(results: Results) -> list[int]:
+    """Depths at which some series was measured twice."""
+    return [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
+
+
+def curve_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:
+    """Draw the curves of every series, one depth per axis."""
+    top, bottom = _loss_range(results, targets)
+    marks = []
+    for axis, target in zip(axes, targets):
+        for series in reversed(results.series):
+            points = [(float(s), m) for s in results.points(series, target) if (m := results.mean(series, target, s))]
+            marks += draw(results, axis, series, points, f"{target} layers, {{x}} steps: {{mean}}")
+        _mark_budget(axis, results, target)
+        axis.set_title(f"{target} layers")
+        axis.set_ylim(bottom, top)
+        axis.set_xlim(left=-0.015 * axis.get_xlim()[1])
+        axis.grid(axis="y")
+        axis.set_xlabel("training steps after initialization")
+        axis.locator_params(axis="x", nbins=5)
+    axes[0].set_ylabel("held-out loss")
+    return [mark for mark in marks if mark.y < top]
+
+
+def _mark_budget(axis: Any, results: Results, target: int) -> None:
+    """A dashed level at the main series' loss after N steps: where another curve crosses it is what is saved."""
+    budget = results.budget
+    ours = results.mean(results.main, target, budget) if budget else None
+    if budget is None or ours is None:
+        return
+    axis.axhline(ours.mean, color=color_of(results.main, results), lw=1, ls=(0, (4, 3)), alpha=0.8)
+    most = results.trained_steps(results.baseline, target)
+    for at in sorted({budget, most} if most > budget else {budget}):
+        axis.axvline(at, color=GRID, lw=1, zorder=0)
+        name = "N" if at == budget else f"{ratio(at / budget)}N"
+        axis.annotate(name, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points",
+                      color=FAINT, size=8.5)  # fmt: skip
+
+
+def _loss_range(results: Results, targets: list[int]) -> tuple[float, float]:
+    """(top, bottom) of the loss axis: down to the least value, up to all of the main series and of others from N/3 on.
+
+    An untrained model predicts no noise at all (a loss of 1); a scale that shows that hides all differences.
+    """
+    values, tops = [], []
+    for target in targets:
+        budget = results.budget or max(s for name in results.series for s in results.points(name, target) or [1])
+        for series in results.series:
+            points = results.points(series, target)
+            values += [np.mean(v) for v in points.values()]
+            started = series == results.main and results.init_steps(series, target) > 0
+            tops += [np.mean(v) for s, v in points.items() if started or s >= budget / 3]
+    low, high = min(values), max(tops or values)
+    return high + 0.15 * (high - low) + 1e-9, low - 0.08 * (high - low) - 1e-9
+
+
+# --- at the ends of runs ---------------------------------------------------------------------------------------------
+
+
+def map_svg(results: Results) -> str | None:
+    """Loss at the end of runs against their length, one panel per depth; None where no series has three lengths."""
+    targets = _map_targets(results)
+    if not targets:
+        return None
+    with figure_of(len(targets), 3.9, 3.4) as (figure, axes):
+        marks = map_panels(axes, results, targets)
+        return svg_of(figure, "map", "Held-out loss against the length of training, by depth", marks)
+
+
+def _map_targets(results: Results) -> list[int]:
+    return [t for t in results.targets if any(len(end_curve(results, s, t).steps) >= _LONG for s in results.series)]
+
+
+def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:
+    """Draw loss against length of training on logarithmic steps."""
+    marks = []
+    for axis, target in zip(axes, targets):
+        axis.set_xscale("log")
+        for series in reversed([s for s in results.series if ":" not in s]):
+            curve = end_curve(results, series, target)
+            means = [results.mean(series, target, step) for step in curve.steps]
+            points = [(float(step), mean) for step, mean in zip(curve.steps, means) if mean]
+            marks += draw(results, axis, series, points, f"{target} layers, trained for {{x}} steps: {{mean}}")
+        axis.set_title(f"{target} layers")
+        axis.grid()
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.set_xlabel("training steps after initialization")
+    axes[0].set_ylabel("held-out loss at the end")
+    return marks
+
+
+def break_even_svg(results: Results) -> str | None:
+    """Total FLOPs for n models against n, with every stage paid for and with a free ancestor."""
+    found = break_even(results)
+    if found is None:
+        return None
+    panels = 2 if any(line.free for line in found.lines) else 1
+    with figure_of(panels, 4.9, 3.4) as (figure, axes):
+        marks = break_even_panels(axes, results)
+        return svg_of(figure, "break-even", "Total FLOPs for n models against n", marks)
+
+
+def break_even_panels(axes: list[Any], results: Results) -> list[Mark]:
+    """Draw total FLOPs for n = 1..100 models: every stage paid for, and (second axis) with free ancestors."""
+    found, marks = break_even(results), []
+    counts = np.unique(np.logspace(0, np.log10(MODELS), 40).round().astype(int))
+    for axis, free in zip(axes, (False, True)):
+        with_free = {line.series for line in found.lines if line.free} if found else set()
+        for line in reversed(found.lines if found else []):
+            if line.free != (free and line.series in with_free):
+                continue
+            index = results.series.index(line.series)
+            totals = [line.total(int(n)) for n in counts]
+            style = {"color": color_of(line.series, results), "label": results.name_of(line.series)}
+            tag(axis.plot(counts, totals, lw=2.2 if line.series == results.main else 1.5, **style)[0], index)
+            name = results.name_of(line.series)
+            for n in (1, 3, 10, 30, 100):
+                text = f"{name}, {n} models: {short(line.total(n))}FLOPs ({line.steps:,.0f} training steps each)"
+                marks.append(Mark(axis, n, line.total(n), index, text))
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
+        axis.grid()
+        axis.set_xlabel("models made")
+        axis.set_title("free public ancestor" if free else "every stage paid for")
+    axes[0].set_ylabel("total FLOPs")
+    return marks
+
+
+def depths_svg(results: Results) -> str | None:
+    """Held-out loss after N steps against depth; None for fewer than two depths or without N."""
+    n = results.budget
+    lines = {s: {t: m for t in results.targets if n and (m := results.mean(s, t, n))} for s in results.series}
+    if len({t for points in lines.values() for t in points}) < 2:
+        return None
+    with figure_of(1, 9.4, 3.2) as (figure, [axis]):
+        marks: list[Mark] = []
+        for series, points in reversed(lines.items()):
+            items = [(float(t), mean) for t, mean in points.items()]
+            marks += draw(results, axis, series, items, f"{{x}} layers, {n:,} steps: {{mean}}")
+        axis.set_xticks(results.targets)
+        axis.set_xlabel("layers")
+        axis.set_ylabel(f"held-out loss after {n:,} steps")
+        axis.grid(axis="y")
+        return svg_of(figure, "depths", "Held-out loss after N steps against depth", marks)
+
+
+def costs_svg(results: Results) -> str | None:
+    """Held-out loss against all FLOPs spent, one panel per depth; None when fewer than two series have costs."""
+    costed = [m for m in results.measurements if m.stage == "train" and m.flops + m.flops_condense > 0 and m.step]
+    targets = sorted({m.target for m in costed})
+    if len({m.series for m in costed}) < 2:
+        return None
+    with figure_of(len(targets), 3.9, 3.4) as (figure, axes):
+        marks: list[Mark] = []
+        for axis, target in zip(axes, targets):
+            for series in reversed(results.series):
+                spent = {m.flops + m.flops_condense: m.step for m in costed if (m.series, m.target) == (series, target)}
+                points = [(x, mean) for x in sorted(spent) if (mean := results.mean(series, target, spent[x]))]
+                marks += draw(results, axis, series, points, f"{target} layers, {{x}} FLOPs: {{mean}}")
+            axis.set_xscale("log", subs=[2, 5])
+            axis.xaxis.set_major_formatter(lambda value, _: short(value))
+            axis.xaxis.set_minor_formatter(lambda value, _: short(value))
+            axis.set_title(f"{target} layers")
+            axis.grid(axis="y")
+            axis.set_xlabel("FLOPs spent in all")
+        axes[0].set_ylabel("held-out loss")
+        return svg_of(figure, "costs", "Held-out loss against FLOPs spent in all stages, by depth", marks)
+
+
+def storage_svg(results: Results) -> str | None:
+    """Numbers stored against the number of initialized targets; None when no series shares anything."""
+    found = storage_of(results)
+    if len(found) < 2:
+        return None
+    counts = np.arange(0, 11)
+    with figure_of(1, 9.4, 3.0) as (figure, [axis]):
+        axis.plot(counts, counts * found[0].own, color=FAINT, lw=1.4, ls=(0, (4, 3)))
+        axis.annotate("dense models", (counts[-1], counts[-1] * found[0].own), (-4, -14), textcoords="offset points",
+                      ha="right", color=FAINT, size=9)  # fmt: skip
+        marks = []
+        for kept in found[1:]:
+            index, color = results.series.index(kept.series), color_of(kept.series, results)
+            totals = [kept.total(int(n)) for n in counts]
+            tag(axis.plot(counts, totals, color=color, lw=2 if kept.series == results.main else 1.2)[0], index)
+            marks += [Mark(axis, float(n), t, index, f"{kept.label}, {n} models: {t:,} numbers") for n, t in
+                      zip(counts, totals)]  # fmt: skip
+        axis.yaxis.set_major_formatter(lambda value, _: short(value))
+        axis.set_xlabel(f"targets of {max(results.target_params)} layers")
+        axis.set_ylabel("numbers stored")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="y")
+        return svg_of(figure, "storage", "Numbers stored against the number of targets", marks)
 
 
 def bars_svg(results: Results) -> str | None:
-    """Fréchet distances after N steps and more, bars by series, a group a depth. None when none was measured."""
-    groups = {t: _bars(results, t) for t in results.targets}
-    groups = {t: bars for t, bars in groups.items() if bars}
+    """Fréchet distances at the ends of runs, bars by series, one group per depth; None when none was measured."""
+    groups = {target: _bars(results, target) for target in results.targets}
+    groups = {target: bars for target, bars in groups.items() if bars}
     if not groups:
         return None
-    with figure_of(1, 9.4, 0.9 + 0.31 * sum(len(b) + 1.1 for b in groups.values())) as (figure, axes):
-        axis, y, ticks = axes[0], 0.0, []
+    with figure_of(1, 9.4, 0.9 + 0.31 * sum(len(b) + 1.1 for b in groups.values())) as (figure, [axis]):
+        y, ticks, marks = 0.0, [], []
         for target, bars in groups.items():
             axis.text(0, y - 0.72, f"{target} layers", weight="bold", size=10, va="center")
-            for series, name, mean, main in bars:
-                axis.barh(y, mean.mean, height=0.74, color=colour(series, results), alpha=1 if main else 0.45)
+            for series, name, mean, at_budget in bars:
+                index, color = results.series.index(series), color_of(series, results)
+                [bar] = axis.barh(y, mean.mean, height=0.74, color=color, alpha=1 if at_budget else 0.45)
+                tag(bar, index)
                 if mean.num > 1:
                     axis.errorbar(mean.mean, y, xerr=mean.spread, color=INK, lw=1, capsize=2.5)
-                end = (mean.mean + mean.spread, y)
-                axis.annotate(number(mean.mean), end, (6, 0), textcoords="offset points", va="center", size=9)
+                axis.annotate(number(mean.mean), (mean.mean + mean.spread, y), (6, 0), textcoords="offset points",
+                              va="center", size=9)  # fmt: skip
+                marks.append(Mark(axis, mean.mean, y, index, f"{name}, {target} layers: {_with_spread(mean)}"))
                 ticks.append((y, name))
                 y += 1
             y += 1.1
@@ -66,19 +305,34 @@ def bars_svg(results: Results) -> str | None:
         axis.tick_params(axis="y", length=0)
         axis.spines["left"].set_visible(False)
         axis.grid(axis="x")
-        axis.set_axisbelow(True)
         axis.set_ylim(y - 0.9, -1.2)
         axis.set_xlim(0, axis.get_xlim()[1] * 1.08)
         axis.set_xlabel("Fréchet distance (lower is better)")
-        if results.frechet_floor is not None:
-            axis.axvline(results.frechet_floor, color=INK, lw=1, ls=(0, (4, 3)))
-            at = (results.frechet_floor, y - 0.9)
-            axis.annotate("held-out real data", at, (4, 3), textcoords="offset points", size=8.5, va="bottom")
-        return svg_of(figure, "bars", "Fréchet distance of samples, by method and depth")
+        if results.fd_floor is not None:
+            axis.axvline(results.fd_floor, color=INK, lw=1, ls=(0, (4, 3)))
+            axis.annotate("held-out real images", (results.fd_floor, y - 0.9), (4, 3), textcoords="offset points",
+                          size=8.5, va="bottom")  # fmt: skip
+        return svg_of(figure, "bars", "Fréchet distance of samples, by method and depth", marks)
+
+
+def _bars(results: Results, target: int) -> list[tuple[str, str, Mean, bool]]:
+    """(series, its name and steps, mean, whether that is after N steps) of every distance after N steps or more."""
+    n = results.budget
+    trained = [m for m in results.measurements if n and m.step >= n and m.target == target and m.stage == "train"]
+    found = []
+    for series in results.series:
+        for step in sorted({m.step for m in trained}):
+            mean = results.mean(series, target, step, "fd_classifier")
+            if mean:
+                found.append((series, f"{results.name_of(series)}, {step:,} steps", mean, step == n))
+    return found
+
+
+# --- tables over depth -----------------------------------------------------------------------------------------------
 
 
 def tables_svg(results: Results) -> str | None:
-    """Tables over depth: above, every component by layer; below, the first principal component, with the others'."""
+    """Tables over depth: above, every component by layer; below, the first principal component of the first owner."""
     first = next(iter(results.tables), "")
     tables = {k: np.asarray(v) for k, v in results.tables.get(first, {}).items()}
     tables = {k: v for k, v in tables.items() if len(v) > 1}
@@ -86,134 +340,16 @@ def tables_svg(results: Results) -> str | None:
         return None
     with figure_of(len(tables), 2.3, 4.6, rows=2, heights=(2.2, 1.5)) as (figure, axes):
         for column, (matrix, table) in enumerate(tables.items()):
-            _map(axes[column], matrix, table, first=column == 0)
-            _score(axes[len(tables) + column], matrix, results, first=column == 0)
+            _components(axes[column], matrix, table, first=column == 0)
+            _principal(axes[len(tables) + column], matrix, results, first=column == 0)
         return svg_of(figure, "tables", "Numbers of each layer over depth, by matrix")
 
 
-def summary_png(results: Results, path: str | Path, series: Sequence[str] | None = None) -> Path:
-    """One picture for a README: the curves of every depth, and below them real data and samples at one depth.
-
-    Writes a PNG of about 1600 pixels' width and returns its path. Needs a row with a curve; pictures are optional.
-    series: whose curves; all unless told. `ConfigError` for one that is not there.
-    """
-    path = Path(path)
-    if series is not None:
-        if unknown := sorted(set(series) - set(results.series)):
-            raise ConfigError(f"no such series: {', '.join(unknown)}; there are {', '.join(results.series)}")
-        results = results.model_copy(update={"rows": [row for row in results.rows if row.series in series]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    targets = [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
-    if not targets:
-        raise ValueError("no target has two measurements: there is no curve to draw")
-    shown = _summary_pictures(results)
-    with style():
-        figure = new_figure(3.9 * len(targets), 3.5 + (2.1 if shown else 0))
-        parts = figure.subfigures(2 if shown else 1, 1, height_ratios=(3.5, 2.1) if shown else None, squeeze=False)
-        _curve_panels(list(parts[0, 0].subplots(1, len(targets), squeeze=False).flat), results, targets)
-        if shown:
-            axes = parts[1, 0].subplots(1, len(shown), squeeze=False).flat
-            for axis, (title, picture) in zip(axes, shown):
-                axis.imshow(pixels_of(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                axis.set_title(title, size=10, pad=8)
-                axis.set_axis_off()
-        figure.savefig(path, dpi=140, facecolor="white", metadata={"Software": None})
-    return path
-
-
-# --- curves --------------------------------------------------------------------------------------------------------
-
-
-def _curve_panels(axes: list[Any], results: Results, targets: list[int]) -> None:
-    shown = [s for s in results.series if any(len(results.points(s, t)) > 1 for t in targets)]
-    top, bottom = _loss_range(results, targets, shown)
-    for axis, target in zip(axes, targets):
-        for series in reversed(shown):
-            _curve(axis, results, series, target)
-        _mark_budget(axis, results, target)
-        axis.set_title(f"{target} layers")
-        axis.set_ylim(bottom, top)
-        axis.set_xlim(left=0)
-        axis.grid(axis="y")
-        axis.set_axisbelow(True)
-        axis.set_xlabel("training steps after initialisation")
-        axis.locator_params(axis="x", nbins=5)
-    axes[0].set_ylabel("held-out loss")
-    handles, names = axes[0].get_legend_handles_labels()
-    key(axes[0].figure, axes[0], handles[::-1], names[::-1], "upper right")
-
-
-def _curve(axis: Any, results: Results, series: str, target: int) -> None:
-    points = results.points(series, target)
-    if not points:
-        return
-    steps = list(points)
-    means = np.array([np.mean(v) for v in points.values()])
-    spreads = np.array([np.std(v, ddof=1) if len(v) > 1 else 0.0 for v in points.values()])
-    shade, name = colour(series, results), results.label(series)
-    axis.fill_between(steps, means - spreads, means + spreads, color=shade, alpha=0.18, lw=0)
-    marker = {"marker": "o", "ms": 5} if len(steps) == 1 else {"marker": "o", "ms": 2.6}
-    axis.plot(
-        steps, means, color=shade, lw=2.2 if series in (results.main, results.baseline) else 1.4, label=name, **marker
-    )
-
-
-def _mark_budget(axis: Any, results: Results, target: int) -> None:
-    """A dashed level at the main series' loss after N steps: where another crosses it is what is saved."""
-    budget = results.budget
-    ours = results.mean(results.main, target, budget) if budget else None
-    if budget is None or ours is None:
-        return
-    axis.axhline(ours.mean, color=colour(results.main, results), lw=1, ls=(0, (4, 3)), alpha=0.8)
-    most = results.trained_steps(results.baseline, target)
-    for at in sorted({budget, most} if most > budget else {budget}):
-        if at <= max(step for s in results.series for step in results.points(s, target) or [0]):
-            axis.axvline(at, color=LINES, lw=1, zorder=0)
-            name = "N" if at == budget else f"{ratio(at / budget)}N"
-            axis.annotate(name, (at, 0), xycoords=("data", "axes fraction"), xytext=(3, 4),
-                          textcoords="offset points", color=FAINT, size=8.5)  # fmt: skip
-
-
-def _loss_range(results: Results, targets: list[int], shown: list[str]) -> tuple[float, float]:
-    """Down to the least value; up to what shows the main series whole and others from N/3 on.
-
-    An untrained model predicts no noise at all (a loss of 1), and a scale that shows that hides all differences.
-    """
-    values, tops = [], []
-    for target in targets:
-        budget = results.budget or max(s for name in shown for s in results.points(name, target) or [1])
-        for series in shown:
-            points = results.points(series, target)
-            values += [np.mean(v) for v in points.values()]
-            tops += [np.mean(v) for s, v in points.items() if series == results.main or s >= budget / 3]
-    low, high = min(values), max(tops or values)
-    return high + 0.12 * (high - low) + 1e-9, low - 0.10 * (high - low) - 1e-9
-
-
-# --- bars ----------------------------------------------------------------------------------------------------------
-
-
-def _bars(results: Results, target: int) -> list[tuple[str, str, Any, bool]]:
-    """(series, what it is called, its mean, at N) for all that has a Fréchet distance after N or more."""
-    n = results.budget
-    steps = sorted({r.step for r in results.rows if n and r.step >= n and r.target == target and r.stage == "train"})
-    found = []
-    for series in results.series:
-        for step in steps:
-            mean = results.mean(series, target, step, "frechet")
-            if mean:
-                found.append((series, f"{results.label(series)}, {step:,} steps", mean, step == n))
-    return found
-
-
-# --- tables --------------------------------------------------------------------------------------------------------
-
-
-def _map(axis: Any, matrix: str, table: np.ndarray, first: bool) -> None:
-    centred = table - table.mean(axis=0)
-    order = np.argsort(np.linspace(-1, 1, len(table)) @ centred)
-    limit = np.quantile(np.abs(centred), 0.98) or 1.0
-    axis.imshow(centred[:, order].T, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+def _components(axis: Any, matrix: str, table: np.ndarray, first: bool) -> None:
+    centered = table - table.mean(axis=0)
+    order = np.argsort(np.linspace(-1, 1, len(table)) @ centered)
+    limit = np.quantile(np.abs(centered), 0.98) or 1.0
+    axis.imshow(centered[:, order].T, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     axis.set_title(matrix)
     layers = np.linspace(0, len(table) - 1, min(3, len(table))).round().astype(int)
     axis.set_xticks(layers, [str(layer + 1) for layer in layers])
@@ -225,7 +361,7 @@ def _map(axis: Any, matrix: str, table: np.ndarray, first: bool) -> None:
         axis.set_ylabel("components")
 
 
-def _score(axis: Any, matrix: str, results: Results, first: bool) -> None:
+def _principal(axis: Any, matrix: str, results: Results, first: bool) -> None:
     who, table = next((who, np.asarray(tables[matrix])) for who, tables in results.tables.items())
     fit = linearity(table)
     axis.set_xlim(-0.06, 1.06)
@@ -235,41 +371,35 @@ def _score(axis: Any, matrix: str, results: Results, first: bool) -> None:
     if first:
         axis.set_ylabel("first component")
     if fit is None:
-        axis.text(0.5, 0.5, "does not move", transform=axis.transAxes, ha="center", color=FAINT, size=9)
+        axis.text(0.5, 0.5, "the same in every layer", transform=axis.transAxes, ha="center", color=FAINT, size=9)
         return
     depth = np.linspace(0, 1, len(table))
-    axis.plot(depth, np.polyval(np.polyfit(depth, fit.score, 1), depth), color=LINES, lw=3, zorder=1)
+    axis.plot(depth, np.polyval(np.polyfit(depth, fit.score, 1), depth), color=GRID, lw=3, zorder=1)
     axis.plot(depth, fit.score, color=INK, lw=1.4, marker="o", ms=3.4, zorder=3, label=who)
     others = {name: t[matrix] for name, t in results.tables.items() if name != who and matrix in t}
     for i, (name, rows) in enumerate(sorted(others.items(), key=lambda item: len(item[1]))):
         projected = (np.asarray(rows) - fit.mean) @ fit.direction
         at = np.linspace(0, 1, len(projected)) if len(projected) > 1 else np.array([0.5])
-        shade = 0.35 + 0.5 * i / max(1, len(others) - 1)
-        axis.plot(at, projected, color=_mix(colour(results.main, results), shade), lw=1.2, marker="o", ms=2.6, zorder=2,
-                  label=name)  # fmt: skip
+        shade = _mix(color_of(results.main, results), 0.35 + 0.5 * i / max(1, len(others) - 1))
+        axis.plot(at, projected, color=shade, lw=1.2, marker="o", ms=2.6, zorder=2, label=name)
     axis.set_title(f"r = {fit.correlation:.2f}", size=9, weight="normal", color=FAINT)
     if first:
-        axis.legend(fontsize=7.5, loc="upper left", handlelength=1.0, labelspacing=0.25, borderaxespad=0.2)
+        axis.legend(fontsize=7, loc="lower right", handlelength=1.0, labelspacing=0.2, borderaxespad=0.1)
 
 
-def _mix(colour_: str, weight: float) -> tuple[float, ...]:
-    rgb = [int(colour_[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+def _mix(color: str, weight: float) -> tuple[float, ...]:
+    rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return tuple(1 - weight * (1 - c) for c in rgb)
 
 
-# --- the summary ------------------------------------------------------------------------------------------------------
-
-
-def _summary_pictures(results: Results) -> list[tuple[str, Picture]]:
-    """Real data, then main series and baseline at N for the middle depth with both; fewer where there are fewer."""
-    shown = [("real data", p) for p in results.pictures if p.method is None and p.target is None][:1]
-    for target in sorted(results.targets, key=lambda t: abs(t - float(np.median(results.targets)))):
-        budget = results.budget
-        pair = [
-            (f"{results.label(s)}, {target} layers, {p.step} steps", p)
-            for s in (results.main, results.baseline)
-            for p in [p for p in results.pictures if (p.series, p.target, p.step) == (s, target, budget)][:1]
-        ]
-        if len(pair) == 2:
-            return shown + pair
-    return shown
+FIGURES: dict[str, Callable[[Results], str | None]] = {
+    "curves": curves_svg,
+    "map": map_svg,
+    "break_even": break_even_svg,
+    "depths": depths_svg,
+    "costs": costs_svg,
+    "storage": storage_svg,
+    "bars": bars_svg,
+    "tables": tables_svg,
+}
+"""Figures by the section of the page that shows them."""

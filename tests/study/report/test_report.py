@@ -13,28 +13,40 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.study.report import summary_png, write_report
-from fine_dist.study.report.claims import verdicts
-from fine_dist.study.report.cost_table import arithmetic, short
-from fine_dist.study.report.depth_curves import linearity
-from fine_dist.study.report.formula import steps_of
-from fine_dist.study.report.results import Ancestor, Claim, Picture, Results, number, read_results
-from fine_dist.study.report.table import table
+from fine_dist.study.report import write_report
+from fine_dist.study.report.__main__ import fill
+from fine_dist.study.report.claims import linearity, verdicts
+from fine_dist.study.report.posters import save_poster
+from fine_dist.study.report.render import markdown
+from fine_dist.study.report.results import (
+    Ancestor,
+    Picture,
+    PublishedClaim,
+    Results,
+    number,
+    read_results,
+    short,
+    steps_of,
+)
+from fine_dist.study.report.tables import TABLES, rows, storage, tuning
+from fine_dist.study.report.worth import break_even, cheapest, recommendation, saved_steps
 
 N, INIT = 100, 50
 CLAIMS = [
-    Claim(text="Ours is better at equal steps", source="A paper, table 1", chain=(("ours", "N"), ("plain", "N"))),
-    Claim(text="Ours is worth 3N", source="A paper", chain=(("ours", "N"), ("plain", "3N")), or_equal=True),
-    Claim(text="Equal total steps", source="control", chain=(("ours", "N"), ("plain", "N+I"))),
-    Claim(text="A third is between", source="A paper", chain=(("ours", "N"), ("third", "N"), ("plain", "N"))),
-    Claim(text="Numbers follow depth", source="A paper, figure 2", on_a_line="learngene", bound=0.9),
+    PublishedClaim(
+        text="Ours is better at equal steps", source="A paper, table 1", chain=(("ours", "N"), ("plain", "N"))
+    ),
+    PublishedClaim(text="Ours is worth 3N", source="A paper", chain=(("ours", "N"), ("plain", "3N")), or_equal=True),
+    PublishedClaim(text="Equal total steps", source="control", chain=(("ours", "N"), ("plain", "N+I"))),
+    PublishedClaim(text="A third is between", source="A paper", chain=(("ours", "N"), ("third", "N"), ("plain", "N"))),
+    PublishedClaim(text="Numbers follow depth", source="A paper, figure 2", on_a_line="learngene", bound=0.9),
 ]
 
 
 def results(ours: float = 0.11, plain: float = 0.13, plain_3n: float = 0.12, targets=(2, 4), seeds=3) -> Results:
     """Two series on two depths; the mean over seeds is the number given, spread 0.001."""
     made = Results(
-        main="ours", baseline="plain", steps={"N": N, "I": INIT}, labels={"ours": "Ours", "plain": "scratch"}
+        main="ours", baseline="plain", steps={"N": N, "I": INIT}, display_names={"ours": "Ours", "plain": "scratch"}
     )
     made.ancestors["ours"] = Ancestor(name="DiT-D64/2-L8", layers=8, steps=1000, seconds=60, stored=1000)
     made.claims = CLAIMS
@@ -47,13 +59,13 @@ def results(ours: float = 0.11, plain: float = 0.13, plain_3n: float = 0.12, tar
             for step in (N // 2, N):
                 made.add(
                     method="ours", stage="train", step=step, held_out_loss=ours + wobble + 0.01 * (step < N),
-                    frechet=8.0 + wobble if step == N else None, steps_init=INIT, steps_train=step,
+                    fd_classifier=8.0 + wobble if step == N else None, end=step == N, steps_init=INIT, steps_train=step,
                     seconds=5 + step / 10, **common,
                 )  # fmt: skip
             for step, loss in ((0, 1.0), (N, plain), (3 * N, plain_3n)):
                 made.add(
                     method="plain", stage="train", step=step, held_out_loss=loss + wobble, steps_train=step,
-                    seconds=step / 10, **common,
+                    end=step > 0, seconds=step / 10, **common,
                 )  # fmt: skip
     return made
 
@@ -81,38 +93,38 @@ def printed(made: Results, tmp_path) -> str:
 def test_claims_are_decided_by_means_and_spread(ours, plain, plain_3n, equal_steps, three_times):
     """Spread 0.001: equal means are "no worse", not "better"; a difference of 0.0001 decides nothing."""
     made = results(ours, plain, plain_3n)
-    assert of(made, "equal steps").word == equal_steps
-    assert of(made, "3N").word == three_times
+    assert of(made, "equal steps").outcome == equal_steps
+    assert of(made, "3N").outcome == three_times
 
 
 def test_one_depth_that_fails_is_enough_for_a_claim_not_to_hold():
     made = results()
-    for row in made.rows:
+    for row in made.measurements:
         if row.method == "plain" and row.target == 4 and row.step == N:
             row.held_out_loss = 0.05
     verdict = of(made, "equal steps")
-    assert verdict.word == "did not hold"
+    assert verdict.outcome == "did not hold"
     assert [c.held for c in verdict.of("held_out_loss")] == [True, False]
 
 
 def test_what_was_not_measured_is_never_decided():
-    words = {v.claim: v.word for v in verdicts(results())}
+    words = {v.claim: v.outcome for v in verdicts(results())}
     assert words["A third is between"] == words["Equal total steps"] == words["Numbers follow depth"] == "not measured"
 
 
 def test_a_step_beside_the_right_one_is_not_taken_for_it():
     made = results()
-    for row in made.rows:
+    for row in made.measurements:
         if row.method == "plain" and row.step == 3 * N:
             row.step += 1
-    assert of(made, "3N").word == "not measured"
+    assert of(made, "3N").outcome == "not measured"
 
 
 def test_controls_are_compared_at_equal_total_steps():
     made = results()
     for target in (2, 4):
         made.add(method="plain", target=target, seed=0, stage="train", step=N + INIT, held_out_loss=0.125)
-    assert of(made, "Equal total steps").word == "held"
+    assert of(made, "Equal total steps").outcome == "held"
 
 
 def test_a_difference_smaller_than_the_seeds_spread_is_marked():
@@ -124,28 +136,28 @@ def test_a_difference_smaller_than_the_seeds_spread_is_marked():
 def test_the_least_favourable_comparison_decides_a_claim():
     """Depth 2 holds, depth 4 lies within the spread; then depth 4 is worse."""
     made = results()
-    for row in made.rows:
+    for row in made.measurements:
         if row.method == "plain" and row.target == 4 and row.step == N:
             row.held_out_loss -= 0.0198
-    assert of(made, "equal steps").word == "within noise"
-    for row in made.rows:
+    assert of(made, "equal steps").outcome == "within noise"
+    for row in made.measurements:
         if row.method == "plain" and row.target == 4 and row.step == N:
             row.held_out_loss -= 0.02
-    assert of(made, "equal steps").word == "did not hold"
+    assert of(made, "equal steps").outcome == "did not hold"
 
 
 @pytest.mark.parametrize("step", [0, N])
 def test_a_chain_of_variants_is_compared_link_by_link(step):
     made = results(targets=(4,))
     order = ("ours", "ours:near", "ours:far", "ours:random")
-    made.claims = [Claim(text="order", source="A paper", chain=tuple((s, step) for s in order))]
+    made.claims = [PublishedClaim(text="order", source="A paper", chain=tuple((s, step) for s in order))]
     base = made.mean("ours", 4, step).mean
     for variant, more in (("near", 0.005), ("far", 0.01), ("random", 0.008)):
         stage = "train" if step else "init"
         made.add(method="ours", variant=variant, target=4, seed=0, stage=stage, step=step, held_out_loss=base + more)
     verdict = of(made, "order")
     assert [c.held for c in verdict.of("held_out_loss")] == [True, True, False]
-    assert verdict.word == "did not hold"
+    assert verdict.outcome == "did not hold"
 
 
 def test_means_and_spreads_are_over_seeds():
@@ -168,9 +180,9 @@ def test_a_table_linear_in_depth_is_found_so_and_a_scrambled_one_is_not():
     made.add_table("learngene", "qkv", straight)
     fit = linearity(straight)
     assert fit.correlation == pytest.approx(1) and fit.r_squared == pytest.approx(1)
-    assert of(made, "follow depth").word == "held"
+    assert of(made, "follow depth").outcome == "held"
     made.add_table("learngene", "o", straight[torch.randperm(8, generator=g)])
-    assert of(made, "follow depth").word == "did not hold"
+    assert of(made, "follow depth").outcome == "did not hold"
 
 
 def test_the_sign_of_a_component_follows_depth():
@@ -184,31 +196,20 @@ def test_formulas_of_steps_are_computed_and_what_cannot_be_is_named():
     assert found == [400, 1200, 700, 900, 810, 7, 0]
     with pytest.raises(ConfigError, match=r"Q has no value; known are N = 400"):
         steps_of("N+Q", symbols)
-    with pytest.raises(ConfigError, match="is no term"):
+    with pytest.raises(ConfigError, match="is not a term"):
         steps_of("N-I", symbols)
 
 
-def test_steps_and_storage_are_counted():
-    lines = dict(arithmetic(results()))
-    assert "1,000 steps once, then 300 for all targets = 1,300" in lines["steps"]
-    assert "scratch with 3 N each: 600" in lines["steps"]
-    assert "1,000 numbers, the 2 full models 6,000 (6.00 times" in lines["storage"]
-
-
-def test_the_table_has_a_line_for_each_measured_milestone():
-    made = table(results())
-    assert [head.replace("\n", " ") for head in made.heads][:5] == [
-        "depth",
-        "method",
-        "init steps",
-        "train steps",
-        "held-out loss",
+def test_the_table_has_a_row_for_each_measured_milestone():
+    made = rows(results())
+    assert made.heads[:5] == ["depth", "method", "init steps", "train steps", "held-out loss"]
+    shown = [(row.group, row.series, row.cells[3].text) for row in made.rows]
+    assert shown == [
+        (t, s, n)
+        for t in (2, 4)
+        for s, n in (("ours", "0"), ("ours", "100"), ("plain", "0"), ("plain", "100"), ("plain", "300"))
     ]
-    lines = [(line.target, line.series, line.step) for line in made.lines]
-    assert lines == [
-        (t, s, n) for t in (2, 4) for s, n in (("ours", 0), ("ours", N), ("plain", 0), ("plain", N), ("plain", 300))
-    ]
-    assert made.lines[1].cells[4] == "0.1100 ± 0.0010"
+    assert made.rows[1].cells[4].text == "0.1100 ± 0.0010" and made.rows[1].cells[4].value == pytest.approx(0.11)
 
 
 def test_a_terminal_of_80_columns_shows_every_number_whole(tmp_path):
@@ -223,7 +224,7 @@ def test_results_json_has_every_row_and_reads_back_equal(tmp_path):
     made.pictures.append(Picture(image=torch.rand(1, 5, 7), method="ours", target=2, step=N))
     made.pictures.append(Picture(image=torch.rand(3, 5, 7), caption="real"))
     write_report(tmp_path, made, echo=False)
-    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == len(made.rows)
+    assert len(json.loads((tmp_path / "results.json").read_text())["measurements"]) == len(made.measurements)
     back = read_results(tmp_path)
     assert back.model_dump() == made.model_dump()
     np.testing.assert_allclose(back.pictures[0].image, made.pictures[0].image, atol=0.5 / 255)  # 8 bits
@@ -236,14 +237,14 @@ def full_page(tmp_path, made: Results | None = None) -> str:
         made.add_table("learngene", kind, torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
         made.add_table("target 2", kind, torch.randn(2, 8))
     made.pictures.append(Picture(image=torch.rand(1, 9, 9), method="ours", target=2, step=N))
-    made.frechet_floor, made.classifier_accuracy = 2.0, 0.97
+    made.fd_floor, made.classifier_accuracy = 2.0, 0.97
     return write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     html = full_page(tmp_path)
-    assert not re.findall(r'<(?:script|link|iframe)|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
-    assert html.count("<svg") == 4 and "data:image/png;base64," in html
+    assert not re.findall(r'<(?:link|iframe)|<script src|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
+    assert html.count("<svg") == 5 and "data:image/png;base64," in html
 
 
 def test_pictures_on_one_page_do_not_share_ids(tmp_path):
@@ -254,36 +255,46 @@ def test_pictures_on_one_page_do_not_share_ids(tmp_path):
 def test_the_numbers_of_the_table_are_on_the_page(tmp_path):
     made = results()
     html = full_page(tmp_path, made)
-    assert all(cell in html for line in table(made).lines for cell in line.cells)
+    assert all(cell.text in html for row in rows(made).rows for cell in row.cells)
 
 
 def test_text_from_outside_cannot_become_markup(tmp_path):
     made = results()
-    made.title, made.config = "a <b>&", {"<i>": "<script>alert(1)</script>"}
+    attack = "</script><script>alert(1)</script>"
+    made.title, made.config, made.command, made.dataset = attack, {attack: attack}, attack, attack
+    made.display_names = {"ours": attack, "plain": attack}
+    made.claims = [claim.model_copy(update={"text": attack, "source": attack, "note": attack}) for claim in CLAIMS]
+    made.pictures.append(Picture(image=torch.rand(1, 5, 7), caption=attack))
+    made.tuning["ours"] = [{"values": {attack: attack}, "held_out_loss": 0.1, "chosen": True}]
     html = full_page(tmp_path, made)
-    assert "<script>" not in html and "&lt;b&gt;&amp;" in html
+    assert html.count("<script>") == 1 and "alert(1)</script>" not in html and "&lt;script&gt;" in html
 
 
 def test_a_run_with_one_seed_and_one_row_still_makes_a_page(tmp_path):
     made = Results()
     made.add(method="plain", target=2, seed=0, stage="train", step=10, held_out_loss=0.5)
     html = write_report(tmp_path, made, console=Console(file=io.StringIO())).read_text(encoding="utf-8")
-    assert "0.5000" in html and "±" not in html and "three seeds or more" in html
+    assert "0.5000" in html and "±" not in html and "one seed" in html.lower()
 
 
 def test_an_empty_run_makes_a_page_that_says_so(tmp_path):
-    assert "Nothing here compares" in write_report(tmp_path, Results(), echo=False).read_text(encoding="utf-8")
+    assert "compare no main series" in write_report(tmp_path, Results(), echo=False).read_text(encoding="utf-8")
 
 
-def test_the_summary_is_one_png(tmp_path):
+def test_figures_are_pngs_and_what_cannot_be_drawn_is_said(tmp_path):
     from PIL import Image
 
-    made = results()
-    made.pictures += [Picture(image=torch.rand(1, 9, 19), method=m, target=4, step=N) for m in ("ours", "plain")]
-    image = Image.open(summary_png(made, tmp_path / "docs" / "summary.png"))
-    assert image.format == "PNG" and image.width > 600
-    with pytest.raises(ValueError, match="no curve"):
-        summary_png(Results(), tmp_path / "none.png")
+    made = with_costs()
+    for name in ("ours", "plain"):
+        for step in (0, N):
+            made.pictures.append(Picture(image=torch.rand(1, 9, 19), method=name, target=4, step=step))
+    for name in ("curves", "samples", "break_even"):
+        image = Image.open(save_poster(name, made, tmp_path / "docs" / f"{name}.png"))
+        assert image.format == "PNG" and image.width > 600
+    with pytest.raises(ConfigError, match="no target was measured"):
+        save_poster("curves", Results(), tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="no such series: nobody; there are ours, plain"):
+        save_poster("curves", made, tmp_path / "none.png", ["nobody"])
 
 
 @pytest.mark.parametrize("bad", [{"held_out_loss": float("nan")}, {"stage": "later"}, {"step": -1}, {"losss": 1}])
@@ -295,7 +306,7 @@ def test_a_row_that_cannot_be_is_refused(bad):
 
 
 def test_a_folder_without_a_report_is_an_error(tmp_path):
-    with pytest.raises(ArtifactError, match="no report"):
+    with pytest.raises(ArtifactError, match="no readable report"):
         read_results(tmp_path)
 
 
@@ -306,7 +317,7 @@ def test_numbers_have_four_decimals_or_four_digits():
 def with_costs() -> Results:
     """`ours` pays 1e9 FLOPs once and 1e6 a step; `plain` 2e6 a step."""
     made = results()
-    for row in made.rows:
+    for row in made.measurements:
         row.flops = row.step * (1e6 if row.method == "ours" else 2e6) + 1.0
         row.flops_condense = 1e9 if row.method == "ours" else 0.0
         row.stored = 50 if row.step == 0 and row.method == "ours" else 4000
@@ -315,44 +326,103 @@ def with_costs() -> Results:
 
 def test_costs_and_storage_have_columns_and_figures(tmp_path):
     made = with_costs()
-    assert {"FLOPs", "stored"} <= set(table(made).heads)
+    assert {"FLOPs", "stored"} <= set(rows(made).heads)
     html = full_page(tmp_path, made)
-    assert html.count("<svg") == 6 and "Quality against cost" in html and "Storage" in html
+    assert html.count("<svg") == 7 and "Quality against cost" in html and "Storage" in html
     assert [short(x) for x in (134660, 1.5e9, 12.0)] == ["135 K", "1.5 G", "12"]
+    kept = {row.series: [cell.text for cell in row.cells] for row in storage(made).rows}
+    assert kept["ours"][1:5] == ["1,000", "50", "1,050", "1,150"] and kept[""][1:4] == ["0", "4,000", "4,000"]
 
 
 def test_sections_can_be_left_out_renamed_and_reordered_and_others_are_refused(tmp_path):
     made = results()
     made.sections = {"rows": "Everything", "claims": "Promises"}
     html = write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
-    assert re.findall("<h2>(.*?)</h2>", html) == ["Everything", "Promises"]
-    with pytest.raises(ValidationError, match="legal are claims"):
+    assert [title for title in re.findall("<h2>(.*?)</h2>", html) if title != "Recommendation"] == [
+        "Everything",
+        "Promises",
+    ]
+    with pytest.raises(ValidationError, match="legal are curves"):
         Results(sections={"rowz": "Everything"})
 
 
-def test_labels_colours_and_the_order_of_series_are_data(tmp_path):
+def test_names_colors_and_the_order_of_series_are_data(tmp_path):
     made = results()
-    made.labels = {"plain": "Scratch!", "ours": "Theirs"}
+    made.display_names = {"plain": "Scratch!", "ours": "Theirs"}
     made.main, made.baseline = "plain", "ours"
-    made.colours = {"ours": "#123456"}
-    assert made.series == ["plain", "ours"] and made.label("ours:near") == "Theirs near"
+    made.colors = {"ours": "#123456"}
+    assert made.series == ["plain", "ours"] and made.name_of("ours:near") == "Theirs near"
     html = full_page(tmp_path, made)
-    assert "initialised by Scratch! have no lower" in html.replace("&#x27;", "'") and "#123456" in html
+    assert "initialized by Scratch! have no lower" in html and "#123456" in html
 
 
-def test_the_readmes_tables_say_what_the_rows_say():
-    from fine_dist.study.report.readme import family, fill
-    from fine_dist.study.report.readme import table as markdown
+def test_a_series_is_hidden_and_shown_by_its_number_in_figures_tables_and_key(tmp_path):
+    html = full_page(tmp_path)
+    for index in (0, 1):
+        assert f'<button type="button" data-series="{index}"' in html  # the key
+        assert f'class="series" data-series="{index}"' in html.replace(" strong", "")  # table rows and curves
+        assert f'class="series mark" data-series="{index}"' in html  # points that answer to the mouse
+    marks = re.findall(r'<circle class="series mark"[^>]*cx="([\d.]+)" cy="([\d.]+)"[^>]*><title>(.*?)</title>', html)
+    assert any("Ours, 2 layers, 100 steps: 0.1100 ± 0.0010" in text for _, _, text in marks)
+    assert 'data-value="0.11' in html  # what a column is sorted by
 
-    made = with_costs()
-    made.command = "some command"
-    lines = markdown(made).splitlines()
-    assert "mean of 3 seeds ± standard deviation (`some command`; lower is better)" in lines[0]
-    assert lines[2] == (
-        "| depth | Ours: 50 initialisation steps | Ours, then 100 steps | scratch, 100 steps | scratch, 300 steps |"
-    )
-    assert lines[4] == "| 2 | 0.2000 ± 0.0000 | 0.1100 ± 0.0010 | 0.1300 ± 0.0010 | 0.1200 ± 0.0010 |"
-    assert "Learngene and 2 initialised targets: 1,100 numbers; 2 dense models: 6,000 (5.5 times" in family(made)
+
+def test_a_series_whose_tuned_value_is_the_last_of_its_grid_is_not_published(tmp_path):
+    made = results()
+    tried = [{"values": {"optim.lr": lr}, "held_out_loss": loss, "chosen": lr == 4e-3} for lr, loss in
+             ((1e-3, 0.3), (2e-3, 0.2), (4e-3, 0.1))]  # fmt: skip
+    made.tuning = {"plain": tried}
+    assert made.series == ["ours"] and of(made, "equal steps").outcome == "not measured"
+    assert "Not published" in tuning(made).caption and "scratch" in tuning(made).caption
+    assert "scratch |" not in markdown(made).split("Verdicts")[0].replace("Ours", "")
+    made.tuning = {"plain": [*tried, {"values": {"optim.lr": 8e-3}, "held_out_loss": 0.4, "chosen": False}]}
+    assert made.series == ["ours", "plain"] and of(made, "equal steps").outcome == "held"
+
+
+# --- what a start is worth -------------------------------------------------------------------------------------------
+
+
+def lengths() -> Results:
+    """Scratch falls by 0.01 with each doubling of its steps; ours is where scratch is after four times as many."""
+    made = Results(main="ours", baseline="plain", steps={"N": 100}, display_names={"ours": "Ours", "plain": "scratch"})
+    for step, loss in ((100, 0.2), (200, 0.19), (400, 0.18), (800, 0.17)):
+        own = step * 2.0
+        made.add(method="plain", target=4, seed=0, stage="train", step=step, held_out_loss=loss, end=True, flops=own)
+        shared = {"flops_condense": 5000.0, "flops_ancestor": 4000.0}
+        made.add(method="ours", target=4, seed=0, stage="train", step=step, held_out_loss=loss - 0.02, end=True,
+                 flops=own, **shared)  # fmt: skip
+    return made
+
+
+def test_saved_steps_are_read_off_the_curve_of_scratch():
+    [line] = saved_steps(lengths())
+    assert line.saved[100].steps == pytest.approx(300) and line.saved[200].steps == pytest.approx(600)
+    assert line.text(400) == "> 400"  # scratch never got there in 800 steps
+    assert TABLES["saved"](lengths()).rows[0].cells[2].text == "300"
+
+
+def test_break_even_counts_shared_cost_once_and_a_free_ancestor_not_at_all():
+    found = break_even(lengths())
+    assert found.steps == 800 and found.losses == {4: pytest.approx(0.17)}
+    by = {(line.series, line.free): line for line in found.lines}
+    assert by["plain", False].total(1) == 1600 and by["plain", False].total(10) == 16000
+    assert by["ours", False].steps == pytest.approx(200) and by["ours", False].total(1) == pytest.approx(5400)
+    assert by["ours", True].total(1) == pytest.approx(1400)
+    # 5,000 + 400 n < 1,600 n from n = 5 on
+    assert [(first, line.series) for first, _, line in cheapest(found, free=False)] == [(1, "plain"), (5, "ours")]
+    assert [(first, line.series) for first, _, line in cheapest(found, free=True)] == [(1, "ours")]
+    advice = "\n".join(recommendation(lengths()))
+    assert "1-4 models: scratch, 800 training steps each" in advice and "5 models or more: Ours, 200" in advice
+
+
+def test_a_loss_that_nothing_reaches_is_said():
+    made = lengths()
+    for m in made.measurements:
+        m.held_out_loss += 0.05 * (m.method == "ours")
+    assert break_even(made) is None and TABLES["break_even"](made).rows == []
+
+
+def test_a_documents_table_is_replaced_between_its_comments():
     text = "a\n<!-- x table: begin -->\nold\n<!-- x table: end -->\nb\n"
     assert fill(text, "x", "new\n") == text.replace("old", "new")
     with pytest.raises(ArtifactError, match="no place for the y table"):

@@ -59,14 +59,19 @@ def check_picture(path: str | Path) -> Path:
 
 def draw(series: Series, path: str | Path, title: str) -> Path:
     """Efficiency, and the time that communication adds to a step, against processes; where it was written."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
     from fine_dist.core.files import whole_file
-    from fine_dist.study.report.canvas import INK, figure_of
 
     path = check_picture(path)
     shades = ("#0b7285", "#e8590c", "#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
-    with figure_of(2, 5.2, 4.0) as (figure, (efficiency, added)):
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(10.4, 4.0), layout="constrained")  # without pyplot, which would look for a display
+        FigureCanvasAgg(figure)
+        efficiency, added = figure.subplots(1, 2)
         for i, (label, made) in enumerate(series.items()):
             look = {"color": shades[i % len(shades)], "marker": "o", "ms": 4, "lw": 1.6, "label": label}
             look["linestyle"] = ("-", "--", "-.", ":")[i % 4]  # lines often lie on each other
@@ -86,8 +91,8 @@ def draw(series: Series, path: str | Path, title: str) -> Path:
         efficiency.yaxis.set_major_formatter(PercentFormatter(1.0))
         if all(math.isfinite(p.communication_s) for made in series.values() for p in made):
             added.set_yscale("log")
-        figure.suptitle(title, color=INK, x=0.02, ha="left")
-        added.legend(fontsize=8.5, labelcolor=INK)
+        figure.suptitle(title, x=0.02, ha="left")
+        added.legend(fontsize=8.5)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, path.suffix) as draft:
             figure.savefig(draft, dpi=140)

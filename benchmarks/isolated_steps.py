@@ -1,9 +1,9 @@
-"""Steps in processes of their own, taken by turns: what cannot be had both ways in one process (Linux, CPU).
+"""Steps timed in processes of their own, for settings that hold for a whole process (Linux, CPU).
 
 `engine.keep_freed_memory` is a setting of the whole process. Here our step is timed with it, as the loop has it, and
 without; the original-style DiT without, as a script has it that sets nothing.
 
-    python -m benchmarks.apart KIND ARCH BATCH PRECISION THREADS     takes a step a line of input
+    python -m benchmarks.isolated_steps KIND ARCH BATCH PRECISION THREADS     takes a step a line of input
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks.rows import Row
-from benchmarks.speed_plan import DENSE, ORIGINAL_BARS, Plan
+from benchmarks.rows import BenchmarkRow
+from benchmarks.speed_plan import DENSE, ORIGINAL_BARS, SpeedPlan
 from benchmarks.steps import ratio
 
 
 @contextlib.contextmanager
-def apart(kind: str, plan: Plan, precision: str) -> Iterator[Callable[[], float]]:
+def isolated_step(kind: str, plan: SpeedPlan, precision: str) -> Iterator[Callable[[], float]]:
     """A process that takes a step whenever this is called, and its seconds; it ends with its input."""
     import torch
 
     words = [kind, plan.arch.model_dump_json(), str(plan.batch), precision, str(torch.get_num_threads())]
-    command = [sys.executable, "-m", "benchmarks.apart", *words]
+    command = [sys.executable, "-m", "benchmarks.isolated_steps", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout  # both are pipes
         asked, answers = process.stdin, process.stdout
@@ -39,16 +39,22 @@ def apart(kind: str, plan: Plan, precision: str) -> Iterator[Callable[[], float]
         yield step
 
 
-def apart_of(plan: Plan, precision: str) -> list[Row]:
+def isolated_rows(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
     """Our dense step, freed memory kept over given back; the original-style step over ours as the loop has it."""
     with contextlib.ExitStack() as stack:
-        steps = {kind: stack.enter_context(apart(kind, plan, precision)) for kind in ("kept", "dense", "original")}
+        steps = {
+            kind: stack.enter_context(isolated_step(kind, plan, precision)) for kind in ("kept", "dense", "original")
+        }
         figures = plan.bench().times(steps, plan.seconds / 2)
     bar = ORIGINAL_BARS[precision] if plan.cpu_bars else None
     where = f"{precision}, {plan.label}"
     return [
-        Row(f"dense, {where}: freed memory kept / given back", ratio(figures, "kept", "dense"), "x", None, "lower"),
-        Row(f"original-style DiT / ours as the loop has it, {where}", ratio(figures, "original", "kept"), "x", bar),
+        BenchmarkRow(
+            f"dense, {where}: freed memory kept / given back", ratio(figures, "kept", "dense"), "x", None, "lower"
+        ),
+        BenchmarkRow(
+            f"original-style DiT / ours as the loop has it, {where}", ratio(figures, "original", "kept"), "x", bar
+        ),
     ]
 
 

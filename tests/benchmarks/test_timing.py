@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.turns import wall_times
+from benchmarks.timing import wall_times
 
 BURN = "import time; end = time.process_time() + {0}\nwhile time.process_time() < end: pass"
 

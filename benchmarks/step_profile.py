@@ -1,4 +1,4 @@
-"""Where a step's time goes: its operations, grouped by what they are for, from torch's profiler.
+"""The time of a step by operation, grouped by purpose, from torch's profiler.
 
 An operation is told by its own name, by what it runs inside (a step's ranges, autograd's nodes, functions with a
 backward pass of their own) and, where it is plain arithmetic, by its shape: [B, T, D] is modulation and residual,
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.rows import Row
+from benchmarks.rows import BenchmarkRow
 from benchmarks.steps import RANGE, Step
 
 PARTS = ("GEMM", "attention", "norm and modulation", "GELU", "casts and copies", "optimiser", "EMA", "loss", "the rest")
@@ -99,7 +99,7 @@ def lineage(event: Any) -> Iterator[Any]:
         event = event.cpu_parent
 
 
-def part_rows(name: str, runs: Iterable[dict[tuple[str, str], float]]) -> list[Row]:
+def part_rows(name: str, runs: Iterable[dict[tuple[str, str], float]]) -> list[BenchmarkRow]:
     """The parts of a step, from one or several profiles of it: milliseconds and percent, and the room that is left.
 
     The room is all that is neither a matrix product nor attention: no change of it could win more.
@@ -112,5 +112,8 @@ def part_rows(name: str, runs: Iterable[dict[tuple[str, str], float]]) -> list[R
             ms = sum(run.get((part, direction), 0.0) for run in runs)
             kept += ms if part in ("GEMM", "attention") else 0.0
             label = f"  {name}: {part}" + (f", {direction}" if direction else "")
-            rows.append(Row(label, ms / len(runs), "ms", None, "lower", 100 * ms / total))
-    return [*rows, Row(f"  {name}: room, all but GEMM and attention", 100 * (1 - kept / total), "%", None, "lower")]
+            rows.append(BenchmarkRow(label, ms / len(runs), "ms", None, "lower", 100 * ms / total))
+    return [
+        *rows,
+        BenchmarkRow(f"  {name}: room, all but GEMM and attention", 100 * (1 - kept / total), "%", None, "lower"),
+    ]

@@ -1,4 +1,4 @@
-"""The books of a family of 10,000 targets: planned, listed, followed; and kept where a sync is slow."""
+"""Bookkeeping for a family of 10,000 targets: planning, listing and status, also on a file system with slow syncs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
-from benchmarks.rows import Row, say
+from benchmarks.rows import BenchmarkRow, say
 from fine_dist.core.config import dump_yaml
 from fine_dist.data.settings import DataConfig
 from fine_dist.family.config import InitConfig
@@ -36,7 +36,7 @@ ARCH = Arch(
 DEPTHS = (1, 2, 3, 4, 5)
 
 
-def books(targets: int, bars: bool) -> list[Row]:
+def books(targets: int, bars: bool) -> list[BenchmarkRow]:
     """Commands over a family of so many targets, and its books on a slow file system."""
     with tempfile.TemporaryDirectory(prefix="fine_dist-many-") as folder:
         root = Path(folder)
@@ -55,8 +55,8 @@ def books(targets: int, bars: bool) -> list[Row]:
         seconds, syncs, packs = keep_books(config)
         about = f"the books of {targets:,} targets in {packs} packs, a sync of {SYNC_S * 1e3:g} ms"
         rows += [
-            Row(about, seconds, "s", BOOKS_S if bars else None, "lower"),
-            Row("  syncs a target", syncs / targets, "", 1.1 if bars else None, "lower"),
+            BenchmarkRow(about, seconds, "s", BOOKS_S if bars else None, "lower"),
+            BenchmarkRow("  syncs a target", syncs / targets, "", 1.1 if bars else None, "lower"),
         ]
         say(f"{targets:,} targets that are done")
         finish(root, config)
@@ -84,14 +84,14 @@ def family(root: Path, targets: int) -> InitConfig:
     )  # fmt: skip
 
 
-def _commands(commands: Mapping[str, Sequence[str]], targets: int, bars: bool) -> list[Row]:
+def _commands(commands: Mapping[str, Sequence[str]], targets: int, bars: bool) -> list[BenchmarkRow]:
     rows = []
     for name, words in commands.items():
         say(f"{name} of {targets:,} targets")
         seconds, mib = cost_of([sys.executable, "-m", f"fine_dist.{words[0]}", *words[1:]])
         rows += [
-            Row(f"{name} of {targets:,} targets", seconds, "s", SECONDS if bars else None, "lower"),
-            Row("  peak memory", mib, "MiB", MIB if bars else None, "lower"),
+            BenchmarkRow(f"{name} of {targets:,} targets", seconds, "s", SECONDS if bars else None, "lower"),
+            BenchmarkRow("  peak memory", mib, "MiB", MIB if bars else None, "lower"),
         ]
     return rows
 

@@ -1,4 +1,4 @@
-"""The benchmark of methods: all of it once in small, what its rows say, and what the large ones would take."""
+"""Files of studies: the benchmark of methods run once in small, and what the large ones would take."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.__main__ import main
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import METHODS
 from fine_dist.model.dit import DiT
 from fine_dist.stages.train import with_fresh_shell
+from fine_dist.study.command import main
 from fine_dist.study.graph import plan
-from fine_dist.study.methods import load_benchmark
-from fine_dist.study.report.markdown import main as fill_in
+from fine_dist.study.report.__main__ import main as fill_in
 from fine_dist.study.report.results import read_results
-from fine_dist.study.report.storage import storage
+from fine_dist.study.report.tables import storage_of
+from fine_dist.study.study_file import load_studies
 from tests.conftest import lively, tiny_arch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"
-KEYS = {"method", "target", "seed", "steps", "held_out_loss", "frechet", "stored", "trained", "flops"}
+KEYS = {"method", "target", "seed", "steps", "held_out_loss", "fd_classifier", "stored", "trained", "flops"}
 TRANSFERS = {"full", "scratch", "copied_shell", "difffit", "svdiff", "lora", "pissa", "oft", "boft", "vera", "kind",
              "kind_redraw", "fine"}  # fmt: skip
 
@@ -31,9 +31,9 @@ TRANSFERS = {"full", "scratch", "copied_shell", "difffit", "svdiff", "lora", "pi
 def small(tmp_path_factory) -> tuple[Path, dict]:
     """The quick cut of the digits' benchmark, in this process."""
     root = tmp_path_factory.mktemp("benchmark")
-    argv = ["methods", "--config", str(CONFIGS / "digits.yaml"), "--quick", "--launcher", "here"]
-    assert main([*argv, "--set", f"run_dir={root / 'run'}", "--json", str(root / "rows.json")]) == 0
-    return root / "run", json.loads((root / "rows.json").read_text())
+    argv = ["--config", str(CONFIGS / "digits.yaml"), "--quick", "--launcher", "here"]
+    assert main([*argv, "--set", f"run_dir={root / 'run'}"]) == 0
+    return root / "run", json.loads((root / "run" / "results.json").read_text())
 
 
 def test_every_method_is_a_row_with_its_quality_and_its_costs(small):
@@ -42,7 +42,7 @@ def test_every_method_is_a_row_with_its_quality_and_its_costs(small):
     depths = {row["method"]: row for row in found["rows"] if row["part"] == "depths"}
     classes = {row["method"]: row for row in found["rows"] if row["part"] == "classes"}
     assert classes.keys() == TRANSFERS
-    studies = load_benchmark(CONFIGS / "digits.yaml")
+    studies = load_studies(CONFIGS / "digits.yaml")
     assert depths.keys() == {entry.name for entry in studies["depths"].rows}
     assert {entry.method["name"] for study in studies.values() for entry in study.rows} == set(METHODS)
     assert {row["steps"] for row in found["rows"] if row["method"] == "scratch"} == {3, 5, 6, 9}  # N, N+I, N+I+C/3, 3N
@@ -69,10 +69,10 @@ def test_a_fresh_shell_leaves_the_blocks_and_is_the_one_from_scratch():
 def test_every_row_that_copies_a_shell_has_one_beside_it_that_does_not(small):
     run, found = small
     losses = {row["method"]: row["held_out_loss"] for row in found["rows"] if row["part"] == "depths"}
-    bare = [name for name in losses if name.endswith("_bare")]
-    assert len(bare) == 10 and all(losses[name] != losses[name.removesuffix("_bare")] for name in bare)
-    labels = read_results(run / "depths" / "report").labels
-    assert labels["tleg_bare"] == "TLEG, scratch shell"
+    added = [name for name in losses if name.endswith("_scratch_shell")]
+    assert len(added) == 10 and all(losses[name] != losses[name.removesuffix("_scratch_shell")] for name in added)
+    names = read_results(run / "depths" / "report").display_names
+    assert names["tleg_scratch_shell"] == "TLEG, scratch shell"
 
 
 def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_path):
@@ -82,15 +82,16 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_pa
     page = (run / "report.html").read_text()
     readme = tmp_path / "README.md"
     readme.write_text("<!-- x table: begin -->\n<!-- x table: end -->\n")
-    picture = ["--png", str(tmp_path / "curves.png"), "--series"]
-    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "fine,scratch"]) == 0
+    report = str(run / "depths" / "report")
+    picture = [report, "--figure", "curves", "--out", str(tmp_path / "curves.png"), "--series"]
+    assert fill_in([*picture, "fine", "scratch"]) == 0
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert fill_in(["x", str(run / "depths" / "report"), str(readme), *picture, "nobody"]) == 2
-    assert fill_in(["--brief", "x", str(run / "depths" / "report"), str(readme)]) == 0
+    assert fill_in([*picture, "nobody"]) == 2
+    assert fill_in([report, "--into", str(readme), "--name", "x", "--table", "brief"]) == 0
     rows = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
     losses = [float(row.split("|")[2].split("±")[0]) for row in rows[2:]]
     assert len(losses) > 25 and losses == sorted(losses)
-    assert "what KIND comes from" in page  # its classes' pictures, before and after
+    assert "learngene of KIND" in page  # its classes' samples, before and after
     assert "to classes 6-9" in page and "Storage" in page and "http" not in page.replace("http://www.w3.org", "")
     verdicts = {v["claim"]: v["verdict"] for v in found["verdicts"]["depths"]}
     assert len(verdicts) == 25
@@ -99,18 +100,18 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_pa
     words = {"held", "did not hold", "within noise", "held where measured"}
     assert set(verdicts.values()) <= {"not measured", *(f"{word} on one seed" for word in words)}
     assert verdicts["FINE is better than TLEG and TLEG than scratch"] != "not measured"
-    kept = {part.series: part for part in storage(read_results(run / "depths" / "report"))}
+    kept = {part.series: part for part in storage_of(read_results(run / "depths" / "report"))}
     # sigma of five matrices and two layers, and the biases that are not a layer of the learngene's own
     assert 2 * 5 * 32 <= kept["fine"].own <= 2 * (5 + 15) * 32
-    assert "tleg_bare" not in kept and len({k.label for k in kept.values()}) == len(kept)
+    assert "tleg_scratch_shell" not in kept and len({k.label for k in kept.values()}) == len(kept)
     assert kept["tleg"].own == 0 and kept[""].shared == 0
-    assert kept["fine"].of(10) == kept["fine"].shared + 10 * kept["fine"].own < kept[""].of(10)
+    assert kept["fine"].total(10) == kept["fine"].shared + 10 * kept["fine"].own < kept[""].total(10)
 
 
 def test_the_same_command_again_trains_nothing(small, capsys):
     run, _ = small
     before = {path: path.stat().st_mtime_ns for path in run.glob("*/*/DONE.json")}
-    argv = ["methods", "--config", str(CONFIGS / "digits.yaml"), "--quick", "--launcher", "here"]
+    argv = ["--config", str(CONFIGS / "digits.yaml"), "--quick", "--launcher", "here"]
     assert main([*argv, "--set", f"run_dir={run}"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in run.glob("*/*/DONE.json")}
     assert "FINE is better than TLEG" in capsys.readouterr().out
@@ -118,7 +119,7 @@ def test_the_same_command_again_trains_nothing(small, capsys):
 
 @pytest.mark.parametrize("name", ["digits", "fashion", "imagenet_b", "imagenet_l"])
 def test_every_benchmark_is_planned_and_its_hours_are_told(name, capsys):
-    assert main(["methods", "--config", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    assert main(["--config", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     told = capsys.readouterr().out
     unit = "GPU-hours" if name.startswith("imagenet") else "core-hours"
     hours = [float(x) for x in re.findall(rf"([\d.e+]+) {unit}", told)]
@@ -129,20 +130,20 @@ def test_every_benchmark_is_planned_and_its_hours_are_told(name, capsys):
 
 
 def test_ancestors_are_trained_once_for_all_that_come_from_them():
-    graph = plan(load_benchmark(CONFIGS / "digits.yaml")["depths"])
+    graph = plan(load_studies(CONFIGS / "digits.yaml")["depths"])
     names = [run.name for run in graph.runs]
     assert len(names) == len(set(names)) and names.count("ancestor-L8-s0") == 1
     assert sum(name.startswith("condense-") for name in names) == 3 * 9
-    assert graph["tleg-L4-s0"].config.shell == "inherited" and graph["tleg_bare-L4-s0"].config.shell == "scratch"
-    assert graph["tleg-L4-s0"].config.parent == graph["tleg_bare-L4-s0"].config.parent
+    copied, fresh = (graph[f"{name}-L4-s0"].config for name in ("tleg", "tleg_scratch_shell"))
+    assert (copied.shell, fresh.shell) == ("inherited", "scratch") and copied.parent == fresh.parent
 
 
 def test_settings_are_changed_by_word(tmp_path):
     changes = ["seeds=[4]", "steps.N=7", f"run_dir={tmp_path}"]
-    studies = load_benchmark(CONFIGS / "digits.yaml", changes)
+    studies = load_studies(CONFIGS / "digits.yaml", changes)
     assert all(study.seeds == (4,) and study.steps["N"] == 7 for study in studies.values())
     assert studies["classes"].root == tmp_path / "classes" and studies["depths"].steps["C"] == 400
-    with pytest.raises(ConfigError, match="no KEY=VALUE"):
-        load_benchmark(CONFIGS / "digits.yaml", ["seeds"])
+    with pytest.raises(ConfigError, match="is not KEY=VALUE"):
+        load_studies(CONFIGS / "digits.yaml", ["seeds"])
     with pytest.raises(ConfigError, match="part depths: step_: unknown key"):
-        load_benchmark(CONFIGS / "digits.yaml", ["step_=3"])
+        load_studies(CONFIGS / "digits.yaml", ["step_=3"])

@@ -1,4 +1,4 @@
-"""Memory that a call takes at its peak: a GPU's allocator asked, or this process's resident set watched (Linux)."""
+"""Peak memory of a call, from a GPU's allocator or from this process's resident set (Linux)."""
 
 from __future__ import annotations
 

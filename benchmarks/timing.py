@@ -1,7 +1,7 @@
-"""Whole programs timed side by side: they run by turns, a slice each, and only a program's own slices count.
+"""Wall-clock time of whole programs that run alternately in time slices; only a program's own slices count.
 
-A machine that others share is slow for minutes at a time. Two programs of a minute, one after the other, measure that;
-by turns, both get the same share of it.
+A shared machine can be slow for minutes. Two programs run one after the other would measure that; run alternately, both
+are slowed alike.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 def wall_times(programs: Mapping[str, Sequence[str]], env: Mapping[str, Mapping[str, str]] | None = None,
                slice_s: float = 4.0) -> dict[str, float]:  # fmt: skip
-    """Wall seconds of each program, without the time in which it was stopped.
+    """Wall-clock seconds of each program, without the time in which it was stopped.
 
     programs: name -> command.  env: name -> more environment.  slice_s: seconds of a turn.
 
