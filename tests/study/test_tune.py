@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from fine_dist.evaluation.measure import MeasureConfig, Measures
 
-from fine_dist.artifacts.load import load_model
 from fine_dist.core.errors import ConfigError, TrainingError
 from fine_dist.data.settings import DataConfig
+from fine_dist.engine import dist
+from fine_dist.evaluation.evaluator import Evaluator
+from fine_dist.evaluation.settings import EvaluateConfig
 from fine_dist.study import run_study
 from fine_dist.study.budget import tuning_estimate
 from fine_dist.study.config import load_study
@@ -125,6 +126,6 @@ def test_a_final_loss_is_of_the_whole_held_out_set_also_where_runs_ask_a_part_of
     folder = study.root / "scratch-L1-s0"
     asked = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = study.root / "data"
-    whole = Measures(MeasureConfig(data=DataConfig(shards=str(data / "train"), held_out=str(data / "held_out"))))
-    assert rows[-1].held_out_loss == whole.loss(load_model(folder)[0])
+    config = EvaluateConfig(data=DataConfig(shards=str(data / "train"), held_out=str(data / "held_out")))
+    assert rows[-1].held_out_loss == Evaluator(config, dist.alone())(str(folder))["held_out_loss"]
     assert rows[-1].held_out_loss not in [row.get("held_out_loss") for row in asked]
