@@ -53,6 +53,7 @@ class Measuring:
 
     def on(self, data: str) -> Evaluator:
         """The evaluator of a data set: that of `python -m fine_dist.evaluate`, so that the numbers are the same."""
+        from fine_dist.artifacts.model_facts import SamplerOverrides
         from fine_dist.engine import dist
         from fine_dist.evaluation.evaluator import Evaluator
         from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
@@ -64,7 +65,9 @@ class Measuring:
                 data=DataConfig(shards=shards.train, held_out=shards.held_out),
                 features=FeaturesConfig(classifier=self.features),
                 samples=self.study.samples,
-                sampler=self.study.sampler,  # type: ignore[arg-type]
+                sampler=SamplerOverrides(
+                    **{key: getattr(self.study.sampler, key) for key in SamplerOverrides.model_fields}
+                ),
                 run_dir=str(self.study.root),
             )
             self._evaluators[data] = Evaluator(config, dist.alone())
