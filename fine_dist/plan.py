@@ -97,8 +97,8 @@ def _add_scale(own: FlagParser) -> None:
 
 def _scale(config: Config, known: Namespace) -> int:
     from fine_dist.planning.scaling import answer
-    from fine_dist.stages.config import StageConfig
     from fine_dist.planning.scaling_table import check_picture, curve, draw, lines
+    from fine_dist.stages.config import StageConfig
 
     if not isinstance(config, StageConfig):
         raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
