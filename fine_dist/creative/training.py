@@ -34,7 +34,7 @@ from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
-from fine_dist.engine.program import Fitted, Program
+from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir, write_atomic
 from launchers.state_table import StateTable
 
@@ -160,7 +160,7 @@ def keep(
     index: int,
     encoders: Sequence[TextEncoder],
     pairs: Pairs,
-    fitted: Fitted,
+    fitted: FitResult,
     hashes: dict[str, str],
 ) -> None:
     """Write a run's token and its report."""

@@ -16,7 +16,7 @@ from fine_dist.creative import command as creative
 from fine_dist.creative.config import CreativeConfig
 from fine_dist.creative.saving import read_token
 from fine_dist.creative.training import train
-from fine_dist.engine.saved import Saved
+from fine_dist.engine.checkpoint_files import CheckpointReader
 from launchers.code_snapshot import code_files
 from launchers.prepare import make_specs
 from launchers.state_table import StateTable
@@ -44,7 +44,7 @@ def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
     # what is saved is what was measured last, and what the last checkpoint holds
     done = json.loads((folder / "DONE.json").read_text())
     assert done["losses"]["held_out_cosine"] == pytest.approx(facts["cosines"]["the learned token"]["mean"], abs=1e-5)
-    newest = Saved(folder / "checkpoints" / "step_00000030")
+    newest = CheckpointReader(folder / "checkpoints" / "step_00000030")
     assert torch.equal(newest.whole("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
     assert losses(folder)[-1] < losses(folder)[0]
     board = EventAccumulator(str(folder / "tensorboard")).Reload()

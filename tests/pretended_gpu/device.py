@@ -1,8 +1,8 @@
 """A pretended GPU: the product's code takes its CUDA branches on a machine, and with a torch, that has no CUDA.
 
-Tensors on `cuda` have a shape, a dtype, strides and a device, and no values (torch's FakeTensor); tensors in host memory
-are real. A `Trace` records what a real GPU would have been asked to do: kernels, waits of the host, copies, products,
-collectives and bytes held. An operator that mixes devices raises, as it does on a GPU.
+Tensors on `cuda` have a shape, a dtype, strides and a device, and no values (torch's FakeTensor); tensors in host
+memory are real. A `Trace` records what a real GPU would have been asked to do: kernels, waits of the host, copies,
+products, collectives and bytes held. An operator that mixes devices raises, as it does on a GPU.
 
     with pretended_gpu() as trace:
         model.to("cuda")(x).sum().backward()
@@ -39,32 +39,87 @@ ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 NO_KERNEL = frozenset(
-    "view _unsafe_view t transpose permute expand slice select unbind split split_with_sizes chunk narrow detach alias "
-    "as_strided unsqueeze squeeze diagonal unflatten view_as expand_as movedim swapaxes reshape _reshape_alias real "
-    "lift_fresh empty empty_like empty_strided new_empty new_empty_strided set_ resize_ detach_ sym_size sym_stride size "
-    "stride is_same_size is_pinned _pin_memory device _has_compatible_shallow_copy_type unsafe_split _conj "
-    "_unsafe_chunk_cat_view".split()
+    [
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "unbind",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "narrow",
+        "detach",
+        "alias",
+        "as_strided",
+        "unsqueeze",
+        "squeeze",
+        "diagonal",
+        "unflatten",
+        "view_as",
+        "expand_as",
+        "movedim",
+        "swapaxes",
+        "reshape",
+        "_reshape_alias",
+        "real",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "set_",
+        "resize_",
+        "detach_",
+        "sym_size",
+        "sym_stride",
+        "size",
+        "stride",
+        "is_same_size",
+        "is_pinned",
+        "_pin_memory",
+        "device",
+        "_has_compatible_shallow_copy_type",
+        "unsafe_split",
+        "_conj",
+        "_unsafe_chunk_cat_view",
+    ]
 )
 """Operators that only make another view, or only allocate."""
 
-READS = frozenset("_local_scalar_dense item is_nonzero equal".split())
+READS = frozenset(["_local_scalar_dense", "item", "is_nonzero", "equal"])
 """Operators whose result is a number of the host: the host waits for everything queued before."""
 
 DATA_DEPENDENT = frozenset(
-    "nonzero masked_select unique_dim _unique2 unique_consecutive bincount histc repeat_interleave".split()
+    [
+        "nonzero",
+        "masked_select",
+        "unique_dim",
+        "_unique2",
+        "unique_consecutive",
+        "bincount",
+        "histc",
+        "repeat_interleave",
+    ]
 )
 """Operators whose output shape depends on values, which the host has to wait for."""
 
-INDEXING = frozenset("index index_put index_put_ _index_put_impl_ _unsafe_index _unsafe_index_put".split())
+INDEXING = frozenset(["index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"])
 
 SEVERAL_KERNELS = {
-    "index_put": 5, "index_put_": 5, "_index_put_impl_": 5, "embedding_dense_backward": 6, "sort": 4, "topk": 3, "cumsum": 2,
+    "index_put": 5, "index_put_": 5, "_index_put_impl_": 5, "embedding_dense_backward": 6,
+    "sort": 4, "topk": 3, "cumsum": 2,
     "native_layer_norm_backward": 2, "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 2,
 }  # fmt: skip
 """Kernels of the operators that launch more than one; read off torch's CUDA sources, so good for comparisons only."""
 
-PRODUCTS = frozenset("mm addmm bmm baddbmm".split())
+PRODUCTS = frozenset(["mm", "addmm", "bmm", "baddbmm"])
 
 
 class Wait(NamedTuple):
@@ -233,7 +288,9 @@ class _Dispatch(TorchDispatchMode):
                 self.memory.hold(leaf)
 
     @staticmethod
-    def _refuse_a_generator_of_another_device(name: str, asked: Any, tensors: list[Any], kwargs: dict[str, Any]) -> None:
+    def _refuse_a_generator_of_another_device(
+        name: str, asked: Any, tensors: list[Any], kwargs: dict[str, Any]
+    ) -> None:
         """FakeTensor lets a processor's generator draw on a GPU, which a GPU does not."""
         generator = kwargs.get("generator")
         device = asked or (tensors[0].device if tensors else None)
@@ -273,7 +330,7 @@ class _Dispatch(TorchDispatchMode):
         return tree_map(lambda x: original.get(id(x), x), func(*given, **named))
 
 
-# --- torch.cuda ---------------------------------------------------------------------------------------------------------
+# --- torch.cuda -----------------------------------------------------------------------------------------------------
 
 
 class _Event:
@@ -341,7 +398,8 @@ def _at_once(self: Any, body: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 def _module_to(move: Callable[..., Any]) -> Callable[..., Any]:
     def to(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        """A module that is there already stays as it is: torch would exchange each parameter with itself, and cannot."""
+        """A module that is there already stays as it is: torch would exchange each parameter with itself, and
+        cannot."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         held = [*self.parameters(), *self.buffers()]
         if dtype is None and device is not None and all(tensor.device.type == device.type for tensor in held):
@@ -421,7 +479,9 @@ def pretended_gpu(
         trace.waits.append(Wait("tolist", _where()))
         return plain_list(torch.full(self.shape, value, dtype=self.dtype))
 
-    patches: list[tuple[Any, str, Any]] = [(torch.cuda, *item) for item in _names(trace, name, count, memory_gib).items()]
+    patches: list[tuple[Any, str, Any]] = [
+        (torch.cuda, *item) for item in _names(trace, name, count, memory_gib).items()
+    ]
     patches += [
         (torch.cuda.nvtx, "range_push", lambda *args: 0),
         (torch.cuda.nvtx, "range_pop", lambda *args: 0),

@@ -17,31 +17,32 @@ from unittest import mock
 
 import torch
 
-from fine_dist.benchmarks.fanout import DEMO, _Silent
-from fine_dist.benchmarks.speed_loop import made_up_shards
-from fine_dist.config import DataConfig, DiffusionConfig, EngineConfig, OptimConfig, SamplerConfig
+from benchmarks.speed_loop import made_up_shards
+from fine_dist.artifacts.targets import descend
 from fine_dist.data.batch import Batch
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
 from fine_dist.diffusion.held_out import HeldOut
 from fine_dist.diffusion.objective import Diffusion, Objective, Output, Teacher
 from fine_dist.diffusion.sample import sample
 from fine_dist.diffusion.schedule import NoiseSchedule
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
+from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.loop import Run
 from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
-from fine_dist.engine.watch import Watch
+from fine_dist.family.pack_loop import PackJob, PackRun
+from fine_dist.family.pack_model import PackedDiT
+from fine_dist.model.arch import Arch
+from fine_dist.model.arch import arch as arch_of
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.flops import train_flops
 from fine_dist.model.roles import train_only
-from fine_dist.model.zoo import Arch
-from fine_dist.model.zoo import arch as arch_of
-from fine_dist.pack.loop import PackJob, PackRun
-from fine_dist.pack.model import PackedDiT
-from fine_dist.stages.targets import descend
 from tests.conftest import tiny_arch
 from tests.methods import making
 
@@ -49,7 +50,7 @@ torch.set_num_threads(1)
 GPU = torch.device("cuda", 0)
 NEVER = 10**9
 
-# --- the tool itself ----------------------------------------------------------------------------------------------------
+# --- the tool itself ------------------------------------------------------------------------------------------------
 
 
 def operators() -> dict[str, Any]:
@@ -93,7 +94,7 @@ def operators() -> dict[str, Any]:
     return found
 
 
-# --- the loop -----------------------------------------------------------------------------------------------------------
+# --- the loop -------------------------------------------------------------------------------------------------------
 
 
 def model_of(kind: str, arch: Arch, rank: int | None = None) -> torch.nn.Module:
@@ -131,7 +132,7 @@ def run_loop(
     """
     shape = arch_of(arch)
     world = world or World(device=GPU)
-    never = {"checkpoint_every": NEVER, "log_every": NEVER, "eval_every": NEVER, "picture_every": NEVER}
+    never = {"checkpoint_every": NEVER, "log_every": NEVER, "eval_every": NEVER, "preview_every": NEVER}
     config = EngineConfig(**{**never, "compile": False, **engine})
     with contextlib.ExitStack() as stack:
         root = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -141,7 +142,9 @@ def run_loop(
         trace = stack.enter_context(pretended_gpu(count=world.local_size))
         model = model_of(kind, shape, rank)
         if config.backend == "deepspeed":
-            model.to(GPU)  # a fake parameter becomes another object when it moves; DeepSpeed expects the one it was given
+            model.to(
+                GPU
+            )  # a fake parameter becomes another object when it moves; DeepSpeed expects the one it was given
         data = DataConfig(shards=str(root / "shards"), streams=4)
         batches = {"rank": world.rank, "world_size": world.world_size, "global_batch": batch}
         stream = stack.enter_context(LatentStream(data, seed=0, expect=shape, **batches))
@@ -155,7 +158,7 @@ def run_loop(
         )
         run_dir = stack.enter_context(RunDir(root / "run").open("toy", {}, world))
         stopper = stack.enter_context(Stopper(run_dir, None, world.is_main))
-        stack.enter_context(Watch(world))
+        stack.enter_context(Heartbeat(world))
         run = Run(program, steps, batch, OptimConfig(), config, run_dir, 0, "pretended", world, stopper)
         watch(run, trace)
         try:
@@ -191,7 +194,7 @@ def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
 
             return call
 
-        for name in ("next_batch", "gradients", "hear", "update"):
+        for name in ("next_batch", "gradients", "read_pending_step", "update"):
             setattr(run, name, counted(name))
 
     with mock.patch.object(dist, "_backend", lambda device: "gloo"):  # DeepSpeed meets itself: this torch has no NCCL
@@ -232,7 +235,26 @@ def loop_of_two_ranks(folder: str, **engine: Any) -> dict[str, Any]:
     }
 
 
-# --- packs --------------------------------------------------------------------------------------------------------------
+# --- packs ----------------------------------------------------------------------------------------------------------
+
+
+NARROW = Arch(
+    hidden_size=64, num_layers=8, num_heads=4, patch_size=2, in_channels=1, input_size=8, num_classes=10,
+    learn_sigma=False,
+)  # fmt: skip
+"""The width of the digits demo."""
+
+
+class Unobserved:
+    """A pack's observer that keeps nothing."""
+
+    def row(self, *_: Any) -> None: ...
+
+    def look(self, *_: Any) -> None: ...
+
+    def ended(self, *_: Any) -> None: ...
+
+    def tick(self, *_: Any) -> None: ...
 
 
 def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recompute: str = "none") -> dict[str, Any]:
@@ -240,12 +262,12 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
 
     def forms():
         for depth in depths:
-            yield model_of("sigma", DEMO.with_depth(depth)).shared_form()
+            yield model_of("sigma", NARROW.with_depth(depth)).shared_form()
 
     with tempfile.TemporaryDirectory() as folder, pretended_gpu() as trace:
-        shards = made_up_shards(Path(folder) / "shards", DEMO, count=64)
+        shards = made_up_shards(Path(folder) / "shards", NARROW, count=64)
         data = DataConfig(shards=str(shards), streams=4)
-        jobs = [PackJob(str(j), "", "d", data, DEMO.num_classes, 0, 1e-3, NEVER) for j in range(len(depths))]
+        jobs = [PackJob(str(j), "", "d", data, NARROW.num_classes, 0, 1e-3, NEVER) for j in range(len(depths))]
         engine = EngineConfig(precision=precision, log_every=NEVER, checkpoint_every=NEVER, eval_every=NEVER)
         run = PackRun(
             PackedDiT(forms(), recompute).to(GPU),
@@ -254,7 +276,7 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
             optim=OptimConfig(),
             diffusion=DiffusionConfig(),
             engine=engine,
-            watcher=_Silent(),
+            watcher=Unobserved(),
             world=World(device=GPU),
         )
         steps = run.steps()
@@ -270,7 +292,7 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
         }
 
 
-# --- drawing and measuring ----------------------------------------------------------------------------------------------
+# --- drawing and measuring ------------------------------------------------------------------------------------------
 
 
 def sampling(scheduler: str, **more: Any) -> dict[str, Any]:
@@ -288,26 +310,28 @@ def sampling(scheduler: str, **more: Any) -> dict[str, Any]:
         }
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def peak_memory(kind: str, arch: str, batch: int, **engine: Any) -> dict[str, Any]:
     """The most bytes that a run of three steps holds on the device, and what a dry run estimates."""
     from fine_dist.model.cost import model_cost
-    from fine_dist.stages.memory import estimate
+    from fine_dist.planning.memory import estimate
 
     shape = arch_of(arch)
     model = model_of(kind, shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = {"num_params": sum(p.numel() for p in model.parameters()), "num_trained": trained}
     config = EngineConfig(**engine)
-    said = estimate(shape, config, micro_batch=batch, world_size=1, shows=False, kept=model_cost(model, batch).kept, **counts)
+    said = estimate(
+        shape, config, micro_batch=batch, world_size=1, shows=False, kept=model_cost(model, batch).kept, **counts
+    )
     del model
     trace = run_loop(kind, arch, batch=batch, **engine)
     return {"peak": trace.peak_bytes, "estimate": said.total}
 
 
-# --- methods ------------------------------------------------------------------------------------------------------------
+# --- methods --------------------------------------------------------------------------------------------------------
 
 
 def method_stage(name: str, stage: int) -> dict[str, Any]:
@@ -332,7 +356,9 @@ def method_stage(name: str, stage: int) -> dict[str, Any]:
         model = model.to(GPU)
         terms: tuple[Any, ...] = ()
         if teacher is not None:
-            asked = Teacher(teacher.to(torch.bfloat16).to(GPU))  # in this order: a fake parameter cannot change its dtype
+            asked = Teacher(
+                teacher.to(torch.bfloat16).to(GPU)
+            )  # in this order: a fake parameter cannot change its dtype
             terms = (Diffusion(NoiseSchedule(DiffusionConfig()).to(GPU)), Output(asked))
         objective = Objective(DiffusionConfig(), arch, 0, terms, ahead=False)
         for step in range(2):

@@ -28,7 +28,7 @@ class Worker:
         self._log: IO[str] | None = None
 
     def run(self, scenario: str, **settings: Any) -> dict[str, Any]:
-        """What `tests.pretended_gpu.scenarios.SCENARIO(**settings)` found. An error of it is raised with its traceback."""
+        """What the function `scenario` of `scenarios.py` returns. Its errors are raised here, with their traceback."""
         self.start(scenario, **settings)
         return self.answer()
 
@@ -53,7 +53,7 @@ class Worker:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            self._log = tempfile.TemporaryFile("w+")
+            self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process lives
             env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **self._env}
             env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
             command = [sys.executable, "-m", "tests.pretended_gpu.worker"]
