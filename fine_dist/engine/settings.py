@@ -76,7 +76,7 @@ class LoopConfig(Config):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
     checkpoint_every: int = Field(1000, ge=1)
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; a killed run loses at most so many."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of newest checkpoints that are kept (a pack keeps two)."""
     log_every: int = Field(50, ge=1)

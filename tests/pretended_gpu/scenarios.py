@@ -22,10 +22,10 @@ from fine_dist.artifacts.targets import descend
 from fine_dist.data.batch import Batch
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.held_out import HeldOut
-from fine_dist.diffusion.objective import Diffusion, Objective, Output, Teacher
-from fine_dist.diffusion.sample import sample
-from fine_dist.diffusion.schedule import NoiseSchedule
+from fine_dist.diffusion.held_out import HeldOutLoss
+from fine_dist.diffusion.objective import DiffusionLoss, Objective, OutputDistillation, Teacher
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.samplers import sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
@@ -41,8 +41,9 @@ from fine_dist.model.arch import Arch
 from fine_dist.model.arch import arch as arch_of
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
-from fine_dist.model.flops import train_flops
+from fine_dist.model.flops import model_cost, train_flops
 from fine_dist.model.roles import train_only
+from fine_dist.planning.memory import estimate
 from tests.conftest import tiny_arch
 from tests.methods import making
 
@@ -169,9 +170,9 @@ def run_loop(
     return trace
 
 
-def held_out_loss(arch: Arch) -> HeldOut:
+def held_out_loss(arch: Arch) -> HeldOutLoss:
     """A measurement on eight made-up samples."""
-    return HeldOut(torch.randn(8, *arch.latent_shape), torch.zeros(8, dtype=torch.int64), DiffusionConfig())
+    return HeldOutLoss(torch.randn(8, *arch.latent_shape), torch.zeros(8, dtype=torch.int64), DiffusionConfig())
 
 
 def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
@@ -230,6 +231,7 @@ def loop_of_two_ranks(folder: str, **engine: Any) -> dict[str, Any]:
         "device": str(world.device),
         "mixed": trace.mixed_collectives(),
         "host": dict(Counter(trace.host_collectives())),
+        "gradient_bytes": 4 * sum(p.numel() for p in model_of("joint", arch_of("DiT-S/2-L1"), 32).parameters()),
         "device_bytes": sum(c.num_bytes for c in trace.collectives if c.devices == "cuda"),
         "waits": dict(Counter(f"{wait.what} in {wait.where}" for wait in trace.waits)),
     }
@@ -315,9 +317,6 @@ def sampling(scheduler: str, **more: Any) -> dict[str, Any]:
 
 def peak_memory(kind: str, arch: str, batch: int, **engine: Any) -> dict[str, Any]:
     """The most bytes that a run of three steps holds on the device, and what a dry run estimates."""
-    from fine_dist.model.cost import model_cost
-    from fine_dist.planning.memory import estimate
-
     shape = arch_of(arch)
     model = model_of(kind, shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -359,7 +358,7 @@ def method_stage(name: str, stage: int) -> dict[str, Any]:
             asked = Teacher(
                 teacher.to(torch.bfloat16).to(GPU)
             )  # in this order: a fake parameter cannot change its dtype
-            terms = (Diffusion(NoiseSchedule(DiffusionConfig()).to(GPU)), Output(asked))
+            terms = (DiffusionLoss(make_process(DiffusionConfig()).to(GPU)), OutputDistillation(asked))
         objective = Objective(DiffusionConfig(), arch, 0, terms, ahead=False)
         for step in range(2):
             z, labels = torch.randn(4, *arch.latent_shape), torch.zeros(4, dtype=torch.int64)

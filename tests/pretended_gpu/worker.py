@@ -52,7 +52,9 @@ class Worker:
         return answer["found"]
 
     def _started(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            raise RuntimeError(f"the process with the pretended GPU has ended before:\n{self._said()}")
+        if self._process is None:
             self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process lives
             env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **self._env}
             env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
