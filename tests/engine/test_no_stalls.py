@@ -40,7 +40,7 @@ CLOCKS = {"steps_per_s", "images_per_s", "tokens_per_s", "model_tflops_per_s", "
           "mfu", "peak_memory_gib"}  # fmt: skip
 
 
-OF_THE_HOST = {"schedule.py", "toy.py"}
+OF_THE_HOST = {"random_draws.py", "toy.py"}
 """Who reads positions in the global batch, in host memory on every machine: the draws and the toy's stream."""
 
 
