@@ -19,7 +19,6 @@ from fine_dist.creative.encoders import TextEncoder
 from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.tiny import make_model, make_tokenizer
 from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens, per_row
-from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.dist import World
 from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.settings import OptimConfig
