@@ -199,8 +199,8 @@ def test_no_two_rooms_have_a_file_of_one_name():
 
 
 CLASSES_TO_RENAME = {
-    *("Answer", "Claim", "Comparison", "Entry", "Features", "HeldOut", "Job", "Member", "Objective"),
-    *("Output", "Pictures", "Place", "Progress", "Question", "Row", "Run", "_Part"),
+    *("Claim", "Comparison", "Entry", "Features", "HeldOut", "Job", "Member", "Objective"),
+    *("Output", "Pictures", "Progress", "Row", "Run", "_Part"),
 }
 FILES_TO_RENAME = {"base", "collect"}
 
