@@ -28,7 +28,9 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("run_dir", type=Path, help="run directory of a fan-out or of a single run")
     parser.add_argument("--json", action="store_true", help="print the tasks and their counts as JSON")
     parser.add_argument("--watch", action="store_true", help="update the table until every task has ended")
-    parser.add_argument("--all", action="store_true", help="show all tasks (default: 40, failed and running ones first)")
+    parser.add_argument(
+        "--all", action="store_true", help="show all tasks (default: 40, failed and running ones first)"
+    )
     logs.add_flags(parser)
     parser.answer_help(argv, "RUN_DIR [--json] [--watch] [--all]", " ".join((__doc__ or "").split()))
     args = parser.read(argv)

@@ -185,7 +185,9 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
     needs, spec = launch_of(config), make_spec(module, config, write=False)
     if runner.on_this_machine:
-        require_accelerators(spec)  # of the preflight's notes the one that a start refuses, whatever launch.preflight is
+        require_accelerators(
+            spec
+        )  # of the preflight's notes the one that a start refuses, whatever launch.preflight is
     if needs.preflight != "off":
         refuse(needs, check_job(module, config, spec, runner, many=many, light=many))
 
