@@ -27,7 +27,7 @@ COLLECTIVE_TIMEOUT_S = 1800
 """Seconds that a collective may wait (rank 0 evaluates meanwhile); `engine.heartbeat` notices a dead rank much
 sooner."""
 GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
-"""Environment variable that a launcher sets to 1 for a job that asked for GPUs: its processes never run on a CPU."""
+"""Environment variable that a launcher sets to 1 for a job that asked for GPUs: its processes never run on the CPU."""
 
 
 @dataclass(frozen=True)
