@@ -206,18 +206,19 @@ def keep(
 
 @torch.no_grad()
 def warn_at_clamp(config: CreativeConfig, model: Tokens, num_trained: int) -> None:
-    """Warn when the loss has no gradient: every training pair's cosine is beyond the clamp before the first step."""
+    """Warn when the loss has hardly a gradient: nine in ten cosines exceed the clamp before the first step."""
     index = torch.arange(num_trained, device=next(model.parameters()).device)
     cosines = model(index[:, None].expand(-1, len(model.specs)))[:, : len(model.specs) // (1 + config.shuffled)]
-    if bool((cosines >= config.max_cosine).all()):
+    at_clamp = float((cosines >= config.max_cosine).float().mean())
+    if at_clamp >= 0.9:
         log.warning(
-            "the loss is at its clamp from the first step: with start %r the cosine of every training pair is %.4f to "
-            "%.4f, and max_cosine is %g, so the token will not move; raise --max-cosine above %.4f, or choose another "
-            "--start",
+            "the loss is at its clamp from the first step: with start %r, %.0f%% of the training pairs have a cosine "
+            "beyond max_cosine %g (mean %.4f), so the token will hardly move; raise --max-cosine above %.4f, or choose "
+            "another --start",
             config.start,
-            float(cosines.min()),
-            float(cosines.max()),
+            100 * at_clamp,
             config.max_cosine,
+            float(cosines.mean()),
             float(cosines.max()),
         )
 
