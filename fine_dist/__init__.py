@@ -1,3 +1,3 @@
-"""fine_dist: condense a diffusion transformer once, then initialise every size from it."""
+"""fine_dist: condense a diffusion transformer once, then initialize every size from it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -19,6 +19,7 @@ COMMANDS = {
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
     "status": "show the tasks of a fan-out: pending, running, done, failed",
     "study": "run, measure and report a table of methods x targets x seeds",
+    "init-project": "copy the configs and cluster scripts that a user edits into a folder",
     "demo": "run the whole method on the embedded data set and write a report",
 }
 """Every command, with one line about it."""
@@ -36,7 +37,7 @@ def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fine-dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
         for name, what in COMMANDS.items():
-            print(f"  {name:10} {what}")
+            print(f"  {name:12} {what}")
         print(
             "\n`fine-dist COMMAND --help` shows examples and the settings used most, `--help-all` all settings. "
             "\n`python -m fine_dist.COMMAND` runs a command too."
@@ -50,7 +51,7 @@ def _main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         raise ConfigError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
     # a room that is also a command (`creative`, `study`) keeps it in a module of its own
-    name = f"fine_dist.{argv[0]}"
+    name = f"fine_dist.{argv[0].replace('-', '_')}"
     command = importlib.import_module(f"{name}.command" if argv[0] in ROOMS else name)
     return int(command.main(argv[1:]))
 

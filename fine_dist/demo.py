@@ -20,7 +20,7 @@ from fine_dist.core.errors import guard
 from fine_dist.study import outline, run_study
 from fine_dist.study.config import StudyConfig, load_study
 
-STUDY = Path(__file__).resolve().parents[1] / "configs" / "study" / "digits_demo.yaml"
+STUDY = "configs/study/digits_demo.yaml"
 
 
 class DemoConfig(Config):

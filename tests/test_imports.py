@@ -37,7 +37,7 @@ FLOORS = [
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = len(FLOORS)
-CONFIGURED = [name for name in NAMES if name not in ("plan", "status", "study")]
+CONFIGURED = [name for name in NAMES if name not in ("plan", "status", "study", "init-project")]
 """Commands whose flags are the settings of a config class of their own."""
 TOOLS = {"testing": LEVEL["planning"]}
 """Flat files that are no commands: the test tool for several processes."""

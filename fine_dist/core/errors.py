@@ -71,6 +71,18 @@ def nearest(word: str, legal: Iterable[str]) -> str:
     return f"{hint}legal: {', '.join(legal)}"
 
 
+EXTRAS = {
+    "ray": "ray",
+    "submitit": "slurm",
+    "deepspeed": "deepspeed",
+    "peft": "peft",
+    "transformers": "eval",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+}
+"""Optional libraries, and the extra of this package that installs each."""
+
+
 def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "") -> int:
     """Run a command's body and translate what it raises into an exit code and at most one message.
 
@@ -102,6 +114,12 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
         said = promise if isinstance(promise, str) else promise()
         _say(f"interrupted; {said}" if said else "interrupted")
         return EXIT_INTERRUPTED
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        _say(f"error: this needs {error.name}, which is not installed; install it: pip install 'fine_dist[{extra}]'")
+        return EXIT_USER_ERROR
     except MemoryError as error:
         _say(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches")
         return EXIT_USER_ERROR

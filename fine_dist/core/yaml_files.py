@@ -14,6 +14,7 @@ import yaml
 
 from fine_dist.core.errors import ConfigError, NotAFile
 from fine_dist.core.files import read_bytes
+from fine_dist.core.resources import shipped_config
 
 MAX_CONFIG_BYTES = 4 * 2**20
 _TAG = "tag:yaml.org,2002:"
@@ -35,7 +36,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """A mapping read from a YAML file. `ConfigError` when it is none, is too large, or has a key twice."""
     remedy = "give a YAML file of keys and values"
     try:
-        raw = read_bytes(path, MAX_CONFIG_BYTES + 1)
+        raw = read_bytes(shipped_config(path), MAX_CONFIG_BYTES + 1)
     except NotAFile as error:
         raise ConfigError(f"config file {path} {error.strerror}; {remedy}") from None
     except OSError as error:

@@ -26,7 +26,7 @@ from tests.core.test_config import Toy
 from tests.data.making import make_foreign, sample
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = [name for name in COMMANDS if name not in ("plan", "status", "study")]
+KINDS = [name for name in COMMANDS if name not in ("plan", "status", "study", "init-project")]
 """Commands whose flags are the settings of a config class of their own."""
 
 

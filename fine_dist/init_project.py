@@ -1,0 +1,57 @@
+"""`fine-dist init-project DIR`: copy the configs, scripts and examples that a user edits into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from fine_dist.core.errors import RunDirError, guard
+from fine_dist.core.resources import SHIPPED, resource
+
+SITE = "slurm/site.sh"
+
+
+def run(folder: Path) -> list[Path]:
+    """Copy `configs/`, `slurm/` and `examples/` into a folder, and write `slurm/site.sh` from its example.
+
+    Returns the written files. Files that are there already are left as they are, so that new files of a later version
+    can be added to a project.
+    """
+    written = []
+    for top in SHIPPED:
+        source = resource(top)
+        for file in sorted(source.rglob("*")):
+            target = folder / top / file.relative_to(source)
+            if not file.is_file() or "__pycache__" in file.parts or target.exists() or f"{top}/{file.name}" == SITE:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+            written.append(target)
+    site = folder / SITE
+    if not site.exists():
+        shutil.copy(resource("slurm/site.example.sh"), site)
+        written.append(site)
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code."""
+    parser = argparse.ArgumentParser(prog="fine-dist init-project", description=__doc__, allow_abbrev=False)
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the project's folder; it is made if it is not there")
+
+    def body() -> int:
+        folder: Path = parser.parse_args(argv).folder
+        if folder.exists() and not folder.is_dir():
+            raise RunDirError(f"{folder} is a file; give a folder for the project")
+        written = run(folder)
+        print(f"init-project: {len(written)} files written to {folder} (those that were there are unchanged)")
+        print(f"next: describe your cluster in {folder / SITE}, then, in {folder}: sbatch slurm/condense.sh")
+        return 0
+
+    return guard(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
