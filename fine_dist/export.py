@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from fine_dist.artifacts.locate import HintsConfig
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
@@ -40,9 +40,7 @@ def run(config: ExportConfig) -> Path:
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")
     out = Path(expand_path(config.out))
-    model, about = load_model(
-        config.model, config.learngene, config.weights, config.hints, draws=config.to == "diffusers"
-    )
+    model, about = load_model(config.model, config.learngene, config.weights, config.hints)
     print("\n".join(export(model, about, config.to, out, config.vae)))
     return out
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml
 from fine_dist.core.errors import guard
-from fine_dist.sampling.drawing import SampleConfig, run
+from fine_dist.sampling.settings import SampleConfig
+
+
+def run(config: SampleConfig) -> Path:
+    """Draw what a config asks for, in this process among the others; returns where it is."""
+    from fine_dist.sampling import drawing  # with torch, which --help does without
+
+    return drawing.run(config)
 
 
 def main(argv: list[str] | None = None) -> int:

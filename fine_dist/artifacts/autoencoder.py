@@ -1,4 +1,4 @@
-"""Latents back into pictures, through diffusers' `AutoencoderKL`.
+"""Images from latents, by diffusers' `AutoencoderKL`.
 
 Shapes: B images, C latent channels, h, w latent sides, H, W pixels.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError, DataError
@@ -18,15 +19,18 @@ from fine_dist.diffusion.samplers import SampledBatch
 
 
 class Decoder:
-    """`decode(latents [B, C, h, w]) -> uint8 [B, 3, H, W]` on the CPU.
+    """Decodes latents with a VAE: `decode(latents [B, C, h, w]) -> uint8 [B, 3, H, W]` on the CPU.
 
-    name:           a folder (the VAE's own, or a pipeline's with a `vae` in it) or a hub name.
-    scaling_factor: of the codec that made the training latents (their manifest says it); another one of the VAE is an
-                    error, because its pictures would be of wrong contrast.
-    precision:      `fp32` or `bf16`.
-    batch:          latents decoded at once.
+    Args:
+        name: A folder (the VAE's own, or a pipeline's with a `vae` in it) or a hub name.
+        scaling_factor: Of the codec that made the training latents (their manifest says it). A VAE with another one is
+            an error, because its images would have a wrong contrast.
+        device: Where it decodes.
+        precision: `fp32` or `bf16`.
+        batch: Latents decoded at once.
 
-    `ArtifactError` when no VAE can be loaded, or it does not fit.
+    Raises:
+        ArtifactError: No VAE can be loaded, or it does not fit.
     """
 
     def __init__(
@@ -38,8 +42,6 @@ class Decoder:
         precision: str = "fp32",
         batch: int = 16,
     ) -> None:
-        from diffusers import AutoencoderKL
-
         self.device, self.batch = torch.device(device), batch
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         within = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
@@ -79,14 +81,15 @@ def check_scaling(name: str, found: float, wanted: float | None) -> None:
 
 
 def decoded(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:
-    """Each batch with its pictures uint8 [B, 3, H, W]; while one is decoded, the next is already drawn.
+    """Each batch with its images uint8 [B, 3, H, W]; a thread decodes one batch while the next is sampled.
 
-    On a GPU the decoder's kernels run in a stream of their own beside the sampler's. One batch waits at most.
+    On a GPU the decoder's kernels run in a stream of their own beside the sampler's. At most one batch waits, which
+    bounds memory.
     """
     stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
     def work(drawn: SampledBatch) -> Tensor:
-        with torch.cuda.stream(stream):  # none: nothing is done
+        with torch.cuda.stream(stream):  # does nothing where stream is None
             return decoder.decode(drawn.latents)
 
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:

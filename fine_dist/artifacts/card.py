@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, what it was made from, under which licence, how to load it."""
+"""The model card of an export: what the model is, what it was made from, its licence, and how to load it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from fine_dist.model.arch import Arch
 class ModelCard:
     """What an export's card says besides its sizes.
 
-    method:     name of the method that made it.
-    learngene:  sha256 of the learngene it came from; none without one.
-    licence:    as an SPDX name, or `unknown`; that of the ancestor's weights, where there was one.
-    source:     what it was exported from, or the ancestor's name.
-    metrics:    names (with their protocol) and numbers.
-    notes:      further sentences.
+    Args:
+        method: Name of the method that made it.
+        learngene: sha256 of the learngene it came from; None without one.
+        licence: An SPDX name, or `unknown`; that of the ancestor's weights, where there was one.
+        source: The ancestor's name, or what it was exported from.
+        metrics: Numbers by name.
+        protocol: How the numbers were measured and the model is sampled, by name.
+        notes: Further sentences.
     """
 
     method: str = "unknown"
@@ -30,6 +32,7 @@ class ModelCard:
     licence: str = "unknown"
     source: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    protocol: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -47,15 +50,21 @@ def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -
         ("classes", arch.num_classes),
         ("numbers", f"{num_numbers:,}"),
         *((name, f"{value:g}") for name, value in card.metrics.items()),
+        *card.protocol.items(),
     ]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
     words = "\n\n".join([*card.notes, how_to_load])
     front_text = yaml.safe_dump(front, sort_keys=False)
     return f"---\n{front_text}---\n# {arch.name}, initialised by {card.method}\n\n| | |\n|-|-|\n{table}\n\n{words}\n"
 
 
+def _cell(value: Any) -> str:
+    """A text in one cell of a table, whatever a user called things."""
+    return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
 def licence_of_card(path: Path) -> str | None:
-    """The licence in a card's front matter; none where there is no card, or no licence in it."""
+    """The licence in a card's front matter; None where there is no card, or no licence in it."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,23 +1,38 @@
-"""Writing a `DiTPipeline` folder, and running it in diffusers before it gets its name.
+"""Write a pipeline folder, and run it in diffusers before it gets its name.
 
-The format is described in `fine_dist.artifacts.diffusers_folder`.
+A DDPM becomes a `DiTPipeline` with a DDIM scheduler. A flow becomes a folder with diffusers' flow-matching scheduler
+and a pipeline of its own (`flow_pipeline.py`, copied as `pipeline.py`). `diffusers_folder` describes the layout.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fine_dist.artifacts import flow_pipeline
 from fine_dist.artifacts.autoencoder import check_scaling
 from fine_dist.artifacts.card import ModelCard, card_text
-from fine_dist.artifacts.diffusers_folder import MARKER, PIPELINE_NULL, label_rows, to_diffusers
+from fine_dist.artifacts.diffusers_folder import (
+    MARKER,
+    PIPELINE_NULL,
+    Marker,
+    label_rows,
+    read_class_names,
+    read_marker,
+    to_diffusers,
+)
 from fine_dist.artifacts.export_check import ExportComparison
+from fine_dist.artifacts.layouts import read_json
+from fine_dist.artifacts.scheduler_config import scheduler_of
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import whole_folder, written_whole
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -28,11 +43,13 @@ _DIT_CHAIN, _EMPTY_CARD = DiffusionConfig(), ModelCard()
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export found out.
+    """What the check after an export measured.
 
-    max_error:   of a forward pass in diffusers with the model's own time frequencies, against ours.
-    stock_error: the same as diffusers loads it by itself; as max_error for models of `frequency_shift` 1.
-    pipeline:    whether the folder is a whole `DiTPipeline` (it has a VAE).
+    Args:
+        folder: Where the export is.
+        max_error: Largest difference of a forward pass in diffusers, with the model's own time frequencies, to ours.
+        stock_error: The same as diffusers loads the folder by itself; `max_error` for models of `frequency_shift` 1.
+        pipeline: Whether the folder is a whole pipeline (it has a VAE).
     """
 
     folder: Path
@@ -53,17 +70,23 @@ def write_diffusers(
     clip: float | None = None,
     card: ModelCard = _EMPTY_CARD,
 ) -> ExportReport:
-    """Write transformer, scheduler, the VAE's copy, labels, model card and marker; returns what running it gave.
+    """Write transformer, scheduler, the VAE's copy, labels, model card and marker, and compare a forward pass.
 
-    vae:            a folder or hub name of an `AutoencoderKL`; none: no whole pipeline (diffusers' needs one).
-    scaling_factor: of the codec that made the training latents; another one of the VAE is an error.
-    clip:           `SamplerConfig.clip`; the scheduler clamps predicted latents, too.
+    Args:
+        folder: A folder that does not exist yet.
+        arch: The model's shape.
+        state: The tensors of a dense DiT.
+        diffusion: The process; it decides the scheduler and the kind of pipeline.
+        vae: A folder or hub name of an `AutoencoderKL`. Default: no whole pipeline, which needs one.
+        scaling_factor: Of the codec that made the training latents; a VAE with another one is an error.
+        class_names: Names by label, all or none.
+        clip: `SamplerConfig.clip`; a DDIM scheduler clamps predicted latents, too.
+        card: What the model card says.
 
-    `ConfigError` when it exists already, or the names do not fit the classes; `ArtifactError` when the VAE does not
-    fit, or outputs differ by more than 1e-4.
+    Raises:
+        ConfigError: The folder exists, or the names do not fit the classes.
+        ArtifactError: The VAE does not fit, or outputs differ by more than 1e-4.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists():
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
@@ -78,10 +101,13 @@ def write_diffusers(
             save_file(theirs, file, metadata={"format": "pt"})
         del theirs
         _write_json(transformer / "config.json", transformer_config(arch))
-        ddim_scheduler(diffusion, clip).save_pretrained(draft / "scheduler")
+        scheduler = scheduler_of(diffusion, clip)
+        scheduler.save_pretrained(draft / "scheduler")
         if vae is not None:
             _copy_vae(vae, draft / "vae", arch, scaling_factor)
-            _write_json(draft / "model_index.json", _index(class_names))
+            _write_json(draft / "model_index.json", _index(arch, diffusion, type(scheduler).__name__, class_names))
+            if diffusion.process == "flow":
+                shutil.copyfile(flow_pipeline.__file__, draft / "pipeline.py")
         _write_json(
             draft / MARKER,
             {
@@ -94,7 +120,7 @@ def write_diffusers(
                 "licence": card.licence,
             },
         )
-        (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, vae is not None)))
+        (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, diffusion, vae is not None)))
         model = _transformer(transformer)
         comparison = ExportComparison(arch, state)
         stock = comparison.error(forward_of(model))
@@ -105,8 +131,6 @@ def write_diffusers(
 
 def transformer_config(arch: Arch) -> dict[str, Any]:
     """The `config.json` of a `DiTTransformer2DModel` of this shape."""
-    import diffusers
-
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": diffusers.__version__,
@@ -129,32 +153,29 @@ def transformer_config(arch: Arch) -> dict[str, Any]:
     }
 
 
-def ddim_scheduler(diffusion: DiffusionConfig, clip: float | None) -> Any:
-    """diffusers' DDIM over the model's chain, its timesteps ending at T-1 as ours do."""
-    import diffusers
-
-    return diffusers.DDIMScheduler(
-        num_train_timesteps=diffusion.num_timesteps,
-        beta_start=diffusion.beta_start,
-        beta_end=diffusion.beta_end,
-        beta_schedule="linear",
-        clip_sample=clip is not None,
-        clip_sample_range=clip or 1.0,
-        timestep_spacing="trailing",
-    )
-
-
 def load_pipeline(folder: str | Path) -> Any:
-    """A written folder as diffusers' `DiTPipeline`, computing what the model was trained for."""
-    from diffusers import DiTPipeline
+    """A written folder as a diffusers pipeline that computes what the model was trained for.
 
-    from fine_dist.artifacts.tensor_files import read_json
-
-    if not (Path(folder) / "model_index.json").is_file():
+    A flow's pipeline is built from this package's own file: code in the folder is not run.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
         raise ArtifactError(f"{folder} is no whole pipeline (no model_index.json); export it with a VAE")
-    pipeline = DiTPipeline.from_pretrained(str(folder), use_safetensors=True)
-    marker = Path(folder) / MARKER
-    set_frequencies(pipeline, int(read_json(marker).get("frequency_shift", 1)) if marker.is_file() else 1)
+    marker = read_marker(folder / MARKER) if (folder / MARKER).is_file() else Marker()
+    if marker.diffusion is not None and marker.diffusion.process == "flow":
+        names = read_class_names(read_json(folder / "model_index.json"), folder / "model_index.json")
+        return flow_pipeline.FlowDiTPipeline(
+            _transformer(folder / "transformer"),
+            diffusers.AutoencoderKL.from_pretrained(str(folder / "vae"), use_safetensors=True),
+            diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder / "scheduler")),
+            id2label=dict(enumerate(names)) or None,
+            direction=marker.diffusion.direction,
+            time_scale=marker.diffusion.time_scale,
+            frequency_shift=1 if marker.frequency_shift is None else marker.frequency_shift,
+            null_label=PIPELINE_NULL if marker.num_classes is None else marker.num_classes,
+        )
+    pipeline = diffusers.DiTPipeline.from_pretrained(str(folder), use_safetensors=True)
+    set_frequencies(pipeline, 1 if marker.frequency_shift is None else marker.frequency_shift)
     return pipeline
 
 
@@ -171,16 +192,12 @@ def forward_of(model: Any) -> Any:
 
 
 def _transformer(folder: Path) -> Any:
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel.from_pretrained(str(folder), use_safetensors=True)
+    return diffusers.DiTTransformer2DModel.from_pretrained(str(folder), use_safetensors=True)
 
 
 def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | None) -> None:
-    from diffusers import AutoencoderKL
-
     try:
-        vae = AutoencoderKL.from_pretrained(str(name), use_safetensors=True, torch_dtype=torch.float32)
+        vae = diffusers.AutoencoderKL.from_pretrained(str(name), use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ArtifactError(f"vae {name}: no AutoencoderKL can be loaded from there: {first}") from None
@@ -193,17 +210,31 @@ def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | No
         vae.save_pretrained(str(to), safe_serialization=True)
 
 
-def _index(class_names: tuple[str, ...]) -> dict[str, Any]:
-    import diffusers
-
+def _index(arch: Arch, diffusion: DiffusionConfig, scheduler: str, class_names: tuple[str, ...]) -> dict[str, Any]:
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
+    if diffusion.process == "flow":
+        index |= {
+            "_class_name": ["pipeline", "FlowDiTPipeline"],  # diffusers takes the class from pipeline.py
+            "direction": diffusion.direction,
+            "time_scale": diffusion.time_scale,
+            "frequency_shift": arch.frequency_shift,
+            "null_label": arch.num_classes,
+        }
     if class_names:
         index["id2label"] = {str(i): name for i, name in enumerate(class_names)}
-    parts = {"scheduler": "DDIMScheduler", "transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}
+    parts = {"scheduler": scheduler, "transformer": "DiTTransformer2DModel", "vae": "AutoencoderKL"}
     return {**index, **{part: ["diffusers", kind] for part, kind in parts.items()}}
 
 
-def _how_to_load(arch: Arch, pipeline: bool) -> str:
+def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
+    if pipeline and diffusion.process == "flow":
+        code = (
+            "from diffusers import DiffusionPipeline\n"
+            'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)\n'
+            "images = pipe([0, 1], num_inference_steps=50).images"
+        )
+        words = "Load it with diffusers; `pipeline.py` in the folder samples it by flow matching:"
+        return f"{words}\n\n```python\n{code}\n```"
     load = (
         'pipe = DiTPipeline.from_pretrained("FOLDER")'
         if pipeline
@@ -215,7 +246,9 @@ def _how_to_load(arch: Arch, pipeline: bool) -> str:
     if not arch.frequency_shift:
         lines.append(f"for block in {name}.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0")
         words += " (the last lines give it the time frequencies it was trained with; diffusers' own differ)"
-    if arch.num_classes > PIPELINE_NULL:
+    if diffusion.process == "flow":
+        words += f"; it predicts velocities ({diffusion.direction}) at times 0 to {diffusion.time_scale:g}"
+    elif arch.num_classes > PIPELINE_NULL:
         words += f"; DiTPipeline guides with label {PIPELINE_NULL}, which is a class here: use guidance_scale 1"
     words += ":"
     code = "\n".join(lines)

@@ -18,22 +18,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from fine_dist.artifacts.card import licence_of_card
 from fine_dist.artifacts.imported import (
     DIT_LICENCE,
-    NO_HINTS,
     UNKNOWN_LICENCE,
-    Hints,
     ImportedModel,
     check_keys,
-    finish,
+    check_tensor,
+    checked_state,
 )
-from fine_dist.artifacts.tensor_files import fetch, read_json, read_weights_folder
+from fine_dist.artifacts.layouts import DIFFUSERS_CLASSES, read_json
+from fine_dist.artifacts.scheduler_config import diffusion_from_scheduler
+from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
+from fine_dist.artifacts.tensor_files import fetch, read_weights_folder
 from fine_dist.core.errors import ArtifactError
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
@@ -42,8 +45,6 @@ MARKER = "fine_dist.json"
 """What diffusers' own files cannot say; written beside them."""
 PIPELINE_NULL = 1000
 """The label that `DiTPipeline` takes for the null label, whatever the model."""
-CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-"""The second is what the published folders are called in their configs: converted from the original by diffusers."""
 
 _OUTSIDE = {"patch": "pos_embed.proj", "final.adaln": "proj_out_1", "final.linear": "proj_out_2"}
 _BLOCK = {"o": "attn1.to_out.0", "in": "ff.net.0.proj", "out": "ff.net.2", "adaln": "norm1.linear"}
@@ -59,6 +60,16 @@ _FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "no
 _FIXED |= {"attention_bias": True}
 
 
+class Marker(BaseModel):
+    """`fine_dist.json`: what diffusers' own files cannot say. Keys that are not known here are left alone."""
+
+    frequency_shift: Literal[0, 1] | None = None
+    num_classes: int | None = Field(None, ge=1)
+    class_names: tuple[str, ...] = ()
+    licence: str | None = None
+    diffusion: DiffusionConfig | None = None
+
+
 @dataclass(frozen=True)
 class PipelineFolder:
     """What a folder says besides its weights. vae, scheduler: their configs, empty where there are none."""
@@ -69,17 +80,10 @@ class PipelineFolder:
     scheduler: dict[str, Any]
     vae: dict[str, Any]
     class_names: tuple[str, ...]
-    marker: dict[str, Any]
+    marker: Marker
 
 
-def is_diffusers_folder(folder: Path) -> bool:
-    """Whether a folder is a `DiTPipeline` or a `DiTTransformer2DModel`."""
-    if (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
-        return True
-    return (folder / "config.json").is_file() and read_json(folder / "config.json").get("_class_name") in CLASSES
-
-
-def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
+def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> ImportedModel:
     """A pipeline's or a transformer's folder, or a name on the hub.
 
     `ArtifactError` when it is damaged, another model's, its per-block embedders differ, or it cannot be downloaded.
@@ -87,10 +91,16 @@ def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> ImportedModel
     folder = Path(source)
     if not folder.is_dir():
         folder = fetch(str(source))
-    found = _look(folder)
-    tensors, sha256 = read_weights_folder(found.transformer)
+    found = _read_configs(folder)
+    tensors, sha256, variant = read_weights_folder(found.transformer)
     config, where = found.config, str(source)
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ArtifactError(f"{where}: {name} is a {type(tensor).__name__}, and a tensor is needed")
+        check_tensor(name, tensor, where)
     notes: list[str] = []
+    if variant:
+        notes.append(f"its weights are of variant {variant}, in reduced precision; there is no file without a variant")
     shift = _shift(found, str(source), hints, notes)
     arch = _arch_of(config, hints, shift, found, where)
     state = {}
@@ -116,66 +126,93 @@ def read_diffusers(source: str | Path, hints: Hints = NO_HINTS) -> ImportedModel
             for ours, theirs in _BLOCK.items():
                 state[f"blocks.{layer}.{ours}.{part}"] = tensors[f"{at}{theirs}.{part}"]
             state[f"blocks.{layer}.qkv.{part}"] = torch.cat([tensors[f"{at}{name}.{part}"] for name in _QKV])
-    if float(config.get("norm_eps", 1e-5)) != 1e-6:
-        notes.append(f"norm_eps {config.get('norm_eps', 1e-5):g} of its MLPs' LayerNorms becomes DiT's 1e-6")
-    licence = hints.licence or found.marker.get("licence") or licence_of_card(found.root / "README.md")
+    epsilon = config.get("norm_eps", 1e-5)
+    if not isinstance(epsilon, (int, float)):
+        raise ArtifactError(f"{where}: norm_eps is {epsilon!r}, and a number is needed")
+    if epsilon != 1e-6:
+        notes.append(f"norm_eps {epsilon:g} of its MLPs' LayerNorms becomes DiT's 1e-6")
+    licence = hints.licence or found.marker.licence or licence_of_card(found.root / "README.md")
     if not licence and _is_published(str(source)):
         licence = DIT_LICENCE
     if not licence:
-        notes.append("its files name no licence; say it with licence")
+        notes.append("its files name no licence; give it with --hints.licence")
     return ImportedModel(
         arch=arch,
-        state=finish(state, arch, where),
+        state=checked_state(state, arch, where),
         source=where,
         layout="diffusers",
         sha256=sha256,
         licence=licence or UNKNOWN_LICENCE,
-        diffusion=_diffusion_of(found.scheduler, where),
-        scaling_factor=found.vae.get("scaling_factor"),
+        diffusion=diffusion_from_scheduler(found.scheduler, found.marker.diffusion, where, notes),
+        scaling_factor=_scaling_factor(found.vae, where),
         class_names=found.class_names,
         notes=tuple(notes),
     )
 
 
-def _look(folder: Path) -> PipelineFolder:
+def _read_configs(folder: Path) -> PipelineFolder:
     transformer = folder / "transformer" if (folder / "transformer").is_dir() else folder
     config = read_json(transformer / "config.json")
-    if config.get("_class_name") not in CLASSES:
+    if config.get("_class_name") not in DIFFUSERS_CLASSES:
         raise ArtifactError(
             f"{transformer / 'config.json'} is of a {config.get('_class_name', 'model without a name')}; legal: "
-            + ", ".join(CLASSES)
+            + ", ".join(DIFFUSERS_CLASSES)
         )
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    labels = index.get("id2label") or {}
-    marker = read_json(folder / MARKER) if (folder / MARKER).is_file() else {}
+    marker = read_marker(folder / MARKER) if (folder / MARKER).is_file() else Marker()
     parts = [
         read_json(path) if (path := folder / part / name).is_file() else {}
         for part, name in (("scheduler", "scheduler_config.json"), ("vae", "config.json"))
     ]
-    class_names = tuple(str(labels[key]) for key in sorted(labels, key=int)) or tuple(marker.get("class_names", ()))
+    class_names = read_class_names(index, folder / "model_index.json") or marker.class_names
     return PipelineFolder(folder, transformer, config, parts[0], parts[1], class_names, marker)
+
+
+def read_marker(path: Path) -> Marker:
+    """The marker of a folder. `ArtifactError` when it is damaged."""
+    try:
+        return Marker.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path} is damaged: {place}: {first['msg']}; export the model again") from None
+
+
+def read_class_names(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    """Names of classes by label in a `model_index.json`. `ArtifactError` when it is damaged."""
+    labels = index.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):
+        raise ArtifactError(f"{path}: id2label must map numbers of classes to names: the file is damaged")
+    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+
+
+def _scaling_factor(vae: Mapping[str, Any], where: str) -> float | None:
+    found = vae.get("scaling_factor")
+    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0):
+        raise ArtifactError(f"{where}: scaling_factor of its vae is {found!r}; a number above 0 is needed")
+    return None if found is None else float(found)
 
 
 def _is_published(source: str) -> bool:
     return Path(source).name.startswith(("DiT-XL-2-256", "DiT-XL-2-512")) and "facebook" in source
 
 
-def _shift(found: PipelineFolder, source: str, hints: Hints, notes: list[str]) -> int:
+def _shift(found: PipelineFolder, source: str, hints: HintsConfig, notes: list[str]) -> int:
     """0 for weights that were trained with DiT's frequencies, 1 for those trained in diffusers."""
     if hints.frequency_shift is not None:
         return hints.frequency_shift
-    if "frequency_shift" in found.marker:
-        return int(found.marker["frequency_shift"])
+    if found.marker.frequency_shift is not None:
+        return found.marker.frequency_shift
     if found.config["_class_name"] == "Transformer2DModel" or _is_published(source):
         notes.append("frequency_shift 0: converted from the original DiT, whose time frequencies its weights know")
         return 0
     notes.append(
-        "frequency_shift 1: taken for trained in diffusers; say frequency_shift=0 if it was converted from a DiT"
+        "frequency_shift 1: taken for trained in diffusers; give --hints.frequency-shift 0 if it was converted from DiT"
     )
     return 1
 
 
-def _arch_of(config: Mapping[str, Any], hints: Hints, shift: int, found: PipelineFolder, where: str) -> Arch:
+def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, found: PipelineFolder, where: str) -> Arch:
     for key, wanted in _FIXED.items():
         if config.get(key, wanted) != wanted:
             raise ArtifactError(f"{where}: {key} is {config[key]!r}, and a DiT's is {wanted!r}")
@@ -187,7 +224,7 @@ def _arch_of(config: Mapping[str, Any], hints: Hints, shift: int, found: Pipelin
         out = int(config.get("out_channels") or channels)
         if out not in (channels, 2 * channels):
             raise ArtifactError(f"{where}: out_channels is {out} and in_channels {channels}; a DiT has C or 2C")
-        classes = hints.num_classes or found.marker.get("num_classes") or config.get("num_embeds_ada_norm", 1000)
+        classes = hints.num_classes or found.marker.num_classes or config.get("num_embeds_ada_norm", 1000)
         return Arch(
             hidden_size=heads * head_size,
             num_layers=int(config.get("num_layers", 28)),
@@ -201,23 +238,6 @@ def _arch_of(config: Mapping[str, Any], hints: Hints, shift: int, found: Pipelin
         )
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: its config is of no possible DiT: {error}") from None
-
-
-def _diffusion_of(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
-    """The chain that a scheduler's config describes; DiT's where there is none."""
-    if not scheduler:
-        return DiffusionConfig()
-    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
-    if schedule != "linear" or prediction != "epsilon" or scheduler.get("trained_betas") is not None:
-        raise ArtifactError(
-            f"{where}: its scheduler has beta_schedule {schedule!r}, prediction_type {prediction!r}"
-            f"{', trained_betas' if scheduler.get('trained_betas') is not None else ''}; legal: linear, epsilon"
-        )
-    return DiffusionConfig(
-        num_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
-        beta_start=float(scheduler.get("beta_start", 1e-4)),
-        beta_end=float(scheduler.get("beta_end", 2e-2)),
-    )
 
 
 def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""The original DiT's state dict, in and out; fast-DiT's and SiT's have the same names.
+"""The original DiT's state dict, in and out; fast-DiT's, SiT's and REPA's have the same names.
 
 Its layout is read off the published checkpoints: a patch embedding that is a convolution, one time and one label
-embedder, a fused qkv, the position table as a tensor. A training script's checkpoint nests it under `ema` and `model`.
+embedder, a fused qkv, the position table as a tensor. `unwrap` takes off what frameworks wrap around it.
 
 Letters: D width, L layers, p patch side, C latent channels, T tokens.
 """
@@ -12,24 +12,27 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fine_dist.artifacts.export_check import ExportComparison
 from fine_dist.artifacts.imported import (
     DIT_LICENCE,
-    NO_HINTS,
     UNKNOWN_LICENCE,
-    Hints,
     ImportedModel,
     check_keys,
-    finish,
+    check_tensor,
+    checked_state,
     heads_of,
     read_int,
 )
+from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.artifacts.tensor_files import read_tensor_file
+from fine_dist.artifacts.unwrap import Unwrapped, unwrap
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import sha256_of, whole_file, written_whole
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -46,7 +49,6 @@ _OUTSIDE = {
 _BLOCK = {"qkv": "attn.qkv", "o": "attn.proj", "in": "mlp.fc1", "out": "mlp.fc2", "adaln": "adaLN_modulation.1"}
 _LABEL, _POSITION = "y_embedder.embedding_table.weight", "pos_embed"
 _PUBLISHED = re.compile(r"^DiT-XL-2-(256x256|512x512)\.pt$")
-_NESTS = ("ema", "model", "state_dict")
 
 
 def names(num_layers: int) -> Iterator[tuple[str, str]]:
@@ -64,17 +66,22 @@ def names(num_layers: int) -> Iterator[tuple[str, str]]:
 # --- in --------------------------------------------------------------------------------------------------------------
 
 
-def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
-    """A checkpoint in the original layout: `.pt` or `.safetensors`, flat or under `ema` / `model`.
+def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["ema", "raw"] = "ema") -> ImportedModel:
+    """A checkpoint in the original layout, `.pt` or `.safetensors`, wrapped or not.
 
-    `ArtifactError` when the file is damaged, holds code (none is run), or is another model's.
+    Args:
+        path: The file. No code in it is run.
+        hints: What the file does not say.
+        weights: The averaged weights, or the trained ones, of a checkpoint that holds both.
+
+    Raises:
+        ArtifactError: The file is damaged, holds code, or is another model's.
     """
     path = Path(path)
-    content = read_tensor_file(path)
-    state, nest = _state_of(content, hints.weights, path)
-    said = _arguments(content)
-    notes = [f"weights: {nest}"] if nest else []
-    arch, has_null = _arch_of(state, hints, said, str(path))
+    found = unwrap(read_tensor_file(path), weights, path)
+    state, notes = found.state, found.notes
+    _refuse_relatives(state, str(path))
+    arch, has_null = _arch_of(state, hints, found.arguments, str(path))
     if not has_null:
         notes.append(
             "no null label: its label table has one row a class; it cannot be guided, and a row of zeros is added"
@@ -85,54 +92,68 @@ def read_dit(path: str | Path, hints: Hints = NO_HINTS) -> ImportedModel:
     ours["patch.weight"] = ours["patch.weight"].flatten(1)
     licence = hints.licence or (DIT_LICENCE if _PUBLISHED.match(path.name) else UNKNOWN_LICENCE)
     if licence == UNKNOWN_LICENCE:
-        notes.append("the file names no licence; say it with licence (the published weights of DiT are cc-by-nc-4.0)")
-    is_sit = "sit" in re.split(r"[^a-z]+", f"{path.name} {said.get('model', '')}".lower())
-    if is_sit:
-        notes.append("SiT: it predicts velocities at times 0..1; a start for training, not a teacher")
+        notes.append(
+            "the file names no licence; give it with --hints.licence (the published weights of DiT are cc-by-nc-4.0)"
+        )
     return ImportedModel(
         arch=arch,
-        state=finish(ours, arch, str(path)),
+        state=checked_state(ours, arch, str(path)),
         source=str(path),
         layout="dit",
         sha256=sha256_of(path),
         licence=licence,
-        diffusion=DiffusionConfig() if has_null else DiffusionConfig(label_drop=0.0),
-        prediction="velocity" if is_sit else "noise",
+        diffusion=_process_of(hints, found, path, has_null),
         notes=tuple(notes),
     )
 
 
-def _state_of(content: Mapping[str, Any], wanted: str, path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors, without the prefixes of DataParallel and torch.compile, and the nest they lay in ("": none)."""
-    if wanted not in ("auto", *_NESTS):
-        raise ConfigError(f"weights {wanted!r}; legal: auto, {', '.join(_NESTS)}")
-    nests = [name for name in _NESTS if isinstance(content.get(name), dict)]
-    if wanted != "auto" and nests and wanted not in nests:
-        raise ArtifactError(f"{path}: weights {wanted!r}: it holds {', '.join(nests)}")
-    nest = wanted if wanted in nests else (nests[0] if nests else "")
-    state = {
-        re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-        for name, value in (content[nest] if nest else content).items()
-        if isinstance(value, Tensor)
+def _process_of(hints: HintsConfig, found: Unwrapped, path: Path, has_null: bool) -> DiffusionConfig:
+    """The process by the hint, else by REPA's projectors and arguments, else by SiT's name, else DDPM."""
+    drop = {} if has_null else {"label_drop": 0.0}
+    said = f"{path.name} {found.arguments.get('model', '')}".lower()
+    kind = hints.process
+    if kind is None and (found.dropped or "proj_coeff" in found.arguments or "repa" in re.split(r"[^a-z]+", said)):
+        kind = "repa"
+    if kind is None and "sit" in re.split(r"[^a-z]+", said):
+        kind = "sit"
+    if kind in (None, "ddpm"):
+        return DiffusionConfig(**drop)
+    for name, legal in (("path_type", ("linear", "Linear")), ("prediction", ("v", "velocity"))):
+        if found.arguments.get(name, legal[0]) not in legal:
+            raise ArtifactError(
+                f"{path}: it was trained with {name} {found.arguments[name]!r}; legal: {legal[0]}, the linear "
+                "interpolant with velocity prediction"
+            )
+    direction: Literal["data_to_noise", "noise_to_data"] = "data_to_noise" if kind == "repa" else "noise_to_data"
+    found.notes.append(f"flow matching in the convention of {kind} (--hints.process says otherwise)")
+    return DiffusionConfig(process="flow", direction=direction, **drop)
+
+
+def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
+    """`ArtifactError` for a transformer that shares DiT's names and not its blocks, such as LightningDiT."""
+    parts = {
+        "SwiGLU MLPs (mlp.w12, mlp.w3)": any(".mlp.w12." in name or ".mlp.w3." in name for name in state),
+        "affine norms in its blocks (RMSNorm)": any(re.match(r"blocks\.\d+\.norm\d\.weight", name) for name in state),
+        "rotary positions (feat_rope)": any(name.startswith("feat_rope.") for name in state),
+        "normalized queries and keys": any(".attn.q_norm." in name for name in state),
     }
-    if not state:
-        raise ArtifactError(f"{path} holds no tensors by name (its keys: {', '.join(map(str, list(content)[:8]))})")
-    return state, nest
+    found = [part for part, there in parts.items() if there]
+    if len(found) > 1 or (found and "SwiGLU" in found[0]):
+        raise ArtifactError(
+            f"{where} looks like a LightningDiT: it has {', '.join(found)}. Methods here share the five matrices of "
+            "DiT's blocks, which those blocks do not have; take a model of DiT's, SiT's or REPA's layout"
+        )
 
 
-def _arguments(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What a training script saved of its arguments; they are believed only where the tensors are silent."""
-    args = content.get("args")
-    return dict(args) if isinstance(args, dict) else dict(vars(args)) if hasattr(args, "__dict__") else {}
-
-
-def _arch_of(state: Mapping[str, Tensor], hints: Hints, said: Mapping[str, Any], where: str) -> tuple[Arch, bool]:
+def _arch_of(state: Mapping[str, Tensor], hints: HintsConfig, said: Mapping[str, Any], where: str) -> tuple[Arch, bool]:
     """The architecture that the shapes speak of, and whether the label table has a null label."""
     layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
     if layers and max(layers) > 10_000:
         raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
     num_layers = max(layers, default=-1) + 1
     check_keys((theirs for _, theirs in names(num_layers or 1)), (k for k in state if k != _POSITION), where, "a DiT")
+    for name, tensor in state.items():
+        check_tensor(name, tensor, where)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     patch, out = "x_embedder.proj.weight", "final_layer.linear.weight"
     width = read_int(shapes[patch], 0, patch, where, 4)
@@ -142,7 +163,7 @@ def _arch_of(state: Mapping[str, Tensor], hints: Hints, said: Mapping[str, Any],
         raise ArtifactError(f"{where}: {out_channels} channels come out and {channels} go in; a DiT has C or 2C")
     rows = read_int(shapes[_LABEL], 0, _LABEL, where, 2)
     if said.get("num_classes") == rows and hints.num_classes is None:
-        hints = Hints(**{**vars(hints), "num_classes": rows})
+        hints = hints.model_copy(update={"num_classes": rows})
     num_classes = hints.num_classes or rows - 1
     if num_classes not in (rows, rows - 1):
         raise ArtifactError(
@@ -172,11 +193,11 @@ def _named_heads(said: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _input_size(positions: tuple[int, ...] | None, patch: int, hints: Hints, where: str) -> int:
+def _input_size(positions: tuple[int, ...] | None, patch: int, hints: HintsConfig, where: str) -> int:
     if positions is None:
         if hints.input_size is None:
             raise ArtifactError(
-                f"{where} has no position table ({_POSITION}); say the side of a latent with input_size"
+                f"{where} has no position table ({_POSITION}); give the side of a latent with --hints.input-size"
             )
         return hints.input_size
     side = math.isqrt(positions[-2]) if len(positions) == 3 else 0
@@ -188,15 +209,23 @@ def _input_size(positions: tuple[int, ...] | None, patch: int, hints: Hints, whe
 
 
 def _check_positions(table: Tensor | None, arch: Arch, where: str) -> None:
-    """The table is not kept, because ours is the same; another one (learned, say) would be lost."""
+    """The table is not kept, because ours is the same; another one (a learned one, say) would be lost.
+
+    It may differ by the rounding of the precision it was saved in, which is half a unit in the last place of 1.
+    """
     if table is None:
         return
     ours = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
-    if table.shape[1:] != ours.shape or (gap := float((table[0].float() - ours).abs().max())) > 1e-5:
-        told = (
-            f"it differs from that by up to {gap:.3g}" if table.shape[1:] == ours.shape else f"is {list(table.shape)}"
+    if table.shape[1:] != ours.shape:
+        raise ArtifactError(
+            f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (is {list(table.shape)}); it cannot be kept"
         )
-        raise ArtifactError(f"{where}: {_POSITION} is not DiT's fixed sine-cosine table ({told}); it cannot be kept")
+    gap, limit = float((table[0].float() - ours).abs().max()), max(1e-5, torch.finfo(table.dtype).eps / 2)
+    if not gap <= limit:
+        raise ArtifactError(
+            f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it differs from that by up to {gap:.3g}); it "
+            "cannot be kept"
+        )
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
@@ -219,10 +248,6 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
     `ConfigError` for another ending, or for time frequencies that the layout does not know; `ArtifactError` when the
     two differ by more than 1e-4.
     """
-    from safetensors.torch import save_file
-
-    from fine_dist.artifacts.export_check import ExportComparison
-
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
         raise ConfigError(f"{path}: a state dict in DiT's layout ends in .pt or .safetensors")

@@ -1,4 +1,4 @@
-"""Every export is run in its new clothes, beside the model it came from, before it gets its name."""
+"""Every export is run in its new format and compared with the model it came from before it gets its name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ExportComparison:
-    """What a model gives for a batch of noise, at timesteps and labels spread over their ranges."""
+    """Outputs of a model for a batch of noise, at timesteps and labels spread over their ranges, to compare with."""
 
     @torch.no_grad()
     def __init__(self, arch: Arch, state: Mapping[str, Tensor], batch: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""A model written for others: in this project's format, as a folder of diffusers, as the original DiT's state dict.
+"""Export a model: to this project's format, to a diffusers folder, or to the original DiT's state dict.
 
 What was written is read back, by the other library where there is one, and a forward pass is compared with the model's.
 """
@@ -7,25 +7,41 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from fine_dist.artifacts.card import ModelCard, card_text
+from fine_dist.artifacts.diffusers_export import write_diffusers
+from fine_dist.artifacts.dit_pt import write_dit
+from fine_dist.artifacts.export_check import ExportComparison
+from fine_dist.artifacts.imported import UNKNOWN_LICENCE
+from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import inherited_facts, licence_of
-from fine_dist.artifacts.model_facts import model_facts_of
+from fine_dist.artifacts.model_facts import diffusion_of, model_facts_of
 from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.files import write_atomic
 from fine_dist.diffusion.settings import DiffusionConfig
-
-if TYPE_CHECKING:
-    from fine_dist.artifacts.card import ModelCard
-    from fine_dist.model.dit import DiT
+from fine_dist.model.artifact import save_artifact
+from fine_dist.model.dit import DiT
 
 Format = Literal["fine_dist", "diffusers", "dit"]
 
 
 def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | None = None) -> list[str]:
-    """Write a dense model with its card; lines that say what was written and how far its outputs are from the model's.
+    """Write a dense model with its card.
 
-    about: as `load_model` gives it. vae: a folder or hub name; it makes a whole `DiTPipeline` of a diffusers folder.
-    `ConfigError` when the format cannot hold the model; `ArtifactError` when outputs differ by more than 1e-4.
+    Args:
+        model: The model.
+        about: What is known of it, as `load_model` returns it.
+        to: The format.
+        out: A folder or file that does not exist yet.
+        vae: A folder or hub name; it completes a diffusers folder to a pipeline.
+
+    Returns:
+        Lines that say what was written and how far its outputs are from the model's.
+
+    Raises:
+        ConfigError: The format cannot hold the model.
+        ArtifactError: Outputs differ by more than 1e-4.
     """
     if out.exists():
         raise ArtifactError(f"{out} exists already; choose another folder, or remove it")
@@ -38,10 +54,7 @@ def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | 
 
 
 def card_of(about: dict[str, Any]) -> ModelCard:
-    """What a model card says, from a manifest."""
-    from fine_dist.artifacts.card import ModelCard
-    from fine_dist.artifacts.imported import UNKNOWN_LICENCE
-
+    """The model card of a manifest: method, learngene, licence, ancestor, losses, process and sampler."""
     imported = about.get("imported") or (about.get("ancestor") or {}).get("imported") or {}
     ancestor = about.get("ancestor") or {}
     gene = about["hash"] if about["kind"] == "learngene" else (about.get("parent_hash") or about.get("origin"))
@@ -57,8 +70,25 @@ def card_of(about: dict[str, Any]) -> ModelCard:
         licence=licence_of(about) or UNKNOWN_LICENCE,
         source=imported.get("source") or ancestor.get("path") or about.get("folder"),
         metrics=metrics,
+        protocol=_protocol(about),
         notes=tuple(imported.get("notes", ())),
     )
+
+
+def _protocol(about: dict[str, Any]) -> dict[str, str]:
+    """What a reader needs to sample the model and to understand its losses."""
+    diffusion = diffusion_of(about) or DiffusionConfig()
+    if diffusion.process == "flow":
+        process = f"flow matching, velocity prediction, {diffusion.direction}, time scale {diffusion.time_scale:g}"
+        process += f", shift {diffusion.time_shift:g}" if diffusion.time_shift != 1 else ""
+    else:
+        chain = f"{diffusion.num_timesteps} linear steps {diffusion.beta_start:g}..{diffusion.beta_end:g}"
+        process = f"DDPM, {diffusion.predicts} prediction, {chain}"
+        process += ", zero terminal SNR" if diffusion.zero_terminal_snr else ""
+    facts = model_facts_of(about)
+    sampler = ", ".join(f"{key} {value}" for key, value in facts.sampler.items() if value is not None)
+    found = {"process": process, "loss protocol": "mean squared error of the prediction at fixed times and noise"}
+    return {**found, "sampler": sampler} if sampler else found
 
 
 def _numbers(made: dict[str, Any]) -> dict[str, Any]:
@@ -66,15 +96,11 @@ def _numbers(made: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_dense(model: Any, to: Format) -> None:
-    from fine_dist.model.dit import DiT
-
     if to != "fine_dist" and type(model) is not DiT:
         raise ConfigError(f"to {to}: the model is a {type(model).__name__}, which only --to fine_dist can hold")
 
 
 def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) -> list[str]:
-    from fine_dist.artifacts.diffusers_export import write_diffusers
-
     facts = model_facts_of(about)
     written = write_diffusers(
         out,
@@ -87,21 +113,19 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
         clip=facts.sampler.get("clip"),
         card=card_of(about),
     )
-    what = "a DiTPipeline" if written.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
+    kind = "a FlowDiTPipeline" if facts.diffusion and facts.diffusion.process == "flow" else "a DiTPipeline"
+    what = kind if written.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
     lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", written.max_error)]
     if written.stock_error > 1e-4:
         lines.append(
-            f"as diffusers loads it by itself, outputs differ by {written.stock_error:.2g}: its time frequencies "
-            "are not DiT's. README.md in it has the lines that set them; fine_dist.artifacts.load_pipeline does so"
+            f"as diffusers loads the transformer by itself, outputs differ by {written.stock_error:.2g}: its time "
+            "frequencies are not DiT's. README.md in the folder has the lines that set them, and "
+            "fine_dist.artifacts.diffusers_export.load_pipeline sets them"
         )
     return lines
 
 
 def _dit(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
-    from fine_dist.artifacts.card import card_text
-    from fine_dist.artifacts.dit_pt import write_dit
-    from fine_dist.core.files import write_atomic
-
     error = write_dit(out, model.arch, model.state_dict())
     load = f"A state dict under the original DiT's names: `torch.load({out.name!r}, weights_only=True)`."
     if out.suffix == ".safetensors":
@@ -112,10 +136,6 @@ def _dit(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
 
 
 def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
-    from fine_dist.artifacts.card import card_text
-    from fine_dist.core.files import write_atomic
-    from fine_dist.model.artifact import save_artifact
-
     extra = {**inherited_facts(about), "exported_from": about["folder"], "origin": about["hash"]}
     if "imported" in about:
         extra["imported"] = about["imported"]
@@ -127,18 +147,14 @@ def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
     except BaseException:
         shutil.rmtree(out)
         raise
-    load = f"Load it with `fine_dist.stages.load_model({out.name!r})`."
+    load = f"Load it with `fine_dist.artifacts.load.load_model({out.name!r})`."
     write_atomic(out / "README.md", card_text(card_of(about), model.arch, manifest["num_numbers"], load))
     size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
     return [f"export: {model.arch.name}, {size} in {out}", _compared("the folder", error)]
 
 
 def _read_back(model: DiT, out: Path) -> float:
-    from fine_dist.artifacts.export_check import ExportComparison
-    from fine_dist.artifacts.load import load_model
-    from fine_dist.model.dit import DiT
-
-    again, _ = load_model(out, draws=False)
+    again, _ = load_model(out)
     if type(model) is not DiT:
         return 0.0
     return ExportComparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))

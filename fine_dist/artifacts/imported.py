@@ -1,4 +1,4 @@
-"""What comes in from another project: weights under this project's names, and what is known about them.
+"""A model of another project: its weights under this project's names, and what is known about it.
 
 Letters: D width, L layers, p patch side, C latent channels.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from fine_dist.core.errors import ArtifactError
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import SIZES, Arch
+from fine_dist.model.dit import DiT
 
 UNKNOWN_LICENCE = "unknown"
 DIT_LICENCE = "cc-by-nc-4.0"
@@ -23,18 +24,19 @@ DIT_LICENCE = "cc-by-nc-4.0"
 
 @dataclass(frozen=True)
 class ImportedModel:
-    """A dense DiT from elsewhere.
+    """A dense DiT of another project.
 
-    arch, state:     its shape, and its tensors (float32, on the CPU) under the names of `fine_dist.model.dit.DiT`.
-    source:          the path or hub name it was read from.
-    layout:          `dit` (also fast-DiT's and SiT's), `diffusers` or `fine_dist`.
-    sha256:          of the tensor file; of a file in pieces, of the pieces' hashes.
-    licence:         an SPDX name as a model card has it, or `unknown`. It goes into every manifest made from it.
-    diffusion:       the process it was trained for, as far as its files say; `label_drop` 0 when it has no null label.
-    prediction:      `noise`, or `velocity` for SiT: a start for training then, never a teacher or a sampler's model.
-    scaling_factor:  of its VAE, where its files say.
-    class_names:     by label; empty where its files do not say.
-    notes:           what was decided for want of a word in the files; for a person to read.
+    Args:
+        arch: Its shape.
+        state: Its tensors (float32, on the CPU) under the names of `fine_dist.model.dit.DiT`.
+        source: The path or hub name it was read from.
+        layout: `dit` (also fast-DiT's, SiT's and REPA's) or `diffusers`.
+        sha256: Of the tensor file; of a file in pieces, of the pieces' hashes.
+        licence: An SPDX name as a model card has it, or `unknown`. It goes into every manifest made from the model.
+        diffusion: The process it was trained for, as far as its files say; `label_drop` 0 when it has no null label.
+        scaling_factor: Of its VAE, where its files say.
+        class_names: Names by label; empty where its files do not say.
+        notes: What was assumed, taken off or dropped, for a person to read.
     """
 
     arch: Arch
@@ -44,7 +46,6 @@ class ImportedModel:
     sha256: str
     licence: str = UNKNOWN_LICENCE
     diffusion: DiffusionConfig = DiffusionConfig()
-    prediction: str = "noise"
     scaling_factor: float | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -56,49 +57,26 @@ class ImportedModel:
             "layout": self.layout,
             "sha256": self.sha256,
             "licence": self.licence,
-            "prediction": self.prediction,
+            "prediction": self.diffusion.predicts,
         }
 
 
-@dataclass(frozen=True)
-class Hints:
-    """What a file may not say. None or `auto`: as the file says, or as is usual.
-
-    num_heads:       attention heads; known by width for DiT's sizes S, B, L, XL.
-    num_classes:     classes without the null label; by default one less than the label table has rows.
-    input_size:      side of a latent; read from the position table or the config where there is one.
-    weights:         `ema` or `model`, where a checkpoint holds both; `auto` prefers the average.
-    frequency_shift: 0 or 1, see `Arch.frequency_shift`.
-    licence:         of the weights, as an SPDX name.
-    """
-
-    num_heads: int | None = None
-    num_classes: int | None = None
-    input_size: int | None = None
-    weights: str = "auto"
-    frequency_shift: int | None = None
-    licence: str | None = None
-
-
-NO_HINTS = Hints()
-
-
 def heads_of(width: int, hint: int | None, named: int | None, where: str) -> int:
-    """Heads: said by the user, by the file, or usual for this width. `ArtifactError` when nobody knows."""
+    """Attention heads: from the hint, the file, or DiT's size of this width. `ArtifactError` when none says."""
     usual = next((heads for size, _, heads in SIZES.values() if size == width), None)
     found = hint or named or usual
     if found is None:
         raise ArtifactError(
             f"{where}: a state dict does not say how many heads its attention has, and width {width} is none of DiT's "
-            f"({', '.join(str(size) for size, _, _ in SIZES.values())}); say it with num_heads"
+            f"({', '.join(str(size) for size, _, _ in SIZES.values())}); give them with --hints.num-heads"
         )
     if width % found:
-        raise ArtifactError(f"{where}: num_heads {found} does not divide the width {width}")
+        raise ArtifactError(f"{where}: num_heads {found} does not divide the width {width}; see --hints.num-heads")
     return found
 
 
 def check_keys(expected: Iterable[str], found: Iterable[str], where: str, what: str) -> None:
-    """`ArtifactError` that lists what is missing and what is too much, when the names are not those of a DiT."""
+    """`ArtifactError` that lists missing and unknown tensors, when the names are not those of a DiT."""
     expected, found = set(expected), set(found)
     missing, foreign = sorted(expected - found), sorted(found - expected)
     if missing or foreign:
@@ -111,10 +89,28 @@ def _some(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def finish(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[str, Tensor]:
-    """The state in float32, every tensor of the shape that the architecture has, and finite. `ArtifactError` if not."""
-    from fine_dist.model.dit import DiT
+def check_tensor(name: str, tensor: Tensor, where: str) -> None:
+    """`ArtifactError` unless a tensor is an ordinary one: dense, in memory, floating-point, with numbers in it."""
+    if tensor.is_meta:
+        problem = "is on the meta device: the file has its shape and none of its numbers"
+    elif tensor.is_quantized:
+        problem = f"is quantized ({tensor.dtype}); dequantize it before it is saved"
+    elif tensor.layout != torch.strided:
+        problem = f"is sparse ({tensor.layout}); make it dense before it is saved"
+    elif not tensor.is_floating_point():
+        problem = f"holds {tensor.dtype}, not floating-point numbers"
+    elif not tensor.numel():
+        problem = (
+            f"has no numbers ({list(tensor.shape)}), as a shard of ZeRO-3 or FSDP; gather the weights into one file "
+            "first (DeepSpeed: zero_to_fp32.py)"
+        )
+    else:
+        return
+    raise ArtifactError(f"{where}: {name} {problem}")
 
+
+def checked_state(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[str, Tensor]:
+    """The state in float32, every tensor finite and of the shape the architecture has. `ArtifactError` if not."""
     with torch.device("meta"):
         wanted = DiT(arch).state_dict()
     check_keys(wanted, state, where, arch.name)
@@ -126,11 +122,11 @@ def finish(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[str, Ten
                 f"{where}: {name} is {list(tensor.shape)}, and {arch.name} needs {list(model.shape)}; its tensors "
                 "contradict each other"
             )
-        if not tensor.is_floating_point():
-            raise ArtifactError(f"{where}: {name} holds {tensor.dtype}, not floating-point numbers")
+        check_tensor(name, tensor, where)
+        tensor = tensor.detach().to(torch.float32).contiguous()
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} has NaN or infinite entries; the checkpoint is damaged or diverged")
-        done[name] = tensor.detach().to(torch.float32).contiguous()
+        done[name] = tensor
     return done
 
 

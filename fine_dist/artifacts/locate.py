@@ -1,6 +1,9 @@
-"""Where a model comes from: a folder of ours, a run's directory, DiT's `.pt`, diffusers' folder, a name on the hub.
+"""Find and read a model: an artifact, a run directory, DiT's `.pt`, a diffusers folder, or a name on the hub.
 
-Whatever it is, it is read as an `Artifact`; of another project's, `extra` says under `imported` where it came from.
+Each is read as an `Artifact`. Of another project's model, `extra["imported"]` says where it came from.
+
+Commands import this module for their settings, and their `--help` answers within a second: the readers, which need
+torch, are imported in the functions that read.
 """
 
 from __future__ import annotations
@@ -9,53 +12,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import Field
-
-from fine_dist.core.config import Config, expand_path
+from fine_dist.artifacts.layouts import SUFFIXES, is_diffusers_folder
+from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
+from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import SCRATCH
 from fine_dist.model.arch import Arch
 
 if TYPE_CHECKING:
-    from fine_dist.artifacts.imported import Hints
+    from fine_dist.artifacts.imported import ImportedModel
     from fine_dist.model.artifact import Artifact, Weights
 
-ARTIFACT_FOLDERS = ("model", "target", "sigma", "learngene")
-"""Folders of a run directory that hold an artifact, in the order in which they are looked for; `sigma` is a target of
-earlier versions."""
+ARTIFACT_FOLDERS = ("model", "target", "learngene")
+"""Folders of a run directory that hold an artifact, in order of preference."""
 INHERITED_FACTS = ("licence", "sampler", "codec", "class_names", "diffusion")
-"""What a manifest hands on to whatever is made from its artifact, unless that has its own."""
+"""Keys of a manifest that whatever is made from its artifact inherits, unless it has its own."""
 
 
 _FOLDERS = ("runs", "models", "data", "checkpoints", "output", "outputs")
-"""Folders that people keep models in: a path that begins so is one that is not there yet."""
+"""Folders that people keep models in: a path that begins so is a path that does not exist yet, not a hub name."""
 
 
-class HintsConfig(Config):
-    """What another project's file may not say of itself; none: as it says, or as is usual."""
-
-    num_heads: int | None = Field(None, ge=1)
-    """Attention heads of a state dict whose width is none of DiT's."""
-    num_classes: int | None = Field(None, ge=1)
-    """Classes without the null label."""
-    input_size: int | None = Field(None, ge=1)
-    """Side of a latent, where there is no position table."""
-    frequency_shift: int | None = Field(None, ge=0, le=1)
-    """Time frequencies: 0 as in DiT, 1 as in models trained in diffusers."""
-    licence: str | None = None
-    """Licence of the weights, as an SPDX name."""
-
-
-NO_HINTS = HintsConfig()
-
-
-class Facts(NamedTuple):
-    """Of a source, without its tensors. prediction: `noise`, or `velocity` (SiT)."""
+class SourceFacts(NamedTuple):
+    """What a source says of itself without its tensors: kind, shape, sha256 of its tensors, and a manifest's extra."""
 
     kind: str
     arch: Arch
     hash: str
-    prediction: str
     extra: dict[str, Any]
 
 
@@ -73,14 +56,11 @@ def find_artifact(path: str | Path) -> Path:
 
 
 def is_foreign(source: str | Path) -> bool:
-    """Whether a source is for `interop` to read: a tensor file, a folder of diffusers, or a name on the hub."""
-    from fine_dist.artifacts.diffusers_folder import is_diffusers_folder
-    from fine_dist.artifacts.tensor_files import SUFFIXES
-
+    """Whether a source is another project's: a tensor file, a diffusers folder, or a name on the hub."""
     path = Path(expand_path(str(source)))
     if path.is_dir():
         return _own(path) is None and is_diffusers_folder(path)
-    return path.is_file() or path.suffix in SUFFIXES or is_hub_name(source)
+    return path.exists() or path.suffix in SUFFIXES or is_hub_name(source)
 
 
 def is_hub_name(source: str | Path) -> bool:
@@ -97,19 +77,22 @@ def exists_locally(source: str | Path) -> bool:
 
 
 def read_artifact(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> Artifact:
-    """A source with its tensors; of a target, those that are its own. `ArtifactError` when it cannot be read.
+    """Read a source with its tensors; of a target, those that are its own. `ArtifactError` when it cannot be read.
 
-    weights: of a checkpoint that holds both, the averages or the weights themselves.
+    Args:
+        source: A path or a name on the hub.
+        hints: What another project's file does not say.
+        weights: Of a checkpoint that holds both, the averaged weights (`ema`) or the trained ones (`raw`).
     """
     from fine_dist.model.artifact import load_artifact
 
     if not is_foreign(source):
         return load_artifact(find_artifact(source), weights=weights)
-    return _imported(str(source), hints, weights)
+    return _read_foreign(str(source), hints, weights)
 
 
-def facts_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> Facts:
-    """What a source is. Of a file of another project's all is read the first time, and remembered."""
+def facts_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> SourceFacts:
+    """What a source is. Another project's file is read whole the first time, and its facts are cached."""
     from fine_dist.model.artifact import TENSORS, read_manifest
 
     if is_foreign(source):
@@ -118,16 +101,16 @@ def facts_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> Facts:
     manifest = read_manifest(find_artifact(source))
     extra = manifest["extra"]
     arch = Arch.model_validate(manifest["arch"])
-    return Facts(manifest["kind"], arch, str(manifest["sha256"][TENSORS]), "noise", extra)
+    return SourceFacts(manifest["kind"], arch, str(manifest["sha256"][TENSORS]), extra)
 
 
 def hash_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> str:
-    """The sha256 of a source's tensors: what says, wherever it lies, that it is the same."""
+    """The sha256 of a source's tensors, which identifies it wherever it lies."""
     return facts_of(source, hints).hash
 
 
 def inherited_facts(extra: dict[str, Any]) -> dict[str, Any]:
-    """What a parent's manifest hands on. A licence may be written beside an ancestor of its own."""
+    """What is inherited from a parent's manifest. A licence may be written beside an ancestor of its own."""
     found = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
     licence = licence_of(extra)
     return {**found, "licence": licence} if licence else found
@@ -139,23 +122,45 @@ def licence_of(extra: dict[str, Any]) -> str | None:
 
 
 @lru_cache(maxsize=8)
-def _facts(source: str, hints: str, stamp: int) -> Facts:
-    """stamp: when the file was last written; it makes another file another entry."""
-    found = _imported(source, HintsConfig.model_validate_json(hints), "ema")
-    return Facts(found.kind, found.arch, found.hash, found.extra["imported"]["prediction"], found.extra)
+def _facts(source: str, hints: str, stamp: int) -> SourceFacts:
+    """stamp: when the file was last written, so that another file of the name is another entry of the cache."""
+    found = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
+    return SourceFacts(found.kind, found.arch, found.hash, found.extra)
 
 
 def _own(folder: Path) -> Path | None:
-    places = (folder, *(folder / name for name in ARTIFACT_FOLDERS))
-    return next((place for place in places if (place / "manifest.json").is_file()), None)
+    candidates = (folder, *(folder / name for name in ARTIFACT_FOLDERS))
+    return next((candidate for candidate in candidates if (candidate / "manifest.json").is_file()), None)
 
 
-def _imported(source: str, hints: HintsConfig, weights: Weights) -> Artifact:
-    from fine_dist.artifacts.external import load
+def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> ImportedModel:
+    """Another project's model: a tensor file in DiT's layout, a diffusers folder, or a name on the hub.
+
+    `ArtifactError` in one line when it is none of these, damaged, another model's, or cannot be downloaded.
+    """
+    from fine_dist.artifacts.diffusers_folder import read_diffusers
+    from fine_dist.artifacts.dit_pt import read_dit
+
+    path = Path(expand_path(str(source)))
+    if path.is_dir():
+        if is_diffusers_folder(path):
+            return read_diffusers(path, hints)
+        raise ArtifactError(
+            f"{path} holds no model: neither a manifest.json of this project's nor diffusers' model_index.json or "
+            "config.json"
+        )
+    if path.exists() or path.suffix in SUFFIXES:
+        return read_dit(path, hints, weights)
+    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+        raise ArtifactError(f"{source}: no such file or folder, and a name on the hub looks like OWNER/MODEL")
+    return read_diffusers(str(source), hints)
+
+
+def _read_foreign(source: str, hints: HintsConfig, weights: Weights) -> Artifact:
     from fine_dist.artifacts.imported import UNKNOWN_LICENCE
     from fine_dist.model.artifact import Artifact
 
-    found = load(source, _hints(source, hints, weights))
+    found = import_model(source, hints, weights)
     extra: dict[str, Any] = {
         "imported": {**found.provenance(), "hints": hints.model_dump(), "notes": list(found.notes)},
         "diffusion": found.diffusion.model_dump(),
@@ -168,9 +173,3 @@ def _imported(source: str, hints: HintsConfig, weights: Weights) -> Artifact:
         extra["codec"] = {"name": "vae", "scaling_factor": found.scaling_factor}
     method = SCRATCH.model_dump(mode="json")
     return Artifact(Path(source), "model", method, found.arch, found.state, extra, found.sha256)
-
-
-def _hints(source: str, hints: HintsConfig, weights: Weights) -> Hints:
-    from fine_dist.artifacts.imported import Hints
-
-    return Hints(**hints.model_dump(), weights="auto" if weights == "ema" else "model")

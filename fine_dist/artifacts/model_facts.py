@@ -1,50 +1,37 @@
-"""What a model's manifest says of how it is to be sampled and measured, and what a user's settings make of it."""
+"""What a model's manifest says of how it is sampled and measured, and how a user's settings combine with it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import ValidationError
 
-from fine_dist.core.config import Config
+from fine_dist.artifacts.settings import SamplerOverrides
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 
 _MODELS_OWN = ("guidance", "guidance_channels", "clip")
 """Settings of a sampler that belong to the model."""
-
-
-class SamplerOverrides(Config):
-    """Sampling. What is not said of guidance and clip is as the model's manifest has it, or else none."""
-
-    scheduler: Literal["ddpm", "ddim", "dpm"] = "ddim"
-    """DDPM (ancestral), DDIM, or DPM-Solver++ (multistep)."""
-    steps: int = Field(50, ge=1)
-    """Number of denoising steps."""
-    guidance: float | None = Field(None, ge=0)
-    """Classifier-free guidance scale; 1 is no guidance; none: the model's."""
-    guidance_channels: int | Literal["all"] | None = None
-    """Latent channels that guidance moves, from the first, or `all`; none: the model's. The original DiT: 3."""
-    clip: float | Literal["off"] | None = None
-    """Predicted clean latents are clamped to [-clip, clip], or `off`; none: the model's."""
-    batch: int = Field(64, ge=1)
-    """Images drawn together."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        """A `SamplerConfig` has nothing open."""
-        if isinstance(value, SamplerConfig):
-            said = value.model_dump()
-            return {**said, "clip": said["clip"] or "off", "guidance_channels": said["guidance_channels"] or "all"}
-        return value
+_FORWARD = {
+    "ddpm": ("process", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr"),
+    "flow": ("process", "direction", "time_scale"),
+}
+"""Settings of a process that decide what a noised latent is and which time the model is given for it."""
+_SETTLED_BY_LEVEL = ("direction", "time_scale")
+"""Settings of a flow that conversions between conventions take care of."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Of a model. diffusion: none where nothing says. sampler: settings by name, those that its manifest has.
+    """What is known of a model besides its weights.
 
-    codec: `identity` for images themselves, a name for an autoencoder's latents, none where nothing says.
+    Args:
+        diffusion: The process it was trained for; None where nothing says.
+        sampler: Settings of a sampler by name, those that its manifest has.
+        codec: `identity` for images themselves, a name for an autoencoder's latents, None where nothing says.
+        scaling_factor: Of the autoencoder.
+        class_names: Names by label; empty where nothing says.
     """
 
     diffusion: DiffusionConfig | None = None
@@ -54,34 +41,88 @@ class ModelFacts:
     class_names: tuple[str, ...] = ()
 
     def pictures(self, channels: int) -> bool:
-        """Whether the model's latents of so many channels are pictures themselves."""
+        """Whether the model's latents, of so many channels, are images themselves."""
         return channels in (1, 3) and self.codec in (None, "identity")
 
 
 def model_facts_of(about: dict[str, Any]) -> ModelFacts:
-    """From what `load_model` says, or a manifest's extra."""
-    codec, diffusion = about.get("codec") or {}, about.get("diffusion")
-    name = codec.get("name")
+    """The facts in what `load_model` returns, or in a manifest's extra. `ArtifactError` where they are impossible."""
+    codec = about.get("codec") or {}
+    sampler = about.get("sampler") or {}
+    names = about.get("class_names") or ()
+    if not (isinstance(codec, dict) and isinstance(sampler, dict) and isinstance(names, (list, tuple))):
+        raise ArtifactError(f"{about.get('folder', 'manifest')}: codec, sampler or class_names is of a wrong type")
+    name, own = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODELS_OWN}
+    try:
+        SamplerConfig.model_validate(own)
+        scale = codec.get("scaling_factor")
+        scaling_factor = None if scale is None or name == "identity" else float(scale)
+    except (ValidationError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{about.get('folder', 'manifest')}: sampler or codec is damaged: {_line(error)}") from None
     return ModelFacts(
-        diffusion=DiffusionConfig.model_validate(diffusion) if diffusion else None,
-        sampler={key: value for key, value in (about.get("sampler") or {}).items() if key in _MODELS_OWN},
+        diffusion=diffusion_of(about),
+        sampler=own,
         codec=name,
-        scaling_factor=codec.get("scaling_factor") if name != "identity" else None,
-        class_names=tuple(about.get("class_names") or ()),
+        scaling_factor=scaling_factor,
+        class_names=tuple(map(str, names)),
     )
 
 
+def diffusion_of(about: dict[str, Any]) -> DiffusionConfig | None:
+    """The process that a manifest names; None where it names none. `ArtifactError` where it is impossible."""
+    diffusion = about.get("diffusion")
+    if not diffusion:
+        return None
+    try:
+        return DiffusionConfig.model_validate(diffusion)
+    except ValidationError as error:
+        where = about.get("folder", "manifest")
+        raise ArtifactError(f"{where}: diffusion is damaged: {_line(error)}; copy the folder again") from None
+
+
+def check_parent_process(
+    parent: DiffusionConfig | None, wanted: DiffusionConfig, where: str, *, teacher: bool = False
+) -> None:
+    """`ConfigError` unless a parent's weights mean the same under the process that is to be trained.
+
+    Args:
+        parent: The process the parent was trained for; None (nothing says) passes.
+        wanted: The process of the run.
+        where: The parent's name, for the message.
+        teacher: It is only imitated. Then another prediction (noise or v) and another convention of a flow are
+            converted exactly, and pass.
+    """
+    if parent is None:
+        return
+    keys = [key for key in _FORWARD[wanted.process] if not (teacher and key in _SETTLED_BY_LEVEL)]
+    theirs, ours = parent.model_dump(), wanted.model_dump()
+    if not teacher:
+        keys.append("prediction")
+        theirs["prediction"], ours["prediction"] = parent.predicts, wanted.predicts
+    differs = [key for key in keys if theirs[key] != ours[key]]
+    if differs:
+        told = ", ".join(f"{key} {_word(theirs[key])} (the run: {_word(ours[key])})" for key in differs)
+        flags = " ".join(f"--diffusion.{key.replace('_', '-')} {_word(theirs[key])}" for key in differs)
+        raise ConfigError(
+            f"diffusion: {where} was trained with {told}, so its weights mean something else here; set {flags}, or "
+            "take a parent of this process"
+        )
+
+
 def resolve_sampling(
-    wish: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
+    given: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
 ) -> tuple[SamplerConfig, DiffusionConfig, list[str]]:
     """The settings that a model is sampled with, and a line for each that contradicts its manifest.
 
-    wish, diffusion: the user's; none is the model's. where: the model's name, for the lines.
+    Args:
+        given: The user's sampler settings; None in a field is the model's.
+        diffusion: The user's process; None is the model's.
+        facts: What the model's manifest says.
+        where: The model's name, for the lines.
     """
-    said = wish.model_dump()
     own = SamplerConfig().model_dump() | facts.sampler
     notes, found = [], {}
-    for key, value in said.items():
+    for key, value in given.model_dump().items():
         if value is None:
             found[key] = own[key]
             continue
@@ -98,3 +139,11 @@ def resolve_sampling(
 
 def _word(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _line(error: Exception) -> str:
+    """The first problem of a validation, in one line."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:80]})"
+    return str(error).partition("\n")[0]

@@ -1,7 +1,8 @@
-"""Targets: made from a parent, written down whole, and read again whatever the code has become meanwhile.
+"""Targets of stage 2: made from a parent, saved as their difference to it, and loaded as dense models.
 
-A target's artifact holds every tensor that is not its parent's own, trained or not, and names the rest by the parent's
-hash: a family of targets takes megabytes, not a model each, and nothing of it is computed again when it is read.
+A target's artifact holds every tensor that differs from its parent's, trained or not, and refers to the rest by the
+parent's hash. A family of targets takes megabytes instead of a model each, and loading computes nothing anew, so that a
+later version of a method reads it as it was written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, HintsConfig, inherited_facts, is_foreign, read_artifact
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, inherited_facts, is_foreign, read_artifact
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check, from_manifest, parent_of
 from fine_dist.methods.base import Descent, Method, Parent
@@ -27,10 +29,18 @@ if TYPE_CHECKING:
 def descend(
     method: Method[Any], parent: Parent | None, target: Arch, seed: int, *, new_labels: bool = False
 ) -> Descent:
-    """The target before stage 2, as (method, parent, target, seed) decide it. `ArtifactError` when it cannot be.
+    """The target before stage 2; a function of its arguments alone.
 
-    new_labels: the target has classes of its own. Its label embedder starts at the parent's null label, plus a small
-    draw that tells classes apart, and trains beside whatever else does.
+    Args:
+        method: The method that makes it.
+        parent: What it is made from; None for a method that needs none.
+        target: Its shape.
+        seed: Seeds whatever is random in it.
+        new_labels: The target has classes of its own. Its label embedder starts at the parent's null label plus a
+            small random vector a class, and trains with whatever else does.
+
+    Raises:
+        ArtifactError: The method makes no such target of this parent.
     """
     import torch
 
@@ -51,10 +61,13 @@ def descend(
 def check_target(
     method: Method[Any], parent: Parent | None, target: Arch, *, new_labels: bool = False
 ) -> tuple[Parent | None, Arch]:
-    """`ArtifactError` when the method makes no such target. What it takes of the parent, and the shape it is asked for:
-    the target's, with the parent's classes where labels of its own come afterwards. Builds nothing."""
+    """Check a target without building it: the parent the method uses, and the shape it is asked for.
+
+    The shape is the target's, with the parent's classes where the target's own labels are added afterwards.
+    `ArtifactError` when the method makes no such target.
+    """
     if method.traits.parents == ("none",):
-        parent = None  # it may have given the shape; nothing else of it is taken
+        parent = None  # it may have given the shape, and gives nothing else
     if new_labels and parent is not None and "classes" not in method.traits.varies:
         target = target.model_copy(update={"num_classes": parent.arch.num_classes})
     check(method, parent.artifact if parent else None, target)
@@ -62,7 +75,7 @@ def check_target(
 
 
 def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:
-    """What of a target is not, bit for bit, its parent's tensor of the same name (copies, on the CPU)."""
+    """Tensors of a target that are not, bit for bit, its parent's of the same name (copies, on the CPU)."""
     import torch
 
     theirs = parent.artifact.tensors if parent else {}
@@ -83,17 +96,23 @@ def save_target(
     names: list[str],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write a target as an artifact of kind `target`; its manifest.
+    """Write a target as an artifact of kind `target`, and return its manifest.
 
-    own:   its tensors that are not the parent's. names: of all its tensors.
-    facts: what is worth keeping of how it was made (seed, losses, steps, learning rate, seconds); JSON.
+    Args:
+        folder: Where it is written.
+        method: Settings of the method.
+        parent: What it was made from.
+        arch: Its shape.
+        own: Its tensors that are not the parent's.
+        names: Names of all its tensors.
+        facts: How it was made (seed, losses, steps, learning rate, seconds); JSON.
     """
     from fine_dist.model.artifact import save_artifact
 
     extra: dict[str, Any] = {"inherited": sorted(set(names) - own.keys())}
     if parent is not None:
         place = parent.artifact.folder.absolute()
-        extra |= _handed_on(parent, arch)
+        extra |= _inherited_by(parent, arch)
         extra["parent"] = {
             "hash": parent.artifact.hash,
             "path": str(place),
@@ -105,8 +124,8 @@ def save_target(
     return save_artifact(folder, kind="target", method=dict(method), arch=arch, tensors=dict(own), extra=extra)
 
 
-def _handed_on(parent: Parent, arch: Arch) -> dict[str, Any]:
-    """What a target's manifest has of its parent's; names of classes only where the classes are the parent's."""
+def _inherited_by(parent: Parent, arch: Arch) -> dict[str, Any]:
+    """Facts a target inherits from its parent; class names only where its classes are the parent's."""
     found = inherited_facts(parent.artifact.extra)
     if arch.num_classes != parent.arch.num_classes:
         found.pop("class_names", None)
@@ -114,12 +133,14 @@ def _handed_on(parent: Parent, arch: Arch) -> dict[str, Any]:
 
 
 def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[DiT, Artifact]:
-    """A target as a dense DiT, merged now, and the artifact it came from.
+    """A target merged into a dense DiT, and the artifact it came from.
 
-    path:      the artifact, or the folder of the task that wrote it.
-    learngene: where its parent lies now; none: where it lay, relative to the target or absolutely.
+    Args:
+        path: The artifact, or the folder of the task that wrote it.
+        learngene: Where its parent lies now. Default: where it lay, relative to the target or absolutely.
 
-    `ArtifactError` when either is damaged, or the parent is not the one that the target belongs to.
+    Raises:
+        ArtifactError: Either is damaged, or the parent is another one than the target's.
     """
     method, model, artifact = load_target_module(path, learngene)
     return merged(method, model), artifact
@@ -135,12 +156,11 @@ def load_target_module(
     if not (folder / MANIFEST).is_file():
         folder = next((folder / name for name in ARTIFACT_FOLDERS if (folder / name / MANIFEST).is_file()), folder)
     artifact = load_artifact(folder)
-    if artifact.kind not in ("target", "sigma"):
+    if artifact.kind != "target":
         raise ArtifactError(f"{folder} is a {artifact.kind}, and a target is needed here")
     method = from_manifest(artifact.method)
     parent = _parent(artifact, learngene)
-    model = _as_it_was(artifact, parent) if artifact.kind == "target" else _made_again(artifact, method, parent)
-    return method, model, artifact
+    return method, _assembled(artifact, parent), artifact
 
 
 def merged(method: Method[Any], model: nn.Module) -> DiT:
@@ -154,12 +174,15 @@ def merged(method: Method[Any], model: nn.Module) -> DiT:
     return dense
 
 
-def _as_it_was(artifact: Artifact, parent: Parent | None) -> nn.Module:
+def _assembled(artifact: Artifact, parent: Parent | None) -> nn.Module:
     theirs = parent.artifact.tensors if parent else {}
-    absent = [name for name in artifact.extra["inherited"] if name not in theirs]
+    inherited = artifact.extra.get("inherited")
+    if not isinstance(inherited, list) or not all(isinstance(name, str) for name in inherited):
+        raise ArtifactError(f"{artifact.folder}: inherited in its manifest.json is no list of names: it is damaged")
+    absent = [name for name in inherited if name not in theirs]
     if absent:
         raise ArtifactError(f"{artifact.folder} takes {absent[0]} from its parent, which has no such tensor")
-    state = {**{name: theirs[name] for name in artifact.extra["inherited"]}, **artifact.tensors}
+    state = {**{name: theirs[name] for name in inherited}, **artifact.tensors}
     model = from_manifest(artifact.method).module(artifact.arch, state)
     try:
         model.load_state_dict(state)
@@ -168,24 +191,14 @@ def _as_it_was(artifact: Artifact, parent: Parent | None) -> nn.Module:
     return model
 
 
-def _made_again(artifact: Artifact, method: Method[Any], parent: Parent | None) -> nn.Module:
-    """A target of an earlier version, which holds what was trained alone: the rest is made once more."""
-    extra = artifact.extra
-    model = descend(method, parent, artifact.arch, extra["seed"], new_labels=extra["new_labels"]).model
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if trained != artifact.tensors.keys():
-        odd = ", ".join(sorted(trained ^ artifact.tensors.keys())[:3])
-        raise ArtifactError(f"{artifact.folder} does not hold what its method trains ({odd}, ...)")
-    model.load_state_dict(artifact.tensors, strict=False)
-    return model
-
-
 def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
     from fine_dist.model.artifact import MANIFEST, load_artifact
 
-    named = artifact.extra.get("parent") or artifact.extra.get("learngene")
+    named = artifact.extra.get("parent")
     if named is None:
         return None
+    if not (isinstance(named, dict) and all(isinstance(named.get(key), str) for key in ("hash", "path", "from_here"))):
+        raise ArtifactError(f"{artifact.folder}: parent in its manifest.json is damaged; copy the folder again")
     places = [artifact.folder / named["from_here"], Path(named["path"])]
     if given:
         places = [Path(given), *(Path(given) / name for name in ARTIFACT_FOLDERS)]
@@ -197,13 +210,13 @@ def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
     if parent.hash != named["hash"]:
         raise ArtifactError(
             f"{artifact.folder} was made from the parent {named['hash'][:12]}..., and {parent.folder} is another one "
-            f"({parent.hash[:12]}...): the target means nothing without its own"
+            f"({parent.hash[:12]}...); give the right one with --learngene FOLDER"
         )
     return parent_of(parent)
 
 
 def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], places: list[Path]) -> Artifact:
-    """A parent of another project's, where it lay or lies; a name on the hub is one, too."""
+    """A parent that is another project's model: a file or folder where it lay or lies, or a name on the hub."""
     hints = HintsConfig(**named.get("hints", {}))
     sources = [place for place in places if place.exists() and is_foreign(place)]
     if not sources and "source" in named and is_foreign(named["source"]):

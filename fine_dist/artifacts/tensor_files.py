@@ -1,37 +1,36 @@
-"""Reading other projects' tensor files without running anything in them; finding a model's folder, here or on the hub.
+"""Reading other projects' tensor files without running code in them; finding a model's folder, here or on the hub.
 
-A `.pt` is read with `weights_only=True` and holds tensors, numbers, texts and containers of them, nothing else; of
-Python's classes `argparse.Namespace` alone is let through, which DiT's training script saves beside the weights and
-which does nothing when it is made.
+A `.pt` goes through torch's restricted unpickler (`weights_only=True`), which builds tensors, numbers, texts and
+containers of them and runs no code in the file. Of Python's classes it lets `argparse.Namespace` through, which DiT's
+training script saves beside the weights and which does nothing when it is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fine_dist.artifacts.layouts import check_regular, read_json
 from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of
 
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-"""Tensor files by the ends of their names."""
 _STEM = "diffusion_pytorch_model"
 
 
 def read_tensor_file(path: Path) -> dict[str, Any]:
     """What a file holds: tensors by name, or a checkpoint's nested mapping. `ArtifactError` when it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file")
+    check_regular(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -56,41 +55,59 @@ def _read_pt(path: Path) -> Any:
                         "dict alone (torch.save(model.state_dict(), ...)), or as safetensors"
                     ) from None
                 raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
-            except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError, TypeError) as error:
+            except (
+                RuntimeError,
+                EOFError,
+                ValueError,
+                LookupError,
+                OSError,
+                AttributeError,
+                TypeError,
+                NotImplementedError,
+            ) as error:
                 if mapped and "mmap" in str(error):
                     continue
                 raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
     raise AssertionError("the second attempt returns or raises")
 
 
-def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a diffusers model folder, in one file or in pieces, and their hash."""
-    for suffix in ("safetensors", "bin"):
-        whole, index = folder / f"{_STEM}.{suffix}", folder / f"{_STEM}.{suffix}.index.json"
-        if whole.is_file():
-            return read_tensor_file(whole), sha256_of(whole)
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if any(Path(name).name != name for name in names):
-                raise ArtifactError(f"{index} names files outside its folder: {names}")
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                tensors.update(read_tensor_file(folder / name))
-            return tensors, hashlib.sha256("".join(sha256_of(folder / name) for name in names).encode()).hexdigest()
-    raise ArtifactError(f"{folder} holds no {_STEM}.safetensors or .bin: copy the model's folder whole")
+def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
+    """The tensors of a diffusers model folder, in one file or in pieces; their hash; and the variant they are of.
+
+    The variant is the word in `diffusion_pytorch_model.fp16.safetensors`, as `save_pretrained(variant="fp16")` writes
+    it, or "" for none. Files without one are preferred, as the more exact ones, and safetensors before `.bin`.
+    """
+    found = sorted((parsed, path) for path in folder.glob(f"{_STEM}*") if (parsed := _parse_name(path)))
+    if not found:
+        raise ArtifactError(f"{folder} holds no {_STEM}.safetensors or .bin: copy the model's folder whole")
+    (_, _, is_index, variant), file = found[0]
+    if not is_index:
+        return read_tensor_file(file), sha256_of(file), variant
+    pieces = read_json(file).get("weight_map")
+    if not isinstance(pieces, dict) or not all(isinstance(name, str) for name in pieces.values()):
+        raise ArtifactError(f"{file}: weight_map must map names of tensors to names of files: the file is damaged")
+    names = sorted(set(pieces.values()))
+    if not names or any(Path(name).name != name for name in names):
+        raise ArtifactError(f"{file} names no files, or files outside its folder: {names[:5]}")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors.update(read_tensor_file(folder / name))
+    return tensors, hashlib.sha256("".join(sha256_of(folder / name) for name in names).encode()).hexdigest(), variant
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON mapping. `ArtifactError` when it is not one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}") from None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"{path}: a mapping is needed, not {type(values).__name__}")
-    return values
+def _parse_name(path: Path) -> tuple[bool, bool, bool, str] | None:
+    """(has a variant, is `.bin`, is an index, variant) of a weight file's name; the smallest is preferred.
+
+    Pieces themselves (`-00001-of-00003`) and other names give None. diffusers writes the variant of an index as
+    `MODEL.safetensors.index.fp16.json`, and older versions as `MODEL.fp16.safetensors.index.json`.
+    """
+    match = re.fullmatch(
+        rf"{_STEM}(?:\.(?P<a>\w+))?\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<b>\w+))?\.json)?", path.name
+    )
+    if match is None:
+        return None
+    variant = match["a"] or match["b"] or ""
+    return bool(variant), match["kind"] == "bin", match["index"] is not None, variant
 
 
 def fetch(name: str) -> Path:
@@ -98,9 +115,6 @@ def fetch(name: str) -> Path:
 
     `ArtifactError` without network: one line that says what to download and how to name the folder.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
     wanted = ["*.json", "README.md", "transformer/*.safetensors", "transformer/*.bin", f"{_STEM}*"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.process import arithmetic, make_process
 from fine_dist.diffusion.random_draws import mix
-from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.diffusion.settings import DiffusionConfig, Precision
 
 ENOUGH = 10_000
 """Number of (sample, time) pairs beyond which further times of each sample cost time and change little."""
@@ -53,17 +53,25 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def sums(
-        self, model: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, batch: int, rank: int, size: int
+        self,
+        model: Callable[[Tensor, Tensor, Tensor], Tensor],
+        device: torch.device,
+        batch: int,
+        rank: int,
+        size: int,
+        precision: Precision = "fp32",
     ) -> tuple[float, int]:
         """(sum of losses, number of pairs) of one rank's share: whole batches, dealt out in turn.
 
         The batches are those of a single process, so the sums over all ranks are its sums up to their order.
+        `precision` is the arithmetic of the model; the loss itself is computed in float32 and summed in float64.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         self.process.to(device)
         for start in range(rank * batch, len(self.t), batch * size):
             z, y, t, eps = (x[start : start + batch].to(device) for x in (self.z, self.y, self.t, self.eps))
-            out = model(self.process.add_noise(z, t, eps), t, y)[:, : z.shape[1]].float()
+            with arithmetic(precision, device):
+                out = model(self.process.add_noise(z, t, eps), t, y)[:, : z.shape[1]].float()
             total += (out - self.process.target(z, t, eps)).square().flatten(1).mean(1).double().sum().cpu()
             count += len(t)
         return float(total), count

@@ -9,14 +9,15 @@ the model's output [B, C or 2C, H, H], of which the first C channels are the pre
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.diffusion.settings import DiffusionConfig, Precision
 
 
 def make_process(config: DiffusionConfig) -> Process:
@@ -239,6 +240,22 @@ class FlowProcess(Process):
 
     def time_from(self, other: Process, t: Tensor) -> Tensor:
         return self.time_at(other.noise_level(t))
+
+
+@contextlib.contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """The arithmetic of a model that samples or is measured: `fp32` is exact, `tf32` concerns a GPU's products only."""
+    if precision == "bf16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def zero_terminal(alpha_bar: Tensor) -> Tensor:

@@ -24,7 +24,6 @@ halves go through the model at once.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,9 +35,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.diffusion.process import FlowProcess, Process, make_process
+from fine_dist.diffusion.process import FlowProcess, Process, arithmetic, make_process
 from fine_dist.diffusion.random_draws import image_generator
-from fine_dist.diffusion.settings import DiffusionConfig, Precision, SamplerConfig
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.model.arch import Arch
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -249,22 +248,6 @@ def resolve_scheduler(config: SamplerConfig, diffusion: DiffusionConfig) -> Samp
             f"auto, {', '.join(legal)}"
         )
     return config
-
-
-@contextlib.contextmanager
-def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """The arithmetic of a model that samples or is measured: `fp32` is exact, `tf32` concerns a GPU's products only."""
-    if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-        return
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, scale: float, channels: int) -> Tensor:

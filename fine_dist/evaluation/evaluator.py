@@ -22,7 +22,7 @@ from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
-from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.diffusion.settings import DiffusionConfig, Precision
 from fine_dist.engine.dist import World, all_reduce_sum
 from fine_dist.evaluation.comparison import ANY_NETWORK, HELD_OUT_LOSS, NETWORKS, Score, cautions, compare, networks
 from fine_dist.evaluation.features import NAMES
@@ -108,23 +108,27 @@ class Evaluator:
         if HELD_OUT_LOSS in self.metrics:
             where = expand_path(str(self.config.data.held_out))
             check_fit(locate(where, self.config.data)[0], renderer.model.arch, where)
-            loss = self.held_out_loss(renderer.model, renderer.diffusion)
+            loss = self.held_out_loss(renderer.model, renderer.diffusion, precision=renderer.sampler.precision)
         found = self.scores(renderer) if self.networks else Measurement()
         found.held_out_loss, found.notes = loss, [*renderer.notes, *found.notes]
         return found
 
-    def held_out_loss(self, model: nn.Module, diffusion: DiffusionConfig, alone: bool = False) -> float:
-        """Mean noise-prediction loss over the questions of `data.held_out`, of a dense or a composed model.
+    def held_out_loss(
+        self, model: nn.Module, diffusion: DiffusionConfig, alone: bool = False, precision: Precision = "fp32"
+    ) -> float:
+        """Mean loss of the process over the fixed inputs of `data.held_out`, of a dense or a composed model.
 
-        alone: this process asks all questions by itself, as rank 0 does while a model trains; else each process asks
-        its share.
+        alone: this process measures all of them by itself, as rank 0 does while a model trains; else each process
+        measures its share. precision: arithmetic of the model.
         """
         key = diffusion.model_dump_json()
         if key not in self._held_out:
             latents, labels = read_all(expand_path(str(self.config.data.held_out)), self.held_out_samples)
             self._held_out[key] = HeldOutLoss(latents, labels, diffusion)
         rank, size = (0, 1) if alone else (self.world.rank, self.world.world_size)
-        total, count = self._held_out[key].sums(model.to(self.device).eval(), self.device, _BATCH, rank, size)
+        total, count = self._held_out[key].sums(
+            model.to(self.device).eval(), self.device, _BATCH, rank, size, precision
+        )
         if not alone:
             total, count = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64), self.world).tolist()
         return float(total / count)

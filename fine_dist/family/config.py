@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fine_dist.artifacts.locate import HintsConfig
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.config import Config, Depth, Seed
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig

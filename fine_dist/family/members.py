@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
@@ -196,6 +197,9 @@ class Family:
         seen: set[Any] = set()
         for member in self.members:
             method = self.method(member)
+            if self.parent is not None and method.traits.parents != ("none",):
+                parent = self.parent.artifact
+                check_parent_process(diffusion_of(parent.extra), self.config.diffusion, str(parent.folder))
             if (member.variant, member.domain) not in seen:
                 seen.add((member.variant, member.domain))
                 self.check_data(member)

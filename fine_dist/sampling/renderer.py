@@ -1,28 +1,46 @@
-"""A model that is ready to draw: with the settings that its manifest and the user agree on, and with its decoder."""
+"""A model that is ready to draw images: with its settled sampler, its process and the decoder of its latents."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fine_dist.artifacts.autoencoder import Decoder, decoded
+from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import ModelFacts, model_facts_of, resolve_sampling
 from fine_dist.core.errors import ConfigError
+from fine_dist.diffusion.process import arithmetic, make_process
+from fine_dist.diffusion.samplers import SampledBatch, resolve_scheduler, sample_batches
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.engine.compiling import compile_or_fall_back
+from fine_dist.model.dit import DiT
+from fine_dist.model.flops import forward_macs
+from fine_dist.sampling.image_grid import to_uint8
+from fine_dist.sampling.settings import SamplingSettings
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fine_dist.artifacts.autoencoder import Decoder
-    from fine_dist.model.dit import DiT
+LONG_FLOPS = 2e13
+"""Work from which its time is estimated by one call of the model: a minute or so of a CPU, less than 1 s of a GPU."""
 
 
 @dataclass
 class ImageRenderer:
-    """A model that is ready to draw: its settled settings, and what makes pictures of its latents.
+    """Draws images of one model.
 
-    decoder: none where latents are pictures themselves (`pictures` true), or stay latents.
-    notes:   what a user should know of the settings.
+    Args:
+        model: The model, on its device.
+        where: Its name, for messages and titles.
+        about: What is known of it, as `load_model` returns it.
+        facts: What its manifest says of sampling.
+        sampler: The settled settings of the sampler.
+        diffusion: The process it was trained for.
+        decoder: Makes images of latents; None where latents are images themselves (`pictures` true) or stay latents.
+        pictures: Whether `render` gives images, not latents.
+        notes: What a user should know about the settings.
     """
 
     model: DiT
@@ -36,16 +54,20 @@ class ImageRenderer:
     notes: list[str] = field(default_factory=list)
 
     def finish(self, latents: Tensor) -> Tensor:
-        """Pictures uint8 [B, C, H, W] of latents. Only where `pictures`."""
-        from fine_dist.sampling.image_grid import to_uint8
-
+        """Images uint8 [B, C, H, W] of latents. Only where `pictures`."""
         return self.decoder.decode(latents) if self.decoder else to_uint8(latents.clamp(-1, 1))
 
-    def render(self, labels: Tensor, numbers: Tensor, seed: int, progress: bool | str) -> Iterator[tuple[Any, Tensor]]:
-        """(drawn batch, pictures or latents) of these numbers; a batch is decoded while the next is drawn."""
-        from fine_dist.artifacts.autoencoder import decoded
-        from fine_dist.diffusion.samplers import sample_batches
+    def render(
+        self, labels: Tensor, numbers: Tensor, seed: int, progress: bool | str
+    ) -> Iterator[tuple[SampledBatch, Tensor]]:
+        """(sampled batch, images or latents) of images by number; one batch is decoded while the next is sampled.
 
+        Args:
+            labels: Class labels [N].
+            numbers: Each image's own number [N], which decides its noise together with the seed.
+            seed: The seed.
+            progress: Show a progress bar; a text is its title.
+        """
         batches = sample_batches(
             self.model,
             labels=labels,
@@ -59,36 +81,77 @@ class ImageRenderer:
         if self.decoder is not None:
             yield from decoded(batches, self.decoder)
             return
-        for drawn in batches:
-            yield drawn, self.finish(drawn.latents) if self.pictures else drawn.latents
+        for batch in batches:
+            yield batch, self.finish(batch.latents) if self.pictures else batch.latents
 
     def protocol(self, seed: int) -> dict[str, Any]:
         """What decides an image of a number and a label; JSON."""
         return {
             "model": self.about["hash"],
-            "sampler": self.sampler.model_dump(exclude={"batch"}),
-            "diffusion": self.diffusion.model_dump(exclude={"label_drop"}),
+            "sampler": self.sampler.model_dump(mode="json", exclude={"batch"}),
+            "diffusion": self.diffusion.model_dump(mode="json", exclude={"label_drop"}),
             "seed": seed,
         }
 
+    def flops(self, count: int) -> float:
+        """FLOPs of sampling so many images: two model evaluations a step with guidance, and two with Heun's method."""
+        halves = 1 if self.sampler.guidance == 1 else 2
+        evaluations = self.sampler.steps * (2 if self.sampler.scheduler == "heun" else 1)
+        return 2.0 * forward_macs(self.model.arch) * halves * evaluations * count
 
-def make_renderer(config: Any, path: str, device: Any) -> ImageRenderer:
-    """A model from any source with its settings: what the config says over what its manifest says.
+    @torch.no_grad()
+    def estimate(self, count: int) -> str:
+        """What drawing so many images takes, in words: FLOPs, and the time where it is long.
 
-    config: has weights, learngene, hints, sampler, diffusion, vae, vae_precision.
+        The time is that of a call of the model at the batch's size, of which a second call is measured.
+        """
+        flops = self.flops(count)
+        text = f"{count:,} images of {self.model.arch.name}, {self.sampler.steps} steps, {flops:.2g} FLOP"
+        if flops < LONG_FLOPS:
+            return text
+        device = next(self.model.parameters()).device
+        # A CPU's speed hardly depends on the batch, a GPU's does.
+        batch = min(count, self.sampler.batch) if device.type == "cuda" else 1
+        z = torch.zeros(batch, *self.model.arch.latent_shape, device=device)
+        t = make_process(self.diffusion).times([0.5] * batch).to(device)
+        y = torch.zeros(batch, dtype=torch.int64, device=device)
+        seconds = 0.0
+        for _ in range(2):  # the first call may load kernels or compile
+            begun = time.perf_counter()
+            with arithmetic(self.sampler.precision, device):
+                self.model(z, t, y)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
+        total = seconds * flops / (2.0 * forward_macs(self.model.arch) * batch)
+        return f"{text}, about {_duration(total)} in this process alone"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def make_renderer(config: SamplingSettings, path: str, device: torch.device | None) -> ImageRenderer:
+    """Load a model from any source, with the settings of a command over those of its manifest.
+
+    Raises:
+        ArtifactError: The model or the VAE cannot be loaded.
+        ConfigError: The settings do not fit the model.
     """
-    from fine_dist.artifacts.autoencoder import Decoder
-    from fine_dist.artifacts.load import load_model
-
     model, about = load_model(path, config.learngene, config.weights, config.hints)
     facts = model_facts_of(about)
     sampler, diffusion, notes = resolve_sampling(config.sampler, config.diffusion, facts, path)
     pictures, decoder = facts.pictures(model.arch.in_channels), None
     if config.vae:
         if facts.codec == "identity":
-            raise ConfigError(f"vae: the model of {path} was trained on pictures, not on latents; leave it out")
+            raise ConfigError(f"vae: the model of {path} was trained on images, not on latents; leave it out")
         decoder = Decoder(
-            config.vae, scaling_factor=facts.scaling_factor, device=device, precision=config.vae_precision
+            config.vae,
+            scaling_factor=facts.scaling_factor,
+            device=device or "cpu",
+            precision=config.vae_precision,
         )
         if decoder.channels != model.arch.in_channels:
             raise ConfigError(
@@ -96,11 +159,16 @@ def make_renderer(config: Any, path: str, device: Any) -> ImageRenderer:
                 f"{model.arch.in_channels}"
             )
         pictures = True
-    return ImageRenderer(model.to(device).eval(), path, about, facts, sampler, diffusion, decoder, pictures, notes)
+    model = model.to(device).eval()
+    if sampler.compile:
+        blocks = getattr(model, "blocks", None)
+        compile_or_fall_back(list(blocks) if isinstance(blocks, nn.ModuleList) else [model])
+    sampler = resolve_scheduler(sampler, diffusion)
+    return ImageRenderer(model, path, about, facts, sampler, diffusion, decoder, pictures, notes)
 
 
 def class_name_of(label: int, facts: ModelFacts, num_classes: int) -> str:
-    """A class's name, or its number."""
+    """A class's name, or its number where it has none."""
     if label == num_classes:
         return "no class"
     return facts.class_names[label] if label < len(facts.class_names) else str(label)

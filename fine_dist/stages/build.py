@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fine_dist.diffusion.objective import LossTerm
+    from fine_dist.diffusion.settings import DiffusionConfig
     from fine_dist.engine.dist import World
     from fine_dist.engine.program import Program
     from fine_dist.model.arch import Arch
@@ -39,6 +40,8 @@ class Plan:
     """Whether the method's tables over depth are shown: of what it trains itself, not of an ordinary model."""
     teacher: DiT | None = None
     """Frozen, whatever its depth and width; asked at every step where a term wants it."""
+    teacher_process: DiffusionConfig | None = None
+    """The process that the teacher was trained for, whose predictions are converted to the run's; None: the run's."""
 
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
@@ -103,7 +106,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         stream=stream,
         identity=identity,
         held_out=scores if world.is_main and (evaluator or quick) else None,
-        previews=lambda model, step: preview(renderer(model), step),
+        pictures=lambda model, step: preview(renderer(model), step),
         histograms=lambda model: histograms(kept(model)),
         before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),
@@ -142,7 +145,8 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
         pairs = plan.condensation.pairs
         blocks = sorted({int(theirs.rpartition(".")[2]) for _, theirs in pairs}) if weights.features else []
         model = plan.teacher.to(world.device)
-        teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks)
+        processes = (plan.teacher_process, config.diffusion) if plan.teacher_process else None
+        teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks, processes)
         if weights.output:
             terms.append(OutputDistillation(teacher, weights.output))
         if weights.features:

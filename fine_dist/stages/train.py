@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import (
-    HintsConfig,
     exists_locally,
     facts_of,
     find_artifact,
@@ -17,6 +16,8 @@ from fine_dist.artifacts.locate import (
     is_hub_name,
     read_artifact,
 )
+from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.artifacts.targets import descend
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import SCRATCH, AnyMethod, build, from_manifest, parent_of
@@ -87,7 +88,8 @@ class TrainConfig(StageConfig):
 def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     """The model before training, the method it comes from, and what its manifest says of what it comes from."""
     if config.method is None and config.parent:
-        model, about = load_model(config.parent, config.learngene, hints=config.hints, draws=False)
+        model, about = load_model(config.parent, config.learngene, hints=config.hints)
+        check_parent_process(diffusion_of(about), config.diffusion, config.parent)
         if config.arch is not None and model.arch != config.arch:
             raise ConfigError(
                 f"arch: {config.parent} is {model.arch}, and the config says {config.arch}; leave arch out, or name "
@@ -99,6 +101,8 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     if arch is None:
         raise ConfigError("arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from")
     method = build(config.method or SCRATCH)
+    if parent is not None and config.parent and method.traits.parents != ("none",):
+        check_parent_process(diffusion_of(parent.artifact.extra), config.diffusion, config.parent)
     descent = descend(method, parent, arch, config.seed)
     if descent.trains != "nothing":
         raise ConfigError(

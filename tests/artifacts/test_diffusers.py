@@ -10,13 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from fine_dist.artifacts.card import ModelCard
 from fine_dist.artifacts.diffusers_export import load_pipeline, set_frequencies, write_diffusers
-from fine_dist.artifacts.external import load
-from fine_dist.artifacts.imported import Hints
+from fine_dist.artifacts.locate import import_model
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.samplers import image_generator, sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.model.arch import Arch
-from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
 from tests.conftest import inputs, lively, tiny_arch
 
@@ -83,11 +82,11 @@ def test_our_sampler_and_the_pipeline_draw_the_same_images(exported, model, monk
 
 def test_a_round_trip_is_bit_exact_and_keeps_what_the_files_know(exported, model):
     folder, _ = exported
-    back = load(folder)
+    back = import_model(folder)
     assert back.arch == model.arch and back.layout == "diffusers"
     assert all(torch.equal(back.state[key], value) for key, value in model.state_dict().items())
     assert back.licence == "cc-by-nc-4.0" and back.scaling_factor == 0.5 and back.class_names[3] == "class 3"
-    assert load(folder / "transformer", Hints(num_classes=10, frequency_shift=0)).arch == model.arch
+    assert import_model(folder / "transformer", HintsConfig(num_classes=10, frequency_shift=0)).arch == model.arch
 
 
 def test_the_card_says_where_it_comes_from(exported):
@@ -110,7 +109,7 @@ def test_a_model_trained_in_diffusers_keeps_its_function_and_one_converted_from_
     embedders[1].load_state_dict(embedders[0].state_dict())
     theirs.save_pretrained(tmp_path / "m")
     set_frequencies(theirs, shift)
-    found = load(tmp_path / "m", Hints(frequency_shift=shift) if shift == 0 else Hints())
+    found = import_model(tmp_path / "m", HintsConfig(frequency_shift=shift) if shift == 0 else HintsConfig())
     assert found.arch.frequency_shift == shift and found.arch.num_classes == 10
     ours = DiT(found.arch)
     ours.load_state_dict(found.state)
@@ -120,18 +119,18 @@ def test_a_model_trained_in_diffusers_keeps_its_function_and_one_converted_from_
     written = write_diffusers(tmp_path / "again", found.arch, found.state)
     assert not written.pipeline and written.max_error < 1e-5
     assert (written.stock_error < 1e-5) == (shift == 1)
-    assert load(tmp_path / "again").arch == found.arch
+    assert import_model(tmp_path / "again").arch == found.arch
 
 
 def test_the_published_folders_config_name_tells_that_they_are_converted(exported, tmp_path):
     folder = copied(exported[0], tmp_path)
     (folder / "fine_dist.json").unlink()
     rewrite(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
-    found = load(folder)
+    found = import_model(folder)
     assert found.arch.frequency_shift == 0 and found.arch.num_classes == 1000
     assert any("converted from the original" in note for note in found.notes)
     rewrite(folder / "transformer" / "config.json", _class_name="DiTTransformer2DModel")
-    assert load(folder).arch.frequency_shift == 1
+    assert import_model(folder).arch.frequency_shift == 1
 
 
 def test_weights_in_pieces_and_in_half_precision_come_in(exported, model, tmp_path):
@@ -142,24 +141,101 @@ def test_weights_in_pieces_and_in_half_precision_come_in(exported, model, tmp_pa
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     half.save_pretrained(folder / "transformer", max_shard_size="200KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
-    back = load(folder)
+    back = import_model(folder)
     torch.testing.assert_close(
         back.state["blocks.1.qkv.weight"], model.state_dict()["blocks.1.qkv.weight"], atol=1e-3, rtol=1e-3
     )
     assert back.state["label.weight"].dtype == torch.float32
 
 
-def test_our_own_models_come_in_with_their_licence(tmp_path, model):
-    save_artifact(
-        tmp_path / "m", kind="model", method={"name": "fine"}, arch=model.arch, tensors=model.state_dict(),
-        extra={"ancestor": {"licence": "cc-by-nc-4.0"}, "diffusion": {"num_timesteps": 100}},
-    )  # fmt: skip
-    found = load(tmp_path / "m")
-    assert found.licence == "cc-by-nc-4.0" and found.diffusion.num_timesteps == 100
-    assert all(torch.equal(found.state[key], value) for key, value in model.state_dict().items())
-    save_artifact(tmp_path / "g", kind="learngene", method={"name": "fine"}, arch=model.arch, tensors={})
-    with pytest.raises(ArtifactError, match="learngene"):
-        load(tmp_path / "g")
+@pytest.mark.parametrize(
+    "options",
+    [{"variant": "fp16"}, {"variant": "fp16", "max_shard_size": "200KB"}, {"safe_serialization": False}],
+    ids=["one file", "pieces", "bin"],
+)
+def test_variants_come_in_whole_and_in_pieces_and_are_said(exported, model, tmp_path, options):
+    from diffusers import DiTTransformer2DModel
+
+    folder = copied(exported[0], tmp_path)
+    half = DiTTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.float16)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    half.save_pretrained(folder / "transformer", **options)
+    back = import_model(folder)
+    wanted = model.state_dict()["blocks.1.qkv.weight"].half().float()
+    assert torch.equal(back.state["blocks.1.qkv.weight"], wanted)
+    assert any("variant fp16" in note for note in back.notes) == ("variant" in options)
+
+
+def test_files_without_a_variant_are_preferred_as_the_more_exact(exported, model, tmp_path):
+    folder = copied(exported[0], tmp_path)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path.with_name(path.stem + ".fp16.safetensors"))
+    assert torch.equal(import_model(folder).state["blocks.1.o.weight"], model.state_dict()["blocks.1.o.weight"])
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+SIT = DiffusionConfig(process="flow", time_shift=1.5)
+RECTIFIED = DiffusionConfig(process="flow", direction="data_to_noise", time_scale=1000.0)
+ZERO = DiffusionConfig(prediction="v", zero_terminal_snr=True, num_timesteps=500)
+
+
+@pytest.mark.parametrize("diffusion", [SIT, RECTIFIED, ZERO], ids=["sit", "rectified", "zero_snr"])
+def test_a_process_survives_export_and_import(model, tmp_path, diffusion):
+    write_diffusers(tmp_path / "m", model.arch, model.state_dict(), diffusion=diffusion)
+    assert import_model(tmp_path / "m").diffusion == diffusion
+    (tmp_path / "m" / "fine_dist.json").unlink()  # as diffusers itself would have written it
+    found = import_model(tmp_path / "m").diffusion
+    assert found.process == diffusion.process and found.predicts == diffusion.predicts
+    assert found.zero_terminal_snr == diffusion.zero_terminal_snr and found.time_shift == diffusion.time_shift
+    if diffusion.process == "flow":
+        assert (found.direction, found.time_scale) == ("data_to_noise", 1000.0)  # what diffusers' scheduler means
+
+
+@pytest.mark.parametrize("diffusion", [SIT, RECTIFIED], ids=["sit", "rectified"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_an_exported_flow_is_a_pipeline_that_draws_our_images(model, vae, tmp_path, diffusion, guidance):
+    from diffusers import DiffusionPipeline
+
+    folder = tmp_path / "pipe"
+    written = write_diffusers(folder, model.arch, model.state_dict(), vae=vae, scaling_factor=0.5, diffusion=diffusion)
+    assert written.pipeline
+    ours = sample(
+        model,
+        labels=torch.tensor([3, 9]),
+        arch=model.arch,
+        config=SamplerConfig(steps=6, guidance=guidance),
+        diffusion=diffusion,
+        seed=5,
+    )
+    by_itself = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    for pipeline in (load_pipeline(folder), by_itself):
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [image_generator(5, i) for i in range(2)]
+        settings = {"generator": generators, "guidance_scale": guidance, "num_inference_steps": 6}
+        theirs = pipeline([3, 9], **settings, output_type="latent").images
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert pipeline([3], num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    assert "trust_remote_code=True" in (folder / "README.md").read_text()
+
+
+def test_an_exported_v_model_is_a_pipeline_that_draws_our_images(model, vae, tmp_path, monkeypatch):
+    write_diffusers(tmp_path / "m", model.arch, model.state_dict(), vae=vae, scaling_factor=0.5, diffusion=ZERO)
+    pipeline = load_pipeline(tmp_path / "m")
+    pipeline.set_progress_bar_config(disable=True)
+    decoded = []
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: decoded.append(z) or type("D", (), {"sample": z[:, :3]}))
+    generators = [image_generator(5, i) for i in range(2)]
+    pipeline([3, 9], generator=generators, guidance_scale=1.0, num_inference_steps=10, output_type="pt")
+    ours = sample(
+        model,
+        labels=torch.tensor([3, 9]),
+        arch=model.arch,
+        config=SamplerConfig(scheduler="ddim", steps=10),
+        diffusion=ZERO,
+        seed=5,
+    )
+    torch.testing.assert_close(ours, decoded[0] * 0.5, atol=1e-4, rtol=1e-4)
 
 
 # --- what cannot be --------------------------------------------------------------------------------------------------
@@ -187,7 +263,7 @@ def test_blocks_with_embedders_of_their_own_are_refused_by_name(exported, tmp_pa
     name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
     change_tensors(folder, lambda tensors: tensors[name].add_(1e-3))
     with pytest.raises(ArtifactError, match=name):
-        load(folder)
+        import_model(folder)
 
 
 @pytest.mark.parametrize(
@@ -205,27 +281,74 @@ def test_configs_of_other_models_are_named(exported, tmp_path, values, words):
     folder = copied(exported[0], tmp_path)
     rewrite(folder / "transformer" / "config.json", **values)
     with pytest.raises(ArtifactError, match=words):
-        load(folder)
+        import_model(folder)
 
 
-def test_a_scheduler_of_another_chain_is_read_or_refused(exported, tmp_path):
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"prediction_type": "sample"}, "prediction_type 'sample'.*legal: linear, with epsilon or v_prediction"),
+        ({"beta_schedule": "scaled_linear"}, "beta_schedule 'scaled_linear'"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"num_train_timesteps": "many"}, "scheduler_config.json is damaged"),
+        ({"beta_start": -1}, "scheduler_config.json is damaged"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": []}, "scheduler_config.json is damaged"),
+    ],
+)
+def test_a_scheduler_that_is_not_understood_is_refused_in_one_line(exported, tmp_path, values, words):
     folder = copied(exported[0], tmp_path)
-    rewrite(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=500)
-    assert load(folder).diffusion.num_timesteps == 500
-    rewrite(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(ArtifactError, match="v_prediction"):
-        load(folder)
+    (folder / "fine_dist.json").unlink()
+    rewrite(folder / "scheduler" / "scheduler_config.json", **values)
+    with pytest.raises(ArtifactError, match=words) as error:
+        import_model(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_scheduler_is_read_and_one_that_was_changed_after_the_export_is_refused(exported, tmp_path):
+    folder = copied(exported[0], tmp_path)
+    rewrite(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=500, prediction_type="v_prediction")
+    with pytest.raises(ArtifactError, match="name different processes"):
+        import_model(folder)
+    (folder / "fine_dist.json").unlink()
+    found = import_model(folder).diffusion
+    assert found.num_timesteps == 500 and found.predicts == "v"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("fine_dist.json", {"num_classes": "ten"}, "fine_dist.json is damaged: num_classes"),
+        ("fine_dist.json", {"diffusion": {"process": "magic"}}, "fine_dist.json is damaged: diffusion.process"),
+        ("model_index.json", {"id2label": ["a"]}, "id2label must map"),
+        ("vae/config.json", {"scaling_factor": "big"}, "scaling_factor of its vae is 'big'"),
+        ("transformer/config.json", {"norm_eps": "small"}, "norm_eps is 'small'"),
+    ],
+)
+def test_altered_files_beside_the_weights_are_one_line(exported, tmp_path, name, values, words):
+    folder = copied(exported[0], tmp_path)
+    rewrite(folder / name, **values)
+    with pytest.raises(ArtifactError, match=words) as error:
+        import_model(folder)
+    assert "\n" not in str(error.value)
 
 
 def test_weights_outside_the_folder_are_not_read(exported, tmp_path):
     folder = copied(exported[0], tmp_path)
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ArtifactError, match="copy the model's folder whole"):
-        load(folder)
+        import_model(folder)
     index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}))
     with pytest.raises(ArtifactError, match="outside its folder"):
-        load(folder)
+        import_model(folder)
+    for damaged in ({"weight_map": ["a"]}, {"weight_map": {"a": 3}}, {}):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(ArtifactError, match="weight_map must map"):
+            import_model(folder)
+    index.write_text("[1]")
+    with pytest.raises(ArtifactError, match="a JSON object is needed"):
+        import_model(folder)
 
 
 def test_a_vae_that_did_not_make_the_latents_is_refused(tmp_path, model, vae):
@@ -266,16 +389,16 @@ def test_a_hub_name_without_network_says_what_to_download(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ArtifactError) as error:
-        load("fine-dist-tests/no-such-model")
+        import_model("fine-dist-tests/no-such-model")
     assert "transformer/" in str(error.value) and "give its path" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "a/b/c", "/nowhere/at/all"])
 def test_a_path_that_is_not_there_is_not_taken_for_a_name(source):
     with pytest.raises(ArtifactError, match="no such file or folder, and a name"):
-        load(source)
+        import_model(source)
 
 
 def test_a_folder_of_something_else_is_named(tmp_path):
     with pytest.raises(ArtifactError, match="holds no model"):
-        load(tmp_path)
+        import_model(tmp_path)

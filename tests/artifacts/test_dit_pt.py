@@ -6,13 +6,14 @@ import argparse
 import math
 import os
 import pickle
+import re
 
 import pytest
 import torch
 
 from fine_dist.artifacts.dit_pt import read_dit, to_dit, write_dit
-from fine_dist.artifacts.external import load
-from fine_dist.artifacts.imported import Hints
+from fine_dist.artifacts.locate import import_model
+from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
@@ -94,7 +95,7 @@ def test_a_state_dict_in_the_original_layout_drives_an_independent_forward(patch
 def test_a_round_trip_is_bit_exact(tmp_path, model, name):
     error = write_dit(tmp_path / name, model.arch, model.state_dict())
     assert 0 < error < 1e-4
-    back = load(tmp_path / name, Hints(num_heads=4))
+    back = import_model(tmp_path / name, HintsConfig(num_heads=4))
     assert back.arch == model.arch and back.layout == "dit"
     assert back.state.keys() == model.state_dict().keys()
     assert all(torch.equal(back.state[key], value) for key, value in model.state_dict().items())
@@ -105,9 +106,9 @@ def test_everything_but_the_heads_is_read_from_the_file(tmp_path):
     wanted = arch(patch_size=4, input_size=16, hidden_size=64, num_heads=8)
     state = to_dit(wanted, DiT(wanted).state_dict())
     path = saved(tmp_path, state)
-    with pytest.raises(ArtifactError, match=r"width 64.*num_heads"):
+    with pytest.raises(ArtifactError, match=r"width 64.*--hints.num-heads"):
         read_dit(path)
-    assert read_dit(path, Hints(num_heads=8)).arch == wanted
+    assert read_dit(path, HintsConfig(num_heads=8)).arch == wanted
 
 
 def test_known_widths_have_their_own_heads(tmp_path):
@@ -127,52 +128,167 @@ def test_a_training_scripts_checkpoint_gives_its_average_and_says_its_size(tmp_p
     }
     path = saved(tmp_path, content)
     hints = {"num_heads": 4}
-    assert torch.equal(load(path, Hints(**hints)).state["label.weight"], ema["y_embedder.embedding_table.weight"])
-    found = load(path, Hints(**hints, weights="model"))
+    assert torch.equal(
+        import_model(path, HintsConfig(**hints)).state["label.weight"], ema["y_embedder.embedding_table.weight"]
+    )
+    found = import_model(path, HintsConfig(**hints), "raw")
     assert torch.equal(found.state["label.weight"], raw["y_embedder.embedding_table.weight"])
-    assert "weights: model" in found.notes
-    with pytest.raises(ConfigError, match="legal: auto"):
-        load(path, Hints(weights="best"))
-    with pytest.raises(ArtifactError, match="holds ema, model"):
-        load(path, Hints(weights="state_dict"))
+    assert "weights: model (beside ema)" in found.notes
 
 
 def test_a_table_without_a_null_label_is_told_and_cannot_be_guided(tmp_path, model):
     state = to_dit(model.arch, model.state_dict())
     state["y_embedder.embedding_table.weight"] = state["y_embedder.embedding_table.weight"][:10]
-    found = read_dit(saved(tmp_path, state), Hints(num_heads=4, num_classes=10))
+    found = read_dit(saved(tmp_path, state), HintsConfig(num_heads=4, num_classes=10))
     assert found.arch.num_classes == 10 and found.diffusion.label_drop == 0
     assert any("no null label" in note for note in found.notes)
-    assert read_dit(tmp_path / "other.pt", Hints(num_heads=4)).arch.num_classes == 9
+    assert read_dit(tmp_path / "other.pt", HintsConfig(num_heads=4)).arch.num_classes == 9
 
 
 def test_licences_are_data(tmp_path, model):
     state = to_dit(model.arch, model.state_dict())
     published = saved(tmp_path, state, "DiT-XL-2-256x256.pt")
-    assert load(published, Hints(num_heads=4)).licence == "cc-by-nc-4.0"
+    assert import_model(published, HintsConfig(num_heads=4)).licence == "cc-by-nc-4.0"
     own = saved(tmp_path, state, "mine.pt")
-    assert load(own, Hints(num_heads=4)).licence == "unknown"
-    found = load(own, Hints(num_heads=4, licence="mit"))
+    assert import_model(own, HintsConfig(num_heads=4)).licence == "unknown"
+    found = import_model(own, HintsConfig(num_heads=4, licence="mit"))
     assert found.provenance()["licence"] == "mit" and found.provenance()["sha256"] == found.sha256
 
 
-def test_sit_is_taken_in_as_a_start_that_predicts_velocities(tmp_path, model):
-    path = saved(tmp_path, to_dit(model.arch, model.state_dict()), "SiT-XL-2-256x256.pt")
-    found = load(path, Hints(num_heads=4))
-    assert found.prediction == "velocity" and any("not a teacher" in note for note in found.notes)
+@pytest.mark.parametrize(
+    ("name", "extra", "hint", "process", "direction"),
+    [
+        ("SiT-XL-2-256x256.pt", {}, None, "flow", "noise_to_data"),
+        ("last.pt", {"args": argparse.Namespace(model="SiT-XL/2", path_type="linear", prediction="v")}, None, "flow",
+         "noise_to_data"),
+        ("last.pt", {"args": argparse.Namespace(model="SiT-XL/2", proj_coeff=0.5)}, None, "flow", "data_to_noise"),
+        ("plain.pt", {}, "repa", "flow", "data_to_noise"),
+        ("SiT.pt", {}, "ddpm", "ddpm", None),
+        ("site.pt", {}, None, "ddpm", None),
+    ],
+)  # fmt: skip
+def test_sit_and_repa_come_in_as_flows_of_their_own_convention(tmp_path, model, name, extra, hint, process, direction):
+    path = saved(tmp_path, {"ema": to_dit(model.arch, model.state_dict()), **extra}, name)
+    found = import_model(path, HintsConfig(num_heads=4, process=hint))
+    assert found.diffusion.process == process
+    assert direction is None or found.diffusion.direction == direction
+    assert any("flow matching" in note for note in found.notes) == (process == "flow")
+
+
+def test_a_flow_of_another_path_is_refused(tmp_path, model):
+    content = {
+        "ema": to_dit(model.arch, model.state_dict()),
+        "args": argparse.Namespace(model="SiT-B/2", path_type="GVP"),
+    }
+    with pytest.raises(ArtifactError, match="path_type 'GVP'; legal: linear"):
+        read_dit(saved(tmp_path, content), HintsConfig(num_heads=4))
+
+
+def test_a_lightningdit_is_named_and_refused_with_its_reasons(tmp_path, model):
+    state = to_dit(model.arch, model.state_dict())
+    for i in range(2):
+        state[f"blocks.{i}.mlp.w12.weight"] = state.pop(f"blocks.{i}.mlp.fc1.weight")
+        state[f"blocks.{i}.norm1.weight"] = torch.ones(32)
+    state["feat_rope.freqs_cos"] = torch.ones(4)
+    with pytest.raises(ArtifactError, match=r"LightningDiT: it has SwiGLU.*RMSNorm.*rotary.*five matrices") as error:
+        read_dit(saved(tmp_path, {"ema": state}), HintsConfig(num_heads=4))
+    assert "\n" not in str(error.value)
+
+
+# --- what frameworks wrap around weights -----------------------------------------------------------------------------
+
+
+def renamed(state, change):
+    return {change(name): tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "ddp": lambda s: {"model": renamed(s, lambda k: f"module.{k}")},
+    "compiled": lambda s: renamed(s, lambda k: f"_orig_mod.{k}"),
+    "compiled ddp": lambda s: renamed(s, lambda k: f"module._orig_mod.{k}"),
+    "compiled blocks": lambda s: {"ema": renamed(s, lambda k: re.sub(r"^(blocks\.\d+)\.", r"\1._orig_mod.", k))},
+    "fsdp": lambda s: renamed(
+        s,
+        lambda k: (
+            "_fsdp_wrapped_module."
+            + re.sub(r"^(blocks\.\d+)\.", r"\1._fsdp_wrapped_module._checkpoint_wrapped_module.", k)
+        ),
+    ),
+    "deepspeed": lambda s: {"module": s, "optimizer": None, "global_steps": 3},
+    "lightning": lambda s: {"state_dict": renamed(s, lambda k: f"model.{k}"), "epoch": 1, "loops": {"a": {"b": 1}}},
+    "lightning with a vae": lambda s: {
+        "state_dict": {**renamed(s, lambda k: f"net.dit.{k}"), "vae.conv.weight": torch.zeros(2, 2)}
+    },
+    "pixart": lambda s: {"state_dict_ema": s, "state_dict": renamed_half(s), "epoch": 1},
+    "ema_pytorch": lambda s: {
+        "ema": {
+            **renamed(s, lambda k: f"ema_model.{k}"),
+            **renamed(renamed_half(s), lambda k: f"online_model.{k}"),
+            "initted": torch.tensor(True),
+            "step": torch.tensor(3),
+        }
+    },  # fmt: skip
+    "repa": lambda s: {
+        "ema": {**s, "projectors.0.0.weight": torch.zeros(8, 64), "projectors.0.0.bias": torch.zeros(8)}
+    },
+    "nested twice": lambda s: {"checkpoint": {"model_state_dict": s}, "optimizer_state_dict": {"state": {}}},
+}
+
+
+def renamed_half(state):
+    """Raw weights, which are not the average."""
+    return {name: tensor if name == "pos_embed" else tensor * 0.5 for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrapped_weights_come_in_and_it_is_said_what_was_taken_off(tmp_path, model, name):
+    path = saved(tmp_path, WRAPPED[name](to_dit(model.arch, model.state_dict())))
+    found = read_dit(path, HintsConfig(num_heads=4))
+    assert all(torch.equal(found.state[key], value) for key, value in model.state_dict().items())
+    notes = " ".join(found.notes)
+    for kind, words in {
+        "lightning": "'model.' was taken off",
+        "lightning with a vae": "dropped, as no part of the model: vae.conv.weight",
+        "pixart": "weights: state_dict_ema (beside state_dict)",
+        "ema_pytorch": "dropped, as no part of the model: initted, step",
+        "repa": "2 tensors of REPA's projectors.0.0.bias",
+    }.items():
+        assert name != kind or words in notes, notes
+
+
+@pytest.mark.parametrize("name", ["pixart", "ema_pytorch"])
+def test_raw_weights_are_read_where_they_are_asked_for(tmp_path, model, name):
+    state = to_dit(model.arch, model.state_dict())
+    found = read_dit(saved(tmp_path, WRAPPED[name](state)), HintsConfig(num_heads=4), "raw")
+    assert torch.equal(found.state["label.weight"], state["y_embedder.embedding_table.weight"] * 0.5)
+
+
+def test_averages_are_not_passed_off_as_raw_weights(tmp_path, model):
+    path = saved(tmp_path, {"ema": to_dit(model.arch, model.state_dict())})
+    with pytest.raises(ArtifactError, match="holds averaged weights only .ema."):
+        read_dit(path, HintsConfig(num_heads=4), "raw")
 
 
 def test_files_of_old_torch_come_in(tmp_path, model):
     """Not archives, and so not to be mapped into memory."""
     torch.save(to_dit(model.arch, model.state_dict()), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    found = read_dit(tmp_path / "old.pt", Hints(num_heads=4))
+    found = read_dit(tmp_path / "old.pt", HintsConfig(num_heads=4))
     assert torch.equal(found.state["patch.bias"], model.state_dict()["patch.bias"])
 
 
-def test_half_precision_comes_in_as_float32(tmp_path, model):
-    state = {k: v if k == "pos_embed" else v.bfloat16() for k, v in to_dit(model.arch, model.state_dict()).items()}
-    found = read_dit(saved(tmp_path, state), Hints(num_heads=4))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64], ids=str)
+def test_other_precisions_come_in_as_float32_position_table_and_all(tmp_path, model, dtype):
+    state = {k: v.to(dtype) for k, v in to_dit(model.arch, model.state_dict()).items()}
+    found = read_dit(saved(tmp_path, state), HintsConfig(num_heads=4))
     assert {t.dtype for t in found.state.values()} == {torch.float32}
+    assert torch.equal(found.state["label.weight"], state["y_embedder.embedding_table.weight"].float())
+
+
+def test_a_learned_position_table_in_half_precision_is_still_refused(tmp_path, model):
+    state = {k: v.half() for k, v in to_dit(model.arch, model.state_dict()).items()}
+    state["pos_embed"] = state["pos_embed"] + 2e-3
+    with pytest.raises(ArtifactError, match="is not DiT's fixed"):
+        read_dit(saved(tmp_path, state), HintsConfig(num_heads=4))
 
 
 # --- what is not a DiT -----------------------------------------------------------------------------------------------
@@ -190,10 +306,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, model):
     target = tmp_path / "executed"
     path = saved(tmp_path, {**to_dit(model.arch, model.state_dict()), "extra": Bomb(target)})
     with pytest.raises(ArtifactError, match="nothing in it was run"):
-        load(path)
+        import_model(path)
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Bomb(target)))
     with pytest.raises(ArtifactError):
-        load(tmp_path / "plain.pt")
+        import_model(tmp_path / "plain.pt")
     assert not target.exists()
 
 
@@ -208,7 +324,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, model):
         (lambda s: s.update({"blocks.1.mlp.fc1.weight": torch.ones(128, 31)}), ["blocks.1.in.weight is [128, 31]"]),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 16, 32)}), ["pos_embed is not DiT's fixed"]),
         (lambda s: s.update({"pos_embed": torch.zeros(1, 15, 32)}), ["square table"]),
-        (lambda s: s.pop("pos_embed"), ["input_size"]),
+        (lambda s: s.pop("pos_embed"), ["--hints.input-size"]),
         (lambda s: s["blocks.0.attn.proj.bias"].fill_(float("nan")), ["blocks.0.o.bias has NaN"]),
         (lambda s: s.update({"x_embedder.proj.weight": torch.ones(32, 4)}), ["has 4 dimensions"]),
         (lambda s: s.update({"final_layer.linear.weight": torch.ones(12, 32)}), ["3 channels come out and 4 go in"]),
@@ -218,8 +334,35 @@ def test_too_many_too_few_and_wrong_tensors_are_named(tmp_path, model, change, w
     state = to_dit(model.arch, {k: v.clone() for k, v in model.state_dict().items()})
     change(state)
     with pytest.raises(ArtifactError) as error:
-        read_dit(saved(tmp_path, state), Hints(num_heads=4))
+        read_dit(saved(tmp_path, state), HintsConfig(num_heads=4))
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.eye(32).to_sparse(), "is sparse"),
+        (torch.empty(96, 32, device="meta"), "is on the meta device"),
+        (torch.quantize_per_tensor(torch.ones(96, 32), 0.1, 0, torch.qint8), "is quantized"),
+        (torch.ones(0), "has no numbers .*ZeRO-3"),
+        (torch.ones(96, 32, dtype=torch.int32), "not floating-point"),
+        (torch.tensor(1.0), r"is \[\]"),
+    ],
+)
+def test_tensors_that_are_no_ordinary_ones_are_refused_in_one_line(tmp_path, model, tensor, words):
+    state = to_dit(model.arch, model.state_dict())
+    state["blocks.0.attn.qkv.weight"] = tensor
+    with pytest.raises(ArtifactError, match=words) as error:
+        read_dit(saved(tmp_path, state), HintsConfig(num_heads=4))
+    assert "\n" not in str(error.value) and "qkv" in str(error.value)
+
+
+def test_integer_keys_and_pipes_are_refused_in_one_line(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no tensors by name .its keys: 0, 1"):
+        read_dit(saved(tmp_path, {0: torch.ones(2), 1: torch.ones(2)}))
+    os.mkfifo(tmp_path / "pipe.pt")
+    with pytest.raises(ArtifactError, match="a pipe, device or socket, and a regular file"):
+        import_model(tmp_path / "pipe.pt")
 
 
 def test_a_u_net_is_refused_by_the_names_of_its_tensors(tmp_path):
@@ -239,14 +382,14 @@ def test_damaged_files_and_other_things_are_one_line(tmp_path, model):
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ArtifactError, match=r"damaged|holds more") as error:
-            load(tmp_path / name)
+            import_model(tmp_path / name)
         assert "\n" not in str(error.value)
     with pytest.raises(ArtifactError, match="a mapping"):
-        load(saved(tmp_path, [1, 2]))
+        import_model(saved(tmp_path, [1, 2]))
     with pytest.raises(ArtifactError, match="no tensors by name"):
-        load(saved(tmp_path, {"epoch": 3}))
+        import_model(saved(tmp_path, {"epoch": 3}))
     with pytest.raises(ArtifactError, match="no such file"):
-        load(tmp_path / "nowhere.pt")
+        import_model(tmp_path / "nowhere.pt")
 
 
 def test_a_model_with_diffusers_frequencies_cannot_be_written_in_a_layout_that_does_not_know_them(tmp_path):
@@ -266,12 +409,12 @@ def test_a_random_xl_2_round_trips_through_both_layouts(tmp_path):
     wanted = Arch.model_validate("DiT-XL/2")
     state = lively(DiT(wanted), std=0.02).state_dict()
     write_dit(tmp_path / "xl.pt", wanted, state)
-    back = load(tmp_path / "xl.pt")
+    back = import_model(tmp_path / "xl.pt")
     assert back.arch == wanted
     assert all(torch.equal(back.state[key], value) for key, value in state.items())
     (tmp_path / "xl.pt").unlink()
     del back
     write_diffusers(tmp_path / "xl", wanted, state)
-    back = load(tmp_path / "xl")
+    back = import_model(tmp_path / "xl")
     assert back.arch == wanted
     assert all(torch.equal(back.state[key], value) for key, value in state.items())

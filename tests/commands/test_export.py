@@ -10,7 +10,7 @@ import torch
 
 from fine_dist.artifacts.diffusers_export import load_pipeline
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import HintsConfig
+from fine_dist.artifacts.settings import HintsConfig
 from tests.commands.conftest import command, refused
 from tests.conftest import inputs, lively, tiny_arch
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fine_dist.sampling import drawing
-from fine_dist.sampling import renderer as renderer
+from fine_dist.sampling import drawing, renderer
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.commands.test_export import latent_model, vae  # noqa: F401 - fixtures
@@ -72,7 +71,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(trained, tmp_path):
 
 def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, monkeypatch, capsys):
     words = argv(trained, tmp_path / "run", "--classes", "balanced", "--count", "10", "--sampler.batch", "2")
-    whole, drawn = renderer.ImageRenderer.draw, []
+    whole, drawn = renderer.ImageRenderer.render, []
 
     def stops(self, *args):
         for batch in list(whole(self, *args))[:2]:
@@ -80,7 +79,7 @@ def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, 
             yield batch
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(renderer.ImageRenderer, "draw", stops)
+    monkeypatch.setattr(renderer.ImageRenderer, "render", stops)
     assert command(words) == 130
     assert "the same command draws what is missing" in capsys.readouterr().err
     assert not (tmp_path / "run" / "samples.npy").exists()
@@ -89,7 +88,7 @@ def test_a_stopped_command_draws_what_is_missing_and_no_more(trained, tmp_path, 
         drawn.extend(numbers.tolist())
         return whole(self, labels, numbers, *args)
 
-    monkeypatch.setattr(renderer.ImageRenderer, "draw", counts)
+    monkeypatch.setattr(renderer.ImageRenderer, "render", counts)
     assert command(words) == 0
     assert drawn == list(range(10))
     monkeypatch.undo()

@@ -1,0 +1,119 @@
+"""diffusers' `scheduler_config.json` as a `DiffusionConfig`, and back as a scheduler to save.
+
+A scheduler's config says two things: which process the model was trained for, and how it is sampled by default. The
+first is read, and refused where this project has no such process; the second (the solver, Karras noise levels,
+thresholding) is the sampler's choice here and is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from pydantic import ValidationError
+
+from fine_dist.core.errors import ArtifactError
+from fine_dist.diffusion.settings import DiffusionConfig
+
+_PREDICTIONS = {"epsilon": "noise", "v_prediction": "v"}
+_NAMES = {"noise": "epsilon", "v": "v_prediction"}
+
+
+def diffusion_from_scheduler(
+    scheduler: Mapping[str, Any], ours: DiffusionConfig | None, where: str, notes: list[str]
+) -> DiffusionConfig:
+    """The process that a folder was trained for.
+
+    Args:
+        scheduler: The scheduler's config; empty where there is none.
+        ours: What this project wrote beside it, which also knows a flow's convention; None without it.
+        where: The folder's name, for messages.
+        notes: Gets a sentence for what is assumed.
+
+    Raises:
+        ArtifactError: The process is none of this project's, or the config is damaged.
+    """
+    if not scheduler:
+        if ours is None:
+            notes.append("it has no scheduler: taken for DiT's process, 1000 linear steps of noise prediction")
+        return ours or DiffusionConfig()
+    try:
+        read = _flow(scheduler, where) if _is_flow(scheduler) else _ddpm(scheduler, where)
+    except (ValidationError, TypeError, ValueError, OverflowError) as error:
+        line = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise ArtifactError(f"{where}: its scheduler_config.json is damaged: {line[:200]}") from None
+    if ours is None:
+        return read
+    if _trained(read) != _trained(ours):
+        raise ArtifactError(
+            f"{where}: its scheduler and its fine_dist.json name different processes; the scheduler was changed after "
+            "the export. Put back the scheduler, or remove fine_dist.json if the scheduler is right"
+        )
+    return ours
+
+
+def _trained(config: DiffusionConfig) -> tuple[Any, ...]:
+    """What both files say of a process."""
+    if config.process == "flow":
+        return ("flow", round(config.time_shift, 6))
+    chain = (config.num_timesteps, round(config.beta_start, 9), round(config.beta_end, 9))
+    return ("ddpm", config.predicts, config.zero_terminal_snr, *chain)
+
+
+def _is_flow(scheduler: Mapping[str, Any]) -> bool:
+    return (
+        str(scheduler.get("_class_name", "")).startswith("FlowMatch")
+        or scheduler.get("prediction_type") == "flow_prediction"
+        or scheduler.get("use_flow_sigmas") is True
+    )
+
+
+def _flow(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
+    """Rectified flow as diffusers runs it: time is the noise level times num_train_timesteps."""
+    for key in ("use_dynamic_shifting", "invert_sigmas"):
+        if scheduler.get(key):
+            raise ArtifactError(f"{where}: its scheduler has {key}; legal: a flow of one constant shift, without it")
+    shift = scheduler.get("shift", scheduler.get("flow_shift", 1.0))
+    return DiffusionConfig(
+        process="flow",
+        direction="data_to_noise",
+        time_scale=float(scheduler.get("num_train_timesteps", 1000)),
+        time_shift=float(shift),
+    )
+
+
+def _ddpm(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
+    schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
+    betas = scheduler.get("trained_betas") is not None
+    if schedule != "linear" or prediction not in _PREDICTIONS or betas:
+        raise ArtifactError(
+            f"{where}: its scheduler has beta_schedule {schedule!r}, prediction_type {prediction!r}"
+            f"{', trained_betas' if betas else ''}; legal: linear, with epsilon or v_prediction"
+        )
+    return DiffusionConfig.model_validate(
+        {
+            "prediction": _PREDICTIONS[prediction] if prediction != "epsilon" else None,
+            "num_timesteps": scheduler.get("num_train_timesteps", 1000),
+            "beta_start": scheduler.get("beta_start", 1e-4),
+            "beta_end": scheduler.get("beta_end", 2e-2),
+            "zero_terminal_snr": bool(scheduler.get("rescale_betas_zero_snr", False)),
+        }
+    )
+
+
+def scheduler_of(diffusion: DiffusionConfig, clip: float | None) -> Any:
+    """diffusers' scheduler of a process: DDIM whose timesteps end at T-1 as ours do, or Euler's method for a flow."""
+    if diffusion.process == "flow":
+        return diffusers.FlowMatchEulerDiscreteScheduler(shift=diffusion.time_shift)
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=diffusion.num_timesteps,
+        beta_start=diffusion.beta_start,
+        beta_end=diffusion.beta_end,
+        beta_schedule="linear",
+        prediction_type=_NAMES[diffusion.predicts],
+        rescale_betas_zero_snr=diffusion.zero_terminal_snr,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+        timestep_spacing="trailing",
+    )
