@@ -227,7 +227,7 @@ WRAPPED = {
             "initted": torch.tensor(True),
             "step": torch.tensor(3),
         }
-    },  # fmt: skip
+    },
     "repa": lambda s: {
         "ema": {**s, "projectors.0.0.weight": torch.zeros(8, 64), "projectors.0.0.bias": torch.zeros(8)}
     },
@@ -265,7 +265,7 @@ def test_raw_weights_are_read_where_they_are_asked_for(tmp_path, model, name):
 
 def test_averages_are_not_passed_off_as_raw_weights(tmp_path, model):
     path = saved(tmp_path, {"ema": to_dit(model.arch, model.state_dict())})
-    with pytest.raises(ArtifactError, match="holds averaged weights only .ema."):
+    with pytest.raises(ArtifactError, match=r"holds averaged weights only \(ema\)"):
         read_dit(path, HintsConfig(num_heads=4), "raw")
 
 
