@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
             if not call.config.knows_shape:
                 print(f"ancestor {call.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
-            print("\n".join(dry_run(call.config, call.config.blueprint())))
+            print("\n".join(dry_run(call.config, call.config.blueprint(), call.options.device)))
             return 0
         from launchers.entry import launch
 

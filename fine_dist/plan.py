@@ -56,7 +56,7 @@ def _main(argv: list[str]) -> int:
     call = parse(config_class(import_module(module)), rest, f"fine-dist {module.rpartition('.')[2]}")
     if scales:
         return _scale(call.config, known)
-    found = findings(module, call, known.rate)
+    found = findings(module, call, known.rate, call.options.device)
     if known.json:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
@@ -143,20 +143,29 @@ def _gloo() -> Callable[[int], tuple[Network, float]]:
     return network_of
 
 
-def findings(module: str, call: Call, rate: float | None) -> list[Finding]:
-    """What is known of a call before it is made: of one of its tasks, when it has several."""
-    from launchers.base import Launcher
+def findings(module: str, call: Call, rate: float | None = None, device: str | None = None) -> list[Finding]:
+    """Check a command before it is run; of a fan-out, one of its tasks.
+
+    Args:
+        module: Importable name of the stage's module.
+        call: Its parsed command line.
+        rate: Updates per second, if stated.
+        device: Value of `--for`: check for machines with this device, and ask no launcher.
+    """
+    from fine_dist.planning.devices import device_for
+    from launchers.launcher import Launcher
     from launchers.preflight import check_job, upload
     from launchers.registry import pick
 
-    target = pick(call.launcher, launch_of(call.config))
-    with target(launch_of(call.config)) as runner:
+    needs = launch_of(call.config)
+    assumed = device_for(device, needs, getattr(call.config, "engine", None)) if device else None
+    with pick("local" if assumed else call.launcher, needs)(needs) as runner:
         whole = make_spec(module, call.config, write=False)
         capacity = runner.capacity(whole) if isinstance(runner, Launcher) else None
         tasks = tasks_of(module, call.config, capacity)
         config = tasks[0].config if tasks else call.config
         spec = make_spec(module, config, write=False)
-        found = check_job(module, config, spec, runner, many=bool(tasks), rate=rate)
+        found = check_job(module, config, spec, runner, many=bool(tasks), rate=rate, device=assumed)
     found.append(upload(module))
     if tasks:
         found.insert(0, Finding("tasks", "ok", f"{len(tasks)} tasks; what follows is for one of them"))

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             if plan is None:
                 print(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")
                 plan = config.model_copy(update={"arch": arch(FALLBACK)}).blueprint()
-            print("\n".join(dry_run(config, plan)))
+            print("\n".join(dry_run(config, plan, call.options.device)))
             return 0
         from launchers.entry import launch
 

@@ -13,7 +13,7 @@ from launchers.base import CommandTarget, Job, Launcher
 from launchers.code_snapshot import code_root, snapshot
 from launchers.local import Here, run_here
 from launchers.machine import require_accelerators
-from launchers.preflight import check_job, refuse
+from launchers.preflight import OF_THIS_MACHINE, check_job, refuse
 from launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
 from launchers.registry import pick
 from launchers.spec import JobSpec, Task
@@ -198,10 +198,10 @@ def _code(runner: Launcher, module: str, config: Config) -> str:
 
 
 def check(module: str, config: Config, launcher: str = "auto") -> None:
-    """Check a command without starting anything: what the run would refuse is refused, and notes are printed.
+    """Check a command without starting anything, for a dry run.
 
-    No cluster is asked, and accelerators that this machine lacks are a note, since a dry run is often typed on a laptop
-    or a login node; only a start refuses them.
+    What the run would refuse is refused, except for what only this machine lacks (accelerators, data, disk): a dry run
+    is often typed on a laptop or a login node, and prints that as a note. No cluster is asked.
 
     Raises:
         LaunchError: The run would be refused, or there is no such launcher.
@@ -212,7 +212,7 @@ def check(module: str, config: Config, launcher: str = "auto") -> None:
     with target(needs) if local else Here(needs) as runner:
         spec = make_spec(module, config, write=False)
         found = check_job(module, config, spec, runner if local else None, light=True)
-    refuse(needs, found)
+    refuse(needs, [finding for finding in found if finding.what not in OF_THIS_MACHINE])
     for finding in found:
-        if finding.level == "note" and finding.what == "gpus":
+        if finding.what in OF_THIS_MACHINE and finding.level != "ok":
             print(f"note: {finding.text}\n")

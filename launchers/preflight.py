@@ -26,6 +26,7 @@ from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import import_module
 
 if TYPE_CHECKING:
+    from fine_dist.planning.devices import DeviceModel
     from fine_dist.stages.config import Blueprint, StageConfig
 
 log = logging.getLogger(__name__)
@@ -34,13 +35,17 @@ NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", 
 """Types of file systems that several machines see."""
 MEMORY_MARGIN = 0.92
 """Share of an accelerator's memory that a process may plan for; the CUDA context and the allocator use the rest."""
+MISSING = "missing"
+"""Subject of a finding about something that is not on this machine, and may be where the job will run."""
+OF_THIS_MACHINE = (MISSING, "disk", "memory", "gpus")
+"""Subjects that say nothing of a job for another machine: a dry run notes them, a start refuses."""
 UPLOAD_LIMIT = 100 * 2**20
 """Maximum size in bytes of a working directory that Ray uploads."""
 
 
 def check_job(
     module: str, config: Config, spec: JobSpec, target: LaunchTarget | None, *, many: bool = False, light: bool = False,
-    rate: float | None = None, capacity: Capacity | None = None,
+    rate: float | None = None, capacity: Capacity | None = None, device: DeviceModel | None = None,
 ) -> list[Finding]:  # fmt: skip
     """Everything that can be known of a job before it starts.
 
@@ -54,16 +59,25 @@ def check_job(
         light: Whether estimates that build the model are left out.
         rate: Updates per second, if stated. None: as an earlier run in the same directory has measured.
         capacity: What the machines hold; None: as the target says.
+        device: The device of each process, if it is stated (`--for`): the job is then checked for that, and what this
+            machine lacks does not matter.
     """
     if capacity is None and isinstance(target, Launcher):
         capacity = target.capacity(spec, many)
-    found = [*_stage(module, config), *preflight(config, spec, light=light, capacity=capacity, rate=rate)]
-    return found + (target.findings(spec, many) if target is not None else [])
+    if device is not None:
+        accelerators = spec.accelerators_per_node or float(spec.processes_per_node)
+        spec = spec.model_copy(update={"accelerators_per_node": accelerators if device.accelerator else 0.0})
+        host, workers = (capacity.host_bytes, capacity.workers) if capacity else (None, 1)
+        capacity = Capacity(workers, device.memory_bytes, not device.accelerator, host)
+    found = [*_stage(module, config)]
+    found += preflight(config, spec, light=light, capacity=capacity, rate=rate, device=device)
+    return found + (target.findings(spec, many) if target is not None and device is None else [])
 
 
 def preflight(
-    config: Config, spec: JobSpec, *, light: bool = False, capacity: Capacity | None = None, rate: float | None = None
-) -> list[Finding]:
+    config: Config, spec: JobSpec, *, light: bool = False, capacity: Capacity | None = None, rate: float | None = None,
+    device: DeviceModel | None = None,
+) -> list[Finding]:  # fmt: skip
     """What can be known of a job from its config and from what its machines hold (None: unknown)."""
     found = _data(config, spec)
     plan = None if light else _plan(config)
@@ -72,7 +86,7 @@ def preflight(
         found += [_memory(stage, spec, blueprint, capacity), _disk_for(stage, spec, blueprint)]
     else:
         found.append(_disk(Path(spec.run_dir), 0))
-    return [*found, *_time(config, spec, rate), *_storage(spec)]
+    return [*found, *(_time(config, spec, rate) or _estimated_time(plan, spec, device)), *_storage(spec)]
 
 
 def refuse(needs: LaunchConfig, found: list[Finding]) -> None:
@@ -121,13 +135,14 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
         return found
     from fine_dist.data.sources import locate
 
+    shards = expand_path(data.shards)
     try:
-        manifest, _ = locate(expand_path(data.shards), data)
+        manifest, _ = locate(shards, data)
     except DataError as error:
-        return [*found, Finding("data", "stop", str(error))]
-    shards = sum(shard.count > 0 for shard in manifest.shards)
-    text = f"{manifest.count:,} samples in {shards} shards"
-    if shards < spec.world_size:
+        return [*found, Finding("data" if os.path.exists(shards) else MISSING, "stop", str(error))]
+    count = sum(shard.count > 0 for shard in manifest.shards)
+    text = f"{manifest.count:,} samples in {count} shards"
+    if count < spec.world_size:
         text += f" for {spec.world_size} processes: some will share a shard; encode into {spec.world_size} or more"
         return [*found, Finding("data", "note", text)]
     return [*found, Finding("data", "ok", text)]
@@ -211,6 +226,22 @@ def _time(config: Config, spec: JobSpec, rate: float | None) -> list[Finding]:
     if lives > allowed:
         return [Finding("time", "stop", f"{text}, and at most {allowed} starts; raise launch.minutes or max_restarts")]
     return [Finding("time", "ok", text)]
+
+
+def _estimated_time(
+    plan: tuple[StageConfig, Blueprint] | None, spec: JobSpec, device: DeviceModel | None
+) -> list[Finding]:
+    """Hours by count of FLOPs, where nothing was measured; such an estimate refuses nothing."""
+    from fine_dist.model.flops import train_flops
+    from fine_dist.planning.devices import device_for
+
+    if plan is None:
+        return []
+    config, blueprint = plan
+    assumed = device or device_for(None, config.launch, config.engine)
+    hours = train_flops(blueprint.arch) * config.batch * config.steps / (assumed.flops_per_s * spec.world_size) / 3600
+    text = f"{config.steps:,} steps: {hours:.2g} h, if each of {spec.world_size} processes does {assumed.rate}"
+    return [Finding("time", "note", f"{text}; --rate takes a measured number of steps per second")]
 
 
 def _measured(run_dir: Path) -> float | None:

@@ -124,6 +124,8 @@ def _own_flags(prog: str, default: str | None, options: Options | None) -> FlagP
         help="where it runs (default: auto, which is Ray in a Ray job, SLURM in an allocation, else local; "
         "here: this process)",
     )
+    own.add_argument("--for", metavar="DEVICE", dest="device", help="with --dry-run or plan: the device that estimates "
+                     "assume, such as gpu:h100 or cpu:16 (default: the one that the job will use)")  # fmt: skip
     if options:
         options(own)
     logs.add_flags(own)

@@ -1,4 +1,4 @@
-"""What a stage will need, said before anything is started: `--dry-run`, and the memory figures of `fine_dist.plan`."""
+"""What a stage needs, estimated before it starts: the lines of `--dry-run`, and the memory of `fine-dist plan`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.config import dump_yaml
 from fine_dist.core.errors import ConfigError
+from fine_dist.planning.devices import device_for
 
 if TYPE_CHECKING:
     from fine_dist.planning.memory import Memory
     from fine_dist.stages.config import Blueprint, StageConfig
 
-ASSUMED_TFLOPS = 120.0
-"""What `--dry-run` supposes of an accelerator: 40% of an A100's bf16 peak. `fine_dist.plan` takes a measured rate."""
 
+def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = None) -> list[str]:
+    """The resolved config, counts and estimates, as lines to print.
 
-def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
-    """The resolved config, counts and estimates, as lines to print."""
+    Args:
+        config: Settings of the stage.
+        plan: Its model, without memory for weights.
+        device: Value of `--for`. None: the device that the job will use, as far as is known.
+
+    Raises:
+        ConfigError: The model's shape is not known, or the device is not.
+    """
     from fine_dist.engine.dist import read_environment
     from fine_dist.model.flops import train_flops
     from fine_dist.model.roles import count_by_role
@@ -30,7 +37,8 @@ def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
     cost = plan.method.cost(plan.model, micro)
     memory = stage_memory(config, plan, world_size)
     flops = train_flops(plan.arch) * config.batch
-    hours = flops * config.steps / (ASSUMED_TFLOPS * 1e12 * world_size) / 3600
+    assumed = device_for(device, launch, config.engine)
+    hours = flops * config.steps / (assumed.flops_per_s * world_size) / 3600
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     paths: Any = getattr(plan.model, "paths", None)
     chosen = [f"compute paths at {micro} samples: {', '.join(map(' '.join, paths(micro).items()))}"] if paths else []
@@ -41,7 +49,7 @@ def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
         *chosen,
         f"work: {config.steps:,} steps of {config.batch} samples, {flops / 1e12:.3g} TFLOP a step, "
         f"{flops * config.steps / 1e15:,.3f} PFLOP in all",
-        f"time: {hours:.2g} h, if each of {world_size} processes does {ASSUMED_TFLOPS:g} TFLOP/s",
+        f"time: {hours:.2g} h, if each of {world_size} processes does {assumed.rate}",
         f"memory of a process ({world_size} of them, micro-batch {micro}, {config.engine.backend}, "
         f"{config.engine.precision}):",
         *memory.lines(),
@@ -50,7 +58,7 @@ def dry_run(config: StageConfig, plan: Blueprint | None) -> list[str]:
 
 
 def stage_memory(config: StageConfig, plan: Blueprint, world_size: int) -> Memory:
-    """The memory of one process of a stage, its teacher's included."""
+    """The memory of one process of a stage, with that of its teacher."""
     from fine_dist.planning.memory import estimate
 
     micro = config.engine.micro_batch or max(1, config.batch // world_size)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fine_dist.core.config import validate
-from fine_dist.planning.estimates import ASSUMED_TFLOPS
+from fine_dist.planning.devices import ASSUMED_TFLOPS
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig
 from fine_dist.study.graph import Graph, StudyRun, plan

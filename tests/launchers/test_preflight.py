@@ -76,7 +76,7 @@ def test_hours_come_from_a_stated_rate_or_from_what_an_earlier_run_measured(tmp_
 
 def test_missing_shards_are_refused_before_anything_is_submitted(tmp_path, digit_shards):
     made = config(tmp_path, digit_shards, data=DataConfig(shards=str(tmp_path / "none")))
-    assert findings(made, light=True)["data"].level == "stop"
+    assert findings(made, light=True)["missing"].level == "stop"
     from launchers.entry import launch
 
     with pytest.raises(LaunchError, match="no such folder of shards"):
