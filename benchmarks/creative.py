@@ -18,9 +18,9 @@ from fine_dist.creative.config import CreativeConfig, Template
 from fine_dist.creative.encoders import TextEncoder
 from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.tiny import make_model, make_tokenizer
-from fine_dist.creative.tokens import Objective, RowSpec, Tokens, per_row
-from fine_dist.engine.backends import PlainBackend
+from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens, per_row
 from fine_dist.engine.dist import World
+from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.settings import OptimConfig
 
 TOKEN, START, MAX_COSINE, PACK = "<CreTok>", "creative", 0.5, 8
@@ -104,7 +104,7 @@ class Ours:
         specs = [RowSpec(Template(), seed) for seed in seeds]
         self.model = Tokens([encoder], specs, pairs.all, token=TOKEN, start=START, cache=cache)
         self.backend = PlainBackend(self.model, OPTIM, World(device=encoder.device))
-        self.objective = Objective(MAX_COSINE, len(seeds))
+        self.objective = TokenObjective(MAX_COSINE, len(seeds))
         self.batch = batch
         self.batches = PairStream(seeds, len(pairs.trained), global_batch=batch).batches()
 

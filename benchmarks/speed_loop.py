@@ -64,7 +64,7 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
             return batch, waited_s
 
     save_at = steps // 2
-    settings = EngineConfig(checkpoint_every=save_at, log_every=5, eval_every=10**6, picture_every=10**6)
+    settings = EngineConfig(checkpoint_every=save_at, log_every=5, eval_every=10**6, preview_every=10**6)
     with tempfile.TemporaryDirectory() as folder:
         shards = made_up_shards(Path(folder) / "shards", arch, count=batch * 8)
         stream = LatentStream(DataConfig(shards=str(shards), streams=4), seed=0, global_batch=batch, expect=arch)

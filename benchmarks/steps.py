@@ -101,10 +101,11 @@ class Bench:
     ) -> Step:
         """A training step, as the loop takes it."""
         from fine_dist.diffusion.objective import Objective
-        from fine_dist.engine import backend as backends
         from fine_dist.engine.compiling import prepare_model
         from fine_dist.engine.dist import World
         from fine_dist.engine.ema import Ema
+        from fine_dist.engine.optimizer import precision as autocast
+        from fine_dist.engine.plain_backend import PlainBackend
         from fine_dist.model.flops import model_cost
 
         model = self.model(kind)
@@ -112,7 +113,7 @@ class Bench:
             {"precision": precision, "activation_checkpointing": recompute, "compile": compiled}
         )
         prepare_model(model, engine, self.device)
-        backend = backends.PlainBackend(model, OptimConfig(), World(device=self.device))
+        backend = PlainBackend(model, OptimConfig(), World(device=self.device))
         ema = Ema(backend, engine.ema_decay, engine.ema_warmup)
         objective = Objective(DiffusionConfig(), self.arch, seed=0)
         kept: dict[str, Any] = {"updates": 0, "batch": made_up_batch(self.arch, batch, self.device)}
@@ -121,7 +122,7 @@ class Bench:
             return ranged("model", lambda: backend.model(*question))
 
         def forward() -> None:
-            with backends.precision(engine, self.device):
+            with autocast(engine, self.device):
                 kept["losses"] = objective(ask, kept["batch"])
 
         def backward() -> None:

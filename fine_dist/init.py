@@ -85,7 +85,7 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
 
 def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
     """The machines that the family's packs would run on; none where this process does it all."""
-    from launchers.base import Launcher
+    from launchers.launcher import Launcher
     from launchers.prepare import make_spec
     from launchers.registry import pick
 
@@ -98,7 +98,7 @@ def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
-    from launchers.base import Launcher
+    from launchers.launcher import Launcher
     from launchers.registry import pick
 
     # A bar follows jobs of this machine; those of a cluster may run long after this command has ended.

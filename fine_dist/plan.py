@@ -21,7 +21,7 @@ from fine_dist.core import logs
 from fine_dist.core.arguments import Call, FlagParser, parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
-from fine_dist.planning.scaling import Question
+from fine_dist.planning.scaling import ScalingRequest
 from fine_dist.planning.scaling_model import Link, Network
 from launchers.prepare import launch_of, make_spec, tasks_of
 from launchers.spec import Finding
@@ -74,7 +74,7 @@ ONLY_WITH_SCALE = ("--zero", "--hold", "--per-node", "--bandwidth", "--latency",
 
 
 def _add_scale(own: FlagParser) -> None:
-    asked = Question(())
+    asked = ScalingRequest(())
     add = own.add_argument
     add("--scale", metavar="P", nargs="+", type=int, help="predict what a step takes on so many processes (several may "
         "be given), for a stage that trains one model")  # fmt: skip
@@ -102,7 +102,7 @@ def _scale(config: Config, known: Namespace) -> int:
 
     if not isinstance(config, StageConfig):
         raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
-    asked = Question(
+    asked = ScalingRequest(
         tuple(sorted(known.scale)), tuple(known.zero), known.hold, known.per_node, tuple(known.bandwidth),
         tuple(known.latency), known.overlap, known.cores, known.gloo,
     )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Show what became of the tasks of a fan-out, or of a single run: `fine-dist status RUN_DIR`."""
+"""Show the state of the tasks of a fan-out, or of a single run: `fine-dist status RUN_DIR`.
+
+It only reads: it works for another user's run and on a read-only mount, and never disturbs what runs.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from fine_dist.core import logs
 from fine_dist.core.arguments import FlagParser
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
-from launchers.status import ENDED, read, show, summary
+from launchers.status import ENDED, TaskStatus, read, show, summary
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit code 3 when a task has failed or is lost."""
+    """Run the command; returns its exit code, 3 when a task has failed or is lost."""
     return guard(lambda: _main(argv))
 
 
@@ -24,9 +26,11 @@ def _main(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = FlagParser("fine-dist status")
     parser.add_argument("run_dir", type=Path, help="run directory of a fan-out or of a single run")
-    parser.add_argument("--json", action="store_true", help="print the rows and their counts as JSON")
-    parser.add_argument("--watch", action="store_true", help="stay, and update the table until every task has ended")
-    parser.add_argument("--all", action="store_true", help="show all rows instead of the 40 that matter most")
+    parser.add_argument("--json", action="store_true", help="print the tasks and their counts as JSON")
+    parser.add_argument("--watch", action="store_true", help="update the table until every task has ended")
+    parser.add_argument(
+        "--all", action="store_true", help="show all tasks (default: 40, failed and running ones first)"
+    )
     logs.add_flags(parser)
     parser.answer_help(argv, "RUN_DIR [--json] [--watch] [--all]", " ".join((__doc__ or "").split()))
     args = parser.read(argv)
@@ -39,7 +43,7 @@ def _main(argv: list[str] | None) -> int:
     return EXIT_TASKS_FAILED if any(row["state"] in ("failed", "lost") for row in rows) else 0
 
 
-def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _show(args: argparse.Namespace, rows: list[TaskStatus]) -> list[TaskStatus]:
     from rich.console import Console
     from rich.live import Live
 

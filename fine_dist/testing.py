@@ -16,6 +16,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fine_dist.core import logs
 from fine_dist.core.processes import free_port, rank_words
 
@@ -111,9 +113,19 @@ def run_distributed(
         ranks.kill()
 
 
+def preloaded() -> list[str]:
+    """Modules that the server imports for all ranks.
+
+    DeepSpeed chooses its accelerator when it is imported. Where there is a GPU, each rank imports it by itself, for the
+    device that its test names.
+    """
+    modules = ["torch.utils.tensorboard", "fine_dist.engine.loop"]
+    return modules if torch.cuda.is_available() else [*modules, "deepspeed", "fine_dist.engine.deepspeed_backend"]
+
+
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fine_dist.engine.preload"])
+    context.set_forkserver_preload(preloaded())
     # The server reads these when it imports torch; its children inherit what it read.
     before = {key: os.environ.get(key) for key in _QUIET}
     os.environ.update(_QUIET)

@@ -9,8 +9,8 @@ from pathlib import Path
 from fine_dist.core.config import Config, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
-from launchers.base import CommandTarget, Job, Launcher
 from launchers.code_snapshot import code_root, snapshot
+from launchers.launcher import CommandTarget, Job, Launcher
 from launchers.local import Here, run_here
 from launchers.machine import require_accelerators
 from launchers.preflight import OF_THIS_MACHINE, check_job, refuse
@@ -183,9 +183,12 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
 
 
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
-    needs = launch_of(config)
+    needs, spec = launch_of(config), make_spec(module, config, write=False)
+    if runner.on_this_machine:
+        require_accelerators(
+            spec
+        )  # of the preflight's notes the one that a start refuses, whatever launch.preflight is
     if needs.preflight != "off":
-        spec = make_spec(module, config, write=False)
         refuse(needs, check_job(module, config, spec, runner, many=many, light=many))
 
 

@@ -21,7 +21,7 @@ from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import CommandTarget, Job, Launcher, joint_code, register
+from launchers.launcher import CommandTarget, Job, Launcher, joint_code, register
 from launchers.machine import fits_here, local_capacity, missing_accelerators, require_accelerators, visible_devices
 from launchers.prepare import make_spec
 from launchers.spec import Capacity, Finding, JobSpec

@@ -20,8 +20,8 @@ from fine_dist.core.files import last_row
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
-from launchers.base import Launcher, LaunchTarget
 from launchers.code_snapshot import code_files
+from launchers.launcher import Launcher, LaunchTarget
 from launchers.spec import Capacity, Finding, JobSpec
 from launchers.worker import import_module
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Job, Launcher, register
+from launchers.launcher import Job, Launcher, register
 from launchers.local import ForkServer
 from launchers.machine import VISIBLE
 from launchers.ray_cluster import (

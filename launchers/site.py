@@ -11,12 +11,10 @@ from pathlib import Path
 
 import fine_dist
 from fine_dist.core.errors import LaunchError, nearest
+from launchers.worker import SCRATCH
 
 FILE = "FINE_DIST_SITE"
 """Environment variable: path of another site file."""
-SCRATCH = "FINE_DIST_SCRATCH"
-"""Environment variable inside a job: folder on the node's own disk, as the site file says. A cluster's own $SCRATCH is
-often a shared file system, so that the two are kept apart."""
 GPU_FLAGS = ("gpus-per-node", "gres", "gpus-per-task")
 REQUEUES = ("scontrol", "resubmit")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fine_dist.core.errors import EXIT_INTERRUPTED, LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import JobState
+from launchers.launcher import JobState
 from launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import Job, Launcher, register
+from launchers.launcher import Job, Launcher, register
 from launchers.site import SlurmSite
 from launchers.slurm_queue import Node, fits_on, refuse_pattern
 from launchers.spec import Capacity, JobSpec

@@ -23,7 +23,7 @@ from fine_dist.core.errors import EXIT_RESUME, LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
 from launchers import worker
-from launchers.base import Job, JobState, Launcher, register, stopped
+from launchers.launcher import Job, JobState, Launcher, register, stopped
 from launchers.prepare import launch_of
 from launchers.site import SlurmSite
 from launchers.slurm_queue import (
@@ -269,7 +269,7 @@ def requeue(file: str, max_restarts: int) -> None:
         return
     env[RESTARTS] = str(restarts + 1)
     again = resubmit(JobSpec.load(file))
-    _exit_resume(f"saved; goes on as job {again}")
+    _exit_resume(f"saved; continues as job {again}")
 
 
 def resubmit(spec: JobSpec) -> str | None:

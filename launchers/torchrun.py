@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
-from launchers.base import joint_code
+from launchers.launcher import joint_code
 
 
 def main(argv: list[str] | None = None) -> int:

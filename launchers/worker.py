@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import sys
+import tempfile
 import traceback
 import typing
 from types import ModuleType
@@ -33,8 +34,11 @@ MARK = "FINE_DIST_JOB"
 """Environment variable: the job file, inside a worker. Commands there run in place instead of submitting jobs."""
 LIFELINE = "FINE_DIST_DIE_WITH_PARENT"
 """Environment variable: process id of the parent. A worker is killed when that process ends."""
-ACCELERATORS = "FINE_DIST_ACCELERATORS"
-"""Environment variable: accelerators that each process of the job asked for. Such a process never uses the CPU."""
+SCRATCH = "FINE_DIST_SCRATCH"
+"""Environment variable: folder on the node's own disk, as the site file says. Not called SCRATCH, because that is a
+shared file system on many clusters."""
+GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
+"""Environment variable, set to 1 for a job that asked for accelerators: its processes never compute on the CPU."""
 
 
 def run_job(path: str) -> int:
@@ -82,8 +86,9 @@ def _run_job(path: str) -> int:
     spec = JobSpec.load(path)
     os.environ.update(spec.env)
     if spec.accelerators_per_node:
-        os.environ[ACCELERATORS] = f"{spec.accelerators_per_node / spec.processes_per_node:g}"
+        os.environ[GPU_REQUIRED] = "1"
     os.environ[MARK] = path
+    _use_scratch()
     os.chdir(spec.cwd)
     sys.path[0:0] = [spec.code] if spec.code and spec.code not in sys.path else []
     if spec.table is None or rank() != 0:
@@ -96,6 +101,15 @@ def _run_job(path: str) -> int:
         return EXIT_BUSY
     with claim:
         return _run_with_rows(spec, table)
+
+
+def _use_scratch() -> None:
+    """Put temporary files and compiled kernels into the node's own folder, if the site names one."""
+    folder = os.environ.get(SCRATCH)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+        os.environ |= {"TMPDIR": folder, "TORCH_EXTENSIONS_DIR": os.path.join(folder, "torch")}
+        tempfile.tempdir = None  # it was chosen when first asked for, maybe before
 
 
 def _run_with_rows(spec: JobSpec, table: StateTable) -> int:

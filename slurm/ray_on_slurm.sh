@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes=4 slurm/ray_on_slurm.sh python -m fine_dist.init --config configs/init/dit_b_family.yaml
 #
-# Besides env.sh's settings: NODE_IP, a command that prints a node's address (default: of IFNAME, or the first one).
+# Settings: those of env.sh, and NODE_IP, a command that prints a node's address (default: that of IFNAME, or the first)
 #SBATCH --job-name=ray
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -20,7 +20,7 @@ export NODE_IP=${NODE_IP:-$default} RAY_USAGE_STATS_ENABLED=0 PYTHON
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 PORT=$((6000 + SLURM_JOB_ID % 1000 * 4)) # and two more, of this job: below 10002, where Ray puts its workers' ports
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-ADDRESS=$(srun --nodes=1 --ntasks=1 --nodelist="$HEAD" bash -c "$NODE_IP"):$PORT
+ADDRESS=$(srun "$EXPORT" --nodes=1 --ntasks=1 --nodelist="$HEAD" bash -c "$NODE_IP"):$PORT
 pids=()
 
 # start NODES [srun options] -- [ray options]: a Ray node each, in a folder of its own, until the step is ended.
@@ -29,7 +29,7 @@ start() {
     shift
     while [[ $1 != -- ]]; do where+=("$1") && shift; done
     # shellcheck disable=SC2016 # expanded on the nodes
-    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${where[@]}" bash -c '
+    srun "$EXPORT" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${where[@]}" bash -c '
         folder=/tmp/ray-$SLURM_JOB_ID-$(hostname -s) # short: Unix sockets live in it
         mkdir -p "$folder"
         exec "$PYTHON" -m ray.scripts.scripts start --block --temp-dir="$folder" --node-ip-address="$(eval "$NODE_IP")" \
@@ -42,7 +42,7 @@ start() {
 finish() {
     kill -TERM "${pids[@]}" 2>/dev/null || true
     wait "${pids[@]}" 2>/dev/null || true
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "rm -rf /tmp/ray-$SLURM_JOB_ID-*" || true
+    srun "$EXPORT" --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "rm -rf /tmp/ray-$SLURM_JOB_ID-*" || true
 }
 trap finish EXIT
 
@@ -57,15 +57,15 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
 fi
 export RAY_ADDRESS=$ADDRESS
 "$PYTHON" -m launchers.local_ray --await-nodes "$SLURM_JOB_NUM_NODES"
-told=0 code=0
+signaled=0 code=0
 "$@" &
 command=$!
-# Ray's workers end with the command; what they have saved, the requeued job goes on from.
-trap 'told=1; kill -TERM "$command" 2>/dev/null' USR1
+# Ray's workers end with the command; the requeued job continues from what they have saved.
+trap 'signaled=1; kill -TERM "$command" 2>/dev/null' USR1
 while kill -0 "$command" 2>/dev/null; do
     wait "$command" && code=0 || code=$?
 done
-if ((code == 75 || (code != 0 && told))); then
+if ((code == 75 || (code != 0 && signaled))); then
     requeue
 fi
 exit "$code"

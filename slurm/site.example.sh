@@ -1,8 +1,9 @@
 # shellcheck shell=bash disable=SC2034 # read by env.sh and by the slurm launcher
-# What differs from cluster to cluster, in one place. Copy this file to slurm/site.sh and change what your site needs;
-# without it, nothing here holds. FINE_DIST_SITE=FILE names another one. Every job sources it before anything else, and so
-# do the scripts and `--launcher slurm` where a job is submitted: it must work on login nodes and on compute nodes, and
-# must not start anything. A submitted job has a copy of it (RUN_DIR/code), as of everything else.
+# The properties of your cluster. Copy this file to slurm/site.sh and uncomment what your cluster needs;
+# `fine-dist doctor --launcher slurm` finds most of it by one short job. FINE_DIST_SITE=FILE names another file.
+# Every job sources it before anything else, and so do the scripts and `--launcher slurm` where a job is submitted: it
+# must work on login nodes and on compute nodes, and must not start anything. It is sourced without `set -u`, so that
+# modules and conda work. A submitted job has a copy of it in RUN_DIR/code.
 
 # --- modules, or an environment -------------------------------------------------------------------------------------
 # module purge && module load cuda/12.4 python/3.11
@@ -18,7 +19,7 @@
 # CONTAINER_EXEC="apptainer exec --nv --bind /scratch /images/fine_dist.sif"
 
 # --- accelerators ---------------------------------------------------------------------------------------------------
-# How this site wants them to be asked for: gpus-per-node, gres (--gres=gpu:N) or gpus-per-task.
+# The option by which jobs request accelerators: gpus-per-node, gres (--gres=gpu:N) or gpus-per-task.
 # GPU_FLAG=gres
 
 # --- network --------------------------------------------------------------------------------------------------------
@@ -27,12 +28,13 @@
 
 # --- scratch --------------------------------------------------------------------------------------------------------
 # A folder on the nodes' own disks, for temporary files and compiled kernels; made on every node when a job starts.
-# Runs, data and checkpoints do not belong there: run_dir is on storage that all nodes share.
+# The cluster's own $SCRATCH, which is often a shared file system, is not used for that: it is unset while this file is
+# sourced, and has its value again afterwards. run_dir, data and checkpoints belong on storage that all nodes share.
 # SCRATCH=/scratch/$USER/${SLURM_JOB_ID:-login}
 
 # --- restarts -------------------------------------------------------------------------------------------------------
-# scontrol: a job that is stopped early puts itself back into the queue. resubmit: users may not do so here; it submits
-# itself again, with a new id, as often as launch.max_restarts (scripts: MAX_RESTARTS) says. Jobs that wait for the old id
-# (pipeline.sh's afterok) are then cancelled: run pipeline.sh again, which repeats nothing that is done.
+# scontrol: a job that is stopped early puts itself back into the queue. resubmit: where users may not do that, the job
+# submits itself again with a new id, at most launch.max_restarts times (scripts: MAX_RESTARTS). Jobs that depend on the
+# old id (pipeline.sh's afterok) are then cancelled: run pipeline.sh again, which repeats nothing that is done.
 # REQUEUE=resubmit
 # MAX_RESTARTS=20

@@ -199,8 +199,8 @@ def test_no_two_rooms_have_a_file_of_one_name():
 
 
 CLASSES_TO_RENAME = {
-    *("Answer", "Batch", "Claim", "Comparison", "Entry", "Features", "HeldOut", "Job", "Member", "Objective"),
-    *("Output", "Pictures", "Place", "Progress", "Question", "Row", "Run", "Window", "Words", "_Part"),
+    *("Claim", "Comparison", "Entry", "Features", "HeldOut", "Job", "Member", "Objective"),
+    *("Output", "Pictures", "Progress", "Row", "Run", "_Part"),
 }
 FILES_TO_RENAME = {"base", "collect"}
 
@@ -268,9 +268,6 @@ HELP_TO_WRITE: set[str] = {
     "DrawConfig.steps",
     "EncodeConfig.dtype",
     "EncodeConfig.precision",
-    "EngineConfig.checkpoint_every",
-    "EngineConfig.compile",
-    "EngineConfig.device",
     "EvaluateConfig.metrics",
     "EvaluateConfig.vae_precision",
     "FeaturesConfig.dinov2",
@@ -283,17 +280,10 @@ HELP_TO_WRITE: set[str] = {
     "LaunchConfig.cpus",
     "LaunchConfig.env",
     "LaunchConfig.nodes",
-    "LoopConfig.checkpoint_every",
-    "LoopConfig.compile",
-    "LoopConfig.device",
     "LoraConfig.alpha",
     "LoraConfig.rank",
     "MimeticConfig.alpha_qk",
     "MimeticConfig.beta_qk",
-    "OptimConfig.betas",
-    "OptimConfig.eps",
-    "OptimConfig.lr",
-    "OptimConfig.weight_decay",
     "PackConfig.max_jobs",
     "PissaConfig.rank",
     "QuickConfig.metrics",

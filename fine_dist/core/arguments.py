@@ -66,8 +66,8 @@ def parse(
         ConfigError: For whatever is wrong.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    # The deepspeed launcher adds this to every rank's arguments; the environment says the same.
-    argv = [word for word in argv if not word.startswith("--local_rank=")]
+    # The deepspeed launcher and torch.distributed.launch add this for every rank; the environment says the same.
+    argv = [word for word in argv if not re.fullmatch(r"--local[_-]rank=\d+", word)]
     own = _own_flags(prog, default, options)
     if {"-h", "--help", "--help-all"} & {*argv}:
         print(every_setting(kind, prog, own) if "--help-all" in argv else summary(kind, prog, own, notes))

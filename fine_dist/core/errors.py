@@ -47,7 +47,7 @@ class TrainingError(FineDistError):
     """Training cannot go on: a loss that is not finite, a rank that died."""
 
 
-class ToldElsewhere(FineDistError):
+class ReportedElsewhere(FineDistError):
     """Another rank says what is wrong; this one ends with the same exit code and no message of its own."""
 
 
@@ -105,7 +105,7 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
     except ResumeLater as stop:
         _say(f"stopped: {stop}")
         return EXIT_RESUME
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return EXIT_USER_ERROR
     except FineDistError as error:
         _say(f"error: {error}")

@@ -1,7 +1,7 @@
 """`python -m fine_dist.creative`: learn a token for "creative" on the text encoders of SD3; no images are needed.
 
-python -m fine_dist.creative --config FILE [--dry-run] [--launcher NAME]          train, and write report.md
-python -m fine_dist.creative --evaluate FOLDER [--images FOLDER --clip FOLDER]    measure a token again
+python -m fine_dist.creative --config FILE [--dry-run] [--launcher NAME]          train a token, and write report.md
+python -m fine_dist.creative --evaluate FOLDER [--images FOLDER --clip FOLDER]    measure a trained token again
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from pathlib import Path
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import ConfigError, LaunchError, guard
-from fine_dist.creative.config import CreativeConfig, check_folder, expand, is_alone, packs
+from fine_dist.creative.config import CreativeConfig, check_folder, expand, is_single_run, packs
 from launchers.spec import Task
 from launchers.state_table import StateTable
 from launchers.worker import inside
 
 PRELOAD = ("torch", "torch.utils.tensorboard", "fine_dist.creative.training", "transformers.models.clip.modeling_clip")
-"""What a local pool imports once for all packs."""
+"""Modules that a local pool imports once for all packs."""
 
 
 def tasks(config: CreativeConfig) -> list[Task] | None:
-    """One task a pack; its rows are its runs. None for one seed and one template: an ordinary job."""
-    if is_alone(config):
+    """One task for each pack, with a row for each of its runs; None for a single run, which is an ordinary job."""
+    if is_single_run(config):
         return None
     from fine_dist.creative.pairs import make_pairs
 
-    make_pairs(config)  # what is wrong is said before anything is queued
-    for member in expand(config):
-        check_folder(config, member)
+    make_pairs(config)  # errors of the lists are raised before anything is queued
+    for run in expand(config):
+        check_folder(config, run)
     found = []
     for name, members in packs(config).items():
-        names = tuple(member.name for member in members)
+        names = tuple(run.name for run in members)
         found.append(Task(name, config.model_copy(update={"only": names}), names))
     return found
 
@@ -42,16 +42,16 @@ def run(config: CreativeConfig) -> Path:
     """Train the runs (`only` those named) that are not done, in this process. Raises `ResumeLater` when stopped."""
     from fine_dist.creative.training import train
 
-    if is_alone(config) or inside():
+    if is_single_run(config) or inside():
         return train(config)
     folder = run_dir_of(config)
     table = StateTable(folder)
     members = expand(config)
-    table.add([member.name for member in members], {member.name: str(member.folder) for member in members})
+    table.add([run.name for run in members], {run.name: str(run.folder) for run in members})
     todo = [m.name for m in members if not ((row := table.get(m.name)) and row.state == "done")]
     claim = table.claim(todo)
     if claim is None:
-        raise LaunchError(f"{folder}: another live process trains runs of this family; wait for it, or stop it")
+        raise LaunchError(f"{folder}: another live process is training runs of this family; wait for it, or stop it")
     with claim:
         for name in todo:
             table.start(name)
@@ -64,7 +64,7 @@ def dry_run(config: CreativeConfig) -> list[str]:
     groups = packs(config)
     for name, members in groups.items():
         rows = len(members) * (2 if config.shuffled else 1)
-        lines.append(f"{name}: {rows} rows of each encoder train together, {config.steps} steps of {config.batch}")
+        lines.append(f"{name}: {rows} rows of each encoder train in one batch, {config.steps} steps of {config.batch}")
         lines += [f"  {m.name}: seed {m.seed}, {m.template.adaptive!r} -> {m.template.restrictive!r}" for m in members]
     return [*lines, "dry run: nothing was done"]
 
@@ -73,17 +73,17 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 
     def options(parser: ArgumentParser) -> None:
-        parser.add_argument(
-            "--evaluate", metavar="FOLDER", help="measure the token of a run again, and do nothing else"
-        )
-        parser.add_argument("--images", metavar="FOLDER", help="with --evaluate and --clip: CLIP scores of images")
+        parser.add_argument("--evaluate", metavar="FOLDER", help="measure the token of a run again, without training")
+        parser.add_argument("--images", metavar="FOLDER", help="folder of images to score, with --evaluate and --clip")
         parser.add_argument("--clip", metavar="FOLDER", help="local folder of the CLIP model that scores them")
 
     def body() -> int:
         call = parse(CreativeConfig, argv, "fine-dist creative", options=options)
         chosen = call.options
         if bool(chosen.images) != bool(chosen.clip) or (chosen.images and not chosen.evaluate):
-            raise ConfigError("--images and --clip go together, with --evaluate: what is scored, and by which model")
+            raise ConfigError(
+                "--images (what is scored) and --clip (the model that scores) need each other and --evaluate"
+            )
         if chosen.evaluate:
             from fine_dist.creative.reevaluate import evaluate_again
 

@@ -1,4 +1,4 @@
-"""The settings of a token's training, and the runs they ask for: seeds x templates. Read without torch."""
+"""Settings of a token's training, and the runs that they describe: seeds x templates. Read without torch."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fine_dist.engine.settings import EngineConfig, OptimConfig
 from launchers.spec import check_name
 
 SETTINGS = "settings.json"
-"""In a run's folder: what it was made with."""
+"""File in a run's folder with the settings of the run."""
 TINY = "tiny"
-"""As a source of encoders: random ones, to try things out (`fine_dist.creative.tiny`)."""
+"""Name of a source of small random encoders (`tiny.py`), for trials and tests."""
 
 
 class Template(Config):
-    """The two prompts whose embeddings are drawn together."""
+    """The two prompts whose embeddings are trained to agree."""
 
     adaptive: str = "a photo of a {token} mixture"
-    """The prompt with the learned token, `{token}`; it may also name the pair, `{t1}` and `{t2}`."""
+    """Prompt with the learned token, `{token}`; it may also contain the words of the pair, `{t1}` and `{t2}`."""
     restrictive: str = "a {t1} {t2}"
-    """The prompt that it should mean, with the words of a pair: `{t1}` and `{t2}`."""
+    """Prompt whose meaning the token learns, with the words of a pair, `{t1}` and `{t2}`."""
 
     @field_validator("adaptive")
     @classmethod
@@ -47,12 +47,10 @@ def _slots(text: str, legal: set[str], needed: set[str]) -> str:
     try:
         found = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
     except ValueError as error:
-        raise ValueError(
-            f"{error}; write {' and '.join(f'{{{name}}}' for name in sorted(legal))} for what is put in"
-        ) from None
+        raise ValueError(f"{error}; legal placeholders: {', '.join(f'{{{name}}}' for name in sorted(legal))}") from None
     if found - legal:
         wrong = sorted(found - legal)[0]
-        raise ValueError(f"{{{wrong}}} is nothing that can be put in; {nearest(wrong, legal)}")
+        raise ValueError(f"{{{wrong}}} is no placeholder; {nearest(wrong, legal)}")
     if needed - found:
         raise ValueError(f"{{{sorted(needed - found)[0]}}} is missing")
     return text
@@ -61,53 +59,55 @@ def _slots(text: str, legal: set[str], needed: set[str]) -> str:
 class CreativeConfig(Config):
     """Learn the embedding of one new token on frozen CLIP text encoders (CreTok, arXiv 2410.24160); no images needed.
 
-    Several seeds or templates are several runs; they are trained packed: their rows are one batch for the encoder.
+    Several seeds or templates are several runs. They are packed: their rows go through the encoder as one batch.
     """
 
     run_dir: str = "runs/creative"
-    """Where everything is written: `token/` of one run, or a folder for each of several."""
+    """Output directory: it gets `token/` of a single run, or one folder for each of several runs."""
     encoders: tuple[str, ...] = ("stabilityai/stable-diffusion-3-medium-diffusers",)
-    """Folders or hub names: a pipeline (its CLIP encoders are taken), or CLIP text encoders; `tiny`: random ones."""
+    """Folders or hub names of a pipeline, whose CLIP text encoders are used, or of one or two CLIP text encoders.
+    `tiny` makes small random ones for trials."""
     token: str = "<CreTok>"
-    """The new token, as it will stand in prompts."""
+    """Name of the new token as it is written in prompts: one word without blanks."""
     start: str = "creative"
-    """Word whose embedding the token starts from; one token in every vocabulary."""
+    """Word whose embedding is the token's initial value; it must be a single token in every vocabulary."""
     template: Template = Template()
-    """The prompts, when there is one pair of them."""
+    """The two prompts of a run. Set `templates` instead for several runs with different prompts."""
     templates: dict[str, Template] = Field(default_factory=dict)
-    """Prompts by name, when there are several; `template` is not read then."""
+    """Several pairs of prompts by name, a run each; they replace `template`."""
     seeds: tuple[int, ...] = (0,)
-    """Each chooses the pairs of every step."""
+    """Random seeds, a run each: a seed chooses the pairs of every step."""
     concepts: str | None = None
-    """File with a word a line, of which pairs are made; none: the project's own list of 60 nouns."""
+    """Text file with one word per line, from which pairs are sampled. Default: the project's own list of 60 nouns."""
     pairs: str | None = None
-    """File with two columns (comma or tab), a pair a line; `concepts` is not read then."""
+    """Text file with one pair of words per line, separated by a comma or a tab; it replaces `concepts`."""
     num_pairs: int = Field(200, ge=1)
-    """Pairs that are trained on, when they are made of concepts (the paper's number)."""
+    """Number of training pairs sampled from the concepts; the paper uses 200."""
     held_out: int = Field(27, ge=1)
-    """Pairs that are never trained on, only measured (the paper's number)."""
+    """Number of pairs that are never trained on and only measured; the paper uses 27."""
     split_seed: int = Field(0, ge=0)
-    """Which pairs are trained on and which are held out; the same for all runs, so that they compare."""
+    """Seed of the split into training and held-out pairs. All runs share it, so their results are comparable."""
     max_cosine: float = Field(0.5, gt=0, le=1)
-    """The loss is 1 - min(cosine, this): beyond it the token is not drawn further (the paper's clamp)."""
+    """Clamp of the loss, 1 - min(cosine, max_cosine); the paper uses 0.5. A pair whose cosine exceeds it has no
+    gradient, so raise it when the start word is already that close."""
     shuffled: bool = True
-    """Beside each run, train a control row on targets whose coordinates are shuffled, for the evaluation."""
+    """Also train a control for each run, on targets whose coordinates are shuffled; the report compares with it."""
     cache: bool = True
-    """Compute what stands before the token in a prompt once; exact, as the encoders' attention is causal."""
+    """Compute the part of a prompt before the token once. It is exact, because the encoders' attention is causal."""
     steps: int = Field(10_000, ge=1)
-    """Updates."""
+    """Number of optimizer steps; the paper uses 10,000."""
     batch: int = Field(16, ge=1)
-    """Pairs an update, over all processes; both orders of each (the paper accumulates 16)."""
+    """Number of pairs per optimizer step over all processes, each in both orders; the paper uses 16."""
     optim: OptimConfig = OptimConfig(lr=1e-2, schedule="cosine", clip_norm=None)
-    """Optimiser of the row."""
+    """Optimizer of the embedding row and its learning-rate schedule."""
     engine: EngineConfig = EngineConfig(ema_decay=0.0, checkpoint_every=1000, eval_every=500)
-    """How the loop runs. What is measured and saved is the EMA: with decay 0 the row itself."""
+    """Settings of the training loop. The EMA is what is measured and saved; with decay 0 it is the row itself."""
     launch: LaunchConfig = LaunchConfig()
-    """What a job needs, where it is submitted."""
+    """Resources of a submitted job."""
     pack: int = Field(8, ge=1)
-    """Runs that one task trains at once."""
+    """Number of runs, at most, that one task trains at once."""
     only: tuple[str, ...] = ()
-    """Names of the runs to train; none: all."""
+    """Names of the runs to train. Default: all runs of the config."""
 
     @field_validator("token")
     @classmethod
@@ -118,8 +118,8 @@ class CreativeConfig(Config):
 
 
 @dataclass(frozen=True)
-class Member:
-    """One run: a seed and a template. `folder` takes its token."""
+class TokenRun:
+    """One run: a seed and a template; its token is written to `folder`."""
 
     name: str
     seed: int
@@ -127,10 +127,10 @@ class Member:
     folder: Path
 
 
-def expand(config: CreativeConfig, everyone: bool = False) -> list[Member]:
-    """The runs that a config asks for (all of them, or `only`). `ConfigError` for an impossible grid.
+def expand(config: CreativeConfig, everyone: bool = False) -> list[TokenRun]:
+    """The runs of a config, or those named in `only`. Raises `ConfigError` for an impossible grid.
 
-    A config with one seed and one template is one run, which has the run directory for itself.
+    The run of a config with one seed and one template is written to the run directory itself.
     """
     templates = config.templates or {"": config.template}
     for axis, values in {"seeds": config.seeds, "encoders": config.encoders}.items():
@@ -140,7 +140,7 @@ def expand(config: CreativeConfig, everyone: bool = False) -> list[Member]:
         if twice:
             raise ConfigError(f"{axis}: {twice[0]} is listed twice")
     if any(seed < 0 for seed in config.seeds):
-        raise ConfigError(f"seeds: {min(config.seeds)} is no seed; give numbers from 0 on")
+        raise ConfigError(f"seeds: {min(config.seeds)} is negative; legal: 0 or more")
     alone = len(templates) * len(config.seeds) == 1
     members = []
     for key, template in templates.items():
@@ -150,28 +150,28 @@ def expand(config: CreativeConfig, everyone: bool = False) -> list[Member]:
             except ValueError as error:
                 raise ConfigError(f"templates: {error}") from None
             folder = run_dir_of(config) if alone else run_dir_of(config) / name
-            members.append(Member(name, seed, template, folder))
-    names = [member.name for member in members]
+            members.append(TokenRun(name, seed, template, folder))
+    names = [run.name for run in members]
     unknown = [name for name in config.only if name not in names]
     if unknown:
         raise ConfigError(f"only: no run is called {unknown[0]!r}; {nearest(unknown[0], names)}")
     if config.optim.clip_norm is not None and (config.shuffled or (config.pack > 1 and not alone)):
         raise ConfigError(
-            f"optim.clip_norm: {config.optim.clip_norm} would clip rows that train together by their common norm, "
-            "which is no run's own; set it to null, or pack to 1 and shuffled to false"
+            f"optim.clip_norm: {config.optim.clip_norm} would clip the rows of several runs by their common norm; set "
+            "it to none, or set pack to 1 and shuffled to false"
         )
     return [m for m in members if everyone or not config.only or m.name in config.only]
 
 
-def is_alone(config: CreativeConfig) -> bool:
-    """Whether the config is one ordinary run rather than a fan-out."""
+def is_single_run(config: CreativeConfig) -> bool:
+    """Whether the config describes one run rather than a fan-out."""
     return len(expand(config, everyone=True)) == 1
 
 
-def packs(config: CreativeConfig) -> dict[str, list[Member]]:
-    """The runs of a config in packs of at most `pack`, by a name that says which runs they are.
+def packs(config: CreativeConfig) -> dict[str, list[TokenRun]]:
+    """The runs of a config in packs of at most `pack`; a pack's name is derived from its runs.
 
-    Finished runs keep to themselves, so that a family that grows does not train them again.
+    Finished runs are packed separately, so that adding a run to a config does not train them again.
     """
     members = expand(config)
     parts = [m for m in members if is_finished(m)], [m for m in members if not is_finished(m)]
@@ -179,33 +179,33 @@ def packs(config: CreativeConfig) -> dict[str, list[Member]]:
     return {f"pack-{_hash(group)}": group for group in groups}
 
 
-def _hash(group: list[Member]) -> str:
-    return hashlib.sha256(" ".join(member.name for member in group).encode()).hexdigest()[:8]
+def _hash(group: list[TokenRun]) -> str:
+    return hashlib.sha256(" ".join(run.name for run in group).encode()).hexdigest()[:8]
 
 
-def is_finished(member: Member) -> bool:
+def is_finished(run: TokenRun) -> bool:
     """Whether the run's token is written."""
-    return (member.folder / "DONE.json").is_file()
+    return (run.folder / "DONE.json").is_file()
 
 
-def settings(config: CreativeConfig, member: Member) -> dict[str, Any]:
-    """Everything that decides what a run becomes, as JSON values; whatever else a family has besides."""
+def settings(config: CreativeConfig, run: TokenRun) -> dict[str, Any]:
+    """The settings that determine a run's result, as JSON values, without those of other runs of the config."""
     free = {"run_dir", "template", "templates", "seeds", "engine", "launch", "pack", "only", "cache"}
     engine = config.engine.model_dump(mode="json", include={"precision", "ema_decay"})
-    own = {"template": member.template.model_dump(), "seed": member.seed, "engine": engine}
+    own = {"template": run.template.model_dump(), "seed": run.seed, "engine": engine}
     return {**config.model_dump(mode="json", exclude=free), **own}
 
 
-def check_folder(config: CreativeConfig, member: Member) -> None:
+def check_folder(config: CreativeConfig, run: TokenRun) -> None:
     """`RunDirError` when the run's folder was written for other settings, naming them."""
-    path = member.folder / SETTINGS
+    path = run.folder / SETTINGS
     if not path.is_file():
         return
-    there, now = json.loads(path.read_text(encoding="utf-8")), settings(config, member)
+    there, now = json.loads(path.read_text(encoding="utf-8")), settings(config, run)
     differing = [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
     if differing:
         raise RunDirError(
-            f"{member.folder} was made with other settings:\n  "
+            f"{run.folder} was written with other settings:\n  "
             + "\n  ".join(differing)
             + "\nchoose another run_dir, or give the same settings to continue"
         )

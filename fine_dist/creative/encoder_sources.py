@@ -1,4 +1,4 @@
-"""Where text encoders come from: a local folder, the hub, or made up (`tiny`).
+"""Loading of text encoders: from a local folder, the hub, or random ones (`tiny`).
 
 A folder or hub repository is a pipeline's (its CLIP text encoders are taken), or holds one CLIP text encoder, or a
 whole CLIP. Nothing is unpickled: weights are safetensors.
@@ -46,8 +46,8 @@ def load_encoders(sources: Sequence[str], token: str, device: torch.device | Non
     ]
 
 
-class Place(NamedTuple):
-    """Where one encoder and its tokenizer lie: folders within a folder or hub repository (empty: at its top)."""
+class EncoderSource(NamedTuple):
+    """One encoder and its tokenizer: sub-folders of a folder or hub repository (empty: its root)."""
 
     source: str
     model: str
@@ -66,19 +66,19 @@ def _keys(models: Sequence[Any]) -> list[str]:
     return [str(key) for key in found]
 
 
-def _places(source: str) -> list[Place]:
+def _places(source: str) -> list[EncoderSource]:
     """The CLIP text encoders of a folder or hub repository."""
     index = _read_json(source, "model_index.json")
     if index is None and not (Path(source) / "text_encoder").is_dir():
-        return [Place(source, "", "")]
+        return [EncoderSource(source, "", "")]
     names = [name for name in ("text_encoder", "text_encoder_2") if index is None or name in index]
     if index is None:
         names = [name for name in names if (Path(source) / name).is_dir()]
-    places = [Place(source, name, name.replace("text_encoder", "tokenizer")) for name in names]
+    places = [EncoderSource(source, name, name.replace("text_encoder", "tokenizer")) for name in names]
     return [place for place in places if _config(place).get("model_type") in ("clip_text_model", "clip")]
 
 
-def _config(place: Place) -> dict[str, Any]:
+def _config(place: EncoderSource) -> dict[str, Any]:
     found = _read_json(place.source, f"{place.model}/config.json".lstrip("/"))
     if found is None:
         raise ArtifactError(f"encoders: {place} has no config.json; give a folder or hub name of a CLIP text encoder")
@@ -140,7 +140,7 @@ def _unreachable(source: str, error: Exception) -> ArtifactError:
     )
 
 
-def _model(place: Place) -> Any:
+def _model(place: EncoderSource) -> Any:
     from safetensors import SafetensorError
     from transformers import CLIPTextModelWithProjection
     from transformers.utils import logging
@@ -174,7 +174,7 @@ def _model(place: Place) -> Any:
     return model
 
 
-def _tokenizer(place: Place) -> Any:
+def _tokenizer(place: EncoderSource) -> Any:
     from transformers import CLIPTokenizer
 
     try:

@@ -1,7 +1,7 @@
-"""What a token is worth, without images: its cosine to pairs it was never trained on, beside controls.
+"""Quality of a token without images: its cosine to held-out pairs, compared with controls.
 
-The controls stand in the token's place in the same prompt: the plain word "creative", the word that the row started
-from, rows drawn at random, and a row trained just as long on targets whose coordinates are shuffled.
+A control replaces the token in the same prompt: the plain word "creative", the start word, random rows, and a row
+trained for as many steps on targets whose coordinates are shuffled.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from fine_dist.creative.pairs import Pair
 from fine_dist.creative.tokens import Tokens, per_row
 
 RANDOM_ROWS = 16
-"""The random control is the mean over so many rows: one alone says little."""
+"""Number of random rows whose mean is the random control."""
 _RANDOM_SEED = 0x72616E64
 START_WORD = 'the start word, "{}"'
 NOT_RUN = (
-    "The paper judges images: VQAScore 0.835, PickScore 21.775 and ImageReward 1.065 are its figures. They were not "
-    "run here, and nothing in this report stands for them."
+    "The paper evaluates images: it reports VQAScore 0.835, PickScore 21.775 and ImageReward 1.065. This report does "
+    "not measure images, and its cosines do not replace those scores."
 )
 
 
-class HeldOut:
-    """The measure of a run while it trains: cosines to the held-out pairs and norms of the rows.
+class HeldOutPairs:
+    """Measurement during training: cosines to the held-out pairs and norms of the rows.
 
-    names: of the rows that are shown, the first ones of the model; one empty name is a run alone.
+    Args:
+        names: names of the reported rows, which are the first of the model; one empty name for a single run.
     """
 
     def __init__(self, names: Sequence[str], num_trained: int, num_pairs: int, max_cosine: float) -> None:
@@ -39,7 +40,7 @@ class HeldOut:
         self._pairs = torch.arange(num_trained, num_pairs)
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
-        """Mean cosine, clamped loss and norms by name; a control's cosine is not among them."""
+        """Mean cosine, clamped loss and norms by name, without the controls."""
         cosines = held_out_cosines(model, self._pairs)  # [Q, R, O, C]
         losses = per_row(cosines, self.max_cosine)
         found = {}
@@ -61,7 +62,7 @@ def held_out_cosines(model: Any, pairs: Tensor) -> Tensor:
 
 
 class NearestWords:
-    """TensorBoard's texts: the vocabulary's words that a row is nearest to."""
+    """Texts for TensorBoard: the words of the vocabulary nearest to a row."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -70,9 +71,9 @@ class NearestWords:
         assert isinstance(model, Tokens)
         found = {}
         for index, name in enumerate(self.names):
-            for book in model.books:
-                words = book.encoder.nearest(model.row(book.encoder.key, index))
-                title = f"nearest/{book.encoder.key}" + (f"/{name}" if name else "")
+            for prompts_of_encoder in model.prompts_by_encoder:
+                words = prompts_of_encoder.encoder.nearest(model.row(prompts_of_encoder.encoder.key, index))
+                title = f"nearest/{prompts_of_encoder.encoder.key}" + (f"/{name}" if name else "")
                 found[title] = "  \n".join(f"`{word}` {cosine:.3f}" for word, cosine in words)
         return found
 
@@ -139,11 +140,11 @@ def report(title: str, facts: dict[str, Any], measured: dict[str, dict[str, floa
     lines = [
         f"# {title}",
         "",
-        f'`{facts["token"]}` in "{facts["template"]["adaptive"]}", drawn towards '
+        f'`{facts["token"]}` in "{facts["template"]["adaptive"]}", trained towards '
         f'"{facts["template"]["restrictive"]}" of {facts["num_trained"]} pairs in both orders, {facts["steps"]:,} '
         f"steps of {facts['batch']} pairs, seed {facts['seed']}; {facts['word_list']}.",
         "",
-        f"Mean cosine to {facts['num_held_out']} pairs that were never trained on (the loss stops drawing at "
+        f"Mean cosine to {facts['num_held_out']} pairs that were never trained on (the loss is clamped at "
         f"{facts['max_cosine']:g}):",
         "",
         f"| in the token's place | {' | '.join(keys)} |",

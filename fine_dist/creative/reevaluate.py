@@ -1,4 +1,4 @@
-"""Measure a token that was trained before, from what its folder says; with images, their CLIP score as well."""
+"""Measure a trained token again from the settings in its folder; with images, their CLIP score as well."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from fine_dist.engine.run_dir import write_atomic
 
 
 def evaluate_again(folder: str | Path, images: str | None = None, clip: str | None = None) -> str:
-    """The report of a token, measured anew on its held-out pairs; also written as report.md beside the token.
+    """The report of a token, measured again on its held-out pairs and written as report.md beside the token.
 
-    images, clip: a folder of images and the CLIP model that scores them (`scores.clip_scores`).
+    Args:
+        images, clip: a folder of images and the CLIP model that scores them.
 
-    `ArtifactError` when the encoders are not those that it was trained on.
+    Raises:
+        ArtifactError: the encoders are not those that the token was trained on.
     """
     saved = read_token(folder)
     facts = saved.manifest

@@ -1,13 +1,13 @@
-"""What trains: a row of embeddings for each run and encoder. Everything else is frozen and lies outside the module.
+"""The trainable rows of embeddings, one for each run and encoder, and their loss. Everything else is frozen.
 
-The adaptive prompt ("a photo of a <CreTok> mixture") is drawn towards the restrictive prompts of a pair, in both
-orders ("a lettuce mantis", "a mantis lettuce"), on the pooled embeddings E of each encoder (CreTok,
-arXiv 2410.24160; which embeddings, and that the encoders' losses add, are our choice):
+The adaptive prompt ("a photo of a <CreTok> mixture") is trained to agree with the restrictive prompts of a pair, in
+both orders ("a lettuce mantis", "a mantis lettuce"), on the pooled embeddings E of each encoder (CreTok, arXiv
+2410.24160; which embeddings are compared, and that the losses of encoders are added, are our choice):
 
     loss = 1 - min(cos(E(restrictive), E(adaptive)), max_cosine), mean over the two orders, summed over the encoders
 
-Restrictive prompts hold nothing that trains, so their embeddings are computed once. An adaptive prompt that does not
-name the pair is the same for all samples, so it goes through the encoder once a step and run, from its first
+Restrictive prompts contain nothing trainable, so their embeddings are computed once. An adaptive prompt without the
+words of the pair is the same for all samples, so it goes through the encoder once per step and run, from its first
 trainable position on (`causal.py`).
 
 b samples, R rows that train together, Q pairs, O = 2 orders, C encoders, M adaptive prompts, S positions of the longest
@@ -35,15 +35,15 @@ _SHUFFLE = 0x7368756666
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row that trains. `shuffled`: a control, drawn to targets whose coordinates are in another order."""
+    """A trainable row. A `shuffled` one is a control: the coordinates of its targets are permuted."""
 
     template: Template
     seed: int
     shuffled: bool = False
 
 
-class Book:
-    """What is fixed of one encoder's part: prompts as ids, the cached positions before, and the targets."""
+class EncoderPrompts:
+    """Fixed data of one encoder: prompts as token ids, the cached positions before the token, and the targets."""
 
     def __init__(
         self, encoder: TextEncoder, specs: Sequence[RowSpec], pairs: Sequence[Pair], token: str, cache: bool
@@ -66,7 +66,7 @@ class Book:
         self.prompt_of = torch.from_numpy(table).to(device)  # [R, Q, O]
         self.targets, self.target_of = self._targets(specs, pairs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Book:
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPrompts:
         return self
 
     def _targets(self, specs: Sequence[RowSpec], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class Book:
 class Tokens(nn.Module):
     """Rows [R, D] of each encoder, the only parameters, named as the encoders are (`clip_l`, `clip_g`).
 
-    They start from the embedding of one word. The encoders and books are no part of the module.
+    They start from the embedding of one word. Encoders and prompts are not part of the module.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Tokens(nn.Module):
     ) -> None:
         super().__init__()
         self.specs = tuple(specs)
-        self.books = [Book(encoder, specs, pairs, token, cache) for encoder in encoders]
+        self.prompts_by_encoder = [EncoderPrompts(encoder, specs, pairs, token, cache) for encoder in encoders]
         for encoder in encoders:
             begin = encoder.table[encoder.single(start, "start")].float()
             self.register_parameter(encoder.key, nn.Parameter(begin.repeat(len(specs), 1)))
@@ -129,23 +129,23 @@ class Tokens(nn.Module):
         """
         found = []
         num_rows = len(self.specs)
-        for book in self.books:
-            rows = self.get_parameter(book.encoder.key)  # [R, D]
+        for prompts_of_encoder in self.prompts_by_encoder:
+            rows = self.get_parameter(prompts_of_encoder.encoder.key)  # [R, D]
             index = torch.arange(num_rows, device=pairs.device)
-            prompts = book.prompt_of[index, pairs]  # [b, R, O]
+            prompts = prompts_of_encoder.prompt_of[index, pairs]  # [b, R, O]
             # A prompt that several samples share goes through the encoder once.
             keys, places = torch.unique(prompts * num_rows + index[:, None], return_inverse=True)  # [U], [b, R, O]
-            adaptive = book.embed(rows[keys % num_rows], keys // num_rows)  # [U, E]
-            which = book.target_of if against == "own" else self._true(book)
-            targets = book.targets[which, pairs]  # [b, R, O, E]
+            adaptive = prompts_of_encoder.embed(rows[keys % num_rows], keys // num_rows)  # [U, E]
+            which = prompts_of_encoder.target_of if against == "own" else self._true(prompts_of_encoder)
+            targets = prompts_of_encoder.targets[which, pairs]  # [b, R, O, E]
             found.append((adaptive[places] * targets).sum(-1))
         return torch.stack(found, dim=-1)
 
-    def _true(self, book: Book) -> Tensor:
+    def _true(self, prompts_of_encoder: EncoderPrompts) -> Tensor:
         """For each row, the targets of the unshuffled row with its template."""
         names = [(spec.template.restrictive, spec.shuffled) for spec in self.specs]
         plain = [names.index((restrictive, False)) for restrictive, _ in names]
-        return book.target_of[plain]
+        return prompts_of_encoder.target_of[plain]
 
     def work(self, batch: int) -> tuple[float, int]:
         """(FLOPs of the layers' matrices, positions computed) a sample, when a process takes `batch` samples at once.
@@ -153,20 +153,20 @@ class Tokens(nn.Module):
         The weights have no gradients: backward costs what forward does.
         """
         flops, positions = 0.0, 0
-        for book in self.books:
-            layers = book.encoder.model.text_model.encoder.layers
+        for prompts_of_encoder in self.prompts_by_encoder:
+            layers = prompts_of_encoder.encoder.model.text_model.encoder.layers
             numbers = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
-            fixed = len(self.specs) if all(len(p.unique()) == 1 for p in book.prompt_of) else 0
+            fixed = len(self.specs) if all(len(p.unique()) == 1 for p in prompts_of_encoder.prompt_of) else 0
             prompts = fixed / batch if fixed else 2 * len(self.specs)
-            positions += max(1, round(prompts * book.ids.shape[1]))
-            flops += 4 * numbers * prompts * book.ids.shape[1]
+            positions += max(1, round(prompts * prompts_of_encoder.ids.shape[1]))
+            flops += 4 * numbers * prompts * prompts_of_encoder.ids.shape[1]
         return flops, positions
 
 
-class Objective:
-    """The loss. Each row's gradient is what it would be alone: losses of rows add, and no row meets another's.
+class TokenObjective:
+    """The loss of all rows. Rows do not interact: the loss is a sum, so each row's gradient is that of a run alone.
 
-    `num_shown` rows come first and are what the reported loss is the mean of; the controls behind them train silently.
+    The reported loss is the mean over the first `num_shown` rows; the rows after them are controls.
     """
 
     def __init__(self, max_cosine: float, num_shown: int) -> None:
@@ -185,12 +185,12 @@ def per_row(cosines: Tensor, max_cosine: float) -> Tensor:
 
 
 def shuffle(size: int, seed: int) -> Tensor:
-    """A fixed order of a target's coordinates: lengths and cosines among targets stay, their meaning goes."""
+    """A fixed permutation of a target's coordinates: norms and cosines among targets stay, their meaning is lost."""
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=[seed, _SHUFFLE])).permutation(size))
 
 
 def common_beginning(lists: Sequence[Sequence[int]]) -> list[int]:
-    """The longest list that all of them begin with."""
+    """The longest common prefix of some lists."""
     begins = []
     for column in zip(*lists):
         if len(set(column)) > 1:

@@ -1,9 +1,10 @@
-"""Training: the runs of a config as programs of the engine, several of them in one; what each becomes on disk."""
+"""Training: the runs of a config as programs of the engine, several in one program, and the files of each run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,40 @@ from fine_dist.creative.config import (
     SETTINGS,
     TINY,
     CreativeConfig,
-    Member,
+    TokenRun,
     check_folder,
     expand,
-    is_alone,
     is_finished,
+    is_single_run,
     packs,
     settings,
 )
 from fine_dist.creative.encoder_sources import load_encoders
 from fine_dist.creative.encoders import TextEncoder
-from fine_dist.creative.evaluate import START_WORD, HeldOut, NearestWords, measure, report
+from fine_dist.creative.evaluate import START_WORD, HeldOutPairs, NearestWords, measure, report
 from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.saving import save_token
-from fine_dist.creative.tokens import Objective, RowSpec, Tokens
+from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
-from fine_dist.engine.program import Fitted, Program
+from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir, write_atomic
 from launchers.state_table import StateTable
 
+log = logging.getLogger(__name__)
 KIND = "creative"
 LEARNED, SHUFFLED = "the learned token", "a row trained on shuffled targets"
 
 
 def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
-    """Train the runs of a config that are not done, a pack at a time, in this process; the run directory.
+    """Train the unfinished runs of a config, one pack after another, in this process; returns the run directory.
 
-    table: has a row for each of several runs; written on rank 0.
+    Args:
+        table: state table with a row for each run, updated on rank 0.
 
-    Raises `ResumeLater` when stopped: the same command continues.
+    Raises:
+        ResumeLater: the run was stopped; the same command resumes it.
     """
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -54,7 +58,7 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
     folder = run_dir_of(config)
     for member in expand(config):
         check_folder(config, member)
-    if is_alone(config):
+    if is_single_run(config):
         train_pack(config, expand(config), folder, world)
         return folder
     for name, members in packs(config).items():
@@ -65,18 +69,20 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
     return folder
 
 
-def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, world: World) -> None:
+def train_pack(config: CreativeConfig, members: Sequence[TokenRun], place: Path, world: World) -> None:
     """Train some runs as one program with its checkpoints and logs in `place`, and write each one's token."""
     if all(is_finished(member) for member in members):
         if world.is_main:
-            print(f"creative: finished before: {', '.join(str(member.folder) for member in members)}", flush=True)
+            print(f"creative: already finished: {', '.join(str(member.folder) for member in members)}", flush=True)
         return
-    # The directory is claimed when the words, the encoders and the first token are known to be good.
+    # the directory is claimed only after the words, the encoders and the initial token were found to be valid
     encoders = load_encoders(config.encoders, config.token, world.device)
     pairs = make_pairs(config)
     program = make_program(config, members, encoders, pairs, world)
     settings = config.model_dump(mode="json", include={"optim", "batch", "steps"})
     identity = {**program.identity, **settings, "precision": config.engine.precision}
+    if world.is_main:
+        warn_at_clamp(config, program.model, len(pairs.trained))
     with RunDir(place).open(KIND, identity, world) as run_dir:
         fitted = fit(
             program,
@@ -101,20 +107,20 @@ def train_pack(config: CreativeConfig, members: Sequence[Member], place: Path, w
             run_dir.finish(**facts)
 
 
-def _own(config: CreativeConfig, members: Sequence[Member]) -> CreativeConfig:
-    """A config of these runs alone, without what changes speed only: a family may grow, and its packs go on."""
+def _own(config: CreativeConfig, members: Sequence[TokenRun]) -> CreativeConfig:
+    """A config of these runs alone, without speed settings: other runs may be added, and these packs still resume."""
     names = {member.name for member in members}
     templates = {key: t for key, t in config.templates.items() if any(n.startswith(f"{key}-s") for n in names)}
     seeds = tuple(seed for seed in config.seeds if any(member.seed == seed for member in members))
-    only = () if is_alone(config) else tuple(member.name for member in members)
+    only = () if is_single_run(config) else tuple(member.name for member in members)
     fixed = {"pack": len(members), "cache": True}
     return config.model_copy(update={"templates": templates, "seeds": seeds, "only": only, **fixed})
 
 
 def make_program(
-    config: CreativeConfig, members: Sequence[Member], encoders: Sequence[TextEncoder], pairs: Pairs, world: World
+    config: CreativeConfig, members: Sequence[TokenRun], encoders: Sequence[TextEncoder], pairs: Pairs, world: World
 ) -> Program:
-    """What the engine trains: a row a run and encoder, the controls' rows behind them."""
+    """The program of some runs: a row for each run and encoder, then the rows of the controls."""
     specs = [RowSpec(member.template, member.seed) for member in members]
     if config.shuffled:
         specs += [RowSpec(member.template, member.seed, shuffled=True) for member in members]
@@ -126,12 +132,12 @@ def make_program(
         rank=world.rank,
         world_size=world.world_size,
     )
-    names = [""] if len(members) == 1 and is_alone(config) else [member.name for member in members]
+    names = [""] if len(members) == 1 and is_single_run(config) else [member.name for member in members]
     flops, positions = model.work(config.engine.micro_batch or max(1, config.batch // world.world_size))
     rows = [{"template": spec.template.model_dump(), "seed": spec.seed, "shuffled": spec.shuffled} for spec in specs]
     return Program(
         model,
-        Objective(config.max_cosine, len(members)),
+        TokenObjective(config.max_cosine, len(members)),
         stream,
         identity={
             "method": "cretok",
@@ -141,7 +147,7 @@ def make_program(
             "start": config.start,
             "max_cosine": config.max_cosine,
         },
-        held_out=HeldOut(names, len(pairs.trained), len(pairs.all), config.max_cosine),
+        held_out=HeldOutPairs(names, len(pairs.trained), len(pairs.all), config.max_cosine),
         texts=NearestWords(names),
         flops_per_sample=flops,
         tokens_per_sample=positions,
@@ -150,11 +156,11 @@ def make_program(
 
 def keep(
     config: CreativeConfig,
-    members: Sequence[Member],
+    members: Sequence[TokenRun],
     index: int,
     encoders: Sequence[TextEncoder],
     pairs: Pairs,
-    fitted: Fitted,
+    fitted: FitResult,
     hashes: dict[str, str],
 ) -> None:
     """Write a run's token and its report."""
@@ -189,12 +195,32 @@ def keep(
     write_atomic(member.folder / SETTINGS, json.dumps(settings(config, member), indent=1) + "\n")
     manifest = save_token(member.folder / "token", config.token, rows, facts, control)
     write_atomic(member.folder / "report.md", report(f"CreTok, {member.name}", manifest, measured))
-    learned, begun = measured[LEARNED]["mean"], measured[START_WORD.format(config.start)]["mean"]
+    learned, start = measured[LEARNED]["mean"], measured[START_WORD.format(config.start)]["mean"]
     print(
-        f"creative: {member.name}: cosine to held-out pairs {learned:.4f}, of the start word {begun:.4f}; the token is "
-        f"in {member.folder / 'token'}",
+        f"creative: {member.name}: mean cosine to {len(pairs.held_out)} held-out pairs {learned:.4f} (start word "
+        f"{start:.4f})\n  token: {member.folder / 'token'}\n  report: {member.folder / 'report.md'}\n"
+        f"  measure it again: fine-dist creative --evaluate {member.folder}",
         flush=True,
     )
+
+
+@torch.no_grad()
+def warn_at_clamp(config: CreativeConfig, model: Tokens, num_trained: int) -> None:
+    """Warn when the loss has hardly a gradient: nine in ten cosines exceed the clamp before the first step."""
+    index = torch.arange(num_trained, device=next(model.parameters()).device)
+    cosines = model(index[:, None].expand(-1, len(model.specs)))[:, : len(model.specs) // (1 + config.shuffled)]
+    at_clamp = float((cosines >= config.max_cosine).float().mean())
+    if at_clamp >= 0.9:
+        log.warning(
+            "the loss is at its clamp from the first step: with start %r, %.0f%% of the training pairs have a cosine "
+            "beyond max_cosine %g (mean %.4f), so the token will hardly move; raise --max-cosine above %.4f, or choose "
+            "another --start",
+            config.start,
+            100 * at_clamp,
+            config.max_cosine,
+            float(cosines.mean()),
+            float(cosines.max()),
+        )
 
 
 def _whereabouts(source: str) -> str:

@@ -1,22 +1,22 @@
-"""Checkpoints of what trains: weights, AdamW's moments and EMA as named flat ranges, written whole or not at all.
+"""Checkpoints of what trains: weights, AdamW's moments and averages as named flat ranges, complete or absent.
 
-    checkpoints/LATEST                    the newest one's folder name, written last
-    checkpoints/step_00001000/rank0.safetensors ...    one file a rank that owns something: `PART:NAME@START`, flat fp32
+    checkpoints/LATEST                                 name of the newest checkpoint's folder, written last
+    checkpoints/step_00001000/rank0.safetensors ...    one file for each rank that owns something
     checkpoints/step_00001000/manifest.json            step, identity, shapes, update counts, sha256 of every file
 
 Because a tensor is stored as ranges of a named parameter, any backend, ZeRO stage and world size reads what any other
-wrote. Frozen weights are not stored: the program rebuilds them, and `identity` says that it rebuilds the same ones.
+wrote. Frozen weights are not stored: the program makes them again, and `identity` says that it makes the same ones.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import threading
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +25,41 @@ from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import sync_folder, write_atomic
-from fine_dist.engine.backend import MOMENTS, Backend, Piece
-from fine_dist.engine.dist import World, broadcast_object
+from fine_dist.engine.backend import Backend, Piece
+from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, write_tensors
+from fine_dist.engine.dist import World, barrier, broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.run_dir import flat
-from fine_dist.engine.saved import FORMAT, Saved
-from fine_dist.engine.tensor_file import write_tensors
 
-PARTS_TIMEOUT_S = 600
-"""Rank 0 waits so long for the other ranks' files of one checkpoint."""
-CLOSING_S = 3
-"""The same, when the run has ended with an error."""
+log = logging.getLogger(__name__)
+
+OTHER_RANKS_S = 600
+"""Seconds that rank 0 waits for the other ranks' files of one checkpoint."""
+OTHER_RANKS_CLOSING_S = 3
+"""The same after the run has ended with an error."""
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: all ranks make one of these and call it alike."""
+    """The checkpoints of one run directory. All ranks make one and call it at the same points.
+
+    Args:
+        folder: Where they are.
+        identity: What must match for a checkpoint to be of this run (JSON values).
+        keep: How many of the newest stay.
+    """
 
     def __init__(self, folder: Path, world: World, identity: dict[str, Any], keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        self.identity = json.loads(json.dumps(identity))  # as it will be read: tuples are lists, keys are strings
+        self.identity = json.loads(json.dumps(identity))  # as it is read back: tuples become lists, keys strings
         self.last_saved = -1
         self.stall_s = 0.0
-        """Seconds that the last `save` held the training up."""
+        """Seconds for which the last `save` held up the training."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closing = threading.Event()
         self._staging: dict[str, Tensor] = {}
-        # What an earlier start left half-written is not confused with this start's, even at the same step.
+        # Drafts of an earlier start cannot be taken for this start's, even at the same step.
         self._token: str = broadcast_object(f"{os.getpid()}-{time.time_ns():x}", world)
         if world.is_main:
             for stale in folder.glob(".writing-*"):
@@ -60,43 +67,47 @@ class Checkpoints:
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
-    def newest(self) -> Saved | None:
-        """The newest undamaged checkpoint, the same on every rank; none when there is none.
+    def newest(self) -> CheckpointReader | None:
+        """The newest undamaged checkpoint, the same on every rank; None when there is none.
 
-        A damaged one is named in a warning, set aside as `damaged-…`, and the one before is taken. Raises
-        `CheckpointError` when all are damaged, or when the one found belongs to another run, saying what differs.
+        Rank 0 alone looks for it and verifies it. A damaged one is named in a warning and renamed to `damaged-...`, and
+        the one before it is taken.
+
+        Raises:
+            CheckpointError: All are damaged, or the one found belongs to another run; the message says what differs.
         """
-        answer: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         if self.world.is_main:
             try:
-                answer["name"] = self._find_newest()
+                found["name"] = self._find_newest()
             except CheckpointError as error:
-                answer["error"] = str(error)
-        answer = broadcast_object(answer, self.world)
-        if "error" in answer:
-            raise CheckpointError(answer["error"])
-        if answer["name"] is None:
+                found["error"] = str(error)
+        found = broadcast_object(found, self.world)
+        if "error" in found:
+            raise CheckpointError(found["error"])
+        if found["name"] is None:
             return None
-        saved = Saved(self.folder / answer["name"])
-        self.last_saved = saved.step
-        return saved
+        checkpoint = CheckpointReader(self.folder / found["name"])
+        self.last_saved = checkpoint.step
+        return checkpoint
 
     def _find_newest(self) -> str | None:
         found = self._folders()
         for folder in reversed(found):
             try:
-                saved = Saved(folder)
-                saved.verify()
+                checkpoint = CheckpointReader(folder)
+                checkpoint.verify()
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
                 os.replace(folder, aside)
-                warnings.warn(
-                    f"checkpoint {folder} is damaged ({error}); it is set aside as {aside.name} and the one before it "
-                    "is used",
-                    stacklevel=2,
+                log.warning(
+                    "checkpoint %s is damaged (%s); it is renamed to %s and the one before it is used",
+                    folder,
+                    error,
+                    aside.name,
                 )
                 continue
-            self._refuse_other_run(saved)
+            self._refuse_other_run(checkpoint)
             return folder.name
         if found:
             raise CheckpointError(
@@ -105,18 +116,18 @@ class Checkpoints:
             )
         return None
 
-    def _refuse_other_run(self, saved: Saved) -> None:
-        theirs, ours = flat(saved.identity), flat(self.identity)
+    def _refuse_other_run(self, checkpoint: CheckpointReader) -> None:
+        before, now = flat(checkpoint.identity), flat(self.identity)
         differing = [
-            f"{key}: {theirs.get(key, 'absent')!r} in the checkpoint, {ours.get(key, 'absent')!r} now"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key)
+            f"{key}: {before.get(key, 'absent')!r} in the checkpoint, {now.get(key, 'absent')!r} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
         ]
         if differing:
             raise CheckpointError(
-                f"checkpoint {saved.folder} belongs to another run:\n  "
+                f"checkpoint {checkpoint.folder} belongs to another run:\n  "
                 + "\n  ".join(differing)
-                + "\nuse another run directory, or give what this run was started with"
+                + "\nchoose another run directory, or give the settings that this run was started with"
             )
 
     def _folders(self) -> list[Path]:
@@ -128,9 +139,13 @@ class Checkpoints:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, backend: Backend, ema: Ema, extra: dict[str, Any]) -> None:
-        """Copy the state and write it in the background; training goes on when the copy is made.
+        """Copy the state into host memory and write it in the background, while training goes on.
 
-        An error of an earlier write (a full disk) is raised here or by `check` and `finish`.
+        An error of an earlier write, such as a full disk, is raised here, by `check` or by `finish`.
+
+        Args:
+            step: Updates that the state has had.
+            extra: What else to keep (JSON values).
         """
         if step == self.last_saved:
             return
@@ -141,15 +156,15 @@ class Checkpoints:
         pieces = backend.pieces()
         for piece in pieces:
             parts = {"weight": piece.weight, "ema": ema.values[piece.name], **backend.moments(piece)}
-            for part, value in parts.items():
-                tensors[f"{part}:{piece.name}@{piece.start}"] = self._copy(f"{part}:{piece.name}", value)
-        about = {
+            for key, value in parts.items():
+                tensors[f"{key}:{piece.name}@{piece.start}"] = self._copy(f"{key}:{piece.name}", value)
+        part: dict[str, Any] = {
             "shapes": {piece.name: list(piece.shape) for piece in pieces},
             "optimizer_steps": backend.optimizer_steps(),
         }
         header = {"format": FORMAT, "step": step, "identity": self.identity, "extra": extra}
         self._thread = threading.Thread(
-            target=self._write, args=(step, tensors, about, header), name="fine-dist-checkpoint", daemon=True
+            target=self._write, args=(step, tensors, part, header), name="fine-dist-checkpoint", daemon=True
         )
         self._thread.start()
         self.last_saved = step
@@ -168,13 +183,13 @@ class Checkpoints:
             raise error
 
     def finish(self) -> None:
-        """Wait until every rank's last save is on disk, and raise what went wrong with it."""
+        """Wait until the last save of every rank is on disk, and raise what went wrong with it."""
         self._join()
         self.check()
-        broadcast_object(None, self.world)  # rank 0 has put the parts together when it comes here
+        barrier(self.world)  # rank 0 comes here when it has assembled the checkpoint
 
     def close(self) -> None:
-        """Let a write that is under way end, whatever became of the run; its parts of dead ranks are not waited for."""
+        """Let a write that is under way end, however the run ended; the files of dead ranks are not waited for."""
         self._closing.set()
         self._join()
 
@@ -184,46 +199,46 @@ class Checkpoints:
             self._thread = None
 
     def _copy(self, key: str, value: Tensor) -> Tensor:
-        """The value in host memory that is kept for it: after the first save no page is touched for the first time."""
+        """A copy in host memory that every save uses again: only the first one pays for new pages."""
         kept = self._staging.get(key)
         if kept is None or kept.shape != value.shape:
             kept = self._staging[key] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
         return kept.copy_(value)
 
-    def _write(self, step: int, tensors: dict[str, Tensor], about: dict[str, Any], header: dict[str, Any]) -> None:
+    def _write(self, step: int, tensors: dict[str, Tensor], part: dict[str, Any], header: dict[str, Any]) -> None:
         name = f"step_{step:08d}"
         folder = self.folder / f".writing-{name}-{self._token}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if tensors:
                 file = f"rank{self.world.rank}.safetensors"
-                about["files"] = {file: write_tensors(folder / file, tensors)}
-            write_atomic(folder / f"part{self.world.rank}.json", json.dumps(about))
+                part["files"] = {file: write_tensors(folder / file, tensors)}
+            write_atomic(folder / f"part{self.world.rank}.json", json.dumps(part))
             if self.world.is_main:
-                self._put_together(folder, name, header)
-        except BaseException as error:
+                self._assemble(folder, name, header)
+        except BaseException as error:  # the training thread raises it: see `check`
             if isinstance(error, OSError) and error.filename is None:
-                error = OSError(error.errno, error.strerror, str(folder))  # a write does not say where
+                error = OSError(error.errno, error.strerror, str(folder))  # an error of `write` does not name a file
             self._error = error
             if self.world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _put_together(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
-        """Rank 0: when all parts are there, the manifest, the folder's final name, and last the pointer."""
+    def _assemble(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
+        """Rank 0: wait for all ranks, write the manifest, give the folder its name, and point LATEST to it last."""
         manifest = {**manifest, "world_size": self.world.world_size, "files": {}, "shapes": {}, "optimizer_steps": {}}
-        until = time.monotonic() + PARTS_TIMEOUT_S
+        until = time.monotonic() + OTHER_RANKS_S
         for rank in range(self.world.world_size):
             path = folder / f"part{rank}.json"
             while not path.exists():
                 if self._closing.is_set():
-                    until = min(until, time.monotonic() + CLOSING_S)
+                    until = min(until, time.monotonic() + OTHER_RANKS_CLOSING_S)
                 if time.monotonic() > until:
                     raise CheckpointError(
-                        f"rank {rank} did not write its part of {self.folder / name} within {PARTS_TIMEOUT_S} s; the "
+                        f"rank {rank} did not write its part of {self.folder / name} within {OTHER_RANKS_S} s; the "
                         "run directory must be on a file system that all nodes share"
                     )
                 time.sleep(0.02)
-                os.listdir(folder)  # makes a network file system look again
+                os.listdir(folder)  # makes a network file system refresh what it knows of the folder
             part = json.loads(path.read_text(encoding="utf-8"))
             for key in ("files", "shapes", "optimizer_steps"):
                 manifest[key].update(part.get(key, {}))
@@ -245,14 +260,7 @@ class Checkpoints:
             shutil.rmtree(folder)
 
 
-def restore_ema(saved: Saved, ema: Ema, pieces: list[Piece]) -> None:
-    """Set the averages of this rank's pieces."""
+def restore_ema(checkpoint: CheckpointReader, ema: Ema, pieces: list[Piece]) -> None:
+    """Set the averages of this rank's pieces from a checkpoint."""
     for piece in pieces:
-        ema.values[piece.name].copy_(saved.read("ema", piece.name, piece.start, piece.stop))
-
-
-def restore_moments(saved: Saved, piece: Piece) -> dict[str, Tensor]:
-    """AdamW's moments of a piece, flat, in host memory; zeros when it had no update yet."""
-    if not saved.optimizer_steps.get(piece.name, 0):
-        return {key: torch.zeros(piece.stop - piece.start) for key in MOMENTS}
-    return {key: saved.read(key, piece.name, piece.start, piece.stop) for key in MOMENTS}
+        ema.values[piece.name].copy_(checkpoint.read("ema", piece.name, piece.start, piece.stop))

@@ -1,26 +1,33 @@
-"""How a model's blocks are run: recomputed in the backward pass, compiled once for all of them.
+"""How a model's blocks are run: recomputed in the backward pass, and compiled once for all of them.
 
-Blocks of one class share one compiled function: their parameters are inputs of it, so layers and depths beyond the
-first compile nothing again.
+Blocks of one class share one compiled function. Their parameters are its inputs, so layers and depths beyond the first
+compile nothing new.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-import warnings
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
+import torch._dynamo.exc
 from torch import nn
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.settings import EngineConfig
 
+log = logging.getLogger(__name__)
+
+CompileError = torch._dynamo.exc.TorchDynamoException
+"""What dynamo and inductor raise when they cannot compile. All other errors are the model's own and pass through, among
+them running out of memory, and the exception by which torch ends a recomputation (`torch.utils.checkpoint`)."""
+
 
 def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
-    """Activation checkpointing and compilation, a block at a time. `ConfigError` when the model has no blocks."""
+    """Set up activation checkpointing and compilation, block by block. `ConfigError` when the model has no blocks."""
     if engine.activation_checkpointing != "none" and not hasattr(model, "recompute"):
         raise ConfigError(
             f"engine.activation_checkpointing: {type(model).__name__} cannot recompute its blocks; legal: none"
@@ -32,7 +39,7 @@ def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) 
 
 
 def compiles(engine: EngineConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: as the config says; by itself on a GPU beside a C compiler, without ZeRO."""
+    """Whether blocks are compiled: as the config says, or else on a GPU, beside a C compiler, without sharding."""
     if engine.compile is not None:
         return engine.compile
     plain_gpu = device.type == "cuda" and engine.backend == "plain"
@@ -40,9 +47,10 @@ def compiles(engine: EngineConfig, device: torch.device) -> bool:
 
 
 def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
-    """Replace the blocks' forward by their class's compiled one; the first failure warns, and all go back to eager.
+    """Replace each block's forward by its class's compiled one. When compilation fails, warn and run all without it.
 
-    backend: torch.compile's.
+    Args:
+        backend: As `torch.compile` takes it.
     """
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
     chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
@@ -51,11 +59,12 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
         kind = type(block)
         try:
             return chosen[kind](block, *args, **kwargs)
-        except Exception as error:  # whatever a compiler throws, eager mode can still say what is really wrong
+        except CompileError as error:
             if chosen[kind] is eager[kind]:
                 raise
             chosen.update(eager)
-            warnings.warn(f"torch.compile failed, running without it: {str(error).splitlines()[0]}", stacklevel=2)
+            reason = " ".join(str(error).split()[:40])
+            log.warning("torch.compile failed, and blocks run without it: %s", reason)
             return eager[kind](block, *args, **kwargs)
 
     for block in blocks:

@@ -1,11 +1,14 @@
-"""Which process this is, among which: the words of torchrun, DeepSpeed's launcher, SLURM and Ray, read in one place.
+"""Which process this is, and among which others, as torchrun, DeepSpeed's launcher, SLURM or Ray say.
 
-`world()` answers once a process and, when there are several, joins them into a process group (NCCL for tensors on a
-GPU, gloo for those in host memory). The reductions below do nothing, exactly, in a world of one.
+`world()` reads that once a process and, when there are several, joins them into a process group: NCCL for tensors on a
+GPU, gloo for tensors in host memory. In a world of one, the collectives below do nothing at all.
+
+torch is imported inside functions, because commands read this file before they print `--help`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -14,14 +17,17 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from fine_dist.core.errors import ConfigError, LaunchError
+from fine_dist.core.errors import ConfigError, LaunchError, ReportedElsewhere
 from fine_dist.core.processes import derived_port, number_in, rank_words, seconds_in
 
 if TYPE_CHECKING:
     import torch
 
 COLLECTIVE_TIMEOUT_S = 1800
-"""A collective may wait this long (rank 0 evaluates meanwhile); `engine.watch` notices a dead rank much sooner."""
+"""Seconds that a collective may wait (rank 0 evaluates meanwhile); `engine.heartbeat` notices a dead rank much
+sooner."""
+GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
+"""Environment variable that a launcher sets to 1 for a job that asked for GPUs: its processes never run on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class World:
     local_size: int = 1
     device: torch.device | None = None
     master: str | None = None
-    """host:port where the ranks meet; none when they have met already (Ray) or there is one."""
+    """host:port where the ranks meet; None in a world of one."""
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +52,7 @@ _current: World | None = None
 
 
 def read_environment(env: Mapping[str, str] = os.environ) -> World:
-    """The world as the launcher describes it; device is not chosen yet. `LaunchError` when the words contradict.
+    """The world as the launcher describes it, without a device. `LaunchError` when the variables contradict each other.
 
     RANK, WORLD_SIZE, LOCAL_RANK (torchrun, the deepspeed launcher, Ray Train) come first. SLURM's are read inside an
     `srun` step only: a batch script also has SLURM_PROCID=0, but it is one process whatever SLURM_NTASKS says.
@@ -80,35 +86,79 @@ def first_host(nodelist: str) -> str:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device of this process. `ConfigError` for a GPU that is not there."""
+    """The device of this process.
+
+    GPUs are counted by torch, which alone knows whether it can use them. A process that sees exactly one GPU takes it
+    whatever its local rank is: SLURM's `--gpus-per-task` shows each process its own.
+
+    Args:
+        name: `auto` (a GPU when there is one), `cpu` or `cuda`.
+        local_rank: Number of this process on its node.
+
+    Raises:
+        ConfigError: `cuda` was asked for and no GPU is usable, or the node has fewer GPUs than processes.
+    """
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:
-        built = f"torch {torch.__version__} is built {'with' if torch.version.cuda else 'without'} CUDA"
         raise ConfigError(
-            f"engine.device: cuda was asked for and no GPU is usable on {socket.gethostname()} ({built}); "
+            f"engine.device: cuda was asked for and no GPU is usable on {socket.gethostname()} ({why_no_gpu()}); "
             "legal here: cpu, auto"
         )
     if name == "cpu" or not count:
         return torch.device("cpu")
-    if local_rank >= count:
+    index = 0 if count == 1 else local_rank
+    if index >= count:
         raise ConfigError(
             f"this process is number {local_rank} on {socket.gethostname()}, which shows it {count} GPUs; start at "
             f"most {count} processes a node, or check CUDA_VISIBLE_DEVICES"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def why_no_gpu() -> str:
+    """Why torch has no GPU to use here, in its own words where it has some."""
+    import torch
+
+    if getattr(torch, "xpu", None) is not None and torch.xpu.is_available():
+        return "torch sees an Intel GPU (xpu); GPUs of NVIDIA and AMD are supported"
+    if torch.backends.mps.is_available():
+        return "torch sees an Apple GPU (mps); GPUs of NVIDIA and AMD are supported"
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = "" if visible is None else f", CUDA_VISIBLE_DEVICES={visible!r}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # an old driver, no driver, or no device
+        return f"torch {torch.__version__} for {built}{shown}: {str(error).splitlines()[0]}"
+    return f"torch {torch.__version__} for {built}{shown}: no device"
 
 
 def world(device: str = "auto") -> World:
-    """This process's world, joined. The first call meets the other ranks; later ones return the same answer."""
+    """This process's world. The first call meets the other ranks; later calls return the same answer.
+
+    Raises:
+        LaunchError: The ranks cannot meet, or a job that asked for GPUs has ranks without one, or some ranks have a GPU
+            and others have none (`ReportedElsewhere` on all ranks but 0).
+    """
     global _current
     if _current is None:
-        found = read_environment()
-        found = replace(found, device=pick_device(device, found.local_rank))
+        found, problem = read_environment(), ""
+        try:
+            found = replace(found, device=pick_device(device, found.local_rank))
+        except ConfigError as error:
+            if found.world_size == 1:
+                raise
+            problem = str(error)  # the others wait for this rank, so it meets them and says what is wrong
+        about = _about_device(found, problem)
         if found.world_size > 1:
-            _join(found)
+            _join(found, about)
+        else:
+            _refuse_wrong_devices([about], found)
         _current = found
     elif device != "auto" and _current.device is not None and _current.device.type != device:
         _current = replace(_current, device=pick_device(device, _current.local_rank))
@@ -116,12 +166,15 @@ def world(device: str = "auto") -> World:
 
 
 def alone(device: str = "auto") -> World:
-    """A world of this process only, whatever the environment says: a task of a fan-out."""
-    return World(device=pick_device(device))
+    """A world of this process only, whatever the environment says: for a task of a fan-out."""
+    found = World(device=pick_device(device))
+    if device != "cpu":
+        _refuse_wrong_devices([_about_device(found)], found)
+    return found
 
 
 def leave() -> None:
-    """Take the process group down; `world()` may join another."""
+    """Destroy the process group; `world()` may join another."""
     global _current
     import torch.distributed as dist
 
@@ -131,31 +184,49 @@ def leave() -> None:
 
 
 def join_alone(device: torch.device) -> None:
-    """A process group of one, for libraries that insist on having one (DeepSpeed)."""
+    """A process group of one, for libraries that need one (DeepSpeed, FSDP2)."""
     import torch.distributed as dist
+    from torch.distributed import HashStore
 
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
 
 
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def _join(found: World) -> None:
-    import torch.distributed as dist
+def _join(found: World, about: dict[str, str]) -> None:
+    """Meet the other ranks, compare devices while only a key-value store connects them, and make the process group.
 
-    assert found.master is not None and found.device is not None
+    The comparison comes first because a group whose ranks disagree about their devices does not fail: it waits for its
+    time limit, half an hour.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    assert found.master is not None
     host, _, port = found.master.rpartition(":")
-    # Every library that looks for itself (DeepSpeed, NCCL, diffusers) finds the same words.
-    words = rank_words(found.rank, found.world_size, found.local_rank, found.local_size, host, port)
-    for key, value in words.items():
+    # Libraries that read the environment themselves (DeepSpeed, NCCL, diffusers) find the same values.
+    variables = rank_words(found.rank, found.world_size, found.local_rank, found.local_size, host, port)
+    for key, value in variables.items():
         os.environ.setdefault(key, value)
-    if dist.is_initialized():
+    if dist.is_initialized():  # by Ray
+        _refuse_wrong_devices(gather_objects(about, found), found)
         return
     timeout = timedelta(seconds=seconds_in(os.environ, "FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S))
     try:
-        dist.init_process_group(_backend(found.device), init_method="env://", timeout=timeout)
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+        devices = PrefixStore("devices", store)
+        devices.set(str(found.rank), json.dumps(about))
+        abouts = [json.loads(devices.get(str(other))) for other in range(size)] if found.is_main else []
+        if found.is_main:  # one rank asks for all: 512 ranks that ask each other would be 262,144 requests
+            devices.set("all", json.dumps(abouts))
+        _refuse_wrong_devices(json.loads(devices.get("all")), found)
+        assert found.device is not None
+        group = PrefixStore("group", store)
+        dist.init_process_group(_backend(found.device), store=group, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"rank {found.rank} of {found.world_size} on {socket.gethostname()} could not meet the others at "
@@ -163,7 +234,53 @@ def _join(found: World) -> None:
         ) from error
 
 
-# --- collectives, exact no-ops in a world of one --------------------------------------------------------------------
+def _about_device(found: World, problem: str = "") -> dict[str, str]:
+    """What the other ranks have to know of this one's device (JSON values)."""
+    import torch
+
+    kind = found.device.type if found.device is not None else "none"
+    about = {"host": socket.gethostname(), "kind": kind, "why": problem, "id": ""}
+    if kind == "cuda":
+        about["id"] = str(getattr(torch.cuda.get_device_properties(found.device), "uuid", ""))
+    elif kind == "cpu" and os.environ.get(GPU_REQUIRED) == "1":
+        about["why"] = why_no_gpu()
+    return about
+
+
+def _refuse_wrong_devices(abouts: list[dict[str, str]], found: World) -> None:
+    """Raise when a rank lacks the GPU that the job asked for or that others have, or when two ranks share one."""
+    without = [rank for rank, about in enumerate(abouts) if about["kind"] == "cpu"]
+    asked = os.environ.get(GPU_REQUIRED) == "1"
+    what = ""
+    if without and (asked or len(without) < len(abouts)):
+        first = abouts[without[0]]
+        ranks = ", ".join(f"{rank} ({abouts[rank]['host']})" for rank in without[:8])
+        more = f" and {len(without) - 8} more" if len(without) > 8 else ""
+        why = f": {first['why']}" if first["why"] else ""
+        wanted = (
+            "the job asked for GPUs" if asked else f"{len(abouts) - len(without)} of {len(abouts)} ranks have a GPU"
+        )
+        what = (
+            f"{wanted}, and rank {ranks}{more} runs on the CPU{why}. Check the driver and CUDA_VISIBLE_DEVICES there, "
+            "or set engine.device to cpu and launch.gpus to 0"
+        )
+    seen: dict[tuple[str, str], int] = {}
+    for rank, about in enumerate(abouts):
+        if about["kind"] == "none" and not what:
+            what = f"rank {rank}: {about['why']}"
+        if not about["id"]:
+            continue
+        other = seen.setdefault((about["host"], about["id"]), rank)
+        if other != rank and not what:
+            what = (
+                f"ranks {other} and {rank} share one GPU of {about['host']}, and NCCL needs one a rank; lower "
+                "launch.processes, or check CUDA_VISIBLE_DEVICES"
+            )
+    if what:
+        raise LaunchError(what) if found.is_main else ReportedElsewhere(what)
+
+
+# --- collectives: in a world of one they do nothing -----------------------------------------------------------------
 
 
 def barrier(world: World) -> None:
@@ -175,7 +292,7 @@ def barrier(world: World) -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """The sum over ranks, in place; on the tensor's own device (gloo or NCCL)."""
+    """Sum over ranks, in place, on the tensor's own device (gloo or NCCL)."""
     if world.world_size > 1:
         import torch.distributed as dist
 
@@ -184,7 +301,7 @@ def all_reduce_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
-    """The maximum over ranks, in place."""
+    """Maximum over ranks, in place."""
     if world.world_size > 1:
         import torch.distributed as dist
 
@@ -193,7 +310,7 @@ def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def broadcast(tensor: torch.Tensor, world: World, source: int = 0) -> torch.Tensor:
-    """Rank `source`'s values, in place; on the tensor's own device."""
+    """Take rank `source`'s values, in place, on the tensor's own device."""
     if world.world_size > 1:
         import torch.distributed as dist
 
@@ -202,25 +319,23 @@ def broadcast(tensor: torch.Tensor, world: World, source: int = 0) -> torch.Tens
 
 
 def broadcast_object(value: Any, world: World, source: int = 0) -> Any:
-    """A plain value (JSON's types: str, numbers, lists, dicts) of rank `source`, on every rank."""
+    """A value (JSON's types) of rank `source`, on every rank."""
     return gather_objects(value, world)[source]
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """A plain value (JSON's types) of every rank, in rank order, on every rank. Nothing is pickled."""
+    """A value (JSON's types) of every rank, in rank order, on every rank. Nothing is pickled."""
     if world.world_size == 1:
         return [value]
-    import json
-
     import torch
     import torch.distributed as dist
 
-    words = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     sizes = torch.zeros(world.world_size, dtype=torch.int64)
-    sizes[world.rank] = len(words)
+    sizes[world.rank] = len(message)
     all_reduce_sum(sizes, world)
-    mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
-    mine[: len(words)] = words
-    parts = [torch.empty_like(mine) for _ in range(world.world_size)]
-    dist.all_gather(parts, mine)
+    padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+    padded[: len(message)] = message
+    parts = [torch.empty_like(padded) for _ in range(world.world_size)]
+    dist.all_gather(parts, padded)
     return [json.loads(bytes(part[:size].tolist())) for part, size in zip(parts, sizes.tolist())]

@@ -1,4 +1,4 @@
-"""The exponential moving average of the trainable weights, in fp32, kept as the weights are: in pieces."""
+"""The exponential moving average of the weights that train, in fp32, held in pieces as the weights are."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from fine_dist.engine.backend import Backend
 class Ema:
     """`ema <- decay * ema + (1 - decay) * weight` after each update, for the pieces that this rank owns.
 
-    warmup: the decay of update t is at most (1 + t) / (10 + t), so that a short run's average has left its beginning
-            behind; without it the decay is constant, as in DiT.
+    Where a backend shards the weights, each rank averages its own shard: nothing is gathered and nothing is held twice.
 
-    Under ZeRO each rank averages its own shard, so nothing is gathered and nothing is kept twice.
+    Args:
+        decay: Share of the average that an update leaves; 0 makes the average equal to the weights.
+        warmup: Bound the decay of update t by (1 + t) / (10 + t), so that the average of a short run has left its
+            initial weights behind. Without it the decay is constant, as in DiT.
     """
 
     def __init__(self, backend: Backend, decay: float, warmup: bool = False) -> None:
@@ -24,15 +26,15 @@ class Ema:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """One step of the average, towards the weights as they are now, after so many updates of them."""
+        """Move the average towards the weights as they are after `updates` updates."""
         weights = [piece.weight for piece in self._backend.pieces()]
         if weights:
             torch._foreach_lerp_(list(self.values.values()), weights, 1.0 - self.decay_at(updates))
 
     def decay_at(self, updates: int) -> float:
-        """The decay of the step that follows so many updates (1, 2, ...)."""
+        """The decay of the update that makes the count `updates` (1, 2, ...)."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     def gather(self) -> dict[str, Tensor]:
-        """The averages as whole tensors (fp32, host memory) on rank 0; empty on the other ranks."""
+        """The averages as whole tensors (fp32, host memory) on rank 0; empty on other ranks."""
         return self._backend.gather(self.values)

@@ -1,7 +1,7 @@
-"""What a run says while it runs: TensorBoard, metrics.jsonl and a progress bar, from rank 0 only.
+"""Logs of a run that rank 0 writes while it trains: metrics.jsonl, TensorBoard and a progress bar.
 
 Every number is a mean over the steps since the last row, and losses are means over the samples of *all* ranks. The sums
-of an unfinished row are part of a checkpoint, so a resumed run writes the rows that an uninterrupted one would have.
+of an unfinished row are part of a checkpoint, so a resumed run writes the rows that an uninterrupted run writes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Window:
+class MetricSums:
     """Sums over the steps since the last row."""
 
     steps: int = 0
@@ -37,9 +37,14 @@ class Window:
 
 
 class Monitor:
-    """Rows of metrics. All ranks make one and call it alike; only rank 0 writes.
+    """Rows of metrics. All ranks make one and call it at the same points; only rank 0 writes.
 
-    flops_per_sample: forward and backward of the model, in FLOPs. peak: FLOP/s of one accelerator, or none.
+    Args:
+        title: Label of the progress bar.
+        steps: Last step of the run.
+        flops_per_sample: Forward and backward pass of one sample, in FLOPs.
+        peak: FLOP/s of one accelerator; None: unknown, and MFU is left out.
+        log_every: Steps between two rows.
     """
 
     def __init__(
@@ -58,67 +63,74 @@ class Monitor:
         self.run_dir, self.world, self.title, self.steps = run_dir, world, title, steps
         self.global_batch, self.tokens_per_sample = global_batch, tokens_per_sample
         self.flops_per_sample, self.peak, self.log_every = flops_per_sample, peak, log_every
-        self.window = Window()
+        self.sums = MetricSums()
         self.waited_s = 0.0
-        self.bad = 0
+        self.damaged = 0
         self._row_begun = time.perf_counter()
         self._row_first_step = 0
         self._log: Any = None
         self._board: Any = None
         self._bar: Any = None
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- opening and closing ----------------------------------------------------------------------------------------
 
     def start(self, step: int, state: dict[str, Any] | None) -> None:
-        """Open the logs at `step`: what an earlier start wrote beyond it is removed."""
+        """Open the logs at `step`; what an earlier start wrote after it is removed.
+
+        Args:
+            state: The unfinished row of an earlier start, from a checkpoint; None: there is none.
+        """
         if state:
-            self.window = Window(**state)
+            self.sums = MetricSums(**state)
         self._row_begun, self._row_first_step = time.perf_counter(), step
         if not self.world.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
         from tqdm import tqdm
 
         self.rows = keep_rows(self.run_dir.metrics, step)
         self._log = open(self.run_dir.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
         # purge_step hides what an earlier start logged at later steps, so that no step shows twice.
         self._board = SummaryWriter(str(self.run_dir.tensorboard), purge_step=step + 1 if step else None)
-        verb = "continues at step {} in" if step else "writes to"
-        where = os.path.relpath(self.run_dir.path)
-        where = str(self.run_dir.path) if where.startswith("..") else where
-        log.info("%s: %s %s", self.title, verb.format(step), where)
-        # A log file gets a line now and then, a terminal a live bar.
+        verb = f"continues at step {step} in" if step else "writes to"
+        folder = os.path.relpath(self.run_dir.path)
+        folder = str(self.run_dir.path) if folder.startswith("..") else folder
+        log.info("%s: %s %s", self.title, verb, folder)
+        # A terminal gets a live bar, a log file a line every half minute.
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=self.steps, initial=step, desc=self.title, unit="step", dynamic_ncols=not quiet, **quiet)
 
     def has_row(self, step: int, key: str) -> bool:
-        """Whether an earlier start has logged this; on a rank that writes nothing, as if it had."""
+        """Whether an earlier start has logged `key` at `step`; true on a rank that writes nothing."""
         return self._log is None or any(row["step"] == step and key in row for row in self.rows)
 
     def state(self) -> dict[str, Any]:
-        """The unfinished row, for a checkpoint."""
-        return asdict(self.window)
+        """The sums of the unfinished row, for a checkpoint."""
+        return asdict(self.sums)
 
     def close(self) -> None:
         """Flush and close the logs."""
-        for thing in (self._bar, self._board, self._log):
-            if thing is not None:
-                thing.close()
+        for output in (self._bar, self._board, self._log):
+            if output is not None:
+                output.close()
         self._bar = self._board = self._log = None
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, waited_s: float, bad: int = 0) -> None:
-        """Count a step (`step` updates are done now) and write a row when one is due.
+    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, waited_s: float, damaged: int = 0) -> None:
+        """Count a step and write a row when one is due.
 
-        loss: mean over all samples of the global batch, on all ranks. waited_s: seconds this rank waited for data.
-        bad: damaged samples that this rank's stream has skipped since it was opened.
+        Args:
+            step: Updates that are done now.
+            loss: Mean over all samples of the global batch.
+            waited_s: Seconds that this rank waited for data.
+            damaged: Damaged samples that this rank's stream has skipped since it was opened.
         """
-        self.bad = bad
-        window = self.window
-        window.steps += 1
-        window.loss += loss
-        window.grad_norm += grad_norm
+        self.damaged = damaged
+        sums = self.sums
+        sums.steps += 1
+        sums.loss += loss
+        sums.grad_norm += grad_norm
         self.waited_s += waited_s
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -128,31 +140,31 @@ class Monitor:
 
     def skipped(self) -> None:
         """A step was skipped for a loss that was not finite."""
-        self.window.skipped += 1
+        self.sums.skipped += 1
 
     def _write_row(self, step: int, lr: float) -> None:
-        window = self.window
+        sums = self.sums
         seconds = time.perf_counter() - self._row_begun
-        # Speed is measured over this start's own steps; the slowest rank's waiting is the one that counts.
+        # Speed is that of this start's own steps. Of waiting and memory, the largest value of all ranks counts.
         rate = (step - self._row_first_step) / seconds
-        slowest = all_reduce_max(torch.tensor([self.waited_s, float(peak_memory(self.world.device))]), self.world)
+        largest = all_reduce_max(torch.tensor([self.waited_s, float(peak_memory(self.world.device))]), self.world)
         row = {
             "step": step,
-            "loss": window.loss / window.steps,
+            "loss": sums.loss / sums.steps,
             "lr": lr,
-            "grad_norm": window.grad_norm / window.steps,
+            "grad_norm": sums.grad_norm / sums.steps,
             "steps_per_s": rate,
             "images_per_s": rate * self.global_batch,
             "tokens_per_s": rate * self.global_batch * self.tokens_per_sample,
             "model_tflops_per_s": rate * self.global_batch * self.flops_per_sample / 1e12,
             "mfu": mfu(rate * self.global_batch, self.flops_per_sample, self.peak, self.world.world_size),
-            "data_wait_s": float(slowest[0]),
-            "data_wait_fraction": float(slowest[0]) / seconds,
-            "peak_memory_gib": float(slowest[1]) / 2**30,
-            "skipped": window.skipped,
-            "damaged_samples": float(all_reduce_sum(torch.tensor([float(self.bad)]), self.world)[0]),
+            "data_wait_s": float(largest[0]),
+            "data_wait_fraction": float(largest[0]) / seconds,
+            "peak_memory_gib": float(largest[1]) / 2**30,
+            "skipped": sums.skipped,
+            "damaged_samples": float(all_reduce_sum(torch.tensor([float(self.damaged)]), self.world)[0]),
         }
-        self.window, self.waited_s = Window(), 0.0
+        self.sums, self.waited_s = MetricSums(), 0.0
         self._row_begun, self._row_first_step = time.perf_counter(), step
         self.scalars(step, row)
 
@@ -167,11 +179,11 @@ class Monitor:
             if key != "step":
                 self._board.add_scalar(f"train/{key}" if key in values else key, value, step)
 
-    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
-        """Write pictures, [3, H, W] or [1, H, W] in 0..1."""
+    def images(self, step: int, images: dict[str, Tensor]) -> None:
+        """Write images, [3, H, W] or [1, H, W] in 0..1."""
         if self._board is not None:
-            for name, picture in pictures.items():
-                self._board.add_image(name, picture, step)
+            for name, image in images.items():
+                self._board.add_image(name, image, step)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
         """Write histograms of tensors of any shape."""
@@ -185,16 +197,16 @@ class Monitor:
             for name, value in values.items():
                 self._board.add_text(name, value, step)
 
-    def note(self, text: str) -> None:
-        """Say something without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+    def warn(self, message: str) -> None:
+        """Log a warning, on rank 0."""
+        if self.world.is_main:
+            log.warning(message)
 
 
 def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl after the last row of `step` or before, and give the rows that stay.
+    """Cut metrics.jsonl after its last row up to `step`, and return the rows that stay.
 
-    A line that a crash left half-written ends the file too.
+    A line that a crash left incomplete ends the file as well.
     """
     if not path.exists():
         return []
@@ -214,12 +226,12 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 def mfu(images_per_s: float, flops_per_sample: float, peak: float | None, world_size: int) -> float | None:
-    """Model FLOPs utilisation: what the model's arithmetic takes of the peak of all accelerators."""
+    """Model FLOPs utilization: the share of all accelerators' peak that the model's arithmetic takes."""
     return images_per_s * flops_per_sample / (peak * world_size) if peak else None
 
 
 def peak_memory(device: torch.device | None) -> int:
-    """Bytes: the most that was allocated on the GPU, or the process's largest resident set."""
+    """The most bytes that were allocated on the GPU, or the largest resident set of the process."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

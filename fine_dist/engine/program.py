@@ -1,4 +1,4 @@
-"""What the training loop is given, and what it gives back."""
+"""What the training loop is given, and what it returns."""
 
 from __future__ import annotations
 
@@ -13,77 +13,83 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.engine.dist import World
 
 
-class Batch(Protocol):
-    """This rank's part of a global batch: samples in a row, of whatever kind (`fine_dist.data.stream.Batch`)."""
+class TrainingBatch(Protocol):
+    """This rank's part of a global batch: samples in a row, of any kind (`fine_dist.data.batch.Batch`)."""
 
     def __len__(self) -> int:
-        """Samples."""
+        """Number of samples."""
 
     def to(self, device: torch.device) -> Any:
-        """The same on a device."""
+        """The same batch on a device."""
 
     def part(self, start: int, size: int) -> Any:
-        """Some of its samples: a micro-batch."""
+        """`size` of its samples, from `start`: a micro-batch."""
 
 
 class Stream(Protocol):
     """An endless stream of batches (`fine_dist.data.stream`)."""
 
-    def batches(self, start_step: int = 0) -> Iterator[Any]: ...
+    def batches(self, start_step: int = 0) -> Iterator[Any]:
+        """Batches of this rank, from the one that a step of this number takes."""
 
 
 @dataclass
 class Program:
-    """What is trained on what, and how it is looked at.
+    """What is trained on what, and how it is evaluated meanwhile.
 
-    The parameters of `model` with `requires_grad` train; the others must be there again, rebuilt, when a run resumes.
+    The parameters of `model` that require gradients train. The others are not in checkpoints, so whoever makes the
+    program makes them again, with the same values, when a run resumes.
     """
 
     model: nn.Module
     objective: Callable[[Callable[..., Tensor], Any], Tensor]
     """(model, batch) -> losses [b], fp32, one a sample."""
     stream: Stream
-    """Gives a `Batch` a step; what is in it only `objective` knows."""
+    """Gives a `TrainingBatch` a step; only `objective` knows what is in it."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What must match to resume (JSON values): architecture, method, rank, the data's hash, ..."""
+    """What must match for a run to resume (JSON values): architecture, method, rank, the data's hash."""
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
-    """Measured on the EMA weights, on rank 0."""
-    pictures: Callable[[nn.Module, int], dict[str, Tensor]] | None = None
-    """(EMA model, step) -> pictures [3 or 1, H, W] in 0..1."""
+    """(model with averaged weights) -> named numbers, on rank 0."""
+    previews: Callable[[nn.Module, int], dict[str, Tensor]] | None = None
+    """(model with averaged weights, step) -> named images [3 or 1, H, W] in 0..1."""
     histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
-    """(EMA model) -> tensors to show as histograms."""
+    """(model with averaged weights) -> named tensors to show as histograms."""
     texts: Callable[[nn.Module], dict[str, str]] | None = None
-    """(EMA model) -> texts to show, such as the words nearest to an embedding."""
-    look_first: bool = False
-    """Whether it is measured before the first step too."""
+    """(model with averaged weights) -> named texts, such as the words nearest to an embedding."""
+    evaluate_first: bool = False
+    """Whether it is also evaluated before the first step."""
     before_step: Callable[[int, torch.Generator], None] | None = None
-    """Called on every rank before each step, with a generator that (seed, step) seed alike on all of them."""
+    """Called on every rank before each step, with a generator that (seed, step) have seeded the same on all of them."""
     flops_per_sample: float = 0.0
-    """Forward and backward, in FLOPs (`model.flops.train_flops`)."""
+    """Forward and backward pass of one sample, in FLOPs (`fine_dist.model.flops.train_flops`)."""
     tokens_per_sample: int = 1
     """Tokens of one sample."""
 
 
 @dataclass
-class Fitted:
-    """A finished run. `model` and `ema` are whole on rank 0; on other ranks of a sharded run they are not."""
+class FitResult:
+    """A finished run. `model` and `ema` are complete on rank 0; on other ranks of a sharded run they are not."""
 
     model: nn.Module
-    """The trained model, dense on its device; under ZeRO-3 a gathered copy in host memory."""
+    """The trained model on its device; where a backend shards it, a copy with the gathered weights."""
     ema: dict[str, Tensor]
-    """EMA of every trainable parameter, fp32, host memory; frozen parameters are not in it. Empty but on rank 0."""
+    """Averages of all parameters that trained (fp32, host memory), on rank 0."""
     step: int
     losses: dict[str, float]
-    """The last held-out measurement, and `loss`, the last row's training loss."""
+    """The last held-out measurement, and `loss`, the training loss of the last row."""
     rows: list[dict[str, Any]]
     """All rows of metrics.jsonl."""
     seconds: float
-    """Wall-clock seconds of this start."""
+    """Wall-clock seconds since this start of the run."""
     world: World
 
 
 def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) -> tuple[int, int]:
-    """(micro-batch, accumulation steps) with `global = micro x accumulation x world size`; `ConfigError` if none."""
+    """The micro-batch and the accumulation steps, with `global = micro x accumulation x world size`.
+
+    Raises:
+        ConfigError: The global batch cannot be divided that way; the message names what can.
+    """
     local, rest = divmod(global_batch, world_size)
     if rest or not local:
         near = max(1, round(global_batch / world_size)) * world_size

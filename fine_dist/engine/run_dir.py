@@ -1,4 +1,4 @@
-"""A run directory: one run's config, environment, checkpoints, logs and end, owned by one live process at a time."""
+"""A run directory: config, environment, checkpoints, logs and result of a run, owned by one live process at a time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.core.config import Config, dump_yaml
-from fine_dist.core.errors import RunDirError, ToldElsewhere
+from fine_dist.core.errors import ReportedElsewhere, RunDirError
 from fine_dist.core.files import is_locked, remove_drafts, try_lock, write_atomic
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
 STOP, STOPPED = "STOP", "STOPPED"
-"""A file that somebody leaves to stop a run for good, and what it is called once the run has seen it."""
+"""The file that a user leaves to stop a run for good, and its name once the run has seen it."""
 
-_held: dict[str, Any] = {}  # POSIX locks do not exclude a process from itself, so it remembers what it holds
+_held: dict[str, Any] = {}
+"""Lock files that this process holds open: POSIX locks do not exclude a process from itself, so it has to remember."""
 
 
 class RunDir:
-    """Paths and ownership of a run directory. `open` it first, `claim` it before anything is
-    written; `close` (or `with`) frees it."""
+    """Paths and ownership of a run directory.
+
+    `open` takes it for this process, `claim` makes it this run's before anything is written, and `close` (or leaving a
+    `with` block) frees it.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -40,13 +44,15 @@ class RunDir:
         self._identity: dict[str, Any] = {}
 
     def open(self, kind: str, identity: Mapping[str, Any], world: World | None = None) -> RunDir:
-        """Take the directory for this process; nothing of another run in it is touched, and nothing is written yet.
+        """Take the directory for this process. Nothing is written yet, and nothing of another run is touched.
 
-        kind:     what runs here (`condense`, `train`, ...); a directory holds one kind.
-        identity: what must match for a run to be the same run (JSON values); where things lie is no part of it.
-        world:    given, rank 0 opens and every rank learns how it went; else only this process's rank counts.
+        Args:
+            kind: What runs here (`condense`, `train`, ...); a directory holds one kind.
+            identity: What must match for a run to be the same run (JSON values). Paths are no part of it.
+            world: When given, rank 0 opens the directory and every rank learns whether that worked.
 
-        Raises `RunDirError` when another live process owns it, or it belongs to another run, naming what differs.
+        Raises:
+            RunDirError: Another live process owns it, or it belongs to another run; the message says what differs.
         """
         self._kind, self._identity = kind, json.loads(json.dumps(identity))
         rank = world.rank if world else read_environment().rank
@@ -57,7 +63,7 @@ class RunDir:
             except (RunDirError, OSError) as error:
                 failure = error
         if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
-            raise ToldElsewhere(f"rank 0 could not open the run directory {self.path}")
+            raise ReportedElsewhere(f"rank 0 could not open the run directory {self.path}")
         if failure:
             raise failure
         return self
@@ -72,14 +78,14 @@ class RunDir:
         try:
             self._refuse_another()
             for folder in (self.path, self.checkpoints):
-                remove_drafts(folder, older_than_s=0)  # the lock is ours: no writer of them lives
-            (self.path / STOPPED).unlink(missing_ok=True)  # it was started again
+                remove_drafts(folder, older_than_s=0)  # the lock is held, so nobody writes them any more
+            (self.path / STOPPED).unlink(missing_ok=True)  # the run has been started again
         except BaseException:
             self.close()
             raise
 
     def claim(self, config: Config) -> None:
-        """Call the directory this run's, once its first step is known to work: config, identity, environment."""
+        """Make the directory this run's once its first step has worked: write config, identity and environment."""
         if self._lock is None:
             return
         for folder in (self.checkpoints, self.tensorboard):
@@ -88,17 +94,17 @@ class RunDir:
         about = {"kind": self._kind, "identity": self._identity}
         write_atomic(self.path / IDENTITY, json.dumps(about, indent=1) + "\n")
         self._write_environment(self._kind)
-        (self.path / DONE).unlink(missing_ok=True)  # it is run for longer now
+        (self.path / DONE).unlink(missing_ok=True)  # the run goes on for longer now
         self._new = False
 
     # --- ownership --------------------------------------------------------------------------------------------------
 
     def _take_lock(self) -> None:
-        """A POSIX lock: gone with the process however it ends, not inherited by its readers, and seen over NFS."""
+        """Take a POSIX lock: it ends with the process, is not inherited by data readers, and holds over NFS."""
         path = str((self.path / "lock").resolve())
         if path in _held:
             raise RunDirError(f"run directory {self.path} is in use by this very process (pid {os.getpid()})")
-        handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the run lives
+        handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run has the directory
         if not try_lock(handle.fileno(), path, posix=True):
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
@@ -116,8 +122,8 @@ class RunDir:
         """Free the directory for another process."""
         if self._lock is None:
             return
-        if self._new:  # a start that failed before its first step leaves nothing behind
-            with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+        if self._new:  # a start that failed before its first step leaves no files
+            with contextlib.suppress(OSError):  # another process has written there meanwhile
                 Path(self._lock).unlink()
                 for folder in (self.checkpoints, self.tensorboard):
                     folder.rmdir()
@@ -132,18 +138,13 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what it says about itself ----------------------------------------------------------------------------------
+    # --- what the directory says ----------------------------------------------------------------------------------
 
     def _refuse_another(self) -> None:
         try:
-            there = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
-            kind, old = there["kind"], flat(there["identity"])
+            before = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
+            kind, old = before["kind"], flat(before["identity"])
         except FileNotFoundError:
-            if (self.path / CONFIG).exists():
-                raise RunDirError(
-                    f"run directory {self.path} was begun by an earlier version, which noted no identity; finish it "
-                    "with that version, or choose another directory"
-                ) from None
             return
         except (ValueError, TypeError, KeyError) as error:
             raise RunDirError(f"{self.path / IDENTITY} is damaged ({error}); choose another directory") from None
@@ -184,7 +185,7 @@ class RunDir:
 
     @property
     def kind(self) -> str | None:
-        """What runs here (`condense`, `train`, ...); none when nothing has begun."""
+        """What runs here (`condense`, `train`, ...), or None before the first step."""
         try:
             with open(self.path / "config.yaml", encoding="utf-8") as file:
                 return file.readline().strip().removeprefix("# kind: ") or None
@@ -193,7 +194,7 @@ class RunDir:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """What DONE.json says, or none while the run is not finished."""
+        """What DONE.json says, or None while the run is not finished."""
         try:
             found = json.loads((self.path / DONE).read_text(encoding="utf-8"))
             if not isinstance(found, dict):
@@ -207,26 +208,26 @@ class RunDir:
             ) from None
 
     def finish(self, **facts: Any) -> None:
-        """Write DONE.json (JSON values): this run need not be started again."""
+        """Write DONE.json (JSON values), which says that the run is finished."""
         write_atomic(self.path / DONE, json.dumps(facts, indent=1))
 
-    def take_word(self, word: str) -> bool:
-        """True once if someone put a file of this name (`STOP`, `SAVE`) into the directory.
+    def take_request(self, name: str) -> bool:
+        """Whether a user has put a file of this name (`STOP`, `SAVE`) into the directory; true once.
 
-        SAVE is removed; STOP becomes STOPPED until the run is started again, so that no launcher restarts it.
+        SAVE is removed. STOP is renamed to STOPPED until the run is started again, so that no launcher restarts it.
         """
         try:
-            if word == STOP:
-                (self.path / word).replace(self.path / STOPPED)
+            if name == STOP:
+                (self.path / name).replace(self.path / STOPPED)
             else:
-                (self.path / word).unlink()
+                (self.path / name).unlink()
         except FileNotFoundError:
             return False
         return True
 
 
 def promise_of(path: str | Path) -> str:
-    """What is true of a run that is interrupted now: what a command says then."""
+    """What happens to a run that is interrupted now, as a command tells its user."""
     if owner_of(path):
         return "the job goes on without this command"
     if (Path(path) / DONE).exists():
@@ -237,14 +238,14 @@ def promise_of(path: str | Path) -> str:
 
 
 def was_stopped(*folders: str | Path) -> bool:
-    """Whether somebody stopped what runs in one of these folders by a file STOP, and nobody has started it since."""
-    return any((Path(folder) / word).exists() for folder in folders for word in (STOP, STOPPED))
+    """Whether a file STOP has stopped what runs in one of these folders, and nobody has started it again."""
+    return any((Path(folder) / name).exists() for folder in folders for name in (STOP, STOPPED))
 
 
 def owner_of(path: str | Path) -> str | None:
-    """Who owns a run directory now, such as `pid 12 on n1`; none when no live process does."""
+    """The process that owns a run directory now, such as `pid 12 on n1`; None when no live process does."""
     lock = Path(path) / "lock"
-    if str(lock.resolve()) in _held:  # to look would be to let go: a process's lock ends with any of its files
+    if str(lock.resolve()) in _held:  # closing any file of a lock ends a process's own lock, so it is not opened here
         return f"pid {os.getpid()} on {socket.gethostname()}"
     if not is_locked(lock, posix=True):
         return None
@@ -252,7 +253,7 @@ def owner_of(path: str | Path) -> str | None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Machine, versions and git commit, for run directories and benchmarks."""
+    """The machine, the versions of libraries and the git commit, for run directories and benchmarks."""
     versions = {}
     for name in ("fine_dist", "torch", "numpy", "deepspeed", "ray", "safetensors", "webdataset", "diffusers"):
         try:
@@ -286,7 +287,7 @@ def _git_commit() -> str | None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys."""
+    """Nested mappings as one mapping with dotted keys."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

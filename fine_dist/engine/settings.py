@@ -13,13 +13,13 @@ class OptimConfig(Config):
     """AdamW and its learning-rate schedule."""
 
     lr: float = Field(1e-4, gt=0)
-    """Learning rate."""
+    """Learning rate after the warm-up. 1e-4 is DiT's; sigma alone takes 10 to 300 times as much."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moments."""
+    """Decay of AdamW's first and second moments."""
     eps: float = Field(1e-8, gt=0)
-    """Added to the denominator."""
+    """Number added to the denominator of AdamW's update."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay. DiT trains without it."""
     warmup_steps: float = Field(0, ge=0)
     """Updates over which the learning rate rises linearly from zero; 0 starts at the full rate. A number below 1 is a
     fraction of the run's steps, such as 0.05 for a twentieth: runs of different lengths can share one setting."""
@@ -27,7 +27,7 @@ class OptimConfig(Config):
     """Learning rate after the warm-up: `constant`, or falling to zero at the last step, along a half cosine (`cosine`)
     or a line (`linear`). A falling rate ends at a lower loss, but such a run cannot be extended by more steps."""
     clip_norm: float | None = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm; none: never."""
+    """Largest global norm of the gradients; larger ones are scaled down to it. None never scales."""
 
     @property
     def depends_on_steps(self) -> bool:
@@ -36,67 +36,74 @@ class OptimConfig(Config):
 
 
 class DeepSpeedConfig(Config):
-    """DeepSpeed's ZeRO; its JSON is generated from these fields."""
+    """DeepSpeed's ZeRO. Its JSON is generated from these fields."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """What is sharded over processes: nothing, optimiser state, also gradients, also parameters."""
+    """What is sharded over processes: 0 nothing, 1 the optimizer's state, 2 gradients as well, 3 weights as well."""
     offload_optimizer: bool = False
-    """Keep the optimiser's state in host memory."""
+    """Keep the optimizer's state in host memory and update there: slower, for a model that does not fit otherwise."""
     offload_params: bool = False
-    """Keep parameters in host memory (stage 3)."""
+    """Keep the weights in host memory as well (stage 3)."""
     extra: str | None = None
-    """A DeepSpeed JSON file whose keys are added; one that contradicts this config is an error."""
+    """JSON file with more of DeepSpeed's keys. A key that contradicts this config is an error, never an override."""
 
 
 class LoopConfig(Config):
-    """How whatever trains runs: backend, precision, memory, checkpoints, logs.
+    """How training runs: backend, precision, memory, checkpoints, logs.
 
-    Precision and what a bad loss does change results; the rest changes speed, memory and what is written down.
+    Precision and what a bad loss does change results; the rest changes speed, memory and what is written.
     """
 
     backend: Literal["plain", "deepspeed"] = "plain"
-    """`plain`: every process holds everything, gradients are summed. `deepspeed`: ZeRO shards what it holds."""
+    """What holds the weights: `plain` holds all of them in every process and sums gradients; `deepspeed` shards them
+    with ZeRO, for models whose optimizer state does not fit."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes a GPU when there is one."""
+    """Where the model runs: `auto` takes a GPU of NVIDIA (CUDA) or AMD (ROCm) when there is one, and `cuda` insists."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16` is autocast; weights, sigma, EMA and optimiser state stay fp32."""
+    """Arithmetic of the model: `bf16` is autocast, and weights, averages and optimizer state stay in fp32."""
     micro_batch: int | None = Field(None, ge=1)
-    """Samples a process takes through the model at once (of one target, in a pack); none: global batch / world size."""
+    """Samples that a process takes through the model at once (of each target, in a pack). None takes its whole share of
+    the global batch; lower it when memory runs out, and the rest is accumulated."""
     activation_checkpointing: Literal["none", "blocks", "every_other"] = "none"
-    """Recompute blocks in the backward pass instead of keeping their activations."""
+    """Which blocks compute their activations again in the backward pass instead of keeping them: a third more time for
+    a fraction of the memory."""
     compile: bool | None = None
-    """torch.compile the blocks, once for all layers; falls back with a warning. none: on a GPU with `plain`."""
+    """Compile the blocks with torch.compile, once for all layers. None compiles on a GPU with the plain backend where a
+    C compiler is installed. When compilation fails, a warning says so and training goes on without it."""
     keep_freed_memory: bool = True
-    """On a CPU with glibc: freed memory stays with the process for the next step, not to be faulted in again. Settings
-    of your own (MALLOC_...) are left as they are."""
+    """On a CPU with glibc, keep freed memory for the next step, which makes steps some 15% faster. Variables of your
+    own (MALLOC_...) are left as they are."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
     checkpoint_every: int = Field(1000, ge=1)
-    """Steps between checkpoints."""
+    """Steps between two checkpoints; a killed run loses at most so many."""
     keep_checkpoints: int = Field(2, ge=1)
-    """The last K are kept (a pack keeps its last two)."""
+    """Number of newest checkpoints that are kept (a pack keeps two)."""
     log_every: int = Field(50, ge=1)
-    """Steps between rows in TensorBoard and metrics.jsonl."""
+    """Steps between two rows in metrics.jsonl and TensorBoard."""
     eval_every: int = Field(1000, ge=1)
-    """Steps between measurements of the held-out loss."""
+    """Steps between two measurements of the held-out loss."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
-    """What a NaN or Inf loss does: stop with the last good checkpoint kept, or skip that step."""
+    """What a loss that is NaN or Inf does: `stop` ends the run with the last good checkpoint, `skip` leaves out the
+    step."""
     max_bad_steps: int = Field(10, ge=1)
-    """Steps that `skip` may skip before it stops."""
+    """Number of steps that `skip` leaves out before it stops as well."""
     time_limit_min: float | None = Field(None, gt=0)
-    """Save and exit with code 75 after so many minutes; none: never."""
+    """Minutes after which the run saves and exits with code 75, so that a scheduler starts it again. None: never."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of a process; none: torch's choice."""
+    """CPU threads of a process. None leaves the choice to torch."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Stated peak of one accelerator for MFU; none: a table of known ones, or measured on CPU."""
+    """Peak of one accelerator in TFLOP/s, for MFU. None takes it from a table of accelerators, or measures a CPU's."""
 
 
 class EngineConfig(LoopConfig):
-    """How the loop runs one model: what `LoopConfig` has, the EMA, and pictures."""
+    """How one model trains: all of `LoopConfig`, with averaged weights and previews."""
 
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights."""
+    """Decay of the exponential moving average of the weights, which is what a run's artifact holds. 0 turns it off."""
     ema_warmup: bool = True
-    """The decay of step t is at most (1 + t) / (10 + t); without it the decay is constant, as in DiT."""
-    picture_every: int = Field(5000, ge=1)
-    """Steps between pictures in TensorBoard (samples of the EMA, and what the method draws over depth)."""
+    """Bound the decay of update t by (1 + t) / (10 + t), so that a short run's average has left its initial weights
+    behind. Without it the decay is constant, as in DiT."""
+    preview_every: int = Field(5000, ge=1)
+    """Steps between two previews in TensorBoard: images from the averaged weights, and the method's tables over
+    depth."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from fine_dist.artifacts.autoencoder import Decoder
 from fine_dist.artifacts.locate import find_artifact, is_foreign
 from fine_dist.core.config import expand_path
-from fine_dist.core.errors import ArtifactError, ConfigError, FineDistError, ToldElsewhere
+from fine_dist.core.errors import ArtifactError, ConfigError, FineDistError, ReportedElsewhere
 from fine_dist.core.files import sha256_of
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
@@ -64,7 +64,7 @@ class References:
             except FineDistError as error:
                 failure = error
         if broadcast_object(failure is not None, self.world) and failure is None:
-            raise ToldElsewhere("rank 0 could not train the classifier")
+            raise ReportedElsewhere("rank 0 could not train the classifier")
         if failure is not None:
             raise failure
         return str(folder)

@@ -21,10 +21,10 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine import alike, dist
+from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
-from fine_dist.engine.backend import learning_rate, precision
 from fine_dist.engine.dist import World
+from fine_dist.engine.optimizer import learning_rate, precision
 from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.engine.stopping import GO_ON, STOP
 from fine_dist.family.pack_feed import Fed, Feeds, Source
@@ -324,7 +324,7 @@ class PackRun:
         """Write the state of all jobs as one file, whole or not at all."""
         if self.states is None:
             return
-        told = alike.check(self.pack, self.world, self.engine, "at a checkpoint")
+        told = replica_check.check(self.pack, self.world, self.engine, "at a checkpoint")
         if not self.world.is_main:
             return
         if told:
@@ -343,7 +343,7 @@ class PackRun:
         """Rank 0's beginning for every rank: processors of different kinds round differently."""
         if self.world.world_size == 1:
             return
-        alike.broadcast(self.pack, self.world)
+        replica_check.broadcast(self.pack, self.world)
         for j in range(len(self.jobs)):
             fixed = self.pack.fixed(j)
             flat = dist.broadcast(torch.cat([bias.detach().flatten() for bias in fixed]), self.world)

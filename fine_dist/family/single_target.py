@@ -13,7 +13,7 @@ from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import Objective
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
-from fine_dist.engine.program import Fitted, Program
+from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Stopper
@@ -39,7 +39,7 @@ def train_alone(
         folder.mkdir(parents=True, exist_ok=True)
     program = _program(family, member, descent, world)
     # Stage 2 is short, and what it saves are the weights themselves: no average, no pictures.
-    engine = EngineConfig(**config.engine.model_dump(), ema_decay=0.0, picture_every=10**9)
+    engine = EngineConfig(**config.engine.model_dump(), ema_decay=0.0, preview_every=10**9)
     try:
         fitted = fit(
             program,
@@ -80,13 +80,13 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
         held_out=held_out,
         histograms=histograms_of(family.method(member)),
         before_step=family.method(member).before_step(descent.model),
-        look_first=True,
+        evaluate_first=True,
         flops_per_sample=train_flops(arch),
         tokens_per_sample=arch.num_tokens,
     )
 
 
-def _save(family: Family, member: Member, fitted: Fitted) -> None:
+def _save(family: Family, member: Member, fitted: FitResult) -> None:
     losses = [row["loss"] for row in fitted.rows if "loss" in row]
     facts: dict[str, Any] = {
         "steps": fitted.step,

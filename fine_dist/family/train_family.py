@@ -120,7 +120,7 @@ class Words:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def take_word(self, word: str) -> bool:
+    def take_request(self, word: str) -> bool:
         """Whether the word was given; SAVE is taken away."""
         if word == STOP:
             return (self.folder / word).exists()
@@ -165,7 +165,7 @@ def _train_packed(
         chunk=max(1, pack.chunk >> deaths),
         stop=config.stop,
         states=(run_dir_of(config) / "packs", members[0].name if pack.apart else pack.name),
-        wish=stopper.wish,
+        wish=stopper.stop_request,
     )
     keeper.start(run.progress)
     try:

@@ -68,8 +68,11 @@ class Traits:
     """Whether stage 1 starts from, or imitates, a trained model."""
     same_shape: bool = False
     """Whether that model must have the very shape of what stage 1 trains (else: its latent shape and classes)."""
+    carries_over: bool = False
+    """Whether stage 1 starts from the weights of that model's blocks (`Method.carry_over`)."""
     loss: Weights = Weights()
-    """Stage 1's loss, unless the user says otherwise."""
+    """Weights of the terms of stage 1's loss, unless the user sets them. Where a model is given to a method that can do
+    without, stage 1 imitates its output as well, with weight 1."""
     dense: bool = True
     """Whether the product is an ordinary DiT; else it saves and loads as itself."""
     samples: int = 0
@@ -212,10 +215,37 @@ class Method(ABC, Generic[M]):
         whatever the ancestor's is. `ConfigError` for a shape that it cannot condense."""
         return arch
 
+    def given(self, ancestor: Arch | None, arch: Arch) -> Method[M]:
+        """This method with settings filled in that depend on whether there is an ancestor.
+
+        Args:
+            ancestor: The ancestor's shape; none without an ancestor.
+            arch: The shape of what stage 1 trains (`auxiliary`).
+        """
+        return self
+
     def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
         """What stage 1 trains for this architecture (`auxiliary` of it), built and begun. Only for methods that
         condense."""
         raise ConfigError(f"method.name: {self.config.name} has no stage 1; train it directly with fine_dist.train")
+
+    def carry_over(
+        self, module: nn.Module, ancestor: DiT, generator: torch.Generator, device: torch.device
+    ) -> dict[str, Any]:
+        """Set stage 1's start from the weights of an ancestor's blocks, where `traits.carries_over`.
+
+        It may take long, so it is called on one rank, once in the life of a run directory.
+
+        Args:
+            module: What `condense` has made, in host memory.
+            ancestor: The trained model, in host memory.
+            generator: Seeded like that of `condense`.
+            device: Where large products are computed.
+
+        Returns:
+            What the learngene's manifest keeps of it (JSON).
+        """
+        return {}
 
     def blueprint(self, arch: Arch) -> nn.Module:
         """A module of stage 1's shape (`auxiliary`), for counting: it may be made on the meta device, and its values do

@@ -20,9 +20,10 @@ from fine_dist.data.stream import Batch
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
-from fine_dist.engine.backend import Backend, PlainBackend
+from fine_dist.engine.backend import Backend
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Run
+from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -180,7 +181,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
     module = (
         DiT(arch, generator=generator) if model == "dense" else build(CONDENSES).condense(arch, None, generator).module
     )
-    never = dict.fromkeys(("checkpoint_every", "log_every", "eval_every", "picture_every"), OFTEN)
+    never = dict.fromkeys(("checkpoint_every", "log_every", "eval_every", "preview_every"), OFTEN)
     settings = EngineConfig(**never, peak_tflops=1)  # a CPU's peak would be measured
     if stage:
         settings = settings.model_copy(

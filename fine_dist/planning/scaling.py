@@ -24,7 +24,7 @@ GLOO_PROCESSES = 16
 
 
 @dataclass(frozen=True)
-class Question:
+class ScalingRequest:
     """What is predicted, and what is stated of the machines."""
 
     processes: tuple[int, ...]
@@ -69,7 +69,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScalingPrediction:
     """Predictions by label, what they were made from, and both in words."""
 
     series: dict[str, list[Prediction]]
@@ -97,9 +97,9 @@ class Answer:
 
 
 def answer(
-    config: StageConfig, asked: Question, file: str | None,
+    config: StageConfig, asked: ScalingRequest, file: str | None,
     network_of: Callable[[int], tuple[Network, float]] | None = None,
-) -> Answer:  # fmt: skip
+) -> ScalingPrediction:  # fmt: skip
     """Predict a stage's step for every number of processes.
 
     file:       parts of an earlier measurement; none: they are measured here and now.
@@ -123,10 +123,11 @@ def answer(
                     overlap=asked.overlap if stage else 0.0, slowdown=slowdown,
                 )  # fmt: skip
                 series[f"{label}, ZeRO-{stage}"].append(made)
-    return Answer(series, parts, measured, _words(asked, plan.arch.name, parts, measured, network_of is not None))
+    words = _words(asked, plan.arch.name, parts, measured, network_of is not None)
+    return ScalingPrediction(series, parts, measured, words)
 
 
-def _stated(asked: Question, processes: int, threads: int) -> tuple[Network, float]:
+def _stated(asked: ScalingRequest, processes: int, threads: int) -> tuple[Network, float]:
     here = min(processes, asked.per_node)
     return asked.network, max(1.0, here * threads / asked.cores) if asked.cores else 1.0
 
@@ -172,7 +173,7 @@ def _measured(
     return parts, f"measured here: {words}{threads}, {config.engine.precision}"
 
 
-def _words(asked: Question, name: str, parts: dict[str, Parts], measured: str, gloo: bool) -> list[str]:
+def _words(asked: ScalingRequest, name: str, parts: dict[str, Parts], measured: str, gloo: bool) -> list[str]:
     """What the figures rest on."""
     (g_in, g_out), (us_in, us_out) = asked.gigabytes_per_s, asked.microseconds
     stated = (

@@ -38,8 +38,8 @@ def measure(
 
     The passes are the engine's: its objective, precision and recomputation. Weights are left with no gradients.
     """
-    from fine_dist.engine.backend import trainable
     from fine_dist.engine.compiling import prepare_model
+    from fine_dist.engine.optimizer import trainable
 
     model = model.to(device).train()
     prepare_model(model, engine, device)
@@ -83,7 +83,7 @@ def _passes(
     from fine_dist.data.batch import Batch
     from fine_dist.diffusion.objective import Objective
     from fine_dist.diffusion.settings import DiffusionConfig
-    from fine_dist.engine.backend import precision
+    from fine_dist.engine.optimizer import precision
 
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(samples, *arch.latent_shape, generator=generator)
@@ -108,7 +108,7 @@ def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[f
     """Seconds a number: of AdamW and the EMA; of joining gradients, taking them apart, their norm and clipping."""
     import torch
 
-    from fine_dist.engine.backend import adamw
+    from fine_dist.engine.optimizer import adamw
 
     p = torch.nn.Parameter(torch.zeros(count, device=device))
     p.grad = torch.full_like(p, 1e-3)

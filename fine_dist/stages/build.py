@@ -106,7 +106,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         stream=stream,
         identity=identity,
         held_out=scores if world.is_main and (evaluator or quick) else None,
-        pictures=lambda model, step: preview(renderer(model), step),
+        previews=lambda model, step: preview(renderer(model), step),
         histograms=lambda model: histograms(kept(model)),
         before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),

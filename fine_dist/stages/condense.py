@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_foreign, licence_of
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.artifacts.settings import HintsConfig
+from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import CONDENSES, AnyMethod, build
-from fine_dist.methods.base import Weights
+from fine_dist.methods.base import Method, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
 from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
@@ -23,29 +25,49 @@ if TYPE_CHECKING:
 
 
 class CondenseConfig(StageConfig):
-    """Stage 1: train a learngene of an ancestor's architecture, from random genes or from an ancestor's weights."""
+    """Stage 1: train a learngene, from a trained ancestor or from random factors."""
 
     run_dir: str = "runs/condense"
-    """Where everything is written; the learngene lands in its `learngene/`."""
+    """Folder of this run: logs, checkpoints and, at the end, the learngene in its `learngene/`. The same command again
+    resumes the run."""
     arch: Arch | None = None
-    """Shape of the model that stage 1 trains, but for its depth where the method has a setting for it; none: the
-    ancestor's, or DiT-B/2 without one."""
+    """Shape of the model that stage 1 trains. Its depth is ignored where the method has a setting for the depth.
+    Default: the ancestor's shape, or DiT-B/2 without an ancestor."""
     method: AnyMethod = CONDENSES
     """How layers share weights."""
     ancestor: str | None = None
-    """A trained model, which the method begins with or distillation imitates: a folder or run of ours, DiT's `.pt`, a
-    folder of diffusers, or a name on the hub."""
+    """Trained model that stage 1 starts from and imitates: a folder or run directory of ours, DiT's `.pt`, a folder of
+    diffusers, or a name on the hub. Default: none; factors start at random and need a stage 1 as long as a whole
+    pre-training."""
+    shell: Literal["inherited", "scratch"] = "inherited"
+    """Start of what lies outside the blocks (embedders, final layer): `inherited` copies the ancestor's where shapes
+    agree, `scratch` draws them at random, as some papers do."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""
     ancestor_licence: str | None = None
-    """Licence of the ancestor's weights; kept in the learngene's manifest."""
+    """License of the ancestor's weights, kept in the learngene's manifest. Default: the one that it states."""
     loss: LossConfig = LossConfig()
-    """Terms of the loss and their weights."""
+    """Weights of the terms of the loss."""
+
+    @property
+    def settled(self) -> Method[Any]:
+        """The method, with settings filled in that depend on the ancestor; one that is not there yet is supposed to
+        have the shape of stage 1."""
+        method = build(self.method)
+        if not self.ancestor or not method.traits.condenses:
+            return method.given(None, method.auxiliary(self.arch or Arch()))
+        if not self.knows_ancestor:
+            shape = method.auxiliary(self.arch or Arch())
+            return method.given(shape, shape)
+        return method.given(facts_of(self.ancestor, self.hints).arch, self.shape)
 
     @property
     def weights(self) -> Weights:
-        """Of the loss's terms: the user's over the method's own."""
-        return weights_of(self.loss, build(self.method).traits.loss)
+        """Weights of the loss's terms: the user's, else the method's own. An ancestor that a method could do without is
+        given to be imitated, so the weight of its output is then 1."""
+        traits = self.settled.traits
+        own = replace(traits.loss, output=1.0) if self.ancestor and not traits.loss.output else traits.loss
+        return weights_of(self.loss, own)
 
     @property
     def imitates(self) -> bool:
@@ -60,22 +82,28 @@ class CondenseConfig(StageConfig):
         return build(self.method).auxiliary(said)
 
     @property
+    def knows_ancestor(self) -> bool:
+        """Whether the ancestor can be read now: it is here, or on the hub."""
+        return bool(self.ancestor and (exists_locally(self.ancestor) or is_foreign(self.ancestor)))
+
+    @property
     def knows_shape(self) -> bool:
         """False while the ancestor that it is to be taken from is not there."""
-        return bool(self.arch or not self.ancestor or exists_locally(self.ancestor) or is_foreign(self.ancestor))
+        return bool(self.arch or not self.ancestor or self.knows_ancestor)
 
     def origin(self) -> dict[str, Any]:
         return {
             "arch": self.shape.model_dump(),
-            "method": self.method.model_dump(mode="json"),
+            "method": self.settled.config.model_dump(mode="json"),
             "ancestor": hash_of(self.ancestor, self.hints) if self.ancestor else None,
             "loss": vars(self.weights),
+            **({} if self.shell == "inherited" else {"shell": self.shell}),
         }
 
     def blueprint(self) -> Blueprint:
         import torch
 
-        method = build(self.method)
+        method = self.settled
         shape = self.shape if self.knows_shape else method.auxiliary(Arch())
         with torch.device("meta"):
             module = method.blueprint(shape)
@@ -91,22 +119,24 @@ class CondenseConfig(StageConfig):
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
-    method = build(config.method)
     ancestor, about = ancestor_of(config)
-    shape = config.shape
+    method, shape = config.settled, config.shape
 
     def make(world: World) -> Plan:
         import torch
 
-        generator = torch.Generator().manual_seed(config.seed)
-        condensation = method.condense(shape, ancestor, generator)
-        weights = config.weights
+        from fine_dist.stages.carry_over import begin_from
+
+        condensation = method.condense(shape, ancestor, torch.Generator().manual_seed(config.seed))
+        if ancestor is not None:
+            run_dir = Path(expand_path(config.run_dir))
+            begin_from(ancestor, condensation, method, run_dir, config.seed, config.shell == "inherited", world)
         return Plan(
             condensation,
             arch=shape,
             method=method,
             about=handed_on(config, about) if ancestor else {"ancestor": None},
-            weights=weights,
+            weights=config.weights,
             teacher=ancestor if config.imitates else None,
             teacher_process=diffusion_of(about),
         )
@@ -116,8 +146,7 @@ def run(config: CondenseConfig) -> Path:
 
 def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
     """The ancestor and what is known of it, when the method or the loss uses one; `ConfigError` when they disagree."""
-    method = build(config.method)
-    traits = method.traits
+    traits = build(config.method).traits
     if not traits.condenses:
         raise ConfigError(f"method.name: {config.method.name} has no stage 1; train it directly with fine_dist.train")
     if not config.ancestor:
@@ -125,11 +154,12 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             why = "distillation imitates" if config.imitates else f"method {config.method.name} as set begins with"
             raise ConfigError(f"ancestor: {why} a trained model; give its folder with --ancestor")
         return None, {}
-    if not config.imitates and traits.ancestor != "must":
+    traits = config.settled.traits
+    if not config.imitates and not traits.carries_over and config.shell == "scratch":
         raise ConfigError(
-            f"ancestor: {config.ancestor} would not be used: method {config.method.name} as set begins with random "
-            "weights, and no loss imitates it; leave ancestor out, or set --loss.output 1 (distillation)"
-            + (", or --method.initial decompose" if "initial" in type(config.method).model_fields else "")
+            f"ancestor: {config.ancestor} would be ignored: nothing of it is copied (shell: scratch), method "
+            f"{config.method.name} as set starts from random weights, and no term of the loss imitates it. Set "
+            "--loss.output 1 to distill from it, or leave --ancestor out."
         )
     ancestor, about = load_model(config.ancestor, hints=config.hints)
     shape = config.shape

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fine_dist.engine.dist import World
-    from fine_dist.engine.program import Fitted
+    from fine_dist.engine.program import FitResult
 
 
 def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[[World], Plan]) -> Path:
@@ -81,7 +81,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
     return folder
 
 
-def write_hparams(config: StageConfig, plan: Plan, fitted: Fitted, stage: str, folder: Path) -> None:
+def write_hparams(config: StageConfig, plan: Plan, fitted: FitResult, stage: str, folder: Path) -> None:
     """The run as a row of TensorBoard's table of hyperparameters."""
     from torch.utils.tensorboard import SummaryWriter
     from torch.utils.tensorboard.summary import hparams
@@ -118,7 +118,7 @@ def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def raw_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:
+def raw_tensors(fitted: FitResult, prefix: str) -> dict[str, Tensor]:
     """What was trained, as it is; empty where the EMA is the same."""
     state = {name: p for name, p in fitted.model.named_parameters() if name in fitted.ema and name.startswith(prefix)}
     if all(p.detach().cpu().equal(fitted.ema[name]) for name, p in state.items()):
@@ -126,7 +126,7 @@ def raw_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): p.detach() for name, p in state.items()}
 
 
-def kept_tensors(fitted: Fitted, prefix: str) -> dict[str, Tensor]:
+def kept_tensors(fitted: FitResult, prefix: str) -> dict[str, Tensor]:
     """The state dict of what is kept, with the EMA in place of what was trained."""
     state = {**fitted.model.state_dict(), **fitted.ema}
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

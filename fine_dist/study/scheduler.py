@@ -14,7 +14,7 @@ from fine_dist.study import settings
 
 if TYPE_CHECKING:
     from fine_dist.study.graph import Graph, StudyRun
-    from launchers.base import Job, Launcher
+    from launchers.launcher import Job, Launcher
 
 LOG_LINES = 8
 """Lines of a failed run's log that its error shows."""

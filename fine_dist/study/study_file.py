@@ -181,7 +181,7 @@ def written_out(file: StudyFile) -> dict[str, Any]:
         entries = [ancestor, *entries]
     gpu = file.launch.gpus > 0
     engine = {"ema_decay": 0.999 if gpu else 0.99, "precision": "bf16" if gpu else "fp32", "log_every": 25,
-              "checkpoint_every": 500, "eval_every": 100, "picture_every": 10**9}  # fmt: skip
+              "checkpoint_every": 500, "eval_every": 100, "preview_every": 10**9}  # fmt: skip
     schedule = {"schedule": "cosine", "warmup_steps": 20}
     shape = {**arch, **({"num_layers": max(file.depths)})}
     return {

@@ -52,7 +52,7 @@ def condense_config(root: Path, shards: Path) -> CondenseConfig:
             "batch": 8,
             "data": {"shards": str(shards / "train")},
             "engine": {
-                "device": "cpu", "checkpoint_every": 4, "log_every": 5, "eval_every": 1000, "picture_every": 10**6,
+                "device": "cpu", "checkpoint_every": 4, "log_every": 5, "eval_every": 1000, "preview_every": 10**6,
                 "threads": 1,
             },
         }

@@ -146,7 +146,7 @@ def condense_config(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory
         "batch": 16,
         "data": {"shards": str(digit_shards / "train"), "streams": 4},
         "optim": {"lr": 1e-3},
-        "engine": {"device": "cpu", "ema_decay": 0.9, "checkpoint_every": 20, "log_every": 1, "picture_every": 100000,
+        "engine": {"device": "cpu", "ema_decay": 0.9, "checkpoint_every": 20, "log_every": 1, "preview_every": 100000,
                    "eval_every": 100000, "threads": 1},
     }  # fmt: skip
     path = tmp_path_factory.mktemp("condense") / "condense.yaml"

@@ -37,7 +37,7 @@ def test_a_script_that_may_not_requeue_submits_itself_again_and_ends(slurm, tmp_
     logs = sorted((run_dir / "logs").glob("toy_stage-*.log"))
     assert starts(run_dir) == 3 and len(logs) == 3
     first = next(path for path in logs if path.name == f"toy_stage-{job}.log").read_text()
-    [second] = re.findall(r"goes on as job (\d+) \(restart 1 of at most 20\)", first)
+    [second] = re.findall(r"continues as job (\d+) \(restart 1 of at most 20\)", first)
     assert "=gres:gpu:1" in slurm.run("scontrol", "show", "job", second).stdout
     assert (tmp_path / f"scratch-{second}").is_dir() and second in (tmp_path / "sourced").read_text().split()
 

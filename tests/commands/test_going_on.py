@@ -95,11 +95,9 @@ def test_a_refused_start_leaves_the_directory_free(wrong, digit_shards, tmp_path
     assert condense(digit_shards, tmp_path / "run", "--seed", "5") == 0  # and another run may have it
 
 
-def test_an_ancestor_that_would_not_be_used_is_refused(six, digit_shards, tmp_path, capsys):
-    assert condense(digit_shards, tmp_path / "run", "--ancestor", str(six)) == 2
-    said = capsys.readouterr().err
-    assert "would not be used" in said and "--loss.output 1" in said and "--method.initial decompose" in said
-    assert condense(digit_shards, tmp_path / "run", "--ancestor", str(six), "--loss.output", "1") == 0
+def test_an_ancestor_that_is_given_is_used(six, digit_shards, tmp_path, capsys):
+    assert condense(digit_shards, tmp_path / "run", "--ancestor", str(six)) == 0
+    assert "ancestor: embedders and final layer copied, block biases copied, block weights" in capsys.readouterr().out
     assert (
         load_artifact(tmp_path / "run" / "learngene").extra["ancestor"]["hash"] == load_artifact(six / "learngene").hash
     )

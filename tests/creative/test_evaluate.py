@@ -15,7 +15,7 @@ from fine_dist.core.errors import ArtifactError, DataError
 from fine_dist.creative import command as creative
 from fine_dist.creative.clip_scores import clip_scores
 from fine_dist.creative.config import Template
-from fine_dist.creative.evaluate import RANDOM_ROWS, HeldOut, NearestWords, measure, random_rows
+from fine_dist.creative.evaluate import RANDOM_ROWS, HeldOutPairs, NearestWords, measure, random_rows
 from fine_dist.creative.reevaluate import evaluate_again
 from fine_dist.creative.tokens import RowSpec, Tokens
 from tests.creative.conftest import TOKEN, grown, tiny_config, whole_forward
@@ -64,7 +64,7 @@ def test_what_is_shown_while_a_run_trains_is_named_by_run_and_leaves_the_control
     model = Tokens(encoders, specs, [("bat", "sofa"), *PAIRS], token=TOKEN, start="creative")
     with torch.no_grad():
         model.clip_l[1] = encoders[0].table[encoders[0].single("lantern", "start")] * 2
-    found = HeldOut(["s0", "s1"], 1, 4, 0.5)(model)
+    found = HeldOutPairs(["s0", "s1"], 1, 4, 0.5)(model)
     assert set(found) == {f"{what}/{name}" for name in ("s0", "s1") for what in (
         "held_out_cosine", "held_out_loss", "norm_clip_l", "norm_clip_g")}  # fmt: skip
     start = measure(encoders, Template(), PAIRS, token=TOKEN, start="creative", rows={})['the start word, "creative"']
@@ -92,7 +92,7 @@ def test_a_token_measured_again_has_the_numbers_of_its_report(run_folder, capsys
     for words in (
         "never trained on",
         "VQAScore 0.835, PickScore 21.775 and ImageReward 1.065",
-        "They were not run here",
+        "This report does not measure images",
     ):
         assert " ".join(words.split()) in " ".join(again.split())
     assert "CLIP score" not in again

@@ -13,10 +13,10 @@ import torch
 from fine_dist.core.config import load
 from fine_dist.core.errors import FineDistError, ResumeLater, RunDirError, TrainingError
 from fine_dist.creative import command as creative
-from fine_dist.creative.config import CreativeConfig
+from fine_dist.creative.config import CreativeConfig, Template
 from fine_dist.creative.saving import read_token
 from fine_dist.creative.training import train
-from fine_dist.engine.saved import Saved
+from fine_dist.engine.checkpoint_files import CheckpointReader
 from launchers.code_snapshot import code_files
 from launchers.prepare import make_specs
 from launchers.state_table import StateTable
@@ -44,7 +44,7 @@ def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
     # what is saved is what was measured last, and what the last checkpoint holds
     done = json.loads((folder / "DONE.json").read_text())
     assert done["losses"]["held_out_cosine"] == pytest.approx(facts["cosines"]["the learned token"]["mean"], abs=1e-5)
-    newest = Saved(folder / "checkpoints" / "step_00000030")
+    newest = CheckpointReader(folder / "checkpoints" / "step_00000030")
     assert torch.equal(newest.whole("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
     assert losses(folder)[-1] < losses(folder)[0]
     board = EventAccumulator(str(folder / "tensorboard")).Reload()
@@ -87,7 +87,7 @@ def test_a_token_is_not_saved_when_the_encoder_has_not_stayed_as_it_was(tmp_path
 
     def meddling(program, **fields):
         fitted = fit(program, **fields)
-        program.model.books[1].encoder.table[3] += 1e-3
+        program.model.prompts_by_encoder[1].encoder.table[3] += 1e-3
         return fitted
 
     fit = room.fit
@@ -143,9 +143,9 @@ def test_a_finished_family_is_left_alone_and_a_new_seed_is_added(tmp_path, capsy
     assert [task.rows for task in creative.tasks(grown)] == [("s0", "s1"), ("s2",)]
     creative.run(grown)
     assert (tmp_path / "s0" / "token" / "manifest.json").stat().st_mtime_ns == written
-    assert (tmp_path / "s2" / "token").is_dir() and "finished before" in capsys.readouterr().out
+    assert (tmp_path / "s2" / "token").is_dir() and "already finished" in capsys.readouterr().out
     assert [row.state for row in StateTable(tmp_path).rows()] == ["done"] * 3
-    with pytest.raises(RunDirError, match=r"s0 was made with other settings:\n  steps: 8 there, 9 now"):
+    with pytest.raises(RunDirError, match=r"s0 was written with other settings:\n  steps: 8 there, 9 now"):
         creative.run(grown.model_copy(update={"steps": 9}))
 
 
@@ -160,17 +160,17 @@ def test_another_config_in_the_same_directory_is_refused(tmp_path):
     ("fields", "words"),
     [
         ({"template": {"adaptive": "a photo of a mixture"}}, r"template.adaptive: \{token\} is missing"),
-        ({"template": {"adaptive": "a {token} {t3}"}}, r"\{t3\} is nothing that can be put in; .*legal: t1, t2, token"),
+        ({"template": {"adaptive": "a {token} {t3}"}}, r"\{t3\} is no placeholder; .*legal: t1, t2, token"),
         ({"template": {"restrictive": "a {t1}"}}, r"template.restrictive: \{t2\} is missing"),
         ({"template": {"adaptive": "a {token"}}, "template.adaptive: .*expected '}'"),
         ({"token": "my token"}, "token: a token is one word without blanks"),
         ({"seeds": []}, "seeds: an empty list"),
         ({"seeds": [1, 1]}, "seeds: 1 is listed twice"),
-        ({"seeds": [-1]}, "seeds: -1 is no seed"),
+        ({"seeds": [-1]}, "seeds: -1 is negative"),
         ({"encoders": []}, "encoders: an empty list"),
         ({"only": ["s7"]}, "only: no run is called 's7'"),
         ({"templates": {"a b": {}}}, "templates: a task name is"),
-        ({"optim": {"clip_norm": 1.0}}, "optim.clip_norm: 1.0 would clip rows that train together"),
+        ({"optim": {"clip_norm": 1.0}}, "optim.clip_norm: 1.0 would clip the rows of several runs"),
         ({"start": "creative mantis"}, "start: 'creative mantis' is not one token"),
         ({"token": "lettuce"}, "token: 'lettuce' is in the vocabulary"),
     ],
@@ -193,7 +193,7 @@ def test_the_published_configs_are_read_and_dry_run(capsys):
     assert (sd3.steps, sd3.batch, sd3.optim.lr, sd3.optim.schedule, sd3.max_cosine) == (10_000, 16, 0.01, "cosine", 0.5)
     assert sd3 == CreativeConfig(run_dir=sd3.run_dir, launch=sd3.launch)  # the paper's settings are the defaults
     assert creative.main(["--config", str(CONFIGS / "tiny.yaml"), "--dry-run"]) == 0
-    assert "4 rows of each encoder train together, 300 steps of 16" in capsys.readouterr().out
+    assert "4 rows of each encoder train in one batch, 300 steps of 16" in capsys.readouterr().out
 
 
 def test_the_tiny_config_learns_in_seconds_and_beats_its_controls_on_pairs_it_never_saw(tmp_path):
@@ -208,7 +208,7 @@ def test_the_tiny_config_learns_in_seconds_and_beats_its_controls_on_pairs_it_ne
 
 
 def test_the_copy_of_the_code_that_a_cluster_runs_has_the_list_of_words():
-    assert "fine_dist/text/concepts.txt" in code_files("fine_dist.creative.command")
+    assert "fine_dist/creative/concepts.txt" in code_files("fine_dist.creative.command")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
@@ -218,6 +218,14 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.startswith("error: ") and "line 1: 1 column(s)" in said and len(said.splitlines()) == 1
     assert creative.main(["--evaluate", "x", "--images", "y"]) == 2
-    assert "--images and --clip go together" in capsys.readouterr().err
+    assert "need each other and --evaluate" in capsys.readouterr().err
     assert creative.main([*argv, "--optim.clip-norm", "1"]) == 2
-    assert "set it to null" in capsys.readouterr().err
+    assert "set it to none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("clamp", "warned"), [(1e-6, True), (0.99, False)])
+def test_a_loss_that_is_at_its_clamp_from_the_first_step_is_warned_about(tmp_path, caplog, clamp, warned):
+    template = Template(adaptive="a {t1} {t2} {token}", restrictive="a {t1} {t2}")  # nearly the same prompt
+    train(tiny_config(tmp_path / "run", steps=2, max_cosine=clamp, template=template))
+    text = "\n".join(record.getMessage() for record in caplog.records)
+    assert ("the token will hardly move" in text and "raise --max-cosine above" in text) == warned

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fine_dist.creative.config import Template
 from fine_dist.creative.pairs import PairStream
-from fine_dist.creative.tokens import Objective, RowSpec, Tokens, common_beginning, shuffle
+from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens, common_beginning, shuffle
 from tests.creative.conftest import TOKEN, grown, whole_forward
 
 PAIRS = [("lettuce", "mantis"), ("owl", "teapot"), ("fox", "clock"), ("crab", "lamp"), ("bat", "piano")]
@@ -58,7 +58,7 @@ def test_the_loss_is_the_papers_equation(encoders, template):
             for key, row in rows.items():
                 model.get_parameter(key)[0] = row
         for max_cosine in (0.1, 0.5, 1.0):
-            losses = Objective(max_cosine, 1)(model, batch)
+            losses = TokenObjective(max_cosine, 1)(model, batch)
             torch.testing.assert_close(losses, expected(max_cosine), rtol=1e-5, atol=1e-5)
 
 
@@ -78,21 +78,21 @@ def test_the_row_starts_from_the_word_and_nothing_else_has_a_gradient_or_changes
 def test_beyond_the_clamp_nothing_draws_the_row(encoders):
     model = make(encoders, [RowSpec(PLAIN, 0)])
     batch = next(PairStream([0], len(PAIRS), global_batch=8).batches())
-    Objective(1e-6, 1)(model, batch).sum().backward()
+    TokenObjective(1e-6, 1)(model, batch).sum().backward()
     cosines = model(batch.pairs)
     for index, encoder in enumerate(encoders):
         gradient = model.get_parameter(encoder.key).grad
         assert bool((gradient == 0).all()) == bool((cosines[..., index] > 1e-6).all())
     assert (cosines[..., 1] > 1e-6).all()  # so that the line above says something
     model.zero_grad()
-    Objective(1.0, 1)(model, batch).sum().backward()
+    TokenObjective(1.0, 1)(model, batch).sum().backward()
     assert all((p.grad != 0).any() for p in model.parameters())
 
 
 def train(model, seeds, steps, num_shown=None):
     """AdamW as the engine has it, on the stream that the engine would read."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    objective = Objective(0.5, num_shown or len(seeds))
+    objective = TokenObjective(0.5, num_shown or len(seeds))
     losses = []
     for _, batch in zip(range(steps), PairStream(seeds, len(PAIRS), global_batch=4).batches()):
         loss = objective(model, batch).mean()
@@ -136,14 +136,16 @@ def test_a_prompt_that_all_samples_share_goes_through_the_encoder_once(encoders,
 def test_a_copy_for_looking_at_averages_does_not_copy_the_encoders(encoders):
     model = make(encoders, [RowSpec(PLAIN, 0)])
     other = copy.deepcopy(model)
-    assert other.books[0].encoder is model.books[0].encoder and other.clip_l is not model.clip_l
+    assert (
+        other.prompts_by_encoder[0].encoder is model.prompts_by_encoder[0].encoder and other.clip_l is not model.clip_l
+    )
     assert set(other.state_dict()) == {"clip_l", "clip_g"}
 
 
 def test_a_shuffled_control_keeps_the_geometry_of_the_targets_and_is_measured_on_the_true_ones(encoders):
     model = make(encoders, [RowSpec(PLAIN, 0), RowSpec(PLAIN, 0, shuffled=True)])
-    for book in model.books:
-        true, shuffled = (book.targets[i].flatten(0, 1) for i in book.target_of)
+    for prompts_of_encoder in model.prompts_by_encoder:
+        true, shuffled = (prompts_of_encoder.targets[i].flatten(0, 1) for i in prompts_of_encoder.target_of)
         torch.testing.assert_close(true @ true.T, shuffled @ shuffled.T)
         assert not torch.allclose(true, shuffled, atol=0.1)
     pairs = torch.tensor([[0, 0], [1, 1]])

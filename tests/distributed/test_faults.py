@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
-from fine_dist.engine import dist, watch
+from fine_dist.engine import dist, heartbeat
 from fine_dist.testing import Ranks, run_distributed
 from tests.engine.test_resume import assert_same, wait_for_step
 from tests.engine.toy import ToyConfig, ToyStream, engine, toy_fit, toy_outcome, toy_program
@@ -90,22 +90,22 @@ def test_a_signal_to_any_rank_makes_all_of_them_save_the_same_step_and_exit_75(t
 
 
 def watched_through_a_slow_store(folder: str) -> list[str]:
-    """The threads that are left when a run has ended while its watch was asking the store."""
-    look = watch.Watch._look
+    """The threads that are left when a run has ended while its heartbeat was asking the store."""
+    find = heartbeat.Heartbeat._find_failure
 
-    def slowly(watching: watch.Watch, dead_after_s: float) -> Any:
+    def slowly(self: heartbeat.Heartbeat, *asked: Any) -> Any:
         time.sleep(0.5)
-        return look(watching, dead_after_s)
+        return find(self, *asked)
 
-    watch.Watch._look = slowly  # type: ignore[method-assign]
-    watch.BEAT_S = 0.01
+    heartbeat.Heartbeat._find_failure = slowly  # type: ignore[method-assign]
+    heartbeat.INTERVAL_S = 0.01
     toy_fit(folder, ToyConfig(steps=4, engine=engine()))
     return [thread.name for thread in threading.enumerate()]
 
 
 def test_a_run_that_ends_leaves_no_thread_that_watches_others(tmp_path: Path) -> None:
     for names in run_distributed(watched_through_a_slow_store, 2, str(tmp_path / "run"), timeout_s=60):
-        assert "fine-dist-watch" not in names  # Python ending beside it would abort the process
+        assert "fine-dist-heartbeat" not in names  # Python ending beside it would abort the process
 
 
 def test_an_error_on_one_rank_is_told_by_that_rank_alone(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def condense(folder: Path, run: str, *flags: str) -> list[str]:
         "run_dir": folder / run, "data.shards": data, "steps": 12, "batch": 16, "arch.hidden_size": 32,
         "arch.num_layers": 2, "arch.num_heads": 2, "arch.in_channels": 1, "arch.input_size": 8,
         "arch.num_classes": 10, "method.rank": 32, "engine.device": "cpu", "engine.threads": 1, "engine.log_every": 1,
-        "engine.checkpoint_every": 100, "engine.picture_every": 100, "sampler.steps": 2,
+        "engine.checkpoint_every": 100, "engine.preview_every": 100, "sampler.steps": 2,
     }  # fmt: skip
     words = [word for key, value in fields.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     return ["fine_dist.condense", *words, "--arch.no-learn-sigma", *flags]

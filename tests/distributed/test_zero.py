@@ -13,7 +13,7 @@ import torch
 
 from fine_dist.core.errors import ResumeLater
 from fine_dist.engine import dist
-from fine_dist.engine.saved import Saved
+from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.settings import OptimConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.testing import run_distributed
@@ -75,8 +75,8 @@ def test_shared_factors_under_zero_3_have_the_gradients_and_20_updates_of_a_sing
             assert distance(found[name].ema[key], value) < 1e-5, (name, key)
             assert not torch.equal(value, single.weights[key])  # an average that lags behind what moves
         # The first moment is the average of the gradients of all 20 steps.
-        ours = Saved(tmp_path / "sharded" / name / "checkpoints" / "step_00000020")
-        theirs = Saved(tmp_path / "single" / name / "checkpoints" / "step_00000020")
+        ours = CheckpointReader(tmp_path / "sharded" / name / "checkpoints" / "step_00000020")
+        theirs = CheckpointReader(tmp_path / "single" / name / "checkpoints" / "step_00000020")
         assert ours.shapes == theirs.shapes and ours.optimizer_steps == theirs.optimizer_steps
         scale = max(float(theirs.whole("exp_avg", key).norm()) for key in theirs.shapes)
         for key in theirs.shapes:
@@ -126,7 +126,7 @@ def test_resuming_at_the_same_world_size_is_bit_identical_in_every_stage(tmp_pat
     assert (tmp_path / "cut" / "checkpoints" / "LATEST").read_text() == "step_00000004"
     both = run_distributed(several, 2, str(tmp_path), {name: config.model_dump_json() for name in ("cut", "whole")})[0]
     assert_same(both["cut"], both["whole"])
-    ours, theirs = (Saved(tmp_path / name / "checkpoints" / "step_00000009") for name in ("cut", "whole"))
+    ours, theirs = (CheckpointReader(tmp_path / name / "checkpoints" / "step_00000009") for name in ("cut", "whole"))
     for key in theirs.shapes:
         for part in ("weight", "exp_avg", "exp_avg_sq", "ema"):
             assert torch.equal(ours.whole(part, key), theirs.whole(part, key)), (part, key)
@@ -163,7 +163,7 @@ def same_from_everywhere(folder: str, configs: dict[str, str], saved: str) -> di
             toy_model(config), config.optim, config.engine, here, config.global_batch // here.world_size, 1
         )
         ema = Ema(backend, 0.9)
-        checkpoint = Saved(Path(saved))
+        checkpoint = CheckpointReader(Path(saved))
         backend.load(checkpoint)
         restore_ema(checkpoint, ema, backend.pieces())
         moments = backend.gather({p.name: backend.moments(p)["exp_avg_sq"] for p in backend.pieces()})
@@ -187,7 +187,7 @@ def test_every_backend_and_stage_gathers_the_very_bits_of_one_checkpoint(tmp_pat
     settings = engine(backend="deepspeed", deepspeed={"stage": 2, "offload_optimizer": True})
     configs["ZeRO-2 offloaded"] = ToyConfig(**{**dict(start), "engine": settings}).model_dump_json()
     ranks = run_distributed(same_from_everywhere, world_size, str(tmp_path), configs, str(saved))
-    checkpoint = Saved(saved)
+    checkpoint = CheckpointReader(saved)
     parts = {"weight": "weight", "ema": "ema", "moment": "exp_avg_sq"}
     for name, tensors in ranks[0].items():
         assert len(tensors) == 3 * len(checkpoint.shapes)

@@ -35,6 +35,36 @@ def test_all_layers_of_models_of_two_depths_share_one_compilation(kind):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("recompute", ["none", "blocks", "every_other"])
+def test_compiled_blocks_are_recomputed_as_eager_ones_are(recompute, caplog):
+    """torch ends a recomputation by an exception of its own, which no wrapper of a block may take for a failure."""
+    torch._dynamo.reset()
+    grads = []
+    for compiled in (False, True):
+        model = lively(DiT(tiny_arch()))
+        model.recompute = recompute
+        if compiled:
+            compile_or_fall_back(list(model.blocks), "aot_eager")
+        model(*inputs(model.arch)).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    assert "torch.compile failed" not in caplog.text
+    torch._dynamo.reset()
+
+
+def test_running_out_of_memory_is_no_failure_of_the_compiler(caplog):
+    class Hungry(torch.nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block = Hungry()
+    compile_or_fall_back([block], "eager")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(torch.OutOfMemoryError):
+        block(torch.ones(2))
+    assert "torch.compile failed" not in caplog.text
+
+
 def test_by_itself_it_compiles_on_a_gpu_alone():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert not compiles(EngineConfig(), cpu)

@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import sha256_of
 from fine_dist.engine import checkpoint
+from fine_dist.engine.checkpoint_files import CheckpointReader, write_tensors
 from fine_dist.engine.run_dir import RunDir
-from fine_dist.engine.saved import Saved
-from fine_dist.engine.tensor_file import write_tensors
 from tests.engine.test_resume import start_child, wait_for_step
 from tests.engine.toy import ToyConfig, engine, toy_fit, toy_outcome
 
@@ -41,7 +40,7 @@ def test_a_kill_during_the_writing_of_a_checkpoint_leaves_the_one_before(tmp_pat
     else:
         pytest.fail("no kill hit the writing of a checkpoint")
     newest = (folder / "checkpoints" / "LATEST").read_text()
-    Saved(folder / "checkpoints" / newest).verify()
+    CheckpointReader(folder / "checkpoints" / newest).verify()
     steps = int(newest[5:]) + 2
     resumed = toy_outcome(folder, ToyConfig(steps=steps, engine=config.engine))
     whole = toy_outcome(tmp_path / "whole", ToyConfig(steps=steps, engine=config.engine))
@@ -71,7 +70,7 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_the_checkpoint_before_sta
     with pytest.raises(OSError) as caught:
         toy_outcome(small_disk / "run", ToyConfig(steps=6))
     assert caught.value.errno == errno.ENOSPC
-    Saved(saved).verify()
+    CheckpointReader(saved).verify()
     assert not list((small_disk / "run" / "checkpoints").glob(".writing-*"))
     (small_disk / "ballast").unlink()
     assert len(toy_outcome(small_disk / "run", ToyConfig(steps=6)).losses) == 6
@@ -79,7 +78,7 @@ def test_a_full_disk_stops_the_run_with_the_reason_and_the_checkpoint_before_sta
 
 LIMITED = """
 import resource, signal, sys
-from fine_dist.errors import guard
+from fine_dist.core.errors import guard
 from tests.engine.toy import ToyConfig, toy_fit
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

@@ -75,12 +75,12 @@ import json, sys
 from pathlib import Path
 from benchmarks.peak_memory import kib
 from benchmarks.steps import Bench, StepKind
-from fine_dist.config import OptimConfig
+from fine_dist.engine.settings import OptimConfig
 from fine_dist.engine import dist
-from fine_dist.model.zoo import arch
+from fine_dist.model.arch import arch
 from tests.engine.toy import ToyConfig, ToyStream, engine, toy_fit, toy_program
 from fine_dist.diffusion.objective import Objective
-from fine_dist.config import DiffusionConfig
+from fine_dist.diffusion.settings import DiffusionConfig
 
 status = Path("/proc/self/status")
 here = dist.alone("cpu")

@@ -25,10 +25,11 @@ from fine_dist.core.errors import ResumeLater, TrainingError
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
-from fine_dist.engine.backend import PlainBackend, adamw, only_where
+from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.loop import Run
+from fine_dist.engine.optimizer import adamw, only_where
+from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.run_dir import RunDir
-from fine_dist.engine.saved import Saved
 from fine_dist.engine.stopping import Stopper
 from tests.engine.test_loop import nan_at
 from tests.engine.toy import ARCH, ToyConfig, engine, toy_program
@@ -39,7 +40,7 @@ CLOCKS = {"steps_per_s", "images_per_s", "tokens_per_s", "model_tflops_per_s", "
           "mfu", "peak_memory_gib"}  # fmt: skip
 
 
-OF_THE_HOST = {"schedule.py", "toy.py"}
+OF_THE_HOST = {"random_draws.py", "toy.py"}
 """Who reads positions in the global batch, in host memory on every machine: the draws and the toy's stream."""
 
 
@@ -90,7 +91,7 @@ def started(folder: Path, config: ToyConfig, late: bool = True, **parts: Any) ->
         run = Run(
             program, config.steps, config.global_batch, config.optim, config.engine, run_dir, 0, "toy", here, stopper
         )
-        run.late = late
+        run.reads_late = late
         try:
             yield run
         finally:
@@ -109,19 +110,19 @@ def test_between_two_steps_the_host_reads_one_message_and_it_is_the_step_befores
         run.gradients = lambda batch: (seen.append(f"compute {batch.step}"), gradients(batch))[1]  # type: ignore[method-assign]
         run.update = lambda total, step, waited: (seen.append(f"update {step}"), update(total, step, waited))[1]  # type: ignore[method-assign]
 
-        def hear() -> int:
-            step = run.taken.step if run.taken else None
+        def read() -> int:
+            step = run.pending.step if run.pending else None
             if step is not None:
-                seen.append(f"hear {step}")
-            return type(run).hear(run)
+                seen.append(f"read {step}")
+            return type(run).read_pending_step(run)
 
-        run.hear = hear  # type: ignore[method-assign]
+        run.read_pending_step = read  # type: ignore[method-assign]
         with Calls(seen), Operators(seen):
             run.train()
     steady = [seen[seen.index(f"begin {step}") : seen.index(f"begin {step + 1}")] for step in range(2, 7)]
     for step, events in enumerate(steady, 2):
-        told = ["tolist in outcome.py"]  # the message of one step, and nothing else
-        assert events == [f"begin {step}", f"compute {step}", f"hear {step - 1}", *told, f"update {step}"]
+        reads = ["tolist in step_result.py"]  # the message of one step, and nothing else
+        assert events == [f"begin {step}", f"compute {step}", f"read {step - 1}", *reads, f"update {step}"]
 
 
 def test_a_reading_in_the_middle_of_a_step_would_be_seen(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def results(folder: Path, run: Run) -> tuple[Any, ...]:
     rows = [{key: value for key, value in row.items() if key not in CLOCKS} for row in rows]
     kept = {}
     for place in sorted((folder / "checkpoints").glob("step_*")):
-        saved = Saved(place)
+        saved = CheckpointReader(place)
         kept[place.name] = (saved.optimizer_steps, saved.extra, (place / "rank0.safetensors").read_bytes())
         saved.close()
     return rows, kept, run.bad_steps

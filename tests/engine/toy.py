@@ -16,7 +16,7 @@ from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World, world
 from fine_dist.engine.loop import fit
-from fine_dist.engine.program import Fitted, Program
+from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.model.arch import Arch
@@ -125,7 +125,7 @@ def toy_program(config: ToyConfig, here: World, **parts: Any) -> Program:
 
 def toy_fit(
     folder: Path | str, config: ToyConfig, program: Program | None = None, here: World | None = None, **parts: Any
-) -> Fitted:
+) -> FitResult:
     here = here or world("cpu")
     bound = {key: getattr(config.engine, key) for key in ("precision", "ema_decay")}
     identity = {**config.model_dump(mode="json", exclude={"steps", "engine"}), "engine": bound}

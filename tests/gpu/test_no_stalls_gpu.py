@@ -47,8 +47,8 @@ def trained(folder: Path, shards: Path, kind: str, late: bool, checked: bool) ->
         with RunDir(folder).open("toy", {}, world) as run_dir, Stopper(run_dir, None, True) as asked:
             settings = (config.steps, config.global_batch, config.optim, config.engine)
             run = Run(program, *settings, run_dir, 0, "toy", world, asked)
-            assert run.late  # as it is by itself on an accelerator
-            run.late = late
+            assert run.reads_late  # as it is by itself on an accelerator
+            run.reads_late = late
             if checked:
                 at = [-1]
                 program.before_step = lambda step, generator: at.__setitem__(0, step)

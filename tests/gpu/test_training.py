@@ -73,9 +73,9 @@ def test_bf16_follows_fp32_and_keeps_weights_and_average_in_fp32(tmp_path: Path,
 
 
 @pytest.mark.parametrize("kind", ["dense", "joint"])
-def test_compiled_blocks_compute_what_eager_ones_do(tmp_path: Path, here: World, kind: str, recwarn) -> None:
+def test_compiled_blocks_compute_what_eager_ones_do(tmp_path: Path, here: World, kind: str, caplog) -> None:
     compiled = outcome(tmp_path / "compiled", here, ToyConfig(kind=kind, steps=4, engine=engine(compile=True)))
-    assert not [w for w in recwarn if "torch.compile failed" in str(w.message)]
+    assert "torch.compile failed" not in caplog.text
     assert compiled.losses == pytest.approx(
         outcome(tmp_path / "eager", here, ToyConfig(kind=kind, steps=4)).losses, rel=TF32
     )

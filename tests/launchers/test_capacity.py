@@ -12,9 +12,10 @@ import pytest
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
-from launchers import base, machine
-from launchers.base import register
+from launchers import launcher as launcher_module
+from launchers import machine
 from launchers.entry import check, launch
+from launchers.launcher import register
 from launchers.local import LocalLauncher
 from launchers.machine import Accelerators
 from launchers.prepare import make_spec, tasks_of
@@ -65,7 +66,7 @@ def test_a_launcher_of_another_package_registers_itself_and_is_chosen_by_its_aff
         def affinity(cls, needs):
             return 99
 
-    monkeypatch.setattr(base, "_registered", [*base._registered])
+    monkeypatch.setattr(launcher_module, "_registered", [*launcher_module._registered])
     register(Batch)
     targets.cache_clear()
     try:

@@ -15,8 +15,8 @@ import pytest
 
 from fine_dist.core.errors import LaunchError, RunDirError
 from fine_dist.core.settings import LaunchConfig
-from launchers.base import joint_code
 from launchers.entry import launch
+from launchers.launcher import joint_code
 from launchers.local import Here, LocalLauncher
 from launchers.prepare import make_spec
 from launchers.ray_jobs import RayJobs

@@ -17,6 +17,7 @@ from launchers.code_snapshot import snapshot
 from launchers.prepare import launch_of, make_spec, make_specs, tasks_of
 from launchers.sbatch import sbatch_flags
 from launchers.spec import JobSpec, Task
+from launchers.state_table import StateTable
 from launchers.worker import config_class, import_module, run_job
 from tests.cluster.toy_stage import ToyConfig
 
@@ -136,3 +137,85 @@ def test_every_stage_script_requeues_appends_and_is_warned_before_its_limit():
         for line in ("--requeue", "--open-mode=append", "--signal=B:USR1@120"):
             assert f"#SBATCH {line}\n" in text
         assert "set -euo pipefail" in text and JobSpec
+
+
+def test_more_steps_reopen_finished_tasks_and_results_of_another_launcher_are_done(tmp_path):
+    """The one rule of what is left: `Task.complete`, which a module fills where it can tell."""
+    config, table = ToyConfig(run_dir=str(tmp_path)), StateTable(tmp_path)
+    part = ToyConfig(run_dir=str(tmp_path / "p"))
+    make_specs(TOY, config, [Task("pack", part, rows=("x", "y"))])
+    table.finish("x", "done")
+    [spec] = make_specs(TOY, config, [Task("pack", part, ("x", "y"), complete=("y",))])
+    assert [(row.name, row.state) for row in table.rows()] == [("x", "pending"), ("y", "done")]
+    assert run_job(str(spec.save(tmp_path / "job.json"))) == 0
+    assert [(row.name, row.state) for row in table.rows()] == [("x", "done"), ("y", "done")]
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x7fb"])
+def test_a_run_directory_that_no_script_can_name_is_refused_before_submission(tmp_path, name):
+    with pytest.raises(LaunchError, match="control character"):
+        make_spec(TOY, ToyConfig(run_dir=str(tmp_path / name)))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["50%j", "a\\b"])
+def test_a_run_directory_whose_name_slurm_would_change_is_refused(tmp_path, name):
+    from launchers.sbatch import prepare
+
+    with pytest.raises(LaunchError, match="choose a name without it"):
+        prepare(TOY, ["--run-dir", str(tmp_path / name)])
+
+
+def test_site_files_may_read_unset_variables_and_a_clusters_own_scratch_is_left_alone(tmp_path):
+    site = tmp_path / "site.sh"
+    code = 'set -euo pipefail; source slurm/env.sh; TMPDIR=/t; eval "$ON_NODE"; echo "$TMPDIR" "$SCRATCH" "$-"'
+
+    def run(text: str) -> list[str]:
+        site.write_text(text)
+        env = {**os.environ, "FINE_DIST_SITE": str(site), "SCRATCH": "/lustre/me", "SLURM_SUBMIT_DIR": str(ROOT)}
+        done = subprocess.run(["bash", "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert run("export X=/opt:$NOT_SET_ANYWHERE\n")[:2] == ["/t", "/lustre/me"]
+    assert run(f"SCRATCH={tmp_path}/node\n")[:2] == [f"{tmp_path}/node", "/lustre/me"]
+    assert "u" in run("")[2]
+
+
+def test_a_script_without_an_environment_says_in_one_line_what_to_set(tmp_path):
+    env = {"PATH": os.environ["PATH"], "PYTHON": "/usr/bin/env", "HOME": str(tmp_path)}
+    done = subprocess.run(["bash", "slurm/condense.sh"], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "PYTHON=/usr/bin/env" in done.stderr and "slurm/site.sh" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_on_a_site_with_scratch_and_a_network_has_both(tmp_path, monkeypatch):
+    from launchers.site import SlurmSite
+
+    site = tmp_path / "site.sh"
+    site.write_text(f"IFNAME=ib0\nSCRATCH={tmp_path}/scratch\n")
+    monkeypatch.setenv("FINE_DIST_SITE", str(site))
+    assert SlurmSite.here().environment()["GLOO_SOCKET_IFNAME"] == "ib0"
+    script = "\n".join([*SlurmSite.here().setup_lines(), 'echo "$NCCL_SOCKET_IFNAME $FINE_DIST_SCRATCH $SCRATCH"'])
+    env = {**os.environ, "SCRATCH": "/lustre/me"}
+    done = subprocess.run(["bash", "-euc", script], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ib0", f"{tmp_path}/scratch", "/lustre/me"]
+    spec = make_spec(TOY, ToyConfig(run_dir=str(tmp_path / "run")))
+    code = f"import tempfile; from launchers.worker import run_job; run_job({str(spec.save(tmp_path / 'j.json'))!r})"
+    words = [sys.executable, "-c", f"{code}; print(tempfile.gettempdir())"]
+    env = {**os.environ, "FINE_DIST_SCRATCH": f"{tmp_path}/scratch"}
+    done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[-2] == f"{tmp_path}/scratch"
+
+
+def test_one_rank_where_two_were_asked_for_is_refused_inside_a_shell_of_srun(tmp_path, monkeypatch):
+    from launchers.entry import launch
+
+    shell = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for key, value in shell.items():
+        monkeypatch.setenv(key, value)
+    for key in ("RANK", "WORLD_SIZE", "FINE_DIST_JOB"):
+        monkeypatch.delenv(key, raising=False)
+    with pytest.raises(LaunchError, match="asks for 2 processes, and this process is the only one"):
+        launch(TOY, ToyConfig(run_dir=str(tmp_path), launch=LaunchConfig(processes=2)))
+    assert launch(TOY, ToyConfig(run_dir=str(tmp_path))) == 0

@@ -8,7 +8,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from fine_dist.core.config import Config
+from fine_dist.core.errors import LaunchError
 from fine_dist.engine.run_dir import RunDir, owner_of
 from fine_dist.status import main
 from launchers.state_table import StateTable, Submissions
@@ -77,3 +80,38 @@ def test_a_submitted_run_that_has_not_begun_is_queued(tmp_path):
     Submissions(tmp_path).add({"31": ["condense"]})
     [row] = read(tmp_path)
     assert (row["name"], row["state"], row["job"]) == ("condense", "queued", "31")
+
+
+def test_status_needs_neither_a_lock_of_its_own_nor_the_right_to_write(tmp_path):
+    table = StateTable(tmp_path)
+    table.add(["held", "killed"])
+    table.start("killed")
+    with table.claim(["held"]):
+        table.start("held")
+        for path in [*tmp_path.rglob("*"), tmp_path]:
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        code = "import os, sys, pathlib; from launchers.status import read; os.setuid(65534); "
+        code += "print([(r['name'], r['state']) for r in read(pathlib.Path(sys.argv[1]))])"
+        root = tmp_path
+        while root != root.parent and root.name != "tmp":  # pytest's own folders are their owner's alone
+            root.chmod(root.stat().st_mode | 0o055)
+            root = root.parent
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout == "[('held', 'running'), ('killed', 'lost')]\n", done.stderr
+
+
+def test_a_fan_out_that_was_refused_leaves_nothing_that_status_trips_over(tmp_path, capsys):
+    run_dir = tmp_path / "family"
+    with pytest.raises(LaunchError), StateTable(run_dir).driver("local fan-out"):
+        raise LaunchError("refused by the preflight")
+    assert not run_dir.exists()
+    assert main([str(run_dir)]) == 2
+    assert "nothing has run here" in capsys.readouterr().err
+
+
+def test_a_reason_that_looks_like_markup_is_shown_as_it_is(tmp_path, capsys):
+    table = StateTable(tmp_path)
+    table.add(["a"])
+    table.finish("a", "failed", "no such key [/x] in [red]")
+    assert main([str(tmp_path)]) == 3
+    assert "[/x]" in capsys.readouterr().out

@@ -59,6 +59,8 @@ def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> t
     traits, arch = method.traits, method.auxiliary(arch or tiny_arch())
     ancestor = trained(arch if traits.same_shape else tiny_arch(num_layers=5)) if traits.ancestor != "no" else None
     condensation = method.condense(arch, ancestor, torch.Generator().manual_seed(seed))
+    if method.traits.carries_over:
+        method.carry_over(condensation.module, ancestor, torch.Generator().manual_seed(seed), torch.device("cpu"))
     return condensation, condensation.product(condensation.module)
 
 

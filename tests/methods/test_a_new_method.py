@@ -107,7 +107,7 @@ arch = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4, "in
 encode(EncodeConfig(out=str(root / "data")))
 data = {"shards": str(root / "data/train"), "held_out": str(root / "data/held_out")}
 engine = {"device": "cpu", "log_every": 1}
-base = {"data": data, "batch": 8, "steps": 2, "engine": {**engine, "picture_every": 1000}}
+base = {"data": data, "batch": 8, "steps": 2, "engine": {**engine, "preview_every": 1000}}
 said = {}
 for name in ("repeat", "blocks"):
     own = {"run_dir": str(root / name), "arch": arch, "method": {"name": name}}

@@ -7,9 +7,11 @@ import pytest
 import tensorly
 import torch
 from tensorly.decomposition import parafac
+from torch.utils.flop_counter import FlopCounterMode
 
 from fine_dist.core.errors import ArtifactError
-from fine_dist.methods.fine.cp import compose, decompose, directions, jennrich, solve_sigma, unit
+from fine_dist.methods.fine.cp import compose, decompose, directions, jennrich, measured, sweep_flops, unit
+from fine_dist.model.arch import MATRICES, arch
 
 
 def test_a_tensor_of_the_form_is_found_again(generator):
@@ -43,8 +45,8 @@ def test_the_better_start_is_taken_and_near_the_form_it_is_the_closed_one(genera
     weights = weights + 0.03 * weights.std() * torch.randn(weights.shape, generator=generator)
     fit = decompose(weights, 16, sweeps=1, generator=generator)
     closed = jennrich(weights, 16, directions(weights), generator)[0]
-    measured = (weights - compose(*closed, solve_sigma(weights, *closed))).norm() / weights.norm()
-    assert abs(fit.history[0] - float(measured)) < 1e-5
+    error = measured(weights, *closed, weights.mT @ closed[0])[0]
+    assert abs(fit.history[0] - error) < 1e-5
     assert fit.history[-1] < 0.05  # 3% of it is noise
 
 
@@ -86,3 +88,31 @@ def test_more_components_than_rows_fit_better_still(generator):
     errors = [decompose(weights, rank, generator=generator).history[-1] for rank in (8, 16, 32, 64)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05  # 64 = L x 16 components can hold every layer's own SVD
+
+
+def test_beyond_the_width_it_is_exact_once_there_are_as_many_components_as_singular_values(generator):
+    stack = torch.randn(3, 12, 8, generator=generator)
+    errors = [float(decompose(stack, rank, sweeps=30, generator=generator).error.max()) for rank in (12, 18, 24)]
+    assert errors[0] > errors[1] > 0.01 and errors[2] < 1e-3
+    flat = torch.randn(3, 12, 3, generator=generator) @ torch.randn(3, 3, 8, generator=generator)  # layers of rank 3
+    assert float(decompose(flat, 9, sweeps=1, generator=generator).error.max()) < 1e-4
+
+
+def test_an_xl_is_decomposed_in_minutes_on_a_cpu_node_and_in_seconds_on_a_gpu():
+    """By count: all sweeps of all five matrices of DiT-XL, R = D. The products are single-precision ones of whole
+    matrices, of which a CPU node of 32 cores does 1 TFLOP/s and more, and an H100 40."""
+    xl = arch("DiT-XL/2")
+    total = sum(50 * sweep_flops(xl.num_layers, *xl.matrix(matrix), xl.hidden_size) for matrix in MATRICES)
+    assert total == pytest.approx(154e12, rel=0.01)  # 28 layers of 18 D^2 weights, 4 D FLOPs each, 50 sweeps
+    assert total / 1e12 < 10 * 60 and total / 40e12 < 10
+
+
+def test_a_sweep_costs_what_it_says():
+    stack = torch.randn(4, 96, 64, generator=torch.Generator().manual_seed(0))
+    counts = []
+    for sweeps in (1, 3):
+        with FlopCounterMode(display=False) as counter:
+            decompose(stack, 16, sweeps=sweeps, tolerance=1e-12)
+        counts.append(counter.get_total_flops())
+    # beside the two products with the weights: Gram matrices and the products of two thin matrices
+    assert 1 <= (counts[1] - counts[0]) / 2 / sweep_flops(4, 96, 64, 16) < 1.35

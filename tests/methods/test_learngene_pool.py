@@ -235,7 +235,7 @@ def test_a_pool_is_condensed_stitched_and_cut_by_the_commands_own_stages(digit_s
     folder = condense(
         CondenseConfig(
             run_dir=str(tmp_path / "c"), arch=arch, method=method, ancestor=str(tmp_path / "a"), steps=3, batch=8,
-            data=data, engine=EngineConfig(**loop, picture_every=10**9),
+            data=data, engine=EngineConfig(**loop, preview_every=10**9),
         )
     )  # fmt: skip
     names = load_artifact(folder).tensors

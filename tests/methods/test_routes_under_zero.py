@@ -36,7 +36,7 @@ def condense(folder: str, shards: str, stages: tuple[int | None, ...]) -> list[s
                         threads=1,
                         backend="plain" if stage is None else "deepspeed",
                         deepspeed=DeepSpeedConfig(stage=stage or 0),
-                        picture_every=10**9,
+                        preview_every=10**9,
                     ),
                 )
             )

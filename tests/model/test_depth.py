@@ -81,6 +81,6 @@ def test_on_a_learngene_that_changes_slowly_the_segment_start_is_nearest_to_its_
 
 
 def test_the_default_start_follows_how_the_factors_were_made():
-    assert build(FineConfig()).sigma_initial == "segment"
-    assert build(FineConfig(initial="decompose")).sigma_initial == "aligned"
-    assert build(FineConfig(initial="decompose", sigma="linear")).sigma_initial == "linear"
+    assert build(FineConfig()).sigma_initial({"initial": "joint"}) == "segment"
+    assert build(FineConfig()).sigma_initial({"initial": "decompose"}) == "aligned"
+    assert build(FineConfig(sigma="linear")).sigma_initial({"initial": "decompose"}) == "linear"

@@ -1,8 +1,8 @@
-"""FINE's form as a tensor decomposition: the weights of one matrix, stacked over layers, in CP (PARAFAC) form.
+"""FINE's form as a tensor decomposition: one matrix's weights, stacked over layers, in CP (PARAFAC) form.
 
-`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`, L layers, m x n a matrix, R components. Alternating least squares:
-each step is a product with the weights and a solve with an R x R Gram matrix. Khatri-Rao products are never formed: for
-a DiT-XL's adaLN and R = D they alone would take 37 GB, while these steps need what the weights need.
+`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`: L layers, m x n a matrix, R components. It is found by alternating
+least squares: U, then V, then sigma is the least-squares solution given the other two. Khatri-Rao products are never
+formed; for a DiT-XL's adaLN and R = D they alone would take 37 GB, where these steps need what the weights need.
 """
 
 from __future__ import annotations
@@ -30,39 +30,42 @@ class Fit:
     history: tuple[float, ...]
 
 
+def sweep_flops(layers: int, m: int, n: int, rank: int) -> float:
+    """FLOPs of one sweep over a stack [L, m, n]: its two products with the weights, most of the work."""
+    return 4.0 * layers * m * n * rank
+
+
 def decompose(
     weights: Tensor, rank: int, *, sweeps: int = 50, tolerance: float = 1e-5, generator: torch.Generator | None = None
 ) -> Fit:
-    """CP of `weights` [L, m, n] at `rank`: the better of two starts by its measured error, polished by ALS.
+    """CP of `weights` [L, m, n] at `rank`, computed where the weights lie: the best of some starts, polished by ALS.
 
-    The starts are the leading singular vectors of the stack along each side (random directions beyond them), and
-    Jennrich's closed form, which is exact for a stack that is of CP form. float32, Gram matrices solved in float64.
-    Stops after `sweeps`, or once a sweep improves the relative error by less than `tolerance`; a sweep that does not
-    improve it is undone.
+    The starts are the leading singular vectors of the stack along each side (random directions beyond them); for R up
+    to min(m, n) Jennrich's closed form, which is exact for a stack that is of CP form; and for larger R the layers'
+    own singular triples, which are exact once R reaches the sum of the layers' ranks. Products are in float32, and
+    R x R systems are solved in float64. Stops after `sweeps`, or once a sweep improves the relative error by less than
+    `tolerance`; a sweep that does not improve it is undone.
 
-    `ArtifactError` when the weights hold NaN or Inf.
+    Raises:
+        ArtifactError: The weights hold NaN or Inf.
     """
     weights = weights.float()
     if not bool(torch.isfinite(weights).all()):
         raise ArtifactError("the weights to decompose hold NaN or Inf; take a model or checkpoint from before they did")
-    norm = weights.norm().clamp_min(1e-30)
-
-    def measured(u: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-        sigma = solve_sigma(weights, u, v)
-        return float((weights - compose(u, v, sigma)).norm() / norm), u, v, sigma
-
     sides = directions(weights)
     starts = [
         tuple(leading(vectors, rank, generator) for _, vectors in sides),
         *jennrich(weights, rank, sides, generator),
+        *layer_triples(weights, rank, generator),
     ]
-    best = min((measured(*start) for start in starts), key=lambda fit: fit[0])
+    best = min((measured(weights, u, v, weights.mT @ u) for u, v in starts), key=lambda fit: fit[0])
     history = [best[0]]
     for _ in range(sweeps):
         _, u, v, sigma = best
-        u, _ = unit(solve_side(torch.einsum("lij,jk,lk->ik", weights, v, sigma), v, sigma))
-        v, _ = unit(solve_side(torch.einsum("lij,ik,lk->jk", weights, u, sigma), u, sigma))
-        found = measured(u, v)
+        u, _ = unit(solve_side(torch.einsum("lik,lk->ik", weights @ v, sigma), v, sigma))
+        across = weights.mT @ u  #                                                                         [L, n, R]
+        v, _ = unit(solve_side(torch.einsum("ljk,lk->jk", across, sigma), u, sigma))
+        found = measured(weights, u, v, across)
         gain = best[0] - found[0]
         best = min(found, best, key=lambda fit: fit[0])
         history.append(best[0])
@@ -71,6 +74,27 @@ def decompose(
     _, u, v, sigma = best
     rest = (weights - compose(u, v, sigma)).flatten(1).norm(dim=1)
     return Fit(u, v, sigma, rest / weights.flatten(1).norm(dim=1).clamp_min(1e-30), tuple(history))
+
+
+_TRUSTED = 0.02
+"""Relative error above which the normal equations give it to float32's precision."""
+
+
+def measured(weights: Tensor, u: Tensor, v: Tensor, across: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
+    """(relative error, U, V, the least-squares sigma of these factors). across: `W(l)^T U` [L, n, R].
+
+    `||W - W'||^2 = ||W||^2 - 2 <W, W'> + ||W'||^2`, in which both last terms follow from `across` and Gram matrices, so
+    that W' need not be made. The difference of large numbers is only trusted where much is left.
+    """
+    right = torch.einsum("jk,ljk->lk", v, across)  #                                                          [L, R]
+    grams = gram(u) * gram(v)
+    sigma = _solve(grams, right.T).T
+    norm = weights.norm().double().clamp_min(1e-30)
+    own = (gram(sigma) * grams).sum() - 2 * (sigma.double() * right.double()).sum()
+    error = float((1 + own / norm.square()).clamp_min(0).sqrt())
+    if error < _TRUSTED:
+        error = float((weights - compose(u, v, sigma)).norm() / norm)
+    return error, u, v, sigma
 
 
 def directions(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -121,6 +145,19 @@ def jennrich(
     return [(leading(u, rank, generator), leading(v, rank, generator))]
 
 
+def layer_triples(weights: Tensor, rank: int, generator: torch.Generator | None) -> list[tuple[Tensor, Tensor]]:
+    """U [m, R] and V [n, R] as singular vectors of single layers, those of the R largest singular values of all layers;
+    for R above min(m, n) alone, where no closed form of the shared factors is known."""
+    if rank <= min(weights.shape[1:]):
+        return []
+    u, s, vt = torch.linalg.svd(
+        weights, full_matrices=False
+    )  #                             [L, m, k], [L, k], [L, k, n]
+    order = s.flatten().argsort(descending=True)
+    columns = u.transpose(1, 2).flatten(0, 1)[order].T, vt.flatten(0, 1)[order].T
+    return [(leading(columns[0], rank, generator), leading(columns[1], rank, generator))]
+
+
 _NOTHING = 1e-11
 """Share of the largest eigenvalue below which a direction holds float32's rounding (2^-23, squared, and some)."""
 
@@ -142,12 +179,6 @@ def compose(u: Tensor, v: Tensor, sigma: Tensor) -> Tensor:
 def solve_side(product: Tensor, other: Tensor, sigma: Tensor) -> Tensor:
     """The least-squares factor of one side given the rest: `product (other^T other * sigma^T sigma)^-1`."""
     return _solve(gram(other) * gram(sigma), product.T).T
-
-
-def solve_sigma(weights: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The least-squares sigma [L, R] of given factors: each layer on its own, all with one Gram matrix."""
-    right = torch.einsum("ik,lik->lk", u, weights @ v)
-    return _solve(gram(u) * gram(v), right.T).T
 
 
 def gram(factor: Tensor) -> Tensor:

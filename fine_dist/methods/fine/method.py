@@ -10,6 +10,9 @@ a target's sigma at random; ours starts at `segment`, and the paper's is the val
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +28,8 @@ from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT, SharedForm
 from fine_dist.model.roles import of_role, train_only
 
+log = logging.getLogger(__name__)
+
 
 class Fine(Method[FineConfig]):
     """FINE's three stages."""
@@ -37,13 +42,14 @@ class Fine(Method[FineConfig]):
 
     @property
     def traits(self) -> Traits:
-        from_ancestor = self.config.initial == "decompose"
+        decomposes = self.config.initial == "decompose"
         return Traits(
             parents=("learngene",),
             varies=frozenset({"depth"}),
             condenses=True,
-            ancestor="must" if from_ancestor else "may",
-            same_shape=from_ancestor,
+            ancestor="must" if decomposes else "may",
+            same_shape=decomposes,
+            carries_over=decomposes,
         )
 
     def variants(self) -> dict[str, tuple[str, ...]]:
@@ -51,68 +57,84 @@ class Fine(Method[FineConfig]):
 
     # --- stage 1 ----------------------------------------------------------------------------------------------------
 
+    def given(self, ancestor: Arch | None, arch: Arch) -> Fine:
+        if self.config.initial is not None:
+            return self
+        return Fine(self.config.model_copy(update={"initial": "decompose" if ancestor == arch else "joint"}))
+
     def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
-        module = self.blueprint(arch, generator)
-        if self.config.initial == "joint":
-            return Condensation(module)
-        if ancestor is None:
+        if self.config.initial == "decompose" and ancestor is None:
             raise ArtifactError("method.initial decompose takes factors from an ancestor; give its folder as ancestor")
-        errors = self.decompose(module, ancestor, generator)
-        return Condensation(module, report={"decomposition_error": errors}, lines=_table(errors))
+        return Condensation(self.blueprint(arch, generator))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> FactoredDiT:
         return FactoredDiT(arch, self.config.rank or arch.hidden_size, generator, self.config.path)
 
-    def decompose(self, module: FactoredDiT, ancestor: DiT, generator: torch.Generator) -> dict[str, list[float]]:
-        """CP of each matrix's weights over layers, into `module`; biases and the shell are copied.
+    @torch.no_grad()
+    def carry_over(
+        self, module: nn.Module, ancestor: DiT, generator: torch.Generator, device: torch.device
+    ) -> dict[str, Any]:
+        """CP of each matrix's weights over layers, into a `FactoredDiT`; block biases are copied.
 
-        The relative error that is left, by matrix and layer.
+        Returns:
+            `carried_over`: what was done, in words. `decomposition_error`: what is left of the weights, relative to
+            their norm, by matrix and layer.
         """
-        depth = ancestor.arch.num_layers
-        state = ancestor.state_dict()
+        student: Any = module
+        depth, state = range(ancestor.arch.num_layers), ancestor.state_dict()
+        for name, own in of_role(student, "bias").items():
+            own.copy_(state[name])
         errors: dict[str, list[float]] = {}
-        with torch.no_grad():
-            for name, own in of_role(module, "shell", "bias").items():
-                own.copy_(state[name])
-            for matrix in MATRICES:
-                stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in range(depth)])
-                fit = decompose(
-                    stack,
-                    module.rank,
-                    sweeps=self.config.sweeps,
-                    tolerance=self.config.tolerance,
-                    generator=generator,
-                )
-                genes = module.factor(matrix)
-                genes.U.copy_(fit.U)
-                genes.V.copy_(fit.V)
-                for layer in range(depth):
-                    module.sigma(matrix, layer).copy_(fit.sigma[layer])
-                errors[matrix] = fit.error.tolist()
-        return errors
+        for matrix in MATRICES:
+            begun = time.monotonic()
+            stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in depth]).to(device)
+            fit = decompose(
+                stack,
+                student.rank,
+                sweeps=self.config.sweeps,
+                tolerance=self.config.tolerance,
+                generator=generator,
+            )
+            genes = student.factor(matrix)
+            genes.U.copy_(fit.U)
+            genes.V.copy_(fit.V)
+            for layer in depth:
+                student.sigma(matrix, layer).copy_(fit.sigma[layer])
+            errors[matrix] = fit.error.tolist()
+            log.info(
+                "decomposed %s of %d layers (%d of %d matrices): relative error %.3f after %d sweeps, %.1f s",
+                matrix, len(depth), len(errors), len(MATRICES), fit.history[-1], len(fit.history) - 1,
+                time.monotonic() - begun,
+            )  # fmt: skip
+        means = ", ".join(f"{matrix} {sum(error) / len(error):.3f}" for matrix, error in errors.items())
+        words = f"block biases copied, block weights decomposed (mean relative error: {means})"
+        return {"carried_over": words, "decomposition_error": errors}
 
     # --- stage 2 ----------------------------------------------------------------------------------------------------
 
-    @property
-    def sigma_initial(self) -> str:
-        """Where sigma begins. Neighbouring layers of a decomposed ancestor have no common course over depth that a mean
-        could keep, so a target's layer takes one of them whole."""
-        return self.config.sigma or ("segment" if self.config.initial == "joint" else "aligned")
+    def sigma_initial(self, made_by: Mapping[str, Any]) -> str:
+        """Where a target's sigma starts, by the settings its learngene was made with.
+
+        Neighboring layers of a decomposed ancestor have no common course over depth that a mean could keep, so a
+        target's layer takes one of them as it is.
+        """
+        decomposed = made_by.get("initial") == "decompose"
+        return self.config.sigma or ("aligned" if decomposed else "segment")
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        source: Any = needed(parent).module
+        learngene = needed(parent)
+        source: Any = learngene.module
         model = FactoredDiT(target, source.rank, generator, self.config.path)
         state = of_role(source, "gene", "shell")
-        layers = range(source.arch.num_layers)
+        initial = INITIALS[self.sigma_initial(learngene.artifact.method)]
         for matrix in MATRICES:
-            biases = torch.stack([source.bias(matrix, layer).detach() for layer in layers])
-            begin = INITIALS[self.sigma_initial]
+            biases = torch.stack([source.bias(matrix, layer).detach() for layer in range(source.arch.num_layers)])
             table = source.sigma_table(matrix)
-            for layer, (s, b) in enumerate(zip(*begin.layers(matrix, table, biases, target.num_layers, generator))):
+            for layer, (s, b) in enumerate(zip(*initial.layers(matrix, table, biases, target.num_layers, generator))):
                 state[f"blocks.{layer}.{matrix}.sigma"] = s
                 state[f"blocks.{layer}.{matrix}.bias"] = b
         model.load_state_dict(state)
-        train_only(model, "scaler")
+        train_only(model, "scaler", *(("bias",) if self.config.trains == "sigma_and_biases" else ()))
         return Descent(model, "some")
 
     # --- what becomes of it -----------------------------------------------------------------------------------------
@@ -137,11 +159,3 @@ def factored_module(arch: Arch, tensors: dict[str, Tensor], path: str = "auto") 
     except KeyError:
         raise ArtifactError("these tensors have no shared factors (genes.qkv.U): no learngene of this method") from None
     return FactoredDiT(arch, rank, None, path)  # type: ignore[arg-type]
-
-
-def _table(errors: dict[str, list[float]]) -> list[str]:
-    rows = ["relative error of the decomposition, by matrix: mean | layer by layer"]
-    for matrix, values in errors.items():
-        layers = " ".join(f"{value:.3f}" for value in values)
-        rows.append(f"  {matrix:6} {sum(values) / len(values):.3f} | {layers}")
-    return rows

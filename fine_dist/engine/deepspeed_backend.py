@@ -11,20 +11,19 @@ import logging
 import math
 import os
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.backend import MOMENTS, Backend, Piece, adamw, only_where, set_lr, trainable, updates_of
-from fine_dist.engine.checkpoint import restore_moments
+from fine_dist.engine.backend import Backend, Piece
+from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.dist import World, gather_objects, join_alone
+from fine_dist.engine.optimizer import MOMENTS, adamw, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
-
-if TYPE_CHECKING:
-    from fine_dist.engine.saved import Saved
 
 SEND_VALUES = 1 << 24
 """Values (fp32) in one message when shards are gathered: 64 MiB."""
@@ -45,7 +44,9 @@ class DeepSpeedBackend(Backend):
         self.shapes = {name: tuple(p.shape) for name, p in self.named.items()}
         for p in model.parameters():
             p.data = p.data.contiguous()
-        self.optimizer: Any = adamw(list(self.named.values()), optim, kind=_ClippingAdamW if self.stage == 0 else None)
+        self.optimizer: Any = adamw(
+            list(self.named.values()), optim, kind=torch.optim.AdamW if self.stage else _ClippingAdamW
+        )
         if isinstance(self.optimizer, _ClippingAdamW):
             self.optimizer.clip_norm = optim.clip_norm
         engine_, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
@@ -79,7 +80,8 @@ class DeepSpeedBackend(Backend):
         if self.stage == 3:
             self._forget_gradients()
         if self.stage == 0:
-            return self.optimizer.norm
+            norm_of_gradients: Tensor = self.optimizer.norm
+            return norm_of_gradients
         norm = math.inf if self.zero.overflow else float(self.engine.get_global_grad_norm())
         return torch.full((), norm, dtype=torch.float64, device=self.world.device)
 
@@ -117,7 +119,7 @@ class DeepSpeedBackend(Backend):
         return mapping.lp_fragment_address.start, mapping.hp_fragment
 
     def _flat_of(self, p: Any) -> tuple[Tensor, int]:
-        """The tensor that the optimiser holds this rank's share of `p` in, and where in it."""
+        """The tensor that the optimizer holds this rank's share of `p` in, and where in it."""
         if self.stage == 0:
             return p, 0
         if self.stage == 3:
@@ -137,13 +139,13 @@ class DeepSpeedBackend(Backend):
         return {name: updates for name, updates in found.items() if updates}
 
     @torch.no_grad()
-    def load(self, saved: Saved) -> None:
+    def load(self, checkpoint: CheckpointReader) -> None:
         for name, p in self.named.items():
-            self._load_model_copy(p, saved, name)
+            self._load_model_copy(p, checkpoint, name)
         for piece in self._held:
-            piece.weight.copy_(saved.read("weight", piece.name, piece.start, piece.stop))
+            piece.weight.copy_(checkpoint.read("weight", piece.name, piece.start, piece.stop))
             flat, offset = self._flat_of(self.named[piece.name])
-            steps = saved.optimizer_steps.get(piece.name, 0)
+            steps = checkpoint.optimizer_steps.get(piece.name, 0)
             if not steps and not self.optimizer.state.get(flat):
                 continue
             state = self.optimizer.state[flat]
@@ -151,29 +153,27 @@ class DeepSpeedBackend(Backend):
                 state.update({key: torch.zeros_like(flat) for key in MOMENTS})
             fused = bool(self.optimizer.defaults.get("fused"))
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
-            for key, values in restore_moments(saved, piece).items():
+            for key, values in checkpoint.moments(piece.name, piece.start, piece.stop).items():
                 state[key].view(-1).narrow(0, offset, piece.stop - piece.start).copy_(values)
 
-    def _load_model_copy(self, p: Any, saved: Saved, name: str) -> None:
+    def _load_model_copy(self, p: Any, checkpoint: CheckpointReader, name: str) -> None:
         """The weights that the forward pass reads, which ZeRO keeps beside the fp32 ones it updates."""
         if self.stage == 3:
             start = p.ds_tensor.numel() * self.world.rank
             stop = min(start + p.ds_tensor.numel(), p.ds_numel)
             if start < stop:
-                p.ds_tensor.data[: stop - start].copy_(saved.read("weight", name, start, stop))
+                p.ds_tensor.data[: stop - start].copy_(checkpoint.read("weight", name, start, stop))
             if p.data.numel() != p.ds_numel:
                 return
-        p.data.copy_(saved.whole("weight", name).view(self.shapes[name]))
+        p.data.copy_(checkpoint.whole("weight", name).view(self.shapes[name]))
 
     def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each rank sends its pieces, in order, as one flat tensor; rank 0 puts them where they belong."""
-        import torch.distributed as dist
-
         mine = [values[piece.name].detach().reshape(-1).cpu() for piece in self._pieces]
         if not self.world.is_main:
             if mine:
                 for part in torch.cat(mine).split(SEND_VALUES):
-                    dist.send(part, 0)
+                    torch.distributed.send(part, 0)
             return {}
         whole = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
         for rank, layout in enumerate(self._layout):
@@ -183,7 +183,7 @@ class DeepSpeedBackend(Backend):
             else:
                 flat = torch.empty(sum(sizes))
                 for part in flat.split(SEND_VALUES) if layout else ():
-                    dist.recv(part, rank)
+                    torch.distributed.recv(part, rank)
                 parts = list(flat.split(sizes)) if layout else []
             for (name, start, stop), part in zip(layout, parts):
                 whole[name][start:stop] = part
@@ -191,8 +191,8 @@ class DeepSpeedBackend(Backend):
 
 
 class _ClippingAdamW(torch.optim.AdamW):
-    """For stage 0, where DeepSpeed calls the client's optimiser as it is: AdamW that clips by global norm, and leaves
-    weights and moments alone when the norm is not finite, as ZeRO's optimisers do."""
+    """For stage 0, where DeepSpeed calls the client's optimizer as it is: AdamW that clips by global norm, and leaves
+    weights and moments alone when the norm is not finite, as ZeRO's optimizers do."""
 
     clip_norm: float | None = None
     norm: Tensor

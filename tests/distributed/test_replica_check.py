@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fine_dist.core.errors import ToldElsewhere, TrainingError
+from fine_dist.core.errors import ReportedElsewhere, TrainingError
 from fine_dist.core.processes import free_port, rank_words
-from fine_dist.engine import alike, dist
+from fine_dist.engine import dist, replica_check
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
@@ -54,8 +54,8 @@ def apart(change: float, backend: str) -> tuple[str, list[float]]:
     if world.rank == 1:
         model.patch.weight.data[0, 0] += change
     try:
-        told = alike.check(model, world, EngineConfig(backend=backend), "at step 3")
-    except (TrainingError, ToldElsewhere) as error:
+        told = replica_check.check(model, world, EngineConfig(backend=backend), "at step 3")
+    except (TrainingError, ReportedElsewhere) as error:
         told = f"{type(error).__name__}: {error}"
     return told, [float(x) for x in model.patch.weight.data.flatten()[:3]]
 
@@ -68,17 +68,17 @@ def test_rounding_is_mended_and_anything_more_is_an_error_that_names_the_rank():
     assert all("drifted" in told and "rank 1" in told for told, _ in drifted)
     assert drifted[0][1] == drifted[1][1] == same[0][1]  # rank 1 has rank 0's weights again
     broken = run_distributed(apart, 2, 1.0, "plain")
-    assert [told.partition(":")[0] for told, _ in broken] == ["TrainingError", "ToldElsewhere"]
+    assert [told.partition(":")[0] for told, _ in broken] == ["TrainingError", "ReportedElsewhere"]
     assert all("weights of rank 1 are not those of rank 0" in told for told, _ in broken)
 
 
 def test_a_fingerprint_sees_one_bit_and_two_values_in_each_others_place():
     model = lively(DiT(tiny_arch(num_layers=1)))
-    before = alike.fingerprint(model)
+    before = replica_check.fingerprint(model)
     flat = model.patch.weight.data.view(-1)
     flat[0], flat[1] = float(flat[1]), float(flat[0])
-    assert alike.fingerprint(model) != before
+    assert replica_check.fingerprint(model) != before
     flat[0], flat[1] = float(flat[1]), float(flat[0])
-    assert alike.fingerprint(model) == before
+    assert replica_check.fingerprint(model) == before
     flat[5] = torch.nextafter(flat[5], torch.tensor(9.0))
-    assert alike.fingerprint(model) != before
+    assert replica_check.fingerprint(model) != before

@@ -1,8 +1,15 @@
-"""A checkpoint on disk, opened: whole or by range, so that any world size reads what any other wrote."""
+"""A checkpoint's files: tensors written and hashed in one pass, and read back whole or by range.
+
+The format is safetensors' (https://huggingface.co/docs/safetensors): eight bytes of header length, a JSON header, then
+the raw values. A key is `PART:NAME@START`, a flat range of a named parameter, so that any world size reads what any
+other wrote.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +21,54 @@ from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import sha256_of
 
 FORMAT = 1
+PARTS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+_BLOCK_BYTES = 1 << 22
+"""Bytes that are hashed and written at once. Both release Python's global lock meanwhile, so training runs on."""
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.float64: "F64"}
 
 
-class Saved:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write contiguous tensors in host memory as one synced safetensors file, without a second copy in memory.
+
+    Returns:
+        `{"bytes": ..., "sha256": ...}` of the file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    header_bytes = json.dumps(header, separators=(",", ":")).encode()
+    header_bytes += b" " * (-len(header_bytes) % 8)  # the values start at a multiple of 8
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as handle:
+        for piece in (len(header_bytes).to_bytes(8, "little"), header_bytes):
+            digest.update(piece)
+            _write_all(handle, memoryview(piece))
+        for tensor in tensors.values():
+            raw = tensor.reshape(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(raw), _BLOCK_BYTES):
+                block = raw[start : start + _BLOCK_BYTES]
+                digest.update(block)
+                _write_all(handle, block)
+        os.fsync(handle.fileno())
+    return {"bytes": 8 + len(header_bytes) + offset, "sha256": digest.hexdigest()}
+
+
+def _write_all(handle: Any, block: memoryview) -> None:
+    while len(block):
+        block = block[handle.write(block) :]
+
+
+class CheckpointReader:
     """An open checkpoint. Tensors are read by range, so a rank reads only what it owns."""
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +94,12 @@ class Saved:
                 raise ValueError(f"{name} is not what was written (sha256)")
 
     def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
-        """Values [start, stop) of a saved tensor, flat; part is `weight`, `exp_avg`, `exp_avg_sq` or `ema`."""
+        """Values [start, stop) of a saved tensor, flat.
+
+        Args:
+            part: One of `PARTS`.
+            name: Name of the parameter.
+        """
         if not self._ranges:
             self._index()
         result = torch.empty(stop - start)
@@ -60,6 +117,12 @@ class Saved:
         """A saved tensor, flat."""
         return self.read(part, name, 0, torch.Size(self.shapes[name]).numel())
 
+    def moments(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
+        """AdamW's moments of a range, flat, in host memory; zeros when the parameter has had no update."""
+        if not self.optimizer_steps.get(name, 0):
+            return {key: torch.zeros(stop - start) for key in ("exp_avg", "exp_avg_sq")}
+        return {key: self.read(key, name, start, stop) for key in ("exp_avg", "exp_avg_sq")}
+
     def _index(self) -> None:
         for file in self.manifest["files"]:
             self._files[file] = safe_open(self.folder / file, framework="pt")
@@ -70,6 +133,6 @@ class Saved:
                 self._ranges.setdefault((part, name), []).append((int(start), int(start) + size, file, key))
 
     def close(self) -> None:
-        """Let the files go (they are mapped into memory)."""
+        """Close the files, which are mapped into memory."""
         self._files.clear()
         self._ranges.clear()

@@ -1,0 +1,85 @@
+"""AdamW, its learning rate, and the precision of the arithmetic: what every backend shares."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.core.errors import ConfigError
+from fine_dist.engine.settings import LoopConfig, OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of one weight, apart from the count of updates."""
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name. `ConfigError` when there is none."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not named:
+        raise ConfigError("nothing to train: every parameter of the model is frozen")
+    return named
+
+
+def adamw(
+    parameters: list[nn.Parameter], optim: OptimConfig, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
+    """AdamW over one group, fused: one kernel for many parameters.
+
+    Args:
+        kind: AdamW or a subclass of it.
+    """
+    return kind(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
+
+
+@contextlib.contextmanager
+def only_where(optimizer: torch.optim.Optimizer, good: Tensor) -> Iterator[None]:
+    """A context in which `optimizer.step()` changes nothing where `good` is false, its count of updates included.
+
+    The fused kernels read this flag on the device, so the host does not wait for it. It is the one that gradient
+    scaling (torch.amp) sets when gradients overflow.
+
+    Args:
+        good: bool [], on the device of the optimizer's parameters.
+    """
+    optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+def updates_of(state: dict[str, Any]) -> int:
+    """Updates in AdamW's state of one parameter. A first step that was skipped leaves a state of zero updates."""
+    return int(state["step"]) if "step" in state else 0
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give all groups one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of the update that leads from `step` to `step + 1`, of `steps` in all."""
+    warmup = round(optim.warmup_steps * steps) if optim.warmup_steps < 1 else round(optim.warmup_steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@contextlib.contextmanager
+def precision(engine: LoopConfig, device: torch.device) -> Iterator[None]:
+    """Autocast to bf16 when asked for; weights, sums of gradients and losses stay fp32."""
+    if engine.precision == "fp32":
+        yield
+        return
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        yield

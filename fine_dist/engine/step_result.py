@@ -1,0 +1,101 @@
+"""The numbers of a step: reduced over ranks on the device, copied to the host in the background, read one step later.
+
+A host that asks an accelerator for a number waits until everything queued before it is done, and then the accelerator
+waits until the host has queued work again. So a step's numbers stay on the device, where they decide whether the update
+counts, and the host reads them while the device is busy with the next step.
+
+Shapes: W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fine_dist.engine.dist import World, all_reduce_sum
+
+
+def reduce_flags(total: Tensor, stop_request: int, world: World) -> Tensor:
+    """Reduce what ranks have to agree on in one small message a step; the host does not wait for it.
+
+    Args:
+        total: The sum of this rank's losses, fp64 [], on the device.
+        stop_request: What this rank asks for (`stopping.GO_ON`, `SAVE` or `STOP`).
+
+    Returns:
+        fp64 [1 + 2W]: the sum of all ranks' losses, a 1 for every rank whose own losses are not finite, and the stop
+        request of every rank.
+    """
+    flags = torch.zeros(1 + 2 * world.world_size, dtype=torch.float64, device=total.device)
+    flags[0] = total
+    flags[1 + world.rank] = ~total.isfinite()
+    flags[1 + world.world_size + world.rank].fill_(stop_request)
+    return all_reduce_sum(flags, world)
+
+
+class AsyncHostCopy:
+    """Values of the device, fp64 [N], on their way to the host while both sides go on.
+
+    The copy needs page-locked memory to be asynchronous, and the event marks the point in the queue after which it is
+    complete: waiting for the event waits for nothing that was queued later.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> list[float]:
+        """The values, as soon as the device has computed them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [float(value) for value in self._values.tolist()]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The numbers of a finished step, the same on every rank."""
+
+    loss: float
+    """Mean over the samples of all ranks."""
+    bad_ranks: list[int]
+    """Ranks whose own losses are not finite."""
+    stop_request: int
+    """The strongest request of all ranks (`stopping`)."""
+    grad_norm: float
+    """Global norm of the gradients before clipping."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the step, or an empty string."""
+        if not math.isfinite(self.loss):
+            return f"the loss is {self.loss} on rank {', '.join(map(str, self.bad_ranks))}"
+        return "" if math.isfinite(self.grad_norm) else f"the gradient norm is {self.grad_norm}"
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose update is queued on the device and whose numbers the host has not read."""
+
+    step: int
+    """Updates before this one."""
+    lr: float
+    waited_s: float
+    """Seconds that this rank waited for the step's data."""
+    damaged: int
+    """Damaged samples that this rank's stream has skipped since it was opened."""
+    numbers: AsyncHostCopy
+    """`reduce_flags`' values, followed by the gradient norm."""
+
+    def read(self, world: World, global_batch: int) -> StepResult:
+        """Wait for this step, and for nothing that was queued after it."""
+        total, *flags, grad_norm = self.numbers.read()
+        bad, requests = flags[: world.world_size], flags[world.world_size :]
+        bad_ranks = [rank for rank, flag in enumerate(bad) if flag]
+        return StepResult(total / global_batch, bad_ranks, int(max(requests)), grad_norm)
