@@ -152,9 +152,8 @@ def findings(module: str, call: Call, rate: float | None = None, device: str | N
         rate: Updates per second, if stated.
         device: Value of `--for`: check for machines with this device, and ask no launcher.
     """
-    from launchers.launcher import Launcher
-
     from fine_dist.planning.devices import device_for
+    from launchers.launcher import Launcher
     from launchers.preflight import check_job, upload
     from launchers.registry import pick
 
