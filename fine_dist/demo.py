@@ -1,8 +1,8 @@
-"""`python -m fine_dist demo`: the whole method on the embedded data set, with a report. The smallest study.
+"""`python -m fine_dist demo`: the whole method on the embedded digits, as a study of four minutes.
 
-Shards -> condense an 8-layer ancestor -> initialise targets of several depths -> train each -> the same targets from
-scratch and a control -> measure -> a report. Every part is the ordinary command of that name, run as a job; starting
-the demo again continues where it was.
+An ancestor is trained and condensed; models of two depths start from the learngene, beside pruning and training from
+scratch; samples and losses are compared. Every part is the ordinary command of its name, run as a job, and the same
+command resumes.
 """
 
 from __future__ import annotations
@@ -11,39 +11,39 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import guard
-from fine_dist.study import outline, run_study
+from fine_dist.study import outline, results_of
 from fine_dist.study.config import StudyConfig, load_study
+
+if TYPE_CHECKING:
+    from fine_dist.study.report.results import Results
 
 STUDY = "configs/study/digits_demo.yaml"
 
 
 class DemoConfig(Config):
-    """The whole method on scikit-learn's digits (1,797 real scans, used as 1x8x8 latents), with a report."""
+    """The whole method on scikit-learn's digits (1,797 scans of 8 x 8 pixels): train an ancestor, condense it, make
+    models of other depths from it, and compare them with pruning and with training from scratch."""
 
     study: str | None = None
     """Study file to run in place of the demo's own; the settings below are laid over it."""
     run_dir: str = "runs/demo"
     """Folder for everything that is written; the report is in its `report/`."""
     seeds: int = Field(1, ge=1)
-    """Number of seeds of the whole chain, learngene included; with several, the report shows means and spread."""
-    depths: tuple[int, ...] = (2, 4, 6)
-    """Depths (numbers of layers) of the models that are initialized from the learngene."""
-    condense_steps: int = Field(1500, ge=1)
-    """Updates of stage 1, which condenses the ancestor into the learngene."""
-    init_steps: int = Field(300, ge=1)
-    """Updates of stage 2, which trains only the scalers of each target."""
-    train_steps: int = Field(400, ge=1)
-    """Updates N of stage 3, which trains each target as a whole; models from scratch are trained N and 3 N steps."""
+    """Number of seeds of the whole chain, ancestor included; with several, the report shows means and spread."""
+    steps: dict[str, int] = Field(default_factory=dict)
+    """Steps that differ from the study's: A of the ancestor, C of stage 1, I of stage 2 and N of the training after it,
+    such as A=600 N=100. Default: those of the study."""
     samples: int = Field(500, ge=10)
-    """Images that are sampled from each model for its Fréchet distance."""
+    """Images that are sampled from each model for its Fréchet distance and its accuracy."""
     controls: bool = True
-    """Also train the control: models that inherit the embedders and the final layer, with random blocks."""
+    """Whether to train the control as well: models that inherit the ancestor's embedders and final layer alone."""
     parallel: int = Field(min(2, os.cpu_count() or 1), ge=1)
     """Jobs that run at the same time, each on one CPU thread."""
 
@@ -53,10 +53,9 @@ def study_of(config: DemoConfig) -> StudyConfig:
     return load_study(
         config.study or STUDY,
         run_dir=config.run_dir,
-        command=f"fine-dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
+        command=f"python -m fine_dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
         seeds=list(range(config.seeds)),
-        depths=list(config.depths),
-        steps={"C": config.condense_steps, "I": config.init_steps, "N": config.train_steps},
+        steps=config.steps,
         samples=config.samples,
         controls=config.controls,
         launch={"max_parallel": config.parallel},
@@ -64,13 +63,75 @@ def study_of(config: DemoConfig) -> StudyConfig:
 
 
 def run(config: DemoConfig, launcher: str = "auto") -> Path:
-    """Run everything that is not done yet and write the report; returns its page."""
+    """Run everything that is not done yet, print what came out, and write the report; returns its page."""
+    # drawing and tables need matplotlib and rich, which `--help` does not
+    from rich.console import Console
+
+    from fine_dist.study.report import write_report
+    from fine_dist.study.report.claims import HELD, MISSING, verdicts
+    from fine_dist.study.report.posters import save_poster
+    from fine_dist.study.report.render import print_table
+    from fine_dist.study.report.tables import rows
+
     begun = time.perf_counter()
-    print(f"demo: files are in {config.run_dir}; the same command continues if it is stopped", flush=True)
-    page = run_study(study_of(config), launcher)
-    seconds = time.perf_counter() - begun
-    print(f"\ndemo: {seconds:.0f} s; report: {page}; curves: tensorboard --logdir {config.run_dir}")
+    study = study_of(config)
+    results = results_of(study, launcher)
+    page = write_report(study.root / "report", results, echo=False)
+    picture = save_poster("samples", results, study.root / "report" / "samples.png")
+    console = Console()
+    for line in headline(results):
+        console.print(line, highlight=False, markup=False)
+    print_table(rows(results).without("FLOPs", "Fréchet distance", "seconds"), console)
+    outcomes = [verdict.plain for verdict in verdicts(results) if verdict.plain != MISSING]
+    console.print(f"picture: {picture}", soft_wrap=True)
+    spent, held = time.perf_counter() - begun, outcomes.count(HELD)
+    console.print(
+        f"report:  {page} ({spent:.0f} s; {held} of {len(outcomes)} published claims hold here)",
+        soft_wrap=True,
+        highlight=False,
+    )
     return page
+
+
+def headline(results: Results) -> list[str]:
+    """What a reader should take away, in three sentences computed from the measurements of one depth."""
+    from fine_dist.study.report.results import number, ratio
+    from fine_dist.study.report.worth import end_curve, steps_to_reach
+
+    main, baseline = results.main, results.baseline
+    targets = [t for t in results.targets if results.ends(baseline, t)]
+    target = targets[len(targets) // 2]
+    start = results.mean(main, target, 0)
+    if start is None:
+        return []
+    ours, theirs = results.name_of(main), results.name_of(baseline)
+    steps = results.init_steps(main, target)
+    trained = max(m.trained for m in results.at(main, target, 0))
+    lines = [
+        f"{target} layers: {ours} after {steps:,} steps of {trained:,} scalers: loss {number(start.mean)}"
+        + _accuracy(results, main, target, 0)
+        + "."
+    ]
+    curve = end_curve(results, baseline, target)
+    reached = steps_to_reach(curve, start.mean)
+    last = curve.steps[-1]
+    if reached is None:
+        need = f"does not reach that loss in {last:,} steps ({number(curve.losses[-1])}"
+    else:
+        times = ratio(round(reached / steps, 1))
+        need = f"needs {reached:,.0f} steps of the whole model for that loss, {times} times as many (after {last:,}: "
+        need += number(curve.losses[-1])
+    lines.append(f"{theirs[0].upper()}{theirs[1:]} {need}{_accuracy(results, baseline, target, last)}).")
+    n = results.budget or 0
+    losses = [(mean.mean, s) for s in results.series if ":" not in s and (mean := results.mean(s, target, n))]
+    best, winner = min(losses)
+    lines.append(f"Best after {n:,} training steps: {results.name_of(winner)} ({number(best)}).")
+    return lines
+
+
+def _accuracy(results: Results, series: str, target: int, step: int) -> str:
+    mean = results.mean(series, target, step, "accuracy")
+    return f", {mean.mean:.0%} of its digits are recognized" if mean else ""
 
 
 def main(argv: list[str] | None = None) -> int:

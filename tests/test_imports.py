@@ -199,10 +199,9 @@ def test_no_two_rooms_have_a_file_of_one_name():
 
 
 CLASSES_TO_RENAME = {
-    *("Claim", "Comparison", "Entry", "Features", "HeldOut", "Job", "Member", "Objective"),
-    *("Output", "Pictures", "Progress", "Row", "Run", "_Part"),
+    *("Features", "HeldOut", "Job", "Member", "Objective", "Output", "Pictures", "Progress"),
 }
-FILES_TO_RENAME = {"base", "collect"}
+FILES_TO_RENAME = {"base"}
 
 
 # --- help ----------------------------------------------------------------------------------------------------------
@@ -256,11 +255,6 @@ HELP_TO_WRITE: set[str] = {
     "CreativeConfig.seeds",
     "CreativeConfig.steps",
     "DataConfig.cache_bytes",
-    "DemoConfig.condense_steps",
-    "DemoConfig.depths",
-    "DemoConfig.init_steps",
-    "DemoConfig.parallel",
-    "DemoConfig.samples",
     "DiffusionConfig.beta_end",
     "DiffusionConfig.beta_start",
     "DiffusionConfig.num_timesteps",

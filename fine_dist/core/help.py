@@ -103,9 +103,17 @@ PAGES = {
         ),
         ("model", "out", "to", "vae", "weights", "learngene"),
     ),
+    "study": Page(
+        (
+            "--template mine.yaml",
+            "--config mine.yaml --dry-run",
+            "--config configs/benchmark/digits.yaml --set seeds=[0]",
+        ),
+        ("data.shards", "data.held_out", "ancestor", "arch", "depths", "methods", "seeds", "budget", "run_dir"),
+    ),
     "demo": Page(
-        ("", "--seeds 3 --run-dir runs/demo3", "--depths 2 4 --no-controls"),
-        ("run_dir", "seeds", "depths", "condense_steps", "init_steps", "train_steps", "controls", "parallel"),
+        ("", "--seeds 3 --run-dir runs/demo3", "--steps A=300 C=100 --no-controls"),
+        ("run_dir", "seeds", "steps", "controls", "parallel"),
     ),
 }
 

@@ -23,7 +23,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--set", metavar="KEY=VALUE", action="append", default=[],
         help="change a setting of every study of the file, by dotted key: --set steps.N=200 --set seeds=[0]",
     )  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="smoke test: lay the file's `quick` settings over it")
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke test: smaller sizes, as the file's quick_settings say"
+    )
     parser.add_argument("--no-tables", action="store_true", help="write the reports without printing their tables")
 
 

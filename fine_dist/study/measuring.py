@@ -61,7 +61,7 @@ class Measuring:
         if data not in self._evaluators:
             shards = self.study.shards_of(data)
             config = EvaluateConfig(
-                metrics=("held_out_loss", *(["fd_classifier"] if self.features else [])),
+                metrics=("held_out_loss", *(["fd_classifier", "accuracy"] if self.features else [])),
                 data=DataConfig(shards=shards.train, held_out=shards.held_out),
                 features=FeaturesConfig(classifier=self.features),
                 samples=self.study.samples,

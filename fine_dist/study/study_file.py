@@ -74,10 +74,10 @@ class StudyFile(Config):
     """Full form: settings that all parts share. In the short form: settings laid over the study that it stands for."""
     parts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Full form: studies by name, each laid over `study`. Needed by the full form, see configs/benchmark."""
-    quick: dict[str, Any] = Field(default_factory=dict)
+    quick_settings: dict[str, Any] = Field(default_factory=dict)
     """Full form: settings that `--quick` lays over every part, for a smoke test of small sizes."""
-    quick_parts: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Full form: settings that `--quick` lays over one part, after `quick`."""
+    quick_part_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Full form: settings that `--quick` lays over one part, after `quick_settings`."""
 
     @field_validator("arch", mode="before")
     @classmethod
@@ -125,7 +125,7 @@ def studies_of(
     for name, part in parts.items():
         values = merged(file.study, part) if file.parts else merged(part, file.study)
         if quick:
-            values = merged(merged(values, file.quick), file.quick_parts.get(name, {}))
+            values = merged(merged(values, file.quick_settings), file.quick_part_settings.get(name, {}))
         for change in given:
             values = merged(values, {key: value for key, value in change.items() if key != "run_dir"})
         values |= {"run_dir": str(Path(root) / name), "command": command}

@@ -16,6 +16,8 @@ from fine_dist.study.report.worth import MODELS, break_even, end_curve
 
 _MAIN, _BASELINE = "#0b7285", "#e8590c"
 _OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
+WIDEST = 8.2
+"""Training curves are drawn up to so many times N; a longer run is in the figure of lengths."""
 _LONG = 3
 """Points from which a series is drawn as a line; fewer are drawn as points."""
 
@@ -98,12 +100,13 @@ def curve_panels(axes: list[Any], results: Results, targets: list[int]) -> list[
         _mark_budget(axis, results, target)
         axis.set_title(f"{target} layers")
         axis.set_ylim(bottom, top)
-        axis.set_xlim(left=-0.015 * axis.get_xlim()[1])
+        right = min(axis.get_xlim()[1], WIDEST * (results.budget or 10**12))
+        axis.set_xlim(-0.015 * right, right)
         axis.grid(axis="y")
         axis.set_xlabel("training steps after initialization")
         axis.locator_params(axis="x", nbins=5)
     axes[0].set_ylabel("held-out loss")
-    return [mark for mark in marks if mark.y < top]
+    return [mark for mark in marks if mark.y < top and mark.x <= mark.axis.get_xlim()[1]]
 
 
 def _mark_budget(axis: Any, results: Results, target: int) -> None:
@@ -114,7 +117,7 @@ def _mark_budget(axis: Any, results: Results, target: int) -> None:
         return
     axis.axhline(ours.mean, color=color_of(results.main, results), lw=1, ls=(0, (4, 3)), alpha=0.8)
     most = results.trained_steps(results.baseline, target)
-    for at in sorted({budget, most} if most > budget else {budget}):
+    for at in sorted({budget, most} if budget < most <= WIDEST * budget else {budget}):
         axis.axvline(at, color=GRID, lw=1, zorder=0)
         name = "N" if at == budget else f"{ratio(at / budget)}N"
         axis.annotate(name, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points",

@@ -232,7 +232,8 @@ def recommendation(results: Results) -> list[str]:
                 continue
             for first, last, line in cheapest(found, free):
                 span = f"{first} model{'s' if last > 1 else ''}" if first == last else f"{first}-{last} models"
-                span = f"{first} models or more" if last == MODELS else span
+                if last == MODELS:
+                    span = "any number of models" if first == 1 else f"{first} models or more"
                 against = next((o for o in found.lines if o.series == results.baseline), None)
                 versus = ""
                 if against and line.series != results.baseline:
@@ -241,7 +242,7 @@ def recommendation(results: Results) -> list[str]:
                     )
                 lines.append(
                     f"  {span}{' (free ancestor)' if free else ''}: {results.name_of(line.series)}, "
-                    f"{line.steps:,.0f} training steps each, {short(line.total(first))}FLOPs for {first}{versus}"
+                    f"{line.steps:,.0f} training steps each, {short(line.total(first))}FLOPs in all for {first}{versus}"
                 )
         if found.missed:
             lines.append(f"  not reached by: {', '.join(map(results.name_of, found.missed))}")
