@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fine_dist.core.errors import DataError
+from fine_dist.data.batch import Batch, as_float
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
-from fine_dist.diffusion.objective import NoisedBatch, Objective
+from fine_dist.diffusion.objective import NoisedBatch
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.random_draws import RandomDraws, draw
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import World
-from fine_dist.family.pack_model import Inputs
+from fine_dist.family.index_cache import IndexCache, to_device
 from fine_dist.model.arch import Arch
 
 
 @dataclass(frozen=True)
-class Source:
+class FeedSource:
     """Where a feed comes from: one data set in the order of one seed, from a step on."""
 
     domain: str
@@ -35,43 +39,47 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Fed:
-    """A step's questions of F feeds, stacked: every tensor of it is [F, B, ...]."""
+class FeedBatch:
+    """The noised inputs of one step of F feeds, stacked: every tensor is [F, B, ...]."""
 
-    question: NoisedBatch
+    noised: NoisedBatch
     rows: dict[int, int]
-    """Place in the tensors of a feed that was asked for."""
+    """Feed -> its row in the tensors."""
 
-    @property
-    def inputs(self) -> Inputs:
-        """What a pack sees of it."""
-        return Inputs(self.question.z_t, self.question.t, self.question.y)
+    def select(self, cache: IndexCache, rows: Sequence[int]) -> FeedBatch:
+        """Some rows, in that order (one a job); what `rows` maps is not kept."""
+        return FeedBatch(NoisedBatch(*(cache.take(x, rows) for x in _tensors(self.noised))), {})
 
-    def of(self, rows: Sequence[int], part: slice = slice(None)) -> NoisedBatch:
-        """What some rows ask (one a job, in that order), a part of their samples, behind one another [N, ...]."""
-        at = list(rows)
-        return NoisedBatch(*(x[at, part].flatten(0, 1) for x in _tensors(self.question)))
+    def flat(self, part: slice = slice(None)) -> NoisedBatch:
+        """A part of every row's samples, behind one another: every tensor is [F b, ...]."""
+        return NoisedBatch(*(x[:, part].flatten(0, 1) for x in _tensors(self.noised)))
 
 
-def _tensors(question: NoisedBatch) -> tuple[Tensor, ...]:
-    return question.z, question.z_t, question.eps, question.t, question.y
+def _tensors(noised: NoisedBatch) -> tuple[Tensor, ...]:
+    return noised.z, noised.z_t, noised.eps, noised.t, noised.y
 
 
 class Feeds:
     """Opens a stream for every source; `next(wanted)` gives one step of some of them.
 
-    On a GPU the next step is read and drawn by a thread while this one computes. Draws depend on (seed, step, position)
+    All feeds of a step are stacked in host memory and go to the device in one copy a tensor, however many they are. On
+    a GPU the next step is read and drawn by a thread while this one computes. Draws depend on (seed, step, position)
     alone, so a job sees here what it would see by itself.
     """
 
     def __init__(
-        self, sources: Sequence[Source], arch: Arch, batch: int, diffusion: DiffusionConfig, world: World
+        self, sources: Sequence[FeedSource], arch: Arch, batch: int, diffusion: DiffusionConfig, world: World
     ) -> None:
-        self.sources, self.world = list(sources), world
-        self._objectives = [
-            Objective(diffusion, arch, s.seed, num_classes=s.num_classes, ahead=False) for s in self.sources
+        self.sources, self.device = list(sources), world.device or torch.device("cpu")
+        self.process = make_process(diffusion).to(self.device)
+        times = make_process(diffusion).times
+        self._draws = [
+            partial(draw, s.seed, shape=arch.latent_shape, times=times, label_drop=diffusion.label_drop)
+            for s in self.sources
         ]
         self.bad: dict[int, str] = {}
+        """Feed -> why it cannot be read any more."""
+        self._cache = IndexCache()
         self._streams: list[LatentStream | None] = []
         self._batches: list[Iterator[Any]] = []
         for index, source in enumerate(self.sources):
@@ -91,12 +99,11 @@ class Feeds:
                 continue
             self._streams.append(stream)
             self._batches.append(stream.batches(source.step))
-        ahead = world.device is not None and world.device.type == "cuda"
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeds") if ahead else None
-        self._next: tuple[tuple[int, ...], Future[Fed | None]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeds") if self.device.type == "cuda" else None
+        self._next: tuple[tuple[int, ...], Future[FeedBatch | None]] | None = None
 
-    def next(self, wanted: Sequence[int]) -> Fed | None:
-        """One more step of these feeds, in host memory or on the GPU; none when all of them are bad.
+    def next(self, wanted: Sequence[int]) -> FeedBatch | None:
+        """One more step of these feeds, on the device; none when all of them are bad.
 
         A feed that is left out once must not be asked for again: its place would be lost.
         """
@@ -104,16 +111,19 @@ class Feeds:
         if self._pool is None:
             return self._make(names)
         planned, future = self._next or ((), None)
-        fed = future.result() if future is not None else self._make(names)
-        if planned != names and future is not None and fed is not None:
-            fed = _select(fed, names)
+        batch = future.result() if future is not None else self._make(names)
+        if planned != names and batch is not None:
+            kept = [name for name in names if name in batch.rows]
+            rows = [batch.rows[name] for name in kept]
+            batch = FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(kept)}) if rows else None
         good = tuple(name for name in names if name not in self.bad)
         self._next = (good, self._pool.submit(self._make, good))
-        return fed
+        return batch
 
-    def _make(self, names: tuple[int, ...]) -> Fed | None:
-        device = self.world.device or torch.device("cpu")
-        questions: list[NoisedBatch] = []
+    def _make(self, names: tuple[int, ...]) -> FeedBatch | None:
+        batches: list[Batch] = []
+        draws: list[RandomDraws] = []
+        labels: list[Tensor] = []
         rows: dict[int, int] = {}
         for name in names:
             if name in self.bad:
@@ -123,11 +133,26 @@ class Feeds:
             except DataError as error:
                 self.bad[name] = str(error)
                 continue
-            rows[name] = len(questions)
-            questions.append(self._objectives[name].sample_noise(batch.to(device)))
-        if not questions:
+            rows[name] = len(batches)
+            batches.append(batch)
+            draws.append(self._draws[name](batch.step, batch.positions))
+            labels.append(torch.where(draws[-1].drop, self.sources[name].num_classes, batch.labels))
+        if not batches:
             return None
-        return Fed(NoisedBatch(*(torch.stack(parts) for parts in zip(*map(_tensors, questions)))), rows)
+        z = self._latents(batches)
+        t, eps = (self._stacked([getattr(d, name) for d in draws]) for name in ("t", "noise"))
+        z_t = self.process.add_noise(z.flatten(0, 1), t.flatten(), eps.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return FeedBatch(NoisedBatch(z, z_t, eps, t, self._stacked(labels)), rows)
+
+    def _latents(self, batches: list[Batch]) -> Tensor:
+        """float32 [F, B, C, H, H]. Where all feeds store one dtype and scale, their stored bytes are what is copied."""
+        kinds = {(batch.stored.dtype, batch.scale) for batch in batches}
+        if len(kinds) == 1:
+            return as_float(self._stacked([batch.stored for batch in batches]), batches[0].scale)
+        return self._stacked([batch.latents for batch in batches])
+
+    def _stacked(self, parts: list[Tensor]) -> Tensor:
+        return to_device(torch.stack(parts), self.device)
 
     def close(self) -> None:
         """Stop reading."""
@@ -136,10 +161,3 @@ class Feeds:
         for stream in self._streams:
             if stream is not None:
                 stream.close()
-
-
-def _select(fed: Fed, names: tuple[int, ...]) -> Fed:
-    """The part of a step that was read ahead for more feeds than are wanted now."""
-    kept = [name for name in names if name in fed.rows]
-    at = [fed.rows[name] for name in kept]
-    return Fed(NoisedBatch(*(x[at] for x in _tensors(fed.question))), {name: i for i, name in enumerate(kept)})

@@ -1,7 +1,9 @@
 """The loop over a pack: one program, and for every job its own rate, length, early stop, clipping and end.
 
 A job leaves the pack when it is done, has stopped improving, or has failed; the others never notice. The state of all
-jobs is one small file, so killing the process and starting the same command again goes on from the last checkpoint.
+jobs is one small file, so killing the process and starting the same command again continues from the last checkpoint.
+
+Shapes: J jobs, B samples of a job on this process, F feeds.
 """
 
 from __future__ import annotations
@@ -10,91 +12,61 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fine_dist.core.errors import ConfigError
-from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
+from fine_dist.engine.compiling import compile_or_fall_back, compiles
 from fine_dist.engine.dist import World
 from fine_dist.engine.optimizer import learning_rate, precision
+from fine_dist.engine.program import divide_batch, may_skip
 from fine_dist.engine.settings import LoopConfig, OptimConfig
+from fine_dist.engine.step_result import AsyncHostCopy
 from fine_dist.engine.stopping import GO_ON, STOP
-from fine_dist.family.pack_feed import Fed, Feeds, Source
-from fine_dist.family.pack_model import Inputs, PackedDiT
+from fine_dist.family.index_cache import to_device
+from fine_dist.family.pack_feed import FeedBatch, Feeds, FeedSource
+from fine_dist.family.pack_job import JobProgress, JobState, PackJob, PackObserver
+from fine_dist.family.pack_model import PackedDiT, PackInputs
 from fine_dist.family.pack_optim import PackedAdamW
 from fine_dist.family.pack_state import read_states, write_states
 from fine_dist.family.packing import EarlyStop
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "done", "failed"]
-
 
 @dataclass(frozen=True)
-class PackJob:
-    """One job of a pack. `seed` orders its data and draws its noise; `domain` names its data set."""
+class PendingPackStep:
+    """A step whose update is queued on the device and whose numbers the host has not read."""
 
-    name: str
-    key: str
-    """Hash of everything that decides its trajectory: a saved state with another key is another job's."""
-    domain: str
-    data: DataConfig
-    num_classes: int
-    seed: int
-    lr: float
-    steps: int
-
-
-@dataclass
-class Progress:
-    """What became of a job so far: part of a checkpoint."""
-
-    step: int = 0
-    state: State = "running"
-    reason: str | None = None
-    seconds: float = 0.0
-    """This job's share of the wall time: a step's seconds are shared out by depth."""
-    window: list[float] = field(default_factory=list)
-    """Losses since the last row."""
-    recent: list[float] = field(default_factory=list)
-    """Losses that an early stop still looks at."""
-    bad_steps: int = 0
-    """Steps that were skipped because a loss or gradient was not finite."""
-
-
-class Watcher(Protocol):
-    """Who is told, on rank 0 only. A job is named by its index."""
-
-    def row(self, job: int, step: int, values: dict[str, float]) -> None:
-        """A mean over the steps since the last row."""
-
-    def look(self, job: int, step: int) -> None:
-        """A moment to measure the job: before its first step, then every `engine.eval_every` steps."""
-
-    def ended(self, job: int, progress: Progress) -> None:
-        """The job is done or has failed."""
-
-    def tick(self, progress: Sequence[Progress]) -> None:
-        """After every step of the pack."""
+    jobs: list[int]
+    """Jobs that took part."""
+    rates: dict[int, float]
+    numbers: AsyncHostCopy
+    """Losses [J], gradient norms [J], lost feeds [F], stop requests of all ranks [W]."""
+    begun: float
+    """When the step was begun, on this process's clock."""
 
 
 class PackRun:
     """The training of one pack.
 
-    pack:       J jobs' parameters and forward pass.
-    jobs:       in the pack's order; their steps, rates, seeds and data sets may differ.
-    batch:      samples of one job in a step, over all processes.
-    chunk:      jobs that go through the model at once; fewer cost less memory, more cost less time on small batches.
-    states:     folder of all packs' states, and this pack's name in it; none keeps nothing.
-    wish:       asked before every step with the seconds that a step and a save take: go on, save, or save and return.
+    As in the engine's loop, no number of a step is read while the step is under way: on the device a mask decides which
+    jobs are updated, and on a GPU the host reads losses one step late, while the next step is computed.
+
+    Args:
+        pack: J jobs' parameters and forward pass.
+        jobs: In the pack's order; their steps, rates, seeds and data sets may differ.
+        batch: Samples of one job in a step, over all processes.
+        chunk: Jobs that go through the model at once; fewer cost less memory, more cost less time on small batches.
+        states: Folder of all packs' states, and this pack's name in it. Default: nothing is kept.
+        stop_request: Asked before every update with the seconds that a step and a save take: go on, save, or save and
+            return (`engine.stopping`).
     """
 
     def __init__(
@@ -106,63 +78,70 @@ class PackRun:
         optim: OptimConfig,
         diffusion: DiffusionConfig,
         engine: LoopConfig,
-        watcher: Watcher,
+        observer: PackObserver,
         world: World,
         chunk: int | None = None,
         stop: EarlyStop | None = None,
         states: tuple[Path, str] | None = None,
-        wish: Callable[[float], int] = lambda seconds: GO_ON,
+        stop_request: Callable[[float], int] = lambda seconds: GO_ON,
     ) -> None:
         self.pack, self.jobs, self.world, self.engine = pack, list(jobs), world, engine
         self.batch, self.diffusion, self.early = batch, diffusion, stop
+        self.device = world.device or torch.device("cpu")
         self.optim = [optim.model_copy(update={"lr": job.lr}) for job in jobs]
         self.optimizer = PackedAdamW(pack.trained(), len(self.jobs), optim)
         self.chunk = chunk or len(self.jobs)
-        self.watcher, self.states, self.wish = watcher, states, wish
-        self.micro = micro_batch(batch // world.world_size, engine.micro_batch)
-        self.progress = [Progress() for _ in self.jobs]
+        self.observer, self.states, self.stop_request = observer, states, stop_request
+        self.micro_batch, _ = divide_batch(batch, engine.micro_batch, world.world_size)
+        self.progress = [JobProgress() for _ in self.jobs]
+        self.reads_late = self.device.type != "cpu"
+        """Whether the numbers of a step are read during the next one. On a CPU a step is over when its calls return."""
+        self.pending: PendingPackStep | None = None
         self._objective = Objective(diffusion, pack.arch, 0)
-        self._objective.process.to(world.device or "cpu")
+        self._objective.process.to(self.device)
         self._save_s = 0.0
         self._no_memory: set[int] = set()
-        if engine.keep_freed_memory and (world.device is None or world.device.type == "cpu"):
+        self._first_step = True
+        if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
-        self._send()
+        if compiles(engine, self.device):
+            compile_or_fall_back(list(pack.blocks))
+        self._broadcast_start()
         self._resume()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        """Train every job to its end. False when a wish to stop came first; the state is saved then."""
+        """Train every job to its end. False when a request to stop came first; the state is saved then."""
         for _ in self.steps():
             pass
         return not self.active()
 
     def steps(self) -> Iterator[int]:
-        """Train step by step: yields how many steps of the pack were taken, until no job is left or a wish came."""
+        """Train step by step: yields how many steps the pack has taken, until no job is left or a stop was asked for."""
         feeds, feed_of = self._feeds()
         taken, step_s = 0, 0.0
         for j in self.active():
             if self.progress[j].step == 0:
-                self._look(j)
+                self._evaluate(j)
         try:
             while active := self.active():
                 begun = time.perf_counter()
-                fed = feeds.next([feed_of[j] for j in active])
-                wish = self._agree(feeds, 2 * step_s + self._save_s)
-                for j in active:
-                    if feed_of[j] in feeds.bad:
-                        self._end(j, "failed", feeds.bad[feed_of[j]])
-                active = self.active()
-                if fed is not None and active:
-                    self._step(fed, {j: fed.rows[feed_of[j]] for j in active}, begun)
-                taken, step_s = taken + 1, time.perf_counter() - begun
+                batch = feeds.next([feed_of[j] for j in active])
+                losses = self._gradients(batch, {j: feed_of[j] for j in active})
+                request = self._read_pending(feeds, feed_of)  # the step before, while the device computes this one
+                step_s_needed = 2 * step_s if self.reads_late else step_s
+                self.pending = self._update(losses, active, feeds, begun, step_s_needed + self._save_s)
+                taken += 1
+                if request or self._must_read(taken):
+                    request = max(request, self._read_pending(feeds, feed_of))
+                step_s = time.perf_counter() - begun
                 if self.world.is_main:
-                    self.watcher.tick(self.progress)
-                if taken % self.engine.checkpoint_every == 0 or wish:
+                    self.observer.after_step(self.progress)
+                if taken % self.engine.checkpoint_every == 0 or request:
                     self.save()
                 yield taken
-                if wish == STOP:
+                if request == STOP:
                     return
         finally:
             feeds.close()
@@ -172,26 +151,158 @@ class PackRun:
         running = [j for j, p in enumerate(self.progress) if p.state == "running"]
         return sorted(running, key=lambda j: -self.pack.depths[j])
 
-    def _step(self, fed: Fed, row: dict[int, int], begun: float) -> None:
-        active = self.active()
-        losses = self._reduce(self._gradients(fed, row, active))
-        loss, norm = torch.stack([losses, self.optimizer.norms()]).tolist()
-        good = sorted(j for j in active if math.isfinite(loss[j]) and math.isfinite(norm[j]))
-        for j in sorted(set(active) - set(good)):
-            self._bad_step(j, loss[j], norm[j])
-        rates = [learning_rate(self.optim[j], self.progress[j].step, self.jobs[j].steps) for j in good]
-        if good:
-            self.optimizer.step(good, rates)
-        seconds = time.perf_counter() - begun
-        layers = sum(self.pack.depths[j] for j in active)
-        for j, rate in zip(good, rates):
-            self.progress[j].seconds += seconds * self.pack.depths[j] / layers
-            self._count(j, loss[j], norm[j], rate)
+    def _update(self, losses: Tensor, jobs: list[int], feeds: Feeds, begun: float, seconds: float) -> PendingPackStep:
+        """Reduce gradients, losses and requests over ranks, and update, without waiting for any of them.
+
+        A job is updated where its loss and its gradient's norm are finite; the device decides that by itself.
+        """
+        ranks = self.world.world_size
+        flags = torch.zeros(len(feeds.sources) + ranks)
+        flags[list(feeds.bad)] = 1.0
+        flags[len(feeds.sources) + self.world.rank] = float(self.stop_request(seconds))
+        numbers = torch.cat([losses / ranks, to_device(flags, self.device)])
+        if ranks > 1:
+            dist.all_reduce_sum(numbers, self.world)
+            for p in self.optimizer.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce_sum(p.grad, self.world).div_(ranks)
+        running = [j for j in jobs if self.progress[j].state == "running"]
+        rates = {j: learning_rate(self.optim[j], self._taken(j), self.jobs[j].steps) for j in running}
+        norms = self.optimizer.norms()
+        table = to_device(
+            torch.tensor([[float(j in rates), rates.get(j, 0.0)] for j in range(len(self.jobs))], dtype=torch.float64),
+            self.device,
+        )
+        mean = numbers[: len(self.jobs)]
+        update = (table[:, 0] > 0) & mean.isfinite() & norms.isfinite()
+        self.optimizer.step(update, table[:, 1])
+        copied = AsyncHostCopy(torch.cat([mean, norms, numbers[len(self.jobs) :]]).double())
+        return PendingPackStep(running, rates, copied, begun)
+
+    def _taken(self, j: int) -> int:
+        """Steps of a job that are queued or done."""
+        return self.progress[j].step + (self.pending is not None and j in self.pending.jobs)
+
+    def _must_read(self, taken: int) -> bool:
+        """Whether the step's numbers are needed before the next one starts: something depends on its result."""
+        if not self.reads_late or self._first_step or taken % self.engine.checkpoint_every == 0:
+            return True
+        steps = {(j, self._taken(j)) for j in self.active()}
+        window = self.early.window if self.early else 0
+        return any(
+            step >= self.jobs[j].steps or step % self.engine.eval_every == 0 or (window and step % window == 0)
+            for j, step in steps
+        )
+
+    def _read_pending(self, feeds: Feeds, feed_of: dict[int, int]) -> int:
+        """Read the last step's numbers, if they are not read yet; the strongest stop request of all ranks."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return GO_ON
+        self._first_step = False
+        values, count = pending.numbers.read(), len(self.jobs)
+        losses, norms, rest = values[:count], values[count : 2 * count], values[2 * count :]
+        lost, requests = rest[: len(feeds.sources)], rest[len(feeds.sources) :]
+        for feed, flag in enumerate(lost):
+            if flag:
+                feeds.bad.setdefault(feed, "another process could not read its data")
+        seconds = time.perf_counter() - pending.begun
+        layers = sum(self.pack.depths[j] for j in pending.jobs)
+        for j in sorted(pending.jobs):
+            if feed_of[j] in feeds.bad:
+                self._end(j, "failed", feeds.bad[feed_of[j]])
+            elif math.isfinite(losses[j]) and math.isfinite(norms[j]):
+                self.progress[j].seconds += seconds * self.pack.depths[j] / layers
+                self._count(j, losses[j], norms[j], pending.rates[j])
+            else:
+                self._bad_step(j, losses[j], norms[j])
+        return int(max(requests))
+
+    # --- gradients --------------------------------------------------------------------------------------------------
+
+    def _gradients(self, batch: FeedBatch | None, feed_of: dict[int, int]) -> Tensor:
+        """Losses [J] of jobs on this process, and their gradients, some jobs at a time.
+
+        The loss is NaN for a job whose data this process could not read, and for one whose batch does not fit into
+        memory even alone: every process then ends it in the same step.
+        """
+        rows = {j: batch.rows[feed] for j, feed in feed_of.items() if feed in batch.rows} if batch is not None else {}
+        while True:
+            self.optimizer.zero_grad()
+            fits = [j for j in feed_of if j in rows and j not in self._no_memory]
+            losses = torch.zeros(len(self.jobs), device=self.device)
+            if missing := sorted(feed_of.keys() - set(fits)):
+                losses.index_fill_(0, self.pack.index.tensor(missing, self.device), math.nan)
+            # Chunks of nearly equal size: a last small one would cost as many calls as a full one.
+            size = math.ceil(len(fits) / math.ceil(len(fits) / self.chunk)) if fits else 1
+            part: list[int] = []
+            try:
+                for start in range(0, len(fits), size):
+                    part = fits[start : start + size]
+                    assert batch is not None
+                    losses.index_copy_(
+                        0,
+                        self.pack.index.tensor(part, self.device),
+                        self._backward(batch.select(self.pack.index, [rows[j] for j in part]), part),
+                    )
+                return losses
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if len(part) == 1:
+                self._no_memory.add(part[0])
+            self.chunk = max(1, len(part) // 2)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _backward(self, batch: FeedBatch, jobs: list[int]) -> Tensor:
+        """Mean losses [J'] of some jobs and their gradients, a micro-batch of each at a time. batch: a row a job."""
+        total = torch.zeros(len(jobs), device=self.device)
+        noised, samples = batch.noised, batch.noised.t.shape[1]
+        for start in range(0, samples, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            with precision(self.engine, self.device):
+                out = self.pack(PackInputs(noised.z_t[:, part], noised.t[:, part], noised.y[:, part]), jobs)
+            losses = self._objective.losses(batch.flat(part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
+            means = losses.mean(1) if self.micro_batch == samples else losses.sum(1) / samples  #               [J']
+            means.sum().backward()
+            total += means.detach()
+        return total
+
+    def _feeds(self) -> tuple[Feeds, dict[int, int]]:
+        """Feeds of the active jobs, and which of them each job sees."""
+        sources: list[FeedSource] = []
+        feed_of: dict[int, int] = {}
+        for j in self.active():
+            job = self.jobs[j]
+            source = FeedSource(job.domain, job.data, job.seed, self.progress[j].step, job.num_classes)
+            if source not in sources:
+                sources.append(source)
+            feed_of[j] = sources.index(source)
+        return Feeds(sources, self.pack.arch, self.batch, self.diffusion, self.world), feed_of
+
+    # --- a job's own progress ---------------------------------------------------------------------------------------
+
+    def _count(self, j: int, loss: float, norm: float, rate: float) -> None:
+        job, progress = self.jobs[j], self.progress[j]
+        progress.step += 1
+        progress.window.append(loss)
+        done = progress.step == job.steps
+        stopped = progress.stopped_improving(loss, self.early)
+        if progress.step % self.engine.log_every == 0 or done or stopped:
+            values = {"loss": sum(progress.window) / len(progress.window), "lr": rate, "grad_norm": norm}
+            if self.world.is_main:
+                self.observer.row(j, progress.step, values)
+            progress.window = []
+        if progress.step % self.engine.eval_every == 0 and not (done or stopped):
+            self._evaluate(j)
+        if done or stopped:
+            self._end(j, "done", f"stopped improving at step {progress.step}" if stopped and not done else None)
 
     def _bad_step(self, j: int, loss: float, norm: float) -> None:
         """End the job, or count the step as taken without an update, as `engine.on_bad_loss` says."""
-        progress, engine = self.progress[j], self.engine
-        if engine.on_bad_loss == "stop" or j in self._no_memory or progress.bad_steps >= engine.max_bad_steps:
+        progress = self.progress[j]
+        if j in self._no_memory or not may_skip(self.engine, progress.bad_steps):
             self._end(j, "failed", self._why_bad(j, loss, norm))
             return
         progress.bad_steps += 1
@@ -207,140 +318,39 @@ class PackRun:
         after = f", after {skipped} skipped steps (engine.max_bad_steps)" if skipped else ""
         return f"step {self.progress[j].step + 1}: the {what}{after}; lower its learning rate ({self.jobs[j].lr:g})"
 
-    def _gradients(self, fed: Fed, row: dict[int, int], active: list[int]) -> Tensor:
-        """Losses [J] of the active jobs, and their gradients, some jobs at a time.
-
-        A job whose batch does not fit even alone has the loss NaN: every process then ends it in the same step.
-        """
-        while True:
-            self.optimizer.zero_grad()
-            losses = torch.zeros(len(self.jobs), device=fed.question.z.device)
-            losses[sorted(self._no_memory)] = math.nan
-            fits = [j for j in active if j not in self._no_memory]
-            # Chunks of nearly equal size: a last small one would cost as many calls as a full one.
-            size = math.ceil(len(fits) / math.ceil(len(fits) / self.chunk)) if fits else 1
-            part: list[int] = []
-            try:
-                for start in range(0, len(fits), size):
-                    part = fits[start : start + size]
-                    losses[part] = self._backward(fed, [row[j] for j in part], part)
-                return losses
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            if len(part) == 1:
-                self._no_memory.add(part[0])
-            self.chunk = max(1, len(part) // 2)
-            if fed.question.z.is_cuda:
-                torch.cuda.empty_cache()
-
-    def _backward(self, fed: Fed, rows: list[int], jobs: list[int]) -> Tensor:
-        """Mean losses [J'] of some jobs and their gradients, a micro-batch of each at a time."""
-        total = torch.zeros(len(jobs), device=fed.question.z.device)
-        samples = fed.question.t.shape[1]
-        for start in range(0, samples, self.micro):
-            part = slice(start, start + self.micro)
-            inputs = Inputs(*(x[:, part] for x in (fed.inputs.z, fed.inputs.t, fed.inputs.y)))
-            with precision(self.engine, fed.question.z.device):
-                out = self.pack(inputs, rows, jobs)  #                                      [J', b, C or 2C, H, H]
-            losses = self._objective.losses(fed.of(rows, part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
-            means = losses.mean(1) if self.micro == samples else losses.sum(1) / samples  #                        [J']
-            means.sum().backward()
-            total += means.detach()
-        return total
-
-    def _reduce(self, losses: Tensor) -> Tensor:
-        """Means over processes: each has an equal share of every job's batch. Gradients are sigma's alone."""
-        if self.world.world_size > 1:
-            for p in self.optimizer.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce_sum(p.grad, self.world).div_(self.world.world_size)
-            dist.all_reduce_sum(losses, self.world).div_(self.world.world_size)
-        return losses
-
-    def _agree(self, feeds: Feeds, seconds: float) -> int:
-        """The greatest wish of all processes; a feed that one of them lost is lost for all."""
-        words = torch.zeros(1 + len(feeds.sources))
-        words[0] = float(self.wish(seconds))
-        words[[1 + feed for feed in feeds.bad]] = 1.0
-        dist.all_reduce_max(words, self.world)
-        for feed in words[1:].nonzero().flatten().tolist():
-            feeds.bad.setdefault(feed, "another process could not read its data")
-        return int(words[0])
-
-    def _feeds(self) -> tuple[Feeds, dict[int, int]]:
-        """Feeds of the active jobs, and which of them each job sees."""
-        sources: list[Source] = []
-        feed_of: dict[int, int] = {}
-        for j in self.active():
-            job = self.jobs[j]
-            source = Source(job.domain, job.data, job.seed, self.progress[j].step, job.num_classes)
-            if source not in sources:
-                sources.append(source)
-            feed_of[j] = sources.index(source)
-        return Feeds(sources, self.pack.arch, self.batch, self.diffusion, self.world), feed_of
-
-    # --- a job's own progress ---------------------------------------------------------------------------------------
-
-    def _count(self, j: int, loss: float, norm: float, rate: float) -> None:
-        job, progress = self.jobs[j], self.progress[j]
-        progress.step += 1
-        progress.window.append(loss)
-        done = progress.step == job.steps
-        stopped = self._flat(progress, loss)
-        if progress.step % self.engine.log_every == 0 or done or stopped:
-            mean = sum(progress.window) / len(progress.window)
-            values = {"loss": mean, "lr": rate, "grad_norm": norm}
-            if self.world.is_main:
-                self.watcher.row(j, progress.step, values)
-            progress.window = []
-        if progress.step % self.engine.eval_every == 0 and not (done or stopped):
-            self._look(j)
-        if done or stopped:
-            self._end(j, "done", f"stopped improving at step {progress.step}" if stopped and not done else None)
-
-    def _flat(self, progress: Progress, loss: float) -> bool:
-        if self.early is None:
-            return False
-        size, recent = self.early.window, progress.recent
-        recent.append(loss)
-        del recent[: -2 * size]
-        if len(recent) < 2 * size or progress.step % size:
-            return False
-        return sum(recent[size:]) > sum(recent[:size]) * (1 - self.early.min_gain)
-
-    def _look(self, j: int) -> None:
+    def _evaluate(self, j: int) -> None:
         if self.world.is_main:
-            self.watcher.look(j, self.progress[j].step)
+            self.observer.evaluate(j, self.progress[j].step)
 
-    def _end(self, j: int, state: State, reason: str | None = None) -> None:
+    def _end(self, j: int, state: JobState, reason: str | None = None) -> None:
         self.progress[j].state, self.progress[j].reason = state, reason
         if self.world.is_main:
-            self.watcher.ended(j, self.progress[j])
+            self.observer.ended(j, self.progress[j])
 
     # --- the state on disk ------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the state of all jobs as one file, whole or not at all."""
+        """Write the state of all jobs as one file, whole or not at all. No step may be pending."""
         if self.states is None:
             return
-        told = replica_check.check(self.pack, self.world, self.engine, "at a checkpoint")
+        drift = replica_check.check(self.pack, self.world, self.engine, "at a checkpoint")
         if not self.world.is_main:
             return
-        if told:
-            log.warning(told)
+        if drift:
+            log.warning("%s", drift)
         begun = time.perf_counter()
         folder, name = self.states
+        updates = self.optimizer.updates.tolist()
         states = {
-            job.name: (job.key, self.optimizer.state(j), {**asdict(p), "updates": self.optimizer.updates[j]})
+            job.name: (job.key, self.optimizer.state(j), {**asdict(p), "updates": int(updates[j])})
             for j, (job, p) in enumerate(zip(self.jobs, self.progress))
         }
         write_states(folder, name, states)
         self._save_s = time.perf_counter() - begun
 
     @torch.no_grad()
-    def _send(self) -> None:
-        """Rank 0's beginning for every rank: processors of different kinds round differently."""
+    def _broadcast_start(self) -> None:
+        """Rank 0's start for every rank: processors of different kinds round differently."""
         if self.world.world_size == 1:
             return
         replica_check.broadcast(self.pack, self.world)
@@ -351,7 +361,7 @@ class PackRun:
                 bias.copy_(theirs.view_as(bias))
 
     def _resume(self) -> None:
-        """Go on from the furthest saved state of every job, in whichever pack it was saved."""
+        """Continue from the furthest saved state of every job, in whichever pack it was saved."""
         if self.states is None:
             return
         found = read_states(self.states[0], {job.name: job.key for job in self.jobs})
@@ -360,23 +370,11 @@ class PackRun:
                 continue
             tensors, values = found[job.name]
             self.optimizer.restore(j, tensors, values.pop("updates"))
-            self.progress[j] = Progress(**values)
+            self.progress[j] = JobProgress(**values)
             # One that failed is tried again, and one that was done is ended again: its result is not there.
             self.progress[j].state = "running"
             if self.progress[j].step >= job.steps:
                 self._end(j, "done")
-
-
-def micro_batch(samples: int, wanted: int | None) -> int:
-    """Samples of a job that go through at once. `ConfigError` when they do not divide those a process has."""
-    micro = wanted or samples
-    if samples % micro:
-        legal = [n for n in range(1, samples + 1) if samples % n == 0]
-        raise ConfigError(
-            f"engine.micro_batch: {micro} does not divide the {samples} samples of a target that a process has; "
-            f"legal: {', '.join(map(str, legal))}"
-        )
-    return micro
 
 
 def is_out_of_memory(error: BaseException) -> bool:

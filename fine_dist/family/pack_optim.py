@@ -5,7 +5,6 @@ Shapes: J jobs; every parameter is [J, ...], row j belonging to job j; N numbers
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +16,11 @@ from fine_dist.engine.settings import OptimConfig
 class PackedAdamW:
     """`torch.optim.AdamW` after `clip_grad_norm_`, for every job by itself.
 
-    A job's rows see exactly the operations of its solo optimiser, in the same order: decay, moments, bias correction
-    with the job's own number of updates, step with the job's own rate. Jobs that are not named are not touched.
+    A job's rows see the operations of its solo optimizer, in the same order: decay, moments, bias correction with the
+    job's own number of updates, step with the job's own rate. Which jobs are updated is decided by a mask on the
+    device, so nothing waits for a number, and the number of kernels does not depend on the number of jobs.
 
-    parameters: leaf tensors [J, ...]; a job alone may give its own parameters of any shape.
+    parameters: leaf tensors [J, ...].
     """
 
     def __init__(self, parameters: Sequence[Tensor], jobs: int, config: OptimConfig):
@@ -28,8 +28,10 @@ class PackedAdamW:
         self.jobs, self.config = jobs, config
         self.first = [torch.zeros_like(self._rows(p)) for p in self.parameters]
         self.second = [torch.zeros_like(self._rows(p)) for p in self.parameters]
-        self.updates = [0] * jobs
-        self._norms = torch.zeros(jobs)
+        device = self.parameters[0].device
+        self.updates = torch.zeros(jobs, dtype=torch.float64, device=device)
+        """Updates that each job has had, [J]."""
+        self._norms = torch.zeros(jobs, device=device)
 
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.detach().reshape(self.jobs, -1)  #                                                       [J, N]
@@ -42,52 +44,40 @@ class PackedAdamW:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """The norm of every job's gradient, float32 [J]; what the next `step` clips by."""
-        squares = torch.zeros(self.jobs, device=self.parameters[0].device)
-        for p in self.parameters:
-            if p.grad is not None:
-                squares += self._rows(p.grad).square().sum(1)
-        self._norms = squares.sqrt()
+        squares = [self._rows(p.grad).square().sum(1) for p in self.parameters if p.grad is not None]
+        self._norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self._norms)
         return self._norms
 
     @torch.no_grad()
-    def step(self, jobs: Sequence[int], rates: Sequence[float]) -> None:
-        """Update these jobs, each with its own learning rate, after `norms`; clip gradients above `clip_norm`."""
+    def step(self, update: Tensor, rates: Tensor) -> None:
+        """Update the jobs whose `update` [J] (bool) is true, after `norms`; gradients above `clip_norm` are clipped.
+
+        rates: learning rates [J] of this step, float64. Rows of the other jobs keep their bits, whatever their gradients
+        hold.
+        """
         beta1, beta2 = self.config.betas
-        everyone = list(jobs) == list(range(self.jobs))
-        rows = slice(None) if everyone else torch.tensor(list(jobs), device=self._norms.device)
-        for j in jobs:
-            self.updates[j] += 1
-        table = torch.tensor(
-            [
-                (
-                    1 - rate * self.config.weight_decay,
-                    rate / (1 - beta1 ** self.updates[j]),
-                    math.sqrt(1 - beta2 ** self.updates[j]),
-                )
-                for j, rate in zip(jobs, rates)
-            ],
-            device=self._norms.device,
-        )
-        decay, size, correction = table[:, :, None].unbind(1)  #                                          3 x [J', 1]
+        keep = update[:, None]  #                                                                               [J, 1]
+        self.updates += update
+        # bias corrections in fp64, as torch.optim computes them on the host
+        size = (rates / (1 - beta1**self.updates)).float()[:, None]
+        correction = (1 - beta2**self.updates).sqrt().float()[:, None]
+        decay = (1 - update * rates * self.config.weight_decay).float()[:, None]
+        weight = ((1 - beta1) * update).float()[:, None]
+        shrink = torch.where(keep, beta2, 1.0)
         scale = None
         if self.config.clip_norm is not None:
-            scale = (self.config.clip_norm / (self._norms[rows] + 1e-6)).clamp(max=1.0)[:, None]
-        for p, m, v in zip(self.parameters, self.first, self.second):
+            scale = (self.config.clip_norm / (self._norms + 1e-6)).clamp(max=1.0)[:, None]
+        for p, first, second in zip(self.parameters, self.first, self.second):
             if p.grad is None:
                 continue
-            whole = (self._rows(p), m, v)
-            value, one, two = (x[rows] for x in whole)
-            grad = self._rows(p.grad)[rows]
-            if scale is not None:
-                grad = grad * scale
+            value, grad = self._rows(p), self._rows(p.grad)
+            grad = torch.where(keep, grad if scale is None else grad * scale, 0.0)
             if self.config.weight_decay:
                 value.mul_(decay)
-            one.lerp_(grad, 1 - beta1)
-            two.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            value.sub_(size * (one / (two.sqrt() / correction).add_(self.config.eps)))
-            if not everyone:
-                for target, part in zip(whole, (value, one, two)):
-                    target[rows] = part
+            first.lerp_(grad, weight)
+            second.mul_(shrink).addcmul_(grad, grad, value=1 - beta2)
+            change = size * (first / (second.sqrt() / correction).add_(self.config.eps))
+            value.sub_(torch.where(keep, change, 0.0))
 
     # --- a job's part -----------------------------------------------------------------------------------------------
 

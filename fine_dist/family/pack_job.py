@@ -1,0 +1,72 @@
+"""One job of a pack: what decides its trajectory, how far it has come, and who is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fine_dist.data.settings import DataConfig
+from fine_dist.family.packing import EarlyStop
+
+JobState = Literal["running", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class PackJob:
+    """One job of a pack. `seed` orders its data and draws its noise; `domain` names its data set."""
+
+    name: str
+    key: str
+    """Hash of everything that decides its trajectory: a saved state with another key is another job's."""
+    domain: str
+    data: DataConfig
+    num_classes: int
+    seed: int
+    lr: float
+    steps: int
+
+
+@dataclass
+class JobProgress:
+    """How far a job has come: part of a checkpoint."""
+
+    step: int = 0
+    """Steps whose numbers have been read."""
+    state: JobState = "running"
+    reason: str | None = None
+    seconds: float = 0.0
+    """This job's share of the wall-clock time: a step's seconds are shared out by depth."""
+    window: list[float] = field(default_factory=list)
+    """Losses since the last row."""
+    recent: list[float] = field(default_factory=list)
+    """Losses that an early stop still compares."""
+    bad_steps: int = 0
+    """Steps that were skipped because a loss or gradient was not finite."""
+
+    def stopped_improving(self, loss: float, rule: EarlyStop | None) -> bool:
+        """Take in the loss of this step; whether the rule ends the job after it."""
+        if rule is None:
+            return False
+        size, recent = rule.window, self.recent
+        recent.append(loss)
+        del recent[: -2 * size]
+        if len(recent) < 2 * size or self.step % size:
+            return False
+        return sum(recent[size:]) > sum(recent[:size]) * (1 - rule.min_gain)
+
+
+class PackObserver(Protocol):
+    """Who is told what happens to jobs, on rank 0 only. A job is named by its index."""
+
+    def row(self, job: int, step: int, values: dict[str, float]) -> None:
+        """Means over the steps since the last row."""
+
+    def evaluate(self, job: int, step: int) -> None:
+        """The job is to be measured: before its first step, then every `engine.eval_every` steps."""
+
+    def ended(self, job: int, progress: JobProgress) -> None:
+        """The job is done or has failed."""
+
+    def after_step(self, progress: Sequence[JobProgress]) -> None:
+        """The pack has taken a step."""
