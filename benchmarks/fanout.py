@@ -129,11 +129,11 @@ class _Silent:
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None: ...
 
-    def look(self, job: int, step: int) -> None: ...
+    def evaluate(self, job: int, step: int) -> None: ...
 
     def ended(self, job: int, progress: object) -> None: ...
 
-    def tick(self, progress: object) -> None: ...
+    def after_step(self, progress: object) -> None: ...
 
 
 def _pack(
@@ -142,9 +142,10 @@ def _pack(
     """A pack on the digits, four jobs of a seed as in a family, in chunks as the planner has them."""
     from fine_dist.artifacts.targets import descend
     from fine_dist.engine.dist import World
-    from fine_dist.family.pack_loop import PackJob, PackRun
+    from fine_dist.family.pack_job import PackJob
+    from fine_dist.family.pack_loop import PackRun
     from fine_dist.family.pack_model import PackedDiT
-    from fine_dist.family.packing import activation_bytes
+    from fine_dist.family.packing import sample_bytes
     from fine_dist.methods import from_manifest, parent_of
 
     method = from_manifest(learngene.method)
@@ -154,7 +155,7 @@ def _pack(
     data = DataConfig(shards=str(root / "data/train"))
     jobs = [PackJob(f"{j}", "", "digits", data, 10, j // len(DEPTHS), 1e-3, 10**9) for j in range(len(depths))]
     arch = learngene.arch.with_depth(max(depths))
-    size = activation_bytes(arch, forms[0].rank, bf16=precision == "bf16")
+    size = sample_bytes(arch, forms[0].rank, bf16=precision == "bf16")
     return PackRun(
         PackedDiT(forms).to(device),
         jobs,
@@ -162,7 +163,7 @@ def _pack(
         optim=OptimConfig(),
         diffusion=DiffusionConfig(),
         engine=EngineConfig(precision=precision, log_every=10**9, checkpoint_every=10**9),
-        watcher=_Silent(),
+        observer=_Silent(),
         world=World(device=device),
         chunk=_chunk(arch, size, len(depths), batch, device),
     )
@@ -277,8 +278,8 @@ def memory_of(jobs: int, width: int, batch: int) -> tuple[int, int, int]:
     """In a fresh process: bytes that a pack adds, that a step adds at its peak, and that a sample is planned at."""
     import torch
 
-    from fine_dist.family.pack_model import Inputs, PackedDiT
-    from fine_dist.family.packing import activation_bytes
+    from fine_dist.family.pack_model import PackedDiT, PackInputs
+    from fine_dist.family.packing import sample_bytes
     from fine_dist.model.factors import FactoredDiT, SharedForm
     from fine_dist.model.roles import train_only
 
@@ -294,13 +295,12 @@ def memory_of(jobs: int, width: int, batch: int) -> tuple[int, int, int]:
     before = _resident()
     pack = PackedDiT(targets())
     built = _resident()
-    z = torch.randn(1, batch, *arch.latent_shape)
-    t, y = torch.zeros(1, batch, dtype=torch.int64), torch.zeros(1, batch, dtype=torch.int64)
-    seen = Inputs(z, t, y)
-    out = pack(seen, [0] * jobs).square().sum()  # at its end all that the backward pass needs is kept
+    z = torch.randn(jobs, batch, *arch.latent_shape)
+    t, y = torch.zeros(jobs, batch, dtype=torch.int64), torch.zeros(jobs, batch, dtype=torch.int64)
+    out = pack(PackInputs(z, t, y)).square().sum()  # at its end all that the backward pass needs is kept
     kept = _resident()
     del out
-    return built - before, kept - built, batch * activation_bytes(arch, width)
+    return built - before, kept - built, batch * sample_bytes(arch, width)
 
 
 def _resident() -> int:

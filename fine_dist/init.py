@@ -73,7 +73,7 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     lines = [dump_yaml(config).rstrip(), "", f"{len(members)} targets in {len(packs)} packs:"]
     for pack in packs:
         memory = pack.chunk * config.batch * bytes_of[pack.jobs[0]] / 2**20
-        how = "one after the other" if pack.apart else f"{pack.chunk} at once"
+        how = "one after the other" if pack.sequential else f"{pack.chunk} at once"
         lines.append(
             f"  {pack.name}: {len(pack.jobs)} targets, {how}, "
             f"{pack.layer_steps:,} layer-steps, about {memory:,.0f} MiB of activations"

@@ -97,6 +97,19 @@ class Objective:
         if ahead:
             self.draws = PrefetchedDraws(self.draws)
         self.terms = [term for term in terms or (DiffusionLoss(self.process),) if term.weight]
+        self._sums: Tensor | None = None
+
+    @property
+    def term_names(self) -> tuple[str, ...]:
+        """Names of the terms where there are several, which are then also summed one by one; else none."""
+        return tuple(term.name for term in self.terms) if len(self.terms) > 1 else ()
+
+    def take_terms(self) -> Tensor:
+        """The unweighted sum of every term over all samples since the last call, fp64 [terms], on their device."""
+        if self._sums is None:
+            raise ValueError("no losses were computed since the last call")
+        sums, self._sums = self._sums, None
+        return sums
 
     def __call__(self, model: Model, batch: LatentBatch) -> Tensor:
         noised = self.sample_noise(batch)
@@ -114,13 +127,16 @@ class Objective:
     def losses(self, batch: NoisedBatch, out: Tensor | ModelOutput) -> Tensor:
         """The weighted sum of all terms, [B]."""
         output = out if isinstance(out, ModelOutput) else ModelOutput(out, {})
-        total: Tensor | None = None
-        for term in self.terms:
-            loss = term(batch, output)
-            loss = loss if term.weight == 1 else term.weight * loss
-            total = loss if total is None else total + loss
-        if total is None:
+        losses = [term(batch, output) for term in self.terms]
+        if not losses:
             raise ValueError("an objective needs a term whose weight is not 0")
+        if len(losses) > 1:
+            sums = torch.stack([loss.detach().sum(dtype=torch.float64) for loss in losses])
+            self._sums = sums if self._sums is None else self._sums + sums
+        weighted = [loss if term.weight == 1 else term.weight * loss for term, loss in zip(self.terms, losses)]
+        total = weighted[0]
+        for loss in weighted[1:]:
+            total = total + loss
         return total
 
 

@@ -17,6 +17,10 @@ from fine_dist.engine.ema import Ema
 from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.program import Program
 from fine_dist.engine.settings import EngineConfig
+from fine_dist.engine.stopping import Budget, Stopper
+
+PREVIEW_S, PREVIEW_FRACTION = 60.0, 0.1
+"""What previews may take: so many seconds, or this fraction of the training time so far where that is more."""
 
 
 def evaluation_model(program: Program, engine: EngineConfig, world: World) -> nn.Module | None:
@@ -51,7 +55,9 @@ class EvaluationCallback:
         backend: Backend,
         ema: Ema,
         monitor: Monitor,
+        stopper: Stopper,
     ) -> None:
+        self.stopper = stopper
         self.model, self.program, self.engine, self.steps, self.device = model, program, engine, steps, device
         self.backend, self.ema, self.monitor = backend, ema, monitor
         self.held_out: dict[str, float] = {}
@@ -61,13 +67,16 @@ class EvaluationCallback:
         """Whether something is measured or shown after `step` updates."""
         return step == self.steps or step % self.engine.eval_every == 0 or step % self.engine.preview_every == 0
 
-    def after_step(self, step: int) -> None:
-        """Measure and show what is due after `step` updates."""
+    def after_step(self, step: int, seconds: float) -> None:
+        """Measure and show what is due after `step` updates; after the last, previews wait until its result is saved.
+
+        seconds: what training has taken so far.
+        """
         last = step == self.steps
         if step % self.engine.eval_every == 0 or last:
             self.evaluate(step)
-        if step % self.engine.preview_every == 0 or last:
-            self.preview(step)
+        if step % self.engine.preview_every == 0 and not last:
+            self.preview(step, seconds)
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss and write histograms and texts, on rank 0.
@@ -95,13 +104,17 @@ class EvaluationCallback:
         if program.texts is not None:
             self.monitor.texts(step, program.texts(model))
 
-    def preview(self, step: int) -> None:
-        """Write images that the averaged weights generate, on rank 0."""
+    def preview(self, step: int, seconds: float) -> None:
+        """Write images that the averaged weights generate, on rank 0.
+
+        They may take a tenth of the time that training has taken so far, and a minute at least.
+        """
         if self.program.previews is None:
             return
         averages = self.ema.gather()
         if self.model is not None:
-            self.monitor.images(step, self.program.previews(self._with(averages), step))
+            budget = Budget(self.stopper, max(PREVIEW_S, PREVIEW_FRACTION * seconds))
+            self.monitor.images(step, self.program.previews(self._with(averages), step, budget))
 
     def _with(self, values: dict[str, Tensor]) -> nn.Module:
         """The second model with these weights, on its device."""

@@ -29,7 +29,7 @@ from fine_dist.engine.ema import Ema
 from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.optimizer import learning_rate, precision, trainable
-from fine_dist.engine.program import FitResult, Program, divide_batch
+from fine_dist.engine.program import FitResult, Program, divide_batch, may_skip
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy, PendingStep, reduce_flags
@@ -54,6 +54,7 @@ def fit(
     world: World | None = None,
     stopper: Stopper | None = None,
     claim: Callable[[], None] = lambda: None,
+    finished: Callable[[FitResult], None] = lambda result: None,
 ) -> FitResult:
     """Train `program` to `steps` updates, from the newest checkpoint in `run_dir` if there is one.
 
@@ -63,8 +64,10 @@ def fit(
         title: Label of the progress bar.
         world: This process among the others; None: as the environment says.
         stopper: Collects requests to stop, and is already entered; None: signals, the time limit and files in
-            `run_dir`. claim: Called on every rank once the first step has worked; from then on the run directory is
-            written to.
+            `run_dir`.
+        claim: Called on every rank once the first step has worked; from then on the run directory is written to.
+        finished: Called on every rank with the result, before the last previews are drawn: whoever saves the result
+            does it here, so that neither slow previews nor a request to stop can delay it.
 
     Raises:
         ResumeLater: The run was asked to stop, and has saved.
@@ -75,7 +78,7 @@ def fit(
     world = world or dist.world(engine.device)
     own = Stopper(run_dir, engine.time_limit_min, world.is_main) if stopper is None else contextlib.nullcontext(stopper)
     with Heartbeat(world), own as entered:
-        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, entered, claim)
+        run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, entered, claim, finished)
         try:
             return run.train()
         finally:
@@ -99,6 +102,7 @@ class Run:
         world: World,
         stopper: Stopper,
         claim: Callable[[], None] = lambda: None,
+        finished: Callable[[FitResult], None] = lambda result: None,
     ) -> None:
         self.program, self.steps, self.global_batch = program, steps, global_batch
         self.optim, self.engine, self.world, self.stopper = optim, engine, world, stopper
@@ -129,21 +133,23 @@ class Run:
             log_every=engine.log_every,
         )
         self.evaluation = EvaluationCallback(
-            second_model, program, engine, steps, self.device, self.backend, self.ema, self.monitor
+            second_model, program, engine, steps, self.device, self.backend, self.ema, self.monitor, stopper
         )
         self.reads_late = self.device.type != "cpu"
         """Whether the numbers of a step are read during the next one. On a CPU a step is over when its calls return."""
         self.pending: PendingStep | None = None
         """The last step, if its numbers are not read yet."""
         self.step_s = 0.0
-        self.logs_open, self.claim = False, claim
+        self.logs_open, self.claim, self.finished = False, claim, finished
         self.unfinished_row: dict[str, Any] | None = None
         """Sums of an earlier start's last row."""
         self.bad_steps = 0
+        self.begun, self.seconds_before = time.perf_counter(), 0.0
+        """When this start began to train, and the seconds of earlier starts."""
 
     def train(self) -> FitResult:
-        begun = time.perf_counter()
         step = self.resume()
+        self.begun = time.perf_counter()
         replica_check.check(self.program.model, self.world, self.engine, "at the start")
         batches = self.program.stream.batches(step)
         while step < self.steps:
@@ -161,12 +167,20 @@ class Run:
                 request = max(request, self.read_pending_step())
             if step % self.engine.checkpoint_every == 0 or step == self.steps or request:
                 self.save(step)
-            self.evaluation.after_step(step)  # after the save, so that an error in it does not lose the step
+            self.evaluation.after_step(step, self.seconds)  # after the save: an error in it does not lose the step
             if request == stopping.STOP and step < self.steps:
                 self.stop(step)
             self.checkpoints.check()
         self.checkpoints.finish()
-        return self.result(step, time.perf_counter() - begun)
+        result = self.result(step)
+        self.finished(result)
+        self.evaluation.preview(step, self.seconds)
+        return result
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training so far, over all starts."""
+        return self.seconds_before + time.perf_counter() - self.begun
 
     # --- the parts of a step ----------------------------------------------------------------------------------------
 
@@ -201,7 +215,8 @@ class Run:
         """
         # A step that is read late leaves time for one more before the limit.
         seconds_needed = 2 * self.checkpoints.stall_s + (self.step_s if self.reads_late else 0.0)
-        flags = reduce_flags(total, self.stopper.stop_request(seconds_needed), self.world)
+        terms = self.program.take_terms() if self.program.take_terms is not None else None
+        flags = reduce_flags(total, self.stopper.stop_request(seconds_needed), self.world, terms)
         lr = learning_rate(self.optim, step, self.steps)
         grad_norm = self.backend.step(lr, flags[0].isfinite())
         numbers = AsyncHostCopy(torch.cat([flags, grad_norm.to(flags).view(1)]))
@@ -234,28 +249,30 @@ class Run:
                 lr=pending.lr,
                 waited_s=pending.waited_s,
                 damaged=pending.damaged,
+                terms=dict(zip(self.program.term_names, result.terms)),
             )
         return result.stop_request
 
     def bad_step(self, step: int, problem: str) -> None:
         """Stop the run, or count the step and go on, as `engine.on_bad_loss` says."""
-        self.bad_steps += 1
         self.monitor.skipped()
         where = f"step {step + 1}: {problem}"
-        why = None
+        if may_skip(self.engine, self.bad_steps):
+            self.bad_steps += 1
+            most = self.engine.max_bad_steps
+            self.monitor.warn(f"{where}; the step is skipped ({self.bad_steps} of at most {most})")
+            return
         if self.engine.on_bad_loss == "stop":
             why = (
                 f"{where}; nothing was updated and the last good checkpoint is kept. Lower optim.lr, or set "
                 "engine.on_bad_loss to skip"
             )
-        elif self.bad_steps > self.engine.max_bad_steps:
+        else:
             why = (
-                f"{where}; {self.bad_steps} steps were bad and engine.max_bad_steps is {self.engine.max_bad_steps}. "
-                "The last good checkpoint is kept"
+                f"{where}; {self.bad_steps + 1} steps were bad and engine.max_bad_steps is "
+                f"{self.engine.max_bad_steps}. The last good checkpoint is kept"
             )
-        if why:  # all ranks know it, and one reports it
-            raise TrainingError(why) if self.world.is_main else ReportedElsewhere(why)
-        self.monitor.warn(f"{where}; the step is skipped ({self.bad_steps} of at most {self.engine.max_bad_steps})")
+        raise TrainingError(why) if self.world.is_main else ReportedElsewhere(why)  # all ranks know it; one reports it
 
     # --- between steps ----------------------------------------------------------------------------------------------
 
@@ -270,7 +287,7 @@ class Run:
             )
         self.backend.load(checkpoint)
         restore_ema(checkpoint, self.ema, self.backend.pieces())
-        self.bad_steps = checkpoint.extra["bad_steps"]
+        self.bad_steps, self.seconds_before = checkpoint.extra["bad_steps"], checkpoint.extra["seconds"]
         self.evaluation.held_out = checkpoint.extra["held_out"]
         self.unfinished_row = checkpoint.extra["monitor"]
         checkpoint.close()
@@ -294,11 +311,16 @@ class Run:
         # An earlier start may have saved this step and ended before it was evaluated. Rank 0 has the rows and knows.
         measures = self.program.held_out is not None and self.world.is_main
         if dist.broadcast_object(measures and not self.monitor.has_row(step, "held_out_loss"), self.world):
-            self.evaluation.after_step(step)
+            self.evaluation.after_step(step, self.seconds)
 
     def save(self, step: int) -> None:
         """Compare the ranks' weights and start to write a checkpoint."""
-        extra = {"monitor": self.monitor.state(), "bad_steps": self.bad_steps, "held_out": self.evaluation.held_out}
+        extra = {
+            "monitor": self.monitor.state(),
+            "bad_steps": self.bad_steps,
+            "held_out": self.evaluation.held_out,
+            "seconds": self.seconds,
+        }
         drift = replica_check.check(self.program.model, self.world, self.engine, f"at step {step}")
         if drift:
             self.monitor.warn(drift)
@@ -311,12 +333,14 @@ class Run:
         reason = next((text for text in reasons if "another rank" not in text), reasons[0])
         raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")
 
-    def result(self, step: int, seconds: float) -> FitResult:
+    def result(self, step: int) -> FitResult:
         """What `fit` returns."""
         rows = self.monitor.rows if self.world.is_main else []
-        last = next((row["loss"] for row in reversed(rows) if "loss" in row), math.nan)
-        losses = {"loss": last, **self.evaluation.held_out}
-        return FitResult(self.evaluation.trained_model(), self.ema.gather(), step, losses, rows, seconds, self.world)
+        last = next((row for row in reversed(rows) if "loss" in row), {"loss": math.nan})
+        terms = {key: last[key] for name in self.program.term_names if (key := f"loss_{name}") in last}
+        losses = {"loss": last["loss"], **terms, **self.evaluation.held_out}
+        model = self.evaluation.trained_model()
+        return FitResult(model, self.ema.gather(), step, losses, rows, self.seconds, self.world)
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:

@@ -13,7 +13,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,60 @@ class MetricSums:
     loss: float = 0.0
     grad_norm: float = 0.0
     skipped: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
+    """The loss's terms by name, where there are several."""
+
+
+class MetricsLog:
+    """The numbers of one run: rows of metrics.jsonl and TensorBoard's scalars, of the same names.
+
+    Args:
+        metrics: The file of rows; those after `step` are cut off.
+        tensorboard: The folder of events; those after `step` are hidden, so that no step shows twice.
+        step: Updates that are done.
+    """
+
+    def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
+
+        self.rows = keep_rows(metrics, step)
+        self._file = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
+        self.board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add a row; numbers that are None are left out."""
+        row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
+        self._file.write(json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n")
+        self.rows.append(row)
+        for key, value in row.items():
+            if key != "step":
+                self.board.add_scalar(f"train/{key}", value, step)
+
+    def has(self, step: int, key: str) -> bool:
+        """Whether there is a row of `step` with `key`."""
+        return any(row["step"] == step and key in row for row in self.rows)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        self._file.close()
+        self.board.close()
+
+
+def log_hparams(board: Any, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+    """Add a run to TensorBoard's table of hyperparameters.
+
+    Args:
+        board: A SummaryWriter of the run's own folder.
+        settings: The run's settings, by name; those that are no numbers, texts or flags are left out.
+        metrics: Final numbers by tag.
+    """
+    from torch.utils.tensorboard.summary import hparams
+
+    plain = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
+    for summary in hparams(plain, dict(metrics)):
+        board.file_writer.add_summary(summary)
+    for name, value in metrics.items():
+        board.add_scalar(name, value, step)
 
 
 class Monitor:
@@ -68,8 +123,7 @@ class Monitor:
         self.damaged = 0
         self._row_begun = time.perf_counter()
         self._row_first_step = 0
-        self._log: Any = None
-        self._board: Any = None
+        self._log: MetricsLog | None = None
         self._bar: Any = None
 
     # --- opening and closing ----------------------------------------------------------------------------------------
@@ -85,13 +139,9 @@ class Monitor:
         self._row_begun, self._row_first_step = time.perf_counter(), step
         if not self.world.is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
         from tqdm import tqdm
 
-        self.rows = keep_rows(self.run_dir.metrics, step)
-        self._log = open(self.run_dir.metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
-        # purge_step hides what an earlier start logged at later steps, so that no step shows twice.
-        self._board = SummaryWriter(str(self.run_dir.tensorboard), purge_step=step + 1 if step else None)
+        self._log = MetricsLog(self.run_dir.metrics, self.run_dir.tensorboard, step)
         verb = f"continues at step {step} in" if step else "writes to"
         folder = os.path.relpath(self.run_dir.path)
         folder = str(self.run_dir.path) if folder.startswith("..") else folder
@@ -102,7 +152,12 @@ class Monitor:
 
     def has_row(self, step: int, key: str) -> bool:
         """Whether an earlier start has logged `key` at `step`; true on a rank that writes nothing."""
-        return self._log is None or any(row["step"] == step and key in row for row in self.rows)
+        return self._log is None or self._log.has(step, key)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl; empty on a rank that writes nothing."""
+        return self._log.rows if self._log is not None else []
 
     def state(self) -> dict[str, Any]:
         """The sums of the unfinished row, for a checkpoint."""
@@ -110,14 +165,24 @@ class Monitor:
 
     def close(self) -> None:
         """Flush and close the logs."""
-        for output in (self._bar, self._board, self._log):
+        for output in (self._bar, self._log):
             if output is not None:
                 output.close()
-        self._bar = self._board = self._log = None
+        self._bar = self._log = None
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
-    def step(self, step: int, *, loss: float, grad_norm: float, lr: float, waited_s: float, damaged: int = 0) -> None:
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        waited_s: float,
+        damaged: int = 0,
+        terms: Mapping[str, float] | None = None,
+    ) -> None:
         """Count a step and write a row when one is due.
 
         Args:
@@ -125,12 +190,15 @@ class Monitor:
             loss: Mean over all samples of the global batch.
             waited_s: Seconds that this rank waited for data.
             damaged: Damaged samples that this rank's stream has skipped since it was opened.
+            terms: Means of the loss's terms, by name, where there are several.
         """
         self.damaged = damaged
         sums = self.sums
         sums.steps += 1
         sums.loss += loss
         sums.grad_norm += grad_norm
+        for name, value in (terms or {}).items():
+            sums.terms[name] = sums.terms.get(name, 0.0) + value
         self.waited_s += waited_s
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -151,6 +219,7 @@ class Monitor:
         row = {
             "step": step,
             "loss": sums.loss / sums.steps,
+            **{f"loss_{name}": total / sums.steps for name, total in sums.terms.items()},
             "lr": lr,
             "grad_norm": sums.grad_norm / sums.steps,
             "steps_per_s": rate,
@@ -170,32 +239,26 @@ class Monitor:
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Write numbers as one row of metrics.jsonl and as TensorBoard scalars."""
-        if self._log is None:
-            return
-        row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
-        self._log.write(json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n")
-        self.rows.append(row)
-        for key, value in row.items():
-            if key != "step":
-                self._board.add_scalar(f"train/{key}" if key in values else key, value, step)
+        if self._log is not None:
+            self._log.write(step, values)
 
     def images(self, step: int, images: dict[str, Tensor]) -> None:
         """Write images, [3, H, W] or [1, H, W] in 0..1."""
-        if self._board is not None:
+        if self._log is not None:
             for name, image in images.items():
-                self._board.add_image(name, image, step)
+                self._log.board.add_image(name, image, step)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
         """Write histograms of tensors of any shape."""
-        if self._board is not None:
+        if self._log is not None:
             for name, value in values.items():
-                self._board.add_histogram(name, value, step)
+                self._log.board.add_histogram(name, value, step)
 
     def texts(self, step: int, values: dict[str, str]) -> None:
         """Write texts (Markdown)."""
-        if self._board is not None:
+        if self._log is not None:
             for name, value in values.items():
-                self._board.add_text(name, value, step)
+                self._log.board.add_text(name, value, step)
 
     def warn(self, message: str) -> None:
         """Log a warning, on rank 0."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.dist import World
+from fine_dist.engine.settings import LoopConfig
+from fine_dist.engine.stopping import Budget
 
 
 class TrainingBatch(Protocol):
@@ -50,8 +52,9 @@ class Program:
     """What must match for a run to resume (JSON values): architecture, method, rank, the data's hash."""
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
     """(model with averaged weights) -> named numbers, on rank 0."""
-    previews: Callable[[nn.Module, int], dict[str, Tensor]] | None = None
-    """(model with averaged weights, step) -> named images [3 or 1, H, W] in 0..1."""
+    previews: Callable[[nn.Module, int, Budget], dict[str, Tensor]] | None = None
+    """(model with averaged weights, step, budget) -> named images [3 or 1, H, W] in 0..1. It ends early, with fewer
+    images, when the budget is used up or a stop is asked for."""
     histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
     """(model with averaged weights) -> named tensors to show as histograms."""
     texts: Callable[[nn.Module], dict[str, str]] | None = None
@@ -60,6 +63,10 @@ class Program:
     """Whether it is also evaluated before the first step."""
     before_step: Callable[[int, torch.Generator], None] | None = None
     """Called on every rank before each step, with a generator that (seed, step) have seeded the same on all of them."""
+    term_names: tuple[str, ...] = ()
+    """Names of the loss's terms, where there are several: each is logged by itself as `loss_NAME`."""
+    take_terms: Callable[[], Tensor] | None = None
+    """The terms' sums over this rank's samples since the last call, fp64 [terms], on the device."""
     flops_per_sample: float = 0.0
     """Forward and backward pass of one sample, in FLOPs (`fine_dist.model.flops.train_flops`)."""
     tokens_per_sample: int = 1
@@ -80,7 +87,7 @@ class FitResult:
     rows: list[dict[str, Any]]
     """All rows of metrics.jsonl."""
     seconds: float
-    """Wall-clock seconds since this start of the run."""
+    """Wall-clock seconds of training, those of earlier starts included."""
     world: World
 
 
@@ -104,3 +111,11 @@ def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) ->
             f"{global_batch} over {world_size} processes); legal: {', '.join(map(str, legal))}"
         )
     return micro, local // micro
+
+
+def may_skip(engine: LoopConfig, skipped: int) -> bool:
+    """Whether a step whose loss or gradient is not finite is skipped, after `skipped` others were; else training ends.
+
+    The loop and packs ask the same question, so `engine.on_bad_loss` and `engine.max_bad_steps` mean the same in both.
+    """
+    return engine.on_bad_loss == "skip" and skipped < engine.max_bad_steps

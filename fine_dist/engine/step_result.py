@@ -18,21 +18,23 @@ from torch import Tensor
 from fine_dist.engine.dist import World, all_reduce_sum
 
 
-def reduce_flags(total: Tensor, stop_request: int, world: World) -> Tensor:
+def reduce_flags(total: Tensor, stop_request: int, world: World, terms: Tensor | None = None) -> Tensor:
     """Reduce what ranks have to agree on in one small message a step; the host does not wait for it.
 
     Args:
         total: The sum of this rank's losses, fp64 [], on the device.
         stop_request: What this rank asks for (`stopping.GO_ON`, `SAVE` or `STOP`).
+        terms: Sums of this rank's loss terms, fp64 [K]; None: K is 0.
 
     Returns:
-        fp64 [1 + 2W]: the sum of all ranks' losses, a 1 for every rank whose own losses are not finite, and the stop
-        request of every rank.
+        fp64 [1 + 2W + K]: the sum of all ranks' losses, a 1 for every rank whose own losses are not finite, the stop
+        request of every rank, and the sums of the terms.
     """
     flags = torch.zeros(1 + 2 * world.world_size, dtype=torch.float64, device=total.device)
     flags[0] = total
     flags[1 + world.rank] = ~total.isfinite()
     flags[1 + world.world_size + world.rank].fill_(stop_request)
+    flags = flags if terms is None else torch.cat([flags, terms])
     return all_reduce_sum(flags, world)
 
 
@@ -70,6 +72,8 @@ class StepResult:
     """The strongest request of all ranks (`stopping`)."""
     grad_norm: float
     """Global norm of the gradients before clipping."""
+    terms: list[float]
+    """Means of the loss's terms over the samples of all ranks."""
 
     @property
     def problem(self) -> str:
@@ -96,6 +100,7 @@ class PendingStep:
     def read(self, world: World, global_batch: int) -> StepResult:
         """Wait for this step, and for nothing that was queued after it."""
         total, *flags, grad_norm = self.numbers.read()
-        bad, requests = flags[: world.world_size], flags[world.world_size :]
-        bad_ranks = [rank for rank, flag in enumerate(bad) if flag]
-        return StepResult(total / global_batch, bad_ranks, int(max(requests)), grad_norm)
+        ranks = world.world_size
+        bad_ranks = [rank for rank, flag in enumerate(flags[:ranks]) if flag]
+        terms = [value / global_batch for value in flags[2 * ranks :]]
+        return StepResult(total / global_batch, bad_ranks, int(max(flags[ranks : 2 * ranks])), grad_norm, terms)

@@ -40,7 +40,8 @@ class Stopper:
         self._deadline = time.monotonic() + time_limit_min * 60 if time_limit_min else None
         self._limit_min = time_limit_min
         self._signal: int | None = None
-        self._next_look = 0.0
+        self._next_look: dict[str, float] = {}
+        self._stop_file = False
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
@@ -65,18 +66,46 @@ class Stopper:
         Args:
             seconds_needed: What one more step and a save take; both must end before the time limit.
         """
-        now = time.monotonic()
+        if self.must_stop(seconds_needed):
+            return STOP
+        return SAVE if self._finds("SAVE") else GO_ON
+
+    def must_stop(self, seconds_needed: float = 0.0) -> bool:
+        """Whether this rank asks to stop now; a request to save is left for the loop to find."""
         if self._signal is not None:
             self.reason = f"received {signal.Signals(self._signal).name}"
-            return STOP
-        if self._deadline is not None and now + seconds_needed >= self._deadline:
+        elif self._deadline is not None and time.monotonic() + seconds_needed >= self._deadline:
             self.reason = f"the time limit of {self._limit_min:g} min is reached"
-            return STOP
-        if self.is_main and now >= self._next_look:
-            self._next_look = now + FILES_EVERY_S
-            if self.files.take_request("STOP"):
-                self.reason = "a file STOP was in the run directory"
-                return STOP
-            if self.files.take_request("SAVE"):
-                return SAVE
-        return GO_ON
+        elif self._stop_file or self._finds("STOP"):
+            self._stop_file = True
+            self.reason = "a file STOP was in the run directory"
+        else:
+            return False
+        return True
+
+    def _finds(self, name: str) -> bool:
+        """Whether rank 0 finds a file of this name; each is looked for once in `FILES_EVERY_S`."""
+        now = time.monotonic()
+        if not self.is_main or now < self._next_look.get(name, 0.0):
+            return False
+        self._next_look[name] = now + FILES_EVERY_S
+        return self.files.take_request(name)
+
+
+class Budget:
+    """Time that something beside training may take, such as drawing previews: it ends early when a stop is asked for.
+
+    Args:
+        stopper: Who may ask for a stop.
+        seconds: Wall-clock seconds from now.
+    """
+
+    def __init__(self, stopper: Stopper, seconds: float) -> None:
+        self.stopper, self.seconds = stopper, seconds
+        self._end = time.monotonic() + seconds
+
+    def used_up(self) -> str:
+        """Why to end now; an empty string while there is time."""
+        if self.stopper.must_stop():
+            return self.stopper.reason
+        return f"it took more than {self.seconds:.0f} s" if time.monotonic() > self._end else ""

@@ -18,7 +18,7 @@ from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
 from fine_dist.family.config import DomainConfig, InitConfig
-from fine_dist.family.packing import Pack, Shape, activation_bytes, plan
+from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
 from fine_dist.methods import build, from_manifest
 from fine_dist.model.arch import Arch
 from launchers.spec import Capacity, check_name
@@ -273,21 +273,21 @@ class Family:
     @property
     def may_pack(self) -> bool:
         """Whether the settings leave packing open: what a pack does not offer goes through the loop."""
-        return self.config.engine.backend == "plain" and not self.config.engine.compile
+        return self.config.engine.backend == "plain"
 
     def shapes(self) -> list[Shape]:
-        """What the planner needs to know of all targets. One that trains by itself is a kin of its own."""
+        """What the planner needs to know of all targets. One that trains by itself is a group of its own."""
         return [self._shape_of(member) for member in self.members]
 
     def _shape_of(self, member: Member) -> Shape:
         arch = self._shape(member)
         rank = self._rank(member)
         bf16 = self.config.engine.precision == "bf16"
-        kin = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
+        group = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
         if rank is None:
-            kin = json.dumps(["alone", member.name])
-        size = activation_bytes(arch, rank or 0, bf16=bf16)
-        return Shape(member.name, arch, kin, self.config.steps, size, json.dumps([member.domain, member.seed]))
+            group = json.dumps(["single", member.name])
+        size = sample_bytes(arch, rank or 0, bf16=bf16)
+        return Shape(member.name, arch, group, self.config.steps, size, json.dumps([member.domain, member.seed]))
 
     @cached_property
     def _ranks(self) -> dict[Any, int | None]:

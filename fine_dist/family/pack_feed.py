@@ -115,7 +115,9 @@ class Feeds:
         if planned != names and batch is not None:
             kept = [name for name in names if name in batch.rows]
             rows = [batch.rows[name] for name in kept]
-            batch = FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(kept)}) if rows else None
+            batch = (
+                FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(kept)}) if rows else None
+            )
         good = tuple(name for name in names if name not in self.bad)
         self._next = (good, self._pool.submit(self._make, good))
         return batch

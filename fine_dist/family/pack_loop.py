@@ -49,8 +49,6 @@ class PendingPackStep:
     rates: dict[int, float]
     numbers: AsyncHostCopy
     """Losses [J], gradient norms [J], lost feeds [F], stop requests of all ranks [W]."""
-    begun: float
-    """When the step was begun, on this process's clock."""
 
 
 class PackRun:
@@ -102,6 +100,8 @@ class PackRun:
         self._save_s = 0.0
         self._no_memory: set[int] = set()
         self._first_step = True
+        self._read_at = time.perf_counter()
+        """When the last step's numbers were read: the time since then is the next one's, shared out over its jobs."""
         if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
         if compiles(engine, self.device):
@@ -118,12 +118,13 @@ class PackRun:
         return not self.active()
 
     def steps(self) -> Iterator[int]:
-        """Train step by step: yields how many steps the pack has taken, until no job is left or a stop was asked for."""
+        """Train step by step: yields how many steps were taken, until no job is left or a stop was asked for."""
         feeds, feed_of = self._feeds()
         taken, step_s = 0, 0.0
         for j in self.active():
             if self.progress[j].step == 0:
                 self._evaluate(j)
+        self._read_at = time.perf_counter()
         try:
             while active := self.active():
                 begun = time.perf_counter()
@@ -131,7 +132,7 @@ class PackRun:
                 losses = self._gradients(batch, {j: feed_of[j] for j in active})
                 request = self._read_pending(feeds, feed_of)  # the step before, while the device computes this one
                 step_s_needed = 2 * step_s if self.reads_late else step_s
-                self.pending = self._update(losses, active, feeds, begun, step_s_needed + self._save_s)
+                self.pending = self._update(losses, active, feeds, step_s_needed + self._save_s)
                 taken += 1
                 if request or self._must_read(taken):
                     request = max(request, self._read_pending(feeds, feed_of))
@@ -151,7 +152,7 @@ class PackRun:
         running = [j for j, p in enumerate(self.progress) if p.state == "running"]
         return sorted(running, key=lambda j: -self.pack.depths[j])
 
-    def _update(self, losses: Tensor, jobs: list[int], feeds: Feeds, begun: float, seconds: float) -> PendingPackStep:
+    def _update(self, losses: Tensor, jobs: list[int], feeds: Feeds, seconds: float) -> PendingPackStep:
         """Reduce gradients, losses and requests over ranks, and update, without waiting for any of them.
 
         A job is updated where its loss and its gradient's norm are finite; the device decides that by itself.
@@ -177,7 +178,7 @@ class PackRun:
         update = (table[:, 0] > 0) & mean.isfinite() & norms.isfinite()
         self.optimizer.step(update, table[:, 1])
         copied = AsyncHostCopy(torch.cat([mean, norms, numbers[len(self.jobs) :]]).double())
-        return PendingPackStep(running, rates, copied, begun)
+        return PendingPackStep(running, rates, copied)
 
     def _taken(self, j: int) -> int:
         """Steps of a job that are queued or done."""
@@ -204,9 +205,10 @@ class PackRun:
         losses, norms, rest = values[:count], values[count : 2 * count], values[2 * count :]
         lost, requests = rest[: len(feeds.sources)], rest[len(feeds.sources) :]
         for feed, flag in enumerate(lost):
-            if flag:
+            if flag >= 1:
                 feeds.bad.setdefault(feed, "another process could not read its data")
-        seconds = time.perf_counter() - pending.begun
+        now = time.perf_counter()
+        seconds, self._read_at = now - self._read_at, now
         layers = sum(self.pack.depths[j] for j in pending.jobs)
         for j in sorted(pending.jobs):
             if feed_of[j] in feeds.bad:

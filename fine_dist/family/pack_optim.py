@@ -52,8 +52,8 @@ class PackedAdamW:
     def step(self, update: Tensor, rates: Tensor) -> None:
         """Update the jobs whose `update` [J] (bool) is true, after `norms`; gradients above `clip_norm` are clipped.
 
-        rates: learning rates [J] of this step, float64. Rows of the other jobs keep their bits, whatever their gradients
-        hold.
+        rates: learning rates [J] of this step, float64. Rows of the other jobs keep their bits, whatever gradients they
+        have.
         """
         beta1, beta2 = self.config.betas
         keep = update[:, None]  #                                                                               [J, 1]

@@ -44,8 +44,8 @@ class Shape:
 
     name: str
     arch: Arch
-    kin: str
-    """Jobs of different kin never share a pack: another method, data shape or set of classes."""
+    group: str
+    """Jobs of different groups never share a pack: another method, data shape or set of classes."""
     steps: int
     sample_bytes: int
     """Bytes that one sample keeps for the backward pass."""
@@ -61,8 +61,8 @@ class Pack:
     chunk: int
     layer_steps: int
     """Layers times steps over all jobs: what its time is proportional to."""
-    apart: bool = False
-    """Its jobs train one after the other in its process: a step of them all would share nothing."""
+    sequential: bool = False
+    """Its jobs train one after the other in its process, because a step of them all would share nothing."""
 
     @property
     def name(self) -> str:
@@ -72,7 +72,10 @@ class Pack:
 
 CACHE_NUMBERS = 2**17
 """On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache. A job that fills
-it alone shares no product with others; all that company can save it then is the making of its samples."""
+it by itself shares no product with others; all that a pack can save it then is the making of its samples."""
+GPU_NUMBERS = 2**24
+"""The same on a GPU: an activation of 64 samples of DiT-XL/2. Kernels of that size fill the device by themselves, so a
+larger chunk runs no faster and only takes memory."""
 
 
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
@@ -80,39 +83,39 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
 
     memory: bytes for activations.  cpu: chunks are also kept within the cache.
 
-    Jobs of one kin are dealt out longest first, each to the pack with the least to do (LPT).
+    Jobs of one group are dealt out longest first, each to the pack with the least to do (LPT).
     """
     packs: list[Pack] = []
-    kins: dict[str, list[Shape]] = {}
+    groups: dict[str, list[Shape]] = {}
     for shape in jobs:
-        kins.setdefault(shape.kin, []).append(shape)
+        groups.setdefault(shape.group, []).append(shape)
     total = sum(_work(s) for s in jobs)
-    for group in kins.values():
+    for group in groups.values():
         work = sum(_work(s) for s in group)
         count = max(math.ceil(len(group) / config.max_jobs), round(workers * work / total), 1)
         for members in _deal(group, min(count, len(group)), config.max_jobs):
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             chunk = min(chunk, len(members))
-            strangers = len({s.feed for s in members}) == len(members)
-            apart = cpu and config.chunk is None and chunk == 1 < len(members) and strangers
-            packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), apart))
+            shares_no_data = len({s.feed for s in members}) == len(members)
+            sequential = config.chunk is None and chunk == 1 < len(members) and shares_no_data
+            packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), sequential))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
 
 
 def _deal(jobs: Sequence[Shape], count: int, most: int) -> list[list[Shape]]:
-    """`count` hands of at most `most` jobs: longest first, each to the hand with the least to do, the first of equals.
+    """`count` parts of at most `most` jobs: longest first, each to the part with the least work, the first of equals.
 
-    J jobs are dealt in J log(count): a full hand leaves the heap.
+    J jobs are dealt in J log(count): a full part leaves the heap.
     """
-    hands: list[list[Shape]] = [[] for _ in range(count)]
-    open_hands = [(0, place) for place in range(count)]
+    parts: list[list[Shape]] = [[] for _ in range(count)]
+    not_full = [(0, index) for index in range(count)]
     for shape in sorted(jobs, key=lambda s: (-_work(s), s.name)):
-        work, place = heapq.heappop(open_hands)
-        hands[place].append(shape)
-        if len(hands[place]) < most:
-            heapq.heappush(open_hands, (work + _work(shape), place))
-    return hands
+        work, index = heapq.heappop(not_full)
+        parts[index].append(shape)
+        if len(parts[index]) < most:
+            heapq.heappush(not_full, (work + _work(shape), index))
+    return parts
 
 
 def _work(shape: Shape) -> int:
@@ -120,24 +123,23 @@ def _work(shape: Shape) -> int:
 
 
 def chunk_size(deepest: Shape, jobs: int, batch: int, memory: int, *, cpu: bool) -> int:
-    """Jobs at once: what fits into memory and, on a CPU, into the cache; one at least."""
+    """Jobs at once: what fits into memory and fills a GPU, or stays in a CPU's cache; one at least."""
     fits = memory // max(1, batch * deepest.sample_bytes)
-    if cpu:
-        fits = min(fits, CACHE_NUMBERS // (batch * deepest.arch.num_tokens * deepest.arch.hidden_size))
-    return max(1, min(jobs, fits))
+    one = batch * deepest.arch.num_tokens * deepest.arch.hidden_size
+    return max(1, min(jobs, fits, CACHE_NUMBERS // one if cpu else math.ceil(GPU_NUMBERS / one)))
 
 
-def activation_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
+def sample_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
     """Bytes that one sample keeps for the backward pass of a step that trains scalers alone.
 
-    bf16: products and what they keep take two bytes a number; norms and residual branches stay in fp32.
+    bf16: products and what they keep take two bytes a number; the residual stream and its norms stay in fp32.
     """
-    d, t, r = arch.hidden_size, arch.num_tokens, rank
+    d, t = arch.hidden_size, arch.num_tokens
     size = 2 if bf16 else 4
-    # a token's, in fp32: what two normalisations give
-    norms = 2 * d
-    # in the products' precision: q k v and attention, two branches before their gates, the MLP's inside twice, and
-    # four products with V
-    products = 3 * d + d + 2 * d + 8 * d + 4 * r
-    sample = 6 * d + 2 * d + r + arch.num_heads * t
-    return arch.num_layers * (t * (norms * 4 + products * size) + sample * 4)
+    # a token's, in fp32: the residual stream before each half, its normalized form, and what each half adds
+    stream = 6 * d
+    # in the products' precision: q k v and attention's result, the MLP's inside, and four products with V (or the
+    # inputs of the products, where W is composed)
+    products = 3 * d + d + 4 * d + max(4 * rank, 6 * d)
+    sample = 12 * d + rank + arch.num_heads * t
+    return arch.num_layers * (t * (stream * 4 + products * size) + sample * 4)

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fine_dist.artifacts.targets import save_target
-from fine_dist.core.config import expand_path, run_dir_of
+from fine_dist.core.config import expand_path
 from fine_dist.core.files import write_atomic
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.dist import World
-from fine_dist.engine.monitor import keep_rows
+from fine_dist.engine.monitor import MetricsLog, log_hparams
+from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import describe_environment
-from fine_dist.family.members import Family, Member, expand
-from fine_dist.family.pack_loop import Progress
+from fine_dist.family.members import Family, Member, expand, run_dir_of
+from fine_dist.family.pack_job import JobProgress
 from fine_dist.family.pack_model import JobView, PackedDiT
 from fine_dist.family.summary import draw_family
 from launchers.state_table import StateTable
@@ -29,43 +31,46 @@ DRAW_EVERY_S = 60.0
 """The family's figure is drawn again so often while it runs, and once at the end."""
 
 
-class Keeper:
-    """The watcher of a pack: every target's rows, looks and end.
+class TargetRecorder:
+    """The observer of a pack: writes every target's rows, measures it, and saves it when it ends.
 
-    own: for each target, the tensors that are not its parent's, as they were before training.
+    Args:
+        own: For each target, the tensors that are not its parent's, as they were before training.
+        names: For each target, the names of all tensors of its state dict.
+        flops: For each target, FLOPs of one sample's step.
     """
-
-    names: list[list[str]]
-    """For each target, the names of all tensors of its state dict."""
 
     def __init__(
         self,
         family: Family,
         members: Sequence[Member],
         packed: PackedDiT,
+        *,
         own: Sequence[dict[str, Tensor]],
+        names: Sequence[list[str]],
+        flops: Sequence[float],
         table: StateTable,
         world: World,
     ):
         self.family, self.members, self.packed, self.table, self.world = family, list(members), packed, table, world
-        self.own = list(own)
-        self._boards: dict[int, Any] = {}
+        self.own, self.names, self.flops = list(own), list(names), list(flops)
+        self._logs: dict[int, MetricsLog] = {}
         self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._held_out: dict[tuple[str, int], HeldOutLoss] = {}
-        self._looks: dict[tuple[str, int, str], dict[str, float]] = {}
+        self._measured: dict[tuple[str, int, str], dict[str, float]] = {}
+        """Held-out losses by data and weights: seeds of one depth often begin as the same model."""
         self._bar: Any = None
         self._drawn = time.monotonic()
 
-    def start(self, progress: Sequence[Progress]) -> None:
-        """Open the bar, and cut the logs back to where the targets go on."""
+    def start(self, progress: Sequence[JobProgress]) -> None:
+        """Open the bar, and cut the logs back to where the targets continue."""
         if not self.world.is_main:
             return
-        from tqdm import tqdm
-
         for index, (member, p) in enumerate(zip(self.members, progress)):
             write_identity(self.family, member)
-            rows = [row for row in keep_rows(member.folder / "metrics.jsonl", p.step) if "loss" in row]
+            self._logs[index] = MetricsLog(member.folder / "metrics.jsonl", member.folder / "tensorboard", p.step)
+            rows = [row for row in self._logs[index].rows if "loss" in row]
             if rows:
                 self._first[index], self._last[index] = rows[0]["loss"], rows[-1]["loss"]
         total = self.family.config.steps * len(self.members)
@@ -80,21 +85,15 @@ class Keeper:
         """A row of a target's metrics.jsonl and TensorBoard."""
         self._first.setdefault(job, values["loss"])
         self._last[job] = values["loss"]
-        self._write(job, step, values)
+        self._logs[job].write(step, values)
 
-    def look(self, job: int, step: int) -> None:
-        """The held-out loss on the way."""
+    def evaluate(self, job: int, step: int) -> None:
+        """Measure the held-out loss on the way."""
         measured = self._measure(job)
         if measured:
-            self._write(job, step, measured)
+            self._logs[job].write(step, measured)
 
-    def _write(self, job: int, step: int, values: Mapping[str, float]) -> None:
-        with open(self.members[job].folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            self._board(job, step).add_scalar(f"init/{key}", value, step)
-
-    def tick(self, progress: Sequence[Progress]) -> None:
+    def after_step(self, progress: Sequence[JobProgress]) -> None:
         """The bar, and now and then the family's figure."""
         if self._bar is not None:
             losses = [v for v in self._last.values() if math.isfinite(v)]
@@ -107,7 +106,7 @@ class Keeper:
             beside = self.family.beside
             draw_family(run_dir_of(self.family.config), everyone, younger_than_s=DRAW_EVERY_S, beside=beside)
 
-    def ended(self, job: int, progress: Progress) -> None:
+    def ended(self, job: int, progress: JobProgress) -> None:
         """Measure a target that is done and write its artifact; say why one has failed."""
         member = self.members[job]
         if progress.state == "failed":
@@ -115,7 +114,7 @@ class Keeper:
             if self._bar is not None:
                 self._bar.write(f"{member.name} failed: {progress.reason}")
             return
-        measured = self._measure(job)
+        scalers, measured = self.packed.scalers(job), self._measure(job)
         facts: dict[str, Any] = {
             "steps": progress.step,
             "seconds": round(progress.seconds, 3),
@@ -123,14 +122,18 @@ class Keeper:
             "first_loss": self._first.get(job),
             **measured,
             "reason": progress.reason,
+            "trained": sum(each.numel() for each in scalers.values()),
         }
-        scalers = self.packed.scalers(job)
-        own, facts["trained"] = {**self.own[job], **scalers}, sum(each.numel() for each in scalers.values())
-        manifest = save_result(self.family, member, own, self.names[job], facts)
+        log = self._logs[job]
         if measured:
-            self._write(job, progress.step, measured)
-        keep(member, {**facts, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]})
-        self._hparams(job, progress.step, facts)
+            log.write(progress.step, measured)
+        save_result(
+            self.family, member, {**self.own[job], **scalers}, self.names[job], facts, flops_per_sample=self.flops[job]
+        )
+        settings = {"depth": member.depth, "domain": member.domain, "lr": member.lr, "seed": member.seed}
+        final = {"init/final_held_out_loss": facts.get("held_out_loss", facts["loss"])}
+        log_hparams(log.board, settings | dict(member.variant), final, progress.step)
+        self._logs.pop(job).close()
         self.table.finish(member.name, "done")
 
     def _measure(self, job: int) -> dict[str, float]:
@@ -142,35 +145,15 @@ class Keeper:
             questions = read_all(expand_path(data.held_out), data.held_out_samples)
             self._held_out[where] = HeldOutLoss(*questions, self.family.config.diffusion)
         key = (*where, self.packed.fingerprint(job))
-        if key not in self._looks:  # seeds of one depth often begin as the same model
+        if key not in self._measured:
             view: nn.Module = JobView(self.packed, job)
-            self._looks[key] = self._held_out[where](view.eval())
-        return self._looks[key]
-
-    def _board(self, job: int, step: int) -> Any:
-        if job not in self._boards:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._boards[job] = SummaryWriter(str(self.members[job].folder / "tensorboard"), purge_step=step)
-        return self._boards[job]
-
-    def _hparams(self, job: int, step: int, facts: dict[str, Any]) -> None:
-        """The target as a row of TensorBoard's table of hyperparameters, in its own run."""
-        from torch.utils.tensorboard.summary import hparams
-
-        member, board = self.members[job], self._board(job, step)
-        settings = {"depth": member.depth, "domain": member.domain, "lr": member.lr, "seed": member.seed}
-        settings |= dict(member.variant)
-        metric, name = facts.get("held_out_loss", facts["loss"]), "init/final_held_out_loss"
-        for summary in hparams(settings, {name: metric}):
-            board.file_writer.add_summary(summary)
-        board.add_scalar(name, metric, step)
-        self._boards.pop(job).close()
+            self._measured[key] = self._held_out[where](view.eval())
+        return self._measured[key]
 
     def close(self) -> None:
         """Close the logs."""
-        for board in self._boards.values():
-            board.close()
+        for log in self._logs.values():
+            log.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -185,10 +168,23 @@ def write_identity(family: Family, member: Member) -> None:
 
 
 def save_result(
-    family: Family, member: Member, own: Mapping[str, Tensor], names: list[str], facts: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Write a trained target's artifact; its manifest."""
-    return save_target(
+    family: Family,
+    member: Member,
+    own: Mapping[str, Tensor],
+    names: list[str],
+    facts: Mapping[str, Any],
+    *,
+    flops_per_sample: float,
+) -> None:
+    """Write a trained target's artifact and DONE.json.
+
+    Args:
+        own: Its tensors that are not its parent's.
+        names: Names of all tensors of its state dict.
+        facts: Its steps, seconds, losses and how many numbers were trained.
+        flops_per_sample: FLOPs of one sample's step.
+    """
+    manifest = save_target(
         member.folder / "target",
         method=family.method(member).config.model_dump(mode="json"),
         parent=family.parent,
@@ -201,8 +197,21 @@ def save_result(
             "init": {**facts, "lr": member.lr, "variant": dict(member.variant), "domain": member.domain},
         },
     )
+    finish_target(family, member, facts, manifest, flops_per_sample)
 
 
-def keep(member: Member, facts: Mapping[str, Any]) -> None:
-    """Write a target's DONE.json: it is not run again."""
-    write_atomic(member.folder / "DONE.json", json.dumps({**member.point, **facts}, indent=1) + "\n")
+def finish_target(
+    family: Family, member: Member, facts: Mapping[str, Any], manifest: Mapping[str, Any], flops_per_sample: float = 0.0
+) -> None:
+    """Write a target's DONE.json: it is not run again. manifest: of its artifact."""
+    cost = RunCost.of(
+        steps=facts["steps"],
+        batch=family.config.batch,
+        flops_per_sample=flops_per_sample,
+        seconds=facts["seconds"],
+        stored=manifest["num_numbers"],
+        trained=facts["trained"],
+    )
+    sizes = {"bytes": manifest["bytes"], "numbers": manifest["num_numbers"]}
+    done = {**member.point, **facts, **sizes, "cost": cost.to_json()}
+    write_atomic(member.folder / "DONE.json", json.dumps(done, indent=1) + "\n")

@@ -18,14 +18,14 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Stopper
 from fine_dist.family.members import Family, Member
-from fine_dist.family.recorder import keep, save_result, write_identity
+from fine_dist.family.recorder import save_result, write_identity
 from fine_dist.methods.base import Descent
 from fine_dist.model.flops import train_flops
 from fine_dist.stages.previews import histograms_of
 from launchers.state_table import StateTable
 
 
-def train_alone(
+def train_single_target(
     family: Family, member: Member, descent: Descent, table: StateTable, world: World, stopper: Stopper
 ) -> None:
     """Train what trains of one target, in its own folder; marked in the table when its loss goes astray."""
@@ -38,6 +38,7 @@ def train_alone(
     for folder in (run_dir.checkpoints, run_dir.tensorboard):
         folder.mkdir(parents=True, exist_ok=True)
     program = _program(family, member, descent, world)
+    flops = family.method(member).cost(descent.model, config.batch).training
     # Stage 2 is short, and what it saves are the weights themselves: no average, no pictures.
     engine = EngineConfig(**config.engine.model_dump(), ema_decay=0.0, preview_every=10**9)
     try:
@@ -60,7 +61,7 @@ def train_alone(
     finally:
         program.stream.close()  # type: ignore[attr-defined]
     if world.is_main:
-        _save(family, member, fitted)
+        _save(family, member, fitted, flops)
         table.finish(member.name, "done")
 
 
@@ -86,17 +87,16 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
     )
 
 
-def _save(family: Family, member: Member, fitted: FitResult) -> None:
-    losses = [row["loss"] for row in fitted.rows if "loss" in row]
+def _save(family: Family, member: Member, result: FitResult, flops: float) -> None:
+    losses = [row["loss"] for row in result.rows if "loss" in row]
     facts: dict[str, Any] = {
-        "steps": fitted.step,
-        "seconds": round(fitted.seconds, 3),
-        "loss": fitted.losses["loss"] if math.isfinite(fitted.losses["loss"]) else None,
+        "steps": result.step,
+        "seconds": round(result.seconds, 3),
+        "loss": result.losses["loss"] if math.isfinite(result.losses["loss"]) else None,
         "first_loss": losses[0] if losses else None,
-        **{name: value for name, value in fitted.losses.items() if name != "loss"},
+        **{name: value for name, value in result.losses.items() if name != "loss"},
         "reason": None,
-        "trained": sum(p.numel() for p in fitted.model.parameters() if p.requires_grad),
+        "trained": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
     }
-    own = own_tensors(fitted.model, family.parent)
-    manifest = save_result(family, member, own, list(fitted.model.state_dict()), facts)
-    keep(member, {**facts, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]})
+    own = own_tensors(result.model, family.parent)
+    save_result(family, member, own, list(result.model.state_dict()), facts, flops_per_sample=flops)

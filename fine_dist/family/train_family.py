@@ -14,15 +14,17 @@ from fine_dist.core.config import run_dir_of
 from fine_dist.core.errors import DataError, LaunchError, ResumeLater
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
+from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.run_dir import STOP
 from fine_dist.engine.stopping import Stopper
 from fine_dist.family.listing import result_of
 from fine_dist.family.members import Family, Member, expand
-from fine_dist.family.pack_loop import PackJob, PackRun
-from fine_dist.family.pack_model import PackedDiT, identity
+from fine_dist.family.pack_job import PackJob
+from fine_dist.family.pack_loop import PackRun
+from fine_dist.family.pack_model import PackedDiT, shared_identity
 from fine_dist.family.packing import Pack
-from fine_dist.family.recorder import Keeper, keep, write_identity
-from fine_dist.family.single_target import train_alone
+from fine_dist.family.recorder import TargetRecorder, finish_target, write_identity
+from fine_dist.family.single_target import train_single_target
 from fine_dist.family.summary import draw_family
 from fine_dist.methods.base import Descent
 from fine_dist.model.factors import SharedForm
@@ -30,8 +32,8 @@ from launchers.state_table import StateTable
 
 
 @dataclass
-class Built:
-    """A target of a pack that waits for its training."""
+class InitializedTarget:
+    """A target that waits for its training."""
 
     member: Member
     descent: Descent
@@ -85,7 +87,7 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
     Raises `ResumeLater` after saving when the process is asked to stop.
     """
     members = {m.name: m for m in family.members}
-    waiting: list[Built] = []
+    waiting: list[InitializedTarget] = []
     for member in (members[name] for name in pack.jobs):
         if family.done(member):
             continue
@@ -104,18 +106,21 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
                 _keep_as_it_is(family, member, descent, table)
             continue
         form = method.pack(descent.model) if descent.trains == "some" and family.may_pack else None
-        waiting.append(Built(member, descent, form))
-    with Stopper(Words(run_dir_of(family.config)), family.config.engine.time_limit_min, world.is_main) as stopper:
+        waiting.append(InitializedTarget(member, descent, form))
+    with Stopper(
+        FamilyRequests(run_dir_of(family.config)), family.config.engine.time_limit_min, world.is_main
+    ) as stopper:
         for group in sharing([built for built in waiting if built.form]):
-            for part in [[built] for built in group] if pack.apart else [group]:
-                _train_packed(family, pack, part, table, world, stopper)
+            for part in [[built] for built in group] if pack.sequential else [group]:
+                with Heartbeat(world):
+                    _train_packed(family, pack, part, table, world, stopper)
         for built in waiting:
             if not built.form:
-                train_alone(family, built.member, built.descent, table, world, stopper)
+                train_single_target(family, built.member, built.descent, table, world, stopper)
 
 
-class Words:
-    """STOP and SAVE in a family's folder. STOP stands until the family is started again, for every pack to see it."""
+class FamilyRequests:
+    """Files STOP and SAVE in a family's folder. STOP stays until the family is started again, for every pack."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,17 +136,17 @@ class Words:
         return True
 
 
-def sharing(waiting: list[Built]) -> Iterator[list[Built]]:
+def sharing(waiting: list[InitializedTarget]) -> Iterator[list[InitializedTarget]]:
     """Targets that share their genes, together."""
-    groups: dict[str, list[Built]] = {}
+    groups: dict[str, list[InitializedTarget]] = {}
     for built in waiting:
         assert built.form is not None
-        groups.setdefault(identity(built.form), []).append(built)
+        groups.setdefault(shared_identity(built.form), []).append(built)
     yield from groups.values()
 
 
 def _train_packed(
-    family: Family, pack: Pack, group: list[Built], table: StateTable, world: World, stopper: Stopper
+    family: Family, pack: Pack, group: list[InitializedTarget], table: StateTable, world: World, stopper: Stopper
 ) -> None:
     config = family.config
     members = [built.member for built in group]
@@ -149,9 +154,18 @@ def _train_packed(
     packed.to(world.device)
     # A pack that died without a word most likely wanted more memory than there is; one that was stopped did not.
     deaths = max((row.deaths for m in members if (row := table.get(m.name))), default=0)
-    keeper = Keeper(family, members, packed, [own_tensors(b.descent.model, family.parent) for b in group], table, world)
-    names = [list(built.descent.model.state_dict()) for built in group]
-    keeper.names = names
+    models = [built.descent.model for built in group]
+    recorder = TargetRecorder(
+        family,
+        members,
+        packed,
+        own=[own_tensors(model, family.parent) for model in models],
+        names=[list(model.state_dict()) for model in models],
+        flops=[family.method(m).cost(model, config.batch).training for m, model in zip(members, models)],
+        table=table,
+        world=world,
+    )
+    models.clear()
     group.clear()  # the models have given the pack what it needs
     run = PackRun(
         packed,
@@ -160,18 +174,18 @@ def _train_packed(
         optim=config.optim,
         diffusion=config.diffusion,
         engine=config.engine,
-        watcher=keeper,
+        observer=recorder,
         world=world,
         chunk=max(1, pack.chunk >> deaths),
         stop=config.stop,
-        states=(run_dir_of(config) / "packs", members[0].name if pack.apart else pack.name),
-        wish=stopper.stop_request,
+        states=(run_dir_of(config) / "packs", members[0].name if pack.sequential else pack.name),
+        stop_request=stopper.stop_request,
     )
-    keeper.start(run.progress)
+    recorder.start(run.progress)
     try:
         finished = run.train()
     finally:
-        keeper.close()
+        recorder.close()
     if not finished:
         raise ResumeLater(
             f"{stopper.reason}; the state of {len(run.active())} targets is saved, the same command continues"
@@ -204,10 +218,7 @@ def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: Stat
         tensors=descent.model.state_dict(),
         extra={"seed": member.seed, "diffusion": family.config.diffusion.model_dump(), "init": {"steps": 0}},
     )
-    keep(
-        member,
-        {"steps": 0, "seconds": 0.0, "trained": 0, "bytes": manifest["bytes"], "numbers": manifest["num_numbers"]},
-    )
+    finish_target(family, member, {"steps": 0, "seconds": 0.0, "trained": 0}, manifest)
     table.finish(member.name, "done")
 
 

@@ -43,6 +43,16 @@ class Plan:
     teacher_process: DiffusionConfig | None = None
     """The process that the teacher was trained for, whose predictions are converted to the run's; None: the run's."""
 
+    def training_flops(self, batch: int) -> float:
+        """FLOPs of one sample's step: forward and backward pass as things train, and a teacher's forward pass."""
+        from fine_dist.model.dit import DiT
+        from fine_dist.model.flops import forward_macs, model_cost
+
+        module = self.condensation.module
+        # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
+        own = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
+        return own.training + (2.0 * forward_macs(self.teacher.arch) if self.teacher is not None else 0.0)
+
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
     """What the engine trains, and how it is looked at."""
@@ -100,13 +110,16 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     drawn = plan.method if plan.draws else None
     preview = PreviewCallback(drawn, config.seed)
     histograms = histograms_of(drawn)
+    objective = Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world))
     return Program(
         model=plan.condensation.module,
-        objective=Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world)),
+        objective=objective,
+        term_names=objective.term_names,
+        take_terms=objective.take_terms if objective.term_names else None,
         stream=stream,
         identity=identity,
         held_out=scores if world.is_main and (evaluator or quick) else None,
-        previews=lambda model, step: preview(renderer(model), step),
+        previews=lambda model, step, budget: preview(renderer(model), step, budget),
         histograms=lambda model: histograms(kept(model)),
         before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),

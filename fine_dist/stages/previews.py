@@ -2,45 +2,79 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from fine_dist.engine.stopping import Budget
 from fine_dist.methods.base import Method
 from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, tile_images
 from fine_dist.sampling.renderer import ImageRenderer, class_name_of
+
+log = logging.getLogger(__name__)
 
 CLASSES, ROWS = 10, 4
 """Columns (the first classes) and rows of a preview, at most."""
 
 
 class PreviewCallback:
-    """`(renderer of the EMA, step) -> pictures`: samples of the same noise every time, a column a class, decoded where
-    there is a decoder; and the method's tables over depth.
+    """`(renderer of the EMA, step, budget) -> images`: samples of the same noise every time, a column a class, decoded
+    where there is a decoder; and the method's tables over depth.
 
-    method: whose tables are drawn; none draws none. seed: of the samples' noise.
+    Rows are drawn one after the other, so that a preview which must end early shows the rows it has.
+
+    Args:
+        method: Whose tables are drawn; None draws none.
+        seed: Seeds the samples' noise.
     """
 
     def __init__(self, method: Method[Any] | None, seed: int) -> None:
         self.method, self.seed = method, seed
 
-    def __call__(self, renderer: ImageRenderer, step: int) -> dict[str, Tensor]:
-        num_classes = renderer.model.arch.num_classes
-        labels = torch.arange(min(num_classes, CLASSES)).repeat(ROWS)
-        drawn = [images for _, images in renderer.render(labels, torch.arange(len(labels)), self.seed, False)]
-        images = torch.cat(drawn)
-        captions = [class_name_of(int(label), renderer.facts, num_classes) for label in labels]
-        title = f"step {step}" if renderer.pictures else f"step {step}: LATENTS, not decoded (--vae)"
-        picture = labelled_grid(
-            images if renderer.pictures else latents_as_images(images), captions, len(labels) // ROWS, title=title
-        )
-        pictures = {"samples": picture.float() / 255}
+    def __call__(self, renderer: ImageRenderer, step: int, budget: Budget) -> dict[str, Tensor]:
+        images: dict[str, Tensor] = {}
+        samples, shown = self._samples(renderer, step, budget)
+        if shown:
+            num_classes = renderer.model.arch.num_classes
+            labels = range(min(num_classes, CLASSES))
+            captions = [class_name_of(label, renderer.facts, num_classes) for label in labels] * shown
+            title = f"step {step}" if renderer.pictures else f"step {step}: LATENTS, not decoded (--vae)"
+            samples = samples if renderer.pictures else latents_as_images(samples)
+            images["samples"] = labelled_grid(samples, captions, len(labels), title=title).float() / 255
         for name, table in sorted_tables(self.method, renderer.model).items():
             scale = table.abs().amax().clamp_min(1e-12)
-            pictures[name] = tile_images((table / scale)[None, None], 1, zoom=8, gap=0)
-        return pictures
+            images[name] = tile_images((table / scale)[None, None], 1, zoom=8, gap=0)
+        return images
+
+    def _samples(self, renderer: ImageRenderer, step: int, budget: Budget) -> tuple[Tensor, int]:
+        """Samples [rows x classes, C, H, W] and how many rows there was time for."""
+        columns = min(renderer.model.arch.num_classes, CLASSES)
+        rows: list[Tensor] = []
+
+        def check(*_: Any) -> None:
+            if why := budget.used_up():
+                raise _OutOfTime(why)
+
+        # The model is called at every denoising step: the one place where slow sampling can be ended in time.
+        hook = renderer.model.register_forward_pre_hook(check)
+        try:
+            for row in tqdm(range(ROWS), desc=f"preview at step {step}", unit="row", leave=False):
+                numbers = torch.arange(row * columns, (row + 1) * columns)
+                drawn = renderer.render(numbers % columns, numbers, self.seed, False)
+                rows.append(torch.cat([part for _, part in drawn]))
+        except _OutOfTime as error:
+            log.warning("the preview at step %d has %d of %d rows: %s", step, len(rows), ROWS, error)
+        finally:
+            hook.remove()
+        return torch.cat(rows) if rows else torch.empty(0), len(rows)
+
+
+class _OutOfTime(Exception):
+    """Ends the sampling of a preview; carries the reason."""
 
 
 def sorted_tables(method: Method[Any] | None, model: nn.Module) -> dict[str, Tensor]:

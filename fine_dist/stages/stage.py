@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.config import expand_path
+from fine_dist.engine.run_cost import RunCost
 from fine_dist.stages.build import Plan, make_program
 from fine_dist.stages.config import StageConfig
 
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
 def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[[World], Plan]) -> Path:
     """Open the run directory, build the model, train it, save it; the artifact's folder. A finished run is left alone.
 
-    stage:    `condense` or `train`.
-    artifact: `learngene` or `model`: the kind of the artifact, and its folder in the run directory.
+    Args:
+        stage: `condense` or `train`.
+        artifact: `learngene` or `model`: the kind of the artifact, and its folder in the run directory.
+        build: Makes what is trained, the same on every rank.
     """
     import torch
 
     from fine_dist.engine import dist
     from fine_dist.engine.loop import fit
     from fine_dist.engine.run_dir import RunDir
-    from fine_dist.model.artifact import load_artifact, save_artifact
+    from fine_dist.model.artifact import load_artifact
 
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -44,11 +47,32 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             return folder
         plan = build(world)
         program = make_program(config, plan, world, identity)
+        flops = plan.training_flops(config.batch)
         if world.is_main:
             print("\n".join(plan.condensation.lines), end="\n" if plan.condensation.lines else "")
             what = f"{plan.arch.name}, {config.steps} steps of {config.batch}"
             print(f"{stage}: {what}; files are in {run_dir.path}", flush=True)
-        fitted = fit(
+
+        def save(result: FitResult) -> None:
+            """Write the artifact and DONE.json: from here on the run is finished, whatever happens to its previews."""
+            if not world.is_main:
+                return
+            manifest = write_artifact(config, plan, result, artifact, folder)
+            write_hparams(config, plan, result, stage, run_dir.tensorboard)
+            cost = RunCost.of(
+                steps=result.step,
+                batch=config.batch,
+                flops_per_sample=flops,
+                seconds=result.seconds,
+                stored=manifest["num_numbers"],
+                trained=sum(p.numel() for p in result.ema.values()),
+            )
+            run_dir.finish(steps=result.step, losses=result.losses, seconds=result.seconds, cost=cost.to_json())
+            losses = ", ".join(f"{describe_loss(name)} {value:.4f}" for name, value in result.losses.items())
+            size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
+            print(f"{stage}: {losses}; {size} in {folder}", flush=True)
+
+        fit(
             program,
             steps=config.steps,
             global_batch=config.batch,
@@ -59,48 +83,59 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             title=f"{stage} {plan.arch.name}",
             world=world,
             claim=lambda: run_dir.claim(config) if world.is_main else None,
+            finished=save,
         )
         program.stream.close()  # type: ignore[attr-defined]
-        if world.is_main:
-            facts = {"steps": fitted.step, "losses": fitted.losses}
-            made = {"batch": config.batch, "seed": config.seed, **used(config, plan)}
-            manifest = save_artifact(
-                folder,
-                kind=artifact,
-                method=plan.method.config.model_dump(mode="json"),
-                arch=plan.arch,
-                tensors=kept_tensors(fitted, plan.condensation.prefix),
-                raw=raw_tensors(fitted, plan.condensation.prefix),
-                extra={**plan.about, **facts, **made, **plan.condensation.report},
-            )
-            write_hparams(config, plan, fitted, stage, run_dir.tensorboard)
-            run_dir.finish(**facts, seconds=fitted.seconds)
-            losses = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in fitted.losses.items())
-            size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
-            print(f"{stage}: {losses}; {size} in {folder}")
     return folder
 
 
-def write_hparams(config: StageConfig, plan: Plan, fitted: FitResult, stage: str, folder: Path) -> None:
+def describe_loss(name: str) -> str:
+    """The key of a loss as a reader would call it."""
+    if name.startswith("raw_"):
+        return f"{describe_loss(name.removeprefix('raw_'))} of the non-EMA weights"
+    if name.startswith("loss_"):
+        return f"{name.removeprefix('loss_')} term"
+    return {"loss": "training loss", "held_out_loss": "held-out loss"}.get(name, name)
+
+
+def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str, folder: Path) -> dict[str, Any]:
+    """Write what was trained, with the averages in place of the weights; its manifest."""
+    from fine_dist.model.artifact import save_artifact
+
+    prefix = plan.condensation.prefix
+    return save_artifact(
+        folder,
+        kind=kind,
+        method=plan.method.config.model_dump(mode="json"),
+        arch=plan.arch,
+        tensors=kept_tensors(result, prefix),
+        raw=raw_tensors(result, prefix),
+        extra={
+            **plan.about,
+            "steps": result.step,
+            "losses": result.losses,
+            "batch": config.batch,
+            "seed": config.seed,
+            **used(config, plan),
+            **plan.condensation.report,
+        },
+    )
+
+
+def write_hparams(config: StageConfig, plan: Plan, result: FitResult, stage: str, folder: Path) -> None:
     """The run as a row of TensorBoard's table of hyperparameters."""
     from torch.utils.tensorboard import SummaryWriter
-    from torch.utils.tensorboard.summary import hparams
+
+    from fine_dist.engine.monitor import log_hparams
 
     settings: dict[str, Any] = {"method": plan.method.config.name, "architecture": plan.arch.name}
     settings |= {"depth": plan.arch.num_layers, "batch": config.batch, "steps": config.steps, "seed": config.seed}
     settings |= {"lr": config.optim.lr, "precision": config.engine.precision}
-    for key, value in plan.method.config.model_dump(mode="json", exclude={"name"}).items():
-        if isinstance(value, (int, float, str, bool)):
-            settings[f"method.{key}"] = value
-    losses = fitted.losses
-    kept = [key for key in losses if key != "loss" and not key.startswith("raw_")]
-    metrics = {f"{stage}/final_{key}": losses[key] for key in kept if key in losses}
-    metrics = metrics or {f"{stage}/final_loss": losses["loss"]}
+    own = plan.method.config.model_dump(mode="json", exclude={"name"})
+    settings |= {f"method.{key}": value for key, value in own.items()}
+    measured = [key for key in result.losses if not key.startswith(("raw_", "loss"))] or ["loss"]
     with SummaryWriter(str(folder)) as board:
-        for summary in hparams(settings, metrics):
-            board.file_writer.add_summary(summary)
-        for name, value in metrics.items():
-            board.add_scalar(name, value, fitted.step)
+        log_hparams(board, settings, {f"{stage}/final_{key}": result.losses[key] for key in measured}, result.step)
 
 
 def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
@@ -118,15 +153,15 @@ def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
     return found
 
 
-def raw_tensors(fitted: FitResult, prefix: str) -> dict[str, Tensor]:
+def raw_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     """What was trained, as it is; empty where the EMA is the same."""
-    state = {name: p for name, p in fitted.model.named_parameters() if name in fitted.ema and name.startswith(prefix)}
-    if all(p.detach().cpu().equal(fitted.ema[name]) for name, p in state.items()):
+    state = {name: p for name, p in result.model.named_parameters() if name in result.ema and name.startswith(prefix)}
+    if all(p.detach().cpu().equal(result.ema[name]) for name, p in state.items()):
         return {}
     return {name.removeprefix(prefix): p.detach() for name, p in state.items()}
 
 
-def kept_tensors(fitted: FitResult, prefix: str) -> dict[str, Tensor]:
+def kept_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     """The state dict of what is kept, with the EMA in place of what was trained."""
-    state = {**fitted.model.state_dict(), **fitted.ema}
+    state = {**result.model.state_dict(), **result.ema}
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

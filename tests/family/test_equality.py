@@ -9,7 +9,7 @@ import torch
 
 from fine_dist.engine import dist
 from fine_dist.engine.settings import EngineConfig, OptimConfig
-from fine_dist.family.pack_model import Inputs, PackedDiT
+from fine_dist.family.pack_model import PackedDiT, PackInputs
 from fine_dist.testing import run_distributed
 from tests.conftest import inputs
 from tests.family.tools import form, largest_difference, packed, sigma_of, solo, target
@@ -62,11 +62,12 @@ def test_a_packs_outputs_are_each_targets_own_in_the_order_asked_for(learngene):
     models = [target(learngene, depth) for depth in (2, 5, 3)]
     pack = PackedDiT([form(model) for model in models])
     z, t, y = inputs(learngene.arch, batch=4)
-    seen = Inputs(torch.stack([z, z.flip(0)]), torch.stack([t, t.flip(0)]), torch.stack([y, y.flip(0)]))
-    out = pack(seen, [1, 0], [0, 1])
+    seen = PackInputs(torch.stack([z.flip(0), z]), torch.stack([t.flip(0), t]), torch.stack([y.flip(0), y]))
+    out = pack(seen, [0, 1])
     torch.testing.assert_close(out[0], models[0](z.flip(0), t.flip(0), y.flip(0)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out[1], models[1](z, t, y), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(pack(seen, [0], [2])[0], models[2](z, t, y), atol=1e-5, rtol=1e-5)
+    one = PackInputs(z[None], t[None], y[None])
+    torch.testing.assert_close(pack(one, [2])[0], models[2](z, t, y), atol=1e-5, rtol=1e-5)
 
 
 def test_bf16_follows_fp32_and_keeps_sigma_in_fp32(learngene, shards):

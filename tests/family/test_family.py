@@ -17,7 +17,7 @@ from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.members import Family, expand
-from fine_dist.family.packing import CACHE_NUMBERS, PackConfig, Shape, activation_bytes, chunk_size, plan
+from fine_dist.family.packing import CACHE_NUMBERS, PackConfig, Shape, chunk_size, plan, sample_bytes
 from fine_dist.family.train_family import run_family
 from fine_dist.init import dry_run, main, tasks
 from fine_dist.methods.fine.config import FineConfig
@@ -158,10 +158,10 @@ def test_the_published_families_are_what_their_comments_say():
 # --- packs ----------------------------------------------------------------------------------------------------------
 
 
-def shapes(depths, kin="fine", steps=300):
+def shapes(depths, group="fine", steps=300):
     archs = [tiny_arch(num_layers=depth) for depth in depths]
     return [
-        Shape(f"{kin}-L{arch.num_layers}-{i}", arch, kin, steps, arch.num_layers * 1000, feed=f"seed {i}")
+        Shape(f"{group}-L{arch.num_layers}-{i}", arch, group, steps, arch.num_layers * 1000, feed=f"seed {i}")
         for i, arch in enumerate(archs)
     ]
 
@@ -180,7 +180,7 @@ def test_packs_keep_workers_equally_busy_and_the_longest_comes_first():
 
 
 def test_every_target_is_in_exactly_one_pack_whatever_the_limits():
-    jobs = shapes([1, 5, 9] * 5) + shapes([3, 3], kin="random_genes")
+    jobs = shapes([1, 5, 9] * 5) + shapes([3, 3], group="random_genes")
     for workers in (1, 2, 3, 8, 40):
         packs = planned(jobs, workers, max_jobs=4)
         names = [name for pack in packs for name in pack.jobs]
@@ -196,13 +196,13 @@ def test_the_same_family_is_packed_the_same_way_again():
 
 def test_a_chunk_is_what_memory_holds():
     arch = named("DiT-B/2")
-    shape = Shape("b", arch, "kin", 300, activation_bytes(arch, 768))
+    shape = Shape("b", arch, "group", 300, sample_bytes(arch, 768))
     one = 16 * shape.sample_bytes
     assert chunk_size(shape, 10, 16, 3 * one + 1, cpu=False) == 3
     assert chunk_size(shape, 2, 16, 10 * one, cpu=False) == 2
     assert chunk_size(shape, 10, 16, one // 2, cpu=False) == 1
     # bf16 halves the products' part and leaves the norms' as it is
-    assert 0.5 < activation_bytes(arch, 768, bf16=True) / activation_bytes(arch, 768) < 0.75
+    assert 0.5 < sample_bytes(arch, 768, bf16=True) / sample_bytes(arch, 768) < 0.75
 
 
 def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other():
@@ -211,7 +211,7 @@ def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other
     def apart(batch: int, **how) -> bool:
         cpu = how.pop("cpu", True)
         [pack] = plan(how.pop("jobs", jobs), PackConfig(**how), workers=1, batch=batch, memory=2**30, cpu=cpu)
-        return pack.apart
+        return pack.sequential
 
     one = CACHE_NUMBERS // (jobs[0].arch.num_tokens * jobs[0].arch.hidden_size)  # the batch that fills it alone
     assert apart(one) and not apart(one // 2)
@@ -224,14 +224,14 @@ def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other
 def test_control_methods_join_the_family_and_never_share_a_pack_with_other_genes(config):
     family = Family(changed(config, method=RandomGenesConfig(), seeds=(0, 1)))
     family.check()
-    assert len({shape.kin for shape in family.shapes()}) == 1  # told apart by their genes where they are built
+    assert len({shape.group for shape in family.shapes()}) == 1  # told apart by their genes where they are built
     variants = Family(changed(config, method=FineConfig(), variants={"sigma": ("linear", "random")}))
-    assert len({shape.kin for shape in variants.shapes()}) == 1  # beginnings share genes, and a pack
+    assert len({shape.group for shape in variants.shapes()}) == 1  # beginnings share genes, and a pack
 
 
 def test_what_a_pack_does_not_offer_goes_through_the_loop_one_target_at_a_time(config):
     family = Family(changed(config, engine=LoopConfig(backend="deepspeed")))
-    assert len({shape.kin for shape in family.shapes()}) == len(family.members)
+    assert len({shape.group for shape in family.shapes()}) == len(family.members)
     with pytest.raises(ConfigError, match=r"engine\.ema_decay: unknown key"):
         validate(InitConfig, {"engine": {"ema_decay": 0.9}})
 

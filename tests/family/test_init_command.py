@@ -330,7 +330,7 @@ def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_we
     family = Family(config)
     family.check()
     [pack] = family.packs()
-    pack = replace(pack, apart=True)
+    pack = replace(pack, sequential=True)
     table = StateTable(tmp_path / "run")
     table.add([member.name for member in family.members])
     stop = tmp_path / "run/STOP"

@@ -145,7 +145,7 @@ def test_a_stopped_pack_goes_on_bit_by_bit_as_if_it_had_not_stopped(learngene, s
     whole, recorder = packed(learngene, FAMILY, shards / "train", 12)
     assert whole.train()
     state = (tmp_path, "pack")
-    first, before = packed(learngene, FAMILY, shards / "train", 12, states=state, wish=stop_after(5))
+    first, before = packed(learngene, FAMILY, shards / "train", 12, states=state, stop_request=stop_after(5))
     assert not first.train()
     second, after = packed(learngene, FAMILY, shards / "train", 12, states=state)
     assert second.train()
@@ -154,7 +154,7 @@ def test_a_stopped_pack_goes_on_bit_by_bit_as_if_it_had_not_stopped(learngene, s
 
 
 def test_jobs_go_on_in_other_packs_than_they_began_in(learngene, shards, tmp_path):
-    first, _ = packed(learngene, FAMILY, shards / "train", 12, states=(tmp_path, "all"), wish=stop_after(5))
+    first, _ = packed(learngene, FAMILY, shards / "train", 12, states=(tmp_path, "all"), stop_request=stop_after(5))
     assert not first.train()
     for j, point in enumerate(FAMILY):
         alone, recorder = packed(learngene, [point], shards / "train", 12, states=(tmp_path, f"{j}"))
@@ -166,7 +166,9 @@ def test_jobs_go_on_in_other_packs_than_they_began_in(learngene, shards, tmp_pat
 
 def test_jobs_at_different_steps_go_on_together(learngene, shards, tmp_path):
     for steps, point in zip((3, 7), FAMILY[:2]):
-        run, _ = packed(learngene, [point], shards / "train", 12, states=(tmp_path, f"{steps}"), wish=stop_after(steps))
+        run, _ = packed(
+            learngene, [point], shards / "train", 12, states=(tmp_path, f"{steps}"), stop_request=stop_after(steps)
+        )
         assert not run.train()
     both, recorder = packed(learngene, FAMILY[:2], shards / "train", 12, states=(tmp_path, "both"))
     assert [p.step for p in both.progress] == [3, 7]
@@ -177,7 +179,7 @@ def test_jobs_at_different_steps_go_on_together(learngene, shards, tmp_path):
 
 
 def test_a_saved_state_of_other_settings_is_refused(learngene, shards, tmp_path):
-    run, _ = packed(learngene, FAMILY[:1], shards / "train", 6, states=(tmp_path, "pack"), wish=stop_after(2))
+    run, _ = packed(learngene, FAMILY[:1], shards / "train", 6, states=(tmp_path, "pack"), stop_request=stop_after(2))
     assert not run.train()
     run.jobs[0] = type(run.jobs[0])(**{**vars(run.jobs[0]), "key": "another learngene"})
     with pytest.raises(CheckpointError, match="other settings or another parent"):
@@ -193,7 +195,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, sh
     how = {"engine": engine, "states": (tmp_path, "pack")}
     whole, recorder = packed(learngene, FAMILY, shards / "train", 12)
     assert whole.train()
-    first, _ = packed(learngene, FAMILY, shards / "train", 12, wish=stop_after(7), **how)
+    first, _ = packed(learngene, FAMILY, shards / "train", 12, stop_request=stop_after(7), **how)
     assert not first.train()
     files = sorted(tmp_path.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
     assert len(files) == 2  # of steps 6 and 7
@@ -208,7 +210,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, sh
 
 def test_a_damaged_state_of_one_pack_stops_no_other(learngene, shards, tmp_path):
     for name, point in zip(("one", "two"), FAMILY[:2]):
-        run, _ = packed(learngene, [point], shards / "train", 6, states=(tmp_path, name), wish=stop_after(3))
+        run, _ = packed(learngene, [point], shards / "train", 6, states=(tmp_path, name), stop_request=stop_after(3))
         assert not run.train()
     for path in tmp_path.glob(f"one*{SUFFIX}"):
         cut(path)
@@ -225,16 +227,16 @@ import resource, sys, pickle, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from fine_dist.model.artifact import load_artifact
-from tests.pack.tools import packed
+from tests.family.tools import packed
 learngene, data, room, batch = load_artifact(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 points = [(8, s, 1e-2) for s in range(4)]
 run, recorder = packed(learngene, points, data, 3, batch=batch, chunk=4)
-count = recorder.tick
-def tick(progress):  # after the first step whatever is allocated once is there
+count = recorder.after_step
+def after_step(progress):  # after the first step whatever is allocated once is there
     count(progress)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
-recorder.tick = tick
+recorder.after_step = tick
 run.train()
 print("chunk", run.chunk)
 for j in range(4):

@@ -16,7 +16,8 @@ from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.settings import EngineConfig, OptimConfig
-from fine_dist.family.pack_loop import PackJob, PackRun, Progress
+from fine_dist.family.pack_job import JobProgress, PackJob
+from fine_dist.family.pack_loop import PackRun
 from fine_dist.family.pack_model import PackedDiT
 from fine_dist.methods import from_manifest, parent_of
 from fine_dist.model.artifact import Artifact
@@ -52,21 +53,21 @@ class Recorder:
 
     def __init__(self) -> None:
         self.losses: dict[int, list[float]] = {}
-        self.ends: dict[int, Progress] = {}
+        self.ends: dict[int, JobProgress] = {}
         self.ticks = 0
         self.looks: list[tuple[int, int]] = []
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         self.losses.setdefault(job, []).append(values["loss"])
 
-    def ended(self, job: int, progress: Progress) -> None:
+    def ended(self, job: int, progress: JobProgress) -> None:
         assert job not in self.ends
         self.ends[job] = progress
 
-    def look(self, job: int, step: int) -> None:
+    def evaluate(self, job: int, step: int) -> None:
         self.looks.append((job, step))
 
-    def tick(self, progress: Sequence[Progress]) -> None:
+    def after_step(self, progress: Sequence[JobProgress]) -> None:
         self.ticks += 1
 
 
@@ -82,7 +83,7 @@ def packed(
         [job(point, data, steps) for point in points],
         batch=batch,
         diffusion=DiffusionConfig(),
-        watcher=recorder,
+        observer=recorder,
         **how,
     )
     return run, recorder

@@ -35,7 +35,8 @@ from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
-from fine_dist.family.pack_loop import PackJob, PackRun
+from fine_dist.family.pack_job import PackJob
+from fine_dist.family.pack_loop import PackRun
 from fine_dist.family.pack_model import PackedDiT
 from fine_dist.model.arch import Arch
 from fine_dist.model.arch import arch as arch_of
@@ -252,11 +253,11 @@ class Unobserved:
 
     def row(self, *_: Any) -> None: ...
 
-    def look(self, *_: Any) -> None: ...
+    def evaluate(self, *_: Any) -> None: ...
 
     def ended(self, *_: Any) -> None: ...
 
-    def tick(self, *_: Any) -> None: ...
+    def after_step(self, *_: Any) -> None: ...
 
 
 def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recompute: str = "none") -> dict[str, Any]:
@@ -278,7 +279,7 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
             optim=OptimConfig(),
             diffusion=DiffusionConfig(),
             engine=engine,
-            watcher=Unobserved(),
+            observer=Unobserved(),
             world=World(device=GPU),
         )
         steps = run.steps()
