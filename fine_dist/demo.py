@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import Config, dump_yaml
+from fine_dist.core.config import Config, PathKey, dump_yaml
 from fine_dist.core.errors import guard
 from fine_dist.study import outline, results_of
 from fine_dist.study.config import StudyConfig, load_study
@@ -31,9 +31,9 @@ class DemoConfig(Config):
     """The whole method on scikit-learn's digits (1,797 scans of 8 x 8 pixels): train an ancestor, condense it, make
     models of other depths from it, and compare them with pruning and with training from scratch."""
 
-    study: str | None = None
+    study: PathKey | None = None
     """Study file to run in place of the demo's own; the settings below are laid over it."""
-    run_dir: str = "runs/demo"
+    run_dir: PathKey = "runs/demo"
     """Folder for everything that is written; the report is in its `report/`."""
     seeds: int = Field(1, ge=1)
     """Number of seeds of the whole chain, ancestor included; with several, the report shows means and spread."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import Config, dump_yaml, expand_path
+from fine_dist.core.config import Config, PathKey, dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
 
 
@@ -16,15 +16,15 @@ class ExportConfig(Config):
     """Write a model as an ordinary dense one: for this project, for diffusers, or in the original DiT's layout. What
     was written is read back and compared."""
 
-    model: str | None = None
+    model: PathKey | None = None
     """What to write: a model, target, learngene or run of ours, DiT's `.pt`, a diffusers folder or a hub name."""
-    out: str | None = None
+    out: PathKey | None = None
     """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; it must not exist yet."""
     to: Literal["fine_dist", "diffusers", "dit"] = "fine_dist"
     """Format: this project's `model` folder, a `DiTPipeline` folder of diffusers, or the original DiT's state dict."""
-    vae: str | None = None
+    vae: PathKey | None = None
     """Folder or hub name of the `AutoencoderKL` that completes a diffusers pipeline (with `--to diffusers`)."""
-    learngene: str | None = None
+    learngene: PathKey | None = None
     """Present place of the learngene that a target was made from, when it has moved since."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to write: their exponential moving average (`ema`), or those of the last step (`raw`)."""

@@ -145,7 +145,7 @@ def _server() -> Any:
 def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe: Connection, log: str | None) -> None:
     os.environ.update(env)
     if log:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
     logs.configure()

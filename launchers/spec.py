@@ -5,7 +5,6 @@ No live object travels to a cluster: every launcher ends in `python -m fine_dist
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from pydantic import Field, field_validator
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import write_atomic
+from fine_dist.core.records import read_json
+from fine_dist.core.settings import Variables
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")
 MAX_NAME = 120
@@ -64,7 +65,7 @@ class JobSpec(Config):
     """Host memory of each node in GiB. None: the cluster's default."""
     minutes: int | None = Field(None, ge=1)
     """Time limit in minutes. None: the cluster's default."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     """Environment variables that are set before anything is imported."""
     extras: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Settings of one launcher, by its name: `{"slurm": {"constraint": "a100"}}`."""
@@ -109,14 +110,13 @@ class JobSpec(Config):
             LaunchError: The file is missing, or is no JSON.
             ConfigError: A key is unknown or has an illegal value.
         """
+        remedy = "submit again to have it written anew"
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
+            values = read_json(path, LaunchError, remedy)
+        except FileNotFoundError as error:
             raise LaunchError(f"job file {path}: {error.strerror}; is the run directory shared by all nodes?") from None
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError too
-            raise LaunchError(f"job file {path} is not JSON: {error}") from None
         if not isinstance(values, dict):
-            raise LaunchError(f"job file {path} holds no JSON object")
+            raise LaunchError(f"job file {path} holds no JSON object; {remedy}")
         return validate(cls, values, str(path))
 
 

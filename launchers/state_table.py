@@ -27,6 +27,7 @@ from typing import Literal
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import is_locked, sha256_text, try_lock, write_all, write_atomic
+from fine_dist.core.records import as_record, read_json
 from launchers.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]
@@ -140,11 +141,10 @@ class StateTable:
         return self._merged[1]
 
     def _read_list(self, path: Path) -> dict[str, TaskRow]:
-        try:
-            lines = json.loads(path.read_text(encoding="utf-8"))
-            return {name: TaskRow(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
-        except (ValueError, TypeError):
-            raise RunDirError(f"{path} is damaged; delete it, and the same command adds its tasks again") from None
+        remedy = "delete it, and the same command adds its tasks again"
+        kind = list[tuple[str, int, str | None]]
+        lines = as_record(kind, read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+        return {name: TaskRow(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
 
     def update(self, name: str, **changes: object) -> TaskRow:
         """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""
@@ -289,10 +289,9 @@ class StateTable:
         return self.folder / f".{check_name(name)}.lock"
 
     def _read(self, path: Path) -> TaskRow:
-        try:
-            return TaskRow.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise RunDirError(f"{path} is damaged; delete it to have the task run again") from None
+        remedy = "delete it to have the task run again"
+        row: TaskRow = as_record(TaskRow, read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+        return row
 
 
 class Submissions:
@@ -319,9 +318,6 @@ class Submissions:
         """
         jobs: dict[str, list[str]] = {}
         for path in sorted(self.folder.glob("*.json")):
-            try:
-                entries = json.loads(path.read_text(encoding="utf-8"))
-                jobs |= {str(job): [str(name) for name in names] for job, names in entries.items()}
-            except (ValueError, TypeError, AttributeError):
-                raise RunDirError(f"{path} is damaged; delete it if none of its jobs is queued or running") from None
+            remedy = "delete it if none of its jobs is queued or running"
+            jobs |= as_record(dict[str, list[str]], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
         return jobs

@@ -17,7 +17,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fine_dist.core.errors import NotAFile, RunDirError
 
@@ -113,6 +113,7 @@ def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
     draft = draft_name(path).with_suffix(suffix)
     try:
         yield draft
+        give_usual_mode(draft)
         sync_file(draft)
         os.replace(draft, path)
         sync_folder(path.parent)
@@ -128,6 +129,7 @@ def written_whole(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+        give_usual_mode(path)
     except OSError:
         raise
     except Exception as error:
@@ -139,6 +141,25 @@ def written_whole(path: str | Path) -> Iterator[None]:
                 file.flush()
                 os.fsync(file.fileno())
         raise
+
+
+def give_usual_mode(path: str | Path) -> None:
+    """Give a new file the mode that `open` would: what the umask leaves of rw-rw-rw-.
+
+    safetensors writes by way of a private temporary file, whose 0600 stays, and colleagues cannot read the model.
+    """
+    os.chmod(path, 0o666 & ~umask())
+
+
+def umask() -> int:
+    """The umask of this process. Read from /proc, since to ask the system for it is to set it, for all threads."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def draft_name(path: Path) -> Path:
@@ -160,6 +181,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         yield draft
         for path in draft.rglob("*"):
             if path.is_file():
+                give_usual_mode(path)
                 sync_file(path)
         if folder.exists():
             stale = draft_name(folder)
@@ -232,11 +254,11 @@ def check_regular(path: str | Path) -> None:
         _refuse_irregular(os.stat(path).st_mode, path)
 
 
-def open_regular(path: str | Path) -> io.BufferedReader:
+def open_regular(path: str | Path) -> BinaryIO:
     """A regular file, open for reading. `NotAFile` for anything else that is no folder."""
     check_regular(path)
     # not to wait, should it have become a pipe meanwhile; a regular file does not know this flag
-    file = io.BufferedReader(io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)))
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     try:
         mode = os.fstat(file.fileno()).st_mode
         if stat.S_ISDIR(mode):
@@ -347,7 +369,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         lines = read_text(path, "replace").splitlines()
     except FileNotFoundError:
         return []
-    return [row for line in lines if (row := _row(line)) is not None]
+    return [row for line in lines if (row := as_row(line)) is not None]
 
 
 def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str, Any] | None:
@@ -358,12 +380,15 @@ def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return None
-    return next((row for line in reversed(lines) if (row := _row(line)) is not None and (not key or key in row)), None)
+    rows = (as_row(line) for line in reversed(lines))
+    return next((row for row in rows if row is not None and (not key or key in row)), None)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def as_row(line: str | bytes) -> dict[str, Any] | None:
+    """A line of a metrics.jsonl as a row; none when it is no JSON object with a step, a whole number of 0 or more."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from fine_dist.core.config import Config, Text
+
+
+def _check_names(env: dict[str, str]) -> dict[str, str]:
+    for name in env:
+        if not re.fullmatch(r"[^=\s]+", name):
+            raise ValueError(f"{name!r} is no name of an environment variable: = and spaces are not legal in one")
+    return env
+
+
+Variables = Annotated[dict[str, Text], AfterValidator(_check_names)]
+"""Environment variables by name."""
 
 
 class LaunchConfig(Config):
@@ -46,17 +57,9 @@ class LaunchConfig(Config):
     address: str | None = None
     """Ray cluster: `auto`, HOST:PORT or ray://HOST:10001 to connect, http://HOST:8265 to submit a Ray job; none takes
     RAY_ADDRESS."""
-    env: dict[str, Text] = Field(default_factory=dict)
+    env: Variables = Field(default_factory=dict)
     """Environment variables that are set in every process before anything is imported."""
     slurm: dict[str, Text] = Field(default_factory=dict)
     """Further sbatch options by their long names, such as `constraint`, `qos` or `exclude`."""
     ray: dict[str, Text] = Field(default_factory=dict)
     """Further Ray resources that each process needs, such as `{"highmem": "1"}`."""
-
-    @field_validator("env")
-    @classmethod
-    def _variables(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if not re.fullmatch(r"[^=\s]+", name):
-                raise ValueError(f"{name!r} is no name of an environment variable: = and spaces are not legal in one")
-        return env

@@ -6,16 +6,19 @@ B images of a batch, E the projection's width.
 from __future__ import annotations
 
 import csv
-import json
+import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import PositiveFloat
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError, DataError
+from fine_dist.core.files import read_text
+from fine_dist.core.records import Record, as_record, read_json
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPTS = "prompts.csv"
@@ -71,27 +74,38 @@ def _prompts(folder: Path, default: str) -> dict[str, str]:
     path = folder / PROMPTS
     if not path.is_file():
         return {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
+    try:
+        reader = csv.DictReader(io.StringIO(read_text(path).removeprefix("\ufeff"), newline=""))
         if not {"file", "prompt"} <= set(reader.fieldnames or ()):
             raise DataError(f"{path}: columns file and prompt are needed, and it has {reader.fieldnames}")
-        rows = {row["file"]: row["prompt"] or default for row in reader}
+        rows = {str(row["file"]): row["prompt"] or default for row in reader}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no table that can be read: {error}; give columns file and prompt") from None
     missing = [name for name in rows if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{path}: {missing[0]!r} is no file of {folder}")
     return rows
 
 
+class Preprocessor(Record):
+    """preprocessor_config.json of a CLIP model."""
+
+    image_mean: tuple[float, float, float] = _MEAN
+    """Subtracted from red, green and blue, 0 to 1."""
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = _STD
+    """Divides what is left."""
+
+
 class _Prepare:
     """CLIP's preparation of an image: the shorter edge bicubic to its size, the middle square, normalised."""
 
     def __init__(self, clip: Path, size: int) -> None:
-        about: dict[str, Any] = {}
+        about = Preprocessor()
         if (clip / "preprocessor_config.json").is_file():
-            about = json.loads((clip / "preprocessor_config.json").read_text(encoding="utf-8"))
+            path, remedy = clip / "preprocessor_config.json", "copy the model again"
+            about = as_record(Preprocessor, read_json(path, ArtifactError, remedy), path, ArtifactError, remedy)
         self.size = size
-        self.mean = np.asarray(about.get("image_mean", _MEAN), np.float32)
-        self.std = np.asarray(about.get("image_std", _STD), np.float32)
+        self.mean, self.std = np.asarray(about.image_mean, np.float32), np.asarray(about.image_std, np.float32)
 
     def __call__(self, path: Path) -> Tensor:
         """float32 [3, H, W]."""

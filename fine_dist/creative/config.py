@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import string
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fine_dist.core.config import Config, run_dir_of
+from fine_dist.core.config import Config, PathKey, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, nearest
+from fine_dist.core.records import as_record, read_json
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from launchers.spec import check_name
@@ -62,9 +62,9 @@ class CreativeConfig(Config):
     Several seeds or templates are several runs. They are packed: their rows go through the encoder as one batch.
     """
 
-    run_dir: str = "runs/creative"
+    run_dir: PathKey = "runs/creative"
     """Output directory: it gets `token/` of a single run, or one folder for each of several runs."""
-    encoders: tuple[str, ...] = ("stabilityai/stable-diffusion-3-medium-diffusers",)
+    encoders: tuple[PathKey, ...] = ("stabilityai/stable-diffusion-3-medium-diffusers",)
     """Folders or hub names of a pipeline, whose CLIP text encoders are used, or of one or two CLIP text encoders.
     `tiny` makes small random ones for trials."""
     token: str = "<CreTok>"
@@ -77,9 +77,9 @@ class CreativeConfig(Config):
     """Several pairs of prompts by name, a run each; they replace `template`."""
     seeds: tuple[int, ...] = (0,)
     """Random seeds, a run each: a seed chooses the pairs of every step."""
-    concepts: str | None = None
+    concepts: PathKey | None = None
     """Text file with one word per line, from which pairs are sampled. Default: the project's own list of 60 nouns."""
-    pairs: str | None = None
+    pairs: PathKey | None = None
     """Text file with one pair of words per line, separated by a comma or a tab; it replaces `concepts`."""
     num_pairs: int = Field(200, ge=1)
     """Number of training pairs sampled from the concepts; the paper uses 200."""
@@ -201,7 +201,9 @@ def check_folder(config: CreativeConfig, run: TokenRun) -> None:
     path = run.folder / SETTINGS
     if not path.is_file():
         return
-    there, now = json.loads(path.read_text(encoding="utf-8")), settings(config, run)
+    remedy = "choose another run_dir, or delete that folder"
+    there = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+    now = settings(config, run)
     differing = [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
     if differing:
         raise RunDirError(

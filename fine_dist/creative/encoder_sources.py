@@ -6,7 +6,6 @@ whole CLIP. Nothing is unpickled: weights are safetensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,7 @@ import torch
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.records import read_json
 from fine_dist.creative.config import TINY
 from fine_dist.creative.encoders import TextEncoder
 
@@ -93,10 +93,7 @@ def _read_json(source: str, name: str) -> dict[str, Any] | None:
         path = _fetch(source, name)
     if path is None:
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; copy it again") from None
+    found = read_json(path, ArtifactError, "copy it again")
     return found if isinstance(found, dict) else None
 
 

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of, whole_folder
+from fine_dist.core.records import Record, as_record, read_json
 from fine_dist.creative.encoders import add_token, end_of, read_at_end, refuse_known
 
 FORMAT, KIND, MANIFEST = 1, "token", "manifest.json"
@@ -87,6 +89,17 @@ def combined_name(token: str) -> str:
     return f"token_{name}" if name in (*FILES, CONTROL) else name
 
 
+class TokenManifest(Record):
+    """manifest.json of a token's folder."""
+
+    token: str = Field(min_length=1, max_length=200)
+    """The token, as it stands in prompts."""
+    rows: list[str]
+    """Encoders whose vocabulary has a row for it."""
+    sha256: dict[str, str]
+    """Of its tensor files, by name."""
+
+
 def read_token(folder: str | Path) -> SavedToken:
     """Read what `save_token` wrote, or the `token/` of a run directory. `ArtifactError` when it is not whole."""
     from safetensors import SafetensorError
@@ -98,13 +111,15 @@ def read_token(folder: str | Path) -> SavedToken:
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {MANIFEST}: give the token/ of a finished run of fine_dist.creative")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: {error}; copy it again") from None
-    if not isinstance(manifest, dict) or (manifest.get("format"), manifest.get("kind")) != (FORMAT, KIND):
-        raise ArtifactError(f"{path} is no token of this version; give the token/ that fine_dist.creative wrote")
+    values = read_json(path, ArtifactError, "copy it again")
+    if not isinstance(values, dict) or (values.get("format"), values.get("kind")) != (FORMAT, KIND):
+        raise ArtifactError(f"{path} is no token of this version; give the token/ that `fine-dist creative` wrote")
+    manifest = as_record(TokenManifest, values, path, ArtifactError, "copy it again").model_dump()
+    if combined_name(manifest["token"]) not in manifest["sha256"]:
+        raise ArtifactError(f"{path} states no sha256 of the token's tensors: it was altered; copy it again")
     for name, stated in manifest["sha256"].items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r}; copy it again")
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder} has a manifest but no {name}: copy it whole")
         if sha256_of(folder / name) != stated:
@@ -114,6 +129,9 @@ def read_token(folder: str | Path) -> SavedToken:
         control = load_file(folder / CONTROL) if CONTROL in manifest["sha256"] else {}
     except SafetensorError as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from None
+    missing = [key for key in manifest["rows"] if key not in found]
+    if missing:
+        raise ArtifactError(f"{path} names rows that its tensors do not have: {missing[0]!r}; copy it again")
     rows = {key: found[key] for key in manifest["rows"]}
     return SavedToken(folder, manifest["token"], rows, control, manifest)
 

@@ -63,7 +63,7 @@ class Cache:
         """The unfinished file, locked. It is removed when it has not been given its name."""
         path = self.folder / (name + _PART)
         while True:
-            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b") as part:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as part:
                 fcntl.flock(part, fcntl.LOCK_EX)
                 if not _is_still(path, part):
                     continue  # the one before finished or gave up, and this file is no longer at its path

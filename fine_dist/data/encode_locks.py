@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import open_draft, remove_drafts, write_atomic
+from fine_dist.core.files import open_draft, read_bytes, remove_drafts, write_atomic
+from fine_dist.core.records import read_json
 from fine_dist.data.codecs import Codec
 from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (
@@ -54,7 +55,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = Manifest.parse(path.read_bytes(), str(path))
+    manifest = Manifest.parse(read_bytes(path), str(path))
     made_by = {key: value for key, value in manifest.made_by.items() if key != "fingerprint"}
     _same(made_by, json.loads(json.dumps(settings)), folder)
     remove_drafts(folder)
@@ -77,10 +78,7 @@ def agree(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read_mark(path: Path) -> Any:
     """The JSON in one of the small files here. `DataError` when it is damaged."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is damaged: {error}; delete it, and encode again") from None
+    return read_json(path, DataError, "delete it, and encode again")
 
 
 def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
@@ -166,7 +164,7 @@ class UnitClaims:
                 yield unit
 
     def _lock(self, unit: int, flags: int) -> bool:
-        fd = os.open(self._path(unit), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = os.open(self._path(unit), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | flags)
         except BlockingIOError:
@@ -210,7 +208,7 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = job.folder / MANIFEST
         if path.exists():
-            manifest = Manifest.parse(path.read_bytes(), str(path))
+            manifest = Manifest.parse(read_bytes(path), str(path))
             _tidy(job.folder, source.units)
             return manifest
         parts = [_read_done(job.folder, unit) for unit in range(source.units)]

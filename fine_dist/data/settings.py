@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fine_dist.core.config import Config, Seed, expand_path
+from fine_dist.core.config import Config, PathKey, Seed, expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.settings import LaunchConfig
 
@@ -15,9 +15,9 @@ from fine_dist.core.settings import LaunchConfig
 class DataConfig(Config):
     """Where latents are read from, and how they are streamed."""
 
-    shards: str | None = None
+    shards: PathKey | None = None
     """Training latents: a folder, a URL or a brace pattern of webdataset shards that have a manifest.json."""
-    held_out: str | None = None
+    held_out: PathKey | None = None
     """Latents that are never trained on; the held-out loss is measured on them. Their classes must be those of
     `shards`."""
     held_out_samples: int = Field(2048, ge=1)
@@ -55,11 +55,11 @@ IDX = "idx:"
 class EncodeConfig(Config):
     """Encode images into latent shards: OUT/SPLIT/latents-000000.tar and so on, with their manifest.json."""
 
-    source: str = "digits"
+    source: PathKey = "digits"
     """Images to encode: `digits` (scikit-learn's, embedded), a folder with one sub-folder of images per class,
     webdataset image shards (.tar files as a brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as
     Fashion-MNIST's."""
-    held_out: str | None = None
+    held_out: PathKey | None = None
     """Source of a second split named held_out, encoded after the first. Its class folders must have the names of the
     first source's. Default: the split that the source itself has, if any."""
     held_out_fraction: float | None = Field(None, gt=0, le=0.5)
@@ -67,13 +67,13 @@ class EncodeConfig(Config):
     least one of each class with two or more. Default: no image is set aside."""
     classes: tuple[int, ...] | None = Field(None, min_length=1)
     """Labels of the classes to keep; the first named becomes label 0. Default: all classes."""
-    out: str | None = None
+    out: PathKey | None = None
     """Output folder; it gets one sub-folder of shards per split."""
     split: str | None = None
     """Name of that sub-folder, such as train or held_out. Default: train, and held_out where the source has one."""
     codec: Literal["identity", "vae"] = "identity"
     """`identity` keeps pixels, scaled to [-1, 1]; `vae` encodes with an autoencoder of diffusers."""
-    vae: str = "stabilityai/sd-vae-ft-ema"
+    vae: PathKey = "stabilityai/sd-vae-ft-ema"
     """Hub name or local folder of the autoencoder, with safetensors weights. Any class of diffusers that encodes single
     images serves, such as AutoencoderKL and AutoencoderDC; its scale and shift are kept in the manifest."""
     vae_subfolder: str | None = None

@@ -26,7 +26,7 @@ from torch import Tensor
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import sync_folder, write_atomic
 from fine_dist.engine.backend import Backend, Piece
-from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, write_tensors
+from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
 from fine_dist.engine.dist import World, barrier, broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.run_dir import flat
@@ -97,7 +97,7 @@ class Checkpoints:
             try:
                 checkpoint = CheckpointReader(folder)
                 checkpoint.verify()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (OSError, ValueError, CheckpointError) as error:
                 aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
                 os.replace(folder, aside)
                 log.warning(
@@ -109,10 +109,11 @@ class Checkpoints:
                 continue
             self._refuse_other_run(checkpoint)
             return folder.name
-        if found:
+        damaged = sorted(path.name for path in self.folder.glob("damaged-step_*"))
+        if damaged:  # also those that an earlier start has set aside: a run never starts over by itself
             raise CheckpointError(
-                f"all {len(found)} checkpoints in {self.folder} are damaged; start again in another run directory, or "
-                "remove this folder to start again here"
+                f"all {len(damaged)} checkpoints in {self.folder} are damaged ({damaged[-1]} is the newest); copy one "
+                "back, start again in another run directory, or remove this folder to start over here at step 0"
             )
         return None
 
@@ -243,7 +244,8 @@ class Checkpoints:
             for key in ("files", "shapes", "optimizer_steps"):
                 manifest[key].update(part.get(key, {}))
             path.unlink()
-        write_atomic(folder / "manifest.json", json.dumps(manifest))
+        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        write_atomic(folder / "manifest.json", json.dumps({**manifest, "digest": digest_of(manifest)}))
         sync_folder(folder)
         final = self.folder / name
         if final.exists():

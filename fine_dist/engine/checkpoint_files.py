@@ -11,14 +11,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
-from fine_dist.core.files import sha256_of
+from fine_dist.core.files import sha256_of, sha256_text
+from fine_dist.core.records import Record, as_record, read_json
 
 FORMAT = 1
 PARTS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -68,29 +70,66 @@ def _write_all(handle: Any, block: memoryview) -> None:
         block = block[handle.write(block) :]
 
 
+class SavedFile(Record):
+    """One tensor file of a checkpoint."""
+
+    bytes: int = Field(ge=0)
+    """Its size."""
+    sha256: str
+    """Of its content."""
+
+
+Length = Annotated[int, Field(ge=0, le=2**48)]
+
+
+class CheckpointManifest(Record):
+    """manifest.json of a checkpoint."""
+
+    format: Literal[1]
+    """Of the checkpoint's files."""
+    step: int = Field(ge=0)
+    """Updates that were made."""
+    identity: dict[str, Any]
+    """What makes a run this run; another's checkpoint is refused."""
+    extra: dict[str, Any]
+    """What the loop keeps beside tensors: sums of an unfinished row, randomness, the stopping rule."""
+    files: dict[str, SavedFile]
+    """Tensor files by name."""
+    shapes: dict[str, list[Length]]
+    """Shapes of parameters by name."""
+    optimizer_steps: dict[str, int]
+    """Updates that the optimizer has made of each parameter."""
+    digest: str
+    """`digest_of` all other keys: steps, shapes and sums of an altered manifest would be believed otherwise."""
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its own digest."""
+    return sha256_text(json.dumps({key: manifest[key] for key in manifest if key != "digest"}, sort_keys=True))
+
+
 class CheckpointReader:
     """An open checkpoint. Tensors are read by range, so a rank reads only what it owns."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"format {self.manifest.get('format')!r} is not {FORMAT}, the one that is read here")
-        self.step: int = self.manifest["step"]
-        self.identity: dict[str, Any] = self.manifest["identity"]
-        self.extra: dict[str, Any] = self.manifest["extra"]
-        self.shapes: dict[str, list[int]] = self.manifest["shapes"]
-        self.optimizer_steps: dict[str, int] = self.manifest["optimizer_steps"]
+        path, remedy = folder / "manifest.json", "copy the checkpoint again"
+        values = read_json(path, CheckpointError, remedy)
+        manifest = as_record(CheckpointManifest, values, path, CheckpointError, remedy)
+        if manifest.digest != digest_of(values):
+            raise CheckpointError(f"{path} is not what was written (its digest differs): it was edited; {remedy}")
+        self.step, self.identity, self.extra = manifest.step, manifest.identity, manifest.extra
+        self.shapes, self.optimizer_steps, self.files = manifest.shapes, manifest.optimizer_steps, manifest.files
         self._files: dict[str, Any] = {}
         self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
 
     def verify(self) -> None:
         """Raise ValueError or OSError, saying what is wrong, unless every file is what was written."""
-        for name, about in self.manifest["files"].items():
+        for name, about in self.files.items():
             path = self.folder / name
-            if path.stat().st_size != about["bytes"]:
-                raise ValueError(f"{name} has {path.stat().st_size} bytes, {about['bytes']} were written")
-            if sha256_of(path) != about["sha256"]:
+            if path.stat().st_size != about.bytes:
+                raise ValueError(f"{name} has {path.stat().st_size} bytes, {about.bytes} were written")
+            if sha256_of(path) != about.sha256:
                 raise ValueError(f"{name} is not what was written (sha256)")
 
     def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
@@ -124,7 +163,7 @@ class CheckpointReader:
         return {key: self.read(key, name, start, stop) for key in ("exp_avg", "exp_avg_sq")}
 
     def _index(self) -> None:
-        for file in self.manifest["files"]:
+        for file in self.files:
             self._files[file] = safe_open(self.folder / file, framework="pt")
             for key in self._files[file].keys():  # noqa: SIM118 - not a dict
                 part, _, rest = key.partition(":")

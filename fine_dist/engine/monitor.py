@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fine_dist.core.files import as_row, open_regular
 from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import RunDir
 
@@ -274,13 +275,10 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows, kept = [], 0
-    with open(path, "rb") as handle:
+    with open_regular(path) as handle:
         for line in handle:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n") or row["step"] > step:
+            row = as_row(line)
+            if row is None or not line.endswith(b"\n") or row["step"] > step:
                 break
             rows.append(row)
             kept += len(line)

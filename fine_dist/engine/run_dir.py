@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import time
@@ -14,9 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ReportedElsewhere, RunDirError
-from fine_dist.core.files import is_locked, remove_drafts, try_lock, write_atomic
+from fine_dist.core.files import is_locked, read_bytes, remove_drafts, try_lock, write_atomic
+from fine_dist.core.records import Record, read_record
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
@@ -25,6 +29,29 @@ STOP, STOPPED = "STOP", "STOPPED"
 
 _held: dict[str, Any] = {}
 """Lock files that this process holds open: POSIX locks do not exclude a process from itself, so it has to remember."""
+
+
+class RunIdentity(Record):
+    """identity.json: what must match for a run to be the same run."""
+
+    kind: str
+    """What runs here: `condense`, `train`, ..."""
+    identity: dict[str, Any]
+    """Settings and hashes by name."""
+
+
+class EnvironmentFile(Record):
+    """environment.json: where a run was started."""
+
+    starts: list[dict[str, Any]] = Field(default_factory=list)
+    """One for each start, the last hundred."""
+
+
+class DoneFile(Record):
+    """DONE.json: what a finished run says about itself."""
+
+    steps: int | None = Field(None, ge=0)
+    """Updates that were made, where the run makes some."""
 
 
 class RunDir:
@@ -89,6 +116,8 @@ class RunDir:
         if self._lock is None:
             return
         for folder in (self.checkpoints, self.tensorboard):
+            if folder.exists() and not folder.is_dir():
+                raise RunDirError(f"{folder} is a file, and a folder is needed there; move it away")
             folder.mkdir(exist_ok=True)
         write_atomic(self.path / CONFIG, f"# kind: {self._kind}\n{dump_yaml(config)}")
         about = {"kind": self._kind, "identity": self._identity}
@@ -142,12 +171,10 @@ class RunDir:
 
     def _refuse_another(self) -> None:
         try:
-            before = json.loads((self.path / IDENTITY).read_text(encoding="utf-8"))
-            kind, old = before["kind"], flat(before["identity"])
+            before = read_record(RunIdentity, self.path / IDENTITY, RunDirError, "choose another directory")
+            kind, old = before.kind, flat(before.identity)
         except FileNotFoundError:
             return
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunDirError(f"{self.path / IDENTITY} is damaged ({error}); choose another directory") from None
         if kind != self._kind:
             raise RunDirError(
                 f"run directory {self.path} holds a {kind!r} run, not {self._kind!r}; choose another directory"
@@ -168,8 +195,9 @@ class RunDir:
     def _write_environment(self, kind: str) -> None:
         path = self.path / "environment.json"
         starts: list[dict[str, Any]] = []
-        if path.exists():
-            starts = json.loads(path.read_text(encoding="utf-8")).get("starts", [])
+        with contextlib.suppress(FileNotFoundError):
+            remedy = "remove it: it is a note about machines and versions, and is written anew"
+            starts = read_record(EnvironmentFile, path, RunDirError, remedy).starts
         found = read_environment()
         starts.append(
             {
@@ -187,25 +215,22 @@ class RunDir:
     def kind(self) -> str | None:
         """What runs here (`condense`, `train`, ...), or None before the first step."""
         try:
-            with open(self.path / "config.yaml", encoding="utf-8") as file:
-                return file.readline().strip().removeprefix("# kind: ") or None
+            first = read_bytes(self.path / CONFIG, 200).partition(b"\n")[0]
         except FileNotFoundError:
             return None
+        kind = re.fullmatch(rb"# kind: ([a-z_]+)", first.strip())
+        if not kind:
+            raise RunDirError(f"{self.path / CONFIG} is no config of a run (its first line says no kind); copy it back")
+        return kind[1].decode()
 
     @property
     def done(self) -> dict[str, Any] | None:
         """What DONE.json says, or None while the run is not finished."""
+        remedy = "delete it: the run then goes on from its last checkpoint"
         try:
-            found = json.loads((self.path / DONE).read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no JSON object")
-            return found
+            return read_record(DoneFile, self.path / DONE, RunDirError, remedy).model_dump(exclude_unset=True)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise RunDirError(
-                f"{self.path / DONE} is damaged ({error}); delete it: the run then goes on from its last checkpoint"
-            ) from None
 
     def finish(self, **facts: Any) -> None:
         """Write DONE.json (JSON values), which says that the run is finished."""

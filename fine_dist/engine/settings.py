@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fine_dist.core.config import Config
+from fine_dist.core.config import Config, PathKey
 
 
 class OptimConfig(Config):
@@ -44,7 +44,7 @@ class DeepSpeedConfig(Config):
     """Keep the optimizer's state in host memory and update there: slower, for a model that does not fit otherwise."""
     offload_params: bool = False
     """Keep the weights in host memory as well (stage 3)."""
-    extra: str | None = None
+    extra: PathKey | None = None
     """JSON file with more of DeepSpeed's keys. A key that contradicts this config is an error, never an override."""
 
 

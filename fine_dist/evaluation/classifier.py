@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
-from fine_dist.core.files import write_atomic
+from fine_dist.core.files import read_bytes, write_atomic
+from fine_dist.core.records import read_json
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import read_all
@@ -236,9 +237,9 @@ def load_classifier(folder: str | Path) -> Trained:
     """Read what `save_classifier` wrote. `ArtifactError` when it is missing, damaged, or its hash is wrong."""
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        blob = (folder / _TENSORS).read_bytes()
-    except (OSError, ValueError) as error:
+        manifest = read_json(folder / _MANIFEST, ArtifactError, "delete the folder, and train a classifier again")
+        blob = read_bytes(folder / _TENSORS)
+    except OSError as error:
         raise ArtifactError(
             f"features.classifier: no classifier in {folder} ({error}); --features.classifier train trains one on "
             "data.shards"

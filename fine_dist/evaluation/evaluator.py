@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from rich.table import Table
 from torch import nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
+from fine_dist.core.records import Record, read_record
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
@@ -248,6 +250,17 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
+class EvaluateFile(Record):
+    """evaluate.json: what was measured, and how."""
+
+    protocol: dict[str, Any]
+    """What every number depends on; numbers of another protocol are in another file."""
+    floors: dict[str, float] = Field(default_factory=dict)
+    """Metric -> its value for held-out real images."""
+    rows: list[dict[str, Any]]
+    """One for each model."""
+
+
 def record(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
     """Write rows beside those of the same protocol; the file. Numbers of another protocol are never overwritten."""
     protocol = json.loads(json.dumps(protocol))
@@ -270,15 +283,9 @@ def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return read_record(EvaluateFile, path, DataError, "move it away, or choose another --run-dir").model_dump()
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; move it away, or choose another --run-dir") from None
-    rows = found.get("rows", ()) if isinstance(found, dict) else None
-    if not isinstance(rows, (list, tuple)) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} is damaged: rows of numbers are missing; move it away, or choose another --run-dir")
-    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

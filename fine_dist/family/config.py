@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fine_dist.artifacts.settings import HintsConfig
-from fine_dist.core.config import Config, Depth, Seed
+from fine_dist.core.config import Config, Depth, PathKey, Seed
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -32,9 +32,9 @@ class InitConfig(Config):
     Targets that share frozen genes are packed: they train as one program, whatever their depth, data, seed and rate.
     """
 
-    run_dir: str = "runs/init"
+    run_dir: PathKey = "runs/init"
     """Where everything is written: a folder a target."""
-    parent: str | None = None
+    parent: PathKey | None = None
     """A learngene, a model, a run's directory; another project's model (DiT's `.pt`, a folder of diffusers, a name on
     the hub); none for a method that needs none."""
     hints: HintsConfig = HintsConfig()
@@ -71,7 +71,7 @@ class InitConfig(Config):
     """How targets are packed."""
     launch: LaunchConfig = LaunchConfig()
     """What a pack needs, where it is submitted."""
-    baselines: tuple[str, ...] = ()
+    baselines: tuple[PathKey, ...] = ()
     """Runs whose held-out losses are drawn beside the targets', such as models trained from scratch."""
     limit: int = Field(200, ge=1)
     """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""

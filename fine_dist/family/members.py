@@ -17,6 +17,7 @@ from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
+from fine_dist.core.records import as_record, read_json
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
 from fine_dist.methods import build, from_manifest
@@ -256,10 +257,9 @@ class Family:
         path = member.folder / "target.json"
         if not path.is_file():
             return
-        try:
-            there, now = dict(json.loads(path.read_text(encoding="utf-8"))), self.identity(member)
-        except (ValueError, TypeError) as error:
-            raise RunDirError(f"{path} is damaged ({error}); choose another run_dir, or delete that folder") from None
+        remedy = "choose another run_dir, or delete that folder"
+        there = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+        now = self.identity(member)
         differing = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in now if there.get(k) != now[k]]
         if differing:
             raise RunDirError(

@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import whole_file
+from fine_dist.core.records import Record, as_record, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -93,14 +95,36 @@ def set_aside(path: Path, why: str) -> None:
         log.warning("%s is damaged (%s); set aside as %s%s", path.name, why, path.name, DAMAGED)
 
 
+class SavedJob(Record):
+    """What a pack's state says of one of its jobs, beside its tensors."""
+
+    key: str
+    """Hash of the settings and the parent that it belongs to."""
+    sha256: str
+    """Of its tensors."""
+    values: SavedValues
+    """Of the loop: the step, sums of an unfinished row, randomness."""
+
+
+class SavedValues(Record):
+    """Numbers of a job's loop."""
+
+    step: int = Field(ge=0)
+    """Updates that were made."""
+
+
+REMEDY = "the job begins again"
+
+
 def _jobs_in(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-        jobs = json.loads(metadata["jobs"])
+        values = parse_json(metadata["jobs"], path, CheckpointError, REMEDY)
+        jobs = as_record(dict[str, SavedJob], values, path, CheckpointError, REMEDY)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, CheckpointError) as error:
         set_aside(path, " ".join(str(error).split()))
         return {}
     if metadata.get("format") != FORMAT:
@@ -108,7 +132,7 @@ def _jobs_in(path: Path) -> dict[str, Any]:
             f"{path} has format {metadata.get('format')!r}, and this one reads {FORMAT}; finish it with the version "
             "that wrote it, or delete it to begin its jobs again"
         )
-    return dict(jobs)
+    return {name: job.model_dump() for name, job in jobs.items()}
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:

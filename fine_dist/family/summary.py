@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import read_manifest
 
 if TYPE_CHECKING:
     from fine_dist.family.members import Member
@@ -116,15 +116,15 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
         )
         if place is None:
             continue
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(place)
         whole = 4 * Arch.model_validate(manifest["arch"]).count()
         dense += whole
         by_method.setdefault(str(manifest["method"]["name"]), []).append(manifest["bytes"])
         largest = max(largest, whole)
         named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
         if named:
-            gene = Path(named["path"]) / "manifest.json"
-            parents[named["hash"]] = json.loads(gene.read_text(encoding="utf-8"))["bytes"] if gene.is_file() else 0
+            gene = Path(named["path"])
+            parents[named["hash"]] = read_manifest(gene)["bytes"] if (gene / "manifest.json").is_file() else 0
     if not parents:
         return []
     gene_bytes = sum(parents.values())

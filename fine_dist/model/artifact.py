@@ -17,6 +17,7 @@ from torch import Tensor
 from fine_dist.core.config import shown, validate
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import sha256_of, sha256_text, whole_folder, written_whole
+from fine_dist.core.records import read_json
 from fine_dist.model.arch import Arch
 
 FORMAT = 1
@@ -89,10 +90,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {MANIFEST}: not a learngene or model, or one that was never finished")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {str(error)[:200]}; copy the folder again, or make it again") from None
+    manifest = read_json(path, ArtifactError, "copy the folder again, or make it again")
     if not isinstance(manifest, dict):
         raise ArtifactError(f"{path}: a JSON object is needed, not {shown(manifest)}; it is not ours, or damaged")
     if manifest.get("format") != FORMAT:
@@ -103,7 +101,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         if not isinstance(manifest.get(key), kind):
             found = f"is {shown(manifest[key])}" if key in manifest else "is not there"
             raise ArtifactError(f"{path}: {key} {found}, and a {kind.__name__} is needed: the file is damaged")
-    if not isinstance(manifest["sha256"].get(TENSORS), str):
+    if not isinstance(manifest["sha256"].get(TENSORS), str) or not all(map(_is_text, manifest["sha256"].values())):
         raise ArtifactError(f"{path}: there is no sha256 of {TENSORS}: the file is damaged; copy the folder again")
     try:
         validate(Arch, manifest["arch"], f"{path}: arch")
@@ -118,7 +116,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-_KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dict}
+_KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dict, "bytes": int}
 
 
 def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: Weights = "ema") -> Artifact:
@@ -159,9 +157,20 @@ def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
             "it was edited or half copied; copy it again, or condense again"
         )
     try:
-        return load_file(path), found
+        tensors = load_file(path)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ArtifactError(
+                f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point "
+                "numbers: it was altered; copy the folder again, or make it again"
+            )
+    return tensors, found
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
 
 def _settings_hash(kind: str, method: dict[str, Any], arch: dict[str, Any]) -> str:

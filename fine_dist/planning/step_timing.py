@@ -6,15 +6,14 @@ is copied around an all-reduce, clipping) is timed on a slice of the numbers tha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.records import read_json
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.planning.scaling_model import Affine, Parts, counts
 
@@ -149,7 +148,7 @@ def read(path: str) -> tuple[dict[str, Parts], str]:
 
     `ConfigError` for a file that is not one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path, ConfigError, "give what `fine-dist plan --scale P --json` printed")
         found = {}
         for name, values in content["parts"].items():
             passes = {key: Affine(**values[key]) for key in ("forward", "backward")}

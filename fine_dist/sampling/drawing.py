@@ -22,6 +22,7 @@ from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
+from fine_dist.core.records import Record, read_record
 from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum, barrier, world
@@ -238,26 +239,28 @@ class OutputStores:
             store.close()
 
 
+class SamplesDone(Record):
+    """The file that says which images a folder holds."""
+
+    protocol: dict[str, Any]
+    """What decides every image: the model's hash, the sampler, the seed, the classes."""
+    formats: list[str]
+    """Formats that are complete."""
+
+
 def _is_done(folder: Path, identity: dict[str, Any], wanted: set[Any]) -> bool:
     """Whether these images are in the folder. `DataError` when others are."""
     try:
-        found = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        found = read_record(SamplesDone, folder / DONE, DataError, f"remove {folder}, or choose another --run-dir")
     except FileNotFoundError:
         return False
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{folder / DONE} is damaged: {str(error)[:200]}; remove {folder}, or choose another --run-dir"
-        ) from None
-    protocol = found.get("protocol") if isinstance(found, dict) else None
-    formats = found.get("formats") if isinstance(found, dict) else None
-    if not isinstance(protocol, dict) or not isinstance(formats, list):
-        raise DataError(f"{folder / DONE} is damaged: it has no protocol or formats; remove {folder} to begin again")
+    protocol = found.protocol
     differs = [key for key in identity if protocol.get(key) != json.loads(json.dumps(identity[key]))]
     if differs:
         raise DataError(
             f"{folder} holds other images (another {', '.join(differs)}); choose another --run-dir, or remove it"
         )
-    if not wanted <= {str(name) for name in formats}:
+    if not wanted <= set(found.formats):
         return False
     print(f"sample: drawn before; the files are in {folder}")
     return True

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import draft_name, sync_file, write_new
+from fine_dist.core.records import as_record, read_json
 from fine_dist.sampling.npz import write_samples
 
 _ABOUT, _DONE = "store.json", "done.u8"
@@ -50,17 +51,15 @@ class ArrayStore:
         self._done = self._open(_DONE, count)
 
     def _agree(self, about: dict[str, Any]) -> None:
-        try:
-            found = json.loads((self.folder / _ABOUT).read_text())
-            differs = sorted(key for key in {*about, *found} if about.get(key) != found.get(key))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self.folder / _ABOUT} is damaged: {error}; remove the folder to begin again") from None
+        path, remedy = self.folder / _ABOUT, "remove the folder to begin again"
+        found = as_record(dict[str, Any], read_json(path, DataError, remedy), path, DataError, remedy)
+        differs = sorted(key for key in {*about, *found} if about.get(key) != found.get(key))
         if differs:
             told = "; ".join(f"{key}: {found.get(key)!r} there, {about.get(key)!r} now" for key in differs)
             raise DataError(f"{self.folder} holds other {self.what} ({told}); choose another folder, or remove it")
 
     def _open(self, name: str, size: int) -> int:
-        file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(file, size)  # the same length for everybody; what is there stays
         return file
 

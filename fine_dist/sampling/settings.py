@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from fine_dist.artifacts.settings import HintsConfig, SamplerOverrides
-from fine_dist.core.config import Config, Seed
+from fine_dist.core.config import Config, PathKey, Seed
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.settings import EngineConfig
@@ -21,7 +21,7 @@ DEFAULT_CLASSES = 10
 class SamplingSettings(Config):
     """What all commands share that sample images from models."""
 
-    vae: str | None = None
+    vae: PathKey | None = None
     """Folder or hub name of the `AutoencoderKL` that decodes latents. Default: latents are shown as they are."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder; bf16 is faster on a GPU and changes pixels by a level or two."""
@@ -29,7 +29,7 @@ class SamplingSettings(Config):
     """Seeds the noise: image i of a seed is the same whatever the batch or the number of processes."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to use: the exponential moving average (`ema`), or those of the last step (`raw`)."""
-    learngene: str | None = None
+    learngene: PathKey | None = None
     """Present place of the learngene that a target was made from, when it has moved since."""
     hints: HintsConfig = HintsConfig()
     """Facts about another project's file that it does not state itself."""
@@ -47,13 +47,13 @@ class SampleConfig(SamplingSettings):
     """Draw images from a model, or the same images from several models (`--compare`). Guidance, clip and the process
     are the model's own unless they are given."""
 
-    model: str | None = None
+    model: PathKey | None = None
     """A model, a target, a learngene, a run or a family of targets; also DiT's `.pt`, a diffusers folder, or a name on
     the hub. A family gives one grid with a row for each of its targets."""
-    compare: tuple[str, ...] = ()
+    compare: tuple[PathKey, ...] = ()
     """Further models: one grid of the same seeds and classes, a row each, instead of the files. Other things in a
     family's folder (`--compare FAMILY/*`) are left out."""
-    run_dir: str = "runs/samples"
+    run_dir: PathKey = "runs/samples"
     """Folder of the results. The same command again continues what is there."""
     classes: tuple[int | str, ...] = ()
     """Classes by number or name, per_class images of each; `all` for every class, `balanced` for every class in turn.

@@ -10,7 +10,7 @@ from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_foreign, licence_of
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.artifacts.settings import HintsConfig
-from fine_dist.core.config import expand_path
+from fine_dist.core.config import PathKey, expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import CONDENSES, AnyMethod, build
 from fine_dist.methods.base import Method, Weights
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class CondenseConfig(StageConfig):
     """Stage 1: train a learngene, from a trained ancestor or from random factors."""
 
-    run_dir: str = "runs/condense"
+    run_dir: PathKey = "runs/condense"
     """Folder of this run: logs, checkpoints and, at the end, the learngene in its `learngene/`. The same command again
     resumes the run."""
     arch: Arch | None = None
@@ -35,7 +35,7 @@ class CondenseConfig(StageConfig):
     Default: the ancestor's shape, or DiT-B/2 without an ancestor."""
     method: AnyMethod = CONDENSES
     """How layers share weights."""
-    ancestor: str | None = None
+    ancestor: PathKey | None = None
     """Trained model that stage 1 starts from and imitates: a folder or run directory of ours, DiT's `.pt`, a folder of
     diffusers, or a name on the hub. Default: none; factors start at random and need a stage 1 as long as a whole
     pre-training."""

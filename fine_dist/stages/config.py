@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_dist.core.config import Config, Seed, expand_path
+from fine_dist.core.config import Config, PathKey, Seed, expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
@@ -52,7 +52,7 @@ class Blueprint:
 class StageConfig(Config):
     """Settings of a stage that trains."""
 
-    run_dir: str = "runs/run"
+    run_dir: PathKey = "runs/run"
     """Where everything is written. The same command again continues what is there."""
     seed: Seed = 0
     """Seeds the initialisation, the order of the data, timesteps, noise and label drop."""
@@ -70,7 +70,7 @@ class StageConfig(Config):
     """How the loop runs."""
     sampler: SamplerConfig = SamplerConfig()
     """How pictures are sampled for TensorBoard."""
-    vae: str | None = None
+    vae: PathKey | None = None
     """Folder or hub name of the `AutoencoderKL` that decodes those pictures, and what a quick evaluation draws."""
     quick: QuickConfig = QuickConfig()
     """Quick evaluations on the way."""

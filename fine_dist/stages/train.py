@@ -19,6 +19,7 @@ from fine_dist.artifacts.locate import (
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.artifacts.targets import descend
+from fine_dist.core.config import PathKey
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import SCRATCH, AnyMethod, build, from_manifest, parent_of
 from fine_dist.methods.base import Condensation, Method
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
 class TrainConfig(StageConfig):
     """Stage 3: train a dense DiT with all its weights free, a fresh optimiser and a fresh EMA."""
 
-    run_dir: str = "runs/train"
+    run_dir: PathKey = "runs/train"
     """Where everything is written; the model lands in its `model/`."""
-    parent: str | None = None
+    parent: PathKey | None = None
     """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
     a name on the hub): trained as it is, or what `method` makes a target of."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""
-    learngene: str | None = None
+    learngene: PathKey | None = None
     """Where the learngene of an initialised target lies now, when it has moved."""
     arch: Arch | None = None
     """Architecture; none: that of the parent."""

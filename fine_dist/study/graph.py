@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.core.config import Config
-from fine_dist.core.errors import ConfigError
+from fine_dist.core.errors import ConfigError, RunDirError
+from fine_dist.core.records import read_json
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
 from fine_dist.study.report.results import steps_of
@@ -50,10 +51,10 @@ class StudyRun:
     def done(self) -> bool:
         """Whether this run has finished: with the same config, and its product is there."""
         try:
-            stamp = json.loads((self.run_dir / _STAMP).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            stamp = read_json(self.run_dir / _STAMP, RunDirError, "delete it, to have the run looked at again")
+        except FileNotFoundError:
             return False
-        if stamp.get("key") != self.key:
+        if not isinstance(stamp, dict) or stamp.get("key") != self.key:
             return False
         whole = settings.finished(self.module, self.config)
         return bool(stamp.get("done") or self._succeeded()) if whole is None else whole

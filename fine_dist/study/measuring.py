@@ -14,9 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fine_dist.core.errors import TrainingError
+from fine_dist.core.errors import RunDirError, TrainingError
 from fine_dist.core.files import write_atomic
 from fine_dist.core.limits import num_cores
+from fine_dist.core.records import Record, read_record
 from fine_dist.data.settings import DataConfig
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry, merged
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
     from fine_dist.diffusion.settings import DiffusionConfig
     from fine_dist.evaluation.evaluator import Evaluator
     from fine_dist.study.graph import Graph
+
+
+class Measure(Record):
+    """A file of RUN_DIR/measures: what was measured of one model."""
+
+    key: str
+    """sha256 of everything that the numbers depend on."""
+    numbers: dict[str, Any]
+    """Measured values by name."""
 
 
 class MeasuredModel(NamedTuple):
@@ -232,9 +242,9 @@ class Measuring:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
-            stored = json.loads(file.read_text(encoding="utf-8"))
-            if stored["key"] == digest:
-                return dict(stored["numbers"])
+            stored = read_record(Measure, file, RunDirError, "delete it, to have it measured again")
+            if stored.key == digest:
+                return dict(stored.numbers)
         numbers = measure()
         write_atomic(file, json.dumps({"key": digest, "numbers": numbers}) + "\n")
         return numbers

@@ -143,7 +143,6 @@ def test_an_interrupted_command_says_what_is_true_of_its_run(six, digit_shards, 
         return capsys.readouterr().err
 
     monkeypatch.setattr("launchers.entry.launch", interrupt)
-    monkeypatch.setattr("launchers.launch", interrupt)
     assert said(tmp_path / "new") == "interrupted; nothing was saved yet; the same command starts again\n"
     assert not (tmp_path / "new").exists()
     shutil.copytree(six, tmp_path / "run")

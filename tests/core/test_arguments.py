@@ -332,7 +332,7 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
                 continue
             for part in ast.walk(node):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    for flag in re.findall(r"(?<![\w-])--[a-z][a-z._-]*[a-z]", part.value):
+                    for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9._-]*[a-z0-9]", part.value):
                         assert flag in known, f"{path}:{part.lineno}: {flag}"
 
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import stat
 import subprocess
 import sys
 import time
 
 import pytest
 
+from fine_dist.core.errors import NotAFile
 from fine_dist.core.files import (
+    check_regular,
     last_row,
     locked,
+    open_regular,
+    read_bytes,
     read_rows,
+    read_text,
     remove_drafts,
+    sha256_of,
     sync_disk,
     try_lock,
+    umask,
+    whole_file,
     whole_folder,
     write_atomic,
 )
@@ -51,6 +61,49 @@ def test_drafts_of_killed_writers_are_removed_and_those_of_living_ones_are_not(t
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     assert remove_drafts(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.json.n1.8.1.tmp", "kept.tmp"]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_what_a_library_writes_has_the_mode_that_the_umask_gives(tmp_path, mask, mode):
+    import torch
+    from safetensors.torch import save_file
+
+    before = os.umask(mask)
+    try:
+        assert umask() == mask
+        with whole_folder(tmp_path / "model") as draft:
+            save_file({"a": torch.zeros(1)}, draft / "a.safetensors")
+        with whole_file(tmp_path / "b.safetensors") as draft:
+            save_file({"a": torch.zeros(1)}, draft)
+        write_atomic(tmp_path / "c.json", "{}")
+    finally:
+        os.umask(before)
+    for name in ("model/a.safetensors", "b.safetensors", "c.json"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode, name
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for path, what in ((tmp_path / "pipe", "named pipe"), (tmp_path / "socket", "socket"), ("/dev/zero", "device")):
+            for read in (check_regular, open_regular, read_bytes, read_text, sha256_of, read_rows, last_row):
+                with pytest.raises(NotAFile, match=what):
+                    read(path)
+    (tmp_path / "file").write_text("é")
+    (tmp_path / "link").symlink_to("file")
+    assert read_text(tmp_path / "link") == "é" and read_bytes(tmp_path / "file", 1) == b"\xc3"
+    with pytest.raises(IsADirectoryError):
+        read_bytes(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_bytes(tmp_path / "nothing")
+    check_regular(tmp_path / "nothing")
+
+
+def test_a_row_without_a_step_is_no_row(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('[1]\n{"loss": 1}\n{"step": "2"}\n{"step": -1}\n{"step": true}\n' + "[" * 9999 + '\n{"step": 4}\n')
+    assert read_rows(log) == [{"step": 4}] and last_row(log) == {"step": 4}
 
 
 def test_a_line_that_is_being_written_is_no_row(tmp_path):

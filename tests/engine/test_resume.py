@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def test_only_the_last_k_checkpoints_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step_00000009"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "one byte changed", "manifest cut"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "one byte changed", "manifest cut", "step changed", "shapes gone", "extra changed"]
+)
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_is_named(
     tmp_path: Path, damage: str, caplog
 ) -> None:
@@ -110,6 +113,13 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before_and_is_named(
         content = bytearray(tensors.read_bytes())
         content[-100] ^= 1
         tensors.write_bytes(bytes(content))
+    elif damage != "manifest cut":
+        values = json.loads(manifest.read_text())
+        if damage == "shapes gone":
+            del values["shapes"]
+        else:
+            values |= {"step": 6} if damage == "step changed" else {"extra": {**values["extra"], "monitor": [1]}}
+        manifest.write_text(json.dumps(values))
     else:
         os.truncate(manifest, manifest.stat().st_size // 2)
     assert_same(toy_outcome(tmp_path, config), whole)
@@ -123,6 +133,11 @@ def test_when_every_checkpoint_is_damaged_the_run_stops_and_says_so(tmp_path: Pa
     with pytest.raises(CheckpointError, match="all 2 checkpoints"):
         toy_fit(tmp_path, ToyConfig(steps=4))
     assert caplog.text.count("is damaged") == 2
+    with pytest.raises(CheckpointError, match="remove this folder to start over"):  # nor does it at the second start
+        toy_fit(tmp_path, ToyConfig(steps=4))
+    shutil.rmtree(tmp_path / "checkpoints")
+    toy_fit(tmp_path, ToyConfig(steps=4))
+    assert (tmp_path / "checkpoints" / "LATEST").read_text() == "step_00000004"
 
 
 def test_another_config_is_refused_by_its_differing_keys_but_engine_settings_may_change(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_a_damaged_missing_or_misspelt_job_file_is_named(tmp_path):
     with pytest.raises(LaunchError, match=r"no\.json.*shared by all nodes"):
         JobSpec.load(tmp_path / "no.json")
     (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(LaunchError, match=r"bad\.json is not JSON"):
+    with pytest.raises(LaunchError, match=r"bad\.json is damaged: .*; submit again"):
         JobSpec.load(tmp_path / "bad.json")
     (tmp_path / "odd.json").write_text(json.dumps({**json.loads(spec().model_dump_json()), "node": 2}))
     with pytest.raises(ConfigError, match=r"node: unknown key.*did you mean 'nodes'"):
@@ -81,7 +81,7 @@ def test_rows_keep_their_order_and_what_was_done_before(tmp_path):
 def test_a_damaged_row_is_named_with_the_remedy(tmp_path):
     StateTable(tmp_path).add(["a"])
     (tmp_path / "tasks" / "a.json").write_text("{")
-    with pytest.raises(RunDirError, match=r"a\.json is damaged; delete it"):
+    with pytest.raises(RunDirError, match=r"a\.json is damaged: .*; delete it"):
         StateTable(tmp_path).rows()
 
 
@@ -167,7 +167,7 @@ def test_a_damaged_list_of_tasks_is_named_and_the_same_command_mends_it(tmp_path
     StateTable(tmp_path).add(["a", "b"])
     [path] = (tmp_path / "tasks" / ".added").iterdir()
     path.write_text("[[")
-    with pytest.raises(RunDirError, match=r"\.json is damaged; delete it, and the same command adds its tasks again"):
+    with pytest.raises(RunDirError, match=r"damaged: .*; delete it, and the same command adds its tasks again"):
         StateTable(tmp_path).rows()
     path.unlink()
     StateTable(tmp_path).add(["a", "b"])

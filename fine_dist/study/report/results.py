@@ -11,7 +11,6 @@ A program fills a `Results` and passes it to `write_report`:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.records import as_record, read_json
 
 SECTIONS = {
     "curves": "Held-out loss during training",
@@ -384,13 +384,14 @@ def read_results(folder: str | Path) -> Results:
 
     folder = Path(folder)
     try:
-        data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        file, remedy = folder / "results.json", "run the study's command again"
+        data = as_record(dict[str, Any], read_json(file, ArtifactError, remedy), file, ArtifactError, remedy)
         data.pop("verdicts", None)  # derived from the measurements
         for picture in data.get("pictures", []):
             pixels = np.asarray(Image.open(folder / picture["file"]), dtype=np.float64) / 255
             picture["image"] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return Results.model_validate(data)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder} holds no readable report: {error}") from None
 
 
