@@ -127,3 +127,25 @@ class SwsConfig(MethodConfig):
     """Stage-wise sharing."""
     stages: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((3, 3, 4, 3, 3), min_length=1)
     """Layers of each stage of the model that stage 1 trains, whose depth is their sum; a single one is Share Init."""
+
+
+class PrunedConfig(MethodConfig):
+    """Depth pruning: some layers of a trained model are kept as they are."""
+
+    name: Literal["pruned"] = "pruned"
+    """Depth pruning; the learned choice is TinyFusion's, arXiv 2412.01199."""
+    choose: Literal["first", "even", "best", "learned"] = "first"
+    """Which layers are kept: the `first` ones, `even`ly spaced ones, the `best` by the diffusion loss of what is left,
+    measured on samples of the data, or a choice `learned` in stage 2. Layers that look best untrained need not be best
+    after training. A target deeper than its ancestor repeats layers, whatever is set here."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """The layers that are kept, by their numbers from 0, in order; overrules `choose`."""
+    samples: int = Field(256, ge=1)
+    """Number of samples of the data on which `best` measures the loss."""
+    groups: int | None = Field(None, ge=1)
+    """Number of consecutive groups of layers that each keep equally many (`learned`); it divides both depths. Default:
+    as many as leave groups of four layers or more."""
+    rank: int = Field(8, ge=1)
+    """Rank of the updates that stand for later training while the choice is learned."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the Gumbel softmax (`learned`); lower values make the gradients of the choice noisier."""

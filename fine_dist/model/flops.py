@@ -144,13 +144,14 @@ def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
             forward += module.multiply_adds(rows, backward=False)
             training += module.multiply_adds(rows, backward=True)
             kept += getattr(module, "kept_numbers", _none)(rows)
-    rest = attention_macs(arch) + outside_macs(arch)
+    attention = attention_macs(arch.with_depth(len(owner.blocks)))
+    rest = attention + outside_macs(arch)
     shell_trains = any(p.requires_grad for p in owner.final.parameters())
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return ModelCost(
         forward=2 * (forward / batch + rest),
         # attention's backward pass is twice its forward pass; the shell's has a weight gradient only where it trains
-        training=2 * (training / batch + 3 * attention_macs(arch) + (2 + shell_trains) * outside_macs(arch)),
+        training=2 * (training / batch + 3 * attention + (2 + shell_trains) * outside_macs(arch)),
         kept=kept / batch,
         stored=sum(n for n, _ in numbers),
         trained=sum(n for n, trains in numbers if trains),

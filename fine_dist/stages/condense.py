@@ -169,7 +169,7 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             "ancestor's"
         )
     check_teacher(ancestor.arch, shape, config.ancestor)
-    check_parent_process(diffusion_of(about), config.diffusion, config.ancestor, teacher=traits.ancestor != "must")
+    check_parent_process(diffusion_of(about), config.diffusion, config.ancestor, teacher=not traits.carries_over)
     return ancestor, about
 
 

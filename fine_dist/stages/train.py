@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +23,10 @@ from fine_dist.artifacts.targets import descend
 from fine_dist.core.config import PathKey
 from fine_dist.core.errors import ConfigError
 from fine_dist.methods import SCRATCH, AnyMethod, build, from_manifest, parent_of
-from fine_dist.methods.base import Condensation, Method
+from fine_dist.methods.base import Condensation, Method, Weights
 from fine_dist.model.arch import Arch
-from fine_dist.stages.build import Plan
-from fine_dist.stages.config import Blueprint, StageConfig
+from fine_dist.stages.build import Plan, check_teacher, weights_of
+from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
 from fine_dist.stages.stage import train_stage
 
 if TYPE_CHECKING:
@@ -53,6 +54,22 @@ class TrainConfig(StageConfig):
     shell: Literal["inherited", "scratch"] = "inherited"
     """What is outside the blocks (embedders, final layer) begins as the parent or method has it, or from scratch: what
     the blocks alone are worth."""
+    ancestor: PathKey | None = None
+    """Trained model whose output the model imitates while it trains (distillation): a folder or run directory of ours,
+    DiT's `.pt`, a folder of diffusers, or a name on the hub. Default: none, training on the data alone."""
+    loss: LossConfig = LossConfig()
+    """Weights of the terms of the loss. Default: noise prediction, and the ancestor's output where one is given, with
+    weight 1 each."""
+
+    @property
+    def weights(self) -> Weights:
+        """Weights of the loss's terms."""
+        return weights_of(self.loss, Weights(output=1.0 if self.ancestor else 0.0))
+
+    @property
+    def imitates(self) -> bool:
+        """Whether a term of the loss imitates the ancestor."""
+        return self.weights.output > 0 or self.weights.features > 0
 
     def origin(self) -> dict[str, Any]:
         arch = self.arch
@@ -63,6 +80,8 @@ class TrainConfig(StageConfig):
             "method": self.method.model_dump(mode="json") if self.method else None,
             "origin": hash_of(self.parent, self.hints) if self.parent else None,
             **({} if self.shell == "inherited" else {"shell": self.shell}),
+            **({"ancestor": hash_of(self.ancestor, self.hints)} if self.ancestor else {}),
+            **({"loss": vars(self.weights)} if self.weights != Weights() else {}),
         }
 
     def blueprint(self) -> Blueprint | None:
@@ -83,7 +102,13 @@ class TrainConfig(StageConfig):
         if arch is None:
             return None
         with torch.device("meta"):
-            return Blueprint(arch, DiT(arch), build(self.method or SCRATCH))
+            return Blueprint(arch, DiT(arch), build(self.method or SCRATCH), self._teacher_arch(arch))
+
+    def _teacher_arch(self, arch: Arch) -> Arch | None:
+        if not (self.ancestor and self.imitates):
+            return None
+        known = exists_locally(self.ancestor) or is_foreign(self.ancestor)
+        return facts_of(self.ancestor, self.hints).arch if known else arch  # counts can be given before it is there
 
 
 def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
@@ -104,6 +129,10 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     method = build(config.method or SCRATCH)
     if parent is not None and config.parent and method.traits.parents != ("none",):
         check_parent_process(diffusion_of(parent.artifact.extra), config.diffusion, config.parent)
+    if parent is not None and method.traits.samples and config.data.shards:
+        from fine_dist.data.stream import read_all
+
+        parent = replace(parent, samples=read_all(config.data.shards, method.traits.samples))
     descent = descend(method, parent, arch, config.seed)
     if descent.trains != "nothing":
         raise ConfigError(
@@ -138,17 +167,32 @@ def with_fresh_shell(model: nn.Module, seed: int) -> None:
 
 def run(config: TrainConfig) -> Path:
     """Train the model; returns its folder. Raises `ResumeLater` when stopped early."""
+    if config.imitates and not config.ancestor:
+        raise ConfigError("loss: distillation imitates an ancestor; give its folder with --ancestor")
+    if config.ancestor and not config.imitates:
+        raise ConfigError(
+            f"ancestor: {config.ancestor} would be ignored: loss.output is 0. Leave one of them out to imitate it."
+        )
+    ancestor, about = load_model(config.ancestor, hints=config.hints) if config.ancestor else (None, {})
 
     def make(world: World) -> Plan:
         model, method, origin = begin(config)
         if config.shell == "scratch":
             with_fresh_shell(model, config.seed)
+        arch: Any = model.arch
+        if ancestor is not None:
+            check_teacher(ancestor.arch, arch, str(config.ancestor))
+            check_parent_process(diffusion_of(about), config.diffusion, str(config.ancestor), teacher=True)
+            origin = {"taught_by": {"path": config.ancestor, "hash": about["hash"]}, **origin}
         return Plan(
             Condensation(model, before_step=method.before_step(model)),
-            arch=model.arch,  # type: ignore[arg-type]
+            arch=arch,
             method=method,
             about={"parent": config.parent, **origin},
+            weights=config.weights,
             draws=False,
+            teacher=ancestor,
+            teacher_process=diffusion_of(about),
         )
 
     return train_stage(config, "train", "model", make)

@@ -35,7 +35,7 @@ def ancestor(folder: Path, **fields: Any) -> Path:
 def settings(shards: Path, run_dir: Path, **more: Any) -> CondenseConfig:
     base = {
         "run_dir": str(run_dir), "steps": 2, "batch": 8, "data": {"shards": str(shards / "train")},
-        "engine": {"device": "cpu", "log_every": 1, "picture_every": 1000}, "optim": {"lr": 1e-7},
+        "engine": {"device": "cpu", "log_every": 1, "preview_every": 1000}, "optim": {"lr": 1e-7},
     }  # fmt: skip
     return validate(CondenseConfig, {**base, **more})
 

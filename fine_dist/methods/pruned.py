@@ -1,0 +1,275 @@
+"""Depth pruning: a target keeps whole layers of a trained model, what users with weights do first.
+
+`choose` says which N of the ancestor's L layers: the first ones, evenly spaced ones, the `best` by the loss of what is
+left, or a `learned` choice as in TinyFusion (Fang et al., arXiv 2412.01199). Kept layers are copied as they are, and
+so are the embedders and the final layer; training afterwards is stage 3's, with or without distillation by the
+ancestor (`--ancestor`, `--loss.output`).
+
+`learned` trains the choice in stage 2. The ancestor's layers are divided into consecutive groups, and each group keeps
+the same number of its layers, such as 2 of 4. A categorical distribution over the masks of a group is learned through
+a straight-through Gumbel softmax, together with low-rank updates of all weights that stand for the recovery by training
+to come. At the end every group keeps the layers of its most likely mask.
+
+*Choices*, where the paper's summary is silent: low-rank updates are given up with the layers that are not chosen, so
+that a target begins with the ancestor's own weights; the softmax's temperature is fixed; `best` drops one layer after
+another, each time the one whose loss is least missed, unless there are few enough choices to try them all.
+
+A target deeper than its ancestor repeats layers, the nearest in relative depth. A layer that stands k times takes 1/k
+of its step in each place, so that all of them together move the tokens as far as it did.
+
+Shapes: L the ancestor's layers, N the target's, G groups of M layers that keep n each, K = C(M, n) masks, r rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fine_dist.core.errors import ArtifactError
+from fine_dist.diffusion.held_out import HeldOutLoss
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.methods.settings import PrunedConfig
+from fine_dist.methods.shared import expanded
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import Artifact
+from fine_dist.model.depth import RESIDUAL, nearest_layers, segment_share
+from fine_dist.model.dit import Condition, Dense, DiT
+from fine_dist.model.roles import Role, train_only
+
+FEW = 100
+"""Sets of layers up to which `best` tries them all; beyond, it drops one layer after another."""
+MOST_MASKS = 1000
+"""Masks of a group that a learned choice may be among."""
+
+
+class Pruned(Method[PrunedConfig]):
+    """Some layers of a trained model, as they are."""
+
+    Config: ClassVar[type[MethodConfig]] = PrunedConfig
+    label: ClassVar[str] = "depth pruning"
+    paper: ClassVar[str] = "depth pruning; learned choice: TinyFusion, arXiv 2412.01199"
+    summary: ClassVar[str] = "some layers of a trained model, copied"
+    tables_of: ClassVar[str] = "probability that a layer is kept"
+
+    @property
+    def traits(self) -> Traits:
+        looks = self.config.samples if self.config.choose == "best" and self.config.layers is None else 0
+        return Traits(parents=("model",), varies=frozenset({"depth"}), samples=looks)
+
+    def variants(self) -> dict[str, tuple[str, ...]]:
+        return {"choose": ("first", "even", "best", "learned")}
+
+    def check(self, parent: Artifact | None, target: Arch) -> None:
+        super().check(parent, target)
+        if parent is None:
+            return
+        source, layers = parent.arch.num_layers, self.config.layers
+        if layers is not None and (len(layers) != target.num_layers or max(layers) >= source):
+            raise ArtifactError(
+                f"method.layers: {list(layers)} are {len(layers)} layers up to {max(layers)}; a target of "
+                f"{target.num_layers} layers of {parent.folder} takes {target.num_layers} of 0 to {source - 1}"
+            )
+        if self._learns(source, target.num_layers):
+            group_sizes(source, target.num_layers, self.config.groups)
+
+    def smallest(self, target: Arch) -> Arch:
+        return target  # a learned choice needs a depth that its groups can make
+
+    def _learns(self, source: int, num_layers: int) -> bool:
+        return self.config.choose == "learned" and self.config.layers is None and num_layers < source
+
+    def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
+        source = needed(parent)
+        depth = source.arch.num_layers
+        if self._learns(depth, target.num_layers):
+            model = LayerChoice(target, depth, self.config.groups, self.config.rank, self.config.temperature, generator)
+            model.load_state_dict({**model.state_dict(), **source.module.state_dict()})
+            return Descent(train_only(model, "scaler"), "some")
+        layers = self.config.layers or self.chosen(source, target.num_layers)
+        model = DiT(target)
+        model.load_state_dict(kept_layers(source.module, list(layers), depth))
+        return Descent(model)
+
+    def chosen(self, parent: Parent, num_layers: int) -> list[int]:
+        """The ancestor's layers that a target of so many takes, in order; repeated where it is deeper."""
+        depth, choose = parent.arch.num_layers, self.config.choose
+        if num_layers >= depth or choose == "even":
+            return [int(layer) for layer in nearest_layers(depth, num_layers)]
+        if choose == "first":
+            return list(range(num_layers))
+        if parent.samples is None:
+            raise ArtifactError(
+                "method.choose best measures the loss on samples, and no data is given; set data.shards, or choose "
+                "first or even"
+            )
+        return best_layers(parent.module, HeldOutLoss(*parent.samples, DiffusionConfig()), num_layers)
+
+    def before_step(self, model: nn.Module) -> Callable[[int, torch.Generator], None] | None:
+        return model.draw if isinstance(model, LayerChoice) else None
+
+    def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
+        if "logits.table" not in tensors:
+            return DiT(arch)
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        rank = tensors["blocks.0.qkv.down"].shape[0]
+        return LayerChoice(arch, depth, self.config.groups, rank, self.config.temperature)
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        if not isinstance(model, LayerChoice):
+            return super().merge(model)
+        return kept_layers(model, model.kept(), len(model.blocks))
+
+    def tables(self, model: nn.Module) -> dict[str, Tensor]:
+        return {"layers": model.probabilities()[:, None]} if isinstance(model, LayerChoice) else {}
+
+
+def kept_layers(source: nn.Module, layers: list[int], depth: int) -> dict[str, Tensor]:
+    """The state dict of a dense DiT of these layers of the source, which has `depth`; all layers where it is deeper."""
+    blocks: Any = source.blocks
+    share = segment_share(depth, len(layers)) if len(layers) > depth else torch.ones(len(layers))
+
+    def matrix_of(matrix: str, layer: int) -> tuple[Tensor, Tensor]:
+        own = blocks[layers[layer]].get_submodule(matrix)
+        scale = share[layer].to(own.weight) if matrix in RESIDUAL else 1
+        return own.weight * scale, own.bias * scale
+
+    return expanded(source, len(layers), matrix_of)
+
+
+def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[int]:
+    """The layers whose model has the lowest loss: the best set of all, or of those that dropping one by one meets."""
+    whole: Any = model
+    blocks = list(whole.blocks)
+
+    def loss_of(layers: tuple[int, ...]) -> float:
+        whole.blocks = nn.ModuleList(blocks[layer] for layer in layers)
+        try:
+            return loss(model)["held_out_loss"]
+        finally:
+            whole.blocks = nn.ModuleList(blocks)
+
+    everything = tuple(range(len(blocks)))
+    if math.comb(len(blocks), num_layers) <= FEW:
+        return list(min(itertools.combinations(everything, num_layers), key=loss_of))
+    while len(everything) > num_layers:
+        everything = min((tuple(x for x in everything if x != drop) for drop in everything), key=loss_of)
+    return list(everything)
+
+
+# --- the learned choice ----------------------------------------------------------------------------------------------
+
+
+def group_sizes(source: int, num_layers: int, groups: int | None) -> tuple[int, int, int]:
+    """(groups G, layers of a group M, layers that a group keeps n). The default has groups of four layers or more.
+
+    Raises:
+        ArtifactError: The depths cannot be divided into so many groups, or a group would have too many masks.
+    """
+    legal = [g for g in range(1, num_layers + 1) if source % g == 0 and num_layers % g == 0]
+    fitting = [g for g in legal if source // g >= 4] or [1]
+    count = groups or fitting[-1]
+    if count not in legal or math.comb(source // count, num_layers // count) > MOST_MASKS:
+        legal = [g for g in legal if math.comb(source // g, num_layers // g) <= MOST_MASKS]
+        raise ArtifactError(
+            f"method.groups: {num_layers} of {source} layers cannot be learned in {count} groups; legal: "
+            f"{legal or 'none, for a group would have too many masks; choose another depth'}"
+        )
+    return count, source // count, num_layers // count
+
+
+class LowRankDense(Dense):
+    """`x (W + B A)^T + b`: frozen W [m, n] and b [m], trained A [r, n] (random) and B [m, r] (zero)."""
+
+    roles: ClassVar[dict[str, Role]] = {**Dense.roles, "down": "scaler", "up": "scaler"}
+
+    def __init__(self, m: int, n: int, rank: int, generator: torch.Generator | None = None):
+        super().__init__(n, m)
+        self.down = nn.Parameter(torch.randn(rank, n, generator=generator) / n**0.5)
+        self.up = nn.Parameter(torch.zeros(m, rank))
+
+    def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
+        return super().forward(x) + (x @ self.down.T) @ self.up.T
+
+    def multiply_adds(self, rows: int, *, backward: bool) -> int:
+        """Of one product of `rows` rows; with its backward pass if there is one."""
+        thin = rows * self.down.shape[0] * (self.out_features + self.in_features)
+        return super().multiply_adds(rows, backward=backward) + thin * (3 if backward else 1)
+
+
+class LayerChoice(DiT):
+    """An ancestor's whole depth, each layer of which takes its step or none, as masks say.
+
+    logits: [G, K], of each group's masks.  masks: [K, M], 1 where a layer is kept.
+    """
+
+    masks: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        target: Arch,
+        depth: int,
+        groups: int | None,
+        rank: int,
+        temperature: float,
+        generator: torch.Generator | None = None,
+    ):
+        arch = target.with_depth(depth)
+        super().__init__(arch, lambda matrix, layer: LowRankDense(*arch.matrix(matrix), rank, generator), generator)
+        self.arch, self.temperature = target, temperature
+        count, size, kept = group_sizes(depth, target.num_layers, groups)
+        masks = torch.zeros(math.comb(size, kept), size)
+        for row, chosen in zip(masks, itertools.combinations(range(size), kept)):
+            row[list(chosen)] = 1
+        self.register_buffer("masks", masks, persistent=False)
+        self.register_buffer("noise", torch.zeros(count, len(masks)), persistent=False)
+        self.logits = LogitTable(count, len(masks))
+
+    def draw(self, step: int, generator: torch.Generator) -> None:
+        """Draw the Gumbel noise of this step, the same on every rank."""
+        uniform = torch.rand(self.noise.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+        self.noise.copy_(-(-uniform.log()).log())
+
+    def gates(self) -> Tensor:
+        """Which layers take their step, [L] of ones and zeros, with the gradient of the softmax in training."""
+        logits = self.logits()
+        if not torch.is_grad_enabled():
+            return self.masks[logits.argmax(1)].flatten()
+        soft = F.softmax((logits + self.noise) / self.temperature, 1)
+        hard = F.one_hot(soft.argmax(1), len(self.masks)).to(soft)
+        return ((hard + (soft - soft.detach())) @ self.masks).flatten()
+
+    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x, condition = self.embed(z, t, y)
+        for layer, (block, gate) in enumerate(zip(self.blocks, self.gates())):
+            x = x + gate * (self.run(layer, block, x, condition) - x)  #                                   [B, T, D]
+        return self.unpatchify(self.final(x, condition.c))
+
+    def kept(self) -> list[int]:
+        """The layers of every group's most likely mask, ascending."""
+        with torch.no_grad():
+            return [layer for layer, gate in enumerate(self.gates().tolist()) if gate > 0.5]
+
+    def probabilities(self) -> Tensor:
+        """How likely each layer is to be kept, [L], detached, on the CPU."""
+        return (F.softmax(self.logits().detach(), 1) @ self.masks).flatten().float().cpu()
+
+
+class LogitTable(nn.Module):
+    """The logits of every group's masks [G, K]; a module of its own so that it is gathered under ZeRO-3 when called."""
+
+    roles: ClassVar[dict[str, Role]] = {"table": "scaler"}
+
+    def __init__(self, groups: int, masks: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(groups, masks))
+
+    def forward(self) -> Tensor:
+        return self.table
