@@ -22,7 +22,7 @@ from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.dist import World, gather_objects, join_alone
-from fine_dist.engine.optimizer import MOMENTS, adamw, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 
 SEND_VALUES = 1 << 24
@@ -205,9 +205,7 @@ class _ClippingAdamW(torch.optim.AdamW):
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.norm = norm
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        with only_where(self, norm.isfinite()):
+        with only_where(self, norm.isfinite(), clip_divisor(norm, self.clip_norm)):
             super().step(closure)
 
 

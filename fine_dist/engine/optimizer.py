@@ -36,21 +36,30 @@ def adamw(
     return kind(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
+def clip_divisor(norm: Tensor, clip_norm: float | None) -> Tensor | None:
+    """What gradients are divided by to have at most this global norm, fp32 []; None where nothing is clipped."""
+    return None if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0).float()
+
+
 @contextlib.contextmanager
-def only_where(optimizer: torch.optim.Optimizer, good: Tensor) -> Iterator[None]:
+def only_where(optimizer: torch.optim.Optimizer, good: Tensor, divisor: Tensor | None = None) -> Iterator[None]:
     """A context in which `optimizer.step()` changes nothing where `good` is false, its count of updates included.
 
-    The fused kernels read this flag on the device, so the host does not wait for it. It is the one that gradient
-    scaling (torch.amp) sets when gradients overflow.
+    Gradients are divided by `divisor` inside the update, so clipping is no pass over them of its own.
+
+    The fused kernels read both on the device, so the host does not wait for them. They are what gradient scaling
+    (torch.amp) sets for gradients that overflowed, and for the scale of the loss.
 
     Args:
         good: bool [], on the device of the optimizer's parameters.
+        divisor: fp32 [], on that device; None: gradients stay as they are.
     """
     optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del optimizer.found_inf  # type: ignore[attr-defined]
+        del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
 def updates_of(state: dict[str, Any]) -> int:

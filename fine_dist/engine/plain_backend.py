@@ -7,48 +7,58 @@ from torch import Tensor, nn
 
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import World, all_reduce_sum
-from fine_dist.engine.optimizer import MOMENTS, adamw, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.dist import World
+from fine_dist.engine.gradient_buckets import GradientBuckets
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import OptimConfig
 
 
 class PlainBackend(Backend):
-    """Holds all weights on every rank; rank 0 owns them in checkpoints."""
+    """Holds all weights on every rank; rank 0 owns them in checkpoints.
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, world: World) -> None:
+    Args:
+        reduce_dtype: What gradients travel in between ranks.
+    """
+
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, world: World, reduce_dtype: torch.dtype = torch.float32
+    ) -> None:
         self.world = world
         self.model = model.to(world.device)
         self.clip_norm = optim.clip_norm
         self.named = trainable(self.model)
         self.parameters = list(self.named.values())
         self.optimizer = adamw(self.parameters, optim)
+        # Alone, a rank lets autograd hand its gradients over: a bucket would add one more pass over all of them.
+        self.buckets = GradientBuckets(self.parameters, reduce_dtype) if world.world_size > 1 else None
 
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
+        if self.buckets and last:
+            self.buckets.start()
         (losses.sum() / global_batch).backward()
+        if self.buckets and last:
+            self.buckets.send_rest()
 
     def step(self, lr: float, good: Tensor | None = None) -> Tensor:
-        # A parameter that no sample used has a zero gradient, not none: the same arithmetic as under ZeRO.
+        if self.buckets:
+            self.buckets.wait()
+        norm = torch.nn.utils.get_total_norm(self.buckets.flat if self.buckets else self._gradients())
+        set_lr(self.optimizer, lr)
+        finite = norm.isfinite()
+        with only_where(self.optimizer, finite if good is None else finite & good, clip_divisor(norm, self.clip_norm)):
+            self.optimizer.step()
+        if self.buckets:
+            self.buckets.zero()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        """All gradients. One that no sample used is zero, not absent: the same arithmetic as in every other backend."""
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.world.world_size > 1:
-            self._sum_over_ranks(gradients)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
-        set_lr(self.optimizer, lr)
-        finite = norm.isfinite()
-        with only_where(self.optimizer, finite if good is None else finite & good):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _sum_over_ranks(self, gradients: list[Tensor]) -> None:
-        """One all-reduce of all gradients."""
-        flat = all_reduce_sum(torch.cat([g.reshape(-1) for g in gradients]), self.world)
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(part.view_as(gradient))
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     def pieces(self) -> list[Piece]:
         if not self.world.is_main:

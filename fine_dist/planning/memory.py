@@ -77,7 +77,7 @@ def estimate(
     elif sharded:
         buffers = 2 * min(trained, 4.0 * BUCKET)
     else:
-        buffers = trained * (world_size > 1)
+        buffers = 0.0  # gradients lie in the buckets that are sent
     return Memory(
         weights=0.0 if weights_on_host else weights,
         **({key: 0.0 for key in state} if kept_on_host else state),

@@ -23,7 +23,6 @@ from fine_dist.engine import dist
 from fine_dist.engine.backend import Backend
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Run
-from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -217,20 +216,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
         made.monitor.close()
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
-    return {**clock.medians(), **facts, "joined": joined_s(backend)}
-
-
-def joined_s(backend: Backend, rounds: int = 5) -> float:
-    """Seconds in which the plain backend joins its gradients for one all-reduce and takes them apart again."""
-    if not isinstance(backend, PlainBackend) or backend.world.world_size > 1:
-        return 0.0
-    gradients = [torch.zeros_like(p) for p in backend.parameters]
-    found = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        backend._sum_over_ranks(gradients)
-        found.append(time.perf_counter() - begun)
-    return median(found)
+    return {**clock.medians(), **facts, "joined": 0.0}
 
 
 def as_links(found: dict[Collective, list[float]]) -> dict[Collective, Link]:

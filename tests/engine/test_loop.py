@@ -47,7 +47,8 @@ def test_a_run_equals_a_naive_training_loop(tmp_path: Path) -> None:
     # Equal but for the order of sums (fused AdamW, one loss instead of a mean).
     assert found.losses == pytest.approx(losses, rel=1e-5)
     for name, p in model.named_parameters():
-        torch.testing.assert_close(found.weights[name], p.detach(), rtol=1e-4, atol=2e-6)
+        # the key's bias has no gradient but rounding, and AdamW makes a step of 1e-3 of any sign of it
+        torch.testing.assert_close(found.weights[name], p.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.ema[name], ema[name], rtol=1e-4, atol=2e-6)
 
 

@@ -1,0 +1,122 @@
+"""Sums gradients over ranks while the backward pass still runs.
+
+Gradients live in a few flat buckets, and each parameter's gradient is a view of its part. A backward pass completes
+them from the last layer to the first, so buckets are filled in that order, and a complete bucket is on its way to the
+other ranks while earlier layers are computed. All ranks send the buckets in the same order, whichever parameters each
+has used: collectives are matched by order alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+"""Large enough for full bandwidth, small enough that the last bucket, which nothing hides, is a small part of all."""
+
+
+class GradientBuckets:
+    """The gradients of a model's parameters, summed over all ranks of the process group.
+
+    A step calls `start`, runs the backward pass of its last micro-batch, calls `send_rest`, and reads gradients after
+    `wait`. Backward passes of earlier micro-batches run before `start` and only add.
+
+    Args:
+        parameters: What trains, in the order of the forward pass.
+        dtype: What travels between ranks; gradients are fp32 before and after. bf16 halves the traffic and rounds each
+            rank's gradient to 8 bits.
+        bucket_bytes: Size of a bucket, unless one parameter is larger.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], dtype: torch.dtype = torch.float32, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.dtype = dtype
+        members: list[list[nn.Parameter]] = [[]]
+        size = 0
+        for p in reversed(parameters):
+            num_bytes = p.numel() * p.element_size()
+            if members[-1] and (size + num_bytes > bucket_bytes or p.dtype != members[-1][0].dtype):
+                members.append([])
+                size = 0
+            members[-1].append(p)
+            size += num_bytes
+        self.buckets = [_Bucket(group) for group in members]
+        self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
+        self._sending = False
+        self._next = 0
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(self._complete)
+        self.zero()
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """All gradients, a flat tensor a bucket."""
+        return [bucket.flat for bucket in self.buckets]
+
+    def zero(self) -> None:
+        """Forget the gradients; a parameter that no sample uses has a zero gradient."""
+        torch._foreach_zero_(self.flat)
+        for bucket in self.buckets:
+            bucket.attach()
+
+    def start(self) -> None:
+        """Send buckets as soon as the coming backward pass completes them."""
+        self._sending, self._next = True, 0
+        for bucket in self.buckets:
+            bucket.missing = set(bucket.parameters)
+
+    def send_rest(self) -> None:
+        """Send the buckets that hold a gradient which this rank's backward pass did not reach."""
+        self._sending = False
+        while self._next < len(self.buckets):
+            self._send_next()
+
+    def wait(self) -> None:
+        """Queue what follows behind the sums; on a GPU the host does not wait."""
+        for bucket in self.buckets:
+            bucket.wait()
+
+    def _complete(self, p: Tensor) -> None:
+        """Called by autograd when a parameter has its whole gradient of this backward pass."""
+        if not self._sending:
+            return
+        assert isinstance(p, nn.Parameter)
+        self._bucket_of[p].missing.discard(p)
+        while self._next < len(self.buckets) and not self.buckets[self._next].missing:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        self.buckets[self._next].send(self.dtype)
+        self._next += 1
+
+
+class _Bucket:
+    """Gradients of some parameters in one flat tensor."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.missing: set[nn.Parameter] = set()
+        first = parameters[0]
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        parts = self.flat.split([p.numel() for p in parameters])
+        self._views = [part.view(p.shape) for p, part in zip(parameters, parts)]
+        self._message = self.flat
+        self._work: torch.distributed.Work | None = None
+
+    def attach(self) -> None:
+        for p, view in zip(self.parameters, self._views):
+            p.grad = view
+
+    def send(self, dtype: torch.dtype) -> None:
+        self._message = self.flat.to(dtype)  # the same tensor where it has this type
+        self._work = torch.distributed.all_reduce(self._message, async_op=True)
+
+    def wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        if self._message is not self.flat:
+            self.flat.copy_(self._message)
+            self._message = self.flat
