@@ -12,7 +12,8 @@ from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_t
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
 from fine_dist.diffusion.process import make_process
-from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.diffusion.samplers import sample
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.methods import METHODS, build, check, from_manifest, parent_of
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.model.dit import FinalLayer
@@ -21,6 +22,7 @@ from tests.methods.making import artifact_for, condensed, moved, parent_for, sav
 
 TARGETS = [pytest.param(name, kind, id=f"{name}-{kind}") for name in METHODS for kind in targets_of(name)]
 ONE_EACH = [pytest.param(name, list(targets_of(name))[-1], id=name) for name in METHODS]
+PROCESSES = (DiffusionConfig(), DiffusionConfig(process="flow", time="logit_normal", time_shift=2.0))
 CONDENSING = [name for name in METHODS if tiny(name).traits.condenses]
 
 
@@ -78,6 +80,23 @@ def test_one_step_moves_only_what_may_move(name, kind):
     assert moved and moved <= may
 
 
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda config: config.process)
+@pytest.mark.parametrize(("name", "kind"), ONE_EACH)
+def test_a_target_has_a_finite_loss_and_a_gradient_and_can_be_sampled_under_every_process(name, kind, process):
+    _, descent = descend(name, kind)
+    model = lively(descent.model)
+    if descent.trains in ("all", "nothing"):
+        model.requires_grad_(True)
+    objective = Objective(process, model.arch, seed=0)
+    losses = objective(model, Digits(0, model.arch))
+    losses.mean().backward()
+    assert losses.isfinite().all() and any(p.grad is not None and p.grad.any() for p in model.parameters())
+    images = sample(
+        model, labels=torch.tensor([1]), arch=model.arch, config=SamplerConfig(steps=2), diffusion=process, seed=0
+    )
+    assert images.isfinite().all()
+
+
 @pytest.mark.parametrize(("name", "kind"), ONE_EACH)
 def test_a_target_loads_into_its_methods_module_and_costs_what_is_in_it(name, kind):
     method, descent = descend(name, kind)
@@ -130,19 +149,20 @@ def test_stage_1_begins_the_same_for_the_same_seed_and_as_its_blueprint_says(nam
     assert method.cost(plan, 2).stored == sum(p.numel() for p in whole.module.parameters())
 
 
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda config: config.process)
 @pytest.mark.parametrize("name", CONDENSING)
-def test_every_number_of_stage_1_meets_its_loss(name):
+def test_every_number_of_stage_1_meets_its_loss(name, process):
     method = tiny(name)
     condensation, _ = condensed(method)
     module = lively(condensation.module)
     weights, a = method.traits.loss, tiny_arch()
     teacher = Teacher(trained(tiny_arch(num_layers=5)), [int(b.rpartition(".")[2]) for _, b in condensation.pairs])
     terms = [
-        DiffusionLoss(make_process(DiffusionConfig()), weights.diffusion),
+        DiffusionLoss(make_process(process), weights.diffusion),
         OutputDistillation(teacher, weights.output),
         FeatureDistillation(teacher, condensation.pairs, weights.features),
     ]
-    objective = Objective(DiffusionConfig(), a, seed=0, terms=terms)
+    objective = Objective(process, a, seed=0, terms=terms)
     for step in range(4):  # a path that is drawn for a step leaves others alone
         if condensation.before_step:
             condensation.before_step(step, torch.Generator().manual_seed(step))
