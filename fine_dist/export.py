@@ -28,6 +28,9 @@ class ExportConfig(Config):
     """Present place of the learngene that a target was made from, when it has moved since."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to write: their exponential moving average (`ema`), or those of the last step (`raw`)."""
+    push: str | None = None
+    """Repository OWNER/MODEL of the Hugging Face Hub to upload the export to, private if it is new. The card must
+    name a licence. With --dry-run nothing is written or uploaded."""
     hints: HintsConfig = HintsConfig()
     """Facts about another project's file that it does not state itself."""
 
@@ -35,14 +38,36 @@ class ExportConfig(Config):
 def run(config: ExportConfig) -> Path:
     """Write the model; returns where it is."""
     from fine_dist.artifacts.exporting import export
+    from fine_dist.artifacts.hub import check_repository, push
     from fine_dist.artifacts.load import load_model
 
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")
     out = Path(expand_path(config.out))
+    if config.push:
+        check_repository(config.push)
     model, about = load_model(config.model, config.learngene, config.weights, config.hints)
     print("\n".join(export(model, about, config.to, out, config.vae)))
+    if config.push:
+        print(f"export: {config.push} is {push(out, config.push)}")
     return out
+
+
+def plan(config: ExportConfig) -> str:
+    """What a dry run says: what would be written, and uploaded, under which licence."""
+    from fine_dist.artifacts.hub import check_repository
+    from fine_dist.artifacts.locate import facts_of, licence_of
+
+    if not config.model or not config.out:
+        raise ConfigError("export needs --model FOLDER and --out FOLDER")
+    facts = facts_of(config.model, config.hints)
+    lines = [f"would write {facts.arch.name} ({facts.kind}) as {config.to} to {config.out}"]
+    if config.push:
+        check_repository(config.push)
+        licence = config.hints.licence or licence_of(facts.extra)
+        told = f"under the licence {licence}" if licence else "and would be refused: no licence is known"
+        lines.append(f"would upload it to {config.push} of the Hugging Face Hub, {told}")
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         call = parse(ExportConfig, argv, "fine-dist export")
         if call.dry_run:
-            print(dump_yaml(call.config) + "\ndry run: nothing was done")
+            print(f"{dump_yaml(call.config)}\n{plan(call.config)}\ndry run: nothing was done")
             return 0
         run(call.config)
         return 0

@@ -199,7 +199,7 @@ def test_no_two_rooms_have_a_file_of_one_name():
 
 
 CLASSES_TO_RENAME = {
-    *("Features", "HeldOut", "Job", "Member", "Objective", "Output", "Pictures", "Progress"),
+    *("Job", "Member", "Objective", "Pictures", "Progress"),
 }
 FILES_TO_RENAME = {"base"}
 
@@ -255,18 +255,11 @@ HELP_TO_WRITE: set[str] = {
     "CreativeConfig.seeds",
     "CreativeConfig.steps",
     "DataConfig.cache_bytes",
-    "DiffusionConfig.beta_end",
-    "DiffusionConfig.beta_start",
-    "DiffusionConfig.num_timesteps",
-    "DrawConfig.batch",
-    "DrawConfig.steps",
     "EncodeConfig.dtype",
     "EncodeConfig.precision",
     "EvaluateConfig.metrics",
-    "EvaluateConfig.vae_precision",
     "FeaturesConfig.dinov2",
     "HeurLgConfig.keep",
-    "HintsConfig.num_classes",
     "InitConfig.depths",
     "InitConfig.only",
     "InitConfig.steps",
@@ -281,10 +274,6 @@ HELP_TO_WRITE: set[str] = {
     "PackConfig.max_jobs",
     "PissaConfig.rank",
     "QuickConfig.metrics",
-    "SampleConfig.formats",
-    "SampleConfig.per_class",
-    "SampleConfig.vae_precision",
-    "SamplerConfig.steps",
     "SnnetConfig.images",
     "TrainConfig.batch",
     "TrainConfig.steps",

@@ -138,8 +138,18 @@ def load_into(module: nn.Module, artifact: Artifact) -> None:
     """Load an artifact's tensors into a module.
 
     Raises:
-        ArtifactError: Names or shapes of the tensors are not the module's.
+        ArtifactError: Names, shapes or kinds of the tensors are not the module's.
     """
+    wanted = module.state_dict()
+    for name, tensor in artifact.tensors.items():
+        # torch copies integers into floats, and a number without dimensions into a vector of one, without a word.
+        if name in wanted and (
+            tensor.is_floating_point() != wanted[name].is_floating_point() or tensor.shape != wanted[name].shape
+        ):
+            raise ArtifactError(
+                f"{artifact.folder}: {name} is {tensor.dtype} {list(tensor.shape)}, and {wanted[name].dtype} "
+                f"{list(wanted[name].shape)} by the manifest: one of them was altered; copy the folder again"
+            )
     try:
         module.load_state_dict(artifact.tensors)
     except RuntimeError as error:

@@ -11,6 +11,7 @@ import torch
 from fine_dist.artifacts.diffusers_export import load_pipeline
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.settings import HintsConfig
+from fine_dist.core.errors import ArtifactError
 from tests.commands.conftest import command, refused
 from tests.conftest import inputs, lively, tiny_arch
 
@@ -123,3 +124,40 @@ def test_a_full_disk_is_one_line_and_leaves_no_export(to, trained, tmp_path, cap
         signal.signal(signal.SIGXFSZ, ignored)
     assert "too large" in message
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("to", "name"), [("fine_dist", "m"), ("diffusers", "m"), ("dit", "m.pt")])
+def test_what_would_be_pushed_is_the_export_with_its_card_and_licence(to, name, latent_model, tmp_path):
+    from fine_dist.artifacts.hub import files_to_push
+
+    out = tmp_path / name
+    assert command(["export", "--model", str(latent_model), "--to", to, "--out", str(out)]) == 0
+    files = files_to_push(out)
+    assert all(path.is_file() for path in files.values()) and len(files) >= 2
+    card = files["README.md"].read_text()
+    assert "license: cc-by-nc-4.0" in card and "DDPM, noise prediction, 1000 linear steps" in card
+    assert "| method |" in card and "| held out loss | 0.5 |" in card
+
+
+def test_a_dry_run_of_a_push_says_what_would_be_uploaded_and_writes_nothing(latent_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["export", "--model", str(latent_model), "--out", str(out), "--push", "me/small-dit", "--dry-run"]
+    assert command(argv) == 0
+    said = capsys.readouterr().out
+    assert "would upload it to me/small-dit of the Hugging Face Hub, under the licence cc-by-nc-4.0" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["small-dit", "a/b/c", "../x", "me/a--b", "me/"])
+def test_a_name_that_is_no_repository_is_refused_before_anything_is_written(name, latent_model, tmp_path, capsys):
+    words = refused(["export", "--model", str(latent_model), "--out", str(tmp_path / "o"), "--push", name], capsys)
+    assert "OWNER/MODEL" in words and not (tmp_path / "o").exists()
+
+
+def test_weights_of_unknown_licence_are_not_pushed(trained, tmp_path):
+    from fine_dist.artifacts.hub import files_to_push
+
+    out = tmp_path / "m"
+    assert command(["export", "--model", str(trained), "--out", str(out)]) == 0
+    with pytest.raises(ArtifactError, match=r"names no licence.*--hints.licence"):
+        files_to_push(out)

@@ -177,6 +177,63 @@ def test_models_beside_each_other_in_one_grid(trained, short_chain, tmp_path):
     assert one.shape[0] > 2 * 64 and one.shape[1] > 4 * 64
 
 
+def test_a_family_is_one_grid_with_a_row_for_each_target_and_nothing_else_of_its_folder(trained, tmp_path, capsys):
+    family = tmp_path / "family"
+    for name in ("L2", "L3"):  # folders as init leaves them; the targets' own tests make them by training
+        shutil.copytree(trained / "model", family / name / "target")
+    (family / "config.yaml").write_text("run_dir: x\n")
+    (family / "tensorboard").mkdir()
+    assert drawing.family_members(family) == [family / "L2", family / "L3"]
+    words = ["--classes", "1", "2", "--per-class", "1", *STEPS]
+    assert command(["sample", "--model", str(family), *words, "--run-dir", str(tmp_path / "one")]) == 0
+    assert "2 models, a row each" in capsys.readouterr().out
+    everything = [str(path) for path in sorted(family.iterdir())]
+    assert command(["sample", "--compare", *everything, *words, "--run-dir", str(tmp_path / "two")]) == 0
+    one, two = (np.asarray(Image.open(tmp_path / run / "compare.png")) for run in ("one", "two"))
+    assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_classes", "expected"),
+    [({}, 10, 80), ({}, 1000, 80), ({"classes": ["all"]}, 1000, 8000), ({"count": 13}, 1000, 13)],
+)
+def test_ten_classes_are_drawn_and_all_only_when_asked(settings, num_classes, expected):
+    config = drawing.SampleConfig(**settings)
+    labels = drawing.labels_of(config, num_classes, ())
+    assert len(labels) == expected
+    if not settings and num_classes > 10:
+        assert len(labels.unique()) == 10 and torch.equal(labels, drawing.labels_of(config, num_classes, ()))
+        other = drawing.labels_of(config.model_copy(update={"seed": 1}), num_classes, ())
+        assert not torch.equal(labels, other)
+
+
+def test_the_work_is_estimated_before_it_is_begun(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(renderer, "LONG_FLOPS", 0.0)
+    assert command(argv(trained, tmp_path / "r", "--classes", "1", "--per-class", "2")) == 0
+    said = capsys.readouterr().out
+    assert said.index("2 images of DiT") < said.index("images/s") and "about 0 s in this process alone" in said
+
+
+def test_the_arithmetic_is_part_of_the_protocol(trained, tmp_path):
+    protocols = []
+    for precision in ("fp32", "bf16"):
+        more = ["--classes", "1", "--sampler.precision", precision]
+        assert command(argv(trained, tmp_path / precision, *more)) == 0
+        protocols.append(json.loads((tmp_path / precision / "samples.json").read_text())["protocol"])
+    assert [p["sampler"]["precision"] for p in protocols] == ["fp32", "bf16"]
+    assert protocols[0]["sampler"]["scheduler"] == "ddim"  # what auto stands for
+    assert not np.array_equal(latents(tmp_path / "fp32"), latents(tmp_path / "bf16"))
+    np.testing.assert_allclose(latents(tmp_path / "fp32"), latents(tmp_path / "bf16"), atol=0.2)
+
+
+def test_a_damaged_record_of_samples_is_one_line(trained, tmp_path, capsys):
+    words = argv(trained, tmp_path, "--classes", "1", "--per-class", "1")
+    assert command(words) == 0
+    for content in ("[1]", "{}", '{"protocol": 3, "formats": []}', "{"):
+        (tmp_path / "samples.json").write_text(content)
+        assert "is damaged" in refused(words, capsys)
+
+
 def test_a_target_whose_learngene_has_moved_is_found_by_its_flag(digit_shards, tmp_path, capsys):
     where = [*data(digit_shards), "--run-dir"]
     assert command(["condense", *ARCH, *FAST, *where, str(tmp_path / "c"), "--method.rank", "4"]) == 0
