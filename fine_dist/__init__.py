@@ -1,3 +1,32 @@
-"""fine_dist: condense a diffusion transformer once, then initialize every size from it."""
+"""fine_dist: condense a diffusion transformer once, then initialize every size from it.
+
+    import fine_dist as fd
+
+    ancestor = fd.load("facebook/DiT-XL-2-256")          # or a .pt, a folder, a module in memory
+    learngene = fd.condense(ancestor, "data/imagenet256/train")
+    model = fd.initialise(learngene, depth=14, data="data/imagenet256/train")
+    images = model.sample([207, 360], vae="stabilityai/sd-vae-ft-ema")
+    scores = fd.evaluate(model, held_out="data/imagenet256/held_out")
+
+The functions are the commands of the same names (`fine-dist condense`), with values in place of files.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from fine_dist.api import Model, condense, evaluate, initialise, load
+
+__all__ = ["Model", "condense", "evaluate", "initialise", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """The library's functions, imported when they are first used: they need torch, and `--help` does not."""
+    if name in __all__:
+        from fine_dist import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fine_dist' has no attribute {name!r}")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
+from fine_dist.core.callable_module import make_callable
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import guard
 from fine_dist.core.help import table
@@ -43,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
     return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 
+
+make_callable(__name__, "condense")
 
 __all__ = ["PRELOAD", "CondenseConfig", "main", "run"]
 

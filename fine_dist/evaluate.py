@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
+from fine_dist.core.callable_module import make_callable
 from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.evaluation.settings import EvaluateConfig
@@ -56,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 
     return guard(body)
 
+
+make_callable(__name__, "evaluate")
 
 __all__ = ["EvaluateConfig", "main", "run"]
 
