@@ -13,6 +13,7 @@ The functions are the commands of the same names (`fine-dist condense`), with va
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -20,13 +21,15 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from fine_dist.api import Model, condense, evaluate, initialise, load
 
+_COMMANDS = ("condense", "evaluate")
+"""Functions that are commands too: their modules can be called (`core/callable_module.py`)."""
 __all__ = ["Model", "condense", "evaluate", "initialise", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """The library's functions, imported when they are first used: they need torch, and `--help` does not."""
+    if name in _COMMANDS:
+        return importlib.import_module(f"fine_dist.{name}")
     if name in __all__:
-        from fine_dist import api
-
-        return getattr(api, name)
+        return getattr(importlib.import_module("fine_dist.api"), name)
     raise AttributeError(f"module 'fine_dist' has no attribute {name!r}")

@@ -103,9 +103,7 @@ class Model:
         if classes is None:
             classes = range(min(10, self.arch.num_classes))
         num_classes = self.arch.num_classes
-        names = {
-            class_name_of(label, renderer.facts, self.arch.num_classes): label for label in range(self.arch.num_classes)
-        }
+        names = {class_name_of(label, renderer.facts, num_classes): label for label in range(num_classes)}
         labels = [names.get(each, -1) if isinstance(each, str) else int(each) for each in classes]
         wrong = [each for each, label in zip(classes, labels) if not 0 <= label <= num_classes]
         if wrong:

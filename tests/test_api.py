@@ -53,9 +53,9 @@ def test_a_learngene_becomes_a_model_of_another_depth_that_draws(learngene, pair
     assert learngene.about["kind"] == "learngene" and learngene.about["method"]["name"] == "fine"
     model = fd.initialise(learngene, depth=5, data=pairs, steps=3, **FAST)
     assert model.arch.num_layers == 5
-    images = model.sample([3, "7"], per_class=2, seed=1, sampler={"steps": 3})
+    images = model.sample([3, "7"], per_class=2, seed=1, sampler={"steps": 4})
     assert len(images) == 4 and all(isinstance(image, Image.Image) and image.size == (8, 8) for image in images)
-    again = model.sample([7], per_class=1, seed=1, sampler={"steps": 3})
+    again = model.sample([7], per_class=1, seed=1, sampler={"steps": 4})
     assert len(again) == 1
     kept = model.save(tmp_path / "kept")
     loaded = fd.load(kept)
