@@ -14,12 +14,9 @@ The functions are the commands of the same names (`fine-dist condense`), with va
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.2.0"
-
-if TYPE_CHECKING:
-    from fine_dist.api import Model, condense, evaluate, initialise, load
 
 _COMMANDS = ("condense", "evaluate")
 """Functions that are commands too: their modules can be called (`core/callable_module.py`)."""
