@@ -7,7 +7,6 @@ command resumes.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pydantic import Field
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, PathKey, dump_yaml
 from fine_dist.core.errors import guard
+from fine_dist.core.limits import num_cores
 from fine_dist.study import outline, results_of
 from fine_dist.study.config import StudyConfig, load_study
 
@@ -35,16 +35,16 @@ class DemoConfig(Config):
     """Study file to run in place of the demo's own; the settings below are laid over it."""
     run_dir: PathKey = "runs/demo"
     """Folder for everything that is written; the report is in its `report/`."""
-    seeds: int = Field(1, ge=1)
+    seeds: int = Field(1, ge=1, le=1_000)
     """Number of seeds of the whole chain, ancestor included; with several, the report shows means and spread."""
     steps: dict[str, int] = Field(default_factory=dict)
     """Steps that differ from the study's: A of the ancestor, C of stage 1, I of stage 2 and N of the training after it,
     such as A=600 N=100. Default: those of the study."""
-    samples: int = Field(500, ge=10)
+    samples: int = Field(500, ge=10, le=10_000_000)
     """Images that are sampled from each model for its Fréchet distance and its accuracy."""
     controls: bool = True
     """Whether to train the control as well: models that inherit the ancestor's embedders and final layer alone."""
-    parallel: int = Field(min(2, os.cpu_count() or 1), ge=1)
+    parallel: int = Field(min(2, num_cores()), ge=1, le=4096)
     """Jobs that run at the same time, each on one CPU thread."""
 
 

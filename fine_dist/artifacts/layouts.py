@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from fine_dist.core import records
 from fine_dist.core.errors import ArtifactError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 """Tensor files by the ends of their names."""
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
 """Models in diffusers that are DiTs. The second is what the published folders are called in their configs."""
-_MAX_JSON_BYTES = 64 * 2**20
 """Largest JSON file that is read: the index of a model of a million tensors is smaller."""
 
 
@@ -35,15 +34,10 @@ def check_regular(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. `ArtifactError` when the file is none."""
-    check_regular(path)
+    remedy = "copy the model's folder again"
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ArtifactError(f"{path} is larger than {_MAX_JSON_BYTES >> 20} MiB; a JSON file of a model is not")
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is damaged: {str(error)[:200]}") from None
-    if not isinstance(values, dict):
-        raise ArtifactError(f"{path}: a JSON object is needed, not a {type(values).__name__}")
-    return values
+        values = records.read_json(path, ArtifactError, remedy)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file; {remedy}") from None
+    found: dict[str, Any] = records.as_record(dict[str, Any], values, path, ArtifactError, remedy)
+    return found

@@ -256,18 +256,23 @@ def check_regular(path: str | Path) -> None:
 
 def open_regular(path: str | Path) -> BinaryIO:
     """A regular file, open for reading. `NotAFile` for anything else that is no folder."""
+    return os.fdopen(descriptor_of(path), "rb")
+
+
+def descriptor_of(path: str | Path) -> int:
+    """The descriptor of a regular file, open for reading; errors as `open_regular`. The caller closes it."""
     check_regular(path)
     # not to wait, should it have become a pipe meanwhile; a regular file does not know this flag
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        mode = os.fstat(file.fileno()).st_mode
+        mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         _refuse_irregular(mode, path)
     except BaseException:
-        file.close()
+        os.close(descriptor)
         raise
-    return file
+    return descriptor
 
 
 def read_bytes(path: str | Path, most: int = -1) -> bytes:

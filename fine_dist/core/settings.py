@@ -24,23 +24,23 @@ Variables = Annotated[dict[str, Text], AfterValidator(_check_names)]
 class LaunchConfig(Config):
     """What a job needs and how the launchers run it. Nothing here changes results."""
 
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, le=100_000)
     """Number of nodes that one job takes; raise it when one node does not hold enough accelerators or memory."""
-    processes: int = Field(1, ge=1)
+    processes: int = Field(1, ge=1, le=4_096)
     """Processes on each node; the usual number is one for each accelerator."""
-    gpus: float = Field(0, ge=0)
+    gpus: float = Field(0, ge=0, le=4_096)
     """Accelerators for each process; 0 computes on the CPU, a fraction shares one between tasks (Ray, local)."""
-    cpus: int = Field(1, ge=1)
+    cpus: int = Field(1, ge=1, le=4_096)
     """CPU cores for each process, reserved with the scheduler; threads and readers should fit into them."""
     memory_gb: float | None = Field(None, gt=0)
     """Host memory that a job reserves on each node, in GiB; none leaves it to the cluster's default."""
-    minutes: int | None = Field(None, ge=1)
+    minutes: int | None = Field(None, ge=1, le=1_000_000)
     """Time limit of a job, or of one task of a fan-out, in minutes; none leaves it to the cluster's default."""
-    max_parallel: int | None = Field(None, ge=1)
+    max_parallel: int | None = Field(None, ge=1, le=100_000)
     """Tasks of a fan-out that run at the same time, at most; none runs as many as fit."""
-    retries: int = Field(1, ge=0)
+    retries: int = Field(1, ge=0, le=1_000)
     """Further attempts for a task, or for a Ray worker group, that failed or was lost with its node."""
-    max_restarts: int = Field(20, ge=0)
+    max_restarts: int = Field(20, ge=0, le=100_000)
     """How often SLURM may restart a job after preemption, a time limit or a lost node."""
     wait: bool = False
     """Wait until a submitted job has ended and exit with its code (SLURM, Ray Jobs); otherwise return at once."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from fine_dist.core.config import Config, PathKey, run_dir_of
+from fine_dist.core.config import Config, PathKey, Seed, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, nearest
 from fine_dist.core.records import as_record, read_json
 from fine_dist.core.settings import LaunchConfig
@@ -75,17 +75,17 @@ class CreativeConfig(Config):
     """The two prompts of a run. Set `templates` instead for several runs with different prompts."""
     templates: dict[str, Template] = Field(default_factory=dict)
     """Several pairs of prompts by name, a run each; they replace `template`."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Random seeds, a run each: a seed chooses the pairs of every step."""
     concepts: PathKey | None = None
     """Text file with one word per line, from which pairs are sampled. Default: the project's own list of 60 nouns."""
     pairs: PathKey | None = None
     """Text file with one pair of words per line, separated by a comma or a tab; it replaces `concepts`."""
-    num_pairs: int = Field(200, ge=1)
+    num_pairs: int = Field(200, ge=1, le=1_000_000)
     """Number of training pairs sampled from the concepts; the paper uses 200."""
-    held_out: int = Field(27, ge=1)
+    held_out: int = Field(27, ge=1, le=1_000_000)
     """Number of pairs that are never trained on and only measured; the paper uses 27."""
-    split_seed: int = Field(0, ge=0)
+    split_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the split into training and held-out pairs. All runs share it, so their results are comparable."""
     max_cosine: float = Field(0.5, gt=0, le=1)
     """Clamp of the loss, 1 - min(cosine, max_cosine); the paper uses 0.5. A pair whose cosine exceeds it has no
@@ -94,9 +94,9 @@ class CreativeConfig(Config):
     """Also train a control for each run, on targets whose coordinates are shuffled; the report compares with it."""
     cache: bool = True
     """Compute the part of a prompt before the token once. It is exact, because the encoders' attention is causal."""
-    steps: int = Field(10_000, ge=1)
+    steps: int = Field(10_000, ge=1, le=1_000_000_000)
     """Number of optimizer steps; the paper uses 10,000."""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(16, ge=1, le=2**16)
     """Number of pairs per optimizer step over all processes, each in both orders; the paper uses 16."""
     optim: OptimConfig = OptimConfig(lr=1e-2, schedule="cosine", clip_norm=None)
     """Optimizer of the embedding row and its learning-rate schedule."""
@@ -104,7 +104,7 @@ class CreativeConfig(Config):
     """Settings of the training loop. The EMA is what is measured and saved; with decay 0 it is the row itself."""
     launch: LaunchConfig = LaunchConfig()
     """Resources of a submitted job."""
-    pack: int = Field(8, ge=1)
+    pack: int = Field(8, ge=1, le=4_096)
     """Number of runs, at most, that one task trains at once."""
     only: tuple[str, ...] = ()
     """Names of the runs to train. Default: all runs of the config."""

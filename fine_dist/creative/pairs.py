@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
+from fine_dist.core.files import read_text
 from fine_dist.creative.config import CreativeConfig
 
 Pair = tuple[str, str]
@@ -75,8 +76,7 @@ def read_concepts(path: str | None) -> list[str]:
         lines = resources.files("fine_dist.creative").joinpath("concepts.txt").read_text(encoding="utf-8").splitlines()
         return [line.strip() for line in lines if line.strip()]
     words = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    twice = [word for word in words if words.count(word) > 1]
-    if twice:
+    if twice := [word for word, count in Counter(words).items() if count > 1]:
         raise DataError(f"{path}: {twice[0]!r} stands there twice; leave one")
     if len(words) < 2:
         raise DataError(f"{path}: {len(words)} words make no pair; give one word a line, two or more")
@@ -92,7 +92,7 @@ def read_pairs(path: str) -> list[Pair]:
     delimiter = "\t" if any("\t" in line for line in lines) else ","
     found: list[Pair] = []
     seen: dict[frozenset[str], int] = {}
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
+    for number, row in enumerate(_rows(path, lines, delimiter), 1):
         cells = [cell.strip() for cell in row]
         if not any(cells):
             continue
@@ -114,9 +114,16 @@ def read_pairs(path: str) -> list[Pair]:
     return found
 
 
+def _rows(path: str, lines: list[str], delimiter: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(lines, delimiter=delimiter)
+    except csv.Error as error:
+        raise DataError(f"{path}: {error}; give two words a line") from None
+
+
 def _read(path: str) -> str:
     try:
-        return Path(expand_path(path)).read_text(encoding="utf-8-sig")
+        return read_text(expand_path(path)).removeprefix("\ufeff")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; give a text file") from None
     except UnicodeDecodeError as error:

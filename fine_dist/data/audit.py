@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import sha256_of
+from fine_dist.core.files import open_regular, sha256_of
 from fine_dist.data.reader import NOT_FINITE, ShardSet
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
@@ -177,7 +177,7 @@ def index_folder(
     for path in tars:
         size = path.stat().st_size
         try:
-            with open(path, "rb", buffering=1 << 18) as stream:
+            with open_regular(path) as stream:
                 want = want or latent_type(stream, size)
                 shape, dtype = want or (None, None)
                 found = index_tar(stream, size, shape, dtype, num_classes)

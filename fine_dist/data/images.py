@@ -20,9 +20,10 @@ from PIL import Image, ImageOps
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
+from fine_dist.core.files import check_regular
 from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.sources import copy, is_remote, local_path
+from fine_dist.data.sources import copy, expand_braces, is_remote, local_path
 
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
@@ -127,6 +128,8 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def read_image(file: BinaryIO | Path, size: int, background: Color) -> np.ndarray:
     """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
+    if isinstance(file, Path):
+        check_regular(file)
     with Image.open(file, formats=[*FORMATS]) as image:
         return center_crop(image, size, background)
 
@@ -240,7 +243,7 @@ class TarImages:
         limit: int | None = None,
         background: Color = WHITE,
     ) -> None:
-        self.urls = [url if is_remote(url) else local_path(url) for url in wds.shardlists.expand_urls(pattern)]
+        self.urls = [url if is_remote(url) else local_path(url) for url in expand_braces(pattern)]
         missing = [url for url in self.urls if not is_remote(url) and not os.path.isfile(url)]
         if missing:
             raise DataError(f"source: {missing[0]}: there is no such file ({len(missing)} of {len(self.urls)} missing)")

@@ -20,13 +20,13 @@ class DataConfig(Config):
     held_out: PathKey | None = None
     """Latents that are never trained on; the held-out loss is measured on them. Their classes must be those of
     `shards`."""
-    held_out_samples: int = Field(2048, ge=1)
+    held_out_samples: int = Field(2048, ge=1, le=1_000_000_000)
     """Number of held-out samples, at most, in each measurement during training. Each is measured at one to four
     timesteps."""
-    streams: int = Field(64, ge=1)
+    streams: int = Field(64, ge=1, le=2**16)
     """Number of canonical streams into which an epoch is divided. The order of samples depends on it, and never on the
     number of processes; change it only for more processes than streams."""
-    window: int = Field(1024, ge=1)
+    window: int = Field(1024, ge=1, le=2**30)
     """Shuffle window of a stream, in samples; it is rounded up to whole shards. Larger shuffles better and keeps more
     shards open."""
     workers: int = Field(0, ge=0, le=1024)

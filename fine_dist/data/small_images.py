@@ -19,6 +19,7 @@ import numpy as np
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
+from fine_dist.core.files import read_bytes
 from fine_dist.data.images import ImageItem
 
 NUM_TRAIN = 1500
@@ -99,7 +100,7 @@ def read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
     if path is None:
         raise DataError(f"source: {folder} has no {name} or {name}.gz; for Fashion-MNIST: {PACKAGE}")
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         content = gzip.decompress(content) if path.suffix == ".gz" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"source: {path} cannot be read: {error}") from None

@@ -7,7 +7,9 @@ breaks off or has the wrong size is tried again.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import select
 import shlex
 import tempfile
@@ -21,8 +23,8 @@ import webdataset as wds
 from webdataset.gopen import gopen_schemes
 
 from fine_dist.core.config import expand_path
-from fine_dist.core.errors import DataError
-from fine_dist.core.files import sha256_of
+from fine_dist.core.errors import DataError, NotAFile
+from fine_dist.core.files import descriptor_of, open_regular, sha256_of
 from fine_dist.data.cache import Cache
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo
@@ -42,6 +44,31 @@ def local_path(url: str) -> str:
     return expand_path(url.removeprefix("file://").removeprefix("file:"))
 
 
+MAX_SHARDS = 1_000_000
+"""Names that a brace pattern may stand for; a data set of a billion latents has as many shards of a thousand."""
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """The names that a pattern such as `data-{000..127}.tar` stands for. `DataError` when they are too many.
+
+    They are counted first: `{0..999999999}` alone would fill the memory.
+    """
+    most = 1
+    for first, last, step in re.findall(r"(\d+)\.\.(\d+)(?:\.\.-?(\d+))?", pattern):
+        if max(len(first), len(last)) > 18:
+            most = MAX_SHARDS + 1
+            break
+        most *= abs(int(last) - int(first)) // max(1, int(step or 1)) + 1
+    # a group of alternatives multiplies by their number, and groups inside each other by no more than all commas do
+    most *= math.prod(group.count(",") + 1 for group in re.findall(r"\{[^{}]*,[^{}]*", pattern))
+    if most > MAX_SHARDS:
+        raise DataError(
+            f"{pattern[:200]}: this pattern stands for more than {MAX_SHARDS:,} files; name fewer, or give the folder"
+        )
+    found: list[str] = wds.shardlists.expand_urls(pattern)
+    return found
+
+
 def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
     """The manifest of a set of shards, and the folder or URL in front of their names.
 
@@ -53,16 +80,18 @@ def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
     if name == MANIFEST or name.endswith(".tar"):
         base = where[: -len(name)].rstrip("/") or ("/" if where.startswith("/") else ".")
     if name.endswith(".tar"):
-        chosen = [url.rsplit("/", 1)[-1] for url in wds.shardlists.expand_urls(where)]
+        chosen = [url.rsplit("/", 1)[-1] for url in expand_braces(where)]
     if is_remote(base):
         text = read_bytes(f"{base}/{MANIFEST}", config)
     else:
         base = local_path(base)
         try:
-            with open(os.path.join(base, MANIFEST), "rb") as stream:
+            with open_regular(os.path.join(base, MANIFEST)) as stream:
                 text = stream.read()
         except (FileNotFoundError, NotADirectoryError):
             raise DataError(_no_manifest(base)) from None
+        except NotAFile as error:
+            raise DataError(f"{base}/{MANIFEST} {error.strerror}; copy the manifest there") from None
     manifest = Manifest.parse(text, f"{base}/{MANIFEST}")
     if chosen:
         known = {shard.name: shard for shard in manifest.shards}
@@ -102,7 +131,7 @@ def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
     `FileNotFoundError` when it is absent; `DataError` when a remote one cannot be had after all attempts.
     """
     if not is_remote(url):
-        return os.open(url, os.O_RDONLY | os.O_CLOEXEC)
+        return descriptor_of(url)
     size = info.bytes if config.verify != "none" else None
 
     def check(stream: BinaryIO) -> str | None:

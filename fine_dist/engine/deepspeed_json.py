@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.records import read_json
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 
 BUCKET = 50_000_000
@@ -72,13 +72,11 @@ def deepspeed_json(
 def _with_extra(ours: dict[str, Any], choice: DeepSpeedConfig) -> dict[str, Any]:
     """Our JSON with the keys of the extra file."""
     assert choice.extra is not None
+    remedy = "engine.deepspeed.extra needs a JSON file of DeepSpeed's keys"
     try:
-        with open(choice.extra, encoding="utf-8") as handle:
-            extra = json.load(handle)
-    except OSError as error:
+        extra = read_json(choice.extra, ConfigError, remedy)
+    except FileNotFoundError as error:
         raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"engine.deepspeed.extra: {choice.extra} is not JSON: {error}") from None
     if not isinstance(extra, dict):
         raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: an object of DeepSpeed's keys is needed")
     conflicts = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from fine_dist.core.config import Config, PathKey
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Of a moment: with 1 nothing would ever be added to it."""
 
 
 class OptimConfig(Config):
@@ -14,7 +17,7 @@ class OptimConfig(Config):
 
     lr: float = Field(1e-4, gt=0)
     """Learning rate after the warm-up. 1e-4 is DiT's; sigma alone takes 10 to 300 times as much."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
     eps: float = Field(1e-8, gt=0)
     """Number added to the denominator of AdamW's update."""
@@ -61,7 +64,7 @@ class LoopConfig(Config):
     """Where the model runs: `auto` takes a GPU of NVIDIA (CUDA) or AMD (ROCm) when there is one, and `cuda` insists."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the model: `bf16` is autocast, and weights, averages and optimizer state stay in fp32."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=2**20)
     """Samples that a process takes through the model at once (of each target, in a pack). None takes its whole share of
     the global batch; lower it when memory runs out, and the rest is accumulated."""
     activation_checkpointing: Literal["none", "blocks", "every_other"] = "none"
@@ -75,22 +78,22 @@ class LoopConfig(Config):
     own (MALLOC_...) are left as they are."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
-    checkpoint_every: int = Field(1000, ge=1)
+    checkpoint_every: int = Field(1000, ge=1, le=1_000_000_000)
     """Steps between two checkpoints; a killed run loses at most so many."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1, le=1_000_000)
     """Number of newest checkpoints that are kept (a pack keeps two)."""
-    log_every: int = Field(50, ge=1)
+    log_every: int = Field(50, ge=1, le=1_000_000_000)
     """Steps between two rows in metrics.jsonl and TensorBoard."""
-    eval_every: int = Field(1000, ge=1)
+    eval_every: int = Field(1000, ge=1, le=1_000_000_000)
     """Steps between two measurements of the held-out loss."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or Inf does: `stop` ends the run with the last good checkpoint, `skip` leaves out the
     step."""
-    max_bad_steps: int = Field(10, ge=1)
+    max_bad_steps: int = Field(10, ge=1, le=1_000_000_000)
     """Number of steps that `skip` leaves out before it stops as well."""
     time_limit_min: float | None = Field(None, gt=0)
     """Minutes after which the run saves and exits with code 75, so that a scheduler starts it again. None: never."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=4_096)
     """CPU threads of a process. None leaves the choice to torch."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one accelerator in TFLOP/s, for MFU. None takes it from a table of accelerators, or measures a CPU's."""
@@ -104,6 +107,6 @@ class EngineConfig(LoopConfig):
     ema_warmup: bool = True
     """Bound the decay of update t by (1 + t) / (10 + t), so that a short run's average has left its initial weights
     behind. Without it the decay is constant, as in DiT."""
-    preview_every: int = Field(5000, ge=1)
+    preview_every: int = Field(5000, ge=1, le=1_000_000_000)
     """Steps between two previews in TensorBoard: images from the averaged weights, and the method's tables over
     depth."""

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
+from fine_dist.core.files import check_regular
 from fine_dist.sampling.image_grid import to_uint8
 
 
@@ -70,6 +71,7 @@ _COUNTER = ".num_batches_tracked"
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.pth` or `.safetensors` by name. `ArtifactError` when there are none to be had."""
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

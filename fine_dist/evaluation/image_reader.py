@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
+from fine_dist.core.files import check_regular, open_regular
 from fine_dist.data.images import FORMATS, SUFFIXES, WHITE, Color, to_rgb
 from fine_dist.sampling.npz import NpzImages
 
@@ -118,12 +119,13 @@ def _tar(path: Path, background: Color) -> Pictures:
 
     def reader(offset: int, size: int) -> Callable[[], bytes]:
         def read() -> bytes:
-            with open(path, "rb") as stream:
+            with open_regular(path) as stream:
                 stream.seek(offset)
                 return stream.read(size)
 
         return read
 
+    check_regular(path)
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:

@@ -49,7 +49,7 @@ class EvaluateConfig(SamplingSettings):
     as ADM's evaluation script does with 50,000 samples; use it to compare with numbers from the literature."""
     run_dir: PathKey = "runs/evaluate"
     """Folder of evaluate.json. Numbers of another protocol get a file of their own beside it."""
-    samples: int = Field(500, ge=2)
+    samples: int = Field(500, ge=2, le=10_000_000)
     """Images that are drawn from each model, classes in turn. Published FIDs use 50,000."""
     reference: PathKey | None = None
     """Real images (.npz, .tar, folder of pictures) or their statistics (ADM's .npz). Default: those of data.shards."""
@@ -64,10 +64,10 @@ class EvaluateConfig(SamplingSettings):
 class QuickConfig(Config):
     """Scores of a few samples of the averaged weights while a model trains, by the same code as `evaluate`."""
 
-    every: int = Field(0, ge=0)
+    every: int = Field(0, ge=0, le=1_000_000_000)
     """Steps between two quick evaluations; each happens at the next held-out measurement (engine.eval_every) and at
     the end. 0 turns them off."""
-    samples: int = Field(2048, ge=2)
+    samples: int = Field(2048, ge=2, le=10_000_000)
     """Images that are drawn each time, with the same noise and classes every time."""
     metrics: tuple[str, ...] = ()
     """Any of: fid sfid is precision recall kid fdd fd_classifier. Default: fd_classifier."""

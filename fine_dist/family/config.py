@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -51,13 +51,13 @@ class InitConfig(Config):
     """Data sets by name, when there are several; `data` is not read then."""
     seeds: tuple[Seed, ...] = (0,)
     """Each orders the data and draws noise, and whatever of a beginning is random."""
-    lrs: tuple[float, ...] = ()
+    lrs: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Learning rates of what trains; none: `optim.lr`."""
     variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     """Settings of the method to vary, such as where its scalers begin; none: the method as it is."""
-    steps: int = Field(300, ge=1)
+    steps: int = Field(300, ge=1, le=1_000_000_000)
     """Updates of what trains."""
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, le=2**20)
     """Samples an update of one target, over all processes."""
     stop: EarlyStop | None = None
     """End a target early; none: never."""
@@ -73,7 +73,7 @@ class InitConfig(Config):
     """What a pack needs, where it is submitted."""
     baselines: tuple[PathKey, ...] = ()
     """Runs whose held-out losses are drawn beside the targets', such as models trained from scratch."""
-    limit: int = Field(200, ge=1)
+    limit: int = Field(200, ge=1, le=1_000_000)
     """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""
     yes: bool = False
     """Run a grid larger than `limit`."""

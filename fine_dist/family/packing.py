@@ -28,11 +28,11 @@ class EarlyStop(Config):
 class PackConfig(Config):
     """How jobs are packed. Nothing here changes what a job computes, beyond rounding."""
 
-    workers: int | None = Field(None, ge=1)
+    workers: int | None = Field(None, ge=1, le=4_096)
     """Workers over which the packs are spread; none: launch.max_parallel, else as many as fit where they will run."""
-    max_jobs: int = Field(64, ge=1)
+    max_jobs: int = Field(64, ge=1, le=4_096)
     """Jobs of a pack at most."""
-    chunk: int | None = Field(None, ge=1)
+    chunk: int | None = Field(None, ge=1, le=4_096)
     """Jobs that go through the model at once; none: as many as memory and cache are good for."""
     memory_gib: float | None = Field(None, gt=0)
     """Memory for activations; none: most of what the accelerator has free, 4 GiB on a CPU."""

@@ -58,7 +58,7 @@ class WeightSelectionConfig(MethodConfig):
 class KeptBlocksConfig(MethodConfig):
     """Whole blocks of an ancestor are kept."""
 
-    keep: int = Field(3, ge=1)
+    keep: int = Field(3, ge=1, le=1_000)
     """Blocks that are kept, of an ancestor's."""
 
 
@@ -74,7 +74,7 @@ class AutoLgConfig(KeptBlocksConfig):
 
     name: Literal["auto_lg"] = "auto_lg"
     """The automatic learngene."""
-    keep: int = Field(6, ge=1)
+    keep: int = Field(6, ge=1, le=1_000)
     """Blocks that are kept, of an ancestor's."""
 
 
@@ -83,7 +83,7 @@ class SvdConfig(MethodConfig):
 
     name: Literal["svd"] = "svd"
     """Per-layer singular value decomposition."""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, le=2**16)
     """Components of every matrix of a layer; none: as many as the budget has room for."""
     budget: int | None = Field(None, ge=1)
     """Numbers that all layers' components may take; none: those of one pair of shared factors of rank D."""
@@ -140,12 +140,12 @@ class PrunedConfig(MethodConfig):
     after training. A target deeper than its ancestor repeats layers, whatever is set here."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """The layers that are kept, by their numbers from 0, in order; overrules `choose`."""
-    samples: int = Field(256, ge=1)
+    samples: int = Field(256, ge=1, le=1_000_000)
     """Number of samples of the data on which `best` measures the loss."""
-    groups: int | None = Field(None, ge=1)
+    groups: int | None = Field(None, ge=1, le=2**16)
     """Number of consecutive groups of layers that each keep equally many (`learned`); it divides both depths. Default:
     as many as leave groups of four layers or more."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=2**16)
     """Rank of the updates that stand for later training while the choice is learned."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of the Gumbel softmax (`learned`); lower values make the gradients of the choice noisier."""

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import whole_file
+from fine_dist.core.files import check_regular, whole_file
 
 IMAGES = "arr_0"
 
@@ -153,6 +153,7 @@ def _new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
 
 def _open(path: Path) -> zipfile.ZipFile:
     try:
+        check_regular(path)
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None

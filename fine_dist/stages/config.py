@@ -56,9 +56,9 @@ class StageConfig(Config):
     """Where everything is written. The same command again continues what is there."""
     seed: Seed = 0
     """Seeds the initialisation, the order of the data, timesteps, noise and label drop."""
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1000, ge=1, le=1_000_000_000)
     """Updates."""
-    batch: int = Field(64, ge=1)
+    batch: int = Field(64, ge=1, le=2**20)
     """Samples an update, over all processes."""
     data: DataConfig = DataConfig()
     """Latents."""

@@ -14,7 +14,7 @@ class LoraConfig(MethodConfig):
 
     name: Literal["lora"] = "lora"
     """LoRA."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=2**16)
     """Columns of the thin matrices."""
     alpha: float = Field(8, gt=0)
     """The product counts alpha / rank times."""
@@ -25,7 +25,7 @@ class PissaConfig(MethodConfig):
 
     name: Literal["pissa"] = "pissa"
     """PiSSA."""
-    rank: int = Field(8, ge=1)
+    rank: int = Field(8, ge=1, le=2**16)
     """Principal components that train."""
 
 
@@ -34,7 +34,7 @@ class OftConfig(MethodConfig):
 
     name: Literal["oft"] = "oft"
     """OFT."""
-    block: int = Field(32, ge=2)
+    block: int = Field(32, ge=2, le=2**16)
     """Side k of a block; where it does not divide the width, peft takes the nearest that does."""
 
 
@@ -43,7 +43,7 @@ class BoftConfig(MethodConfig):
 
     name: Literal["boft"] = "boft"
     """BOFT."""
-    block: int = Field(4, ge=2)
+    block: int = Field(4, ge=2, le=2**16)
     """Side b of a block; must divide the width. There is one butterfly factor."""
 
 
@@ -52,9 +52,9 @@ class VeraConfig(MethodConfig):
 
     name: Literal["vera"] = "vera"
     """VeRA."""
-    rank: int = Field(256, ge=1)
+    rank: int = Field(256, ge=1, le=2**16)
     """Columns of the shared matrices."""
     d_initial: float = 0.1
     """Where the scales of components begin."""
-    projection_seed: int = Field(0, ge=0)
+    projection_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seeds the shared matrices."""

@@ -14,13 +14,13 @@ class FineConfig(MethodConfig):
 
     name: Literal["fine"] = "fine"
     """FINE, arXiv 2409.19289."""
-    rank: int | None = Field(None, ge=1)
+    rank: int | None = Field(None, ge=1, le=2**16)
     """Components R of every matrix. Default: the width D. More components fit an ancestor better and store more; 2D
     and 3D are worth trying where storage allows."""
     initial: Literal["joint", "decompose"] | None = None
     """Start of stage 1: `decompose` takes the CP decomposition of an ancestor's weights, `joint` random factors. The
     default decomposes the ancestor where one of stage 1's shape is given, and starts from random factors otherwise."""
-    sweeps: int = Field(50, ge=1)
+    sweeps: int = Field(50, ge=1, le=1_000_000)
     """Greatest number of sweeps of alternating least squares over each matrix of the ancestor (initial: decompose)."""
     tolerance: float = Field(1e-5, gt=0)
     """Sweeps end early once one lowers the decomposition's relative error by less than this (initial: decompose)."""

@@ -16,11 +16,11 @@ class KindConfig(MethodConfig):
 
     name: Literal["kind"] = "kind"
     """KIND."""
-    learngenes: int | None = Field(None, ge=1)
+    learngenes: int | None = Field(None, ge=1, le=2**16)
     """Components of every matrix that all classes use; none: half the width."""
-    tailors: int | None = Field(None, ge=0)
+    tailors: int | None = Field(None, ge=0, le=2**16)
     """Components of every matrix that only a group of classes uses, in all groups; none: half the width."""
-    groups: int = Field(2, ge=1)
+    groups: int = Field(2, ge=1, le=2**16)
     """Groups of classes; a sample uses the tailors of its own group."""
     table: tuple[Group, ...] | None = None
     """The group of each class; none: classes that follow each other form near-equal groups."""

@@ -35,7 +35,7 @@ class SnnetConfig(StitchingConfig):
 
     name: Literal["snnet"] = "snnet"
     """SN-Net."""
-    images: int = Field(100, ge=1)
+    images: int = Field(100, ge=1, le=1_000_000)
     """Images that the least squares look at."""
 
 
