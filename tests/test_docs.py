@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,10 @@ def test_the_site_has_every_page_and_no_link_of_it_is_broken(tmp_path):
     for path in tmp_path.glob("*.md"):
         for link in LINK.findall(re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.S)):
             assert "://" in link or link.startswith("#") or link.partition("#")[0] in written, f"{path.name}: {link}"
+
+
+def test_the_map_of_files_and_the_table_of_options_are_current():
+    done = subprocess.run(
+        [sys.executable, "docs/generate.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
