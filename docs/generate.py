@@ -69,9 +69,9 @@ def options() -> str:
     lines = [
         "# Options of every command",
         "",
-        "Made from the settings by `python docs/generate.py`. A setting is a key of the YAML file (`optim: {lr: 1e-4}`)",
+        "Made from the settings by `python docs/generate.py`. A setting is a key of the YAML (`optim: {lr: 1e-4}`)",
         "and a flag (`--optim.lr 1e-4`). Every command also has `--config FILE`, `--dry-run`, `--launcher NAME`,",
-        "`--verbose`, `--quiet`, `--help` and `--help-all`. What several commands share is listed once, under the first.",
+        "`--verbose`, `--quiet`, `--help` and `--help-all`. What several commands share is listed under the first.",
     ]
     seen: set[tuple[str, str, str]] = set()
     for command in COMMANDS:
