@@ -20,6 +20,12 @@ def _methods() -> list[str]:
     return ["methods with a stage 1 (--method.name NAME):", *table(described(CONDENSING))]
 
 
+def result_lines(config: CondenseConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    shards = f" --data.shards {config.data.shards}" if config.data.shards else ""
+    return [f"next: fine-dist init --parent {Path(config.run_dir) / 'learngene'}{shards}"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     run_dir: Path | None = None

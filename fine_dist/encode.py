@@ -19,6 +19,11 @@ def run(config: EncodeConfig) -> Path:
     return encode(config)
 
 
+def result_lines(config: EncodeConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    return [f"next: fine-dist condense --data.shards {config.folder() / 'train'}"]
+
+
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inspect", metavar="SHARDS", help="describe shards instead of encoding")
     parser.add_argument(

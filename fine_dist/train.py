@@ -6,19 +6,56 @@ import sys
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import expand_path
-from fine_dist.core.errors import guard
-from fine_dist.engine.run_dir import promise_of
+from fine_dist.core.config import expand_path, run_dir_of
+from fine_dist.core.errors import ConfigError, RunDirError, guard
+from fine_dist.engine.run_dir import RunDir, promise_of
 from fine_dist.model.arch import arch
 from fine_dist.stages.config import PRELOAD
 from fine_dist.stages.train import TrainConfig, run
+from launchers.spec import Task
+from launchers.state_table import StateTable
 
 FALLBACK = "DiT-B/2"
 """What a dry run counts while the parent that is to be trained does not exist yet."""
 
 
+def tasks(config: TrainConfig) -> list[Task] | None:
+    """One task for each target of the family `parents`; None when one model is trained.
+
+    Raises:
+        ConfigError: `parent` is given too.
+        RunDirError: The folder holds no family, or no target of it is done.
+    """
+    if config.parents is None:
+        return None
+    if config.parent is not None:
+        raise ConfigError(f"parents: {config.parents} and parent: {config.parent} exclude each other; give one of them")
+    family = Path(expand_path(config.parents))
+    rows = StateTable(family).rows()
+    done = [row.name for row in rows if row.state == "done"]
+    if not done:
+        has = f"{len(rows)} targets, and none is done" if rows else "no family"
+        raise RunDirError(f"parents: {family} holds {has}; give the run_dir of a finished `fine-dist init`")
+    return [_task(config, name, family / name) for name in done]
+
+
+def _task(config: TrainConfig, name: str, parent: Path) -> Task:
+    run_dir = run_dir_of(config) / name
+    part = config.model_copy(update={"parents": None, "parent": str(parent), "run_dir": str(run_dir)})
+    facts = RunDir(run_dir).done
+    steps = facts.get("steps") if facts else None
+    complete = (name,) if isinstance(steps, int) and steps >= config.steps else ()
+    return Task(name, part, complete=complete)
+
+
+def result_lines(config: TrainConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    run_dir = Path(config.run_dir)
+    return [f"next: fine-dist sample --model {run_dir if config.parents else run_dir / 'model'}"]
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     run_dir: Path | None = None
 
     def body() -> int:
@@ -31,6 +68,10 @@ def main(argv: list[str] | None = None) -> int:
             check("fine_dist.train", call.config, call.launcher)
             from fine_dist.planning.estimates import dry_run
 
+            for task in tasks(config) or ():
+                print(f"one task for each of {config.parents}; what follows is for {task.name}\n")
+                config = task.config
+                break
             plan = config.blueprint()
             if plan is None:
                 print(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")

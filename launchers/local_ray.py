@@ -1,4 +1,4 @@
-"""A real Ray cluster of several nodes on this machine, for tests and for trying things out.
+"""A real Ray cluster of several nodes on this machine, for tests and trials.
 
     python -m launchers.local_ray              a head and one more node until Ctrl-C
 
@@ -35,14 +35,16 @@ HEAD = "127.0.0.2"
 
 
 class LocalRay:
-    """One cluster. Use as a context manager, from the process that will end it.
+    """One cluster. Use it as a context manager, from the process that will end it.
 
-    nodes: number of nodes, the head included; each with its own CPUs and object store.
-    cpus:  CPUs that a node claims to have.
+    Args:
+        nodes: Number of nodes, the head included; each has its own CPUs and object store.
+        cpus: Number of CPUs that a node claims to have.
+        gpus: Number of accelerators that a node claims to have, whatever the machine has.
     """
 
-    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
-        self._nodes, self._cpus = nodes, cpus
+    def __init__(self, nodes: int = 2, cpus: int = 4, gpus: int = 0) -> None:
+        self._nodes, self._cpus, self._gpus = nodes, cpus, gpus
         self.folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: Unix sockets live in it
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.port, self.dashboard = free_ports(2)
@@ -50,7 +52,7 @@ class LocalRay:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a client needs to find this cluster; `RAY_ADDRESS` makes `--launcher auto` choose it."""
+        """Variables by which a client finds this cluster; `RAY_ADDRESS` makes `--launcher auto` choose it."""
         return {**SETTINGS, "RAY_ADDRESS": f"{HEAD}:{self.port}"}
 
     @property
@@ -59,7 +61,7 @@ class LocalRay:
         return f"http://{HEAD}:{self.dashboard}"
 
     def start(self) -> LocalRay:
-        """Start all; returns when every node is there. `RuntimeError` with the logs when one does not come up."""
+        """Start all nodes and wait for them. `RuntimeError` with the logs when one does not come up."""
         try:
             self.start_node("head")
             for i in range(1, self._nodes):
@@ -80,6 +82,7 @@ class LocalRay:
             "--block",
             f"--node-ip-address={address}",
             f"--num-cpus={self._cpus}",
+            f"--num-gpus={self._gpus}",
             "--disable-usage-stats",
         ]
         command += [
@@ -96,7 +99,7 @@ class LocalRay:
             command = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", *command]
 
         env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_ID")}
-        env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])  # a job's `python` is ours
+        env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])  # jobs run this `python`
         with open(self.folder / f"{name}.out", "ab") as log:
             self._processes[name] = subprocess.Popen(
                 command, env={**env, **SETTINGS}, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -168,10 +171,11 @@ def await_nodes(address: str, count: int, seconds: float = 120.0) -> bool:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=2, help="number of nodes, the head included (default: 2)")
     parser.add_argument("--cpus", type=int, default=4, help="CPUs that each node claims to have (default: 4)")
+    parser.add_argument("--gpus", type=int, default=0, help="accelerators that each node claims to have (default: 0)")
     parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
     parser.add_argument("--await-nodes", type=int, metavar="N", help="only wait until the cluster at RAY_ADDRESS has N")
     args = parser.parse_args()
@@ -179,7 +183,7 @@ def main() -> int:
         return 0 if await_nodes(os.environ["RAY_ADDRESS"], args.await_nodes) else 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.monotonic()
-    with LocalRay(args.nodes, args.cpus) as cluster:
+    with LocalRay(args.nodes, args.cpus, args.gpus) as cluster:
         seconds = time.monotonic() - begun
         if args.pipe:
             about = {"env": cluster.env, "folder": str(cluster.folder), "seconds": seconds, "api": cluster.api}

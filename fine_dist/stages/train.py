@@ -43,6 +43,9 @@ class TrainConfig(StageConfig):
     parent: PathKey | None = None
     """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
     a name on the hub): trained as it is, or what `method` makes a target of."""
+    parents: str | None = None
+    """Run directory of a family that `fine-dist init` made. One model is trained from each of its targets, as a fan-out
+    with a folder of run_dir for each; none trains one model."""
     hints: HintsConfig = HintsConfig()
     """What another project's file does not say of itself."""
     learngene: PathKey | None = None

@@ -196,6 +196,11 @@ def targets(run_dir: Path) -> dict[str, str]:
     return {path.parent.name: load_artifact(path).hash for path in sorted(run_dir.glob("*/target"))}
 
 
+def steps_of(run_dir: Path) -> set[int]:
+    """Updates of every target in a family's folder, as their results say."""
+    return {json.loads(path.read_text())["steps"] for path in run_dir.glob("L*/DONE.json")}
+
+
 def here(module: str, *words: object) -> None:
     """A command in one process of this machine."""
     line = [sys.executable, "-m", module, *map(str, words), "--launcher", "here"]

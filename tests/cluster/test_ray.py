@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from tests.cluster.conftest import (
     losses,
     results,
     starts,
+    steps_of,
     targets,
     until,
 )
@@ -36,7 +38,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def ray() -> Iterator[Cluster]:
     if subprocess.run([sys.executable, "-c", "import ray.train"], capture_output=True, check=False).returncode:
         absent("Ray is not installed")
-    cluster = Cluster("-m", "launchers.local_ray", "--pipe")
+    cluster = Cluster("-m", "launchers.local_ray", "--pipe", "--gpus", "2")
     yield cluster
     cluster.close()
 
@@ -66,6 +68,25 @@ def test_a_fan_out_on_ray_runs_every_task_and_names_the_one_that_fails(ray, tmp_
     assert [starts(d) for d in task_dirs(tmp_path, 6)] == [1, 1, 2, 1, 1, 1]
     rows = json.loads(ray.python("fine_dist.status", tmp_path, "--json").stdout)["tasks"]
     assert all(row["job"].startswith("ray ") for row in rows)
+
+
+def test_tasks_at_the_same_time_never_share_an_accelerator_though_their_workers_are_reused(ray, tmp_path):
+    words = ("--tasks", 8, "--sleep-s", 0.5, "--launch.gpus", 1, "--launch.ray", "node1", "1")
+    ray.python(TOY, "--run-dir", tmp_path, *words)
+    found = [result for folder in task_dirs(tmp_path, 8) for result in results(folder)]
+    by_device: dict[str, list[list[float]]] = {}
+    for result in found:
+        by_device.setdefault(result["seen"]["CUDA_VISIBLE_DEVICES"], []).append(result["span"])
+    assert by_device.keys() == {"0", "1"} and len(found) == 8
+    for spans in by_device.values():
+        spans.sort()
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans)), by_device
+
+
+def test_what_no_node_has_is_refused_where_no_autoscaler_could_add_it(ray, tmp_path):
+    done = ray.python(TOY, "--run-dir", tmp_path, "--launch.gpus", 3, check=False)
+    assert done.returncode == 2 and "1 processes, the nodes hold 0 of (CPU 1, GPU 3)" in done.stderr
+    assert not list(tmp_path.glob("starts-*"))
 
 
 def test_a_second_fan_out_on_the_same_directory_is_refused_while_the_first_runs(ray, tmp_path):
@@ -184,6 +205,8 @@ def test_a_family_initialised_by_ray_tasks_is_the_one_that_a_single_process_make
 ):
     ray.python("fine_dist.init", "--config", family_config, "--run-dir", tmp_path)
     assert targets(tmp_path) == family_digests
+    said = ray.python("fine_dist.init", "--config", family_config, "--run-dir", tmp_path, "--steps", 24).stdout
+    assert "3 tasks in 2 jobs, 0 done before, 3 to run" in said and steps_of(tmp_path) == {24}
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_under_ray_train(

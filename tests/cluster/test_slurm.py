@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launchers.status import read
-from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, targets, until
+from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, steps_of, targets, until
 
 pytestmark = pytest.mark.cluster
 
@@ -28,7 +28,8 @@ def sbatch(slurm: Slurm, script: str, tmp_path: Path, *flags: str, options: tupl
 
 
 def test_a_job_that_submits_itself_runs_on_a_node_and_leaves_its_log_in_the_run_directory(slurm, tmp_path):
-    said = slurm.python(TOY, "--launcher", "slurm", "--run-dir", tmp_path / "run", "--value", 3).stdout
+    words = ("--launcher", "slurm", "--run-dir", tmp_path / "run", "--value", 3)
+    said = slurm.python(TOY, *words, SBATCH_EXPORT="NONE").stdout  # as the profiles of some sites set it for everybody
     [job] = jobs_of(said)
     assert slurm.ends(job) == "COMPLETED"
     assert [r["value"] for r in results(tmp_path / "run")] == [3]
@@ -136,6 +137,9 @@ def test_a_family_initialised_as_an_array_is_the_one_that_a_single_process_makes
     said = slurm.python("fine_dist.init", *words).stdout
     assert "3 of 3 tasks done" in said and len(family_digests) == 3
     assert targets(tmp_path) == family_digests
+    said = slurm.python("fine_dist.init", *words, "--steps", 24).stdout
+    assert "3 tasks in 2 jobs, 0 done before, 3 to run" in said and steps_of(tmp_path) == {24}
+    assert "next: fine-dist train --parents" in said
 
 
 def test_two_processes_with_zero_2_have_torchruns_losses_when_submitit_starts_them(

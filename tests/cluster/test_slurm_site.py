@@ -46,7 +46,7 @@ def test_a_script_that_always_stops_submits_itself_only_so_often(slurm, tmp_path
     run_dir, config = tmp_path / "run", tmp_path / "toy.yaml"
     config.write_text("stop_times: 100\ntasks: 2\n")
     words = ["bash", "slurm/init.sh", "--run-dir", str(run_dir)]
-    slurm.run(*words, CONFIG=str(config), MODULE=TOY, MAX_RESTARTS="1", **site)
+    slurm.run(*words, CONFIG=str(config), MODULE=TOY, MAX_RESTARTS="1", SBATCH_EXPORT="NONE", **site)
     tasks = [run_dir / "out" / f"task{i}" for i in range(2)]
     resolve_sampling(slurm, lambda: all(starts(task) == 2 for task in tasks), "two starts of each task")
     assert [starts(task) for task in tasks] == [2, 2]

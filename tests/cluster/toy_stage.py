@@ -55,7 +55,7 @@ def tasks(config: ToyConfig) -> list[Task] | None:
 
 
 def run(config: ToyConfig) -> Path:
-    out = Path(config.run_dir)
+    out, begun = Path(config.run_dir), time.time()
     out.mkdir(parents=True, exist_ok=True)
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     starts = out / f"starts-{rank}"
@@ -82,8 +82,10 @@ def run(config: ToyConfig) -> Path:
         raise ZeroDivisionError("crashed")
     if config.fail == "kill" or (config.fail == "first" and times == 1):
         os.kill(os.getpid(), signal.SIGKILL)
-    seen = {key: os.environ.get(key) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES")
+    seen = {key: os.environ.get(key) for key in keys}
     result = {"value": config.value, "version": VERSION, "starts": times, "rank": rank, "seen": seen}
+    result["span"] = [begun, time.time()]
     (out / f"result-{rank}.json").write_text(json.dumps(result))
     return out
 
