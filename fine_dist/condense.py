@@ -33,20 +33,21 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         nonlocal run_dir
         call = parse(CondenseConfig, argv, "fine-dist condense", notes=_methods)
+        config: CondenseConfig = call.config.fitted()
         if call.dry_run:
             from launchers.entry import check
 
-            check("fine_dist.condense", call.config, call.launcher)
+            check("fine_dist.condense", config, call.launcher)
             from fine_dist.planning.estimates import dry_run
 
-            if not call.config.knows_shape:
-                print(f"ancestor {call.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
-            print("\n".join(dry_run(call.config, call.config.blueprint(), call.options.device)))
+            if not config.knows_shape:
+                print(f"ancestor {config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
+            print("\n".join(dry_run(config, config.blueprint(), call.options.device)))
             return 0
         from launchers.entry import launch
 
-        run_dir = Path(expand_path(call.config.run_dir))
-        return launch("fine_dist.condense", call.config, call.launcher)
+        run_dir = Path(expand_path(config.run_dir))
+        return launch("fine_dist.condense", config, call.launcher)
 
     return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 

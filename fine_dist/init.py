@@ -54,6 +54,13 @@ def run(config: InitConfig) -> Path:
     return run_family(Family(config), inside())
 
 
+def result_lines(config: InitConfig) -> list[str]:
+    """What the command prints at its end: the targets by held-out loss, where they are, and the next command."""
+    from fine_dist.family.summary import result_lines as lines
+
+    return lines(run_dir_of(config), [member.name for member in expand(config)])
+
+
 def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
     if config.parent and not exists_locally(config.parent) and not is_hub_name(config.parent):

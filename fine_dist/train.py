@@ -61,11 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         nonlocal run_dir
         call = parse(TrainConfig, argv, "fine-dist train")
-        config: TrainConfig = call.config
+        config: TrainConfig = call.config.fitted()
         if call.dry_run:
             from launchers.entry import check
 
-            check("fine_dist.train", call.config, call.launcher)
+            check("fine_dist.train", config, call.launcher)
             from fine_dist.planning.estimates import dry_run
 
             for task in tasks(config) or ():

@@ -207,12 +207,12 @@ def check_fit(manifest: Manifest, arch: Arch, where: str) -> None:
     if manifest.latent_shape != arch.latent_shape:
         raise DataError(
             f"{where}: latents are {_by(manifest.latent_shape)}, but the model takes {_by(arch.latent_shape)}; "
-            "set the model's in_channels and input_size, or choose other shards"
+            "set --arch.in-channels and --arch.input-size, or choose other shards"
         )
     if manifest.num_classes > arch.num_classes:
         raise DataError(
             f"{where}: labels have {manifest.num_classes} classes, but the model has {arch.num_classes}; "
-            f"set the model's num_classes to {manifest.num_classes}"
+            f"set --arch.num-classes {manifest.num_classes}"
         )
 
 

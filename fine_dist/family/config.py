@@ -22,8 +22,9 @@ class DomainConfig(Config):
 
     data: DataConfig = DataConfig()
     """Its latents."""
-    labels: Literal["keep", "new"] = "keep"
-    """`keep`: its labels mean what the parent's do; `new`: each target trains a label embedder of its own."""
+    labels: Literal["same", "keep", "new"] = "same"
+    """`same`: its classes are the parent's, which is checked by class names or their number. `keep`: use the labels as
+    they are, unchecked. `new`: each target trains a label embedder of its own."""
 
 
 class InitConfig(Config):
@@ -47,6 +48,8 @@ class InitConfig(Config):
     """Layers of the targets."""
     data: DataConfig = DataConfig()
     """The data set, when there is one."""
+    labels: Literal["same", "keep", "new"] = "same"
+    """What labels of `data` mean: as `domains.NAME.labels`."""
     domains: dict[str, DomainConfig] = Field(default_factory=dict)
     """Data sets by name, when there are several; `data` is not read then."""
     seeds: tuple[Seed, ...] = (0,)

@@ -22,6 +22,7 @@ from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
 from fine_dist.methods import build, from_manifest
 from fine_dist.model.arch import Arch
+from fine_dist.stages.config import check_labels, fit_arch
 from launchers.spec import Capacity, check_name
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Member:
 
 def expand(config: InitConfig) -> list[Member]:
     """The grid as named targets, deepest axis first: `L4-s0-lr0.01-linear`. `ConfigError` for an impossible grid."""
-    domains = config.domains or {"data": DomainConfig(data=config.data)}
+    domains = config.domains or {"data": DomainConfig(data=config.data, labels=config.labels)}
     rates = config.lrs or (config.optim.lr,)
     for depth in config.depths:
         if depth < 1:
@@ -157,7 +158,9 @@ class Family:
         return arch.model_copy(update={"num_classes": self.manifests(member)[0][1].num_classes})
 
     def _shape(self, member: Member) -> Arch:
-        base = self.config.arch or (self.parent.arch if self.parent else None)
+        base = self.parent.arch if self.parent else None
+        if self.config.arch:
+            base = fit_arch(self.config.arch, member.domain_config.data)
         if base is None:
             raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
         return base.with_depth(member.depth)
@@ -173,6 +176,16 @@ class Family:
         arch = self.arch(member)
         for where, manifest in self.manifests(member):
             check_fit(manifest, arch, where)
+        if self.parent is not None and self.method(member).traits.parents != ("none",):
+            key = f"domains.{member.domain}.labels" if self.config.domains else "labels"
+            check_labels(
+                self.parent.artifact.extra.get("class_names") or (),
+                self.parent.arch.num_classes,
+                str(self.config.parent),
+                member.domain_config.data,
+                kept=member.domain_config.labels != "same" or arch.num_classes != self.parent.arch.num_classes,
+                remedy=f"set {key}: new to train a label embedder anew, or {key}: keep to use them as they are",
+            )
 
     def manifests(self, member: Member) -> list[tuple[str, Manifest]]:
         """What the data set's shards hold: those that are trained on first, then the held-out ones if any."""
@@ -226,7 +239,7 @@ class Family:
             "parent": self.parent.artifact.hash if self.parent else None,
             "arch": self.arch(member).model_dump(mode="json"),
             "data": {"hash": self.manifests(member)[0][1].hash, "streams": data.streams, "window": data.window},
-            "labels": member.domain_config.labels,
+            "labels": "new" if self.new_labels(member) else "keep",
             "seed": member.seed,
             "lr": member.lr,
             "batch": config.batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -80,8 +81,37 @@ class FamilyBar:
         return done, [*losses, *(loss for loss in self._finished.values() if loss is not None)]
 
 
+def result_lines(run_dir: Path, names: Sequence[str], most: int = 20) -> list[str]:
+    """What a family that has ended says: its targets by held-out loss with their folders, and the next command."""
+    done = {name: result for name in names if (result := result_of(run_dir / name)) is not None}
+    if not done:
+        return []
+    key, loss = ("held_out_loss", "held-out loss") if _all_have(done, "held_out_loss") else ("loss", "training loss")
+    order = sorted(done, key=lambda name: (_order(done[name].get(key)), name))
+    width = max(map(len, order))
+    lines = [f"{len(done)} of {len(names)} targets are done; by {loss}:"]
+    for name in order[:most]:
+        value = done[name].get(key)
+        figure = f"{value:.4f}" if value is not None else "not trained"
+        lines.append(f"  {name:{width}}  {figure}  {run_dir / name}")
+    if len(order) > most:
+        lines.append(f"  ... and {len(order) - most} more: fine-dist init --list {run_dir}")
+    return [*lines, f"next: fine-dist sample --model {run_dir / order[0]}"]
+
+
+def _all_have(done: Mapping[str, Mapping[str, Any]], key: str) -> bool:
+    return all(result.get(key) is not None for result in done.values())
+
+
+def _order(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
 def list_family(run_dir: Path) -> list[str]:
-    """Lines of a table: every target with its sizes and losses, then the storage. `RunDirError` where there is none."""
+    """Lines of a table: every target with its sizes and losses, the best held-out loss first, then the storage.
+
+    `RunDirError` where there is none.
+    """
     from launchers.state_table import StateTable
 
     table = StateTable(run_dir)
@@ -91,9 +121,12 @@ def list_family(run_dir: Path) -> list[str]:
     width = max(len(row.name) for row in rows)
     lines = [f"{'target':{width}}  depth    numbers      bytes  steps     loss  held-out  seconds  state"]
     stored = 0
+    done_of = {row.name: result_of(run_dir / row.name) or {} for row in rows}
+    ranked = any(done.get("held_out_loss") is not None for done in done_of.values())
+    rows.sort(key=lambda row: _order(done_of[row.name].get("held_out_loss")))
     for row in rows:
         folder = run_dir / row.name
-        done, now = result_of(folder) or {}, last_row(folder) or {}
+        done, now = done_of[row.name], last_row(folder) or {}
         stored += done.get("bytes", 0)
         state = row.state if row.state != "running" or not table.lost(row) else "lost"
         lines.append(
@@ -102,6 +135,8 @@ def list_family(run_dir: Path) -> list[str]:
             f"{_cell(done.get('loss', now.get('loss')), '7.4f')}  {_cell(done.get('held_out_loss'), '8.4f')}  "
             f"{_cell(done.get('seconds'), '7.1f')}  {state}" + (f": {row.reason}" if row.reason else "")
         )
+    if not ranked:
+        lines.append("no target has a held-out loss (data.held_out): in the order of the grid")
     lines += storage(run_dir, [row.name for row in rows], stored)
     return lines
 

@@ -37,7 +37,7 @@ class Arch(Config):
     num_layers: Depth = 12
     """Number of blocks L."""
     num_heads: int = Field(12, ge=1, le=2**16)
-    """Attention heads; must divide the width."""
+    """Attention heads; must divide the width. Default: DiT's own for its widths, else one for 64 features."""
     patch_size: int = Field(2, ge=1, le=2**16)
     """Side of a patch, in latent pixels."""
     in_channels: int = Field(4, ge=1, le=2**16)
@@ -60,7 +60,9 @@ class Arch(Config):
             if not isinstance(value["name"], str):
                 raise ValueError(f"name: a name such as DiT-B/2-L6 is needed, not {shown(value['name'])}")
             rest = {key: item for key, item in value.items() if key != "name"}
-            return {**parse_name(value["name"]), **rest}
+            value = {**parse_name(value["name"]), **rest}
+        if isinstance(value, dict) and "num_heads" not in value and type(value.get("hidden_size")) is int:
+            value = {**value, "num_heads": heads_of_width(value["hidden_size"])}
         return value
 
     @model_validator(mode="after")
@@ -135,6 +137,13 @@ class Arch(Config):
         if rank is None:
             return shell + self.num_layers * sum(m * n for m, n in sides)
         return shell + rank * sum(m + n for m, n in sides) + self.num_layers * len(MATRICES) * rank
+
+
+def heads_of_width(width: int) -> int:
+    """The heads of a DiT of this width: the table's, or else the largest divisor of the width up to width / 64."""
+    known = {size[0]: size[2] for size in SIZES.values()}
+    fits = (heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
+    return known.get(width) or next(fits, 1)
 
 
 def parse_name(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fine_dist.methods import CONDENSES, AnyMethod, build
 from fine_dist.methods.base import Method, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
-from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
+from fine_dist.stages.config import Blueprint, LossConfig, StageConfig, check_labels, fit_arch
 from fine_dist.stages.stage import train_stage
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class CondenseConfig(StageConfig):
         """False while the ancestor that it is to be taken from is not there."""
         return bool(self.arch or not self.ancestor or self.knows_ancestor)
 
+    def fitted(self) -> CondenseConfig:
+        """With what `arch` leaves open taken from the shards; without an ancestor that is an architecture's default."""
+        arch = self.arch or (None if self.ancestor else Arch())
+        return self.model_copy(update={"arch": fit_arch(arch, self.data)}) if arch else self
+
     def origin(self) -> dict[str, Any]:
         return {
             "arch": self.shape.model_dump(),
@@ -119,6 +124,7 @@ class CondenseConfig(StageConfig):
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
+    config = config.fitted()
     ancestor, about = ancestor_of(config)
     method, shape = config.settled, config.shape
 
@@ -169,6 +175,14 @@ def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
             "ancestor's"
         )
     check_teacher(ancestor.arch, shape, config.ancestor)
+    check_labels(
+        about.get("class_names") or (),
+        ancestor.arch.num_classes,
+        config.ancestor,
+        config.data,
+        kept=config.keep_labels,
+        remedy="give data of the ancestor's classes, or --keep-labels to use the labels as they are",
+    )
     check_parent_process(diffusion_of(about), config.diffusion, config.ancestor, teacher=not traits.carries_over)
     return ancestor, about
 

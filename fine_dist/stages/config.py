@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_dist.core.config import Config, PathKey, Seed, expand_path
-from fine_dist.core.errors import ConfigError
+from fine_dist.core.config import Config, PathKey, Seed, expand_path, validate
+from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
@@ -76,6 +77,9 @@ class StageConfig(Config):
     """Quick evaluations on the way."""
     launch: LaunchConfig = LaunchConfig()
     """What the job needs, where it is submitted."""
+    keep_labels: bool = False
+    """Use labels of the data as the parent's classes of the same numbers, although class names or their number differ.
+    Default: refuse, because label 0 of the data would continue as class 0 of the parent, whatever that shows."""
 
     @abstractmethod
     def origin(self) -> dict[str, Any]:
@@ -107,6 +111,62 @@ class StageConfig(Config):
     @abstractmethod
     def blueprint(self) -> Blueprint | None:
         """What would be trained; none while its shape is not known."""
+
+
+def fit_arch(arch: Arch, data: DataConfig) -> Arch:
+    """An architecture whose latent shape and number of classes are those of the shards, where it does not give them.
+
+    Without shards, or where they are not there yet, it stays as it is.
+    """
+    unset = {"in_channels", "input_size", "num_classes"} - arch.model_fields_set
+    if not (unset and data.shards):
+        return arch
+    from fine_dist.data.sources import locate
+    from fine_dist.model.arch import Arch
+
+    try:
+        manifest, _ = locate(expand_path(data.shards), data)
+    except DataError:
+        return arch  # the run itself says what is wrong with them
+    channels, side, _ = manifest.latent_shape
+    known = {"in_channels": channels, "input_size": side, "num_classes": manifest.num_classes}
+    given = {key: getattr(arch, key) for key in arch.model_fields_set}
+    return validate(Arch, {**given, **{key: known[key] for key in unset}}, "arch of the shards")
+
+
+def check_labels(
+    names: Sequence[str], num_classes: int, parent: str, data: DataConfig, *, kept: bool, remedy: str
+) -> None:
+    """Refuse data whose labels mean other classes than the parent's.
+
+    Args:
+        names: The parent's class names, in the order of labels; empty where nothing tells.
+        num_classes: The parent's classes.
+        parent: What the parent is called.
+        data: Its shards are compared: by class names where both sides have them, else by the number of classes.
+        kept: Whether the user wants the labels to be used as they are.
+        remedy: Which settings the message names.
+
+    Raises:
+        DataError: The classes differ.
+    """
+    if kept or not data.shards:
+        return
+    from fine_dist.data.shards import check_classes
+    from fine_dist.data.sources import locate
+
+    where = expand_path(data.shards)
+    manifest, _ = locate(where, data)
+    if names and manifest.class_names:
+        try:
+            check_classes(parent, tuple(names), where, manifest.class_names)
+        except DataError as error:
+            raise DataError(f"{str(error).partition(';')[0]}; {remedy}") from None
+    elif manifest.num_classes != num_classes:
+        raise DataError(
+            f"{parent} knows {num_classes} classes, and {where} has {manifest.num_classes}: label 0 of the data would "
+            f"continue as the parent's class 0; {remedy}"
+        )
 
 
 class LossConfig(Config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ from fine_dist.methods import SCRATCH, AnyMethod, build, from_manifest, parent_o
 from fine_dist.methods.base import Condensation, Method, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.stages.build import Plan, check_teacher, weights_of
-from fine_dist.stages.config import Blueprint, LossConfig, StageConfig
+from fine_dist.stages.config import Blueprint, LossConfig, StageConfig, check_labels, fit_arch
 from fine_dist.stages.stage import train_stage
 
 if TYPE_CHECKING:
@@ -74,6 +75,10 @@ class TrainConfig(StageConfig):
         """Whether a term of the loss imitates the ancestor."""
         return self.weights.output > 0 or self.weights.features > 0
 
+    def fitted(self) -> TrainConfig:
+        """With what `arch` leaves open taken from the shards."""
+        return self.model_copy(update={"arch": fit_arch(self.arch, self.data)}) if self.arch else self
+
     def origin(self) -> dict[str, Any]:
         arch = self.arch
         if arch is None and self.parent:
@@ -119,6 +124,7 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     if config.method is None and config.parent:
         model, about = load_model(config.parent, config.learngene, hints=config.hints)
         check_parent_process(diffusion_of(about), config.diffusion, config.parent)
+        _check_labels(config, about.get("class_names") or (), model.arch.num_classes)
         if config.arch is not None and model.arch != config.arch:
             raise ConfigError(
                 f"arch: {config.parent} is {model.arch}, and the config says {config.arch}; leave arch out, or name "
@@ -132,6 +138,8 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     method = build(config.method or SCRATCH)
     if parent is not None and config.parent and method.traits.parents != ("none",):
         check_parent_process(diffusion_of(parent.artifact.extra), config.diffusion, config.parent)
+        if arch.num_classes == parent.arch.num_classes:
+            _check_labels(config, parent.artifact.extra.get("class_names") or (), arch.num_classes)
     if parent is not None and method.traits.samples and config.data.shards:
         from fine_dist.data.stream import read_all
 
@@ -144,6 +152,17 @@ def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
     if parent is None or method.traits.parents == ("none",):
         return descent.model, method, _origin(parent.artifact.hash if parent else None, {})
     return descent.model, method, _origin(parent.artifact.hash, parent.artifact.extra)
+
+
+def _check_labels(config: TrainConfig, names: Sequence[str], num_classes: int) -> None:
+    check_labels(
+        names,
+        num_classes,
+        str(config.parent),
+        config.data,
+        kept=config.keep_labels or config.shell == "scratch",
+        remedy="set --shell scratch to train a label embedder anew, or --keep-labels to use the labels as they are",
+    )
 
 
 def _origin(sha256: str | None, extra: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +189,7 @@ def with_fresh_shell(model: nn.Module, seed: int) -> None:
 
 def run(config: TrainConfig) -> Path:
     """Train the model; returns its folder. Raises `ResumeLater` when stopped early."""
+    config = config.fitted()
     if config.imitates and not config.ancestor:
         raise ConfigError("loss: distillation imitates an ancestor; give its folder with --ancestor")
     if config.ancestor and not config.imitates:
