@@ -116,14 +116,6 @@ def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager
     return FamilyBar(expand(config), config.steps)
 
 
-def result_lines(config: InitConfig) -> list[str]:
-    """What the command prints when it has succeeded: every target with its losses and folder, and what to do next."""
-    from fine_dist.family.summary import list_family
-
-    run_dir = run_dir_of(config)
-    return [*list_family(run_dir), f"targets are in {run_dir}/NAME", f"next: fine-dist train --parents {run_dir}"]
-
-
 def promise_of(config: InitConfig) -> str:
     """What is true of a family that is interrupted now."""
     rows = StateTable(run_dir_of(config)).rows()
