@@ -75,7 +75,7 @@ def at(divisor: int) -> str:
 
 def mfu_rows(plan: SpeedPlan, precision: str, name: str, seconds: list[float], flops: float) -> list[BenchmarkRow]:
     """Of a GPU whose peak is known: the share of it that the step's arithmetic takes."""
-    from fine_dist.model.flops import peak_flops
+    from fine_dist.engine.accelerators import peak_flops
 
     peak = peak_flops(plan.device, precision, None) if plan.device.type == "cuda" else None
     if peak is None:

@@ -9,13 +9,16 @@ Shapes: a parameter has `numel` values, flattened; a piece is [stop - start] of 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import World
+from fine_dist.engine.dist import World, gather_objects
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,44 @@ class Backend(ABC):
     def weights(self) -> dict[str, Tensor]:
         """All weights that train, whole (fp32, host memory), on rank 0."""
         return self.gather({piece.name: piece.weight for piece in self.pieces()})
+
+
+SEND_VALUES = 1 << 24
+"""Values (fp32) in one message when shards are gathered: 64 MiB."""
+
+
+class ShardedBackend(Backend):
+    """A backend whose ranks own different pieces.
+
+    An implementation sets `shapes` and calls `share_layout` once its pieces are known.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shapes of the whole parameters that train, by name."""
+
+    def share_layout(self) -> None:
+        """Tell every rank which ranges each rank owns. All ranks call it."""
+        mine = [[piece.name, piece.start, piece.stop] for piece in self.pieces()]
+        self._layout: list[list[tuple[str, int, int]]] = gather_objects(mine, self.world)
+
+    def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each rank sends its pieces, in order, as one flat tensor; rank 0 puts them where they belong."""
+        mine = [values[piece.name].detach().reshape(-1).cpu() for piece in self.pieces()]
+        if not self.world.is_main:
+            if mine:
+                for part in torch.cat(mine).split(SEND_VALUES):
+                    torch.distributed.send(part, 0)
+            return {}
+        whole = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
+        for rank, layout in enumerate(self._layout):
+            sizes = [stop - start for _, start, stop in layout]
+            if rank == 0:
+                parts = mine
+            else:
+                flat = torch.empty(sum(sizes))
+                for part in flat.split(SEND_VALUES) if layout else ():
+                    torch.distributed.recv(part, rank)
+                parts = list(flat.split(sizes)) if layout else []
+            for (name, start, stop), part in zip(layout, parts):
+                whole[name][start:stop] = part
+        return {name: tensor.view(self.shapes[name]) for name, tensor in whole.items()}

@@ -1,7 +1,8 @@
-"""Makes the backend that a config names; DeepSpeed is imported only where it is asked for."""
+"""Makes the backend that a config names; DeepSpeed and FSDP2 are imported only where they are asked for."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fine_dist.engine.backend import Backend
@@ -15,7 +16,11 @@ def make_backend(
 ) -> Backend:
     """The backend of a config, which takes `model` over and moves it to the world's device."""
     if engine.backend == "plain":
-        return PlainBackend(model, optim, world)
+        return PlainBackend(model, optim, world, torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32)
+    if engine.backend == "fsdp2":
+        from fine_dist.engine.fsdp_backend import FsdpBackend
+
+        return FsdpBackend(model, optim, engine, world)
     from fine_dist.engine.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(model, optim, engine, world, micro_batch, accumulation)

@@ -6,6 +6,7 @@ compile nothing new.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 from collections.abc import Callable
@@ -55,8 +56,8 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
     chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
 
-    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        kind = type(block)
+    # The class is the one that a block has now: FSDP2 gives it another, derived one.
+    def forward(kind: type, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return chosen[kind](block, *args, **kwargs)
         except CompileError as error:
@@ -68,4 +69,4 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
             return eager[kind](block, *args, **kwargs)
 
     for block in blocks:
-        block.forward = MethodType(forward, block)
+        block.forward = MethodType(functools.partial(forward, type(block)), block)

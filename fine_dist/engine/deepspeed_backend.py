@@ -14,22 +14,18 @@ import warnings
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.backend import Backend, Piece
+from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.deepspeed_json import deepspeed_json
-from fine_dist.engine.dist import World, gather_objects, join_alone
+from fine_dist.engine.dist import World, join_alone
 from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 
-SEND_VALUES = 1 << 24
-"""Values (fp32) in one message when shards are gathered: 64 MiB."""
 
-
-class DeepSpeedBackend(Backend):
+class DeepSpeedBackend(ShardedBackend):
     """A ZeRO engine. `ConfigError` when DeepSpeed is missing or an extra JSON contradicts the config."""
 
     def __init__(
@@ -56,9 +52,7 @@ class DeepSpeedBackend(Backend):
         self._held = self._find_pieces()
         # Stage 0 holds everything on every rank; rank 0 owns it.
         self._pieces = self._held if self.stage or world.is_main else []
-        self._layout: list[list[tuple[str, int, int]]] = gather_objects(
-            [[piece.name, piece.start, piece.stop] for piece in self._pieces], world
-        )
+        self.share_layout()
 
     # --- a step -----------------------------------------------------------------------------------------------------
 
@@ -166,28 +160,6 @@ class DeepSpeedBackend(Backend):
             if p.data.numel() != p.ds_numel:
                 return
         p.data.copy_(checkpoint.whole("weight", name).view(self.shapes[name]))
-
-    def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each rank sends its pieces, in order, as one flat tensor; rank 0 puts them where they belong."""
-        mine = [values[piece.name].detach().reshape(-1).cpu() for piece in self._pieces]
-        if not self.world.is_main:
-            if mine:
-                for part in torch.cat(mine).split(SEND_VALUES):
-                    torch.distributed.send(part, 0)
-            return {}
-        whole = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
-        for rank, layout in enumerate(self._layout):
-            sizes = [stop - start for _, start, stop in layout]
-            if rank == 0:
-                parts = mine
-            else:
-                flat = torch.empty(sum(sizes))
-                for part in flat.split(SEND_VALUES) if layout else ():
-                    torch.distributed.recv(part, rank)
-                parts = list(flat.split(sizes)) if layout else []
-            for (name, start, stop), part in zip(layout, parts):
-                whole[name][start:stop] = part
-        return {name: tensor.view(self.shapes[name]) for name, tensor in whole.items()}
 
 
 class _ClippingAdamW(torch.optim.AdamW):

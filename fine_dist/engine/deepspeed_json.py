@@ -57,6 +57,7 @@ def deepspeed_json(
         "fp16": {"enabled": False},
         # bf16 is autocast here, so that weights and their sums stay fp32 (an empty list: gradients travel as fp32).
         "bf16": {"enabled": False},
+        "communication_data_type": "bf16" if engine.reduce_dtype == "bf16" else "fp32",
         "torch_autocast": {
             "enabled": engine.precision == "bf16",
             "dtype": "bfloat16",

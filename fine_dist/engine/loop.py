@@ -7,6 +7,7 @@ restart changes what is computed. Running the same command again continues from 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fine_dist.core.errors import ConfigError, ReportedElsewhere, ResumeLater, TrainingError
 from fine_dist.diffusion.random_draws import mix
 from fine_dist.engine import dist, replica_check, stopping
+from fine_dist.engine.accelerators import peak_flops
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.backend import Backend
 from fine_dist.engine.backends import make_backend
@@ -28,14 +30,15 @@ from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.monitor import Monitor
-from fine_dist.engine.optimizer import learning_rate, precision, trainable
+from fine_dist.engine.optimizer import learning_rate, precision, set_arithmetic, trainable
 from fine_dist.engine.program import FitResult, Program, divide_batch, may_skip
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy, PendingStep, reduce_flags
 from fine_dist.engine.stopping import Stopper
-from fine_dist.model import flops
 from fine_dist.model.layers import emulates_bf16
+
+log = logging.getLogger(__name__)
 
 _BEFORE_STEP = 0x6265666F7265
 """Separates the random numbers of `before_step` from every other use of (seed, step)."""
@@ -113,7 +116,7 @@ class Run:
             torch.set_num_threads(engine.threads)
         if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
-        torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; nothing on a CPU
+        set_arithmetic(engine)
         second_model = evaluation_model(program, engine, world)
         prepare_model(program.model, engine, self.device)
         replica_check.broadcast(program.model, world)
@@ -129,7 +132,7 @@ class Run:
             global_batch=global_batch,
             tokens_per_sample=program.tokens_per_sample,
             flops_per_sample=program.flops_per_sample,
-            peak=flops.peak_flops(self.device, engine.precision, engine.peak_tflops) if world.is_main else None,
+            peak=self.peak_flops(),
             log_every=engine.log_every,
         )
         self.evaluation = EvaluationCallback(
@@ -293,7 +296,8 @@ class Run:
         checkpoint.close()
         if checkpoint.step == self.steps:
             self.open_logs(checkpoint.step)
-        return checkpoint.step
+        step: int = checkpoint.step
+        return step
 
     def open_logs(self, step: int) -> None:
         """Open the logs, once, after the first step has worked: the run directory is this run's from now on."""
@@ -312,6 +316,19 @@ class Run:
         measures = self.program.held_out is not None and self.world.is_main
         if dist.broadcast_object(measures and not self.monitor.has_row(step, "held_out_loss"), self.world):
             self.evaluation.after_step(step, self.seconds)
+
+    def peak_flops(self) -> float | None:
+        """Peak of this rank's device, for MFU; a warning when the run will have rows without it."""
+        if not self.world.is_main:
+            return None
+        peak = peak_flops(self.device, self.engine.precision, self.engine.peak_tflops)
+        if peak is None:
+            log.warning(
+                "the peak of %s in %s is not known, so rows have no MFU; give it as engine.peak_tflops",
+                torch.cuda.get_device_name(self.device),
+                self.engine.precision,
+            )
+        return peak
 
     def save(self, step: int) -> None:
         """Compare the ranks' weights and start to write a checkpoint."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -84,10 +85,21 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def set_arithmetic(engine: LoopConfig) -> None:
+    """Set what this process does in fp32 products, and whether every run gives the same bits."""
+    tf32 = engine.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    if engine.deterministic:
+        # cuBLAS chooses a fixed order of sums only with a workspace of a fixed size, which it reads once.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 @contextlib.contextmanager
 def precision(engine: LoopConfig, device: torch.device) -> Iterator[None]:
     """Autocast to bf16 when asked for; weights, sums of gradients and losses stay fp32."""
-    if engine.precision == "fp32":
+    if engine.precision != "bf16":
         yield
         return
     with torch.autocast(device.type, dtype=torch.bfloat16):

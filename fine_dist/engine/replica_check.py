@@ -92,7 +92,7 @@ def check(model: nn.Module, world: World, engine: LoopConfig, when: str) -> str:
 
 def shards_weights(engine: LoopConfig) -> bool:
     """Whether no rank holds all weights between two steps."""
-    return engine.backend == "deepspeed" and engine.deepspeed.stage == 3
+    return engine.backend == "fsdp2" or (engine.backend == "deepspeed" and engine.deepspeed.stage == 3)
 
 
 @torch.no_grad()

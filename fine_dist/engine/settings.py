@@ -57,13 +57,14 @@ class LoopConfig(Config):
     Precision and what a bad loss does change results; the rest changes speed, memory and what is written.
     """
 
-    backend: Literal["plain", "deepspeed"] = "plain"
+    backend: Literal["plain", "deepspeed", "fsdp2"] = "plain"
     """What holds the weights: `plain` holds all of them in every process and sums gradients; `deepspeed` shards them
-    with ZeRO, for models whose optimizer state does not fit."""
+    with ZeRO, and `fsdp2` with torch's own `fully_shard`, for models that do not fit otherwise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs: `auto` takes a GPU of NVIDIA (CUDA) or AMD (ROCm) when there is one, and `cuda` insists."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the model: `bf16` is autocast, and weights, averages and optimizer state stay in fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the model: `fp32` is exact, `tf32` lets a GPU round the inputs of fp32 products to 10 bits (several
+    times faster), and `bf16` is autocast. Weights, averages and optimizer state are fp32 in all of them."""
     micro_batch: int | None = Field(None, ge=1, le=2**20)
     """Samples that a process takes through the model at once (of each target, in a pack). None takes its whole share of
     the global batch; lower it when memory runs out, and the rest is accumulated."""
@@ -76,6 +77,12 @@ class LoopConfig(Config):
     keep_freed_memory: bool = True
     """On a CPU with glibc, keep freed memory for the next step, which makes steps some 15% faster. Variables of your
     own (MALLOC_...) are left as they are."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients travel between processes. `bf16` halves the traffic, for a slow network, and rounds the
+    gradient of each process to 8 bits before they are summed."""
+    deterministic: bool = False
+    """Choose algorithms that give the same bits in every run, on a GPU some 10% slower. With it a resumed run is
+    bit-identical on a GPU too, on the same number of the same devices; on a CPU it always is."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of the deepspeed backend."""
     checkpoint_every: int = Field(1000, ge=1, le=1_000_000_000)

@@ -1,4 +1,4 @@
-"""Arithmetic of a DiT, counted from its architecture: multiply-adds, model FLOPs, and the peak they are held against.
+"""Arithmetic of a DiT, counted from its architecture: multiply-adds and model FLOPs.
 
 A multiply-add is two FLOPs. Papers' "GFLOPs" of a DiT are multiply-adds; MFU here counts both operations on both sides.
 What is counted: matrix products and attention; what is not: norms, activations, the optimiser (under 1%).
@@ -6,41 +6,13 @@ What is counted: matrix products and attention; what is not: norms, activations,
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.model.arch import MATRICES, Arch
 
 if TYPE_CHECKING:
-    import torch
-
-PEAK_TFLOPS = {
-    # dense bf16, without sparsity, from the vendors' data sheets; the longest name that matches wins
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "H800": 989.0,
-    "H20": 148.0,
-    "A40": 149.7,
-    "A30": 165.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L40": 181.0,
-    "L4": 121.0,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-    "RTX 6000 Ada": 364.2,
-    "V100": 125.0,
-    "T4": 65.0,
-}
-FP32_FRACTION = {"A100": 0.5, "A800": 0.5, "H100": 0.5, "H200": 0.5, "GH200": 0.5, "H800": 0.5}
-"""Peak of fp32 (as TF32) over bf16's, where it is not also the default of a half."""
+    pass
 
 
 def block_macs(arch: Arch, matrices: tuple[str, ...] = MATRICES) -> int:
@@ -80,36 +52,6 @@ def train_flops(arch: Arch) -> float:
     *model* trains, and a cheaper path shows as more of it.
     """
     return 6.0 * forward_macs(arch)
-
-
-def peak_flops(device: torch.device, precision: str, stated_tflops: float | None) -> float | None:
-    """FLOP/s one accelerator can do: as stated, from the table, or measured on a CPU; none when it is not known."""
-    import torch
-
-    if stated_tflops is not None:
-        return stated_tflops * 1e12
-    if device.type == "cpu":
-        return measured_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
-    name = torch.cuda.get_device_name(device)
-    match = max((key for key in PEAK_TFLOPS if key in name), key=len, default=None)
-    if match is None:
-        return None
-    return PEAK_TFLOPS[match] * 1e12 * (1.0 if precision == "bf16" else FP32_FRACTION.get(match, 0.5))
-
-
-def measured_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on this CPU with the threads torch has now: the best of a short while."""
-    import torch
-
-    n = 768
-    a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
-    a @ b
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        begun = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - begun)
-    return 2 * n**3 / best
 
 
 if TYPE_CHECKING:

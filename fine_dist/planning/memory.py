@@ -64,15 +64,17 @@ def estimate(
     teacher: numbers in a frozen model that is asked at every step, held in the compute precision.
     shows:  whether held-out losses or pictures are made, which takes a second model.
     """
-    sharded = engine.backend == "deepspeed"
-    stage = engine.deepspeed.stage if sharded else 0
+    sharded = engine.backend != "plain"
+    stage = {"plain": 0, "deepspeed": engine.deepspeed.stage, "fsdp2": 3}[engine.backend]
     params, trained = 4.0 * num_params, 4.0 * num_trained
     share = trained / world_size if stage >= 1 else trained
-    kept_on_host = sharded and engine.deepspeed.offload_optimizer
-    weights_on_host = sharded and engine.deepspeed.offload_params
+    kept_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
+    weights_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_params
     state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
     weights = params / (world_size if stage == 3 else 1)
-    if stage == 3:
+    if engine.backend == "fsdp2":
+        buffers = 3 * params / arch.num_layers  # a block's weights, the next one's, and a block's gradients
+    elif stage == 3:
         buffers = min(params, 4.0 * LIVE) + 2 * 4.0 * BUCKET  # gathered weights; gradients in, and their sums out
     elif sharded:
         buffers = 2 * min(trained, 4.0 * BUCKET)

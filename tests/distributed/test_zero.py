@@ -184,6 +184,7 @@ def test_every_backend_and_stage_gathers_the_very_bits_of_one_checkpoint(tmp_pat
     for stage in (0, 1, 2, 3):
         settings = zero(tmp_path, stage)
         configs[f"ZeRO-{stage}"] = ToyConfig(**{**dict(start), "engine": settings}).model_dump_json()
+    configs["FSDP2"] = ToyConfig(**{**dict(start), "engine": engine(backend="fsdp2")}).model_dump_json()
     settings = engine(backend="deepspeed", deepspeed={"stage": 2, "offload_optimizer": True})
     configs["ZeRO-2 offloaded"] = ToyConfig(**{**dict(start), "engine": settings}).model_dump_json()
     ranks = run_distributed(same_from_everywhere, world_size, str(tmp_path), configs, str(saved))

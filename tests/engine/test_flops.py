@@ -7,10 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fine_dist.engine.accelerators import measured_peak
 from fine_dist.engine.monitor import mfu
 from fine_dist.model.arch import arch
 from fine_dist.model.dit import DiT
-from fine_dist.model.flops import block_macs, factored_macs, forward_macs, measured_peak, train_flops
+from fine_dist.model.flops import block_macs, factored_macs, forward_macs, train_flops
 
 # DiT, arXiv 2212.09748, table 4: multiply-adds of a forward pass (the paper's Gflops), 256 px.
 PAPER = {"DiT-S/2": 6.06, "DiT-B/2": 23.01, "DiT-L/2": 80.71, "DiT-XL/2": 118.64, "DiT-B/4": 5.56, "DiT-XL/8": 7.39}

@@ -167,7 +167,7 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(tmp_path: Path) -> None
     assert (tmp_path / "checkpoints" / "LATEST").exists()
 
 
-def nan_at(step: int):
+def nan_at(step: int, here: dist.World | None = None):
     class Bad(ToyStream):
         def batches(self, start_step=0):
             for batch in super().batches(start_step):
@@ -175,7 +175,7 @@ def nan_at(step: int):
                     batch.latents[0] = float("nan")
                 yield batch
 
-    return Bad(8, dist.alone("cpu"))
+    return Bad(8, here or dist.alone("cpu"))
 
 
 def test_a_nan_loss_stops_with_the_last_good_checkpoint_or_is_skipped_up_to_a_limit(tmp_path: Path) -> None:

@@ -17,8 +17,15 @@ def test_a_step_waits_for_nothing_and_a_layer_costs_so_many_launches(gpu: Worker
     for layers in (1, 2):
         found = gpu.run("loop_step", kind=kind, layers=layers, precision="bf16")
         assert found["waits"] == []
+        assert {key.split()[0] for key in found["products"]} == {"torch.bfloat16"}
         launches.append(sum(found["launches"].values()))
     assert launches[1] - launches[0] <= LAUNCHES_A_LAYER[kind]
+
+
+@pytest.mark.parametrize(("precision", "products"), [("fp32", "torch.float32 highest"), ("tf32", "torch.float32 high")])
+def test_products_of_a_step_are_exact_unless_tf32_is_said(gpu: Worker, precision: str, products: str) -> None:
+    found = gpu.run("loop_step", kind="dense", layers=1, precision=precision)
+    assert set(found["products"]) == {products} and found["waits"] == []
 
 
 def test_zero_waits_for_its_own_overflow_check_alone(gpu: Worker) -> None:

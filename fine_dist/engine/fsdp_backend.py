@@ -1,0 +1,130 @@
+"""torch's FSDP2 (`fully_shard`): every parameter, gradient and optimizer state is sharded over all ranks.
+
+Each block is a group of its own: its weights are gathered before its forward and backward pass and freed after, while
+the next block's are on their way. What belongs to the model itself, such as genes that all blocks share, is one group
+at the root, gathered once for the whole pass.
+
+A parameter is sharded by rows, so what a rank holds is one flat range of it: a piece like every other backend's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from fine_dist.core.errors import ConfigError
+from fine_dist.engine.backend import Piece, ShardedBackend
+from fine_dist.engine.checkpoint_files import CheckpointReader
+from fine_dist.engine.dist import World, all_reduce_sum, join_alone
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.settings import EngineConfig, OptimConfig
+
+
+class FsdpBackend(ShardedBackend):
+    """Shards a model's blocks and its root over all ranks.
+
+    The optimizer updates the local shards as ordinary tensors: torch's fused AdamW does not know sharded ones, and a
+    sharded tensor's operators cost the host ten times an ordinary one's.
+
+    Raises:
+        ConfigError: The model has a parameter without dimensions, which FSDP2 cannot shard.
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimConfig, engine: EngineConfig, world: World) -> None:
+        assert world.device is not None
+        self.world = world
+        self.clip_norm = optim.clip_norm
+        if world.world_size == 1:
+            join_alone(world.device)
+        self.shapes = {name: tuple(p.shape) for name, p in trainable(model).items()}
+        scalars = [name for name, p in model.named_parameters() if p.dim() == 0]
+        if scalars:
+            raise ConfigError(
+                f"engine.backend: fsdp2 cannot shard parameters without dimensions ({', '.join(scalars[:3])}); legal "
+                "here: plain, deepspeed"
+            )
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if engine.reduce_dtype == "bf16" else None)
+        model.to(world.device)
+        for block in getattr(model, "blocks", ()):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        assert isinstance(model, FSDPModule)
+        if hasattr(model, "forward_with_features"):
+            register_fsdp_forward_method(model, "forward_with_features")
+        self.model = model
+        self.sharded: dict[str, DTensor] = {}
+        self.shards: dict[str, nn.Parameter] = {}
+        self._starts: dict[str, int] = {}
+        for name, p in trainable(model).items():
+            assert isinstance(p, DTensor)
+            local = p.to_local().detach()
+            self.sharded[name] = p
+            if local.numel():  # a parameter of fewer rows than ranks leaves some ranks without any
+                _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                self._starts[name] = offset[0] * (p.numel() // p.shape[0])
+                self.shards[name] = nn.Parameter(local)  # shares its memory with what FSDP2 gathers from
+        self.optimizer = adamw(list(self.shards.values()), optim) if self.shards else None
+        self.share_layout()
+
+    def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
+        # FSDP2 averages over ranks; the sum over all samples is divided once, here.
+        (losses.sum() * (self.world.world_size / global_batch)).backward()
+
+    def step(self, lr: float, good: Tensor | None = None) -> Tensor:
+        device = self.world.device
+        for name, shard in self.shards.items():
+            gradient = self.sharded[name].grad
+            shard.grad = gradient.to_local() if isinstance(gradient, DTensor) else torch.zeros_like(shard)
+        gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
+        own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        norm = all_reduce_sum(own.double().square(), self.world).sqrt()
+        finite = norm.isfinite()
+        if self.optimizer is not None:
+            set_lr(self.optimizer, lr)
+            finite = finite if good is None else finite & good
+            with only_where(self.optimizer, finite, clip_divisor(norm, self.clip_norm)):
+                self.optimizer.step()
+        for name, p in self.sharded.items():
+            p.grad = None
+            if name in self.shards:
+                self.shards[name].grad = None
+        return norm
+
+    def pieces(self) -> list[Piece]:
+        return [
+            Piece(name, self.shapes[name], self._starts[name], shard.data.view(-1))
+            for name, shard in self.shards.items()
+        ]
+
+    def _state(self, name: str) -> dict[str, Any]:
+        return self.optimizer.state.get(self.shards[name], {}) if self.optimizer is not None else {}
+
+    def moments(self, piece: Piece) -> dict[str, Tensor]:
+        state = self._state(piece.name)
+        return {key: state[key].view(-1) for key in MOMENTS if updates_of(state)}
+
+    def optimizer_steps(self) -> dict[str, int]:
+        found = {name: updates_of(self._state(name)) for name in self.shards}
+        return {name: updates for name, updates in found.items() if updates}
+
+    @torch.no_grad()
+    def load(self, checkpoint: CheckpointReader) -> None:
+        for piece in self.pieces():
+            name, shard = piece.name, self.shards[piece.name]
+            piece.weight.copy_(checkpoint.read("weight", name, piece.start, piece.stop))
+            steps = checkpoint.optimizer_steps.get(name, 0)
+            assert self.optimizer is not None
+            if not steps:
+                self.optimizer.state.pop(shard, None)
+                continue
+            moments = checkpoint.moments(name, piece.start, piece.stop)
+            state: dict[str, Any] = {key: value.view_as(shard).to(shard.device) for key, value in moments.items()}
+            state["step"] = torch.tensor(float(steps), device=shard.device)
+            self.optimizer.state[shard] = state
