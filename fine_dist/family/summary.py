@@ -82,7 +82,7 @@ class FamilyBar:
 
 
 def result_lines(run_dir: Path, names: Sequence[str], most: int = 20) -> list[str]:
-    """What a family that has ended says: its targets by held-out loss with their folders, and the next command."""
+    """What a family that has ended says: its targets by held-out loss, their folders, and the next command."""
     done = {name: result for name in names if (result := result_of(run_dir / name)) is not None}
     if not done:
         return []
@@ -93,10 +93,10 @@ def result_lines(run_dir: Path, names: Sequence[str], most: int = 20) -> list[st
     for name in order[:most]:
         value = done[name].get(key)
         figure = f"{value:.4f}" if value is not None else "not trained"
-        lines.append(f"  {name:{width}}  {figure}  {run_dir / name}")
+        lines.append(f"  {name:{width}}  {figure}")
     if len(order) > most:
         lines.append(f"  ... and {len(order) - most} more: fine-dist init --list {run_dir}")
-    return [*lines, f"next: fine-dist sample --model {run_dir / order[0]}"]
+    return [*lines, f"targets are in {run_dir}/NAME", f"next: fine-dist train --parents {run_dir}"]
 
 
 def _all_have(done: Mapping[str, Mapping[str, Any]], key: str) -> bool:

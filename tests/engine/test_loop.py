@@ -205,7 +205,7 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
 
     looks = {
         "held_out": held_out,
-        "previews": lambda model, step: {"samples": torch.zeros(1, 8, 8)},
+        "previews": lambda model, step, budget: {"samples": torch.zeros(1, 8, 8)},
         "histograms": lambda model: {"sigma/qkv": torch.arange(4.0)},
     }
     config = ToyConfig(steps=4, engine=engine(eval_every=2, preview_every=2))

@@ -190,7 +190,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
-def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, shards, tmp_path, capsys):
+def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, shards, tmp_path, caplog):
     engine = EngineConfig(device="cpu", log_every=1, checkpoint_every=2)
     how = {"engine": engine, "states": (tmp_path, "pack")}
     whole, recorder = packed(learngene, FAMILY, shards / "train", 12)
@@ -202,7 +202,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_it_serves(learngene, sh
     cut(files[1])
     second, after = packed(learngene, FAMILY, shards / "train", 12, **how)
     assert [p.step for p in second.progress] == [6, 6, 6]
-    assert files[1].name + DAMAGED in capsys.readouterr().err and (tmp_path / (files[1].name + DAMAGED)).exists()
+    assert files[1].name + DAMAGED in caplog.text and (tmp_path / (files[1].name + DAMAGED)).exists()
     assert second.train()
     assert torch.equal(second.pack.sigma, whole.pack.sigma)
     assert all(after.losses[j] == recorder.losses[j][6:] for j in range(3))
@@ -236,7 +236,7 @@ def after_step(progress):  # after the first step whatever is allocated once is 
     count(progress)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
-recorder.after_step = tick
+recorder.after_step = after_step
 run.train()
 print("chunk", run.chunk)
 for j in range(4):
