@@ -27,7 +27,8 @@ GATED = ("qkv", "o", "in", "out")
 class Gate(nn.Module):
     """`y [B] -> g [B, R]`: which tailors a sample uses, 1 or 0.
 
-    group: int64 [C + 1], the group of each label; -1 uses no tailors, as the null label does.
+    group: fp32 [C + 1], the group of each label, a whole number (an artifact's tensors are floating-point); -1 uses no
+           tailors, as the null label does.
     opens: [groups + 1, R] fp32, the tailors of each group; its last row, where -1 points, is zero.
     """
 
@@ -36,11 +37,16 @@ class Gate(nn.Module):
 
     def __init__(self, group: Tensor, opens: Tensor):
         super().__init__()
-        self.register_buffer("group", group)
+        self.register_buffer("group", group.float())
         self.register_buffer("opens", opens)
 
     def forward(self, y: Tensor) -> Tensor:
-        return self.opens[self.group[y]]
+        return self.opens[self.group[y].long()]
+
+    @property
+    def table(self) -> list[int]:
+        """The group of each label."""
+        return [int(group) for group in self.group.tolist()]
 
 
 class GatedLinear(nn.Module):
@@ -134,7 +140,7 @@ class GatedDiT(DiT):
     def keep(self, groups: Sequence[int]) -> GatedDiT:
         """The same model without the tailors of all other groups, whose classes then use learngenes alone."""
         learngenes, tailors, _ = self.sizes
-        table = [groups.index(group) if group in groups else -1 for group in self.gate.group.tolist()]
+        table = [groups.index(group) if group in groups else -1 for group in self.gate.table]
         kept = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("gate.")}
         for layer, matrix, _ in self.gated():

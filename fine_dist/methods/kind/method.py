@@ -103,7 +103,7 @@ class Kind(Method[KindConfig]):
         learngenes, each, groups = source.sizes
         same = target.num_classes == source.arch.num_classes
         keeps_table = same and self.config.table is None
-        table = source.gate.group.tolist() if keeps_table else self._table(target.num_classes, groups)
+        table = source.gate.table if keeps_table else self._table(target.num_classes, groups)
         # a seed of their own: this generator may well be seeded as stage 1's was, and would draw its tailors again
         anew = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
         model = GatedDiT(target, learngenes, each, groups, table, anew)

@@ -14,7 +14,7 @@ class WaveConfig(MethodConfig):
 
     name: Literal["wave"] = "wave"
     """WAVE."""
-    side: int = Field(192, ge=1, le=2**16)
+    side: int = Field(128, ge=1, le=2**16)
     """Side w of a template; it must divide every width that is wanted."""
     templates: int | None = Field(None, ge=1, le=2**20)
     """Templates of every matrix; none: as many as the matrix has tiles in the model that stage 1 trains."""
