@@ -37,7 +37,7 @@ from fine_dist.artifacts.layouts import DIFFUSERS_CLASSES, read_json
 from fine_dist.artifacts.scheduler_config import diffusion_from_scheduler
 from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.artifacts.tensor_files import fetch, read_weights_folder
-from fine_dist.core.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 
@@ -241,7 +241,16 @@ def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, found: P
 
 
 def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A dense DiT's tensors under `DiTTransformer2DModel`'s names; float32, embedders repeated for each block."""
+    """A dense DiT's tensors under `DiTTransformer2DModel`'s names; float32, embedders repeated for each block.
+
+    Raises:
+        ConfigError: The model's positions are rescaled, which that layout cannot say.
+    """
+    if arch.position_grid not in (None, arch.input_size // arch.patch_size):
+        raise ConfigError(
+            f"the model's positions are rescaled to a grid of {arch.position_grid} patches (position_grid), which a "
+            "diffusers folder cannot say; legal here: DiT's layout, which holds the position table itself"
+        )
     state = {name: tensor.detach().cpu().float() for name, tensor in state.items()}
     rows = label_rows(arch)
     table = state["label.weight"]

@@ -37,7 +37,7 @@ from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import sha256_of, whole_file, written_whole
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch, parse_name
-from fine_dist.model.dit import position_table
+from fine_dist.model.dit import positions_of
 
 _OUTSIDE = {
     "patch": "x_embedder.proj",
@@ -215,7 +215,7 @@ def _check_positions(table: Tensor | None, arch: Arch, where: str) -> None:
     """
     if table is None:
         return
-    ours = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+    ours = positions_of(arch)
     if table.shape[1:] != ours.shape:
         raise ArtifactError(
             f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (is {list(table.shape)}); it cannot be kept"
@@ -237,7 +237,7 @@ def to_dit(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for ours, name in names(arch.num_layers):
         theirs[name] = state[ours].detach().cpu().float().contiguous()
     theirs["x_embedder.proj.weight"] = theirs["x_embedder.proj.weight"].reshape(-1, arch.in_channels, p, p)
-    theirs[_POSITION] = position_table(arch.hidden_size, arch.input_size // p)[None]
+    theirs[_POSITION] = positions_of(arch)[None]
     return theirs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.model.arch import Arch
-from fine_dist.model.dit import DiT, position_table
+from fine_dist.model.dit import DiT, positions_of
 
 LIMIT = 1e-4
 """Largest difference of outputs in fp32, for outputs of size about 1; products sum in another order elsewhere."""
@@ -32,7 +32,7 @@ class ExportComparison:
         with torch.device("meta"):
             model = DiT(arch)
         model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()}, assign=True)
-        model.pos = position_table(arch.hidden_size, arch.input_size // arch.patch_size)
+        model.pos = positions_of(arch)
         self.ours = model.eval()(*self.inputs)
 
     @torch.no_grad()

@@ -163,7 +163,8 @@ class Family:
             base = fit_arch(self.config.arch, member.domain_config.data)
         if base is None:
             raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
-        return base.with_depth(member.depth)
+        shape = base.with_depth(member.depth)
+        return self.method(member).shape_of(shape, self.parent.arch) if self.parent else shape
 
     def new_labels(self, member: Member) -> bool:
         """Whether the target trains a label embedder of its own."""

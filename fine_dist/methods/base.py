@@ -37,9 +37,10 @@ class MethodConfig(Config):
 
 M = TypeVar("M", bound=MethodConfig)
 
-Varies = Literal["depth", "width", "classes"]
-ALWAYS = ("patch_size", "in_channels", "input_size", "learn_sigma")
+Varies = Literal["depth", "width", "classes", "resolution"]
+ALWAYS = ("patch_size", "in_channels", "learn_sigma")
 """What a target shares with its parent whatever the method."""
+RESOLUTION = ("input_size", "position_grid")
 WIDTH = ("hidden_size", "num_heads")
 
 
@@ -161,7 +162,10 @@ class Method(ABC, Generic[M]):
         if parent.kind not in kinds:
             raise ArtifactError(f"{parent.folder} is a {parent.kind}, and method {name} takes: {', '.join(kinds)}")
         self.check_parent(parent)
-        differs = [f for f in ALWAYS if getattr(target, f) != getattr(parent.arch, f)]
+        differs = [f for f in ALWAYS if _differ(target, parent.arch, f)]
+        differs += (
+            [] if "resolution" in self.traits.varies else [f for f in RESOLUTION if _differ(target, parent.arch, f)]
+        )
         differs += [] if "width" in self.traits.varies else [f for f in WIDTH if _differ(target, parent.arch, f)]
         differs += (
             [] if "classes" in self.traits.varies else ["num_classes"] * _differ(target, parent.arch, "num_classes")
@@ -203,6 +207,10 @@ class Method(ABC, Generic[M]):
         if value not in axes[axis]:
             raise ConfigError(f"variants.{axis}: {value!r} is none of them; {nearest(value, axes[axis])}")
         return type(self)(self.config.model_validate({**self.config.model_dump(), axis: value}))
+
+    def shape_of(self, target: Arch, parent: Arch) -> Arch:
+        """The target's shape with what the method settles of it beyond what is asked for."""
+        return target
 
     def smallest(self, target: Arch) -> Arch:
         """The least target of the same sort, to be built where its sort alone matters."""

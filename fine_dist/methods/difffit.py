@@ -8,6 +8,10 @@ Counts: 15 D L biases of blocks, 3 D + p^2 C_out outside them, (C + 1) D labels,
 DiT-XL/2 that is 0.08% of the model before labels, and 0.11% with the 201 labels of a set of 200 classes; the paper
 says 0.12%.
 
+A target may have another resolution than its parent, such as 512 pixels from 256: the same parameters train on the
+larger latents, and positions of the new grid are rescaled to the old one's range (half the index for twice the side),
+so that the frozen weights meet positions they know.
+
 *Choice*: there is no public code on DiT; other ports train the time embedder's biases too, or scale attention alone.
 """
 
@@ -37,7 +41,13 @@ class DiffFit(Method[DiffFitConfig]):
 
     @property
     def traits(self) -> Traits:
-        return Traits(parents=("model",), varies=frozenset())
+        return Traits(parents=("model",), varies=frozenset({"resolution"}))
+
+    def shape_of(self, target: Arch, parent: Arch) -> Arch:
+        if target.input_size == parent.input_size:
+            return target.model_copy(update={"position_grid": parent.position_grid})
+        trained = parent.position_grid or parent.input_size // parent.patch_size
+        return target.model_copy(update={"position_grid": trained})
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         return {"scaled": ("first_half", "all")}

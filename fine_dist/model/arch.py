@@ -50,6 +50,9 @@ class Arch(Config):
     """Predict the variance beside the noise (twice the output channels)."""
     frequency_shift: int = Field(0, ge=0, le=1)
     """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
+    position_grid: int | None = Field(None, ge=1, le=2**16)
+    """Side, in patches, of the grid whose positions the weights were trained for, where it is not the latent's own: the
+    positions of the latent's grid are rescaled to its range. Default: the latent's own grid."""
 
     @model_validator(mode="before")
     @classmethod

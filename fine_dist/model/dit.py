@@ -87,7 +87,7 @@ class DiT(nn.Module):
         self.label = nn.Embedding(arch.num_classes + 1, d)
         self.blocks = nn.ModuleList([Block(arch, layer, linear or dense) for layer in range(arch.num_layers)])
         self.final = FinalLayer(d, p * p * arch.out_channels)
-        self.register_buffer("pos", position_table(d, arch.input_size // p), persistent=False)
+        self.register_buffer("pos", positions_of(arch), persistent=False)
         self.recompute = "none"
         self.initialise(generator)
 
@@ -223,10 +223,23 @@ def labels_from_null(null: Tensor, num_classes: int, generator: torch.Generator 
     return label
 
 
-def position_table(d: int, side: int) -> Tensor:
-    """Fixed 2-d sin-cos table [T, D], float32: the first half of D encodes the column, the second the row."""
+def positions_of(arch: Arch) -> Tensor:
+    """The position table of a model of this shape, [T, D] float32."""
+    return position_table(arch.hidden_size, arch.input_size // arch.patch_size, arch.position_grid)
+
+
+def position_table(d: int, side: int, trained_side: int | None = None) -> Tensor:
+    """Fixed 2-d sin-cos table [T, D], float32: the first half of D encodes the column, the second the row.
+
+    Args:
+        d: Width D.
+        side: Side of the grid, in patches.
+        trained_side: Side of the grid that the weights were trained for, if another: positions are rescaled to its
+            range, so that a model meets familiar ones (DiffFit, arXiv 2304.06648: half the index for twice the side).
+    """
     frequency = 1.0 / 10000 ** (torch.arange(d // 4, dtype=torch.float64) / (d // 4))
-    angle = torch.arange(side, dtype=torch.float64)[:, None] * frequency  #                             [side, D/4]
+    index = torch.arange(side, dtype=torch.float64) * ((trained_side or side) / side)
+    angle = index[:, None] * frequency  #                                                              [side, D/4]
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  #                                              [side, D/2]
     column = axis[None, :, :].expand(side, side, -1)
     row = axis[:, None, :].expand(side, side, -1)

@@ -114,3 +114,60 @@ def test_a_parent_of_another_size_is_refused(parent):
 
     with pytest.raises(ArtifactError, match="num_layers is 4 in the parent, 2 in the target"):
         check(method_of("difffit"), parent.artifact, tiny_arch(num_layers=2))
+
+
+# --- another resolution ----------------------------------------------------------------------------------------------
+
+
+def larger(parent, side: int = 16):
+    method = method_of("difffit")
+    shape = method.shape_of(parent.arch.model_copy(update={"input_size": side}), parent.arch)
+    return method, shape, method.descend(parent, shape, torch.Generator().manual_seed(0)).model
+
+
+def test_positions_of_a_larger_grid_are_rescaled_to_the_range_the_parent_knows(parent):
+    _, shape, model = larger(parent)
+    small, large = parent.arch.input_size // 2, 8
+    assert shape.position_grid == small == 4 and model.pos.shape == (large**2, parent.arch.hidden_size)
+    own = parent.module.pos.view(small, small, -1)
+    torch.testing.assert_close(model.pos.view(large, large, -1)[::2, ::2], own)  # every second position is an old one
+    quarter = parent.arch.hidden_size // 4  # half of the columns' share of the width holds sines
+    angle = 0.5 * (1 / 10000 ** (torch.arange(quarter) / quarter))
+    torch.testing.assert_close(model.pos.view(large, large, -1)[0, 1, :quarter], angle.sin())
+
+
+def test_a_flat_image_looks_the_same_at_both_resolutions_but_for_what_depends_on_position(parent):
+    """Without positions every patch of a constant image is alike, and attention over more of them changes nothing."""
+    _, _, model = larger(parent)
+    small = DiT(parent.arch)
+    small.load_state_dict(parent.module.state_dict())
+    model.pos.zero_()
+    small.pos.zero_()
+    t, y = torch.tensor([10, 500]), torch.tensor([0, 3])
+    one = small(torch.full((2, 1, 8, 8), 0.3), t, y)
+    other = model(torch.full((2, 1, 16, 16), 0.3), t, y)
+    torch.testing.assert_close(other[:, :, :2, :2], one[:, :, :2, :2], atol=1e-5, rtol=1e-5)
+
+
+def test_a_larger_target_trains_merges_and_comes_back(parent, tmp_path):
+    method, shape, model = larger(parent)
+    batch = inputs(shape)
+    model(*batch).square().mean().backward()
+    assert trained(model) == trained(target(parent)[1])
+    nudge(model)
+    back, _ = saved_and_read(tmp_path / "t", method, model, parent)
+    with torch.no_grad():
+        assert torch.equal(back(*batch), model(*batch))
+    merged = DiT(shape)
+    merged.load_state_dict(method.merge(model))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(*batch), model(*batch), atol=0, rtol=0)
+    assert torch.equal(merged.pos, model.pos)
+
+
+def test_other_methods_keep_the_resolution(parent):
+    from fine_dist.core.errors import ArtifactError
+    from fine_dist.methods import check
+
+    with pytest.raises(ArtifactError, match=r"input_size is 8 in the parent, 16 in the target.*could: .*difffit"):
+        check(method_of("svdiff"), parent.artifact, parent.arch.model_copy(update={"input_size": 16}))

@@ -15,7 +15,7 @@ from fine_dist.methods.kind.gates import GATED, GatedDiT, neighbours
 from fine_dist.model.arch import arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import model_cost
-from fine_dist.model.roles import roles
+from fine_dist.model.roles import roles, train_only
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny
 
@@ -206,3 +206,15 @@ def test_impossible_gates_are_refused():
         check(tiny("kind", deploy=(2,)), artifact_for("kind"), tiny_arch())
     with pytest.raises(ArtifactError, match="tailors are deployed for their own classes"):
         check(tiny("kind", deploy=(0,)), artifact_for("kind"), tiny_arch(num_classes=7))
+
+
+def test_on_dit_l_104_tailors_beside_312_learngenes_train_the_papers_45_4_million():
+    """The paper names neither number of components. 312 + 104 are the 416 that save 35.4 GFLOPs, and 104 tailors with
+    the embedders and the final layer of 1,000 classes are its 45.4M trained parameters."""
+    a = arch("DiT-L/2")
+    with torch.device("meta"):
+        model = train_only(GatedDiT(a, 312, 104, 1, [0] * 1001), "tailor", "shell")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    by_hand = 24 * 104 * (16 * 1024 + 4)  # U and V of four matrices have 4 D + 2 D + 5 D + 5 D rows; four sigmas
+    by_hand += a.count() - 24 * (18 * 1024**2 + 15 * 1024)  # what is outside the blocks
+    assert trained == by_hand and trained / 1e6 == pytest.approx(45.4, abs=0.05)

@@ -12,7 +12,7 @@ from fine_dist.methods.shared import dense_state
 from fine_dist.methods.wave.config import WaveConfig
 from fine_dist.methods.wave.kronecker import kron_sum, tiles_of
 from fine_dist.methods.wave.width import fan_in, uniform
-from fine_dist.model.arch import MATRICES, arch
+from fine_dist.model.arch import MATRICES, SIZES, arch
 from fine_dist.model.roles import roles
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import artifact_for, condensed, parent_for, tiny
@@ -115,8 +115,8 @@ def test_what_is_stored_is_templates_scalers_and_the_rest():
     method, a = build(WaveConfig()), arch("DiT-B/2")
     with torch.device("meta"):
         module = method.blueprint(a)
-    d, tiles = a.hidden_size, {"qkv": 48, "o": 16, "in": 64, "out": 64, "adaln": 96}
-    templates = sum(count * 192**2 for count in tiles.values())
+    d, tiles = a.hidden_size, {"qkv": 108, "o": 36, "in": 144, "out": 144, "adaln": 216}
+    templates = sum(count * 128**2 for count in tiles.values())
     assert templates == 18 * d * d  # as many numbers as one block
     scalers = 12 * sum(count**2 for count in tiles.values())
     outside = a.with_depth(1).count() - (18 * d * d + 15 * d)
@@ -135,10 +135,15 @@ def test_a_matrix_costs_its_making_over_all_templates_and_its_product():
 
 def test_widths_that_templates_do_not_divide_and_another_order_are_refused():
     with pytest.raises(
-        ConfigError, match=r"templates of 192 do not divide hidden_size 32; one of \[1, 2, 4, 8, 16, 32\]"
+        ConfigError, match=r"templates of 128 do not divide hidden_size 32; one of \[1, 2, 4, 8, 16, 32\]"
     ):
         build(WaveConfig()).auxiliary(tiny_arch())
     with pytest.raises(ArtifactError, match="hidden_size 40 of the target is no multiple of 16"):
         check(tiny("wave"), artifact_for("wave"), tiny_arch(hidden_size=40))
     with pytest.raises(ArtifactError, match=r"condensed with method.order scaler_template"):
         check(tiny("wave", order="template_scaler"), artifact_for("wave"), tiny_arch())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_default_templates_divide_every_named_width(size):
+    assert build(WaveConfig()).auxiliary(arch(f"DiT-{size}/2")).hidden_size % WaveConfig().side == 0

@@ -26,5 +26,7 @@ class KindConfig(MethodConfig):
     """The group of each class; none: classes that follow each other form near-equal groups."""
     transfer: Literal["keep", "redraw"] = "keep"
     """A target's tailors start as they are in the learngene, or (for a large shift of domain) drawn anew."""
+    trains: Literal["tailors", "tailors_and_shell"] = "tailors"
+    """What a transfer trains: tailors and the label embedder, or all other embedders and the final layer as well."""
     deploy: tuple[Group, ...] | None = None
     """Groups whose tailors a target keeps, and nothing trains; none: the target trains tailors and label embedder."""

@@ -112,7 +112,7 @@ class Kind(Method[KindConfig]):
             null = taken["label.weight"][-1]
             taken["label.weight"] = labels_from_null(null, target.num_classes, generator).weight.detach()
         model.load_state_dict({**model.state_dict(), **taken})
-        train_only(model, "tailor")
+        train_only(model, "tailor", *(("shell",) if self.config.trains == "tailors_and_shell" else ()))  # type: ignore[arg-type]
         model.label.requires_grad_(True)
         return Descent(model, "some")
 
