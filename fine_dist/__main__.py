@@ -18,6 +18,7 @@ COMMANDS = {
     "creative": 'CreTok: learn a token for "creative" on frozen text encoders',
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
     "status": "show the tasks of a fan-out: pending, running, done, failed",
+    "doctor": "look at this machine, or at a cluster by one short job, and say what jobs can rely on",
     "study": "run, measure and report a table of methods x targets x seeds",
     "init-project": "copy the configs and cluster scripts that a user edits into a folder",
     "demo": "run the whole method on the embedded data set and write a report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -64,3 +65,15 @@ def test_a_job_that_submitted_itself_does_so_again_where_it_may_not_requeue(slur
         slurm, lambda: all(results(tmp_path / "many" / "out" / f"task{i}") for i in range(2)), "both tasks"
     )
     assert [row["state"] for row in read(tmp_path / "many")] == ["done", "done"]
+
+
+def test_the_doctor_finds_by_one_short_job_what_the_site_file_needs(slurm, tmp_path):
+    words = ("--launcher", "slurm", "--launch.nodes", 2, "--run-dir", tmp_path / "run", "--json-output")
+    said = slurm.python("fine_dist.doctor", *words, check=False, SBATCH_EXPORT="NONE", SCRATCH="/dev/shm").stdout
+    report = json.loads(said[said.index("{") :])
+    found = {finding["what"]: (finding["level"], finding["text"]) for finding in report["findings"]}
+    assert "2 of 2 processes reported" in found["processes"][1]
+    for what in ("environment", "storage", "locks", "cores", "network", "requeue"):
+        assert found[what][0] == "ok", found
+    assert "users may requeue" in found["requeue"][1]
+    assert not [line for line in report["site"] if line.startswith(("REQUEUE", "GPU_FLAG"))]  # a plain SLURM

@@ -1,0 +1,80 @@
+"""Look at this machine, or at a cluster by one short job, and say what jobs can rely on: `fine-dist doctor`.
+
+It checks environment, storage, locks, links, modes, limits, accelerators, network and requeues, and says what to put
+into slurm/site.sh.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from pathlib import Path
+
+from fine_dist.core.arguments import parse
+from fine_dist.core.config import Config, dump_yaml, run_dir_of
+from fine_dist.core.errors import EXIT_USER_ERROR, LaunchError, guard
+from fine_dist.core.settings import LaunchConfig
+from launchers.doctor import TOKEN, diagnose, probe, read_reports
+from launchers.entry import launch
+from launchers.registry import pick
+
+PRELOAD = ()
+
+
+class DoctorConfig(Config):
+    """Look at this machine, or with `--launcher slurm` at a cluster by one short job, and say what to set."""
+
+    run_dir: str = "runs/doctor"
+    """Folder that is tested: put it where your runs will lie, on storage that all nodes share."""
+    launch: LaunchConfig = LaunchConfig(minutes=5)
+    """Resources of the job. Ask for what your jobs will ask for: `--launch.nodes 2 --launch.gpus 1`."""
+    json_output: bool = False
+    """Print the findings as JSON instead of lines."""
+
+
+def run(config: DoctorConfig) -> Path:
+    """Inside the job: run the probes in this process; returns the report's file."""
+    return probe(run_dir_of(config))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 when jobs cannot work."""
+
+    def body() -> int:
+        call = parse(DoctorConfig, argv, "fine-dist doctor")
+        config: DoctorConfig = call.config
+        if call.dry_run:
+            print(dump_yaml(config) + "\ndry run: nothing was done")
+            return 0
+        return _doctor(config, call.launcher)
+
+    return guard(body)
+
+
+def _doctor(config: DoctorConfig, launcher: str) -> int:
+    run_dir = run_dir_of(config)
+    shutil.rmtree(run_dir / "doctor", ignore_errors=True)  # reports of an earlier look
+    os.environ[TOKEN] = token = secrets.token_hex(8)
+    needs = config.launch.model_copy(update={"wait": True, "preflight": "off", "retries": 0})
+    code = launch("fine_dist.doctor", config.model_copy(update={"launch": needs}), launcher)
+    reports = read_reports(run_dir)
+    if not reports:
+        raise LaunchError(f"the job ended with code {code} before any process reported; its logs are in {run_dir}/logs")
+    target = pick(launcher, needs)
+    found, site = diagnose(reports, needs, token, target.name == "slurm")
+    if config.json_output:
+        print(json.dumps({"findings": [finding._asdict() for finding in found], "site": site}, indent=1))
+    else:
+        print("\n".join(f"{finding.level:5} {finding.what:12} {finding.text}" for finding in found))
+        if site:
+            print("\nput into slurm/site.sh (copy slurm/site.example.sh):\n" + "\n".join(f"  {line}" for line in site))
+    return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
+
+
+__all__ = ["PRELOAD", "DoctorConfig", "main", "run"]
+
+if __name__ == "__main__":
+    sys.exit(main())
