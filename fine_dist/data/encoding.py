@@ -14,7 +14,15 @@ from fine_dist.data.audit import Summary, verify
 from fine_dist.data.codecs import Autoencoder, Codec, Identity
 from fine_dist.data.encode_locks import EncodeJob, finished
 from fine_dist.data.encoder import encode
-from fine_dist.data.images import ChosenClasses, FolderImages, ImageSource, TarImages, class_folders, describe_left_out
+from fine_dist.data.images import (
+    ONE_CLASS,
+    ChosenClasses,
+    FolderImages,
+    ImageSource,
+    TarImages,
+    class_folders,
+    describe_left_out,
+)
 from fine_dist.data.settings import IDX, DataConfig, EncodeConfig
 from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
@@ -76,7 +84,7 @@ def _class_names(config: EncodeConfig, split: str) -> tuple[str, ...]:
     """Names of a folder's classes in the order of labels, without listing its images; none for other sources."""
     if not config.is_folder:
         return ()
-    names = class_folders(config.source_of(split))
+    names = class_folders(config.source_of(split)) or ONE_CLASS
     return names if config.classes is None else tuple(names[c] for c in config.classes if c < len(names))
 
 

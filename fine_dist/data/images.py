@@ -38,6 +38,8 @@ FORMATS = {
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 """Endings of image files, upper or lower case."""
 WHITE = (255, 255, 255)
+ONE_CLASS = ("all",)
+"""The class of a folder of images without class folders."""
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue, 0 to 255."""
 _ORDER = 0x696D61676573
@@ -139,7 +141,8 @@ class FolderImages:
 
     The images are shuffled once, by the seed, so that every shard holds many classes. Damaged ones are found when they
     are read. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`), and everything else that is neither an
-    image nor the folder of a class, are listed in `left_out`. Links are followed.
+    image nor the folder of a class, are listed in `left_out`. Links are followed. A folder that holds images and no
+    folders is one class, `all`.
 
     Args:
         root: folder of class folders.
@@ -169,21 +172,24 @@ class FolderImages:
     ) -> None:
         self.root, self.image_size, self.per_unit = Path(expand_path(root)), image_size, per_unit
         self.background = background
-        self.class_names = class_folders(root)
+        self.class_names = class_folders(root) or ONE_CLASS
         entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
-        files, others = [], [entry.name + "/" * entry.is_dir() for entry in entries if not _is_class(entry)]
+        flat = self.class_names == ONE_CLASS and not (self.root / ONE_CLASS[0]).is_dir()
+        files, others = [], []
+        if not flat:
+            others = [entry.name + "/" * entry.is_dir() for entry in entries if not _is_class(entry)]
         for label, name in enumerate(self.class_names):
-            found = []
-            for entry in sorted(os.scandir(self.root / name), key=lambda entry: entry.name):
+            found, within = [], "" if flat else f"{name}/"
+            for entry in sorted(os.scandir(self.root / within), key=lambda entry: entry.name):
                 if _is_image(entry):
-                    found.append((f"{name}/{entry.name}", label))
+                    found.append((f"{within}{entry.name}", label))
                 else:
-                    others.append(f"{name}/{entry.name}" + "/" * entry.is_dir())
+                    others.append(f"{within}{entry.name}" + "/" * entry.is_dir())
             files += found if part is None else _part_of(found, part, fraction)
         self.left_out = tuple(others)
         if not files:
             raise DataError(
-                f"source: {self.root} has no images in sub-folders, one per class; kinds: {', '.join(SUFFIXES)}"
+                f"source: {self.root} has no images, neither directly nor in one sub-folder per class; kinds: {', '.join(SUFFIXES)}"
                 + (f"; {describe_left_out(self.left_out)}" if others else "")
             )
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]

@@ -119,3 +119,13 @@ def test_training_refuses_held_out_shards_of_other_classes(pets, tmp_path):
     check_held_out(DataConfig(shards=str(tmp_path / "a/train"), held_out=str(tmp_path / "a/train")), arch)
     with pytest.raises(DataError, match=r"label 0 is 'cat' in .* and 'dog' in"):
         check_held_out(DataConfig(shards=str(tmp_path / "a/train"), held_out=str(tmp_path / "b/train")), arch)
+
+
+def test_images_without_class_folders_are_one_class(tmp_path):
+    root = tmp_path / "photos"
+    class_folder(root, "x", 4)
+    for path in (root / "x").iterdir():
+        path.rename(root / path.name)
+    (root / "x").rmdir()
+    run(config(root, tmp_path / "out", held_out_fraction=0.25))
+    assert manifest_of(tmp_path / "out").class_names == ("all",) and manifest_of(tmp_path / "out").count == 3
