@@ -189,7 +189,8 @@ class FolderImages:
         self.left_out = tuple(others)
         if not files:
             raise DataError(
-                f"source: {self.root} has no images, neither directly nor in one sub-folder per class; kinds: {', '.join(SUFFIXES)}"
+                f"source: {self.root} has no images, neither directly nor in one sub-folder per class; kinds: "
+                + ", ".join(SUFFIXES)
                 + (f"; {describe_left_out(self.left_out)}" if others else "")
             )
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]
