@@ -150,15 +150,23 @@ def test_another_networks_checkpoint_is_refused_by_the_names_of_its_tensors(comm
     assert "down_blocks.0.weight" in message or "held_out" in message
 
 
-def test_a_model_of_velocities_is_trained_on_and_never_sampled(dense, digit_shards, tmp_path, capsys):
+def test_a_sit_is_sampled_as_the_flow_it_is(dense, tmp_path, capsys):
     path = tmp_path / "SiT-tiny.pt"
     write_dit(path, dense.arch, dense.state_dict())
-    sample = ["sample", "--model", str(path), *HEADS, "--run-dir", str(tmp_path / "s")]
-    assert "velocities" in refused(sample, capsys)
-    train = ["train", "--parent", str(path), *HEADS, *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "t")]
-    assert command(train) == 0
-    sample[2] = str(tmp_path / "t")  # it has learned noise at timesteps
-    assert command([*sample, "--sampler.steps", "2"]) == 0
+    sample = ["sample", "--model", str(path), *HEADS, "--classes", "1", "--sampler.steps", "2", "--run-dir"]
+    assert command([*sample, str(tmp_path / "s")]) == 0
+    assert "euler 2 steps" in drawn_title(path) and capsys.readouterr().out
+    assert "does not sample a model of process flow" in refused(
+        [*sample, str(tmp_path / "d"), "--sampler.scheduler", "ddim"], capsys
+    )
+
+
+def drawn_title(path) -> str:
+    """The title of a grid of a model's samples."""
+    from fine_dist.sampling import drawing, renderer
+
+    config = drawing.SampleConfig(model=str(path), hints={"num_heads": 4}, sampler={"steps": 2})
+    return drawing._title(renderer.make_renderer(config, str(path), torch.device("cpu")), config)
 
 
 def test_an_arch_that_contradicts_the_ancestor_is_refused(folder, digit_shards, tmp_path, capsys):
