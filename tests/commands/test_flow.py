@@ -93,7 +93,7 @@ def test_both_processes_learn_digits(digit_shards, tmp_path):
     }.items():
         argv = ["train", *ARCH, *words, *data(digit_shards), "--run-dir", str(tmp_path / name), "--steps", "60"]
         argv += ["--batch", "32", "--optim.lr", "3e-3", "--engine.eval-every", "20", "--engine.device", "cpu"]
-        assert command([*argv, "--sampler.steps", "2", "--engine.picture-every", "1000"]) == 0
+        assert command([*argv, "--sampler.steps", "2", "--engine.preview-every", "1000"]) == 0
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
         assert losses[-1] < 0.8 * losses[0]
