@@ -260,8 +260,14 @@ class Unobserved:
     def after_step(self, *_: Any) -> None: ...
 
 
-def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recompute: str = "none") -> dict[str, Any]:
-    """Launches and waits of a pack's second step; every job is a sigma-only target of the demo's width."""
+def pack_step(
+    depths: list[int],
+    seeds: list[int] | None = None,
+    batch: int = 16,
+    precision: str = "fp32",
+    recompute: str = "none",
+) -> dict[str, Any]:
+    """Launches and waits of a pack's third step; every job is a sigma-only target of the demo's width."""
 
     def forms():
         for depth in depths:
@@ -270,8 +276,11 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
     with tempfile.TemporaryDirectory() as folder, pretended_gpu() as trace:
         shards = made_up_shards(Path(folder) / "shards", NARROW, count=64)
         data = DataConfig(shards=str(shards), streams=4)
-        jobs = [PackJob(str(j), "", "d", data, NARROW.num_classes, 0, 1e-3, NEVER) for j in range(len(depths))]
-        engine = EngineConfig(precision=precision, log_every=NEVER, checkpoint_every=NEVER, eval_every=NEVER)
+        seeds = seeds or [0] * len(depths)
+        jobs = [PackJob(str(j), "", "d", data, NARROW.num_classes, seed, 1e-3, NEVER) for j, seed in enumerate(seeds)]
+        engine = EngineConfig(
+            compile=False, precision=precision, log_every=NEVER, checkpoint_every=NEVER, eval_every=NEVER
+        )
         run = PackRun(
             PackedDiT(forms(), recompute).to(GPU),
             jobs,
@@ -283,6 +292,7 @@ def pack_step(depths: list[int], batch: int = 16, precision: str = "fp32", recom
             world=World(device=GPU),
         )
         steps = run.steps()
+        next(steps)  # its numbers are read at once: something may be wrong from the start
         next(steps)
         kernels, waits = Counter(trace.kernels), len(trace.waits)
         next(steps)
