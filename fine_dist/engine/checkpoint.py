@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
@@ -29,6 +28,7 @@ from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
 from fine_dist.engine.dist import World, barrier, broadcast_object
 from fine_dist.engine.ema import Ema
+from fine_dist.engine.host_copy import copy_to_host, host_buffer
 from fine_dist.engine.run_dir import flat
 
 log = logging.getLogger(__name__)
@@ -153,12 +153,14 @@ class Checkpoints:
         begun = time.perf_counter()
         self._join()
         self.check()
-        tensors: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         pieces = backend.pieces()
         for piece in pieces:
             parts = {"weight": piece.weight, "ema": ema.values[piece.name], **backend.moments(piece)}
-            for key, value in parts.items():
-                tensors[f"{key}:{piece.name}@{piece.start}"] = self._copy(f"{key}:{piece.name}", value)
+            values |= {f"{key}:{piece.name}@{piece.start}": value for key, value in parts.items()}
+        tensors = dict(
+            zip(values, copy_to_host(list(values.values()), [self._buffer(*item) for item in values.items()]))
+        )
         part: dict[str, Any] = {
             "shapes": {piece.name: list(piece.shape) for piece in pieces},
             "optimizer_steps": backend.optimizer_steps(),
@@ -199,12 +201,12 @@ class Checkpoints:
             self._thread.join()
             self._thread = None
 
-    def _copy(self, key: str, value: Tensor) -> Tensor:
-        """A copy in host memory that every save uses again: only the first one pays for new pages."""
-        kept = self._staging.get(key)
-        if kept is None or kept.shape != value.shape:
-            kept = self._staging[key] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
-        return kept.copy_(value)
+    def _buffer(self, key: str, value: Tensor) -> Tensor:
+        """Host memory for a value that every save uses again: only the first one pays for new pages."""
+        buffer = self._staging.get(key)
+        if buffer is None or buffer.shape != value.shape:
+            buffer = self._staging[key] = host_buffer(value)
+        return buffer
 
     def _write(self, step: int, tensors: dict[str, Tensor], part: dict[str, Any], header: dict[str, Any]) -> None:
         name = f"step_{step:08d}"

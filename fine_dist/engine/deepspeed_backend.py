@@ -125,12 +125,11 @@ class DeepSpeedBackend(ShardedBackend):
         flat, offset = self._flat_of(self.named[piece.name])
         state = self.optimizer.state.get(flat, {})
         size = piece.stop - piece.start
-        return {key: state[key].view(-1).narrow(0, offset, size) for key in MOMENTS if updates_of(state)}
+        return {key: state[key].view(-1).narrow(0, offset, size) for key in MOMENTS if key in state}
 
     def optimizer_steps(self) -> dict[str, int]:
         flat = {piece.name: self._flat_of(self.named[piece.name])[0] for piece in self._pieces}
-        found = {name: updates_of(self.optimizer.state.get(tensor, {})) for name, tensor in flat.items()}
-        return {name: updates for name, updates in found.items() if updates}
+        return updates_of({name: self.optimizer.state.get(tensor, {}) for name, tensor in flat.items()})
 
     @torch.no_grad()
     def load(self, checkpoint: CheckpointReader) -> None:

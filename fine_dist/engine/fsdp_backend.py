@@ -108,11 +108,10 @@ class FsdpBackend(ShardedBackend):
 
     def moments(self, piece: Piece) -> dict[str, Tensor]:
         state = self._state(piece.name)
-        return {key: state[key].view(-1) for key in MOMENTS if updates_of(state)}
+        return {key: state[key].view(-1) for key in MOMENTS if key in state}
 
     def optimizer_steps(self) -> dict[str, int]:
-        found = {name: updates_of(self._state(name)) for name in self.shards}
-        return {name: updates for name, updates in found.items() if updates}
+        return updates_of({name: self._state(name) for name in self.shards})
 
     @torch.no_grad()
     def load(self, checkpoint: CheckpointReader) -> None:

@@ -119,7 +119,7 @@ class Run:
         set_arithmetic(engine)
         second_model = evaluation_model(program, engine, world)
         prepare_model(program.model, engine, self.device)
-        replica_check.broadcast(program.model, world)
+        replica_check.broadcast(program.model.to(self.device), world)  # on the device: over NCCL
         identity = {**program.identity, "seed": seed, "global_batch": global_batch, "trains": _shapes(program.model)}
         self.backend: Backend = make_backend(program.model, optim, engine, world, self.micro_batch, self.accumulation)
         self.ema = Ema(self.backend, engine.ema_decay, engine.ema_warmup)

@@ -63,9 +63,16 @@ def only_where(optimizer: torch.optim.Optimizer, good: Tensor, divisor: Tensor |
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
-def updates_of(state: dict[str, Any]) -> int:
-    """Updates in AdamW's state of one parameter. A first step that was skipped leaves a state of zero updates."""
-    return int(state["step"]) if "step" in state else 0
+def updates_of(states: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Updates in AdamW's states by name, without those that have none: a first step that was skipped leaves a zero.
+
+    The fused optimizer counts on the device, so all counts are read together.
+    """
+    counts = {name: state["step"] for name, state in states.items() if "step" in state}
+    if not counts:
+        return {}
+    read = torch.stack([count.reshape(()).float() for count in counts.values()]).tolist()
+    return {name: int(count) for name, count in zip(counts, read) if count}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

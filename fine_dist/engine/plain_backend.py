@@ -9,7 +9,9 @@ from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.dist import World
 from fine_dist.engine.gradient_buckets import GradientBuckets
+from fine_dist.engine.host_copy import copy_to_host
 from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.replica_check import broadcast_tensors
 from fine_dist.engine.settings import OptimConfig
 
 
@@ -66,25 +68,33 @@ class PlainBackend(Backend):
         return [Piece(name, tuple(p.shape), 0, p.data.view(-1)) for name, p in self.named.items()]
 
     def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {piece.name: values[piece.name].detach().cpu().view(piece.shape).clone() for piece in self.pieces()}
+        pieces = self.pieces()
+        copies = copy_to_host([values[piece.name] for piece in pieces])
+        return {piece.name: copy.view(piece.shape) for piece, copy in zip(pieces, copies)}
 
     def moments(self, piece: Piece) -> dict[str, Tensor]:
         state = self.optimizer.state.get(self.named[piece.name], {})
-        return {key: state[key].view(-1) for key in MOMENTS if updates_of(state)}
+        return {key: state[key].view(-1) for key in MOMENTS if key in state}
 
     def optimizer_steps(self) -> dict[str, int]:
-        found = {name: updates_of(self.optimizer.state.get(p, {})) for name, p in self.named.items()}
-        return {name: updates for name, updates in found.items() if updates}
+        return updates_of({name: self.optimizer.state.get(p, {}) for name, p in self.named.items()})
 
+    @torch.no_grad()
     def load(self, checkpoint: CheckpointReader) -> None:
+        """Rank 0 reads the files and sends them on: hundreds of ranks would read the same bytes from one file
+        system."""
         for name, p in self.named.items():
-            p.data.copy_(checkpoint.whole("weight", name).view_as(p))
             steps = checkpoint.optimizer_steps.get(name, 0)
-            if not steps:
-                self.optimizer.state.pop(p, None)
-                continue
-            state = {key: checkpoint.whole(key, name).view_as(p).to(p.device).clone() for key in MOMENTS}
-            # A fused optimizer keeps its step count on the device, the others in host memory.
-            fused = bool(self.optimizer.defaults.get("fused"))
-            state["step"] = torch.tensor(float(steps), device=p.device if fused else "cpu")
-            self.optimizer.state[p] = state
+            self.optimizer.state.pop(p, None)
+            if steps:
+                # A fused optimizer counts its updates on the device.
+                state: dict[str, Tensor] = {"step": torch.tensor(float(steps), device=p.device)}
+                self.optimizer.state[p] = {**state, **{key: torch.zeros_like(p) for key in MOMENTS}}
+            if self.world.is_main:
+                p.copy_(checkpoint.whole("weight", name).view_as(p))
+                for key in MOMENTS if steps else ():
+                    self.optimizer.state[p][key].copy_(checkpoint.whole(key, name).view_as(p))
+        moments = [
+            self.optimizer.state[p][key] for p in self.parameters if p in self.optimizer.state for key in MOMENTS
+        ]
+        broadcast_tensors([*(p.data for p in self.parameters), *moments], self.world)

@@ -23,17 +23,22 @@ BROADCAST_BYTES = 256 * 2**20
 
 @torch.no_grad()
 def broadcast(model: nn.Module, world: World) -> None:
-    """Give every rank the weights and buffers of rank 0, in place.
+    """Give every rank the weights and buffers of rank 0, in place."""
+    broadcast_tensors([tensor.data for tensor in [*model.parameters(), *model.buffers()]], world)
 
-    Tensors travel from where they are: over NCCL once the model is on a GPU, over gloo in host memory.
+
+def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
+    """Give every rank the values of rank 0, in place, in few large messages.
+
+    Tensors travel from where they are: over NCCL on a GPU, over gloo in host memory.
     """
     if world.world_size == 1:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor.data)
-    for tensors in groups.values():
-        for bucket in _buckets(tensors, BROADCAST_BYTES):
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        for bucket in _buckets(group, BROADCAST_BYTES):
             flat = dist.broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]), world)
             for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                 tensor.copy_(values.view_as(tensor))

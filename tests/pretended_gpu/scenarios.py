@@ -209,6 +209,25 @@ def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
     }
 
 
+def save_of_a_run(layers: int) -> dict[str, Any]:
+    """Waits of a checkpoint, and the values that it copies."""
+    found: dict[str, Any] = {}
+
+    def watch(run: Run, trace: Trace) -> None:
+        save = run.checkpoints.save
+
+        def call(*args: Any) -> None:
+            waits, copies = len(trace.waits), len(trace.overlapped)
+            save(*args)
+            found["waits"] = [f"{wait.what} in {wait.where}" for wait in trace.waits[waits:]]
+            found["copies"] = len(trace.overlapped) - copies
+
+        run.checkpoints.save = call  # type: ignore[method-assign]
+
+    run_loop("dense", f"DiT-S/2-L{layers}", steps=2, checkpoint_every=2, watch=watch)
+    return found
+
+
 def precisions(trace: Trace) -> dict[str, int]:
     """Matrix products by dtype and by what fp32 products were allowed at that time."""
     return {f"{dtype} {precision}": n for (dtype, precision), n in trace.products.items()}

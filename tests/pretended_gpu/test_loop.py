@@ -28,6 +28,12 @@ def test_products_of_a_step_are_exact_unless_tf32_is_said(gpu: Worker, precision
     assert set(found["products"]) == {products} and found["waits"] == []
 
 
+def test_a_save_waits_twice_whatever_the_number_of_its_tensors(gpu: Worker) -> None:
+    """Once for the counts of updates and once for all copies, which go to page-locked memory."""
+    found = gpu.run("save_of_a_run", layers=3)
+    assert len(found["waits"]) <= 2 and found["copies"] > 100, found
+
+
 def test_zero_waits_for_its_own_overflow_check_alone(gpu: Worker) -> None:
     found = gpu.run("loop_step", kind="dense", layers=1, backend="deepspeed", deepspeed={"stage": 2})
     assert found["waits"] and all("deepspeed_backend.py" in wait or "synchronize" in wait for wait in found["waits"])
