@@ -18,67 +18,69 @@ from fine_dist.model.arch import Arch
 
 
 class DomainConfig(Config):
-    """A data set that targets are initialised on."""
+    """A data set that targets are initialized on."""
 
     data: DataConfig = DataConfig()
-    """Its latents."""
+    """Its shards, and held-out shards that are never trained on."""
     labels: Literal["same", "keep", "new"] = "same"
     """`same`: its classes are the parent's, which is checked by class names or their number. `keep`: use the labels as
     they are, unchecked. `new`: each target trains a label embedder of its own."""
 
 
 class InitConfig(Config):
-    """Stage 2: initialise a family of targets, depths x data sets x seeds x learning rates x variants, from one parent.
+    """Stage 2: initialize a family of targets, depths x data sets x seeds x learning rates x variants, from one parent.
 
     Targets that share frozen genes are packed: they train as one program, whatever their depth, data, seed and rate.
     """
 
     run_dir: PathKey = "runs/init"
-    """Where everything is written: a folder a target."""
+    """Folder of the family; every target gets a folder in it."""
     parent: PathKey | None = None
-    """A learngene, a model, a run's directory; another project's model (DiT's `.pt`, a folder of diffusers, a name on
-    the hub); none for a method that needs none."""
+    """What targets are made from: a learngene, a model or a run directory of ours, or another project's model (DiT's
+    `.pt`, a folder of diffusers, a name on the hub). Default: none, for a method that starts from nothing."""
     hints: HintsConfig = HintsConfig()
-    """What another project's file does not say of itself."""
+    """Facts about another project's model that its file does not hold."""
     method: AnyMethod | None = None
-    """How targets are made; none: the parent's own method, as it was condensed."""
+    """How targets are made. Default: the method that the parent was condensed with."""
     arch: Arch | None = None
-    """Shape of the targets but for their depth; none: the parent's."""
+    """Shape of the targets, apart from their depth. Default: the parent's. What is left open of latents and classes is
+    taken from the shards."""
     depths: tuple[Depth, ...] = (4, 6, 8, 10, 12)
-    """Layers of the targets."""
+    """Layers of the targets: one target for each, in every combination with the other axes."""
     data: DataConfig = DataConfig()
-    """The data set, when there is one."""
+    """The data set, where there is only one."""
     labels: Literal["same", "keep", "new"] = "same"
-    """What labels of `data` mean: as `domains.NAME.labels`."""
+    """What labels of `data` mean: see `domains.NAME.labels`."""
     domains: dict[str, DomainConfig] = Field(default_factory=dict)
-    """Data sets by name, when there are several; `data` is not read then."""
+    """Several data sets by name, each with `data` and `labels`; `data` above is not read then."""
     seeds: tuple[Seed, ...] = (0,)
-    """Each orders the data and draws noise, and whatever of a beginning is random."""
+    """Random seeds: each sets the order of the data, the noise, and the random part of one target's initialization."""
     lrs: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """Learning rates of what trains; none: `optim.lr`."""
+    """Learning rates to sweep. Default: `optim.lr` alone."""
     variants: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Settings of the method to vary, such as where its scalers begin; none: the method as it is."""
+    """Settings of the method to sweep, by name, such as `sigma: [segment, linear]`. Default: as it is set."""
     steps: int = Field(300, ge=1, le=1_000_000_000)
-    """Updates of what trains."""
+    """Updates of each target. A few hundred are enough where only scalers train."""
     batch: int = Field(64, ge=1, le=2**20)
-    """Samples an update of one target, over all processes."""
+    """Samples of an update of one target, over all processes."""
     stop: EarlyStop | None = None
-    """End a target early; none: never."""
+    """Ends a target early when its loss no longer falls. Default: never."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """The diffusion process."""
+    """The diffusion process; it must be the parent's."""
     optim: OptimConfig = OptimConfig(lr=1e-2)
-    """Optimiser of what trains."""
+    """Optimizer of what trains. Scalers want a larger rate than weights: 1e-2 to 3e-2."""
     engine: LoopConfig = LoopConfig(checkpoint_every=100, log_every=25, eval_every=150)
-    """How targets train."""
+    """Device, precision, checkpoints and logs."""
     pack: PackConfig = PackConfig()
-    """How targets are packed."""
+    """How targets are packed; it changes speed and memory, not results."""
     launch: LaunchConfig = LaunchConfig()
-    """What a pack needs, where it is submitted."""
+    """Resources of a pack's job, where it is submitted."""
     baselines: tuple[PathKey, ...] = ()
-    """Runs whose held-out losses are drawn beside the targets', such as models trained from scratch."""
+    """Run directories whose held-out losses are drawn beside the family's in family.png, such as models trained from
+    scratch."""
     limit: int = Field(200, ge=1, le=1_000_000)
-    """Targets beyond which a grid is refused without `yes`: a family is easily larger than was meant."""
+    """Largest number of targets that is run without `yes`, because lists multiply quickly."""
     yes: bool = False
-    """Run a grid larger than `limit`."""
+    """Run a grid of more than `limit` targets."""
     only: tuple[str, ...] = ()
-    """Names of the targets to run; none: all."""
+    """Names of the targets to run. Default: all of the grid."""

@@ -20,22 +20,23 @@ class EarlyStop(Config):
     """Ends a job whose training loss no longer falls."""
 
     window: int = Field(100, ge=1)
-    """Steps whose mean loss is compared with the mean of as many steps before them."""
+    """Steps whose mean loss is compared with the mean of as many steps before them; it is compared once in so many
+    steps. A window that is too short stops on noise."""
     min_gain: float = Field(0.0, ge=0, lt=1)
-    """Relative fall of that mean below which the job stops."""
+    """Relative fall of that mean below which the job stops. Default: it stops when the mean rises."""
 
 
 class PackConfig(Config):
-    """How jobs are packed. Nothing here changes what a job computes, beyond rounding."""
+    """How jobs are packed. Nothing here changes what a job computes, apart from rounding."""
 
     workers: int | None = Field(None, ge=1, le=4_096)
-    """Workers over which the packs are spread; none: launch.max_parallel, else as many as fit where they will run."""
+    """Workers over which the packs are spread. Default: launch.max_parallel, or else as many as fit where they run."""
     max_jobs: int = Field(64, ge=1, le=4_096)
-    """Jobs of a pack at most."""
+    """Largest number of jobs in a pack."""
     chunk: int | None = Field(None, ge=1, le=4_096)
-    """Jobs that go through the model at once; none: as many as memory and cache are good for."""
+    """Jobs that go through the model at once. Default: as many as memory holds and the device gains from."""
     memory_gib: float | None = Field(None, gt=0)
-    """Memory for activations; none: most of what the accelerator has free, 4 GiB on a CPU."""
+    """Memory for activations, in GiB. Default: most of what the accelerator has free, or 4 GiB on a CPU."""
 
 
 @dataclass(frozen=True)

@@ -54,29 +54,29 @@ class StageConfig(Config):
     """Settings of a stage that trains."""
 
     run_dir: PathKey = "runs/run"
-    """Where everything is written. The same command again continues what is there."""
+    """Folder of everything that the run writes. The same command again continues what is there."""
     seed: Seed = 0
-    """Seeds the initialisation, the order of the data, timesteps, noise and label drop."""
+    """Seeds the initialization, the order of the data, times, noise and dropped labels."""
     steps: int = Field(1000, ge=1, le=1_000_000_000)
-    """Updates."""
+    """Updates in all. A finished run continues when it is started again with more."""
     batch: int = Field(64, ge=1, le=2**20)
-    """Samples an update, over all processes."""
+    """Samples of an update, over all processes and micro-batches."""
     data: DataConfig = DataConfig()
-    """Latents."""
+    """Shards of latents to train on, and held-out shards that are only measured on."""
     diffusion: DiffusionConfig = DiffusionConfig()
-    """The diffusion process."""
+    """The diffusion process that the model learns; it must be that of the parent or ancestor."""
     optim: OptimConfig = OptimConfig()
-    """Optimiser."""
+    """Optimizer and schedule of the learning rate."""
     engine: EngineConfig = EngineConfig()
-    """How the loop runs."""
+    """Device, precision, checkpoints, averages and logs."""
     sampler: SamplerConfig = SamplerConfig()
-    """How pictures are sampled for TensorBoard."""
+    """How previews in TensorBoard and quick evaluations are sampled."""
     vae: PathKey | None = None
     """Folder or hub name of the `AutoencoderKL` that decodes those pictures, and what a quick evaluation draws."""
     quick: QuickConfig = QuickConfig()
-    """Quick evaluations on the way."""
+    """Scores of samples while the model trains."""
     launch: LaunchConfig = LaunchConfig()
-    """What the job needs, where it is submitted."""
+    """Resources of the job, where it is submitted."""
     keep_labels: bool = False
     """Use labels of the data as the parent's classes of the same numbers, although class names or their number differ.
     Default: refuse, because label 0 of the data would continue as class 0 of the parent, whatever that shows."""
