@@ -12,6 +12,9 @@ a layer one Euler step. It needs layers that change slowly over depth, as those 
 
 `aligned`: a layer is *one* of the learngene's, the nearest in relative depth. For learngenes whose neighbouring layers
 have nothing in common (factors decomposed from an ancestor), where the mean of two layers is no layer at all.
+
+`nearest`: the same layers, with residual branches as they are. For learngenes whose stage 1 also ran at these depths
+(`method.depths`), so that the layers of a shallower model already take the steps that it needs.
 """
 
 from __future__ import annotations
@@ -150,4 +153,5 @@ INITIALS: dict[str, Initial] = {
     "identical": Initial(identical),
     "segment": Initial(segment, segment_mean, longer_steps),
     "aligned": Initial(aligned, nearest, segment_share),
+    "nearest": Initial(aligned, nearest),
 }

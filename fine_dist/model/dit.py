@@ -89,6 +89,7 @@ class DiT(nn.Module):
         self.final = FinalLayer(d, p * p * arch.out_channels)
         self.register_buffer("pos", positions_of(arch), persistent=False)
         self.recompute = "none"
+        self.active: Sequence[int] | None = None
         self.initialise(generator)
 
     def initialise(self, generator: torch.Generator | None) -> None:
@@ -108,9 +109,14 @@ class DiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x, condition = self.embed(z, t, y)
-        for layer, block in enumerate(self.blocks):
+        for layer, block in self.running():
             x = self.run(layer, block, x, condition)  #                                                    [B, T, D]
         return self.unpatchify(self.final(x, condition.c))
+
+    def running(self) -> list[tuple[int, nn.Module]]:
+        """The blocks of this pass with their numbers: all, or in training those of `active` where a method set it."""
+        layers: Sequence[int] = range(len(self.blocks)) if self.active is None or not self.training else self.active
+        return [(layer, self.blocks[layer]) for layer in layers]
 
     def run(self, layer: int, block: nn.Module, *inputs: Any) -> Any:
         """A block on its inputs, recomputed in the backward pass where `recompute` says so."""
@@ -123,7 +129,7 @@ class DiT(nn.Module):
         """The output, and what some blocks and their attention give: `block.I` and `attention.I`, [B, T, D]."""
         x, condition = self.embed(z, t, y)
         features: dict[str, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
+        for layer, block in self.running():
             if layer in blocks:
                 x, features[f"attention.{layer}"] = self.run(layer, block, x, condition, True)
                 features[f"block.{layer}"] = x

@@ -63,3 +63,35 @@ def test_decomposing_an_ancestor_of_the_form_recovers_it(generator):
     expected = ancestor(*batch)
     assert float(((condensed.module(*batch) - expected).norm() / expected.norm()).detach()) < 0.05
     assert "block weights decomposed (mean relative error: qkv 0.0" in report["carried_over"]
+
+
+def test_condensing_at_several_depths_trains_the_models_that_targets_start_from(generator):
+    """On odd steps the learngene is, output for output, the untrained target of one of the depths."""
+    method = Fine(FineConfig(rank=12, depths=(2, 3)))
+    arch = tiny_arch(num_layers=5)
+    condensed = method.condense(arch, None, generator)
+    module = lively(condensed.module).train()
+    z, t, y = inputs(arch)
+    whole = module.eval()(z, t, y)
+    seen = set()
+    for step in range(12):
+        condensed.before_step(step, torch.Generator().manual_seed(step))
+        output = module.train()(z, t, y)
+        if step % 2 == 0:
+            torch.testing.assert_close(output, whole)
+            continue
+        taken = tuple(module.active)
+        seen.add(taken)
+        target = FactoredDiT(tiny_arch(num_layers=len(taken)), 12)
+        state = of_role(module, "gene", "shell")
+        for matrix in MATRICES:
+            sigma = torch.stack([module.sigma(matrix, layer) for layer in range(5)])
+            biases = torch.stack([module.bias(matrix, layer) for layer in range(5)])
+            made = INITIALS["nearest"].layers(matrix, sigma, biases, len(taken), generator)
+            for layer, (s, b) in enumerate(zip(*made)):
+                state[f"blocks.{layer}.{matrix}.sigma"], state[f"blocks.{layer}.{matrix}.bias"] = s, b
+        target.load_state_dict(state)
+        torch.testing.assert_close(output, target(z, t, y))  # the same products in the same order
+        torch.testing.assert_close(module.eval()(z, t, y), whole)  # measuring is always of the whole learngene
+    assert seen == {(0, 4), (0, 2, 4)}
+    assert method.sigma_initial({"initial": "decompose", "depths": [2, 3]}) == "nearest"

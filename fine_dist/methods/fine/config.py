@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fine_dist.core.config import Depth
 from fine_dist.methods.base import MethodConfig
 
 
@@ -24,12 +25,17 @@ class FineConfig(MethodConfig):
     """Greatest number of sweeps of alternating least squares over each matrix of the ancestor (initial: decompose)."""
     tolerance: float = Field(1e-5, gt=0)
     """Sweeps end early once one lowers the decomposition's relative error by less than this (initial: decompose)."""
+    depths: tuple[Depth, ...] = ()
+    """Depths that stage 1 also trains, such as 2 3 4 5 for an ancestor of 6 layers: every other step runs only the
+    layers that a target of one of these depths, drawn at random, would start from. Targets then start close to trained
+    models. Default: none, as published; list the depths that are wanted later."""
     path: Literal["auto", "composed", "factored"] = "auto"
     """How products are computed: `composed` makes W first, `factored` multiplies by V, sigma and U in turn. The default
     chooses for each matrix whichever needs fewer multiply-adds; results agree to rounding."""
-    sigma: Literal["linear", "random", "identical", "segment", "aligned"] | None = None
+    sigma: Literal["linear", "random", "identical", "segment", "aligned", "nearest"] | None = None
     """Start of a target's sigma, made from the learngene's over depth (docs/fanout.md explains each). Default:
-    `aligned` for a learngene that was decomposed from an ancestor, `segment` for one that was trained jointly."""
+    `nearest` for a learngene that was condensed at several `depths`, `aligned` for one that was decomposed from an
+    ancestor, `segment` for one that was trained jointly."""
     trains: Literal["sigma", "sigma_and_biases"] = "sigma"
     """What stage 2 trains: sigma alone, as in the paper, or the layers' biases as well, which costs no storage beyond
     what a target has anyway and gives a lower loss. Targets whose biases train are not packed."""

@@ -5,14 +5,15 @@ Stage 1 trains U, V, sigma and what is outside the blocks on the plain diffusion
 
 Choices where the paper is silent: R = D; biases are a layer's own, carried over to a target like sigma and frozen in
 stage 2; sigma of adaLN starts at zero (adaLN-zero), the others' on a line in depth (`line_in_depth`). The paper starts
-a target's sigma at random; ours starts at `segment`, and the paper's is the value `random`.
+a target's sigma at random; ours starts at `segment`, `aligned` or `nearest`, and the paper's is the value `random`.
+Ours, not the paper's: `depths`, which trains the learngene's shallower models while condensing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, 
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.methods.fine.cp import decompose
 from fine_dist.model.arch import MATRICES, Arch
-from fine_dist.model.depth import INITIALS
+from fine_dist.model.depth import INITIALS, nearest_layers
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT, SharedForm
 from fine_dist.model.roles import of_role, train_only
@@ -65,7 +66,8 @@ class Fine(Method[FineConfig]):
     def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
         if self.config.initial == "decompose" and ancestor is None:
             raise ArtifactError("method.initial decompose takes factors from an ancestor; give its folder as ancestor")
-        return Condensation(self.blueprint(arch, generator))
+        module = self.blueprint(arch, generator)
+        return Condensation(module, before_step=at_several_depths(module, self.config.depths))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> FactoredDiT:
         return FactoredDiT(arch, self.config.rank or arch.hidden_size, generator, self.config.path)
@@ -118,6 +120,8 @@ class Fine(Method[FineConfig]):
         Neighboring layers of a decomposed ancestor have no common course over depth that a mean could keep, so a
         target's layer takes one of them as it is.
         """
+        if made_by.get("depths"):
+            return self.config.sigma or "nearest"
         decomposed = made_by.get("initial") == "decompose"
         return self.config.sigma or ("aligned" if decomposed else "segment")
 
@@ -150,6 +154,24 @@ class Fine(Method[FineConfig]):
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
         return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]
+
+
+def at_several_depths(module: DiT, depths: Sequence[int]) -> Callable[[int, torch.Generator], None] | None:
+    """A hook that makes every other step run the layers that a target of a random one of these depths starts from.
+
+    The published stage 1 trains the learngene at its own depth alone, and layers taken out of it do not fit together
+    before sigma has trained. This is ours; docs/benchmark.md measures what it is worth. None without depths.
+    """
+    if not depths:
+        return None
+
+    def before_step(step: int, generator: torch.Generator) -> None:
+        module.active = None
+        if step % 2:
+            depth = depths[int(torch.randint(len(depths), (1,), generator=generator))]
+            module.active = nearest_layers(len(module.blocks), depth).tolist()
+
+    return before_step
 
 
 def factored_module(arch: Arch, tensors: dict[str, Tensor], path: str = "auto") -> FactoredDiT:
