@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_foreign, licence_of
+from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_hub_name, licence_of
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.config import PathKey, expand_path
@@ -84,7 +84,7 @@ class CondenseConfig(StageConfig):
     @property
     def knows_ancestor(self) -> bool:
         """Whether the ancestor can be read now: it is here, or on the hub."""
-        return bool(self.ancestor and (exists_locally(self.ancestor) or is_foreign(self.ancestor)))
+        return bool(self.ancestor and (exists_locally(self.ancestor) or is_hub_name(self.ancestor)))
 
     @property
     def knows_shape(self) -> bool:
