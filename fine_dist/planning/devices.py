@@ -16,16 +16,14 @@ ASSUMED_TFLOPS = 120.0
 """Assumed training rate of an accelerator of unknown kind, in TFLOP/s: about that of an A100 in bf16."""
 CORE_GFLOPS = 40.0
 """Assumed rate of one CPU core, in GFLOP/s of fp32."""
-UNKNOWN = "NVIDIA A100-SXM4-80GB"
+UNKNOWN = "A100"
 """Accelerator that is assumed where none is known."""
 MEMORY_GIB = {
-    "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "A4000": 16, "A5000": 24, "A6000": 48, "B200": 180, "B300": 270,
-    "GB200": 186, "GB300": 278, "GH200": 96, "H100": 80, "H100 NVL": 94, "H20": 96, "H200": 141, "H800": 80, "L4": 24,
-    "L40": 48, "L40S": 48, "MI210": 64, "MI250": 64, "MI250X": 64, "MI300A": 128, "MI300X": 192, "MI325X": 256,
-    "MI355X": 288, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "RTX 6000 Ada": 48, "T4": 16,
+    "A10": 24, "A30": 24, "A40": 48, "A100": 80, "A800": 80, "B200": 180, "GH200": 96, "H100": 80, "H100 NVL": 94,
+    "H100 PCIe": 80, "H20": 96, "H200": 141, "H800": 80, "L4": 24, "L40": 48, "L40S": 48, "RTX 3090": 24,
+    "RTX 4090": 24, "RTX 6000 Ada": 48, "T4": 16, "V100": 32,
 }  # fmt: skip
-"""Memory of one device in GiB, where its driver's name does not say it; of MI250 and MI250X of each half."""
-_VENDOR = re.compile(r"NVIDIA (GeForce )?|AMD Instinct |Tesla ")
+"""Memory of an accelerator in GiB, of its largest common variant."""
 
 
 @dataclass(frozen=True)
@@ -87,32 +85,21 @@ def _cores(count: int) -> DeviceModel:
 
 
 def _accelerator(name: str, precision: str) -> DeviceModel:
-    """The model of a device, by its driver's name; one that no table has is taken for `UNKNOWN`."""
-    from fine_dist.engine.accelerators import PEAKS
+    from fine_dist.model.flops import FP32_FRACTION, PEAK_TFLOPS
 
-    peak = PEAKS.get(name, PEAKS[UNKNOWN])
-    tflops = getattr(peak, precision) or peak.fp32
-    short = _VENDOR.sub("", name)
-    size = re.search(r"(\d+)GB", short)
-    known = max((key for key in MEMORY_GIB if short.removeprefix("RTX ").startswith(key) or short.startswith(key)),
-                key=len, default="")  # fmt: skip
-    # the figure in a Grace Hopper's name is its host memory
-    memory = int(size[1]) if size and not short.startswith("GH") else MEMORY_GIB.get(known, 0)
-    article = "an" if short[0] in "AHLMR" else "a"
-    return DeviceModel(f"{article} {short}", UTILIZATION * tflops * 1e12, True, memory * GIB or None)
+    peak = PEAK_TFLOPS[name] * (1.0 if precision == "bf16" else FP32_FRACTION.get(name, 0.5))
+    article = "an" if name[0] in "AHLR" else "a"
+    return DeviceModel(f"{article} {name}", UTILIZATION * peak * 1e12, True, MEMORY_GIB.get(name, 0) * GIB or None)
 
 
 def _known(name: str) -> str:
-    """The driver's name of the first device in the table that a user's word begins, whatever its case."""
-    from fine_dist.engine.accelerators import PEAKS
+    """The table's name of an accelerator, whatever its case and punctuation."""
+    from fine_dist.model.flops import PEAK_TFLOPS
 
-    word = _plain(name)
-    for known in PEAKS:
-        short = _plain(_VENDOR.sub("", known))
-        if word and (short.startswith(word) or short.removeprefix("rtx").startswith(word)):
-            return known
-    legal = [_VENDOR.sub("", known) for known in PEAKS]
-    raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), legal)}")
+    plain = {_plain(known): known for known in PEAK_TFLOPS}
+    if _plain(name) not in plain:
+        raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), PEAK_TFLOPS)}")
+    return plain[_plain(name)]
 
 
 def _plain(name: str) -> str:
@@ -120,7 +107,12 @@ def _plain(name: str) -> str:
 
 
 def _here() -> str | None:
-    """The driver's name of this machine's accelerator, or None."""
+    """The table's name of this machine's accelerator, or None."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    from fine_dist.model.flops import PEAK_TFLOPS
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return max((known for known in PEAK_TFLOPS if known in name), key=len, default=UNKNOWN)
