@@ -172,7 +172,7 @@ def _sample_batch(
         """The guided output [B, C or 2C, H, W] float32 at a time [], its prediction clamped."""
         level = float(process.noise_level(t))
         scale = config.guidance if config.guidance_interval[0] <= level <= config.guidance_interval[1] else 1.0
-        times = t.to(device).expand(len(z))
+        times = torch.full((len(z),), t.item(), dtype=t.dtype, device=device)  # a copy of t would wait for the device
         with arithmetic(config.precision, device):
             out = guided(model, z, times, labels, arch.num_classes, scale, guided_channels).float()
         if config.clip is None:

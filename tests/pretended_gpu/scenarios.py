@@ -333,7 +333,7 @@ def sampling(scheduler: str, **more: Any) -> dict[str, Any]:
     arch = arch_of("DiT-S/2-L2")
     with pretended_gpu() as trace:
         model = DiT(arch).to(GPU)
-        config = SamplerConfig(scheduler=scheduler, steps=5, batch=4, **more)
+        config = SamplerConfig(**{"scheduler": scheduler, "steps": 5, "batch": 4, **more})
         before = len(trace.waits)
         sample(model, labels=torch.arange(4), arch=arch, config=config, diffusion=DiffusionConfig(), seed=0)
         return {
