@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Three test files at once, since many wait for clusters and jobs; each test process computes on one thread.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs chaos slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs chaos fuzz slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -57,6 +57,9 @@ methods: install  ## every method and control on digits, to runs/benchmark/digit
 
 gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json
 	$(BIN)/python -m benchmarks gpu
+
+fuzz: install  ## forty times the suite's hostile input, counted in docs/reliability.md (about an hour on 2 cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_table --times 40
 
 chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)
 	$(BIN)/python -m tests.chaos.chaos --rounds 100

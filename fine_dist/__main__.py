@@ -27,6 +27,8 @@ COMMANDS = {
 
 ROOMS = ("creative", "study")
 """Commands that are packages."""
+CONFIGURED = tuple(name for name in COMMANDS if name not in ("plan", "status", "study", "init-project"))
+"""Commands whose flags are the settings of a config class of their own."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Whatever a user hands in, there is an answer in words: never a traceback, and nothing in a file is ever executed.
 
-Bounded and seeded: the same examples at every run (`derandomize`), a few hundred in all.
+Bounded and seeded: the same examples at every run (`derandomize`), a few hundred in all. `make fuzz` (FINE_DIST_FUZZ=N)
+tries N times as many, other ones each time, and counts them for docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fine_dist.__main__ import CONFIGURED
 from fine_dist.core.arguments import parse
-from fine_dist.core.errors import ArtifactError, DataError, guard
+from fine_dist.core.errors import ArtifactError, ConfigError, DataError, guard
+from fine_dist.core.help import Setting
 from fine_dist.core.help import settings as settings_of
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import read_all
@@ -34,17 +39,24 @@ from fine_dist.encode import main as encode_main
 from fine_dist.family.config import InitConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.factors import FactoredDiT
+from launchers.worker import config_class, import_module
 from tests.conftest import lively, tiny_arch
 from tests.core.test_config import Toy
 from tests.data.making import SHAPE, make, make_foreign, npy, sample
 
 KINDS = (Toy, InitConfig, EncodeConfig)
+TIMES = int(os.environ.get("FINE_DIST_FUZZ", "1"))
+"""How many times as many examples are tried as the suite tries."""
+COUNTS = os.environ.get("FINE_DIST_FUZZ_COUNTS")
+"""A file that gets a line for every command or reader that was asked: the test's name."""
+HANGS_S = 60
+"""An answer that takes longer is none."""
 
 
 def fuzz(examples: int) -> Callable[[Any], Any]:
     return settings(
-        max_examples=examples,
-        derandomize=True,
+        max_examples=examples * TIMES,
+        derandomize=TIMES == 1,
         database=None,
         deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -65,17 +77,40 @@ def nothing_is_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def answered(body: Callable[[], Any]) -> str:
+class Hangs(BaseException):
+    """Raised by an alarm; no `except Exception` may swallow it."""
+
+
+@contextlib.contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """The block may take so long: a reader that waits for a pipe would wait for ever."""
+
+    def ring(number: int, frame: object) -> None:
+        raise Hangs(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answered(body: Callable[[], Any], codes: tuple[int, ...] = (0, 2)) -> str:
     """Run as a command does; what it says. It ends well or with exit code 2, and whatever else it raises fails."""
+    if COUNTS:
+        with open(COUNTS, "a") as counts:
+            counts.write(os.environ["PYTEST_CURRENT_TEST"].partition(" ")[0].rpartition("::")[2] + "\n")
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with within(HANGS_S), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = guard(body)
         except SystemExit as ended:
             code = int(ended.code or 0)
     said = err.getvalue()
-    assert code in (0, 2) and "Traceback" not in said, said
-    assert code == 0 or said.startswith("error: "), said
+    assert code in codes and "Traceback" not in said, said
+    assert code != 2 or re.search(r"^(\[rank \d+\] )?error: ", said, re.M), said
     return said
 
 
@@ -184,6 +219,63 @@ FLAGS = [
 )
 def test_any_words_as_flags_are_a_config_or_one_message(argv, kind):
     answered(lambda: parse(kind, argv, "toy") and None)
+
+
+EDGES = (
+    "-1", "0", "1", "1e12", "1" + "0" * 30, "nan", ".inf", "-.inf", "\u0661\u0662", "\uff11", "1_0", "", " ", "0x10",
+    "0o17", "1e400",
+    "true", "none", "9" * 5000, "[1, 2]", "{a: 1}", "x" * 10_000, "." * 10_000, "a\0b", "\udcff",
+)  # fmt: skip
+
+
+def every_setting() -> dict[str, list[Setting]]:
+    """Command -> its settings, those that commands share at the first of them."""
+    seen: set[tuple[str, str]] = set()
+    found: dict[str, list[Setting]] = {}
+    for command in CONFIGURED:
+        own = list(settings_of(config_class(import_module(f"fine_dist.{command}"))))
+        found[command] = [setting for setting in own if (setting.path, setting.about) not in seen]
+        seen |= {(setting.path, setting.about) for setting in own}
+    return found
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_every_setting_of_every_command_answers_every_edge(command):
+    kind = config_class(import_module(f"fine_dist.{command}"))
+    for setting in every_setting()[command]:
+        for value in EDGES if TIMES > 1 or "INT" in setting.shape or "NUMBER" in setting.shape else EDGES[-6:]:
+            flag = f"--{setting.path.replace('_', '-')}={value}"
+            answered(lambda flag=flag: parse(kind, [flag], command) and None)
+
+
+UNBOUNDED = {
+    *("seed", "seeds", "split_seed", "tune_seed", "projection_seed", "cache_bytes", "budget", "classes", "layers"),
+    *("table", "deploy", "limit", "num_classes", "guidance_channels", "window", "shard_samples"),
+}
+"""Whole numbers that are no sizes of anything that is made: larger ones than there are cost nothing."""
+
+
+@pytest.mark.parametrize("command", CONFIGURED)
+def test_a_count_that_no_machine_holds_is_refused_by_every_command_and_so_by_its_dry_run(command):
+    kind = config_class(import_module(f"fine_dist.{command}"))
+    for setting in every_setting()[command]:
+        words = setting.shape.replace("|none", "").replace("|auto", "")
+        if words not in ("INT", "INT ...") or setting.path.rpartition(".")[2] in UNBOUNDED:
+            continue
+        with pytest.raises(ConfigError, match=r"less than or equal to|legal"):
+            parse(kind, [f"--{setting.path.replace('_', '-')}", "1000000000000"], command)
+
+
+@pytest.mark.parametrize("pattern", [
+    "d/{000000..999999999}.tar", "d/{0..9999}{0..9999}.tar", "d/{" + "9" * 40 + "..1}.tar",
+    "d/" + "{a,b}" * 40 + ".tar",
+    "{a,{b,c}}.tar", "d/{..}.tar", "d/{1..2", "d/}{.tar", "{0..5..0}.tar",
+])  # fmt: skip
+def test_brace_patterns_are_counted_before_they_are_expanded(pattern):
+    said = answered(lambda: encode_main(["--inspect", pattern]))
+    assert said.startswith("error: ")
+    said = answered(lambda: encode_main(["--source", pattern, "--out", "o", "--launcher", "here"]))
+    assert said.startswith("error: ")
 
 
 # --- shards --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fine_dist.__main__ import COMMANDS as NAMES
+from fine_dist.__main__ import CONFIGURED
 from fine_dist.core.config import models_in
 from launchers.worker import config_class, import_module
 
@@ -37,8 +38,6 @@ FLOORS = [
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = len(FLOORS)
-CONFIGURED = [name for name in NAMES if name not in ("plan", "status", "study", "init-project")]
-"""Commands whose flags are the settings of a config class of their own."""
 TOOLS = {"testing": LEVEL["planning"]}
 """Flat files that are no commands: the test tool for several processes."""
 OWNERS = {

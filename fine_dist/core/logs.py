@@ -56,6 +56,7 @@ def configure(options: argparse.Namespace | None = None) -> None:
         for name in _CHATTY:
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
+        threading.excepthook = _show_thread_error
 
 
 _CHATTY = ("PIL", "matplotlib", "asyncio", "urllib3", "filelock", "fsspec", "h5py", "numba", "torch")
@@ -105,6 +106,15 @@ class _Terminal(logging.Handler):
                 sys.stderr.flush()
         except (OSError, ValueError, AttributeError):  # full, closed, or none at all
             pass
+
+
+def _show_thread_error(args: threading.ExceptHookArgs) -> None:
+    """A thread of a library (TensorBoard's writer on a full disk) ends with one line, not with a traceback."""
+    name = args.thread.name if args.thread else "thread"
+    log = logging.getLogger("fine_dist")
+    log.error("%s ended: %s: %s", name, args.exc_type.__name__, args.exc_value)
+    if args.exc_value is not None:
+        log.debug("where %s ended", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
 
 
 def _show_warning(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fine_dist.__main__ import COMMANDS
+from fine_dist.__main__ import CONFIGURED
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, guard
@@ -26,8 +26,7 @@ from tests.core.test_config import Toy
 from tests.data.making import make_foreign, sample
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = [name for name in COMMANDS if name not in ("plan", "status", "study", "init-project")]
-"""Commands whose flags are the settings of a config class of their own."""
+KINDS = CONFIGURED
 
 
 def kind_of(command: str) -> type[Config]:
