@@ -36,11 +36,25 @@ class DinoV2(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Extracted:
         """images: as `Features` takes them; any size."""
+        return Extracted(self._hidden(images)[:, 0])
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """The normalized patch tokens [N, S, E] of images, without the class token; REPA aligns with them."""
+        return self._hidden(images)[:, 1:]
+
+    def token_flops(self) -> float:
+        """FLOPs of one image's forward pass, the attention's own products left out (about a tenth)."""
+        tokens = (SIDE // int(self.model.config.patch_size)) ** 2 + 1
+        return 2.0 * tokens * sum(p.numel() for p in self.model.encoder.parameters())
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        """The last normalized layer [N, 1 + S, E] float32."""
         mean = self.get_buffer("mean")
         x = as_rgb(images).to(mean.device).float() / 255
         x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         found = self.model(pixel_values=(x - mean) / self.get_buffer("std"))
-        return Extracted(found.last_hidden_state[:, 0].float())
+        return found.last_hidden_state.float()
 
 
 def load_dino(folder: str | Path, device: torch.device | str = "cpu") -> DinoV2:

@@ -38,6 +38,10 @@ class Plan:
     """Of the terms of the loss."""
     draws: bool = True
     """Whether the method's tables over depth are shown: of what it trains itself, not of an ordinary model."""
+    terms: tuple[LossTerm, ...] = ()
+    """Further terms of the loss, beside those of `weights`."""
+    extra_flops: float = 0.0
+    """FLOPs of a sample's step for what they compute."""
     teacher: DiT | None = None
     """Frozen, whatever its depth and width; asked at every step where a term wants it."""
     teacher_process: DiffusionConfig | None = None
@@ -50,8 +54,13 @@ class Plan:
 
         module = self.condensation.module
         # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
+        module = getattr(module, "student", module) if self.terms else module
         own = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
-        return own.training + (2.0 * forward_macs(self.teacher.arch) if self.teacher is not None else 0.0)
+        return (
+            own.training
+            + self.extra_flops
+            + (2.0 * forward_macs(self.teacher.arch) if self.teacher is not None else 0.0)
+        )
 
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
@@ -166,6 +175,7 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
             if not pairs:
                 raise ConfigError(f"loss.features: method {plan.method.config.name} names no features; use 0")
             terms.append(FeatureDistillation(teacher, pairs, weights.features))
+    terms += plan.terms
     if not terms:
         raise ConfigError("loss: every weight is 0, so nothing would be trained; give one that is not")
     return terms

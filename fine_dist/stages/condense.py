@@ -103,6 +103,7 @@ class CondenseConfig(StageConfig):
             "ancestor": hash_of(self.ancestor, self.hints) if self.ancestor else None,
             "loss": vars(self.weights),
             **({} if self.shell == "inherited" else {"shell": self.shell}),
+            **({} if not self.loss.repa else {"repa": self.loss.repa_identity()}),
         }
 
     def blueprint(self) -> Blueprint:

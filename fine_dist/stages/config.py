@@ -178,3 +178,17 @@ class LossConfig(Config):
     """Mean squared difference to the ancestor's full output."""
     features: float | None = Field(None, ge=0)
     """Mean squared difference to features of the ancestor's blocks, where the method names some."""
+    repa: float = Field(0.0, ge=0)
+    """Weight of REPA's alignment with an image encoder (arXiv 2410.06940), whose paper uses 0.5; 0 leaves it out. It
+    runs the encoder at every step, and the VAE before it where latents are not images."""
+    repa_encoder: str | None = None
+    """Local transformers folder of the DINOv2 whose tokens are aligned with; REPA needs it."""
+    repa_block: int | None = Field(None, ge=1)
+    """Number of the block, counted from 1, whose output is aligned. Default: the one at 8/28 of the depth, as in the
+    paper."""
+    repa_width: int = Field(2048, ge=1, le=65_536)
+    """Width of the projector's hidden layers, which train beside the model and are dropped at the end."""
+
+    def repa_identity(self) -> dict[str, Any]:
+        """What of REPA changes a run, wherever the encoder lies; JSON."""
+        return self.model_dump(include={"repa", "repa_block", "repa_width"})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.core.config import expand_path
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.stages.build import Plan, make_program
-from fine_dist.stages.config import StageConfig
+from fine_dist.stages.config import LossConfig, StageConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,11 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
                 print(f"{stage}: finished before; the {artifact} is in {folder}")
             return folder
         plan = build(world)
+        loss: LossConfig | None = getattr(config, "loss", None)
+        if loss is not None and loss.repa:
+            from fine_dist.stages.repa import with_alignment
+
+            plan = with_alignment(config, loss, plan, world)
         program = make_program(config, plan, world, identity)
         flops = plan.training_flops(config.batch)
         if world.is_main:

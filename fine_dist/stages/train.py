@@ -88,6 +88,7 @@ class TrainConfig(StageConfig):
             "method": self.method.model_dump(mode="json") if self.method else None,
             "origin": hash_of(self.parent, self.hints) if self.parent else None,
             **({} if self.shell == "inherited" else {"shell": self.shell}),
+            **({} if not self.loss.repa else {"repa": self.loss.repa_identity()}),
             **({"ancestor": hash_of(self.ancestor, self.hints)} if self.ancestor else {}),
             **({"loss": vars(self.weights)} if self.weights != Weights() else {}),
         }
