@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.config import Config, union_of, validate
-from fine_dist.core.errors import ArtifactError, nearest
+from fine_dist.core.errors import ArtifactError, ConfigError, nearest
 from fine_dist.methods.adapters.config import BoftConfig, LoraConfig, OftConfig, PissaConfig, VeraConfig
 from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights
 from fine_dist.methods.fine.config import FineConfig
@@ -69,6 +70,24 @@ _METHODS: dict[str, tuple[type[MethodConfig], str]] = {
     "wave": (WaveConfig, "wave.method:Wave"),
     "weight_selection": (WeightSelectionConfig, "weight_selection:WeightSelection"),
 }
+ENTRY_POINTS = "fine_dist.methods"
+"""Entry points by which other packages add methods: `my_method = "my_package.my_method:MyMethod"`."""
+_OTHERS: dict[str, type[Method[Any]]] = {}
+
+
+def _add_methods_of_other_packages() -> None:
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        where = f"entry point {point.name} = {point.value!r} of {point.dist.name if point.dist else 'a package'}"
+        if point.name in _METHODS:
+            raise ConfigError(f"{where}: a method of that name exists; rename it, or uninstall the package")
+        found = point.load()
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise ConfigError(f"{where} is no subclass of fine_dist.methods.base.Method")
+        _OTHERS[point.name] = found
+        _METHODS[point.name] = (found.Config, point.value)
+
+
+_add_methods_of_other_packages()
 CONDENSING = ("fine", "kind", "learngene_pool", "snnet", "sws", "tleg", "wave")
 """Methods that have a stage 1 (`Traits.condenses`), known without importing their code."""
 
@@ -82,6 +101,8 @@ class _Registry(Mapping[str, "type[Method[Any]]"]):
     """Method classes by name; a class is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> type[Method[Any]]:
+        if name in _OTHERS:
+            return _OTHERS[name]
         module, _, cls = _METHODS[name][1].partition(":")
         found: type[Method[Any]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
         return found

@@ -170,3 +170,41 @@ def test_toys_go_from_condense_to_a_study_without_another_file_touched(house: Pa
     assert said["repeat"] == {"kept": True, "moved": False, "trained": 3}  # nothing trains after descending
     assert said["blocks"] == {"kept": True, "moved": True, "trained": 3}  # whole blocks train, the shell does not
     assert said["widen"] == 32 and said["study"]
+
+
+def installed(folder: Path, line: str) -> dict[str, str]:
+    """The environment of a process in which a package of toys is installed, with one entry point."""
+    (folder / "toys.py").write_text(TOYS)
+    about = folder / "toys-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: toys\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[fine_dist.methods]\n{line}\n")
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+
+
+def test_a_method_of_another_package_is_listed_and_used_like_a_built_in_one(tmp_path: Path) -> None:
+    code = """
+from fine_dist.core.config import validate
+from fine_dist.methods import METHODS, build
+from fine_dist.stages.condense import CondenseConfig
+config = validate(CondenseConfig, {"method": {"name": "repeat"}})
+print(type(build(config.method)).__module__, "repeat" in METHODS)
+"""
+    env = installed(tmp_path, "repeat = toys:Repeat")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["toys", "True"], done.stderr
+    words = [sys.executable, "-m", "fine_dist.init", "--help"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert "repeat" in done.stdout and "Blocks of a shallow model, repeated." in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [("fine = toys:Repeat", "a method of that name exists"), ("repeat = toys:TOYS_PATH", "no attribute")],
+)
+def test_an_entry_point_that_cannot_serve_is_named(tmp_path: Path, line: str, words: str) -> None:
+    env = installed(tmp_path, line)
+    done = subprocess.run(
+        [sys.executable, "-m", "fine_dist.init", "--help"], env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and words in done.stderr
