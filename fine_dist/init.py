@@ -19,7 +19,6 @@ from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.core.help import table
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family, expand
 from fine_dist.methods import described
 from launchers.spec import Capacity, Task
 from launchers.state_table import StateTable
@@ -31,6 +30,8 @@ PRELOAD = ("torch", "fine_dist.family.train_family")
 
 def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
     """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
+    from fine_dist.family.members import Family
+
     family = Family(config)
     family.check()
     # A worker keeps the jobs of its pack together; how many go through at once it decides where it runs.
@@ -49,6 +50,7 @@ def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
 
 def run(config: InitConfig) -> Path:
     """Train the targets (`only` those named) that are not done, in this process; the family's folder."""
+    from fine_dist.family.members import Family
     from fine_dist.family.train_family import run_family
 
     return run_family(Family(config), inside())
@@ -56,6 +58,7 @@ def run(config: InitConfig) -> Path:
 
 def result_lines(config: InitConfig) -> list[str]:
     """What the command prints at its end: the targets by held-out loss, where they are, and the next command."""
+    from fine_dist.family.members import expand
     from fine_dist.family.summary import result_lines as lines
 
     return lines(run_dir_of(config), [member.name for member in expand(config)])
@@ -63,6 +66,8 @@ def result_lines(config: InitConfig) -> list[str]:
 
 def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
+    from fine_dist.family.members import Family, expand
+
     if config.parent and not exists_locally(config.parent) and not is_hub_name(config.parent):
         names = [member.name for member in expand(config)]
         return [
@@ -105,6 +110,7 @@ def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
+    from fine_dist.family.members import expand
     from launchers.launcher import Launcher
     from launchers.registry import pick
 

@@ -18,7 +18,7 @@ import torch._dynamo.exc
 from torch import nn
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.settings import EngineConfig
+from fine_dist.engine.settings import EngineConfig, LoopConfig
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) 
         compile_or_fall_back(list(getattr(model, "blocks", [model])))
 
 
-def compiles(engine: EngineConfig, device: torch.device) -> bool:
+def compiles(engine: LoopConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as the config says, or else on a GPU, beside a C compiler, without sharding."""
     if engine.compile is not None:
         return engine.compile

@@ -250,9 +250,10 @@ def reference(
     when the statistics are of another number of features than the network has.
     """
     path = expand_path(str(path))
-    share = {"batch": batch, "rank": rank, "world_size": world_size}
     if not (path.endswith(".npz") and has_statistics(path)):
-        return measure_path(features, path, selection=selection, **share, **options)
+        return measure_path(
+            features, path, batch=batch, selection=selection, rank=rank, world_size=world_size, **options
+        )
     found = read_statistics(path)
     if len(found.mu) != features.num_features:
         raise DataError(f"{path}: statistics of {len(found.mu)} features; {features.name} has {features.num_features}")

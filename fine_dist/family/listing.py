@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, find_artifact
 from fine_dist.core.files import last_row as newest_row
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.methods import from_manifest
 from fine_dist.methods.base import Parent
+from fine_dist.model.artifact import read_manifest
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
@@ -30,9 +32,6 @@ def baselines(parent: Parent | None, runs: Sequence[str]) -> dict[str, list[tupl
 
     One whose manifest has no held-out loss is left out. `ArtifactError` for a run that holds no model.
     """
-    from fine_dist.artifacts.locate import find_artifact
-    from fine_dist.model.artifact import read_manifest
-
     found: dict[str, list[tuple[int, float]]] = {}
 
     def add(label: str, depth: int, extra: Mapping[str, Any]) -> None:
@@ -49,8 +48,6 @@ def baselines(parent: Parent | None, runs: Sequence[str]) -> dict[str, list[tupl
 
 
 def _label_of(manifest: Mapping[str, Any]) -> str:
-    from fine_dist.methods import from_manifest
-
     steps = manifest["extra"].get("steps")
     label = from_manifest(manifest["method"]).label
     return f"{label}, {steps:,} steps" if steps else label

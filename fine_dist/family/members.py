@@ -1,7 +1,4 @@
-"""A family of targets: its grid as named tasks, what is checked before anything is queued, and the packs it becomes.
-
-torch is imported inside functions, because `--help` must answer at once.
-"""
+"""A family of targets: its grid as named tasks, what is checked before anything is queued, and the packs it becomes."""
 
 from __future__ import annotations
 
@@ -9,25 +6,30 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from fine_dist.artifacts.locate import read_artifact
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
+from fine_dist.artifacts.targets import check_target, descend
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
 from fine_dist.core.records import as_record, read_json
+from fine_dist.data.reader import ShardSet
+from fine_dist.data.shards import Manifest
+from fine_dist.data.stream import check_fit, read_all
 from fine_dist.family.config import DomainConfig, InitConfig
+from fine_dist.family.listing import baselines, result_of
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
-from fine_dist.methods import build, from_manifest
+from fine_dist.methods import build, from_manifest, parent_of
+from fine_dist.methods.base import Method, Parent
 from fine_dist.model.arch import Arch
 from fine_dist.stages.config import check_labels, fit_arch
 from launchers.spec import Capacity, check_name
-
-if TYPE_CHECKING:
-    from fine_dist.data.shards import Manifest
-    from fine_dist.methods.base import Method, Parent
 
 CPU_MEMORY = 4 * 2**30
 """Bytes for a pack's activations on a CPU unless the config says."""
@@ -110,22 +112,15 @@ class Family:
     @cached_property
     def parent(self) -> Parent | None:
         """Read and checked against its hash; `ArtifactError` for one that is damaged or was never finished."""
-        from fine_dist.artifacts.locate import read_artifact
-        from fine_dist.methods import parent_of
-
         return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
 
     @cached_property
     def beside(self) -> dict[str, list[tuple[int, float]]]:
         """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
-        from fine_dist.family.listing import baselines
-
         return baselines(self.parent, self.config.baselines)
 
     def parent_with_samples(self, member: Member) -> Parent | None:
         """The parent, and as many samples of the target's data as its method looks at."""
-        from fine_dist.data.stream import read_all
-
         wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
         if self.parent is None or not wanted or not shards:
             return self.parent
@@ -172,8 +167,6 @@ class Family:
 
     def check_data(self, member: Member) -> None:
         """`DataError` when the target's data set is not there, is damaged or does not fit it."""
-        from fine_dist.data.stream import check_fit
-
         arch = self.arch(member)
         for where, manifest in self.manifests(member):
             check_fit(manifest, arch, where)
@@ -190,8 +183,6 @@ class Family:
 
     def manifests(self, member: Member) -> list[tuple[str, Manifest]]:
         """What the data set's shards hold: those that are trained on first, then the held-out ones if any."""
-        from fine_dist.data.reader import ShardSet
-
         data = member.domain_config.data
         if not data.shards:
             key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
@@ -207,8 +198,6 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
-        from fine_dist.artifacts.targets import check_target, descend
-
         seen: set[Any] = set()
         for member in self.members:
             method = self.method(member)
@@ -259,8 +248,6 @@ class Family:
 
     def done(self, member: Member) -> bool:
         """Whether nothing is left to do: its artifact is there, and it was trained for as many steps as are wanted."""
-        from fine_dist.family.listing import result_of
-
         result = result_of(member.folder)
         return result is not None and (
             result["steps"] >= self.config.steps or result["steps"] == 0 or bool(result.get("reason"))
@@ -309,8 +296,6 @@ class Family:
 
     def _rank(self, member: Member) -> int | None:
         """Components of the factors that targets like this one share; none where they train by themselves."""
-        from fine_dist.artifacts.targets import descend
-
         if not self.may_pack:
             return None
         key = (member.variant, member.domain)
@@ -344,8 +329,6 @@ def pack_memory(config: InitConfig, capacity: Capacity | None) -> tuple[bool, in
         known = None if cpu else capacity.accelerator_bytes
         free = int(0.8 * known) if known else CPU_MEMORY
     else:
-        import torch
-
         cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
         free = CPU_MEMORY if cpu else int(0.8 * torch.cuda.mem_get_info()[0])
     return cpu, int(config.pack.memory_gib * 2**30) if config.pack.memory_gib else free

@@ -8,17 +8,17 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tqdm import tqdm
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
 from fine_dist.family.listing import last_row, result_of
+from fine_dist.family.members import Member
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import read_manifest
-
-if TYPE_CHECKING:
-    from fine_dist.family.members import Member
-
+from launchers.state_table import StateTable
 
 COUNTS = (1, 10, 100)
 """Numbers of models, each as large as the family's largest, that storage is told for."""
@@ -43,8 +43,6 @@ class FamilyBar:
         self._thread.join()
 
     def _run(self) -> None:
-        from tqdm import tqdm
-
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         begun, bar, took = self._look()[0], None, 0.0
         # looking takes a tenth of the time at most, however many targets there are
@@ -112,8 +110,6 @@ def list_family(run_dir: Path) -> list[str]:
 
     `RunDirError` where there is none.
     """
-    from launchers.state_table import StateTable
-
     table = StateTable(run_dir)
     rows = table.rows() if table.folder.is_dir() else []
     if not rows:

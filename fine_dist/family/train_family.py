@@ -27,6 +27,7 @@ from fine_dist.family.recorder import TargetRecorder, finish_target, write_ident
 from fine_dist.family.single_target import train_single_target
 from fine_dist.family.summary import draw_family
 from fine_dist.methods.base import Descent
+from fine_dist.model.artifact import save_artifact
 from fine_dist.model.factors import SharedForm
 from launchers.state_table import StateTable
 
@@ -207,8 +208,6 @@ def _job(family: Family, member: Member) -> PackJob:
 
 def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: StateTable) -> None:
     """A method that leaves nothing for stage 2: the target as it is."""
-    from fine_dist.model.artifact import save_artifact
-
     write_identity(family, member)
     manifest = save_artifact(
         member.folder / "model",
