@@ -126,6 +126,10 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return EXIT_BROKEN_PIPE
+        if error.errno in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT):  # of a file server, after several attempts
+            where = f" at {error.filename}" if error.filename else ""
+            _say(f"stopped: the storage failed{where} ({error.strerror}); the same command continues")
+            return EXIT_RESUME
         if error.errno not in _REMEDIES and not isinstance(error, NotAFile):
             raise
         where = f": {error.filename}" if error.filename else ""

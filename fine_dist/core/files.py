@@ -9,17 +9,21 @@ import fcntl
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from fine_dist.core.errors import NotAFile, RunDirError
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 _PIECE = 1 << 20
 _DRAFTS = 256
@@ -35,8 +39,12 @@ def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True
     durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
     """
     path = Path(path)
-    with _draft(path, content, durable=durable) as draft:
-        os.replace(draft, path)
+
+    def write() -> None:
+        with _draft(path, content, durable=durable) as draft:
+            os.replace(draft, path)
+
+    retried(write)
     return path
 
 
@@ -66,8 +74,63 @@ def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -
     """
     path = Path(path)
     with _draft(path, content, durable=durable) as draft:
-        os.link(draft, path)
+        name_new(draft, path)
     return path
+
+
+def name_new(draft: str | Path, path: str | Path) -> None:
+    """Give a finished draft its name; `FileExistsError` when the name is taken, with the other file left whole.
+
+    A hard link does both at once. FUSE mounts of buckets, FAT and some SMB shares have none: there the name is taken
+    with an empty file first, which no other writer can take, and the draft replaces that.
+    """
+    try:
+        os.link(draft, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        os.replace(draft, path)
+
+
+NO_LINKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
+"""Errors by which a file system says that it makes no hard links."""
+TRANSIENT = (errno.ESTALE, errno.EIO, errno.EBUSY, errno.ETIMEDOUT)
+"""Errors of network file systems that often pass: a server that fails over, a handle that another client replaced."""
+WAITS_S = (0.1, 0.5, 2.0)
+"""Seconds before each further attempt."""
+
+
+def retried(action: Callable[[], T], errors: tuple[int, ...] = TRANSIENT) -> T:
+    """Do something with files, and once more after each of a few waits when it fails by an error that may pass."""
+    for wait_s in WAITS_S:
+        try:
+            return action()
+        except OSError as error:
+            if error.errno not in errors:
+                raise
+            log.debug("%s; another attempt in %g s", error, wait_s)
+            time.sleep(wait_s)
+    return action()
+
+
+def remove_tree(folder: str | Path) -> bool:
+    """Remove a folder that nobody needs any more; whether it is gone.
+
+    On NFS a folder stays while another process has a file of it open (ENOTEMPTY, EBUSY). Such a folder is left for the
+    next time, with a warning, because it is no reason to end a run.
+    """
+
+    def remove() -> None:
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+    try:
+        retried(remove, (*TRANSIENT, errno.ENOTEMPTY))
+    except OSError as error:
+        log.warning("%s could not be removed (%s); it is left for the next time", folder, error.strerror)
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -187,7 +250,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             stale = draft_name(folder)
             os.rename(folder, stale)
             os.rename(draft, folder)
-            shutil.rmtree(stale)
+            remove_tree(stale)
         else:
             os.rename(draft, folder)
         sync_folder(folder.parent)
@@ -210,7 +273,7 @@ def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
     for path in Path(folder).glob(".*.tmp"):
         with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > older_than_s:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path) if path.is_dir() else path.unlink()
                 count += 1
     return count
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import open_draft, read_bytes, remove_drafts, write_atomic
+from fine_dist.core.files import name_new, open_draft, read_bytes, remove_drafts, write_atomic
 from fine_dist.core.records import read_json
 from fine_dist.data.codecs import Codec
 from fine_dist.data.images import ImageSource
@@ -69,11 +69,11 @@ def agree(folder: Path, settings: dict[str, Any]) -> None:
     with open_draft(path) as draft:
         draft.write(json.dumps(settings, indent=1).encode())
         try:
-            os.link(draft.name, path)
+            name_new(draft.name, path)
         except FileExistsError:
             _same(_read_mark(path), json.loads(json.dumps(settings)), folder)
         finally:
-            os.unlink(draft.name)
+            Path(draft.name).unlink(missing_ok=True)
 
 
 def _read_mark(path: Path) -> Any:

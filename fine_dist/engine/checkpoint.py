@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
-from fine_dist.core.files import sync_folder, write_atomic
+from fine_dist.core.files import remove_tree, sync_folder, write_atomic
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
 from fine_dist.engine.dist import World, barrier, broadcast_object
@@ -259,9 +259,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         for folder in self._folders()[: -self.keep]:
-            shutil.rmtree(folder)
+            remove_tree(folder)
         for folder in self.folder.glob(f".writing-old-*-{self._token}"):
-            shutil.rmtree(folder)
+            remove_tree(folder)
 
 
 def restore_ema(checkpoint: CheckpointReader, ema: Ema, pieces: list[Piece]) -> None:

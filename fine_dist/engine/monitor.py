@@ -6,6 +6,7 @@ of an unfinished row are part of a checkpoint, so a resumed run writes the rows 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_dist.core.files import as_row, open_regular
+from fine_dist.core.files import as_row, open_regular, retried
 from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import RunDir
 
@@ -59,11 +60,15 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row; numbers that are None are left out."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
-        self._file.write(json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n")
+        line = json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n"
+        retried(lambda: self._file.write(line))
         self.rows.append(row)
-        for key, value in row.items():
-            if key != "step":
-                self.board.add_scalar(f"train/{key}", value, step)
+        try:
+            for key, value in row.items():
+                if key != "step":
+                    self.board.add_scalar(f"train/{key}", value, step)
+        except OSError as error:  # a picture of the numbers is no reason to end a run: metrics.jsonl has them
+            log.warning("TensorBoard's events cannot be written (%s); the numbers are in metrics.jsonl", error)
 
     def has(self, step: int, key: str) -> bool:
         """Whether there is a row of `step` with `key`."""
@@ -72,7 +77,8 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        self.board.close()
+        with contextlib.suppress(OSError):  # as in `write`
+            self.board.close()
 
 
 def log_hparams(board: Any, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
