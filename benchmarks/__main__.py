@@ -75,6 +75,9 @@ def report(found: GpuFound, out: Path, quick: bool) -> int:
     """Print the results of the parts of `gpu` and write them to a file; 1 when a part failed, else 0."""
     about = {"benchmark": "gpu", "quick": quick, **machine(), **found.as_json()}
     show(found.rows, {**about, "seconds": round(sum(found.seconds.values()), 1)})
+    from benchmarks.gpu import markdown
+
+    print(markdown(found.rows))
     del about["machine"]  # a published file names the card, not the host
     _write(out, about)
     for name, said in found.failed.items():

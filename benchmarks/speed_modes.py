@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+
+import torch
 
 from benchmarks import limit
 from benchmarks.peak_memory import peak_memory_of
-from benchmarks.rows import BenchmarkRow, say
-from benchmarks.speed_plan import DENSE, SpeedPlan, at, kinds, precisions, reference_row, release
+from benchmarks.rows import BenchmarkRow, median, say
+from benchmarks.speed_plan import (
+    COMPILED,
+    DENSE,
+    MFU_BARS_GPU,
+    SpeedPlan,
+    at,
+    kinds,
+    mfu_rows,
+    precisions,
+    reference_row,
+    release,
+)
 from benchmarks.steps import Step, StepKind, compiles, ratio
 
 AUTO_SLACK = 1.03
@@ -38,7 +52,29 @@ def compiled_of(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
     return [
         reference_row(plan, "original", precision, ratio(figures, "original", "compiled"), "ours, compiled"),
         reference_row(plan, "original", precision, both, "ours, both compiled"),
+        *compiled_rows(plan, precision, figures["compiled"], ours.flops),
+        *([] if plan.device.type == "cpu" or precision == "fp32" else large_batch(plan, precision)),
     ]
+
+
+def compiled_rows(plan: SpeedPlan, precision: str, seconds: list[float], flops: float) -> list[BenchmarkRow]:
+    """Our compiled step's speed, and on a known GPU its MFU."""
+    speed = BenchmarkRow(f"{COMPILED}, {precision}: images/s, {plan.label}", plan.batch / median(seconds), "1/s")
+    return [speed, *mfu_rows(plan, precision, COMPILED, seconds, flops)]
+
+
+def large_batch(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
+    """Our compiled step at the largest batch that has a bar; no row where the card has too little memory for it."""
+    plan = replace(plan, batch=max(MFU_BARS_GPU))
+    try:
+        step = plan.bench().step(DENSE, plan.batch, precision, compiled=True)
+        step.ready = None  # another shape would be compiled anew
+        return compiled_rows(plan, precision, plan.bench().times({COMPILED: step}, plan.seconds)[COMPILED], step.flops)
+    except torch.OutOfMemoryError:
+        say(f"no row of batch {plan.batch}: the card's memory is too small")
+        return []
+    finally:
+        release(plan.device)
 
 
 def paths_of(plan: SpeedPlan) -> list[BenchmarkRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu
+from benchmarks.rows import BenchmarkRow
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
@@ -64,6 +66,24 @@ def test_what_was_found_becomes_one_file_without_the_hosts_name(tmp_path: Path, 
     assert "speed failed: exit code 1: out of memory" in capsys.readouterr().err
 
 
+def test_all_parts_together_end_in_their_time_and_those_that_did_not_are_named() -> None:
+    endless = gpu.Part(["-c", "import time; time.sleep(60)"], lambda path: [])
+    begun = time.monotonic()
+    found = gpu.run({"first": endless, "second": endless}, total_s=2.0)
+    assert time.monotonic() - begun < 20
+    assert (
+        all("when the time for all parts was over" in said for said in found.failed.values()) and len(found.failed) == 2
+    )
+
+
+def test_the_rows_are_a_table_for_the_docs() -> None:
+    rows = [BenchmarkRow("dense, compiled: MFU", 41.23456, "%", 40.0), BenchmarkRow("step", 0.5, "s", None, "lower")]
+    assert gpu.markdown(rows).splitlines()[2:] == [
+        "| dense, compiled: MFU | 41.23 % | at least 40 | met |",
+        "| step | 0.5 s |  |  |",
+    ]
+
+
 @pytest.mark.slow
 def test_the_rows_of_a_benchmark_run_for_real_are_taken_over_by_its_name() -> None:
     words = ["--arch", "DiT-S/2-L1", "--batch", "1", "--quick"]
@@ -73,7 +93,7 @@ def test_the_rows_of_a_benchmark_run_for_real_are_taken_over_by_its_name() -> No
 
 
 def test_the_parts_are_the_tests_both_sizes_and_packs() -> None:
-    assert list(gpu.parts(quick=False)) == ["tests", "speed, DiT-B/2", "speed, DiT-XL/2", "fanout"]
+    assert list(gpu.parts(quick=False)) == ["tests", "speed, DiT-XL/2", "speed, DiT-B/2", "fanout"]
     for name, part in gpu.parts(quick=False).items():
         if name != "tests":  # the commands' own parser takes the words
             command = [sys.executable, *part.words, "--help"]
@@ -83,4 +103,4 @@ def test_the_parts_are_the_tests_both_sizes_and_packs() -> None:
 def test_sizes_are_the_speed_benchmarks_alone(capsys) -> None:
     with pytest.raises(SystemExit) as end:
         benchmark.main(["fanout", "--arch", "DiT-B/2"])
-    assert end.value.code == 2 and "the speed benchmark's" in capsys.readouterr().err
+    assert end.value.code == 2 and "belong to the speed benchmark" in capsys.readouterr().err
