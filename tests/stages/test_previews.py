@@ -26,33 +26,56 @@ def board(run):
     return events
 
 
-def test_quick_scores_are_taken_every_so_many_steps_and_are_those_of_evaluate(classifier, digit_shards, tmp_path):  # noqa: F811
-    quick = ["--quick.every", "4", "--quick.samples", "24", "--quick.features", str(classifier)]
-    assert command(train(digit_shards, tmp_path / "t", *quick)) == 0
-    rows = [json.loads(line) for line in (tmp_path / "t" / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def plain(digit_shards, tmp_path_factory):
+    """The run directory of a training without quick evaluations."""
+    run = tmp_path_factory.mktemp("plain") / "t"
+    assert command(train(digit_shards, run)) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def quick(classifier, digit_shards, tmp_path_factory):  # noqa: F811
+    """The same training with quick evaluations."""
+    run = tmp_path_factory.mktemp("quick") / "t"
+    words = ["--quick.every", "4", "--quick.samples", "24", "--quick.features", str(classifier)]
+    assert command(train(digit_shards, run, *words)) == 0
+    return run
+
+
+def test_quick_scores_are_taken_every_so_many_steps_and_are_those_of_evaluate(
+    quick,
+    classifier,
+    digit_shards,
+    tmp_path,
+):
+    rows = [json.loads(line) for line in (quick / "metrics.jsonl").read_text().splitlines()]
     found = {row["step"]: row["fd_classifier"] for row in rows if "fd_classifier" in row}
     assert list(found) == [4, 6]  # every fourth, and the last
-    assert [e.step for e in board(tmp_path / "t").Scalars("train/fd_classifier")] == [4, 6]
-    words = ["evaluate", "--models", str(tmp_path / "t"), *data(digit_shards), "--features", str(classifier)]
+    assert [e.step for e in board(quick).Scalars("train/fd_classifier")] == [4, 6]
+    words = ["evaluate", "--models", str(quick), *data(digit_shards), "--features", str(classifier)]
     words += ["--metrics", "fd_classifier", "--samples", "24", "--sampler.steps", "2", "--run-dir", str(tmp_path / "e")]
     assert command(words) == 0
     score = json.loads((tmp_path / "e" / "evaluate.json").read_text())["rows"][0]["scores"]["fd_classifier"]
     assert found[6] == pytest.approx(score["value"], rel=1e-4)
 
 
-def test_quick_scores_change_nothing_that_is_trained(classifier, digit_shards, tmp_path):  # noqa: F811
+def test_quick_scores_are_recorded_with_their_protocol(quick):
+    record = json.loads((quick / "evaluate.json").read_text())
+    assert [row["step"] for row in record["rows"]] == [4, 6]
+    assert record["protocol"]["samples"] == 24 and record["protocol"]["metrics"] == ["fd_classifier"]
+    assert record["rows"][0]["scores"]["fd_classifier"]["name"] == "FD-classifier-24"
+
+
+def test_quick_scores_change_nothing_that_is_trained(quick, plain):
     from fine_dist.model.artifact import load_artifact
 
-    quick = ["--quick.every", "2", "--quick.samples", "12", "--quick.features", str(classifier)]
-    assert command(train(digit_shards, tmp_path / "with", *quick)) == 0
-    assert command(train(digit_shards, tmp_path / "without")) == 0
-    with_, without = (load_artifact(tmp_path / run / "model").hash for run in ("with", "without"))
-    assert with_ == without
+    with_, without = (load_artifact(run / "model").tensors for run in (quick, plain))
+    assert all(torch.equal(with_[name], without[name]) for name in without)
 
 
-def test_settings_and_scores_are_a_row_of_tensorboards_table(digit_shards, tmp_path):
-    assert command(train(digit_shards, tmp_path / "t")) == 0
-    events = board(tmp_path / "t")
+def test_settings_and_scores_are_a_row_of_tensorboards_table(plain):
+    events = board(plain)
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert "train/final_held_out_loss" in events.Tags()["scalars"]
 
