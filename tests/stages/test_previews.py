@@ -45,7 +45,7 @@ def quick(classifier, digit_shards, tmp_path_factory):  # noqa: F811
 
 def test_quick_scores_are_taken_every_so_many_steps_and_are_those_of_evaluate(
     quick,
-    classifier,
+    classifier,  # noqa: F811
     digit_shards,
     tmp_path,
 ):
