@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import read_rows
+from fine_dist.engine.run_cost import RunCost
+from fine_dist.engine.run_dir import RunDir
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
-from fine_dist.study.costs import StageCost, condense_cost, init_cost, train_cost
-from fine_dist.study.measuring import Measuring, measure_ahead
+from fine_dist.study.measuring import DISTANCES, UNTRAINED, Measuring, has_untrained, measure_ahead
 from fine_dist.study.report.results import Ancestor, Picture, Results
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
 
 MIN_ACCURACY = 0.9
 """Held-out accuracy of a classifier below which its features are not trusted."""
-COLUMNS = 10
-"""Columns of a sample grid, about: a multiple of the number of classes where there are not too many."""
+SMALL, SHOWN = 32, 44
+"""Images with fewer pixels on a side than `SMALL` are enlarged smoothly to about `SHOWN` pixels for a grid."""
 
 
 def collect_results(graph: Graph) -> Results:
@@ -105,12 +107,12 @@ class _Collector:
             self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
         return self._artifacts[run.name]
 
-    def _shared(self, entry: StudyEntry, seed: int) -> tuple[StageCost, float]:
+    def _shared(self, entry: StudyEntry, seed: int) -> tuple[RunCost, float]:
         """The cost that an entry's targets share, and the FLOPs in it that trained ancestors."""
-        cost, ancestors = StageCost(), 0.0
+        cost, ancestors = RunCost(), 0.0
         for run in self.graph.lineage(entry, seed) if self.graph.parent_of(entry, seed) else ():
-            own = condense_cost(run, self._artifact(run).arch)
-            cost += own
+            own = cost_of(run.run_dir)
+            cost = together(cost, own)
             ancestors += own.flops if run.module == settings.MODULES["train"] else 0.0
         return cost, ancestors
 
@@ -152,11 +154,10 @@ class _Collector:
 
     def _target(self, results: Results, entry: StudyEntry, depth: int, seed: int) -> None:
         """All states of one target: untrained, initialized, trained."""
-        from fine_dist.artifacts.load import find_artifact, load_model
-        from fine_dist.model.artifact import load_artifact
+        from fine_dist.artifacts.load import load_model
 
         shared, ancestors = self._shared(entry, seed)
-        before, common = StageCost(), {"method": entry.name, "target": depth, "seed": seed}
+        before, common = RunCost(), {"method": entry.name, "target": depth, "seed": seed}
         paid = {
             "steps_condense": shared.steps, "samples_condense": shared.samples, "flops_condense": shared.flops,
             "flops_ancestor": ancestors, "seconds_condense": shared.seconds,
@@ -166,18 +167,17 @@ class _Collector:
         if entry.init:
             run = self.graph.init(entry, seed)
             folder = settings.target_folder(run.config, depth)
-            artifact = load_artifact(find_artifact(folder))
-            before, trained = init_cost(run, folder, depth)
-            own = sum(t.numel() for t in artifact.tensors.values())
+            before = cost_of(folder)
             initialized = numbers.pop(0)
             if entry.init.final:
                 points = self._points(entry, run, folder / "metrics.jsonl")
-                stored = {"stored": own, "trained": trained}
+                stored = {"stored": before.stored, "trained": before.trained}
                 self._final_stage(results, points, before, common | paid | stored, initialized)
             else:
                 results.add(
                     stage="init", step=0, steps_init=before.steps, samples=before.samples, flops=before.flops,
-                    seconds=before.seconds, stored=own, trained=trained, **common, **paid, **initialized,
+                    seconds=before.seconds, stored=before.stored, trained=before.trained,
+                    **common, **paid, **initialized,
                 )  # fmt: skip
             if sampled:
                 image = self._samples(entry, load_model(folder)[0])
@@ -186,11 +186,12 @@ class _Collector:
             if seed == self.study.seeds[0] and entry.name == self.study.main:
                 for matrix, table in settings.depth_tables(folder).items():
                     results.add_table(f"target {depth}", matrix, table)
-        elif sampled and entry.shell == "inherited":
+        if sampled and has_untrained(entry):
             image = self._samples(entry, self.measuring.untrained_model(entry, depth, seed))
-            results.pictures.append(Picture(image=image, method=entry.name, target=depth, step=0))
-        for variant, loss in self.measuring.untrained(entry, depth, seed).items():
-            results.add(**common, **paid, variant=variant, stage="init", step=0, held_out_loss=loss)
+            variant = UNTRAINED if entry.init else ""
+            results.pictures.append(Picture(image=image, method=entry.name, variant=variant, target=depth, step=0))
+        for variant, untrained in self.measuring.untrained(entry, depth, seed).items():
+            results.add(**common, **paid, variant=variant, stage="init", step=0, **untrained)
         self._trained(results, entry, depth, seed, before, common | paid, numbers, sampled)
 
     def _points(self, entry: StudyEntry, run: StudyRun, metrics: Path) -> dict[int, float]:
@@ -203,18 +204,18 @@ class _Collector:
         return {row["step"]: row["held_out_loss"] for row in read_rows(metrics) if "held_out_loss" in row}
 
     def _final_stage(
-        self, results: Results, points: dict[int, float], cost: StageCost, common: dict[str, Any], end: dict[str, Any]
+        self, results: Results, points: dict[int, float], cost: RunCost, common: dict[str, Any], end: dict[str, Any]
     ) -> None:
         """The curve of a target whose stage 2 is all its training."""
         for step, loss in sorted((points | {cost.steps: end["held_out_loss"]}).items()):
-            now, last = cost.share(step), step == cost.steps
+            now, last = part_of(cost, step), step == cost.steps
             results.add(
                 stage="train", step=step, held_out_loss=loss, **_distances(end if last else {}), end=last,
                 steps_train=step, samples=now.samples, flops=now.flops, seconds=now.seconds, **common,
             )  # fmt: skip
 
     def _trained(
-        self, results: Results, entry: StudyEntry, depth: int, seed: int, before: StageCost, common: dict[str, Any],
+        self, results: Results, entry: StudyEntry, depth: int, seed: int, before: RunCost, common: dict[str, Any],
         ends: list[dict[str, Any]], sampled: bool,
     ) -> None:  # fmt: skip
         """The curves of a target's runs of stage 3, and the measurements of the models they ended with."""
@@ -226,24 +227,23 @@ class _Collector:
         model, _ = load_model(runs[0].run_dir)
         size = sum(p.numel() for p in model.parameters())
         results.target_params[depth] = max(size, results.target_params.get(depth, 0))
-        spent = StageCost()
-        ended = {run.steps for run in runs}
-        for run, cost, end in zip(runs, train_cost(runs, model.arch), ends):
-            start = spent if run.grows else StageCost()
+        ended, measured = {run.steps for run in runs}, 0
+        for run, end in zip(runs, ends):
+            cost = cost_of(run.run_dir)
             points = self._points(entry, run, run.run_dir / "metrics.jsonl")
             if run is not runs[-1] and not run.grows and len(runs) > 1:
                 points = {}  # of several runs with schedules of their own, the longest gives the curve
             points = {s: loss for s, loss in points.items() if s not in ended} | {run.steps: end["held_out_loss"]}
             for step, loss in sorted(points.items()):
-                if run.grows and step <= start.steps:
-                    continue  # measured by the shorter run already
-                now, last = before + start + cost.share(step - start.steps), step == run.steps
+                if run.grows and step <= measured:
+                    continue  # a row of the shorter run already
+                now, last = together(before, part_of(cost, step)), step == run.steps
                 results.add(
                     stage="train", step=step, held_out_loss=loss, **_distances(end if last else {}), end=last,
                     steps_init=before.steps, steps_train=step, samples=now.samples, flops=now.flops,
                     seconds=now.seconds, stored=size, trained=size, **common,
                 )  # fmt: skip
-            spent = start + cost
+            measured = run.steps
             if sampled:
                 image = self._samples(entry, load_model(run.run_dir)[0])
                 results.pictures.append(Picture(image=image, method=entry.name, target=depth, step=run.steps))
@@ -258,7 +258,7 @@ class _Collector:
 
     def _samples(self, entry: StudyEntry, model: Any) -> Tensor:
         """A grid of samples: the same noise and labels for every model of the study."""
-        return _grid(self.study, self.measuring.samples(entry, model), model.arch.num_classes)
+        return _grid(self.study, self.measuring.samples(entry, model))
 
 
 def real_images(study: StudyConfig) -> Picture:
@@ -272,19 +272,54 @@ def real_images(study: StudyConfig) -> Picture:
     each = max(1, study.pictures // len(classes))
     columns = [(labels == label).nonzero().flatten()[:each] for label in classes]
     order = torch.tensor([int(column[i]) for i in range(each) for column in columns if i < len(column)])
-    return Picture(image=_grid(study, images[order], len(classes)), caption="held-out real images")
+    return Picture(image=_grid(study, images[order]), caption="held-out real images")
 
 
-def _grid(study: StudyConfig, images: Tensor, num_classes: int) -> Tensor:
+def _grid(study: StudyConfig, images: Tensor) -> Tensor:
+    """Images [N, C, H, H] as one picture. Small ones are enlarged here, because a viewer would blur across the gaps."""
+    import torch.nn.functional as F
+
     from fine_dist.sampling.image_grid import tile_images
 
     low, high = (1.0, -1.0) if study.invert_colors else (-1.0, 1.0)
-    columns = num_classes * max(1, COLUMNS // num_classes) if num_classes <= 2 * COLUMNS else COLUMNS
-    return tile_images(images[:, :3], columns, low=low, high=high, zoom=max(1, 48 // images.shape[-1]), gap=2)
+    shown = images[:, : 3 if images.shape[1] >= 3 else 1].float()
+    if shown.shape[-1] < SMALL:
+        shown = F.interpolate(shown, scale_factor=max(1, SHOWN // shown.shape[-1]), mode="bicubic").clamp(-1, 1)
+    return tile_images(shown, study.sample_columns, low=low, high=high, gap=3)
+
+
+def cost_of(folder: Path) -> RunCost:
+    """What a finished run or target has recorded of its cost.
+
+    Raises:
+        RunDirError: DONE.json is missing, damaged, or of an older version without costs.
+    """
+    done = RunDir(folder).done
+    if done is None:
+        raise RunDirError(f"{folder} is not finished: it has no DONE.json; run the same command again")
+    try:
+        return RunCost.from_json(done)
+    except (KeyError, TypeError):
+        raise RunDirError(f"{folder}/DONE.json records no cost; delete the folder and run again") from None
+
+
+def together(a: RunCost, b: RunCost) -> RunCost:
+    """Two stages one after the other: what both have cost, and what the last one stores and trains."""
+    return RunCost(
+        a.steps + b.steps, a.samples + b.samples, a.flops + b.flops, a.seconds + b.seconds, b.stored, b.trained
+    )
+
+
+def part_of(cost: RunCost, steps: int) -> RunCost:
+    """The part of a run's cost that its first `steps` steps took."""
+    share = steps / cost.steps if cost.steps else 0.0
+    return RunCost(
+        steps, round(cost.samples * share), cost.flops * share, cost.seconds * share, cost.stored, cost.trained
+    )
 
 
 def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:
-    return {key: numbers.get(key) for key in ("fd_classifier", "accuracy")}
+    return {key: numbers.get(key) for key in DISTANCES}
 
 
 def machine() -> dict[str, Any]:

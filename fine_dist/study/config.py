@@ -160,7 +160,11 @@ class StudyConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     """Sampler of the images behind distances and sample grids."""
     pictures: int = Field(40, ge=0)
-    """Images in a sample grid, one column per class. 0 draws none."""
+    """Images in a sample grid, the classes in turn. 0 draws none."""
+    sample_columns: int = Field(10, ge=1)
+    """Columns of a sample grid."""
+    sample_guidance: float = Field(1.0, ge=0)
+    """Scale of classifier-free guidance of the sample grids; distances use the sampler's own."""
     sample_entries: tuple[str, ...] = ()
     """Entries whose models, and whose parents, get sample grids. Default: all."""
     sample_depths: tuple[int, ...] = ()

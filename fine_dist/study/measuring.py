@@ -5,6 +5,7 @@ The measurements of a model are kept in RUN_DIR/measures, so that a study that g
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -35,6 +36,12 @@ class Measure(Record):
     """sha256 of everything that the numbers depend on."""
     numbers: dict[str, Any]
     """Measured values by name."""
+
+
+UNTRAINED = "untrained"
+"""Variant of a target before stage 2."""
+DISTANCES = ("fd_classifier", "accuracy")
+"""What is measured on samples."""
 
 
 class MeasuredModel(NamedTuple):
@@ -150,42 +157,45 @@ class Measuring:
 
         def distances() -> dict[str, Any]:
             scores = evaluator.scores(evaluator.renderer(str(model.folder))).numbers()
-            return {key: scores.get(key) for key in ("fd_classifier", "accuracy")}
+            return {key: scores.get(key) for key in DISTANCES}
 
         numbers = self._once(f"{model.name}.loss", [manifest, data], loss)
         if not model.distances or self.features is None:
-            return numbers | {"fd_classifier": None, "accuracy": None}
+            return numbers | dict.fromkeys(DISTANCES)
         return numbers | self._once(f"{model.name}.distances", [manifest, evaluator.protocol()], distances)
 
-    def untrained(self, entry: StudyEntry, depth: int, seed: int) -> dict[str, float]:
-        """Held-out losses of an entry's target before any training, by variant.
+    def untrained(self, entry: StudyEntry, depth: int, seed: int) -> dict[str, dict[str, Any]]:
+        """Measurements of an entry's target before any training, by variant.
 
-        The variant "" is the target as the entry has it, where that is not measured as the end of stage 2; the others
-        are those of the method, where the entry asks for them (`untrained`).
+        The variant is "" where step 0 is the target as the method makes it, and UNTRAINED where step 0 is the end of
+        stage 2. Variants of the method itself (`StudyEntry.untrained`) have their held-out loss alone.
         """
         from fine_dist.artifacts.load import find_artifact
         from fine_dist.model.artifact import read_manifest
 
+        if not has_untrained(entry):
+            return {}
         evaluator, parent = self.of(entry), self.graph.parent_of(entry, seed)
-        if (entry.init and not entry.untrained) or entry.shell == "scratch":
-            return {}
-        if entry.labels == "new" and not entry.init:
-            return {}
+        distances = bool(self.features and parent and self._has_distances(entry, depth, seed))
+        diffusion = self.diffusion_of(entry)
 
-        def measure() -> dict[str, float]:
-            diffusion = self.diffusion_of(entry)
-
-            def loss(variant: tuple[str, str] | None = None) -> float:
-                return evaluator.held_out_loss(self.untrained_model(entry, depth, seed, variant), diffusion)
-
-            losses = {} if entry.init else {"": loss()}
+        def measure() -> dict[str, Any]:
+            model = self.untrained_model(entry, depth, seed)
+            numbers: dict[str, Any] = {"held_out_loss": evaluator.held_out_loss(model, diffusion)}
+            if distances and parent:
+                # the parent's settings of sampling, with the target in the parent's place
+                renderer = dataclasses.replace(evaluator.renderer(str(parent[1])), model=model.eval())
+                scores = evaluator.scores(renderer).numbers()
+                numbers |= {key: scores.get(key) for key in DISTANCES}
+            found = {UNTRAINED if entry.init else "": numbers}
             for variant in self._variants(entry, seed) if entry.untrained else ():
-                losses[variant[1]] = loss(variant)
-            return losses
+                model = self.untrained_model(entry, depth, seed, variant)
+                found[variant[1]] = {"held_out_loss": evaluator.held_out_loss(model, diffusion)}
+            return found
 
-        data = evaluator.config.data.model_dump(mode="json")
         manifest = read_manifest(find_artifact(parent[0].run_dir)) if parent else None
-        key = [manifest, entry.method, entry.untrained, depth, seed, data, self.diffusion_of(entry).model_dump()]
+        key = [manifest, entry.method, entry.untrained, depth, seed, diffusion.model_dump()]
+        key += [evaluator.protocol() if distances else evaluator.config.data.model_dump(mode="json")]
         return self._once(f"{entry.name}-L{depth}-s{seed}.untrained", key, measure)
 
     def diffusion_of(self, entry: StudyEntry) -> DiffusionConfig:
@@ -202,9 +212,10 @@ class Measuring:
         from fine_dist.diffusion.samplers import sample
 
         labels = torch.arange(self.study.pictures) % model.arch.num_classes
+        sampler = self.study.sampler.model_copy(update={"guidance": self.study.sample_guidance})
         return sample(
-            model.eval(), labels=labels, arch=model.arch, config=self.study.sampler, diffusion=self.diffusion_of(entry),
-            seed=0, progress="sample grid",
+            model.eval(), labels=labels, arch=model.arch, config=sampler, diffusion=self.diffusion_of(entry), seed=0,
+            progress="sample grid",
         )  # fmt: skip
 
     def _variants(self, entry: StudyEntry, seed: int) -> list[tuple[str, str]]:
@@ -250,6 +261,11 @@ class Measuring:
         return numbers
 
 
+def has_untrained(entry: StudyEntry) -> bool:
+    """Whether an entry's targets can be measured before any training, with the shell and the labels they will have."""
+    return entry.shell == "inherited" and entry.labels == "keep" and not (entry.init and entry.init.final)
+
+
 def classifier_of(study: StudyConfig) -> tuple[str | None, float | None]:
     """Folder and held-out accuracy of the classifier behind the Fréchet distance; trained once where asked for."""
     from fine_dist.evaluation.classifier import classifier_of_shards, load_classifier
@@ -290,6 +306,7 @@ def measure_ahead(measuring: Measuring) -> None:
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
+    import torch
     from tqdm import tqdm
 
     from fine_dist.engine.dist import pick_device
@@ -298,6 +315,8 @@ def measure_ahead(measuring: Measuring) -> None:
     processes = min(study.launch.max_parallel or 1, num_cores())
     if processes < 2 or pick_device("auto").type != "cpu":
         return
+    # threads of one small model spend their time waiting for each other, all the more on a machine with other work
+    torch.set_num_threads(num_cores() // processes)
     targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
     parents = [measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows]
     models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]

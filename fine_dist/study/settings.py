@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fine_dist.methods.base import Method
     from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
-    from fine_dist.model.flops import ModelCost
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
 COPY_MODULE = "fine_dist.study.ancestor_copy"
@@ -152,20 +151,6 @@ def depth_tables(folder: Path) -> dict[str, Tensor]:
 
     method, model = load_unmerged(folder)
     return method.tables(model)
-
-
-def stage_2_cost(config: Any, depth: int) -> ModelCost:
-    """Cost of one training sample of a target in stage 2, and the numbers that train, as its method counts them."""
-    from fine_dist.artifacts.targets import descend
-    from fine_dist.family.members import Family
-
-    family = Family(config)
-    member = next(member for member in family.members if member.depth == depth)
-    method, labels = family.method(member), family.new_labels(member)
-    descent = descend(method, family.parent, family.arch(member), member.seed, new_labels=labels)
-    if descent.trains == "all":
-        descent.model.requires_grad_(True)
-    return method.cost(descent.model, config.batch)
 
 
 def stage_1_flops(config: Config) -> float | None:

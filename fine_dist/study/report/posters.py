@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.study.report.canvas import FAINT, INK, key_below, new_figure, pixels_of, style
@@ -74,67 +72,72 @@ def _break_even(results: Results) -> Any:
 
 
 def _samples(results: Results) -> Any:
-    """Samples side by side: a row per series, a column per training length, all from the same noise."""
-    rows = sample_rows(results)
-    if not rows:
+    """Samples side by side: a strip for each state of each series, all from the same noise, and its loss beside it."""
+    strips = sample_strips(results)
+    if not any(strip.picture.method for strip in strips):
         raise ConfigError("samples: these results have no sample grids of targets")
-    target, by_series = rows
-    columns = sorted({step for pictures in by_series.values() for step in pictures})
-    real = [p for p in results.pictures if p.method is None and p.target is None][:1]
-    height, width = next(iter(next(iter(by_series.values())).values())).image.shape[1:]
-    panel = 3.0
-    extra = 1 if real or _ancestor_picture(results) else 0
-    figure = new_figure(panel * (len(columns) + extra) + 1.2, (panel * height / width + 0.45) * len(by_series) + 0.3)
-    grid = figure.subplots(len(by_series), len(columns) + extra, squeeze=False)
-    for axis in grid.flat:
+    heights = [
+        s.picture.image.shape[1] / s.picture.image.shape[2] * STRIP + (0.34 if s.heading else 0.06) for s in strips
+    ]
+    figure = new_figure(STRIP + NAMES, sum(heights))
+    figure.set_layout_engine("none")
+    top = sum(heights)
+    for strip, height in zip(strips, heights):
+        inner = height - (0.34 if strip.heading else 0.06)
+        bottom = (top - height) / sum(heights)
+        axis = figure.add_axes((NAMES / (STRIP + NAMES), bottom, STRIP / (STRIP + NAMES), inner / sum(heights)))
+        axis.imshow(pixels_of(strip.picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
         axis.set_axis_off()
-    for row, (series, pictures) in zip(grid, by_series.items()):
-        for axis, step in zip(row, columns):
-            if step in pictures:
-                _show(axis, pictures[step], _state_name(results, series, target, step))
-    if extra:
-        shown = [("its ancestor" if p.method is None and p.target else "real data", p)
-                 for p in (_ancestor_picture(results), *real) if p]  # fmt: skip
-        for row, (title, picture) in zip(grid, shown):
-            _show(row[-1], picture, title)
+        middle = bottom + inner / sum(heights) / 2
+        figure.text(0.005, middle, strip.name, va="center", size=9.5, color=INK)
+        figure.text((NAMES - 0.12) / (STRIP + NAMES), middle, strip.value, va="center", ha="right", size=9, color=FAINT)
+        if strip.heading:
+            figure.text(0.005, bottom + (inner + 0.1) / sum(heights), strip.heading, weight="bold", size=10.5)
+        top -= height
     return figure
 
 
-def _ancestor_picture(results: Results) -> Picture | None:
-    return next((p for p in results.pictures if p.method is None and p.target is not None), None)
+STRIP, NAMES = 9.0, 4.2
+"""Width in inches of a strip of samples, and of the names beside it."""
 
 
-def sample_rows(results: Results) -> tuple[int, dict[str, dict[int, Picture]]] | None:
-    """The depth nearest the middle that most series have samples of: (depth, series -> step -> picture)."""
-    shown = [p for p in results.pictures if p.method is not None and p.step is not None and p.series in results.series]
-    if not shown:
-        return None
-    middle = float(np.median(results.targets))
-    target = min({p.target for p in shown if p.target}, key=lambda t: (-_count(shown, t), abs(t - middle)))
-    by_series: dict[str, dict[int, Picture]] = {}
-    for series in results.series:
-        found = {p.step: p for p in shown if p.series == series and p.target == target and p.step is not None}
-        if found:
-            by_series[series] = dict(sorted(found.items()))
-    return target, by_series
+class Strip(NamedTuple):
+    """A sample grid with the text beside it. `heading` is set where a group begins."""
+
+    picture: Picture
+    name: str
+    value: str
+    heading: str
 
 
-def _count(pictures: list[Picture], target: int | None) -> int:
-    return len({p.series for p in pictures if p.target == target})
+def sample_strips(results: Results) -> list[Strip]:
+    """Real data and parents first, then the targets by depth, series and step."""
+    order = {series: i for i, series in enumerate(results.series)}
+    given = [Strip(p, p.caption or "real data", "", "") for p in results.pictures if p.method is None]
+    shown = [p for p in results.pictures if p.method is not None and p.step is not None and p.target is not None]
+    by_series = {p.method: i for i, p in enumerate(sorted(shown, key=lambda p: order.get(p.method or "", len(order))))}
+    shown.sort(key=lambda p: (p.target or 0, by_series[p.method], not p.variant, p.step or 0))
+    strips, depth = sorted(given, key=lambda strip: strip.picture.target or 0), None
+    for picture in shown:
+        if picture.method not in order:
+            continue
+        heading = f"{picture.target} layers" if picture.target != depth else ""
+        depth = picture.target
+        target, step = picture.target or 0, picture.step or 0
+        mean = results.mean(picture.series, target, step)
+        strips.append(
+            Strip(picture, _state_name(results, picture), f"loss {number(mean.mean)}" if mean else "", heading)
+        )
+    return strips
 
 
-def _state_name(results: Results, series: str, target: int, step: int) -> str:
-    init = results.init_steps(series, target)
-    parts = [f"{init:,} init steps"] if init else []
-    parts += [f"{step:,} training steps"] if step or not parts else []
-    mean = results.mean(series, target, step)
-    loss = f"\nloss {number(mean.mean)}" if mean else ""
-    return f"{results.name_of(series)}: {' + '.join(parts)}{loss}"
-
-
-def _show(axis: Any, picture: Picture, title: str) -> None:
-    axis.imshow(pixels_of(picture), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axis.set_title(title, size=9, pad=5, color=INK if "\n" in title else FAINT, weight="normal")
+def _state_name(results: Results, picture: Picture) -> str:
+    """`FINE, untrained`, `FINE, 100 scaler steps`, `FINE, 100 + 200 steps`."""
+    name = results.name_of(picture.method or "")
+    init = 0 if picture.variant else results.init_steps(picture.method or "", picture.target or 0)
+    if picture.step:
+        return f"{name}, {f'{init:,} + ' if init else ''}{picture.step:,} steps"
+    return f"{name}, {init:,} steps of initialization" if init else f"{name}, untrained"
 
 
 def _some(targets: list[int], message: str) -> list[int]:

@@ -151,7 +151,10 @@ def storage(results: Results) -> str:
 
 def pictures(results: Results) -> str:
     """Caption of the samples."""
-    return "Grids use the same noise and the same class labels, so images in the same position can be compared."
+    return (
+        "Grids use the same noise and the same class labels, so images in the same position can be compared. Images "
+        "of fewer than 32 pixels on a side are enlarged smoothly."
+    )
 
 
 def tables(results: Results) -> str:
