@@ -94,7 +94,7 @@ def run(config: DemoConfig, launcher: str = "auto") -> Path:
 
 
 def headline(results: Results) -> list[str]:
-    """What a reader should take away, in three sentences computed from the measurements of one depth."""
+    """What a reader should take away, in four sentences computed from the measurements of one depth."""
     from fine_dist.study.report.results import number, ratio
     from fine_dist.study.report.worth import end_curve, steps_to_reach
 
@@ -112,6 +112,10 @@ def headline(results: Results) -> list[str]:
         + _accuracy(results, main, target, 0)
         + "."
     ]
+    untrained = results.mean(f"{main}:untrained", target, 0)
+    if untrained is not None:
+        shown = _accuracy(results, f"{main}:untrained", target, 0)
+        lines.insert(0, f"{target} layers: {ours} without any training: loss {number(untrained.mean)}{shown}.")
     curve = end_curve(results, baseline, target)
     reached = steps_to_reach(curve, start.mean)
     last = curve.steps[-1]
