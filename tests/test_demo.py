@@ -67,7 +67,7 @@ def check_costs(run: Path) -> None:
     ancestor = 8 * 64 * 6.0 * forward_macs(arch.with_depth(6))
     [initialized] = [m for m in results.at("fine", 2, 0) if m.stage == "init" and not m.variant]
     assert (initialized.steps_condense, initialized.steps_init, initialized.steps_train) == (8 + 8, 4, 0)
-    # In stage 2 no weight has a gradient, and factors cost something; stage 1 has the ancestor's forward passes as well.
+    # In stage 2 no weight has a gradient, and factors cost something; stage 1 includes the ancestor's forward passes.
     assert 4 * 64 * 3 * macs < initialized.flops < 4 * 64 * 8 * macs
     assert initialized.flops_ancestor == ancestor and initialized.flops_condense > 2 * ancestor
     assert initialized.trained == 2 * 5 * 64 and initialized.trained <= initialized.stored < dense
