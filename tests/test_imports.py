@@ -241,12 +241,6 @@ def test_every_setting_of_every_command_has_a_help_text_that_is_a_sentence():
 
 
 HELP_TO_WRITE: set[str] = {
-    "Arch.hidden_size",
-    "Arch.in_channels",
-    "Arch.num_heads",
-    "Arch.num_layers",
-    "Arch.patch_size",
-    "AutoLgConfig.keep",
     "CondenseConfig.batch",
     "CondenseConfig.steps",
     "CreativeConfig.only",
@@ -258,7 +252,6 @@ HELP_TO_WRITE: set[str] = {
     "EncodeConfig.precision",
     "EvaluateConfig.metrics",
     "FeaturesConfig.dinov2",
-    "HeurLgConfig.keep",
     "InitConfig.depths",
     "InitConfig.only",
     "InitConfig.steps",
@@ -266,21 +259,10 @@ HELP_TO_WRITE: set[str] = {
     "LaunchConfig.cpus",
     "LaunchConfig.env",
     "LaunchConfig.nodes",
-    "LoraConfig.alpha",
-    "LoraConfig.rank",
-    "MimeticConfig.alpha_qk",
-    "MimeticConfig.beta_qk",
     "PackConfig.max_jobs",
-    "PissaConfig.rank",
     "QuickConfig.metrics",
-    "SnnetConfig.images",
     "TrainConfig.batch",
     "TrainConfig.steps",
-    "VeraConfig.d_initial",
-    "VeraConfig.projection_seed",
-    "VeraConfig.rank",
-    "WaveConfig.order",
-    "WaveConfig.scalers",
 }
 
 

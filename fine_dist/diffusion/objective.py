@@ -222,7 +222,7 @@ class FeatureDistillation:
     Args:
         teacher: Gives the features to match.
         pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`. The student's are already of
-            the teacher's width (`model.maps.Mapped`). An output may hold the features of some pairs only, where a step
+            the teacher's width . An output may hold the features of some pairs only, where a step
             trains a part of the model; the mean is over those.
         weight: Weight of the term.
     """

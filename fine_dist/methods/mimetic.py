@@ -57,7 +57,8 @@ class Mimetic(Method[MimeticConfig]):
     def wanted(self, width: int, noise: float, identity: float, generator: torch.Generator) -> Tensor:
         """`noise Z + identity I` [D, D] in float64."""
         z = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
-        return noise * z + identity * torch.eye(width, dtype=torch.float64)
+        product: Tensor = noise * z + identity * torch.eye(width, dtype=torch.float64)
+        return product
 
 
 def halves(product: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -89,9 +89,10 @@ class Pruned(Method[PrunedConfig]):
         source = needed(parent)
         depth = source.arch.num_layers
         if self._learns(depth, target.num_layers):
-            model = LayerChoice(target, depth, self.config.groups, self.config.rank, self.config.temperature, generator)
-            model.load_state_dict({**model.state_dict(), **source.module.state_dict()})
-            return Descent(train_only(model, "scaler"), "some")
+            settings = self.config.groups, self.config.rank, self.config.temperature
+            choice = LayerChoice(target, depth, *settings, generator)
+            choice.load_state_dict({**choice.state_dict(), **source.module.state_dict()})
+            return Descent(train_only(choice, "scaler"), "some")
         layers = self.config.layers or self.chosen(source, target.num_layers)
         model = DiT(target)
         model.load_state_dict(kept_layers(source.module, list(layers), depth))
@@ -157,9 +158,11 @@ def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[in
 
     everything = tuple(range(len(blocks)))
     if math.comb(len(blocks), num_layers) <= FEW:
-        return list(min(itertools.combinations(everything, num_layers), key=loss_of))
+        losses = {layers: loss_of(layers) for layers in itertools.combinations(everything, num_layers)}
+        return list(min(losses, key=losses.__getitem__))
     while len(everything) > num_layers:
-        everything = min((tuple(x for x in everything if x != drop) for drop in everything), key=loss_of)
+        losses = {rest: loss_of(rest) for rest in (tuple(x for x in everything if x != drop) for drop in everything)}
+        everything = min(losses, key=losses.__getitem__)
     return list(everything)
 
 

@@ -11,82 +11,85 @@ from fine_dist.methods.base import MethodConfig
 
 
 class ScratchConfig(MethodConfig):
-    """Scratch: DiT's own initialisation."""
+    """Training from scratch: DiT's own initialization."""
 
     name: Literal["scratch"] = "scratch"
     """Scratch."""
 
 
 class CopiedShellConfig(MethodConfig):
-    """Control: scratch blocks, everything outside them copied from a learngene or model."""
+    """Control: embedders and final layer copied from the parent, blocks from scratch."""
 
     name: Literal["copied_shell"] = "copied_shell"
     """Control without factors."""
 
 
 class RandomGenesConfig(MethodConfig):
-    """Control: random U and V, trained sigma, everything outside the blocks copied from FINE's learngene."""
+    """Control: FINE's stage 2 with random instead of learned factors; embedders and final layer are FINE's."""
 
     name: Literal["random_genes"] = "random_genes"
     """Control without learned factors."""
 
 
 class MimeticConfig(MethodConfig):
-    """Mimetic initialisation: attention's products near a multiple of the identity."""
+    """Mimetic initialization: attention's weights have the products that trained ones have."""
 
     name: Literal["mimetic"] = "mimetic"
     """Mimetic."""
     alpha_qk: float = Field(0.7, ge=0)
-    """Noise in queries' product with keys."""
+    """Weight of the noise in the wanted product of queries and keys; the paper's value is the default."""
     beta_qk: float = Field(0.7, ge=0)
-    """Identity in queries' product with keys."""
+    """Weight of the identity in the wanted product of queries and keys; the paper's value is the default."""
     alpha_vo: float = Field(0.4, ge=0)
-    """Noise in values' product with the projection."""
+    """Weight of the noise in the wanted product of values and projection; the paper's value is the default."""
     beta_vo: float = Field(0.4, ge=0)
-    """Negative identity in values' product with the projection."""
+    """Weight of the negative identity in the wanted product of values and projection; the paper's value is the
+    default."""
 
 
 class WeightSelectionConfig(MethodConfig):
-    """Weight selection: a uniform choice of a larger model's weights."""
+    """Weight selection: a smaller model takes first layers and evenly spaced units of a larger one."""
 
     name: Literal["weight_selection"] = "weight_selection"
     """Weight selection."""
     rows: Literal["grouped", "whole"] = "grouped"
-    """Units by third, head and sixth, alike wherever they occur; or every axis by itself, as the authors do."""
+    """How units are chosen: `grouped` takes the same ones wherever they occur, by head in attention, so that the copy
+    is a sub-network; `whole` chooses along every axis by itself, as the authors do."""
 
 
 class KeptBlocksConfig(MethodConfig):
-    """Whole blocks of an ancestor are kept."""
+    """Whole blocks of an ancestor are kept; the others start from scratch."""
 
     keep: int = Field(3, ge=1, le=1_000)
-    """Blocks that are kept, of an ancestor's."""
+    """Number of the ancestor's blocks that a target keeps; a target with fewer blocks keeps all its own."""
 
 
 class HeurLgConfig(KeptBlocksConfig):
-    """Heur-LG: the last blocks are kept, random blocks in front."""
+    """Heur-LG: the ancestor's last blocks are kept, behind random ones."""
 
     name: Literal["heur_lg"] = "heur_lg"
     """The heuristic learngene."""
 
 
 class AutoLgConfig(KeptBlocksConfig):
-    """Auto-LG: the first blocks are kept, random blocks behind."""
+    """Auto-LG: the ancestor's first blocks are kept, in front of random ones."""
 
     name: Literal["auto_lg"] = "auto_lg"
     """The automatic learngene."""
     keep: int = Field(6, ge=1, le=1_000)
-    """Blocks that are kept, of an ancestor's."""
+    """Number of the ancestor's blocks that a target keeps; a target with fewer blocks keeps all its own."""
 
 
 class SvdConfig(MethodConfig):
-    """SVD: each layer's own top components."""
+    """Per-layer SVD: each layer keeps its own top singular components."""
 
     name: Literal["svd"] = "svd"
     """Per-layer singular value decomposition."""
     rank: int | None = Field(None, ge=1, le=2**16)
-    """Components of every matrix of a layer; none: as many as the budget has room for."""
+    """Components of every matrix of a layer. Default: as many as `budget` has room for."""
     budget: int | None = Field(None, ge=1)
-    """Numbers that all layers' components may take; none: those of one pair of shared factors of rank D."""
+    """Numbers that the components of all layers may take together. Default: those of one pair of shared factors of rank
+    D, FINE's own, so that both are compared at equal storage."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> SvdConfig:
@@ -96,37 +99,38 @@ class SvdConfig(MethodConfig):
 
 
 class SvdiffConfig(MethodConfig):
-    """SVDiff: shifts of singular values."""
+    """SVDiff: shifts of singular values train, everything else is frozen."""
 
     name: Literal["svdiff"] = "svdiff"
     """SVDiff."""
 
 
 class DiffFitConfig(MethodConfig):
-    """DiffFit: biases, labels and scales of residual branches."""
+    """DiffFit: biases, label embedder and scales of residual branches train."""
 
     name: Literal["difffit"] = "difffit"
     """DiffFit."""
     scaled: Literal["first_half", "all"] = "first_half"
-    """Blocks whose branches have a scale: the first 14 of 28, or all."""
+    """Blocks whose residual branches get a trained scale: the first half (14 of 28 in the paper) or all."""
 
 
 class TlegConfig(MethodConfig):
-    """TLEG: layers on a line between two shared blocks."""
+    """TLEG: all layers lie on a line between two shared blocks."""
 
     name: Literal["tleg"] = "tleg"
     """TLEG."""
     auxiliary_layers: Depth | None = 12
-    """Layers of the model that stage 1 trains; none: as many as `arch` has."""
+    """Depth of the model that stage 1 trains, whatever the ancestor's; the paper uses 12. None takes the depth of
+    `arch`."""
 
 
 class SwsConfig(MethodConfig):
-    """SWS: layers of a stage share one block; one stage is Share Init."""
+    """SWS: the layers of a stage share one block; a single stage is Share Init."""
 
     name: Literal["sws"] = "sws"
     """Stage-wise sharing."""
     stages: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = Field((3, 3, 4, 3, 3), min_length=1)
-    """Layers of each stage of the model that stage 1 trains, whose depth is their sum; a single one is Share Init."""
+    """Layers in each stage of the model that stage 1 trains, whose depth is their sum. One entry is Share Init."""
 
 
 class PrunedConfig(MethodConfig):

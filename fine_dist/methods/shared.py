@@ -35,7 +35,8 @@ class OfGenes(nn.Module):
         return self._genes[0]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.genes(x) if self.place is None else self.genes(x, self.place)
+        y: Tensor = self.genes(x) if self.place is None else self.genes(x, self.place)
+        return y
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] that this layer multiplies by."""
@@ -43,7 +44,8 @@ class OfGenes(nn.Module):
         return dense
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        return self.genes.multiply_adds(rows, backward=backward)
+        count: int = self.genes.multiply_adds(rows, backward=backward)
+        return count
 
     def kept_numbers(self, rows: int) -> int:
         kept = getattr(self.genes, "kept_numbers", None)

@@ -3,9 +3,9 @@
 The target's layers are the parent's first ones; of every axis, units are chosen at uniform spacing: by stride where the
 parent's size is a multiple of the target's, else `round(linspace(0, large - 1, small))`. Values are copied as they are.
 
-*Choice*: units are chosen alike wherever their space occurs (`model.axes`): qkv's rows by third, and in a third by head
-and within the head; adaLN's rows by sixth. So what is copied is a sub-network. `rows: whole` is the authors' own rule,
-every axis by itself over its whole length. Position tables are fixed, of the target's own width.
+*Choice*: units are chosen alike wherever their space occurs (`methods.axes`): qkv's rows by third, and in a third by
+head and within the head; adaLN's rows by sixth. So what is copied is a sub-network. `rows: whole` is the authors' own
+rule, every axis by itself over its whole length. Position tables are fixed, of the target's own width.
 """
 
 from __future__ import annotations

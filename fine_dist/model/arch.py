@@ -33,21 +33,21 @@ class Arch(Config):
     BY_NAME: ClassVar[bool] = True
     """The command line takes `--arch NAME` for the whole group."""
     hidden_size: int = Field(768, ge=2, le=2**16)
-    """Width D of a token."""
+    """Width D: the number of features of a token in every block."""
     num_layers: Depth = 12
-    """Number of blocks L."""
+    """Depth L: the number of transformer blocks, 1 to 1000."""
     num_heads: int = Field(12, ge=1, le=2**16)
     """Attention heads; must divide the width. Default: DiT's own for its widths, else one for 64 features."""
     patch_size: int = Field(2, ge=1, le=2**16)
-    """Side of a patch, in latent pixels."""
+    """Side of a patch, in pixels of the latent; 2 is DiT's usual choice."""
     in_channels: int = Field(4, ge=1, le=2**16)
-    """Channels of a latent."""
+    """Channels of a latent: 4 for the usual autoencoders, 1 for grayscale digits."""
     input_size: int = Field(32, ge=1, le=2**16)
-    """Side of a latent; must be a multiple of the patch."""
+    """Side of a latent, in its pixels; a multiple of the patch. 32 stands for images of 256 pixels."""
     num_classes: int = Field(1000, ge=1, le=10**8)
-    """Classes; the null label is one more row of the embedding table."""
+    """Number of classes; the null label of classifier-free guidance comes on top."""
     learn_sigma: bool = True
-    """Predict the variance beside the noise (twice the output channels)."""
+    """Predict the variance beside the noise, which doubles the output channels (Improved DDPM)."""
     frequency_shift: int = Field(0, ge=0, le=1)
     """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
     position_grid: int | None = Field(None, ge=1, le=2**16)

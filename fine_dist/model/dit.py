@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748), written from the paper.
 
 Shapes: B batch, C latent channels, H latent height = width, p patch side, T tokens = (H/p)^2, D width, A heads.
-A block's five matrices are reached by name (`zoo.MATRICES`); a factory makes them, so that the dense model and every
+A block's five matrices are reached by name (`arch.MATRICES`); a factory makes them, so that the dense model and every
 factored one share all of this file.
 """
 
@@ -166,7 +166,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Condition, tap: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         # By key: `in` is no legal attribute in the guards that torch.compile writes.
         def linear(matrix: str, h: Tensor) -> Tensor:
-            return self._modules[matrix](h, condition)  # type: ignore[misc]
+            y: Tensor = self._modules[matrix](h, condition)  # type: ignore[misc]
+            return y
 
         x, attended = block_forward(x, condition.c, linear, self.num_heads)
         return (x, attended) if tap else x
@@ -203,7 +204,8 @@ class TimeEmbedder(nn.Module):
         frequency = torch.exp(-math.log(10000) / (half - self.frequency_shift) * index)
         angle = t.float()[:, None] * frequency  #                                                          [B, 128]
         wave = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.hidden.weight.dtype)  #                [B, 256]
-        return self.out(F.silu(self.hidden(wave)))
+        embedded: Tensor = self.out(F.silu(self.hidden(wave)))
+        return embedded
 
 
 class FinalLayer(nn.Module):
@@ -216,7 +218,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaln(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  #                           2 x [B, 1, D]
-        return self.linear(modulate(x, shift, scale))  #                                                [B, T, ppC]
+        patches: Tensor = self.linear(modulate(x, shift, scale))  #                                     [B, T, ppC]
+        return patches
 
 
 def labels_from_null(null: Tensor, num_classes: int, generator: torch.Generator | None = None) -> nn.Embedding:

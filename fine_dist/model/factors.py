@@ -95,9 +95,11 @@ class Genes(nn.Module):
 
 
 def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tensor | None) -> Tensor:
-    """`((x V) * sigma) U^T + bias` [..., m], in autocast's dtype where it is on, as is what the backward pass keeps.
+    """`((x V) * sigma) U^T + bias` [..., m], computed in autocast's dtype where it is on.
 
-    Sigma and its gradient stay fp32: with frozen factors the sum over rows is made there (`model.ops`).
+    With frozen factors and bias the product has a backward pass of its own (`model.layers.FactoredProduct`), which
+    never forms their gradients and sums sigma's in fp32: in bf16 a sum over thousands of tokens would lose the small
+    updates that stage 2 consists of. A compiler derives the same backward pass from the plain form by itself.
     """
     frozen = not (u.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     dtype = compute_dtype(x)
@@ -106,7 +108,10 @@ def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tenso
         rows = sigma.reshape(-1, sigma.shape[-1]) if per_sample else sigma[None]  #                          [J, R]
         stacked = x.reshape(len(rows), -1, x.shape[-1])  #                                                   [J, S, n]
         biases = torch.zeros_like(u[:, 0]) if bias is None else bias
-        y = FactoredProduct.apply(stacked, rows, biases.expand(len(rows), -1), u.to(dtype), v.to(dtype), dtype)
+        factors = u.to(dtype), v.to(dtype)
+        y: Tensor = FactoredProduct.apply(  # type: ignore[no-untyped-call]
+            stacked, rows, biases.expand(len(rows), -1), *factors, dtype
+        )
         return y.reshape(*x.shape[:-1], -1)
     thin = x @ v  #                                                                                        [..., R]
     y = (thin * sigma.to(thin.dtype)) @ u.T  #                                                             [..., m]
@@ -129,7 +134,8 @@ class FactoredLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(m))
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self._genes[0](x, self.sigma, self.bias)
+        y: Tensor = self._genes[0](x, self.sigma, self.bias)
+        return y
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows, on the path it would take; with its backward pass if there is one."""

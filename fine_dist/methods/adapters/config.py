@@ -10,23 +10,23 @@ from fine_dist.methods.base import MethodConfig
 
 
 class LoraConfig(MethodConfig):
-    """LoRA: a trained product of two thin matrices beside each frozen one."""
+    """LoRA: a product of two thin matrices trains beside each frozen matrix."""
 
     name: Literal["lora"] = "lora"
     """LoRA."""
     rank: int = Field(8, ge=1, le=2**16)
-    """Columns of the thin matrices."""
+    """Rank of the trained update of every matrix; more costs memory and may fit a distant domain better."""
     alpha: float = Field(8, gt=0)
-    """The product counts alpha / rank times."""
+    """Scale of the trained update: it is multiplied by alpha / rank. The default gives 1 at the default rank."""
 
 
 class PissaConfig(MethodConfig):
-    """PiSSA: LoRA on a matrix's principal components, its remainder frozen."""
+    """PiSSA: the principal components of each matrix train, its remainder is frozen."""
 
     name: Literal["pissa"] = "pissa"
     """PiSSA."""
     rank: int = Field(8, ge=1, le=2**16)
-    """Principal components that train."""
+    """Number of principal components of every matrix that train; the others are frozen."""
 
 
 class OftConfig(MethodConfig):
@@ -35,26 +35,26 @@ class OftConfig(MethodConfig):
     name: Literal["oft"] = "oft"
     """OFT."""
     block: int = Field(32, ge=2, le=2**16)
-    """Side k of a block; where it does not divide the width, peft takes the nearest that does."""
+    """Side of a rotated block of features; where it does not divide the width, peft takes the nearest that does."""
 
 
 class BoftConfig(MethodConfig):
-    """BOFT: OFT with rotations in butterfly form, and a scale a row."""
+    """BOFT: rotations in butterfly form before each frozen matrix, and a scale for each of its rows."""
 
     name: Literal["boft"] = "boft"
     """BOFT."""
     block: int = Field(4, ge=2, le=2**16)
-    """Side b of a block; must divide the width. There is one butterfly factor."""
+    """Side of a rotated block of features; it must divide the width. There is one butterfly factor."""
 
 
 class VeraConfig(MethodConfig):
-    """VeRA: LoRA with frozen random matrices shared by all, and trained scales."""
+    """VeRA: trained scales of random projections that all matrices share."""
 
     name: Literal["vera"] = "vera"
     """VeRA."""
     rank: int = Field(256, ge=1, le=2**16)
-    """Columns of the shared matrices."""
+    """Rank of the shared random projections; only their scales train, so it may be large."""
     d_initial: float = 0.1
-    """Where the scales of components begin."""
+    """Initial value of the trained scales of the projections' components; the paper's is the default."""
     projection_seed: int = Field(0, ge=0, le=2**63 - 1)
-    """Seeds the shared matrices."""
+    """Random seed of the shared projections, which are stored once with a target."""

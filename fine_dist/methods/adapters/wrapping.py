@@ -35,11 +35,12 @@ class Adapted(nn.Module):
         super().__init__()
         self.tuned = tuned
         self._macs = macs
-        self.register_state_dict_post_hook(_to_parents_names)
-        self.register_load_state_dict_pre_hook(_to_pefts_names)
+        self.register_state_dict_post_hook(_to_parents_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_to_pefts_names)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self.tuned(x)
+        y: Tensor = self.tuned(x)
+        return y
 
     @property
     def base(self) -> Dense:
@@ -49,7 +50,8 @@ class Adapted(nn.Module):
         """peft's own merge, on a copy."""
         tuned: Any = copy.deepcopy(self.tuned)
         tuned.merge()
-        return tuned.base_layer
+        merged: Dense = tuned.base_layer
+        return merged
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows: the frozen base's, and the adapter's own."""
@@ -92,8 +94,8 @@ def share(model: DiT, names: Sequence[str]) -> None:
             else:
                 buffer.copy_(value)
 
-    model.register_state_dict_post_hook(save)
-    model.register_load_state_dict_pre_hook(load)
+    model.register_state_dict_post_hook(save)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(load)  # type: ignore[no-untyped-call]
 
 
 def _to_parents_names(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:

@@ -135,7 +135,7 @@ def jennrich(
         # a complex pair spans what its real and imaginary parts do
         x, _ = unit(torch.where(_upper_of_pair(vectors), vectors.imag, vectors.real))
         rows = torch.linalg.solve(x, small).transpose(0, 1)  # [K, L, K]
-    except torch.linalg.LinAlgError:  # a singular combination: the stack is not of this form
+    except torch.linalg.LinAlgError:  # singular: the stack is not of this form
         return []
     weight = torch.linalg.eigh(rows @ rows.transpose(1, 2)).eigenvectors[:, :, -1]  # [K, L]
     y, _ = unit(torch.einsum("kl,kli->ik", weight, rows))

@@ -12,21 +12,24 @@ Group = Annotated[int, Field(ge=0)]
 
 
 class KindConfig(MethodConfig):
-    """KIND: learngenes and class-gated tailors."""
+    """KIND: learngenes for all classes, tailors for groups of classes, behind a class gate."""
 
     name: Literal["kind"] = "kind"
     """KIND."""
     learngenes: int | None = Field(None, ge=1, le=2**16)
-    """Components of every matrix that all classes use; none: half the width."""
+    """Components of every matrix that all classes use. Default: half the width."""
     tailors: int | None = Field(None, ge=0, le=2**16)
-    """Components of every matrix that only a group of classes uses, in all groups; none: half the width."""
+    """Components of every matrix that single groups of classes use, counted over all groups. Default: half the
+    width."""
     groups: int = Field(2, ge=1, le=2**16)
-    """Groups of classes; a sample uses the tailors of its own group."""
+    """Number of groups of classes; a sample uses the tailors of its class's group."""
     table: tuple[Group, ...] | None = None
-    """The group of each class; none: classes that follow each other form near-equal groups."""
+    """The group of each class, from 0. Default: classes that follow each other form groups of near-equal size."""
     transfer: Literal["keep", "redraw"] = "keep"
-    """A target's tailors start as they are in the learngene, or (for a large shift of domain) drawn anew."""
+    """Start of a target's tailors: `keep` takes the learngene's, `redraw` draws new ones, for a large shift of
+    domain."""
     trains: Literal["tailors", "tailors_and_shell"] = "tailors"
-    """What a transfer trains: tailors and the label embedder, or all other embedders and the final layer as well."""
+    """What a transfer trains: tailors and the label embedder, or the other embedders and the final layer as well."""
     deploy: tuple[Group, ...] | None = None
-    """Groups whose tailors a target keeps, and nothing trains; none: the target trains tailors and label embedder."""
+    """Groups whose tailors a target keeps, ready for use without training. Default: the target trains tailors and label
+    embedder."""

@@ -1,7 +1,7 @@
 """KIND (arXiv 2408.07337, ICML 2025): learngenes for all classes, tailors for groups of them, behind a class gate.
 
 A token matrix of a layer is `U diag(sigma * g(y)) V^T`, nothing of it shared over depth; g opens the learngenes and
-the tailors of the group of the sample's class (`model/gates.py`). Stage 1 trains everything on the plain diffusion
+the tailors of the group of the sample's class (`kind/gates.py`). Stage 1 trains everything on the plain diffusion
 loss. A target is either *deployed* (`deploy` names groups; other tailors are dropped, nothing trains) or *transferred*
 to new classes: learngenes, biases and the rest are frozen, tailors and the label embedder train.
 
@@ -112,7 +112,8 @@ class Kind(Method[KindConfig]):
             null = taken["label.weight"][-1]
             taken["label.weight"] = labels_from_null(null, target.num_classes, generator).weight.detach()
         model.load_state_dict({**model.state_dict(), **taken})
-        train_only(model, "tailor", *(("shell",) if self.config.trains == "tailors_and_shell" else ()))  # type: ignore[arg-type]
+        trained: tuple[Role, ...] = ("tailor", "shell") if self.config.trains == "tailors_and_shell" else ("tailor",)
+        train_only(model, *trained)
         model.label.requires_grad_(True)
         return Descent(model, "some")
 

@@ -10,9 +10,10 @@ from fine_dist.methods.base import MethodConfig
 
 
 class LigoConfig(MethodConfig):
-    """LiGO: learned growth of a smaller model, depth then width."""
+    """LiGO: a trained smaller model grows, depth first, then width; the growth is learned."""
 
     name: Literal["ligo"] = "ligo"
     """LiGO."""
     noise: float = Field(0.03, ge=0)
-    """Width of the uniform noise on depth operators."""
+    """Width of the uniform noise that depth operators start with on top of stacked layers; the authors' is the
+    default."""

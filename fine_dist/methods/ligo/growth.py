@@ -2,7 +2,7 @@
 
     W(l) = B_rows (sum_j w[l, j] W_j) B_columns^T,    B = [I; M]:    depth first, then width
 
-A width operator belongs to a space (`model.axes`), so that rows which write a space and columns that read it grow
+A width operator belongs to a space (`methods.axes`), so that rows which write a space and columns that read it grow
 alike: that ties operators over matrices and layers. Depth operators belong to a matrix.
 
 Shapes: D1, L1 the source's width and layers, D2, L2 the target's; m x n a matrix, g stretches of an axis.

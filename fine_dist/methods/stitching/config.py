@@ -10,12 +10,14 @@ from fine_dist.methods.base import MethodConfig
 
 
 class StitchingConfig(MethodConfig):
-    """Settings of both methods that stitch."""
+    """Settings of the methods that stitch anchors of several widths."""
 
     widths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Widths of the anchors as fractions of arch's, narrow ones first; the last is 1 (192, 384 and 768 of DiT-B)."""
+    """Widths of the anchors as fractions of arch's, narrow ones first; the last is 1. The default gives 192, 384 and
+    768 for DiT-B."""
     route: str | None = None
-    """The one route that a target keeps: an anchor (`1`), or block 3 of anchor 0 to block 2 of anchor 1 (`0.3-1.2`)."""
+    """The one route that a target keeps: an anchor (`1`), or block 3 of anchor 0 into block 2 of anchor 1 (`0.3-1.2`).
+    Default: all routes."""
 
     @field_validator("route", mode="before")
     @classmethod
@@ -36,11 +38,11 @@ class SnnetConfig(StitchingConfig):
     name: Literal["snnet"] = "snnet"
     """SN-Net."""
     images: int = Field(100, ge=1, le=1_000_000)
-    """Images that the least squares look at."""
+    """Number of images on which the least-squares maps between anchors are solved; the paper's is the default."""
 
 
 class LearngenePoolConfig(StitchingConfig):
-    """Learngene Pool: distilled anchors of several widths, stitched."""
+    """Learngene Pool: distilled anchors of several widths, stitched by the maps of the distillation."""
 
     name: Literal["learngene_pool"] = "learngene_pool"
     """Learngene Pool."""

@@ -2,10 +2,10 @@
 
 Stage 1 distils anchors of several widths, each by 0.1 of the diffusion loss and 0.9 of (output + block MSE + attention
 MSE). The narrowest anchor's blocks d/3, 2d/3, d imitate the ancestor's 4 of 12, 8 of 12, 12 of 12 (by thirds of
-whatever depths); wider anchors imitate its last block alone. Stage 2 joins them (`model.stitch`): from narrow to wide,
-neighbouring widths, |j - k| <= 1; each step trains one random route (the paper's lr 5e-5). Any route deploys.
+whatever depths); wider anchors imitate its last block alone. Stage 2 joins them (`stitching.pool`): from narrow to
+wide, neighboring widths, |j - k| <= 1; each step trains one random route (the paper's lr 5e-5). Any route deploys.
 
-What an artifact holds, and how `arch` describes it: `methods/stitching.py`.
+What an artifact holds, and how `arch` describes it: `stitching/method.py`.
 
 *Choices*: an anchor a step, drawn uniformly. Maps go from the anchor's features to the ancestor's width (the authors'
 go the other way): a map of the target features could shrink both sides to nothing. So a stitch begins as the mean of

@@ -1,6 +1,6 @@
 """What methods that stitch anchors of several widths have in common; each of them has a file of its own.
 
-Stage 1 trains anchors, one a step; stage 2 joins them (`model.stitch`) and trains one random route a step; any route
+Stage 1 trains anchors, one a step; stage 2 joins them (`stitching.pool`) and trains one random route a step; any route
 deploys. Here are the settings, what is refused, and what an artifact holds.
 
 `arch` is the *widest* anchor's shape: latents, classes and depth are every anchor's, and the narrower widths follow

@@ -121,7 +121,8 @@ class Pool(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         if self.route.last is None:
-            return self.anchor(self.route.anchor)(z, t, y)
+            output: Tensor = self.anchor(self.route.anchor)(z, t, y)
+            return output
         (front, firsts), (back, lasts) = self.segments(self.route)
         x, condition = front.embed(z, t, y)
         for layer in firsts:

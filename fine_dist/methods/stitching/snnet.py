@@ -1,14 +1,14 @@
 """SN-Net (stitchable neural networks, arXiv 2302.06586): anchors trained as they are, joined by least squares.
 
 Stage 1 trains anchors of several widths on the plain diffusion loss (with an ancestor and `loss.output`, by distilling
-it); a learngene of `learngene_pool` serves as well. Stage 2 joins them (`model.stitch`): a stitch is shared by the
+it); a learngene of `learngene_pool` serves as well. Stage 2 joins them (`stitching.pool`): a stitch is shared by the
 pairs of blocks of a sliding window (two blocks, stride one) and begins as the mean of their least-squares maps from the
 front block's output to the *input* of the back block; each step then trains one random route (lr 5e-5).
 
 The least squares look at 100 images of the target's data, each noised to a timestep of its own. Where a target is made
 without data, Gaussian latents stand in: latents are scaled to variance one, and noising keeps it.
 
-What an artifact holds, and how `arch` describes it: `methods/stitching.py`.
+What an artifact holds, and how `arch` describes it: `stitching/method.py`.
 """
 
 from __future__ import annotations

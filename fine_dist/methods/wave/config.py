@@ -10,15 +10,18 @@ from fine_dist.methods.base import MethodConfig
 
 
 class WaveConfig(MethodConfig):
-    """WAVE: shared templates, each layer's own Kronecker scalers."""
+    """WAVE: templates shared by all layers, Kronecker scalers for each layer."""
 
     name: Literal["wave"] = "wave"
     """WAVE."""
     side: int = Field(128, ge=1, le=2**16)
-    """Side w of a template; it must divide every width that is wanted."""
+    """Side w of a template; it must divide the width of stage 1 and of every target. 128 divides all named widths."""
     templates: int | None = Field(None, ge=1, le=2**20)
-    """Templates of every matrix; none: as many as the matrix has tiles in the model that stage 1 trains."""
+    """Number of templates for each matrix. Default: as many as the matrix has tiles in stage 1, which can make any one
+    layer's weights."""
     order: Literal["scaler_template", "template_scaler"] = "scaler_template"
-    """`kron(S, T)`, or `kron(T, S)`."""
+    """Order of the Kronecker product: `kron(S, T)` tiles scaled templates, `kron(T, S)` spreads a template's
+    entries."""
     scalers: Literal["linear", "random", "identical", "segment", "aligned"] = "segment"
-    """Where a target's scalers begin."""
+    """Start of a target's scalers: `linear`, `segment` and `aligned` carry the learngene's over depth, `random` and
+    `identical` are controls (docs/fanout.md)."""

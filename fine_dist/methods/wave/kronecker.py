@@ -68,7 +68,8 @@ class KronLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(m))
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        return self._templates[0](x, self.S, self.bias)
+        y: Tensor = self._templates[0](x, self.S, self.bias)
+        return y
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] that this layer multiplies by."""

@@ -32,7 +32,8 @@ def fan_in(source: int, target: int) -> Tensor:
     """What the inputs taken by `uniform` are multiplied by, [target]."""
     index = uniform(source, target)
     often = torch.bincount(index, minlength=source)[index].float()
-    return max(1.0, source / target) ** 0.5 / often
+    scale: Tensor = max(1.0, source / target) ** 0.5 / often
+    return scale
 
 
 @dataclass(frozen=True)
