@@ -18,12 +18,19 @@ CORE_GFLOPS = 40.0
 """Assumed rate of one CPU core, in GFLOP/s of fp32."""
 UNKNOWN = "A100"
 """Accelerator that is assumed where none is known."""
-MEMORY_GIB = {
-    "A10": 24, "A30": 24, "A40": 48, "A100": 80, "A800": 80, "B200": 180, "GH200": 96, "H100": 80, "H100 NVL": 94,
-    "H100 PCIe": 80, "H20": 96, "H200": 141, "H800": 80, "L4": 24, "L40": 48, "L40S": 48, "RTX 3090": 24,
-    "RTX 4090": 24, "RTX 6000 Ada": 48, "T4": 16, "V100": 32,
+ACCELERATORS: dict[str, tuple[str, int]] = {
+    "A10": ("NVIDIA A10", 24), "A30": ("NVIDIA A30", 24), "A40": ("NVIDIA A40", 48),
+    "A100": ("NVIDIA A100-SXM4-80GB", 80), "A800": ("NVIDIA A800-SXM4-80GB", 80), "B200": ("NVIDIA B200", 180),
+    "GB200": ("NVIDIA GB200", 186), "GH200": ("NVIDIA GH200 120GB", 96), "H100": ("NVIDIA H100 80GB HBM3", 80),
+    "H100 NVL": ("NVIDIA H100 NVL", 94), "H100 PCIe": ("NVIDIA H100 PCIe", 80), "H20": ("NVIDIA H20", 96),
+    "H200": ("NVIDIA H200", 141), "H200 NVL": ("NVIDIA H200 NVL", 141), "H800": ("NVIDIA H800", 80),
+    "L4": ("NVIDIA L4", 24), "L40": ("NVIDIA L40", 48), "L40S": ("NVIDIA L40S", 48),
+    "MI300X": ("AMD Instinct MI300X", 192), "RTX 3090": ("NVIDIA GeForce RTX 3090", 24),
+    "RTX 4090": ("NVIDIA GeForce RTX 4090", 24), "RTX 5090": ("NVIDIA GeForce RTX 5090", 32),
+    "RTX 6000 Ada": ("NVIDIA RTX 6000 Ada Generation", 48), "T4": ("Tesla T4", 16), "V100": ("Tesla V100-SXM2-32GB", 32),
 }  # fmt: skip
-"""Memory of an accelerator in GiB, of its largest common variant."""
+"""By the name that `--for` takes: the driver's name, whose peak `engine.accelerators` knows, and the memory in GiB of
+the largest common variant."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +92,19 @@ def _cores(count: int) -> DeviceModel:
 
 
 def _accelerator(name: str, precision: str) -> DeviceModel:
-    from fine_dist.model.flops import FP32_FRACTION, PEAK_TFLOPS
+    from fine_dist.engine.accelerators import PEAKS
 
-    peak = PEAK_TFLOPS[name] * (1.0 if precision == "bf16" else FP32_FRACTION.get(name, 0.5))
-    article = "an" if name[0] in "AHLR" else "a"
-    return DeviceModel(f"{article} {name}", UTILIZATION * peak * 1e12, True, MEMORY_GIB.get(name, 0) * GIB or None)
+    driver, memory = ACCELERATORS[name]
+    peak = getattr(PEAKS[driver], precision) or PEAKS[driver].fp32  # one without bf16 computes such a run in fp32
+    article = "an" if name[0] in "AHLMR" else "a"
+    return DeviceModel(f"{article} {name}", UTILIZATION * peak * 1e12, True, memory * GIB)
 
 
 def _known(name: str) -> str:
     """The table's name of an accelerator, whatever its case and punctuation."""
-    from fine_dist.model.flops import PEAK_TFLOPS
-
-    plain = {_plain(known): known for known in PEAK_TFLOPS}
+    plain = {_plain(known): known for known in ACCELERATORS}
     if _plain(name) not in plain:
-        raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), PEAK_TFLOPS)}")
+        raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), ACCELERATORS)}")
     return plain[_plain(name)]
 
 
@@ -107,12 +113,10 @@ def _plain(name: str) -> str:
 
 
 def _here() -> str | None:
-    """The table's name of this machine's accelerator, or None."""
+    """The table's name of this machine's accelerator, the assumed one where the table has it not, or None."""
     import torch
-
-    from fine_dist.model.flops import PEAK_TFLOPS
 
     if not torch.cuda.is_available():
         return None
-    name = torch.cuda.get_device_name()
-    return max((known for known in PEAK_TFLOPS if known in name), key=len, default=UNKNOWN)
+    driver = torch.cuda.get_device_name()
+    return next((name for name, (known, _) in ACCELERATORS.items() if known == driver), UNKNOWN)
