@@ -27,7 +27,8 @@ ACCELERATORS: dict[str, tuple[str, int]] = {
     "L4": ("NVIDIA L4", 24), "L40": ("NVIDIA L40", 48), "L40S": ("NVIDIA L40S", 48),
     "MI300X": ("AMD Instinct MI300X", 192), "RTX 3090": ("NVIDIA GeForce RTX 3090", 24),
     "RTX 4090": ("NVIDIA GeForce RTX 4090", 24), "RTX 5090": ("NVIDIA GeForce RTX 5090", 32),
-    "RTX 6000 Ada": ("NVIDIA RTX 6000 Ada Generation", 48), "T4": ("Tesla T4", 16), "V100": ("Tesla V100-SXM2-32GB", 32),
+    "RTX 6000 Ada": ("NVIDIA RTX 6000 Ada Generation", 48), "T4": ("Tesla T4", 16),
+    "V100": ("Tesla V100-SXM2-32GB", 32),
 }  # fmt: skip
 """By the name that `--for` takes: the driver's name, whose peak `engine.accelerators` knows, and the memory in GiB of
 the largest common variant."""

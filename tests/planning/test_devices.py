@@ -26,7 +26,7 @@ def test_a_job_on_the_cpu_is_estimated_for_its_cores_and_one_with_gpus_for_an_ac
 def test_the_device_that_is_named_is_assumed_whatever_its_spelling_and_the_precision_counts():
     bf16, fp32 = (device_for("gpu:h100", LaunchConfig(), EngineConfig(precision=p)) for p in ("bf16", "fp32"))
     assert (bf16.name, bf16.memory_bytes) == ("an H100", 80 * 2**30)
-    assert bf16.flops_per_s == pytest.approx(0.4 * 989e12) and fp32.flops_per_s < bf16.flops_per_s
+    assert bf16.flops_per_s == pytest.approx(0.4 * 989.4e12) and fp32.flops_per_s < bf16.flops_per_s
     assert device_for("gpu:rtx-4090", LaunchConfig()).name == "an RTX 4090"
     assert device_for("cpu:16", LaunchConfig(gpus=1)).flops_per_s == 16 * 40e9
 
