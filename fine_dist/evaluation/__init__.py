@@ -1,12 +1,11 @@
-"""Metrics of images: FID, sFID, Inception Score, precision, recall, KID, FDD and their kin.
+"""Numbers of models and of images: the held-out loss, FID, sFID, Inception Score, precision, recall, KID, FDD.
 
-    network = load_features("inception", path)               # or dinov2, efflite, classifier: `features.NAMES`
-    real = reference(network, "VIRTUAL_imagenet256_labeled.npz")           # statistics, or a folder, tar, npz of images
-    fake = measure_path(network, "samples.npz")              # or `measure(network, batches, num_images=...)`
-    scores = compare(fake, real, ["fid", "sfid", "is", "precision", "recall"])
-    notes = cautions(fake, real, ...)                        # too few samples, say
+    evaluator = Evaluator(EvaluateConfig(...), world)        # `evaluator`: for commands, studies and training alike
+    row = evaluator("runs/train/a")                          # a row of evaluate.json
 
-`networks(metrics)` says which networks a list of metrics needs. With several processes, each gives its own batches
-(`rank`, `world_size`) and all get the same statistics. `Moments` and `frechet_distance` do for features of one's own.
-Names are loaded when they are asked for, so that importing this room costs nothing.
+    network = load_features("inception", path)               # `features.NAMES`: inception, dinov2, classifier
+    real = reference(network, "VIRTUAL_imagenet256_labeled.npz")          # `image_statistics`: statistics, or images
+    scores = compare(measure_path(network, "samples.npz"), real, ["fid"])  # `comparison`
+
+With several processes each measures its share, and all get the same statistics.
 """

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fine_dist.engine import dist
+from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.family.pack_model import PackedDiT, PackInputs
 from fine_dist.testing import run_distributed
@@ -101,3 +102,37 @@ def test_two_processes_train_what_one_does_whatever_the_second_began_with(learng
         assert largest_difference(first[j], one.pack.scalers(j)) < SIGMA
         assert largest_difference(first[j], both[1][1][j]) == 0  # both ranks hold the same sigma, bit by bit
     assert not both[1][0]  # only rank 0 writes
+
+
+@pytest.mark.parametrize("points", [FAMILY[:3], [FAMILY[0], (3, 0, 1e30), FAMILY[1]]], ids=["fine", "one fails"])
+def test_numbers_that_are_read_one_step_late_change_nothing(learngene, shards, points):
+    """As on a GPU, where the host reads a step's losses while the next step is computed."""
+    at_once, recorder = packed(learngene, points, shards / "train", 8)
+    late, other = packed(learngene, points, shards / "train", 8)
+    late.reads_late = True
+    assert at_once.train() and late.train()
+    assert other.losses == recorder.losses
+    assert torch.equal(late.pack.sigma, at_once.pack.sigma)
+    ends = [(end.state, end.step, end.reason) for _, end in sorted(other.ends.items())]
+    assert ends == [(end.state, end.step, end.reason) for _, end in sorted(recorder.ends.items())]
+
+
+def compiled_graphs(learngene, data, depths) -> tuple[list[float], int]:
+    """Losses of the first job of a pack whose blocks are compiled, and how many graphs that took."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    run, recorder = packed(learngene, [(depth, 0, 1e-2) for depth in depths], data, 2)
+    counter = CompileCounter()
+    compile_or_fall_back(list(run.pack.blocks), backend=counter)
+    assert run.train()
+    return recorder.losses[0], counter.frame_count
+
+
+def test_a_compiled_block_computes_the_same_in_a_few_graphs_whatever_the_depth(learngene, shards):
+    plain, recorder = packed(learngene, [(depth, 0, 1e-2) for depth in (3, 2, 1)], shards / "train", 2)
+    assert plain.train()
+    losses, graphs = compiled_graphs(learngene, shards / "train", (3, 2, 1))
+    assert losses == pytest.approx(recorder.losses[0], rel=LOSS)
+    # the first layer (no gradient of x), all jobs, any number of jobs, and one job; torch gives up at 8
+    assert graphs <= 5 and compiled_graphs(learngene, shards / "train", (9, 5, 2))[1] <= 5
