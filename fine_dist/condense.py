@@ -20,6 +20,19 @@ def _methods() -> list[str]:
     return ["methods with a stage 1 (--method.name NAME):", *table(described(CONDENSING))]
 
 
+def check(config: CondenseConfig) -> None:
+    """Raise what `run` would refuse before its first step; an ancestor that is not on this machine is not read."""
+    from fine_dist.artifacts.locate import exists_locally
+    from fine_dist.stages.checking import check_stage
+    from fine_dist.stages.condense import ancestor_of
+
+    here = not config.ancestor or exists_locally(config.ancestor)
+    if here:
+        config = config.fitted()
+        ancestor_of(config)
+    check_stage(config, "condense", config.shape if here else config.arch)
+
+
 def result_lines(config: CondenseConfig) -> list[str]:
     """What the command prints when it has succeeded: what to do next."""
     shards = f" --data.shards {config.data.shards}" if config.data.shards else ""

@@ -48,6 +48,21 @@ def _task(config: TrainConfig, name: str, parent: Path) -> Task:
     return Task(name, part, complete=complete)
 
 
+def check(config: TrainConfig) -> None:
+    """Raise what `run` would refuse before its first step; a parent that is not on this machine is not read."""
+    from fine_dist.artifacts.locate import exists_locally
+    from fine_dist.stages.checking import check_stage
+    from fine_dist.stages.train import begin
+
+    config = config.fitted()
+    if config.parent and exists_locally(config.parent):
+        check_stage(config, "train", begin(config)[0].arch)
+        return
+    if config.arch is None and not config.parent and not config.parents:
+        raise ConfigError("arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from")
+    check_stage(config, "train", config.arch)
+
+
 def result_lines(config: TrainConfig) -> list[str]:
     """What the command prints when it has succeeded: what to do next."""
     run_dir = Path(config.run_dir)

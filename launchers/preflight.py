@@ -131,6 +131,9 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
         near = max(spec.world_size, round(batch / spec.world_size) * spec.world_size)
         text = f"a batch of {batch} cannot be divided over {spec.world_size} processes; use a multiple, such as {near}"
         found.append(Finding("data", "stop", text))
+    found += _absent(config)
+    if not data.shards and "steps" in type(config).model_fields and not getattr(config, "domains", None):
+        found.append(Finding(MISSING, "stop", "data.shards is not set: give the folder that `fine-dist encode` wrote"))
     if not data.shards or "://" in data.shards or data.shards.startswith("pipe:"):
         return found
     from fine_dist.data.sources import locate
@@ -146,6 +149,18 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
         text += f" for {spec.world_size} processes: some will share a shard; encode into {spec.world_size} or more"
         return [*found, Finding("data", "note", text)]
     return [*found, Finding("data", "ok", text)]
+
+
+def _absent(config: Config) -> list[Finding]:
+    """Models that the config names and that are not on this machine."""
+    from fine_dist.artifacts.locate import exists_locally, is_hub_name
+
+    named = {key: getattr(config, key, None) for key in ("ancestor", "parent", "parents")}
+    return [
+        Finding(MISSING, "stop", f"{key} {path} is not there; the command that makes it comes first")
+        for key, path in named.items()
+        if isinstance(path, str) and not exists_locally(path) and not os.path.isdir(path) and not is_hub_name(path)
+    ]
 
 
 # --- memory and disk -----------------------------------------------------------------------------------------------

@@ -111,6 +111,11 @@ class RunDir:
             self.close()
             raise
 
+    def check(self, kind: str, identity: Mapping[str, Any]) -> None:
+        """Raise what `open` would say of the run that is there, without taking the directory or writing to it."""
+        self._kind, self._identity = kind, json.loads(json.dumps(identity))
+        self._refuse_another()
+
     def claim(self, config: Config) -> None:
         """Make the directory this run's once its first step has worked: write config, identity and environment."""
         if self._lock is None:

@@ -16,22 +16,16 @@ ASSUMED_TFLOPS = 120.0
 """Assumed training rate of an accelerator of unknown kind, in TFLOP/s: about that of an A100 in bf16."""
 CORE_GFLOPS = 40.0
 """Assumed rate of one CPU core, in GFLOP/s of fp32."""
-UNKNOWN = "A100"
+UNKNOWN = "NVIDIA A100-SXM4-80GB"
 """Accelerator that is assumed where none is known."""
-ACCELERATORS: dict[str, tuple[str, int]] = {
-    "A10": ("NVIDIA A10", 24), "A30": ("NVIDIA A30", 24), "A40": ("NVIDIA A40", 48),
-    "A100": ("NVIDIA A100-SXM4-80GB", 80), "A800": ("NVIDIA A800-SXM4-80GB", 80), "B200": ("NVIDIA B200", 180),
-    "GB200": ("NVIDIA GB200", 186), "GH200": ("NVIDIA GH200 120GB", 96), "H100": ("NVIDIA H100 80GB HBM3", 80),
-    "H100 NVL": ("NVIDIA H100 NVL", 94), "H100 PCIe": ("NVIDIA H100 PCIe", 80), "H20": ("NVIDIA H20", 96),
-    "H200": ("NVIDIA H200", 141), "H200 NVL": ("NVIDIA H200 NVL", 141), "H800": ("NVIDIA H800", 80),
-    "L4": ("NVIDIA L4", 24), "L40": ("NVIDIA L40", 48), "L40S": ("NVIDIA L40S", 48),
-    "MI300X": ("AMD Instinct MI300X", 192), "RTX 3090": ("NVIDIA GeForce RTX 3090", 24),
-    "RTX 4090": ("NVIDIA GeForce RTX 4090", 24), "RTX 5090": ("NVIDIA GeForce RTX 5090", 32),
-    "RTX 6000 Ada": ("NVIDIA RTX 6000 Ada Generation", 48), "T4": ("Tesla T4", 16),
-    "V100": ("Tesla V100-SXM2-32GB", 32),
+MEMORY_GIB = {
+    "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "A4000": 16, "A5000": 24, "A6000": 48, "B200": 180, "B300": 270,
+    "GB200": 186, "GB300": 278, "GH200": 96, "H100": 80, "H100 NVL": 94, "H20": 96, "H200": 141, "H800": 80, "L4": 24,
+    "L40": 48, "L40S": 48, "MI210": 64, "MI250": 64, "MI250X": 64, "MI300A": 128, "MI300X": 192, "MI325X": 256,
+    "MI355X": 288, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "RTX 6000 Ada": 48, "T4": 16,
 }  # fmt: skip
-"""By the name that `--for` takes: the driver's name, whose peak `engine.accelerators` knows, and the memory in GiB of
-the largest common variant."""
+"""Memory of one device in GiB, where its driver's name does not say it; of MI250 and MI250X of each half."""
+_VENDOR = re.compile(r"NVIDIA (GeForce )?|AMD Instinct |Tesla ")
 
 
 @dataclass(frozen=True)
@@ -93,20 +87,32 @@ def _cores(count: int) -> DeviceModel:
 
 
 def _accelerator(name: str, precision: str) -> DeviceModel:
+    """The model of a device, by its driver's name; one that no table has is taken for `UNKNOWN`."""
     from fine_dist.engine.accelerators import PEAKS
 
-    driver, memory = ACCELERATORS[name]
-    peak = getattr(PEAKS[driver], precision) or PEAKS[driver].fp32  # one without bf16 computes such a run in fp32
-    article = "an" if name[0] in "AHLMR" else "a"
-    return DeviceModel(f"{article} {name}", UTILIZATION * peak * 1e12, True, memory * GIB)
+    peak = PEAKS.get(name, PEAKS[UNKNOWN])
+    tflops = getattr(peak, precision) or peak.fp32
+    short = _VENDOR.sub("", name)
+    size = re.search(r"(\d+)GB", short)
+    known = max((key for key in MEMORY_GIB if short.removeprefix("RTX ").startswith(key) or short.startswith(key)),
+                key=len, default="")  # fmt: skip
+    # the figure in a Grace Hopper's name is its host memory
+    memory = int(size[1]) if size and not short.startswith("GH") else MEMORY_GIB.get(known, 0)
+    article = "an" if short[0] in "AHLMR" else "a"
+    return DeviceModel(f"{article} {short}", UTILIZATION * tflops * 1e12, True, memory * GIB or None)
 
 
 def _known(name: str) -> str:
-    """The table's name of an accelerator, whatever its case and punctuation."""
-    plain = {_plain(known): known for known in ACCELERATORS}
-    if _plain(name) not in plain:
-        raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), ACCELERATORS)}")
-    return plain[_plain(name)]
+    """The driver's name of the first device in the table that a user's word begins, whatever its case."""
+    from fine_dist.engine.accelerators import PEAKS
+
+    word = _plain(name)
+    for known in PEAKS:
+        short = _plain(_VENDOR.sub("", known))
+        if word and (short.startswith(word) or short.removeprefix("rtx").startswith(word)):
+            return known
+    legal = [_VENDOR.sub("", known) for known in PEAKS]
+    raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), legal)}")
 
 
 def _plain(name: str) -> str:
@@ -114,10 +120,7 @@ def _plain(name: str) -> str:
 
 
 def _here() -> str | None:
-    """The table's name of this machine's accelerator, the assumed one where the table has it not, or None."""
+    """The driver's name of this machine's accelerator, or None."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-    driver = torch.cuda.get_device_name()
-    return next((name for name, (known, _) in ACCELERATORS.items() if known == driver), UNKNOWN)
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

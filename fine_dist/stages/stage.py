@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.core.config import expand_path
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.stages.build import Plan, make_program
+from fine_dist.stages.checking import check_settings
 from fine_dist.stages.config import LossConfig, StageConfig
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
     folder = Path(expand_path(config.run_dir)) / artifact
+    check_settings(config, world.world_size)
     identity = config.identity()
     with RunDir(folder.parent).open(stage, identity, world) as run_dir:
         done = run_dir.done

@@ -116,10 +116,12 @@ def test_the_command_tells_the_stage_from_the_config(tmp_path, capsys):
     path = tmp_path / "condense" / "x.yaml"
     path.parent.mkdir()
     path.write_text(f"run_dir: {tmp_path}/run\nloss: {{output: 0.5}}\nancestor: models/none\n")
-    assert main(["--config", str(path), "--launcher", "local"]) == 0
+    assert main(["--config", str(path), "--launcher", "local"]) == 2
+    assert "ancestor models/none is not there" in capsys.readouterr().out
     other = tmp_path / "y.yaml"
-    other.write_text(f"run_dir: {tmp_path}/run\nloss: {{output: 0.5}}\nancestor: models/none\n")
-    assert main(["--config", str(other), "--launcher", "local"]) == 0
+    other.write_text(f"run_dir: {tmp_path}/run\nancestor: models/none\nancestor_licence: MIT\n")
+    assert main(["--config", str(other), "--launcher", "local"]) == 2
+    assert "data.shards is not set" in capsys.readouterr().out
     other.write_text("nonsense: 1\n")
     assert main(["--config", str(other)]) == 2
     assert "--stage" in capsys.readouterr().err

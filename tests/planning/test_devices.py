@@ -25,16 +25,18 @@ def test_a_job_on_the_cpu_is_estimated_for_its_cores_and_one_with_gpus_for_an_ac
 
 def test_the_device_that_is_named_is_assumed_whatever_its_spelling_and_the_precision_counts():
     bf16, fp32 = (device_for("gpu:h100", LaunchConfig(), EngineConfig(precision=p)) for p in ("bf16", "fp32"))
-    assert (bf16.name, bf16.memory_bytes) == ("an H100", 80 * 2**30)
+    assert (bf16.name, bf16.memory_bytes) == ("an H100 80GB HBM3", 80 * 2**30)
     assert bf16.flops_per_s == pytest.approx(0.4 * 989.4e12) and fp32.flops_per_s < bf16.flops_per_s
     assert device_for("gpu:rtx-4090", LaunchConfig()).name == "an RTX 4090"
+    assert device_for("gpu:mi300x", LaunchConfig()).memory_bytes == 192 * 2**30
+    assert device_for("gpu:A100-SXM4-80GB", LaunchConfig()).memory_bytes == 80 * 2**30
     assert device_for("cpu:16", LaunchConfig(gpus=1)).flops_per_s == 16 * 40e9
 
 
 @pytest.mark.parametrize(
     ("wish", "said"),
     [
-        ("gpu:h1000", "did you mean 'H100'"),
+        ("gpu:h1000", "no such accelerator is known; did you mean 'H"),
         ("tpu", "legal: gpu:NAME"),
         ("cpu:many", "number of cores"),
         ("gpu:", "legal"),
@@ -50,10 +52,10 @@ def test_a_dry_run_and_a_plan_for_another_machine_give_estimates_with_what_is_mi
     words += ["--data.shards", str(tmp_path / "not-here"), "--engine.precision", "bf16"]
     assert condense([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "396 TFLOP/s (an H100 at 40% of its peak)" in said and "note: launch.gpus 1" in said
+    assert "396 TFLOP/s (an H100 80GB HBM3 at 40% of its peak)" in said and "note: launch.gpus 1" in said
     assert re.search("note: .*there is no such folder of shards", said)
     assert (
         plan(["--stage", "condense", *words, "--launcher", "slurm"]) == 2
     )  # no cluster is asked, but the data is missing
     said = capsys.readouterr().out
-    assert "an accelerator has 73.6" in said and "an H100 at 40%" in said and "gpus" not in said
+    assert "an accelerator has 73.6" in said and "an H100 80GB HBM3 at 40%" in said and "gpus" not in said
