@@ -82,7 +82,7 @@ def _git(root: Path) -> str | None:
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
     said = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+        ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     return said.stdout.strip() or None
