@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from fine_dist.core.config import Config
 from fine_dist.core.errors import ConfigError, guard, nearest
 
 COMMANDS = {
@@ -31,6 +32,13 @@ CONFIGURED = tuple(name for name in COMMANDS if name not in ("plan", "status", "
 """Commands whose flags are the settings of a config class of their own."""
 
 
+def config_of(command: str) -> type[Config]:
+    """The config class of one of the commands in `CONFIGURED`."""
+    from launchers.worker import config_class, import_module
+
+    return config_class(import_module(f"fine_dist.{command}"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """List the commands, or run one."""
     return guard(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
@@ -43,13 +51,18 @@ def _main(argv: list[str]) -> int:
             print(f"  {name:12} {what}")
         print(
             "\n`fine-dist COMMAND --help` shows examples and the settings used most, `--help-all` all settings. "
-            "\n`python -m fine_dist.COMMAND` runs a command too."
+            "\n`python -m fine_dist.COMMAND` runs a command too. `fine-dist completion bash` prints completions."
         )
         return 0
     if argv[0] == "--version":
         from fine_dist import __version__
 
         print(f"fine_dist {__version__}")
+        return 0
+    if argv[0] == "completion":
+        from fine_dist.core.completion import script
+
+        print(script(argv[1:], COMMANDS, {name: config_of(name) for name in CONFIGURED}))
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")

@@ -43,6 +43,11 @@ def run(config: EvaluateConfig) -> Path:
     return path
 
 
+def result_lines(config: EvaluateConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    return [f"next: fine-dist sample --model {config.models[0]}"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 

@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print(f"{dump_yaml(call.config)}\n{plan(call.config)}\ndry run: nothing was done")
             return 0
-        run(call.config)
+        out = run(call.config)
+        print(f"next: fine-dist sample --model {out}")
         return 0
 
     return guard(body)

@@ -18,6 +18,12 @@ def run(config: SampleConfig) -> Path:
     return drawing.run(config)
 
 
+def result_lines(config: SampleConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    models = " ".join([*filter(None, [config.model]), *config.compare])
+    return [f"next: fine-dist evaluate --models {models} --data.held-out SHARDS"]
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
 

@@ -58,6 +58,12 @@ def run(config: CreativeConfig) -> Path:
         return train(config, table)
 
 
+def result_lines(config: CreativeConfig) -> list[str]:
+    """What the command prints when it has succeeded: what to do next."""
+    folder = run_dir_of(config) if is_single_run(config) else expand(config)[0].folder
+    return [f"next: fine-dist creative --evaluate {folder}"]
+
+
 def dry_run(config: CreativeConfig) -> list[str]:
     """The resolved config, the runs and how they are packed."""
     lines = [dump_yaml(config).rstrip(), ""]

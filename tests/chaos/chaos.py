@@ -12,6 +12,7 @@ import contextlib
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -134,7 +135,12 @@ class Chaos:
                 self._await_progress(ranks)
                 strike(ranks)
             with contextlib.suppress(RuntimeError):
-                return str(ranks.results(PATIENCE_S)[0])
+                said = str(ranks.results(PATIENCE_S)[0])
+                if (
+                    "to start over" in said
+                ):  # every checkpoint was cut short: a run starts over only when it is asked to
+                    shutil.rmtree(self.folder / "checkpoints")
+                return said
             return "died"
         except TimeoutError:
             self.night.hung += 1

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from fine_dist.__main__ import CONFIGURED
+from fine_dist.__main__ import main as fine_dist
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import Config, load
+from fine_dist.core.config import Config, load, validate
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.help import PAGES, settings
 from fine_dist.family.config import InitConfig
@@ -397,6 +398,35 @@ def ended(command: str, argv: list[str], capsys) -> tuple[int, str]:
 def test_submit_without_a_verb_it_has_is_one_line(argv, capsys):
     code, said = run("submit", argv.split(), capsys)
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+
+
+def test_completions_know_every_flag_of_every_command_and_the_values_of_some(capsys):
+    pytest.importorskip("shtab")
+    assert fine_dist(["completion", "bash"]) == 0
+    text = capsys.readouterr().out
+    for command in KINDS:
+        for setting in settings(kind_of(command)):
+            assert f"--{setting.path.replace('_', '-')}" in text
+    assert re.search(r"condense___engine_precision_choices=.*fp32.*bf16", text) and "learngene_pool" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_a_shell_without_completions_is_refused_with_those_that_have(capsys):
+    assert fine_dist(["completion", "fsh"]) == 2
+    assert "legal: bash, tcsh, zsh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in KINDS if name not in ("demo", "export", "doctor", "init")])
+def test_every_command_ends_by_saying_the_next_one_and_its_flags_exist(command):
+    values = {"models": ["m"]} if command == "evaluate" else {}
+    lines = import_module(f"fine_dist.{command}").result_lines(validate(kind_of(command), values | OF.get(command, {})))
+    last = lines[-1].split()
+    assert last[:2] == ["next:", "fine-dist"]
+    flags = {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(last[2]))} | {"--evaluate", "--list"}
+    assert {word for word in last[3:] if word.startswith("--")} <= flags
+
+
+OF = {"encode": {"out": "data/x"}, "sample": {"model": "m"}, "condense": {"run_dir": "r"}, "train": {"run_dir": "r"}}
 
 
 def test_ctrl_c_promises_only_what_the_command_says(capsys):

@@ -1,0 +1,73 @@
+"""Completions for a shell: every command, every flag and the values of those that have a few, as one script.
+
+    source <(fine-dist completion bash)          in ~/.bashrc; `zsh` likewise in ~/.zshrc
+
+The script is made by shtab from an argparse parser that knows the names of all settings and reads none.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+from fine_dist.core import logs
+from fine_dist.core.config import Config
+from fine_dist.core.errors import ConfigError, nearest
+from fine_dist.core.help import settings
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) -> str:
+    """The script for a shell.
+
+    Args:
+        argv: What was typed after `completion`: the shell's name.
+        commands: Every command, with one line about it.
+        kinds: The config classes of the commands that have one.
+
+    Raises:
+        ConfigError: The shell is none of `SHELLS`, or shtab is not installed.
+    """
+    if len(argv) != 1 or argv[0] not in SHELLS:
+        raise ConfigError(f"completion: for which shell? {nearest(argv[0] if argv else '', SHELLS)}")
+    try:
+        import shtab
+    except ImportError:
+        raise ConfigError("completion needs shtab: python -m pip install 'fine_dist[completion]'") from None
+    return str(shtab.complete(parser_of(commands, kinds), argv[0]))
+
+
+def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) -> argparse.ArgumentParser:
+    """A parser with every flag of every command, for whoever wants to know them; it is not used to read any."""
+    root = argparse.ArgumentParser(prog="fine-dist")
+    chosen = root.add_subparsers(dest="command")
+    for name, about in commands.items():
+        command = chosen.add_parser(name, help=about)
+        command.add_argument("--help-all", action="store_true", help="help with every setting")
+        logs.add_flags(command)
+        kind = kinds.get(name)
+        if kind is None:
+            continue
+        command.add_argument("--config", metavar="FILE", help="YAML file of settings")
+        command.add_argument(
+            "--dry-run", action="store_true", help="print the resolved config and estimates; do nothing"
+        )
+        command.add_argument("--launcher", choices=("auto", "here", "local", "slurm", "ray"), help="where it runs")
+        flags: dict[str, list[str]] = {}
+        abouts: dict[str, str] = {}
+        for setting in settings(kind):
+            flag = f"--{setting.path.replace('_', '-')}"
+            flags.setdefault(flag, []).extend(_values(setting.shape))
+            abouts.setdefault(flag, setting.about)
+        for flag, values in flags.items():
+            # argparse fills a percent sign in a help text, and shtab prints it as it is
+            text = abouts[flag].replace("%", "%%")
+            command.add_argument(flag, choices=list(dict.fromkeys(values)) or None, metavar="VALUE", help=text)
+    return root
+
+
+def _values(shape: str) -> list[str]:
+    """The words that a setting takes, where it takes a few: `fp32|bf16`; none for texts and numbers."""
+    words = shape.strip("[]").split("|")
+    return words if all(word.islower() and word.isidentifier() for word in words) else []
