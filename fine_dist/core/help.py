@@ -111,6 +111,10 @@ PAGES = {
         ),
         ("data.shards", "data.held_out", "ancestor", "arch", "depths", "methods", "seeds", "budget", "run_dir"),
     ),
+    "doctor": Page(
+        ("", "--launcher slurm --launch.gpus 1", "--run-dir /scratch/me/doctor --launcher slurm --launch.nodes 2"),
+        ("run_dir", "json_output", "launch.nodes", "launch.gpus"),
+    ),
     "demo": Page(
         ("", "--seeds 3 --run-dir runs/demo3", "--steps A=300 C=100 --no-controls"),
         ("run_dir", "seeds", "steps", "controls", "parallel"),

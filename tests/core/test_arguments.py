@@ -321,7 +321,7 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
         "--verify",
         "--index",
     }
-    known |= {"--stage", "--rate", "--json", "--watch", "--all"}  # of plan and status
+    known |= {"--stage", "--rate", "--json", "--watch", "--all", "--for", "--template"}  # of plan, status and study
     known |= {"--scale", *ONLY_WITH_SCALE}  # of plan
     known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
     for command in KINDS:
