@@ -1,4 +1,4 @@
-"""The copy of the code that submitted jobs run: edits made while a job waits do not reach it."""
+"""The copy of the code that submitted jobs run, so that edits made while a job waits do not reach it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fine_dist.core.files import draft_name, sha256_of
 from launchers.worker import import_module
 
 SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
-"""Kinds of files that a copy of the code holds."""
+"""Suffixes of the files that are copied."""
 
 
 def code_root(module: str) -> str:
-    """The folder that `module` is imported from, for workers that run the code where it lies."""
+    """The folder that `module` is imported from, for jobs that run the installed code."""
     loaded = import_module(module)
     if not loaded.__file__:
         raise LaunchError(f"module {module} has no file; a worker cannot import it")
@@ -27,7 +27,7 @@ def code_root(module: str) -> str:
 
 
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
-    """Copy the code into `RUN_DIR/code/HASH` (once per content) and return that folder."""
+    """Copy the code into `RUN_DIR/code/HASH`, once for each content; returns that folder."""
     files = code_files(module)
     digest = hashlib.sha256()
     for name in sorted(files):
@@ -39,7 +39,7 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
     stage_code(draft, module)
     try:
         os.rename(draft, target)
-    except OSError:  # somebody else was faster with the same content
+    except OSError:  # another process has just made the same copy
         shutil.rmtree(draft)
         if not target.is_dir():
             raise
@@ -51,13 +51,13 @@ def stage_code(folder: Path, module: str) -> None:
     for name, file in code_files(module).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, copy)
+        shutil.copyfile(file, copy)  # the modes of the copy are those of this user's umask
     about = {"git": _git(Path(fine_dist.__file__).resolve().parents[1]), "version": fine_dist.__version__}
     (folder / "SNAPSHOT.json").write_text(json.dumps(about) + "\n")
 
 
 def code_files(module: str) -> dict[str, Path]:
-    """Name in the copy -> file."""
+    """The files that are copied, by their names in the copy."""
     root = Path(fine_dist.__file__).resolve().parents[1]
     tops = {"fine_dist", "launchers", "slurm"}
     places = {root / top for top in tops if (root / top).is_dir()}

@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, DataError
 from fine_dist.diffusion.samplers import SampledBatch
 
@@ -44,6 +45,7 @@ class Decoder:
     ) -> None:
         self.device, self.batch = torch.device(device), batch
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        name = expand_path(str(name))
         within = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         try:
             vae: Any = AutoencoderKL.from_pretrained(

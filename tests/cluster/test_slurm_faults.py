@@ -46,6 +46,7 @@ def test_a_preempted_script_saves_and_goes_on_when_the_urgent_job_is_over(
     assert digest(run_dir) == undisturbed
 
 
+@pytest.mark.slow  # SLURM's time limits are whole minutes
 def test_a_job_at_its_time_limit_saves_and_is_put_back_into_the_queue(slurm, tmp_path):
     job = submit(slurm, TOY, tmp_path, "--launch.minutes", 1, "--sleep-first-s", 300)
     assert slurm.ends(job, 170) == "COMPLETED"
