@@ -110,7 +110,7 @@ class _Collector:
     def _shared(self, entry: StudyEntry, seed: int) -> tuple[RunCost, float]:
         """The cost that an entry's targets share, and the FLOPs in it that trained ancestors."""
         cost, ancestors = RunCost(), 0.0
-        for run in self.graph.lineage(entry, seed) if self.graph.parent_of(entry, seed) else ():
+        for run in self.graph.lineage(entry, seed):
             own = cost_of(run.run_dir)
             cost = together(cost, own)
             ancestors += own.flops if run.module == settings.MODULES["train"] else 0.0

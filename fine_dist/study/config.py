@@ -60,6 +60,8 @@ class StudyEntry(Config):
     train: tuple[int | str, ...] = ("N",)
     """Lengths of stage 3. With a constant learning rate a longer run continues the shorter one; with a schedule that
     decays each length is a run of its own."""
+    teacher: str | None = None
+    """Entry whose model stage 3 imitates while it trains (distillation). Default: stage 3 learns from data alone."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Settings of stage 3, laid over those that the study gives for it."""
     data: str | None = None
@@ -240,6 +242,7 @@ class StudyConfig(Config):
             }
         for entry in self.entries:
             named[f"entries.{entry.name}.parent"] = entry.parent or entry.name
+            named[f"entries.{entry.name}.teacher"] = entry.teacher or entry.name
             if entry.condense and entry.condense.ancestor:
                 named[f"entries.{entry.name}.condense.ancestor"] = entry.condense.ancestor
         return named

@@ -124,11 +124,15 @@ class Graph:
         if entry.init:
             first = self.init(entry, seed)
             target, after = settings.target_folder(first.config, depth), (first.name,)
+        teacher = self.parent(self.study.entry(entry.teacher), seed) if entry.teacher else None
+        if teacher:
+            after = (*after, teacher[0].name)
         made: list[StudyRun] = []
         for steps in lengths:
             middle = f"-n{steps}" if len(lengths) > 1 else ""
             name = f"{entry.name}-L{depth}{middle}-s{seed}"
             changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
+            changes |= {"ancestor": str(teacher[1])} if teacher else {}
             # A schedule that depends on the last step gives another curve from the first step on, so that a longer run
             # can continue a shorter one only where the rate is constant.
             grows = made[-1].name if made and not made[-1].config.optim.depends_on_steps else None
@@ -166,6 +170,11 @@ class Graph:
 
     def lineage(self, entry: StudyEntry, seed: int) -> list[StudyRun]:
         """The runs that are trained before an entry's targets start: those of ancestors first, then of the parent."""
+        if entry.teacher:
+            teacher, plain = self.study.entry(entry.teacher), entry.model_copy(update={"teacher": None})
+            runs = [*self.lineage(plain, seed), *self.lineage(teacher, seed)]
+            runs += [] if teacher.source else [self.parent(teacher, seed)[0]]
+            return list({run.name: run for run in runs}.values())
         if entry.parent:
             parent = self.study.entry(entry.parent)
             own = parent.condense or parent.source  # a learngene is in its own lineage, and a copy costs nothing

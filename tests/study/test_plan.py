@@ -109,3 +109,24 @@ def test_settings_are_laid_over_but_a_methods_are_never_mixed():
     base = {"optim": {"lr": 1, "eps": 2}, "method": {"name": "a", "rank": 3}}
     made = merged(base, {"optim": {"lr": 5}, "method": {"name": "b"}})
     assert made == {"optim": {"lr": 5, "eps": 2}, "method": {"name": "b"}} and base["optim"]["lr"] == 1
+
+
+def test_a_teacher_is_trained_before_what_imitates_it_and_counts_as_shared_cost():
+    old = {"name": "old", "method": {"name": "scratch"}, "train": ["2N"], "depths": [4], "shown": False}
+    taught = {"name": "taught", "method": {"name": "scratch"}, "teacher": "old", "train": ["N"]}
+    graph = plan(study(old, {**SCRATCH, "train": ["N"]}, taught, main="taught"))
+    run = graph["taught-L2-s0"]
+    assert run.after == ("old-L4-s0",) and run.config.ancestor == str(graph["old-L4-s0"].run_dir / "model")
+    assert [r.name for r in graph.lineage(graph.study.entry("taught"), 0)] == ["old-L4-s0"]
+    assert graph.lineage(graph.study.entry("scratch"), 0) == []
+
+
+def test_a_model_that_exists_is_copied_once_and_costs_nothing():
+    given = {"name": "old", "source": "models/old.pt"}
+    pruned = {"name": "pruned", "method": {"name": "copied_shell"}, "parent": "old", "train": ["N"]}
+    graph = plan(study(given, SCRATCH, pruned, main="pruned"))
+    assert graph["old"].module == "fine_dist.study.ancestor_copy" and graph["old"].config.source == "models/old.pt"
+    assert graph["pruned-L2-s0"].after == ("old", "data") and graph["pruned-L2-s0"].config.parent.endswith("old/model")
+    assert graph.lineage(graph.study.entry("pruned"), 0) == []
+    with pytest.raises(ConfigError, match="give either method or source"):
+        study({**given, "method": {"name": "scratch"}}, SCRATCH)
