@@ -159,7 +159,8 @@ def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[in
     everything = tuple(range(len(blocks)))
     if math.comb(len(blocks), num_layers) <= FEW:
         losses = {layers: loss_of(layers) for layers in itertools.combinations(everything, num_layers)}
-        return list(min(losses, key=losses.__getitem__))
+        best = min(losses, key=losses.__getitem__)
+        return list(best)
     while len(everything) > num_layers:
         losses = {rest: loss_of(rest) for rest in (tuple(x for x in everything if x != drop) for drop in everything)}
         everything = min(losses, key=losses.__getitem__)

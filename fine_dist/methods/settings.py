@@ -153,3 +153,13 @@ class PrunedConfig(MethodConfig):
     """Rank of the updates that stand for later training while the choice is learned."""
     temperature: float = Field(1.0, gt=0)
     """Temperature of the Gumbel softmax (`learned`); lower values make the gradients of the choice noisier."""
+
+
+class FrontConfig(MethodConfig):
+    """FRONT: low frequencies of a trained model's weights, resampled to any depth and width."""
+
+    name: Literal["front"] = "front"
+    """FRONT, arXiv 2603.07523."""
+    keep: float = Field(1.0, gt=0, le=1)
+    """Share of the frequencies along every axis that are kept. At 1, a target of the parent's own shape is its copy;
+    less is a smaller learngene, whose targets need more training."""
