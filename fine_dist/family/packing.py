@@ -32,7 +32,7 @@ class PackConfig(Config):
     workers: int | None = Field(None, ge=1, le=4_096)
     """Workers over which the packs are spread. Default: launch.max_parallel, or else as many as fit where they run."""
     max_jobs: int = Field(64, ge=1, le=4_096)
-    """Largest number of jobs in a pack."""
+    """Largest number of jobs in a pack. More share more; fewer lose less when a process dies."""
     chunk: int | None = Field(None, ge=1, le=4_096)
     """Jobs that go through the model at once. Default: as many as memory holds and the device gains from."""
     memory_gib: float | None = Field(None, gt=0)
