@@ -90,14 +90,14 @@ def decoded(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple
     """
     stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
-    def work(drawn: SampledBatch) -> Tensor:
+    def work(batch: SampledBatch) -> Tensor:
         with torch.cuda.stream(stream):  # does nothing where stream is None
-            return decoder.decode(drawn.latents)
+            return decoder.decode(batch.latents)
 
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
         waiting: tuple[SampledBatch, Future[Tensor]] | None = None
-        for drawn in batches:
-            following = (drawn, pool.submit(work, drawn))
+        for batch in batches:
+            following = (batch, pool.submit(work, batch))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = following

@@ -110,11 +110,13 @@ def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["
 def _process_of(hints: HintsConfig, found: Unwrapped, path: Path, has_null: bool) -> DiffusionConfig:
     """The process by the hint, else by REPA's projectors and arguments, else by SiT's name, else DDPM."""
     drop = {} if has_null else {"label_drop": 0.0}
-    said = f"{path.name} {found.arguments.get('model', '')}".lower()
+    names_model = f"{path.name} {found.arguments.get('model', '')}".lower()
     kind = hints.process
-    if kind is None and (found.dropped or "proj_coeff" in found.arguments or "repa" in re.split(r"[^a-z]+", said)):
+    if kind is None and (
+        found.dropped or "proj_coeff" in found.arguments or "repa" in re.split(r"[^a-z]+", names_model)
+    ):
         kind = "repa"
-    if kind is None and "sit" in re.split(r"[^a-z]+", said):
+    if kind is None and "sit" in re.split(r"[^a-z]+", names_model):
         kind = "sit"
     if kind in (None, "ddpm"):
         return DiffusionConfig(**drop)
@@ -145,8 +147,10 @@ def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
         )
 
 
-def _arch_of(state: Mapping[str, Tensor], hints: HintsConfig, said: Mapping[str, Any], where: str) -> tuple[Arch, bool]:
-    """The architecture that the shapes speak of, and whether the label table has a null label."""
+def _arch_of(
+    state: Mapping[str, Tensor], hints: HintsConfig, arguments: Mapping[str, Any], where: str
+) -> tuple[Arch, bool]:
+    """The architecture that the shapes determine, and whether the label table has a null label."""
     layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
     if layers and max(layers) > 10_000:
         raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
@@ -162,7 +166,7 @@ def _arch_of(state: Mapping[str, Tensor], hints: HintsConfig, said: Mapping[str,
     if out_channels not in (channels, 2 * channels):
         raise ArtifactError(f"{where}: {out_channels} channels come out and {channels} go in; a DiT has C or 2C")
     rows = read_int(shapes[_LABEL], 0, _LABEL, where, 2)
-    if said.get("num_classes") == rows and hints.num_classes is None:
+    if arguments.get("num_classes") == rows and hints.num_classes is None:
         hints = hints.model_copy(update={"num_classes": rows})
     num_classes = hints.num_classes or rows - 1
     if num_classes not in (rows, rows - 1):
@@ -173,7 +177,7 @@ def _arch_of(state: Mapping[str, Tensor], hints: HintsConfig, said: Mapping[str,
         arch = Arch(
             hidden_size=width,
             num_layers=num_layers,
-            num_heads=heads_of(width, hints.num_heads, _named_heads(said), where),
+            num_heads=heads_of(width, hints.num_heads, _named_heads(arguments), where),
             patch_size=side,
             in_channels=channels,
             input_size=_input_size(shapes.get(_POSITION), side, hints, where),
@@ -186,9 +190,9 @@ def _arch_of(state: Mapping[str, Tensor], hints: HintsConfig, said: Mapping[str,
     return arch, rows == num_classes + 1
 
 
-def _named_heads(said: Mapping[str, Any]) -> int | None:
+def _named_heads(arguments: Mapping[str, Any]) -> int | None:
     try:
-        return int(parse_name(str(said.get("model", "")).replace("SiT", "DiT"))["num_heads"])
+        return int(parse_name(str(arguments.get("model", "")).replace("SiT", "DiT"))["num_heads"])
     except ValueError:
         return None
 

@@ -67,10 +67,10 @@ def sample(
     device: torch.device | str | None = None,
     progress: bool | str = False,
 ) -> Tensor:
-    """Latents [N, C, H, W] float32 on the CPU, in the scale the model was trained on: all of `sample_batches`."""
+    """Latents [N, C, H, W] float32 on the CPU, in the scale of the training latents: all of `sample_batches`."""
     parts = [
-        drawn.latents
-        for drawn in sample_batches(
+        batch.latents
+        for batch in sample_batches(
             model,
             labels=labels,
             arch=arch,
@@ -98,20 +98,28 @@ def sample_batches(
     device: torch.device | str | None = None,
     progress: bool | str = False,
 ) -> Iterator[SampledBatch]:
-    """The images in batches, each drawn when it is asked for: nothing is kept, so that any number can be written out.
+    """Sample images in batches, lazily, so that any number of them can be written out in bounded memory.
 
-    model:    a `Denoiser`; an `nn.Module` is in eval mode while a batch is drawn.
-    labels:   [N] int64, 0..num_classes-1, or num_classes for the null label.
-    indices:  [N] int64, each image's own number (None: 0..N-1). An image's noise depends on `(seed, index)` and
-              the step alone: give rank r of W the labels and indices of its images, and the ranks together make what
-              one process makes. The noise is then equal bit for bit; the latents are equal within 1e-5 in fp32 (times
-              `2 guidance - 1`), because matrix products sum in another order when the batch has another size.
-    start:    images to leave out at the front, drawn by an earlier call that was cut off.
-    device:   where to compute (None: where the model is).
-    progress: show a bar on stderr; a text is its title.
+    An image's noise depends on (seed, its index) and the step alone. Give rank r of W the labels and indices of its
+    images, and the ranks together make the images of one process. The noise is then equal bit for bit; the latents are
+    equal within 1e-5 in fp32 (times `2 guidance - 1`), because matrix products of another batch size sum in another
+    order.
 
-    Raises `ConfigError`, before anything is drawn, when `steps` does not fit the chain, labels and indices do not fit
-    each other or the model, or the model cannot be guided.
+    Args:
+        model: A `Denoiser`; an `nn.Module` is in eval mode while a batch is sampled.
+        labels: [N] int64, 0..num_classes-1, or num_classes for the null label.
+        arch: Gives the latent shape and the null label.
+        config: The sampler.
+        diffusion: The process the model was trained for.
+        seed: Seeds the noise of all images.
+        indices: [N] int64, each image's own number. Default: 0..N-1.
+        start: Number of images to skip at the front, which an interrupted call has sampled.
+        device: Where to compute. Default: where the model is.
+        progress: Show a progress bar on stderr; a text is its title.
+
+    Raises:
+        ConfigError: Before anything is sampled, where the scheduler or `steps` does not fit the process, labels and
+            indices do not fit each other or the model, or the model cannot be guided.
     """
     indices = torch.arange(len(labels)) if indices is None else indices.cpu()
     _check(labels, indices, arch, config, diffusion)
@@ -299,12 +307,15 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
 def space_timesteps(total: int, counts: Sequence[int]) -> list[int]:
     """The timesteps, ascending, that a respaced chain keeps (Improved DDPM, arXiv 2102.09672, section 4).
 
-    total:  T, the length of the trained chain.
-    counts: the chain is cut into as many sections, equal but for one timestep; each keeps so many, its first and its
-            last among them. One count is what ADM and DiT sample with.
+    Positions are summed up and rounded to even, as ADM and DiT do: rounding products instead moves some by one.
 
-    Positions are summed up and rounded to even, as those two do: rounding products instead moves some by one.
-    `ConfigError` when a section is asked for more timesteps than it has.
+    Args:
+        total: T, the length of the trained chain.
+        counts: The chain is cut into as many sections, equal but for one timestep, and each keeps this number of
+            timesteps, its first and last among them. ADM and DiT sample with one section.
+
+    Raises:
+        ConfigError: A section is asked for more timesteps than it has.
     """
     size, longer = divmod(total, len(counts))
     kept, start = [], 0

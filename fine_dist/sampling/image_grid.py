@@ -1,4 +1,7 @@
-"""Pictures of many images: a grid with a caption over each, a title, and a word beside each row."""
+"""Grids of images with captions, titles and row names, and PNG files of them.
+
+Shapes: N images, C channels, H, W pixels of one; H', W' pixels of the grid.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,12 @@ def labelled_grid(
 ) -> Tensor:
     """A picture [3, H', W'] uint8 of images uint8 [N, 1 or 3, H, W], row by row.
 
-    captions: one an image, over it; cut to its width. title: over the whole. rows: names of the rows, at their left.
+    Args:
+        images: The images; small ones are magnified by a whole factor.
+        captions: A text over each image, cut to its width.
+        columns: Images in a row.
+        title: A line over the grid.
+        rows: Names of the rows, at their left.
     """
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     zoom = max(1, -(-_SIDE // max(images.shape[2:])))
@@ -54,10 +62,15 @@ def labelled_grid(
 def tile_images(
     images: Tensor, columns: int, *, low: float = -1.0, high: float = 1.0, gap: int = 1, zoom: int = 1
 ) -> Tensor:
-    """One picture [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row.
+    """A plain grid [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row, without captions.
 
-    low, high: the values that become black and white. Of 3 channels or more the first three are shown, of fewer one.
-    gap:       white pixels between images (after the zoom).  zoom: each pixel becomes zoom x zoom.
+    Args:
+        images: The images. Of 3 channels or more the first three are shown, of fewer the first.
+        columns: Images in a row.
+        low: The value that becomes black.
+        high: The value that becomes white.
+        gap: White pixels between images, after the zoom.
+        zoom: Each pixel becomes a square of zoom x zoom pixels.
     """
     images = images.detach().float().cpu()
     if images.ndim != 4 or not len(images):
@@ -75,7 +88,7 @@ def tile_images(
 
 
 def latents_as_images(latents: Tensor) -> Tensor:
-    """Undecoded latents [N, C, h, w] as something to look at, uint8: -3..3 as black to white, 3 channels at most."""
+    """A view uint8 of undecoded latents [N, C, h, w]: -3..3 as black to white, of the first 3 channels at most."""
     latents = latents[:, : 3 if latents.shape[1] >= 3 else 1]
     return ((latents + 3) / 6 * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -94,7 +107,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a picture uint8 [1 or 3, H, W], whole or not at all."""
+    """Write a picture uint8 [1 or 3, H, W] atomically."""
     pixels = picture.permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")

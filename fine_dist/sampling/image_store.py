@@ -1,8 +1,7 @@
-"""Images and latents on their way to disk: any process writes any of them in any order, and what is missing is known
-after a crash.
+"""Stores of images and latents on disk, which any number of processes fill in any order and complete after a crash.
 
-A folder with `images.u8` or `latents.f4` (all of them, of full length from the start, without taking up space),
-`done.u8` (one byte each, set after its numbers are on disk) and `store.json` (sizes, and what they are of).
+A store is a folder with `images.u8` or `latents.f4` (a sparse file of full length from the start), `done.u8` (one byte
+an image, set after its data are on disk) and `store.json` (sizes, and what the images are of).
 """
 
 from __future__ import annotations
@@ -27,11 +26,16 @@ _ABOUT, _DONE = "store.json", "done.u8"
 
 
 class ArrayStore:
-    """Opens a store of arrays of one shape, or makes it; any number of processes may open the same one.
+    """A store of arrays of one shape, opened or created; any number of processes may open the same one.
 
-    shape:    of one array, as it lies in the file.
-    identity: what they are of (model's hash, sampler, seed); JSON. `DataError` names what differs when the folder holds
-              a store of something else.
+    Args:
+        folder: The store's folder.
+        count: Number of arrays.
+        shape: Shape of one array, as it lies in the file.
+        identity: What the arrays are of (the model's hash, sampler, seed); JSON.
+
+    Raises:
+        DataError: The folder holds a store of something else; the message names what differs.
     """
 
     file: ClassVar[str]
@@ -75,7 +79,7 @@ class ArrayStore:
         self.close()
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Tensor:
-        """The numbers of those that nobody has written, int64; process `rank`'s share of all: rank, rank + W, ..."""
+        """Numbers int64 of the arrays that no process has written, of process `rank`'s share: rank, rank + W, ..."""
         done = np.frombuffer(os.pread(self._done, self.count, 0), np.uint8)
         mine = np.arange(rank, self.count, world_size)
         return torch.from_numpy(mine[done[mine] == 0])
@@ -88,6 +92,7 @@ class ArrayStore:
                 f"{list(self.shape)}"
             )
         numbers = indices.tolist()
+        # The mark is written after the data have reached the disk: a crash in between loses marks, never marked data.
         for number, row in zip(numbers, rows):
             os.pwrite(self._rows, row.tobytes(), number * self._bytes)
         os.fdatasync(self._rows)
@@ -144,7 +149,7 @@ class LatentStore(ArrayStore):
         self._write(indices, latents.contiguous().numpy())
 
     def to_npy(self, path: str | Path) -> None:
-        """Write all latents as one `.npy`, a batch at a time; it gets its name when it is whole."""
+        """Write all latents as one `.npy`, a batch at a time and atomically."""
         path = Path(path)
         draft = draft_name(path)
         try:

@@ -3,7 +3,7 @@
 A statistics file holds `mu` [2048], `sigma` [2048, 2048] of Inception's pooled features and `mu_s`, `sigma_s` of its
 spatial ones; a sample file holds `arr_0`, uint8 [N, H, W, 3]. The published reference batches hold both.
 
-Arrays are read and written in pieces; nothing in them is unpickled.
+Arrays are read and written in pieces, and without pickle: no code in a file is run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGES = "arr_0"
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Means [F] and covariances [F, F] in the dtype they are stored in; the spatial pair is none where it is absent."""
+    """Means [F] and covariances [F, F] in the dtype they are stored in; the spatial pair is None where it is absent."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -63,7 +63,7 @@ def has_statistics(path: str | Path) -> bool:
 
 
 def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
-    """Write float64 statistics under ADM's names, whole or not at all."""
+    """Write float64 statistics under ADM's names, atomically."""
     arrays = {
         name: np.asarray(value, np.float64)
         for name in ("mu", "sigma", "mu_s", "sigma_s")
@@ -122,8 +122,8 @@ def write_samples(
 ) -> None:
     """Write `arr_0`, uint8 [count, H, W, channels], from batches uint8 [B, H, W, channels] that come one by one.
 
-    Nothing but the batch at hand is kept. The file gets its name when it is whole. `DataError` when a batch has another
-    type or size, or there are more or fewer images than `count`.
+    One batch at a time is in memory, and the file is written atomically. `DataError` when a batch has another type or
+    size, or there are more or fewer images than `count`.
     """
     shape = (count, *size, channels)
     with _new_archive(Path(path)) as archive, archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as stream:

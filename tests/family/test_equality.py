@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -48,6 +49,13 @@ def test_schedule_clipping_and_weight_decay_are_each_jobs_own(learngene, shards,
     run, recorder = packed(learngene, points, shards / "train", 20, optim=optim)
     assert run.train()
     assert_equals_solo(run, recorder, learngene, shards / "train", points, 20, optim=optim)
+
+
+def test_a_pack_under_flow_matching_trains_each_job_as_it_would_alone(learngene, shards):
+    how = {"diffusion": DiffusionConfig(process="flow", time="logit_normal", time_shift=2.0)}
+    run, recorder = packed(learngene, FAMILY[:3], shards / "train", 20, **how)
+    assert run.train()
+    assert_equals_solo(run, recorder, learngene, shards / "train", FAMILY[:3], 20, **how)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])

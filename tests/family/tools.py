@@ -78,11 +78,12 @@ def packed(
     recorder = Recorder()
     how = {"optim": OptimConfig(), "engine": EngineConfig(device="cpu", log_every=1), **how}
     how.setdefault("world", dist.alone("cpu"))
+    diffusion = how.pop("diffusion", DiffusionConfig())
     run = PackRun(
         PackedDiT(form(target(learngene, depth, seed)) for depth, seed, _ in points),
         [job(point, data, steps) for point in points],
         batch=batch,
-        diffusion=DiffusionConfig(),
+        diffusion=diffusion,
         observer=recorder,
         **how,
     )
@@ -90,7 +91,14 @@ def packed(
 
 
 def solo(
-    learngene: Artifact, point: Point, data: Path, steps: int, *, batch: int = 16, optim: OptimConfig | None = None
+    learngene: Artifact,
+    point: Point,
+    data: Path,
+    steps: int,
+    *,
+    batch: int = 16,
+    optim: OptimConfig | None = None,
+    diffusion: DiffusionConfig | None = None,
 ) -> tuple[list[float], FactoredDiT]:
     """One job by itself, written down plainly: torch's own model, optimiser, clipping and schedule."""
     optim = optim or OptimConfig()
@@ -98,7 +106,7 @@ def solo(
     model = target(learngene, depth, seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
-    objective = Objective(DiffusionConfig(), model.arch, seed)
+    objective = Objective(diffusion or DiffusionConfig(), model.arch, seed)
     stream = LatentStream(DataConfig(shards=str(data)), seed=seed, global_batch=batch)
     losses = []
     for step, data_batch in zip(range(steps), stream.batches()):
