@@ -323,7 +323,7 @@ def test_every_flag_in_a_message_is_one_that_some_command_has():
     }
     known |= {"--stage", "--rate", "--json", "--watch", "--all", "--for", "--template"}  # of plan, status and study
     known |= {"--scale", *ONLY_WITH_SCALE}  # of plan
-    known |= {"--evaluate", "--images", "--clip", "--set"}  # of creative and benchmark
+    known |= {"--evaluate", "--images", "--clip", "--set", "--pty"}  # of creative and benchmark
     for command in KINDS:
         known |= {f"--{setting.path.replace('_', '-')}" for setting in settings(kind_of(command))}
     for path in [*(ROOT / "fine_dist").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]:
