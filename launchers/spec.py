@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import write_atomic
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.core.settings import Variables
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$")

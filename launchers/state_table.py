@@ -27,7 +27,7 @@ from typing import Literal
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import is_locked, sha256_text, try_lock, write_all, write_atomic
-from fine_dist.core.records import as_record, read_json
+from fine_dist.core.json_files import as_record, read_json
 from launchers.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]

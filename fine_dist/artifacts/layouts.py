@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fine_dist.core import records
+from fine_dist.core import json_files
 from fine_dist.core.errors import ArtifactError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
@@ -36,8 +36,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. `ArtifactError` when the file is none."""
     remedy = "copy the model's folder again"
     try:
-        values = records.read_json(path, ArtifactError, remedy)
+        values = json_files.read_json(path, ArtifactError, remedy)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; {remedy}") from None
-    found: dict[str, Any] = records.as_record(dict[str, Any], values, path, ArtifactError, remedy)
+    found: dict[str, Any] = json_files.as_record(dict[str, Any], values, path, ArtifactError, remedy)
     return found

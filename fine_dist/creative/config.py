@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from fine_dist.core.config import Config, PathKey, Seed, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, nearest
-from fine_dist.core.records import as_record, read_json
+from fine_dist.core.json_files import as_record, read_json
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from launchers.spec import check_name

@@ -14,7 +14,7 @@ import torch
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.creative.config import TINY
 from fine_dist.creative.encoders import TextEncoder
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of, whole_folder
-from fine_dist.core.records import Record, as_record, read_json
+from fine_dist.core.json_files import Record, as_record, read_json
 from fine_dist.creative.encoders import add_token, end_of, read_at_end, refuse_known
 
 FORMAT, KIND, MANIFEST = 1, "token", "manifest.json"

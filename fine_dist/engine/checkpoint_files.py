@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import sha256_of, sha256_text
-from fine_dist.core.records import Record, as_record, read_json
+from fine_dist.core.json_files import Record, as_record, read_json
 
 FORMAT = 1
 PARTS = ("weight", "exp_avg", "exp_avg_sq", "ema")

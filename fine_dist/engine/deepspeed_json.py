@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 
 BUCKET = 50_000_000

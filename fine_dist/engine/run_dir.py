@@ -20,7 +20,7 @@ from pydantic import Field
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ReportedElsewhere, RunDirError
 from fine_dist.core.files import is_locked, read_bytes, remove_drafts, try_lock, write_atomic
-from fine_dist.core.records import Record, read_record
+from fine_dist.core.json_files import Record, read_record
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"

@@ -20,7 +20,7 @@ from torch import nn
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
-from fine_dist.core.records import Record, read_record
+from fine_dist.core.json_files import Record, read_record
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss

@@ -18,7 +18,7 @@ from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest
 from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
-from fine_dist.core.records import as_record, read_json
+from fine_dist.core.json_files import as_record, read_json
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import check_fit, read_all

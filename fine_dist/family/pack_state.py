@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError
 from fine_dist.core.files import whole_file
-from fine_dist.core.records import Record, as_record, parse_json
+from fine_dist.core.json_files import Record, as_record, parse_json
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fine_dist.core.config import shown, validate
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import sha256_of, sha256_text, whole_folder, written_whole
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.model.arch import Arch
 
 FORMAT = 1

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.planning.scaling_model import Affine, Parts, counts
 

@@ -22,7 +22,7 @@ from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
-from fine_dist.core.records import Record, read_record
+from fine_dist.core.json_files import Record, read_record
 from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum, barrier, world

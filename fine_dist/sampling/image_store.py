@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import draft_name, sync_file, write_new
-from fine_dist.core.records import as_record, read_json
+from fine_dist.core.json_files import as_record, read_json
 from fine_dist.sampling.npz import write_samples
 
 _ABOUT, _DONE = "store.json", "done.u8"

@@ -10,7 +10,7 @@ from typing import Any
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import ConfigError, RunDirError
-from fine_dist.core.records import read_json
+from fine_dist.core.json_files import read_json
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
 from fine_dist.study.report.results import steps_of

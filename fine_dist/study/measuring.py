@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fine_dist.core.errors import RunDirError, TrainingError
 from fine_dist.core.files import write_atomic
+from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.limits import num_cores
-from fine_dist.core.records import Record, read_record
 from fine_dist.data.settings import DataConfig
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry, merged

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.records import as_record, read_json
+from fine_dist.core.json_files import as_record, read_json
 
 SECTIONS = {
     "curves": "Held-out loss during training",

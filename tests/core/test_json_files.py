@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.records import MAX_JSON_BYTES, Record, as_record, read_json, read_record
+from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, read_json, read_record
 
 
 class Toy(Record):
