@@ -223,15 +223,18 @@ def _by(shape: tuple[int, ...]) -> str:
 def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """All latents of a small set of shards, in the order of the manifest: for held-out sets.
 
-    limit: at most so many samples, from the beginning.
+    limit: at most so many samples: a random subset, the same every time, because shards may be sorted by class.
 
     Returns (latents float32 [N, C, H, W] multiplied by the scaling factor, labels int64 [N]). Moments give their mean.
     `DataError` for any damaged sample.
     """
     shard_set = ShardSet(shards, DataConfig())
     manifest = shard_set.manifest
-    shard = np.repeat(np.arange(len(manifest.shards)), [info.count for info in manifest.shards])[:limit]
-    index = np.concatenate([np.arange(info.count) for info in manifest.shards])[:limit]
+    shard = np.repeat(np.arange(len(manifest.shards)), [info.count for info in manifest.shards])
+    index = np.concatenate([np.arange(info.count) for info in manifest.shards])
+    if limit is not None and limit < len(shard):
+        subset = np.sort(np.random.default_rng(0).permutation(len(shard))[:limit])
+        shard, index = shard[subset], index[subset]
     latents, labels = [], []
     for start in range(0, len(shard), _PLAN_SAMPLES):
         part = slice(start, start + _PLAN_SAMPLES)

@@ -132,6 +132,14 @@ def test_latents_are_scaled_once(tmp_path):
     assert read_all(str(tmp_path), limit=9)[0].shape == (9, 4, 8, 8)
 
 
+def test_a_part_of_shards_that_are_sorted_by_class_is_of_all_classes(tmp_path):
+    labels = np.repeat(np.arange(10), 20)
+    write_shards(tmp_path, np.zeros((200, 1, 2, 2)), labels, num_classes=10, shard_samples=32)
+    found = read_all(str(tmp_path), limit=100)[1]
+    assert found.unique().tolist() == list(range(10))
+    assert torch.equal(found, read_all(str(tmp_path), limit=100)[1])
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_batch_has_the_shards_dtype_and_becomes_float32_bit_for_bit_wherever_it_is_cut(tmp_path, dtype):
     latents = np.random.default_rng(0).standard_normal((24, 4, 8, 8)).astype(dtype)
