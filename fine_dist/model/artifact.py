@@ -1,6 +1,6 @@
 """Learngenes and models on disk: `tensors.safetensors` and `manifest.json` with the sha256 of what it describes.
 
-Nothing is unpickled. A folder is written under a temporary name and renamed, so that a half-written one never has its
+No code in a file is run. A folder is written under a temporary name and renamed, so that a half-written one never has its
 final name; the manifest's hash says which learngene a descendant came from.
 """
 
