@@ -1,7 +1,7 @@
 """Learngenes and models on disk: `tensors.safetensors` and `manifest.json` with the sha256 of what it describes.
 
-No code in a file is run. A folder is written under a temporary name and renamed, so that a half-written one never has its
-final name; the manifest's hash says which learngene a descendant came from.
+No code in a file is run. A folder is written under a temporary name and renamed, so that a half-written one never has
+its final name; the manifest's hash says which learngene a descendant came from.
 """
 
 from __future__ import annotations
