@@ -9,6 +9,7 @@ A parameter is sharded by rows, so what a rank holds is one flat range of it: a 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ class FsdpBackend(ShardedBackend):
                 f"engine.backend: fsdp2 cannot shard parameters without dimensions ({', '.join(scalars[:3])}); legal "
                 "here: plain, deepspeed"
             )
+        # It warns of operators that change a block's output in place; no model here has one.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(world.device.type, (world.world_size,))
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if engine.reduce_dtype == "bf16" else None)
         model.to(world.device)

@@ -12,8 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
-"""Large enough for full bandwidth, small enough that the last bucket, which nothing hides, is a small part of all."""
+from fine_dist.engine.settings import BUCKET_BYTES
 
 
 class GradientBuckets:

@@ -8,6 +8,10 @@ from pydantic import Field
 
 from fine_dist.core.config import Config, PathKey
 
+BUCKET_BYTES = 25 * 2**20
+"""Bytes of gradients that the plain backend sends at once: enough for full bandwidth, and few enough that the last
+bucket, which no computation hides, is a small part of all."""
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 """Of a moment: with 1 nothing would ever be added to it."""
 

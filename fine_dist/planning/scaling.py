@@ -120,7 +120,7 @@ def answer(
             for stage in asked.stages:
                 made = predict(
                     parts[label], stage, network, processes, *divided[processes],
-                    overlap=asked.overlap if stage else 0.0, slowdown=slowdown,
+                    overlap=asked.overlap, slowdown=slowdown,
                 )  # fmt: skip
                 series[f"{label}, ZeRO-{stage}"].append(made)
     words = _words(asked, plan.arch.name, parts, measured, network_of is not None)
@@ -183,7 +183,7 @@ def _words(asked: ScalingRequest, name: str, parts: dict[str, Parts], measured: 
         f"{us_out:g} us between nodes; ring collectives"
     )
     held = "a process's share of the batch" if asked.hold == "process" else "the whole batch"
-    hides = f"{asked.overlap:.0%} of a pass's time (ZeRO-0, the plain backend, sums after the backward pass: nothing)"
+    hides = f"{asked.overlap:.0%} of a pass's time"
     found = [f"{name}; parts {measured}", stated, f"held fixed: {held}; communication may hide behind {hides}"]
     if asked.cores:
         found.append(f"{min(asked.per_node, max(asked.processes))} processes of a node share {asked.cores} cores")

@@ -13,7 +13,7 @@ computes while all of a node do, such as four on two cores.
 
 What is sent is what the engine sends, counted in `tests/planning/test_scale.py`:
 
-    ZeRO-0 (plain)  one all-reduce of n after the backward pass; nothing is hidden
+    ZeRO-0 (plain)  all-reduces of n in buckets, while the backward pass runs
     ZeRO-1          all-reduces of n in buckets, once a step; an all-gather of the n updated weights
     ZeRO-2          the same, but gradients are summed for every micro-batch
     ZeRO-3          an all-gather of n for every micro-batch, again in the backward pass of what was not kept (more than
@@ -30,6 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.deepspeed_json import BUCKET, LIVE
+from fine_dist.engine.settings import BUCKET_BYTES
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 HOPS: dict[Collective, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
@@ -163,7 +164,7 @@ def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) 
     """What the engine sends in a step (see the head of this file), but for a few words."""
     n, buckets = parts.trained, max(1, math.ceil(parts.trained / BUCKET))
     if stage == 0:
-        return [Message("all_reduce", n, 1)]
+        return [Message("all_reduce", n, max(1, math.ceil(SIZE * n / BUCKET_BYTES)), "backward")]
     if stage in (1, 2):
         times = accumulation if stage == 2 else 1
         return [Message("all_reduce", n * times, buckets * times, "backward"), Message("all_gather", n, 1)]
@@ -185,7 +186,7 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """One step of `processes`, of which each takes `accumulation` micro-batches of `micro` samples.
 
-    overlap:  share (0 to 1) of a pass's seconds that communication may run beside; the plain backend has none.
+    overlap:  share (0 to 1) of a pass's seconds that communication may run beside.
     slowdown: how much slower a process computes while the others of its node do.
     """
     if stage not in STAGES:

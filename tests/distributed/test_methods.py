@@ -1,4 +1,4 @@
-"""Stage 1 of every method: two processes under ZeRO train what one process trains."""
+"""Stage 1 of every method: two processes under ZeRO and FSDP2 train what one process trains."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def stage_1(folder: str, name: str, config: ToyConfig) -> Outcome:
     return Outcome([row["loss"] for row in fitted.rows if "loss" in row], numbers, fitted.ema)
 
 
-def all_of_them(folder: str, configs: dict[int, str]) -> dict[tuple[str, int], Outcome]:
-    """Every method at every stage of ZeRO, one after the other in one world."""
+def all_of_them(folder: str, configs: dict[int | str, str]) -> dict[tuple[str, int | str], Outcome]:
+    """Every method at every stage of ZeRO and under FSDP2, one after the other in one world."""
     return {
         (name, stage): stage_1(f"{folder}/{name}-{stage}", name, ToyConfig.model_validate_json(text))
         for name in CONDENSING
@@ -58,18 +58,22 @@ def all_of_them(folder: str, configs: dict[int, str]) -> dict[tuple[str, int], O
     }
 
 
-def stages_of(name: str) -> tuple[int, ...]:
-    """Stages of ZeRO that equal one process. A path that is drawn for a step leaves parameters out: AdamW leaves those
-    without a gradient alone; ZeRO-3 gives them a gradient of zero, and their moments still move them."""
-    return (2, 3) if condensed(tiny(name))[0].before_step is None else (2,)
+def stages_of(name: str) -> tuple[int | str, ...]:
+    """Stages of ZeRO, and FSDP2, that equal one process.
+
+    A path that is drawn for a step leaves parameters out. AdamW leaves those without a gradient alone; ZeRO-3 gives
+    them a gradient of zero, and their moments still move them.
+    """
+    return (2, 3, "fsdp2") if condensed(tiny(name))[0].before_step is None else (2, "fsdp2")
 
 
-def test_two_processes_under_zero_train_what_one_process_trains(tmp_path: Path) -> None:
+def test_two_processes_that_share_the_weights_train_what_one_process_trains(tmp_path: Path) -> None:
     common = {"steps": 2, "global_batch": 6, "optim": OPTIM}
-    sharded = {
+    sharded: dict[int | str, str] = {
         stage: ToyConfig(**common, engine=zero(tmp_path, stage, checkpoint_every=2)).model_dump_json()
         for stage in (2, 3)
     }
+    sharded["fsdp2"] = ToyConfig(**common, engine=engine(backend="fsdp2", checkpoint_every=2)).model_dump_json()
     found = run_distributed(all_of_them, 2, str(tmp_path / "two"), sharded)[0]
     for name in CONDENSING:
         single = stage_1(str(tmp_path / "one" / name), name, ToyConfig(**common, engine=engine(checkpoint_every=2)))
