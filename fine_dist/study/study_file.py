@@ -73,11 +73,21 @@ class StudyFile(Config):
     study: dict[str, Any] = Field(default_factory=dict)
     """Full form: settings that all parts share. In the short form: settings laid over the study that it stands for."""
     parts: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Full form: studies by name, each laid over `study`. Needed by the full form, see configs/benchmark."""
+    """Full form: studies by name, each laid over `study`, as in configs/benchmark. A file with `entries` at the top is
+    one study, as configs/study/digits_demo.yaml."""
     quick_settings: dict[str, Any] = Field(default_factory=dict)
     """Full form: settings that `--quick` lays over every part, for a smoke test of small sizes."""
     quick_part_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Full form: settings that `--quick` lays over one part, after `quick_settings`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_study(cls, values: Any) -> Any:
+        """A file of a single study (its `entries` at the top) is a file with that one part."""
+        if not isinstance(values, dict) or "entries" not in values:
+            return values
+        part = {key: value for key, value in values.items() if key != "run_dir"}
+        return {"parts": {"study": part}, **({"run_dir": values["run_dir"]} if "run_dir" in values else {})}
 
     @field_validator("arch", mode="before")
     @classmethod

@@ -175,7 +175,7 @@ def test_decomposing_a_trained_ancestor_prints_the_error_it_leaves(trained, digi
 @pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")), ids=str)
 def test_every_published_config_loads_and_dry_runs(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    named = {"study": ["demo", "--study"], "benchmark": ["study", "--config"]}
+    named = {"benchmark": ["study", "--config"]}
     argv = named.get(path.parts[1], [path.parts[1], "--config"])
     assert fine_dist([*argv, str(ROOT / path), "--dry-run", "--launcher", "slurm"]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out

@@ -136,7 +136,7 @@ study = validate(StudyConfig, {"title": "toys", "run_dir": str(root / "study"), 
     "depths": [3], "seeds": [0], "steps": {"N": 2}, "stages": stages, "main": "ours", "baseline": "scratch",
     "entries": entries, "features": None, "pictures": 0})
 page = run_study(study, "here")
-rows = json.loads((page.parent / "results.json").read_text())["rows"]
+rows = json.loads((page.parent / "results.json").read_text())["measurements"]
 said["study"] = {row["method"] for row in rows} == {"ours", "scratch"}
 print("SAID " + json.dumps(said))
 """
