@@ -31,7 +31,7 @@ from fine_dist.export import run as run_export
 from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family
 from fine_dist.family.train_family import run_family
-from fine_dist.methods import SCRATCH, from_manifest, parent_of
+from fine_dist.methods import CONDENSES, SCRATCH, from_manifest, parent_of
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
@@ -150,7 +150,7 @@ def condense(
     data: Latents,
     *,
     steps: int = 1000,
-    method: str | Mapping[str, Any] = "fine",
+    method: str | Mapping[str, Any] = CONDENSES.name,
     arch: str | Mapping[str, Any] | None = None,
     held_out: Latents | None = None,
     run_dir: str | Path | None = None,

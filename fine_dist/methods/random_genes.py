@@ -7,22 +7,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
-from fine_dist.methods.fine.method import factored_module
+from fine_dist.methods.base import Descent, MethodConfig, Parent, Traits, needed
+from fine_dist.methods.fine.method import FactoredTargets, factored_module
 from fine_dist.methods.settings import RandomGenesConfig
-from fine_dist.model.arch import MATRICES, Arch
-from fine_dist.model.factors import FactoredDiT, SharedForm
+from fine_dist.model.arch import Arch
+from fine_dist.model.factors import FactoredDiT
 from fine_dist.model.roles import of_role, train_only
 
 
-class RandomGenes(Method[RandomGenesConfig]):
+class RandomGenes(FactoredTargets[RandomGenesConfig]):
     """Same rank, same trained numbers, same copied parts as FINE; U and V as at the start of stage 1."""
 
     Config: ClassVar[type[MethodConfig]] = RandomGenesConfig
     label: ClassVar[str] = "random genes"
     paper: ClassVar[str] = "control for FINE, arXiv 2409.19289"
     summary: ClassVar[str] = "control: frozen random factors, trained sigma"
-    tables_of: ClassVar[str] = "sigma"
 
     @property
     def traits(self) -> Traits:
@@ -41,12 +40,3 @@ class RandomGenes(Method[RandomGenesConfig]):
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         return factored_module(arch, tensors)
-
-    def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        return model.merge()  # type: ignore[operator,no-any-return]
-
-    def pack(self, model: nn.Module) -> SharedForm | None:
-        return model.shared_form()  # type: ignore[operator,no-any-return]
-
-    def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]

@@ -8,12 +8,14 @@ Shapes: m out features, n in features, L layers.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fine_dist.methods.base import Condensation, M, Method, Traits, Weights
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import Condition, DiT, LinearFactory
 from fine_dist.model.roles import of_role
@@ -50,6 +52,30 @@ class OfGenes(nn.Module):
     def kept_numbers(self, rows: int) -> int:
         kept = getattr(self.genes, "kept_numbers", None)
         return kept(rows) if kept else 0
+
+
+class SharedBlocks(Method[M]):
+    """What TLEG and SWS have in common: genes that a whole model shares, distilled from an ancestor's output alone."""
+
+    @property
+    def traits(self) -> Traits:
+        return Traits(
+            parents=("learngene",),
+            varies=frozenset({"depth"}),
+            condenses=True,
+            ancestor="must",
+            loss=Weights(diffusion=0.0, output=1.0),
+        )
+
+    def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
+        return Condensation(self.blueprint(arch, generator))
+
+    @abstractmethod
+    def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
+        """The model that stage 1 trains."""
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        return dense_state(model)
 
 
 class SharedDiT(DiT):

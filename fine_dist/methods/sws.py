@@ -16,16 +16,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
+from fine_dist.methods.base import Descent, MethodConfig, Parent, needed
 from fine_dist.methods.settings import SwsConfig
-from fine_dist.methods.shared import OfGenes, SharedDiT, dense_state, expanded
+from fine_dist.methods.shared import OfGenes, SharedBlocks, SharedDiT, expanded
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.depth import nearest_layers
 from fine_dist.model.dit import Dense, DiT
 from fine_dist.model.roles import Role
 
 
-class Sws(Method[SwsConfig]):
+class Sws(SharedBlocks[SwsConfig]):
     """Stage-wise sharing."""
 
     Config: ClassVar[type[MethodConfig]] = SwsConfig
@@ -33,21 +33,8 @@ class Sws(Method[SwsConfig]):
     paper: ClassVar[str] = "SWS, arXiv 2404.16897"
     summary: ClassVar[str] = "one shared block a stage of layers"
 
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            parents=("learngene",),
-            varies=frozenset({"depth"}),
-            condenses=True,
-            ancestor="must",
-            loss=Weights(diffusion=0.0, output=1.0),
-        )
-
     def auxiliary(self, arch: Arch) -> Arch:
         return arch.with_depth(sum(self.config.stages))
-
-    def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
-        return Condensation(self.blueprint(arch, generator))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
         return staged(self.auxiliary(arch), layers_of(self.config.stages), generator)
@@ -64,9 +51,6 @@ class Sws(Method[SwsConfig]):
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         return staged(arch, layers_of(self.config.stages)) if "genes.qkv.0.weight" in tensors else DiT(arch)
-
-    def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        return dense_state(model)
 
 
 def layers_of(stages: tuple[int, ...]) -> list[int]:

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, Weights, needed
+from fine_dist.methods.base import Descent, MethodConfig, Parent, needed
 from fine_dist.methods.settings import TlegConfig
-from fine_dist.methods.shared import OfGenes, SharedDiT, dense_state, expanded
+from fine_dist.methods.shared import OfGenes, SharedBlocks, SharedDiT, expanded
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import Role
 
 
-class Tleg(Method[TlegConfig]):
+class Tleg(SharedBlocks[TlegConfig]):
     """Linear expansion."""
 
     Config: ClassVar[type[MethodConfig]] = TlegConfig
@@ -33,21 +33,8 @@ class Tleg(Method[TlegConfig]):
     paper: ClassVar[str] = "TLEG, arXiv 2312.05614"
     summary: ClassVar[str] = "two shared blocks; a target's layers lie on the line through them"
 
-    @property
-    def traits(self) -> Traits:
-        return Traits(
-            parents=("learngene",),
-            varies=frozenset({"depth"}),
-            condenses=True,
-            ancestor="must",
-            loss=Weights(diffusion=0.0, output=1.0),
-        )
-
     def auxiliary(self, arch: Arch) -> Arch:
         return arch.with_depth(self.config.auxiliary_layers or arch.num_layers)
-
-    def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
-        return Condensation(self.blueprint(arch, generator))
 
     def blueprint(self, arch: Arch, generator: torch.Generator | None = None) -> SharedDiT:
         return on_a_line(self.auxiliary(arch), generator)
@@ -63,9 +50,6 @@ class Tleg(Method[TlegConfig]):
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         return on_a_line(arch) if "genes.qkv.base" in tensors else DiT(arch)
-
-    def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        return dense_state(model)
 
 
 class LineMatrix(nn.Module):

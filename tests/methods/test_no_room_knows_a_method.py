@@ -20,10 +20,10 @@ FILES = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if not str(path.relative_to(ROOT)).startswith(MAY)
 )
-ENGLISH = {"scratch", "wave", "kind", "svd"}
+ENGLISH = {"scratch", "wave", "kind", "svd", "front", "pruned"}
 """Names that are words of plain English, or of linear algebra: only in quotes do they name a method."""
-WORDS = {"kind", "scratch"}
-"""And two that are keys and values elsewhere, in quotes too: there the class of its settings tells."""
+WORDS = {"kind", "scratch", "front"}
+"""And those that are keys and values elsewhere, in quotes too: there the class of its settings tells."""
 UNIQUE = sorted(set(METHODS) - ENGLISH - {"fine"})
 CLASSES = sorted({method.__name__ for method in METHODS.values()} | {m.Config.__name__ for m in METHODS.values()})
 # `fine` is the project's own name too: as a word of its own, in capitals or in quotes, it is the method's.

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
-from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent, Traits, needed
+from fine_dist.methods.base import Condensation, Descent, M, Method, MethodConfig, Parent, Traits, needed
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.methods.fine.cp import decompose
 from fine_dist.model.arch import MATRICES, Arch
@@ -32,14 +32,28 @@ from fine_dist.model.roles import of_role, train_only
 log = logging.getLogger(__name__)
 
 
-class Fine(Method[FineConfig]):
+class FactoredTargets(Method[M]):
+    """Targets that are a `FactoredDiT`: how they merge, are packed and drawn."""
+
+    tables_of: ClassVar[str] = "sigma"
+
+    def merge(self, model: nn.Module) -> dict[str, Tensor]:
+        return model.merge()  # type: ignore[operator,no-any-return]
+
+    def pack(self, model: nn.Module) -> SharedForm | None:
+        return model.shared_form()  # type: ignore[operator,no-any-return]
+
+    def tables(self, model: nn.Module) -> dict[str, Tensor]:
+        return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]
+
+
+class Fine(FactoredTargets[FineConfig]):
     """FINE's three stages."""
 
     Config: ClassVar[type[MethodConfig]] = FineConfig
     label: ClassVar[str] = "FINE"
     paper: ClassVar[str] = "FINE, arXiv 2409.19289"
     summary: ClassVar[str] = "shared factors U, V; a target trains sigma alone"
-    tables_of: ClassVar[str] = "sigma"
 
     @property
     def traits(self) -> Traits:
@@ -145,15 +159,6 @@ class Fine(Method[FineConfig]):
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         return factored_module(arch, tensors, self.config.path)
-
-    def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        return model.merge()  # type: ignore[operator,no-any-return]
-
-    def pack(self, model: nn.Module) -> SharedForm | None:
-        return model.shared_form()  # type: ignore[operator,no-any-return]
-
-    def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        return {matrix: model.sigma_table(matrix) for matrix in MATRICES}  # type: ignore[operator]
 
 
 def at_several_depths(module: DiT, depths: Sequence[int]) -> Callable[[int, torch.Generator], None] | None:

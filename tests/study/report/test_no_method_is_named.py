@@ -11,7 +11,7 @@ import pytest
 from fine_dist.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[3] / "fine_dist"
-PLAIN_WORDS = {"kind", "scratch", "share", "svd", "wave"}
+PLAIN_WORDS = {"front", "kind", "pruned", "scratch", "share", "svd", "wave"}
 """Names of methods that are also words of English or of a library."""
 SETTINGS = {"scratch"}
 """Names of methods that are also the value of a setting (`shell: scratch`)."""
