@@ -26,7 +26,8 @@ def pages() -> dict[Path, str]:
 def modules() -> list[str]:
     """The modules of the public names."""
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    names = re.findall(r"`(fine_dist\.[\w.]+)`", text.partition("```")[0])
+    tables = "\n".join(line for line in text.splitlines() if line.startswith("|"))
+    names = re.findall(r"`(fine_dist\.[\w.]+)`", tables)
     return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
 
