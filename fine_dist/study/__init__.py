@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fine_dist.study.config import StudyConfig, StudyEntry, StudyStage, load_study
 
 if TYPE_CHECKING:
+    from fine_dist.study.graph import Graph
     from fine_dist.study.report.results import Results
 
 
@@ -124,28 +125,30 @@ def describe(studies: dict[str, StudyConfig], gflops: float | None = None, runs:
         runs: Whether the runs are listed.
     """
     from fine_dist.study.budget import CORE_GFLOPS, estimate, tuning_estimate
+    from fine_dist.study.graph import plan
 
     rate, lines = gflops or CORE_GFLOPS, []
     for name, study in studies.items():
         steps = ", ".join(f"{symbol} = {value:,}" for symbol, value in study.steps.items())
         lines.append(f"{name}: {study.title}; {steps} steps")
-        lines += outline(study) if runs else []
+        graph = plan(study)
+        lines += outline(study, graph) if runs else []
         tuning = tuning_estimate(study, rate)
         lines += [tuning.line(f"{name}, tuning")] if tuning else []
-        lines.append(estimate(study, gflops=rate).line(name))
+        lines.append(estimate(study, graph, rate).line(name))
     return lines
 
 
-def outline(study: StudyConfig) -> list[str]:
+def outline(study: StudyConfig, graph: Graph | None = None) -> list[str]:
     """One line per run: name, module, steps and the runs it needs."""
     from fine_dist.study.graph import plan
 
-    graph = plan(study).runs
-    width = max(len(run.name) for run in graph)
+    runs = (graph or plan(study)).runs
+    width = max(len(run.name) for run in runs)
     return [
         f"{run.name:{width}} {run.module:20} {run.steps:5} steps after {', '.join(run.after) or 'nothing'}"
         + (" (done)" if run.done else "")
-        for run in graph
+        for run in runs
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fine_dist.core.config import validate
 from fine_dist.planning.devices import ASSUMED_TFLOPS
@@ -52,8 +51,9 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
     launch, accelerators = study.launch, study.launch.gpus > 0
     workers = launch.nodes * launch.processes if accelerators else 1
     hours, flops = {}, {}
+    counted: dict[str, float] = {}
     for run in graph.runs:
-        flops[run.name] = run_flops(study, graph, run)
+        flops[run.name] = run_flops(study, graph, run, counted)
         rate = workers * ASSUMED_TFLOPS * 1e12 if accelerators else gflops * 1e9
         hours[run.name] = flops[run.name] / rate / 3600 + (0.0 if accelerators else OVERHEAD_S / 3600)
     total = sum(hours.values())
@@ -83,17 +83,20 @@ def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate
     return estimate(study, graph, gflops) if tried else None
 
 
-def run_flops(study: StudyConfig, graph: Graph, run: StudyRun) -> float:
+def run_flops(study: StudyConfig, graph: Graph, run: StudyRun, counted: dict[str, float]) -> float:
     """FLOPs of one run: stage 1 as its method counts them, otherwise those of a dense model. A run that continues a
     shorter one counts its own part."""
     from fine_dist.model.arch import Arch
 
     if run.module in (settings.MODULES["encode"], settings.COPY_MODULE):
         return 0.0
-    stage_1: Any = settings.stage_1_flops(run.config)
     steps = run.steps - (graph[run.grows].steps if run.grows else 0)
-    if stage_1 is not None:
-        return steps * run.config.batch * stage_1
+    if run.module == settings.MODULES["condense"]:
+        # counting builds the model on the meta device, and runs of several seeds have the same one
+        key = run.config.model_dump_json(include={"arch", "method", "loss", "batch"}) + str(bool(run.config.ancestor))
+        if key not in counted:
+            counted[key] = settings.stage_1_flops(run.config) or 0.0
+        return steps * run.config.batch * counted[key]
     base = run.config.arch or validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
     return sum(steps * run.config.batch * settings.step_flops(base.with_depth(depth)) for depth in run.depths)
 

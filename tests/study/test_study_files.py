@@ -22,6 +22,7 @@ from fine_dist.study.study_file import load_studies
 from tests.conftest import lively, tiny_arch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"
+pytestmark = pytest.mark.timeout(900)  # the quick cut is some seventy runs in one process
 KEYS = {"method", "target", "seed", "steps", "held_out_loss", "fd_classifier", "stored", "trained", "flops"}
 TRANSFERS = {"full", "scratch", "copied_shell", "difffit", "svdiff", "lora", "pissa", "oft", "boft", "vera", "kind",
              "kind_redraw", "fine"}  # fmt: skip
