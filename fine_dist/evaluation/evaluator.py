@@ -21,6 +21,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
+from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
@@ -103,13 +104,15 @@ class Evaluator:
     def measure(self, renderer: ImageRenderer) -> Measurement:
         """All numbers of a model.
 
-        `DataError` when the held-out shards do not fit it, `ConfigError` when scores of images are asked of a model of
-        latents without a VAE.
+        `DataError` when the held-out shards do not fit it or have other classes, `ConfigError` when scores of images
+        are asked of a model of latents without a VAE.
         """
         loss = None
         if HELD_OUT_LOSS in self.metrics:
             where = expand_path(str(self.config.data.held_out))
-            check_fit(locate(where, self.config.data)[0], renderer.model.arch, where)
+            manifest, _ = locate(where, self.config.data)
+            check_fit(manifest, renderer.model.arch, where)
+            check_classes(renderer.where, renderer.facts.class_names, where, manifest.class_names)
             loss = self.held_out_loss(renderer.model, renderer.diffusion, precision=renderer.sampler.precision)
         found = self.scores(renderer) if self.networks else Measurement()
         found.held_out_loss, found.notes = loss, [*renderer.notes, *found.notes]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.core.config import validate
-from fine_dist.core.errors import ConfigError
+from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.data.shards import write_shards
 from fine_dist.engine import dist
 from fine_dist.evaluate import run as evaluate
@@ -97,6 +97,16 @@ def test_adms_protocol_is_recorded_and_keeps_every_sample(model, features, digit
     assert evaluator.protocol()["protocol"] == "adm"
     notes = " ".join(evaluator.scores(evaluator.renderer(str(model))).notes)
     assert f"{SAMPLES} samples against 10 real images" in notes
+
+
+def test_held_out_data_of_other_classes_are_refused(features, digit_shards, tmp_path):
+    net, names = DiT(tiny_arch(num_layers=1)), list("abcdefghij")
+    about = {"class_names": names, "codec": {"name": "identity"}}
+    save_artifact(
+        tmp_path / "m", kind="model", method={"name": "scratch"}, arch=net.arch, tensors=net.state_dict(), extra=about
+    )
+    with pytest.raises(DataError, match=r"label 0 is 'a' in .* and '0' in"):
+        Evaluator(config(digit_shards, features, metrics=("held_out_loss",)), dist.alone("cpu"))(str(tmp_path / "m"))
 
 
 def test_the_same_model_at_another_step_is_a_row_of_its_own(tmp_path):
