@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from fine_dist.core.arguments import parse
-from fine_dist.core.config import Config, dump_yaml, run_dir_of
+from fine_dist.core.config import Config, PathKey, dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_USER_ERROR, LaunchError, guard
 from fine_dist.core.settings import LaunchConfig
 from launchers.doctor import TOKEN, diagnose, probe, read_reports
@@ -27,7 +27,7 @@ PRELOAD = ()
 class DoctorConfig(Config):
     """Look at this machine, or with `--launcher slurm` at a cluster by one short job, and say what to set."""
 
-    run_dir: str = "runs/doctor"
+    run_dir: PathKey = "runs/doctor"
     """Folder that is tested: put it where your runs will lie, on storage that all nodes share."""
     launch: LaunchConfig = LaunchConfig(minutes=5)
     """Resources of the job. Ask for what your jobs will ask for: `--launch.nodes 2 --launch.gpus 1`."""

@@ -101,6 +101,30 @@ def test_a_group_keeps_its_own_defaults_where_only_some_of_its_keys_are_given(tm
     assert Toy.model_validate({"method": {"rank": 3}}).method.rank == 3
 
 
+PATHS = {
+    *("run_dir", "shards", "held_out", "out", "source", "vae", "model", "parent", "ancestor", "learngene", "reference"),
+    *("inception", "dinov2", "classifier", "extra", "concepts", "pairs", "models", "compare", "encoders", "baselines"),
+}
+
+
+@pytest.mark.parametrize("command", KINDS)
+def test_home_and_variables_are_expanded_in_every_key_that_is_a_path(command, monkeypatch):
+    monkeypatch.setenv("MODELS", "/m")
+    monkeypatch.setenv("HOME", "/h")
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)  # it may be set where the job runs
+    kind, found = kind_of(command), 0
+    for setting in settings(kind):
+        if setting.path.rpartition(".")[2] not in PATHS or "TEXT" not in setting.shape or "NAME" in setting.path:
+            continue
+        for word, path in (("$MODELS/a", "/m/a"), ("~/a", "/h/a"), ("$NOT_SET_HERE/a", "$NOT_SET_HERE/a")):
+            value = parse(kind, [f"--{setting.path.replace('_', '-')}", word], command).config
+            for part in setting.path.split("."):
+                value = getattr(value, part)
+            assert value in (path, (path,)), setting.path
+        found += 1
+    assert found
+
+
 # --- errors --------------------------------------------------------------------------------------------------------
 
 
