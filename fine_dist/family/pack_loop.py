@@ -24,7 +24,7 @@ from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.compiling import compile_or_fall_back, compiles
 from fine_dist.engine.dist import World
-from fine_dist.engine.optimizer import learning_rate, precision
+from fine_dist.engine.optimizer import learning_rate, precision, set_arithmetic
 from fine_dist.engine.program import divide_batch, may_skip
 from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy
@@ -104,6 +104,7 @@ class PackRun:
         """When the last step's numbers were read: the time since then is the next one's, shared out over its jobs."""
         if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
+        set_arithmetic(engine)
         if compiles(engine, self.device):
             compile_or_fall_back(list(pack.blocks))
         self._broadcast_start()

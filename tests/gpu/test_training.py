@@ -118,11 +118,15 @@ def zero_outcome(folder: str, device: str, config: str) -> Outcome:
     return outcome(Path(folder), dist.world(device), ToyConfig.model_validate_json(config))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_in_a_world_of_one_computes_what_the_plain_backend_does(tmp_path: Path, here: World, stage: int) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3, None])
+def test_sharding_in_a_world_of_one_computes_what_the_plain_backend_does(
+    tmp_path: Path, here: World, stage: int | None
+) -> None:
+    """ZeRO's stages, and FSDP2 (None)."""
     config = ToyConfig(kind="joint", steps=5, optim=OPTIM)
-    sharded = config.model_copy(update={"engine": engine(backend="deepspeed", deepspeed={"stage": stage})})
-    words = (str(tmp_path / "zero"), here.device.type, sharded.model_dump_json())
+    choice = {"backend": "deepspeed", "deepspeed": {"stage": stage}} if stage else {"backend": "fsdp2"}
+    sharded = config.model_copy(update={"engine": engine(**choice)})
+    words = (str(tmp_path / "sharded"), here.device.type, sharded.model_dump_json())
     [ours] = run_distributed(zero_outcome, 1, *words, env={"DS_ACCELERATOR": here.device.type})
     plain = outcome(tmp_path / "plain", here, config)
     assert ours.losses == pytest.approx(plain.losses, rel=SUMS)
