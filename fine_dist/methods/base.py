@@ -1,10 +1,11 @@
 """What a method is: a rule that turns shared genes and a layer's own scalers into that layer's weights.
 
-A method file holds its `Config`, its `Method` subclass and its paper; `methods/__init__.py` lists it. Whatever a room
-needs to know of a method it asks here: what a target may come from, what stage 1 trains and on which loss, what trains
-next, how the result becomes an ordinary model, what it costs, what can be drawn. The defaults are a baseline's that
-condenses nothing. torch is imported inside functions, because configs are read by commands whose `--help` must answer
-at once.
+Settings (`MethodConfig`) lie in modules without torch, because every command's `--help` shows them; the code of a
+method is a `Method` in a file of its own, or in a folder with the layers it owns. `methods/__init__.py` lists both.
+Whatever the rest of the package needs to know of a method it asks here: what a target may come from, what stage 1
+trains and on which loss, what trains next, how the result becomes an ordinary model, what it costs, what can be drawn.
+The defaults are those of a baseline that condenses nothing. Three defaults import torch late, because the modules of
+settings import this one.
 """
 
 from __future__ import annotations
