@@ -77,8 +77,6 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "peft": "peft",
     "transformers": "eval",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
 }
 """Optional libraries, and the extra of this package that installs each."""
 
