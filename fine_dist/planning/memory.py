@@ -1,4 +1,4 @@
-"""What a training process needs in memory, estimated from the architecture before anything is started.
+"""The memory of a training process, estimated from the architecture before anything starts.
 
 Counted: weights, gradients, Adam's moments, the EMA, buffers, and the activations the backward pass keeps; each divided
 over processes where ZeRO shards it. Not counted: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's own.
@@ -16,30 +16,30 @@ from fine_dist.model.arch import Arch
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes a process needs on its accelerator; `host` beside them in host memory (on a CPU both are one)."""
+    """Memory of one process in bytes, on its accelerator; `host` is host memory (on a CPU the two are the same)."""
 
     weights: float
     masters: float
-    """ZeRO-1 and 2: the process's share of the weights once more, as its optimiser updates it."""
+    """ZeRO-1 and 2: a second copy of the process's share of the weights, which its optimizer updates."""
     gradients: float
     optimiser: float
     ema: float
     activations: float
     buffers: float
-    """What is summed over processes, or gathered, at a time."""
+    """Buffers of reductions and gathers."""
     second_model: float
-    """Rank 0's copy that wears the EMA for held-out losses and pictures (other ranks do without)."""
+    """Rank 0's copy of the model with the EMA's weights, for held-out losses and previews."""
     teacher: float = 0.0
-    """The frozen model that distillation asks."""
+    """The frozen model that distillation imitates."""
     host: float = 0.0
-    """The copy of the state that a checkpoint is written from, and what is offloaded."""
+    """The copy of the state that a checkpoint is written from, and offloaded state."""
 
     @property
     def total(self) -> float:
         return sum(asdict(self).values()) - self.host
 
     def lines(self) -> list[str]:
-        """A table to print, in GiB."""
+        """Lines of a table in GiB."""
         rows = [(key.replace("_", " "), value) for key, value in asdict(self).items() if key != "host"]
         rows += [("total", self.total), ("host memory", self.host)]
         return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
@@ -57,7 +57,7 @@ def estimate(
     teacher: int = 0,
     shows: bool = True,
 ) -> Memory:
-    """The memory of one process (of rank 0, which needs most).
+    """The memory of one process; of rank 0, which needs most.
 
     num_params, num_trained: numbers in the model, and those of them that train.
     kept:    numbers that a sample's backward pass keeps beyond those of a dense model's (`model.flops.ModelCost.kept`).

@@ -1,4 +1,4 @@
-"""What `benchmark scale` and `plan --gloo` measure inside real processes: collectives, shared cores, the engine's step.
+"""Measurements of `benchmarks scale` and `plan --gloo` in real processes: collectives, shared cores, the engine's step.
 
 Every function here is called by all ranks of a world (`fine_dist.testing.run_distributed`) and gives plain values.
 """
@@ -33,9 +33,9 @@ from fine_dist.model.dit import DiT
 from fine_dist.planning.scaling_model import HOPS, SIZE, Collective, Link, counts
 
 SMALL, LARGE, BURST = 1 << 8, 1 << 20, 16
-"""Numbers of the two messages that a link is told from, and how many small ones follow each other."""
+"""Sizes of the two messages that a link is measured with, and the number of small ones in a row."""
 WARMUP = 3
-"""Steps of a run that are not counted."""
+"""Warm-up steps of a run, which are not counted."""
 OFTEN = 10**9
 
 
@@ -92,7 +92,7 @@ def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
 
 
 def together(world: World, body: Callable[[], object]) -> float:
-    """Seconds from when all ranks may begin to when the last has ended."""
+    """Seconds from a barrier until the last rank has ended."""
     dist.barrier(world)
     begun = time.perf_counter()
     body()
@@ -120,7 +120,7 @@ def kernel_s(world: World, rounds: int = 15) -> float:
 
 
 class MadeUpStream:
-    """The same noise as every batch; rank r of P has every P-th place."""
+    """The same noise as every batch; rank r of P takes every P-th sample."""
 
     def __init__(self, arch: Arch, micro: int, world: World) -> None:
         generator = torch.Generator().manual_seed(world.rank)
@@ -143,7 +143,7 @@ class Clock:
         self._begun: float | None = None
 
     def timed(self, part: str, body: Callable[..., Any]) -> Callable[..., Any]:
-        """`body`, its seconds counted as a part of the step that goes on."""
+        """Run `body` and count its seconds as a part of the current step."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             begun = time.perf_counter()
@@ -155,7 +155,7 @@ class Clock:
         return call
 
     def next(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         now = time.perf_counter()
         if self._begun is not None:
             self.rows[-1]["step"] = now - self._begun
@@ -163,7 +163,7 @@ class Clock:
         self._begun = now
 
     def medians(self) -> dict[str, float]:
-        """Of the steps that were whole, but for the first."""
+        """Seconds of the complete steps, without the first ones."""
         rows = [row for row in self.rows if "step" in row][WARMUP:]
         return {part: median([row.get(part, 0.0) for row in rows]) for part in rows[0]}
 
@@ -199,7 +199,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
             return super().next_batch(batches)
 
         def save(self, step: int) -> None:
-            """Nothing of it is kept."""
+            """Write no checkpoint."""
 
     folder = dist.broadcast_object(tempfile.mkdtemp(prefix="fine_dist-scale-") if world.is_main else "", world)
     with (
@@ -220,5 +220,5 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
 
 
 def as_links(found: dict[Collective, list[float]]) -> dict[Collective, Link]:
-    """What `links` gives, as the model wants it."""
+    """The result of `links` as links of the model."""
     return {kind: Link(*values) for kind, values in found.items()}

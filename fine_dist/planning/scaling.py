@@ -1,4 +1,4 @@
-"""From a config and the question of `plan --scale` to predictions: parts measured or read, links as stated."""
+"""From a config and a request of `plan --scale` to predictions: parts measured or read, links as stated."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ScalingRequest:
 
 @dataclass(frozen=True)
 class ScalingPrediction:
-    """Predictions by label, what they were made from, and both in words."""
+    """Predictions by label, the parts that they were made from, and both as lines of text."""
 
     series: dict[str, list[Prediction]]
     parts: dict[str, Parts]
@@ -78,7 +78,7 @@ class ScalingPrediction:
     words: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it; `--parts` reads it back."""
+        """JSON values; `--parts` reads them back."""
         from fine_dist.planning.step_timing import as_json
 
         made = [
@@ -139,7 +139,7 @@ def _threads() -> int:
 
 
 def _models(config: StageConfig, plan: Blueprint) -> dict[str, tuple[Arch, Callable[[], nn.Module]]]:
-    """What the stage trains; and, of a learngene, the dense ancestor that it stands for."""
+    """The model that the stage trains and, for a learngene, the dense ancestor that it replaces."""
     from fine_dist.model.dit import DiT
     from fine_dist.stages.condense import CondenseConfig
 
@@ -174,7 +174,7 @@ def _measured(
 
 
 def _words(asked: ScalingRequest, name: str, parts: dict[str, Parts], measured: str, gloo: bool) -> list[str]:
-    """What the figures rest on."""
+    """How the figures were obtained."""
     (g_in, g_out), (us_in, us_out) = asked.gigabytes_per_s, asked.microseconds
     stated = (
         "links: measured between local gloo processes, as is how much slower each computes beside the others"

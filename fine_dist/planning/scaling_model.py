@@ -1,4 +1,4 @@
-"""What a step takes on P processes, predicted from its parts on one: the model behind `fine_dist.plan --scale`.
+"""The time of a step on P processes, predicted from its parts on one: the model behind `fine-dist plan --scale`.
 
 P processes, k micro-batches of b samples a process and step, n numbers that train; what travels is fp32, 4 bytes each.
 
@@ -34,15 +34,15 @@ from fine_dist.engine.settings import BUCKET_BYTES
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 HOPS: dict[Collective, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""Times that a ring goes round."""
+"""Passes around the ring of each collective."""
 STAGES = (0, 1, 2, 3)
 """ZeRO stages; 0 is the plain backend."""
 SIZE = 4
-"""Bytes of a number that travels: gradients and weights are fp32 in every precision."""
+"""Bytes of each number sent: gradients and weights are fp32 in every precision."""
 
 
 PERSISTENT = 100_000
-"""Numbers of a tensor that ZeRO-3 keeps whole on every process, at most: DeepSpeed's own default."""
+"""Maximum size of a tensor that ZeRO-3 does not partition: DeepSpeed's default."""
 
 
 class Affine(NamedTuple):
@@ -52,24 +52,24 @@ class Affine(NamedTuple):
     sample: float
 
     def at(self, samples: int) -> float:
-        """Seconds of so many samples."""
+        """Seconds of a number of samples."""
         return self.base + self.sample * samples
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Seconds of the parts of a step of one process alone, and what is needed of its model."""
+    """Seconds of the parts of a step of a single process, and sizes of its model."""
 
     forward: Affine
     backward: Affine
     per_number_s: float
-    """AdamW and the EMA over all numbers that train, in seconds: what ZeRO divides."""
+    """Seconds of AdamW and the EMA over all trained parameters, which ZeRO divides."""
     fixed_s: float
-    """What every process does, however many there are: the loop, gradients copied, clipping."""
+    """Seconds of the work of every process, whatever their number: the loop, copies of gradients, clipping."""
     trained: int
-    """Numbers that train."""
+    """Number of trained parameters."""
     tensors: int = 1
-    """Tensors that hold them: ZeRO-3 gathers each by itself where messages are not grouped."""
+    """Number of their tensors; ZeRO-3 gathers each by itself where messages are not grouped."""
     small: int = 0
     """Numbers of them in tensors of at most `PERSISTENT`."""
     small_tensors: int = 0
@@ -83,7 +83,7 @@ def counts(trained: Sequence[Any]) -> tuple[int, int, int, int]:
 
 
 class Link(NamedTuple):
-    """What a hop of a ring costs: latency_s + bytes / bytes_per_s."""
+    """The time of one hop of a ring: latency_s + bytes / bytes_per_s."""
 
     bytes_per_s: float
     latency_s: float
@@ -105,7 +105,7 @@ class Network:
     grouped: bool = True
 
     def link(self, kind: Collective, processes: int) -> Link:
-        """The link that decides: the slowest that a ring of so many processes crosses."""
+        """The slowest link that a ring of this many processes crosses, which determines its time."""
         if kind in self.measured:
             return self.measured[kind]
         if processes <= self.per_node:
@@ -121,7 +121,7 @@ class Message(NamedTuple):
     numbers: float
     times: int
     behind: Literal["forward", "backward"] | None = None
-    """The pass that it can hide behind, where the backend overlaps the two."""
+    """The pass that it can overlap with, where the backend does that."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,11 @@ class Prediction:
     compute_s: float
     communication_s: float
     hidden_s: float
-    """Part of the communication that passes hide."""
+    """Communication that overlaps with the passes."""
     sent_bytes: float
-    """What a process sends in a step (it receives as much)."""
+    """Bytes that a process sends in a step (it receives as many)."""
     alone_s: float
-    """One process's step over as many samples as one of these has."""
+    """Time of a single process's step over the same number of samples."""
 
     @property
     def step_s(self) -> float:
@@ -147,7 +147,7 @@ class Prediction:
 
     @property
     def batch(self) -> int:
-        """Samples a step, of all processes."""
+        """Samples of a step over all processes."""
         return self.processes * self.micro * self.accumulation
 
     @property
@@ -156,12 +156,12 @@ class Prediction:
 
     @property
     def efficiency(self) -> float:
-        """Images a second over P times those of one process alone."""
+        """Images per second, divided by P times those of a single process."""
         return self.alone_s / self.step_s
 
 
 def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) -> list[Message]:
-    """What the engine sends in a step (see the head of this file), but for a few words."""
+    """The messages of the engine in a step (see the head of this file), without those of a few bytes."""
     n, buckets = parts.trained, max(1, math.ceil(parts.trained / BUCKET))
     if stage == 0:
         return [Message("all_reduce", n, max(1, math.ceil(SIZE * n / BUCKET_BYTES)), "backward")]

@@ -1,4 +1,4 @@
-"""The parts of a training step, timed on this machine's device: what `stages.scale` predicts many processes from.
+"""The parts of a training step, timed on this machine's device; `planning.scaling` predicts many processes from them.
 
 Forward and backward pass are timed whole, at one sample and at a few. What costs so much a number (AdamW, the EMA, what
 is copied around an all-reduce, clipping) is timed on a slice of the numbers that train, and counted for all of them.
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from fine_dist.model.arch import Arch
 
 SLICE = 1 << 24
-"""Numbers that the optimiser is timed on, at most."""
+"""Maximum number of parameters that the optimizer is timed on."""
 ROUNDS = 3
 BUDGET_S = 12.0
-"""Seconds that the passes of one model may take to be timed; fewer samples are taken where more would not fit."""
+"""Seconds in which the passes of one model are timed; with slow passes, fewer samples are used."""
 
 
 def measure(
     model: nn.Module, arch: Arch, engine: EngineConfig, optim: OptimConfig, micro: int, device: torch.device
 ) -> tuple[Parts, str]:
-    """The parts of a step of `model` at up to `micro` samples, and how they were measured, in words.
+    """Measure the parts of a step of `model` at up to `micro` samples; returns them with a description of how.
 
     The passes are the engine's: its objective, precision and recomputation. Weights are left with no gradients.
     """
@@ -63,7 +63,7 @@ def measure(
 
 
 def _line(seconds: dict[int, float]) -> Affine:
-    """Seconds against samples, through one or two points; never less than none for none."""
+    """Seconds as a line over samples, through one or two points; its value at 0 samples is not negative."""
     (low, first), *more = sorted(seconds.items())
     if not more:
         return Affine(0.0, first / low)
@@ -76,7 +76,7 @@ def _line(seconds: dict[int, float]) -> Affine:
 def _passes(
     model: nn.Module, arch: Arch, engine: EngineConfig, samples: int, device: torch.device
 ) -> Callable[[], tuple[float, float]]:
-    """A function that takes both passes of a micro-batch of noise and gives their seconds."""
+    """A function that runs both passes of a micro-batch of noise and returns their seconds."""
     import torch
 
     from fine_dist.data.batch import Batch
@@ -104,7 +104,7 @@ def _passes(
 
 
 def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[float, float]:
-    """Seconds a number: of AdamW and the EMA; of joining gradients, taking them apart, their norm and clipping."""
+    """Seconds for each parameter: of AdamW and the EMA; of flattening gradients, unflattening, norm and clipping."""
     import torch
 
     from fine_dist.engine.optimizer import adamw
@@ -139,7 +139,7 @@ def _now(device: torch.device) -> float:
 
 
 def as_json(parts: Parts) -> dict[str, Any]:
-    """For `--json`, and for `--parts FILE` of a later call."""
+    """JSON values for `--json`, which `--parts FILE` of a later call reads."""
     return asdict(parts) | {name: getattr(parts, name)._asdict() for name in ("forward", "backward")}
 
 

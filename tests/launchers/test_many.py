@@ -1,4 +1,4 @@
-"""The books of a family of thousands of targets: few syncs, nothing read twice, nothing that grows with its square."""
+"""The files of a family of thousands of targets: few syncs, nothing read twice, nothing that grows with its square."""
 
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ def shapes(count: int) -> list[Shape]:
 
 
 def dealt(jobs: list[Shape], most: int, workers: int) -> set[tuple[str, ...]]:
-    """The planner's rule as it is said: longest first, each to the open hand with the least to do."""
+    """The planner's rule as it is said: longest first, each to the open pack with the least to do."""
     work = {job.name: job.arch.num_layers * job.steps for job in jobs}
-    total, hands = sum(work.values()), set()
-    for kin in {job.kin for job in jobs}:
-        group = sorted((j for j in jobs if j.kin == kin), key=lambda j: (-work[j.name], j.name))
+    total, packs = sum(work.values()), set()
+    for name in {job.group for job in jobs}:
+        group = sorted((j for j in jobs if j.group == name), key=lambda j: (-work[j.name], j.name))
         share = round(workers * sum(work[j.name] for j in group) / total)
         made: list[list[Shape]] = [[] for _ in range(max(-(-len(group) // most), share, 1))]
         for job in group:
             min((h for h in made if len(h) < most), key=lambda h: sum(work[j.name] for j in h)).append(job)
-        hands |= {tuple(j.name for j in sorted(h, key=lambda j: (-j.arch.num_layers, j.name))) for h in made if h}
-    return hands
+        packs |= {tuple(j.name for j in sorted(h, key=lambda j: (-j.arch.num_layers, j.name))) for h in made if h}
+    return packs
 
 
 @pytest.mark.parametrize(("count", "most", "workers"), [(40, 7, 3), (100, 64, 9), (97, 5, 2)])
