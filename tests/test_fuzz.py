@@ -350,6 +350,14 @@ def test_any_damage_to_a_tar_is_seen_or_harmless(sound, data):
         answered(lambda: encode_main(["--index", "d"]))
 
 
+def test_a_tar_of_another_program_with_fewer_samples_than_its_manifest_says_is_refused(sound):
+    copied(sound / "foreign", "d")
+    rewritten(Path("d"), "other-1.tar", b"\0" * 10_240)
+    said = answered(lambda: encode_main(["--inspect", "d"]))
+    assert said.startswith("error: ") and "the manifest says 6 samples; it has 0" in said
+    looked_at(Path("d"))
+
+
 npys = st.one_of(
     st.just(npy(np.zeros(SHAPE, np.float16))),
     st.just(npy(np.array([Trap()], object), allow_pickle=True)),

@@ -95,7 +95,9 @@ class ShardSet:
         with self._lock:
             shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
         regular = all([shard.ready().regular for shard in shards.values()])
-        indexed = not regular and all(shard.index and not shard.index.faults for shard in shards.values())
+        # a shard of fewer samples than the manifest says has an index and a fault: nothing in it is read by number
+        sound = [shard.fault is None and shard.index and not shard.index.faults for shard in shards.values()]
+        indexed = not regular and all(sound)
         # NumPy's memory, not torch's aligned blocks: with those the heap was seen to grow by up to 90 MiB
         stored = np.empty((len(numbers), *self._layout.shape), self._layout.dtype)
         rows = Rows(
