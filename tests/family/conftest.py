@@ -28,13 +28,13 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def learngene(shards, tmp_path_factory) -> Artifact:
-    """A 4-layer learngene of width 32 after 60 steps of joint training."""
+    """A 4-layer learngene of width 32 after 150 steps of joint training."""
     arch = tiny_arch()
     model = FactoredDiT(arch, 32, torch.Generator().manual_seed(0))
     objective = Objective(DiffusionConfig(), arch, seed=0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
-    stream = LatentStream(DataConfig(shards=str(shards / "train")), seed=0, global_batch=16)
-    for batch, _ in zip(stream.batches(), range(60)):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    stream = LatentStream(DataConfig(shards=str(shards / "train")), seed=0, global_batch=32)
+    for batch, _ in zip(stream.batches(), range(150)):
         loss = objective(model, batch).mean()
         optimizer.zero_grad()
         loss.backward()
