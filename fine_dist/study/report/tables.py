@@ -121,7 +121,9 @@ def milestones(results: Results, target: int) -> list[int]:
         last = {results.trained_steps(series, target) for series in results.series}
         total = results.budget + results.init_steps(results.main, target)
         ended = {step for series in results.series for step in results.ends(series, target)}
-        return sorted({0, results.budget, total, *ended, *(step for step in last if step >= results.budget)})
+        # the middle of a run whose rate decays over its whole length says nothing about a run that ends there
+        middle = set() if ended else {total}
+        return sorted({0, results.budget, *middle, *ended, *(step for step in last if step >= results.budget)})
     ends = [list(results.points(series, target)) for series in results.series]
     return sorted({step for steps in ends if steps for step in (steps[0], steps[-1])})
 
