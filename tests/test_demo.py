@@ -16,13 +16,14 @@ from fine_dist.study.report.results import read_results
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def demo(run_dir: Path, *argv: str, timeout_s: int = 280) -> subprocess.CompletedProcess[str]:
+def demo(run_dir: Path, *argv: str, timeout_s: int = 420) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fine_dist", "demo", "--run-dir", str(run_dir), *argv]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout_s)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
+@pytest.mark.timeout(900)
 def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(tmp_path):
     small = ["--steps", "A=8", "C=8", "I=4", "N=5", "--samples", "20"]
     run = tmp_path / "demo"
