@@ -305,7 +305,7 @@ def _from_module(module: nn.Module) -> Model:
         save_artifact(path, kind="model", method=SCRATCH.model_dump(), arch=module.arch, tensors=module.state_dict())
     elif callable(getattr(module, "save_pretrained", None)):
         path = Path(folder.name) / "transformer"
-        module.save_pretrained(str(path))
+        module.save_pretrained(str(path))  # type: ignore[operator]
     else:
         raise ConfigError(
             f"load: a {type(module).__name__} is neither a fine_dist DiT nor a model of diffusers; give a path, a hub "

@@ -9,7 +9,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, guard
 from fine_dist.engine.run_dir import RunDir, promise_of
-from fine_dist.model.arch import arch
+from fine_dist.model.arch import Arch, arch
 from fine_dist.stages.config import PRELOAD
 from fine_dist.stages.train import TrainConfig, run
 from launchers.spec import Task
@@ -56,7 +56,9 @@ def check(config: TrainConfig) -> None:
 
     config = config.fitted()
     if config.parent and exists_locally(config.parent):
-        check_stage(config, "train", begin(config)[0].arch)
+        shape = begin(config)[0].arch
+        assert isinstance(shape, Arch)
+        check_stage(config, "train", shape)
         return
     if config.arch is None and not config.parent and not config.parents:
         raise ConfigError("arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from")
@@ -85,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
             for task in tasks(config) or ():
                 print(f"one task for each of {config.parents}; what follows is for {task.name}\n")
+                assert isinstance(task.config, TrainConfig)
                 config = task.config
                 break
             plan = config.blueprint()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from fine_dist.core.errors import ArtifactError
+from fine_dist.core.files import write_atomic
 from fine_dist.creative.clip_scores import PROMPTS, clip_scores
 from fine_dist.creative.config import Template
 from fine_dist.creative.encoder_sources import load_encoders
 from fine_dist.creative.evaluate import measure, report
 from fine_dist.creative.saving import plain_prompt, read_token
 from fine_dist.creative.training import LEARNED, SHUFFLED
-from fine_dist.engine.run_dir import write_atomic
 
 
 def evaluate_again(folder: str | Path, images: str | None = None, clip: str | None = None) -> str:

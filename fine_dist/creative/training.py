@@ -13,6 +13,7 @@ import torch
 
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import TrainingError
+from fine_dist.core.files import write_atomic
 from fine_dist.creative.config import (
     SETTINGS,
     TINY,
@@ -35,7 +36,7 @@ from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import FitResult, Program
-from fine_dist.engine.run_dir import RunDir, write_atomic
+from fine_dist.engine.run_dir import RunDir
 from launchers.state_table import StateTable
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ def train_pack(config: CreativeConfig, members: Sequence[TokenRun], place: Path,
     settings = config.model_dump(mode="json", include={"optim", "batch", "steps"})
     identity = {**program.identity, **settings, "precision": config.engine.precision}
     if world.is_main:
+        assert isinstance(program.model, Tokens)
         warn_at_clamp(config, program.model, len(pairs.trained))
     with RunDir(place).open(KIND, identity, world) as run_dir:
         fitted = fit(

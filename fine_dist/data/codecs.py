@@ -48,7 +48,7 @@ def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) ->
 
     try:
         kind = str(diffusers.AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name", "AutoencoderKL"))
-        model_class = getattr(diffusers, kind, None)
+        model_class: Any = getattr(diffusers, kind, None)
         if callable(getattr(model_class, "encode", None)) and callable(getattr(model_class, "decode", None)):
             return model_class.from_pretrained(name, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype)
     except Exception as error:  # diffusers raises many kinds of errors for a folder that holds something else

@@ -99,7 +99,7 @@ class QuickEvaluation:
             features=config.features,
             data=data.model_copy(update={"held_out": None}),
             vae=vae,
-            sampler=sampler,  # type: ignore[arg-type]
+            sampler=sampler,
             diffusion=diffusion,
             run_dir=run_dir,
             seed=seed,

@@ -91,7 +91,8 @@ def packed_product(x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor 
         weight = (u * sigma[:, None]).to(dtype) @ v.T  #                                                     [J, m, n]
         return torch.baddbmm(bias[:, None], x.to(dtype), weight.transpose(1, 2))
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return FactoredProduct.apply(x, sigma, bias, u, v, dtype)
+        product: Tensor = FactoredProduct.apply(x, sigma, bias, u, v, dtype)
+        return product
     thin = x.to(dtype) if v is None else x.to(dtype) @ v  #                                                 [J, S, R]
     return torch.baddbmm(bias[:, None], (thin * sigma[:, None]).to(dtype), u.T.expand(len(sigma), *u.T.shape))
 
@@ -209,7 +210,8 @@ class PackedDiT(nn.Module):
                 else:
                     x = block(*given)  #                                                                 [N, T, D]
         x = torch.cat([x, *reversed(finished)]) if finished else x
-        return self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
+        output: Tensor = self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
+        return output
 
     def _embed(self, inputs: PackInputs, jobs: list[int]) -> tuple[Tensor, Tensor]:
         """Tokens [N, T, D] and conditioning [N, D]."""
@@ -280,7 +282,8 @@ class JobView(nn.Module):
         self.pack, self.job = pack, job
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.pack(PackInputs(z[None], t[None], y[None]), [self.job])[0]
+        output: Tensor = self.pack(PackInputs(z[None], t[None], y[None]), [self.job])[0]
+        return output
 
 
 def shared_identity(form: SharedForm) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -143,7 +143,7 @@ def print_table(table: ReportTable, console: Console, title: str = "") -> None:
     shown = Table(title=escape(title) or None, title_justify="left", title_style="bold", header_style="dim",
                   box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     for i, head in enumerate(table.heads):
-        justify = "left" if i == table.text_columns - 1 else "right"
+        justify: Literal["left", "right"] = "left" if i == table.text_columns - 1 else "right"
         # heads break at their spaces, cells never: a number is shown whole
         shown.add_column(head.replace(" ", "\n"), justify=justify, no_wrap=True)
     before: list[str] = []
