@@ -68,7 +68,7 @@ slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C
 	$(BIN)/python slurm/local_cluster.py
 
 ray-cluster: install  ## two Ray nodes on loopback until Ctrl-C
-	$(BIN)/python -m launchers.local_ray
+	$(BIN)/python -m fine_dist.launchers.local_ray
 
 clean:  ## remove what the demo and the benchmarks wrote
 	rm -rf runs data

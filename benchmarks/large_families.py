@@ -18,10 +18,10 @@ from fine_dist.core.config import dump_yaml
 from fine_dist.data.settings import DataConfig
 from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family, expand
+from fine_dist.launchers.spec import Capacity, Task
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.methods import CONDENSES
 from fine_dist.model.arch import Arch
-from launchers.spec import Capacity, Task
-from launchers.state_table import StateTable
 
 SECONDS, MIB = 10.0, 1024.0
 """Bars of a command that looks at all targets."""
@@ -117,7 +117,7 @@ def slow_disk(sync_s: float) -> Iterator[list[int]]:
     """Every sync of this process, of a file or of a file system, takes so long and does nothing else; what is given
     counts them. So the figure is that file system's, whatever the disk beneath does."""
     from fine_dist.core import files
-    from launchers import prepare
+    from fine_dist.launchers import prepare
 
     count = [0]
 
@@ -137,7 +137,7 @@ def keep_books(config: InitConfig, sync_s: float = SYNC_S) -> tuple[float, int, 
     Job files and pending rows; then for every pack its claim and its rows as they start, and each target's end; then
     what is read to say what became of them. All of it in one process, where workers would share it.
     """
-    from launchers.prepare import make_specs
+    from fine_dist.launchers.prepare import make_specs
 
     packs = Family(config).packs(Capacity(64, None, True, None))
     made = [Task(pack.name, config.model_copy(update={"only": pack.jobs}), pack.jobs) for pack in packs]

@@ -64,7 +64,7 @@ def cell(text: str) -> str:
 def options() -> str:
     """Every setting of every command, as tables."""
     from fine_dist.core.help import settings
-    from launchers.worker import config_class, import_module
+    from fine_dist.launchers.worker import config_class, import_module
 
     lines = [
         "# Options of every command",

@@ -34,7 +34,7 @@ CONFIGURED = tuple(name for name in COMMANDS if name not in ("plan", "status", "
 
 def config_of(command: str) -> type[Config]:
     """The config class of one of the commands in `CONFIGURED`."""
-    from launchers.worker import config_class, import_module
+    from fine_dist.launchers.worker import config_class, import_module
 
     return config_class(import_module(f"fine_dist.{command}"))
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(CondenseConfig, argv, "fine-dist condense", notes=_methods)
         config: CondenseConfig = call.config.fitted()
         if call.dry_run:
-            from launchers.entry import check
+            from fine_dist.launchers.entry import check
 
             check("fine_dist.condense", config, call.launcher)
             from fine_dist.planning.estimates import dry_run
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"ancestor {config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
             print("\n".join(dry_run(config, config.blueprint(), call.options.device)))
             return 0
-        from launchers.entry import launch
+        from fine_dist.launchers.entry import launch
 
         run_dir = Path(expand_path(config.run_dir))
         return launch("fine_dist.condense", config, call.launcher)

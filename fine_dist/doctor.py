@@ -17,9 +17,9 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, PathKey, dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_USER_ERROR, LaunchError, guard
 from fine_dist.core.settings import LaunchConfig
-from launchers.doctor import TOKEN, diagnose, probe, read_reports
-from launchers.entry import launch
-from launchers.registry import pick
+from fine_dist.launchers.doctor import TOKEN, diagnose, probe, read_reports
+from fine_dist.launchers.entry import launch
+from fine_dist.launchers.registry import pick
 
 PRELOAD = ()
 

@@ -47,12 +47,12 @@ def main(argv: list[str] | None = None) -> int:
         config.folder()
         if call.dry_run:
             from fine_dist.data.encoding import dry_run
-            from launchers.entry import check
+            from fine_dist.launchers.entry import check
 
             check("fine_dist.encode", config, call.launcher)
             print("\n".join(dry_run(config)))
             return 0
-        from launchers.entry import launch
+        from fine_dist.launchers.entry import launch
 
         promise = f"the finished shards are in {config.out}; run the same command to resume"
         return launch("fine_dist.encode", config, call.launcher)

@@ -21,11 +21,11 @@ from fine_dist.core import logs
 from fine_dist.core.arguments import Call, FlagParser, parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
+from fine_dist.launchers.prepare import launch_of, make_spec, tasks_of
+from fine_dist.launchers.spec import Finding
+from fine_dist.launchers.worker import config_class, import_module
 from fine_dist.planning.scaling import ScalingRequest
 from fine_dist.planning.scaling_model import Link, Network
-from launchers.prepare import launch_of, make_spec, tasks_of
-from launchers.spec import Finding
-from launchers.worker import config_class, import_module
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,10 @@ def findings(module: str, call: Call, rate: float | None = None, device: str | N
         rate: Updates per second, if stated.
         device: Value of `--for`: check for machines with this device, and ask no launcher.
     """
+    from fine_dist.launchers.launcher import Launcher
+    from fine_dist.launchers.preflight import check_job, upload
+    from fine_dist.launchers.registry import pick
     from fine_dist.planning.devices import device_for
-    from launchers.launcher import Launcher
-    from launchers.preflight import check_job, upload
-    from launchers.registry import pick
 
     needs = launch_of(call.config)
     assumed = device_for(device, needs, getattr(call.config, "engine", None)) if device else None

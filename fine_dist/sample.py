@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0
-        from launchers.entry import launch
+        from fine_dist.launchers.entry import launch
 
         return launch("fine_dist.sample", call.config, call.launcher)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from fine_dist.core import logs
 from fine_dist.core.arguments import FlagParser
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
-from launchers.status import ENDED, TaskStatus, read, show, summary
+from fine_dist.launchers.status import ENDED, TaskStatus, read, show, summary
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ def _main(argv: list[str]) -> int:
     if "-h" in words[:1] or "--help" in words[:1]:
         print(f"usage: {__doc__}")
         return 0
-    from launchers.sbatch import prepare, spread
+    from fine_dist.launchers.sbatch import prepare, spread
 
     if words[:1] == ["prepare"] and len(words) > 1:
         print(prepare(words[1], words[2:], one_job))

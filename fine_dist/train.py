@@ -9,11 +9,11 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, guard
 from fine_dist.engine.run_dir import RunDir, promise_of
+from fine_dist.launchers.spec import Task
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.arch import Arch, arch
 from fine_dist.stages.config import PRELOAD
 from fine_dist.stages.train import TrainConfig, run
-from launchers.spec import Task
-from launchers.state_table import StateTable
 
 FALLBACK = "DiT-B/2"
 """What a dry run counts while the parent that is to be trained does not exist yet."""
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(TrainConfig, argv, "fine-dist train")
         config: TrainConfig = call.config.fitted()
         if call.dry_run:
-            from launchers.entry import check
+            from fine_dist.launchers.entry import check
 
             check("fine_dist.train", config, call.launcher)
             from fine_dist.planning.estimates import dry_run
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 plan = config.model_copy(update={"arch": arch(FALLBACK)}).blueprint()
             print("\n".join(dry_run(config, plan, call.options.device)))
             return 0
-        from launchers.entry import launch
+        from fine_dist.launchers.entry import launch
 
         run_dir = Path(expand_path(call.config.run_dir))
         return launch("fine_dist.train", config, call.launcher)

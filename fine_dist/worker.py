@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
 from fine_dist.core.processes import die_with_parent
-from launchers.worker import EXIT_FILE, LIFELINE, run_job
+from fine_dist.launchers.worker import EXIT_FILE, LIFELINE, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     if parent:
         die_with_parent(int(parent))
     if len(argv) == 3 and argv[0] == "--pool":
-        from launchers.process_pool import serve
+        from fine_dist.launchers.process_pool import serve
 
         return serve(int(argv[1]), int(argv[2]))
     if argv in (["-h"], ["--help"]):

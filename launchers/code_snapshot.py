@@ -12,7 +12,7 @@ from pathlib import Path
 import fine_dist
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import draft_name, sha256_of
-from launchers.worker import import_module
+from fine_dist.launchers.worker import import_module
 
 SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
 """Suffixes of the files that are copied."""

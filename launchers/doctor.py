@@ -28,11 +28,11 @@ from fine_dist.core.config import Config, validate
 from fine_dist.core.files import is_locked, try_lock, write_atomic
 from fine_dist.core.limits import GIB, memory_bytes, num_cores
 from fine_dist.core.settings import LaunchConfig
-from launchers.machine import accelerators
-from launchers.preflight import NETWORK, file_system
-from launchers.slurm_queue import outside_allocation, scheduler_words
-from launchers.spec import Finding
-from launchers.worker import SCRATCH, rank, world_size
+from fine_dist.launchers.machine import accelerators
+from fine_dist.launchers.preflight import NETWORK, file_system
+from fine_dist.launchers.slurm_queue import outside_allocation, scheduler_words
+from fine_dist.launchers.spec import Finding
+from fine_dist.launchers.worker import SCRATCH, rank, world_size
 
 TOKEN = "FINE_DIST_DOCTOR"
 """Environment variable that the submitting process sets, to see whether jobs receive its environment."""

@@ -9,16 +9,16 @@ from pathlib import Path
 from fine_dist.core.config import Config, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
 from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
-from launchers.code_snapshot import code_root, snapshot
-from launchers.launcher import CommandTarget, Job, Launcher
-from launchers.local import Here, run_here
-from launchers.machine import require_accelerators
-from launchers.preflight import OF_THIS_MACHINE, check_job, refuse
-from launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
-from launchers.registry import pick
-from launchers.spec import JobSpec, Task
-from launchers.state_table import StateTable, Submissions, TaskRow
-from launchers.worker import EXIT_BUSY, MARK, inside, world_size
+from fine_dist.launchers.code_snapshot import code_root, snapshot
+from fine_dist.launchers.launcher import CommandTarget, Job, Launcher
+from fine_dist.launchers.local import Here, run_here
+from fine_dist.launchers.machine import require_accelerators
+from fine_dist.launchers.preflight import OF_THIS_MACHINE, check_job, refuse
+from fine_dist.launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
+from fine_dist.launchers.registry import pick
+from fine_dist.launchers.spec import JobSpec, Task
+from fine_dist.launchers.state_table import StateTable, Submissions, TaskRow
+from fine_dist.launchers.worker import EXIT_BUSY, MARK, inside, world_size
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from fine_dist.core.limits import GIB
 from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
-from launchers.prepare import job_file
-from launchers.spec import Capacity, Finding, JobSpec
-from launchers.worker import EXIT_BUSY
+from fine_dist.launchers.prepare import job_file
+from fine_dist.launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
 FINAL_STATES = ("done", "failed", "cancelled")

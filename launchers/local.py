@@ -21,11 +21,17 @@ from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.launcher import CommandTarget, Job, Launcher, joint_code, register
-from launchers.machine import fits_here, local_capacity, missing_accelerators, require_accelerators, visible_devices
-from launchers.prepare import make_spec
-from launchers.spec import Capacity, Finding, JobSpec
-from launchers.worker import LIFELINE, exit_code, import_module, inside
+from fine_dist.launchers.launcher import CommandTarget, Job, Launcher, joint_code, register
+from fine_dist.launchers.machine import (
+    fits_here,
+    local_capacity,
+    missing_accelerators,
+    require_accelerators,
+    visible_devices,
+)
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.worker import LIFELINE, exit_code, import_module, inside
 
 GRACE_S = 30.0
 """Seconds that a job has to save after SIGTERM before it is killed."""

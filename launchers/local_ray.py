@@ -1,6 +1,6 @@
 """A real Ray cluster of several nodes on this machine, for tests and trials.
 
-    python -m launchers.local_ray              a head and one more node until Ctrl-C
+    python -m fine_dist.launchers.local_ray              a head and one more node until Ctrl-C
 
 Everything is bound to loopback and lives in one folder; its processes end with this program, however it ends.
 """

@@ -11,7 +11,7 @@ from functools import cache
 
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.limits import GIB, memory_bytes, num_cores
-from launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.spec import Capacity, Finding, JobSpec
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 """Environment variables that choose among the accelerators of a machine."""

@@ -20,10 +20,10 @@ from fine_dist.core.files import last_row
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
-from launchers.code_snapshot import code_files
-from launchers.launcher import Launcher, LaunchTarget
-from launchers.spec import Capacity, Finding, JobSpec
-from launchers.worker import import_module
+from fine_dist.launchers.code_snapshot import code_files
+from fine_dist.launchers.launcher import Launcher, LaunchTarget
+from fine_dist.launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.worker import import_module
 
 if TYPE_CHECKING:
     from fine_dist.planning.devices import DeviceModel

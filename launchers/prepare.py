@@ -11,9 +11,9 @@ from fine_dist.core.config import Config, DumpCache, dump_yaml, run_dir_of
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import sha256_text, sync_disk, write_atomic
 from fine_dist.core.settings import LaunchConfig
-from launchers.spec import Capacity, JobSpec, Task
-from launchers.state_table import StateTable
-from launchers.worker import import_module
+from fine_dist.launchers.spec import Capacity, JobSpec, Task
+from fine_dist.launchers.state_table import StateTable
+from fine_dist.launchers.worker import import_module
 
 
 def launch_of(config: Config) -> LaunchConfig:

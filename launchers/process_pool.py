@@ -1,6 +1,6 @@
 """The server of a local pool, which imports everything once and forks a clean process for every job.
 
-`launchers.local.ForkServer` is its client and starts it as `python -m fine_dist.worker --pool IN OUT`.
+`fine_dist.launchers.local.ForkServer` is its client and starts it as `python -m fine_dist.worker --pool IN OUT`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TextIO, TypedDict
 
 from fine_dist.core.processes import die_with_parent, leave
-from launchers.spec import JobSpec
-from launchers.worker import run_job
+from fine_dist.launchers.spec import JobSpec
+from fine_dist.launchers.worker import run_job
 
 
 class Request(TypedDict, total=False):

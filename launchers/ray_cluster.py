@@ -15,7 +15,7 @@ from typing import TypedDict
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
-from launchers.spec import JobSpec
+from fine_dist.launchers.spec import JobSpec
 
 _STATIC_NODE = re.compile(r"node_[0-9a-f]{20,}")
 """Node types of a cluster that nobody scales: Ray's monitor names each after the node's id."""

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from fine_dist.core.config import Config, dump_yaml, expand_path
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.code_snapshot import stage_code
-from launchers.launcher import CommandTarget, register
-from launchers.preflight import refuse, upload
-from launchers.prepare import launch_of
-from launchers.ray_cluster import address_of, inside_ray
+from fine_dist.launchers.code_snapshot import stage_code
+from fine_dist.launchers.launcher import CommandTarget, register
+from fine_dist.launchers.preflight import refuse, upload
+from fine_dist.launchers.prepare import launch_of
+from fine_dist.launchers.ray_cluster import address_of, inside_ray
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

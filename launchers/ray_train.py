@@ -23,10 +23,10 @@ from pathlib import Path
 from fine_dist.core.errors import EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR, LaunchError
 from fine_dist.core.processes import free_port, rank_words
 from fine_dist.core.settings import LaunchConfig
-from launchers.launcher import Job, Launcher, register
-from launchers.local import ForkServer
-from launchers.machine import VISIBLE
-from launchers.ray_cluster import (
+from fine_dist.launchers.launcher import Job, Launcher, register
+from fine_dist.launchers.local import ForkServer
+from fine_dist.launchers.machine import VISIBLE
+from fine_dist.launchers.ray_cluster import (
     address_of,
     check_storage,
     connect,
@@ -38,8 +38,8 @@ from launchers.ray_cluster import (
     one_rank,
     resources_of,
 )
-from launchers.spec import Capacity, Finding, JobSpec
-from launchers.worker import LIFELINE
+from fine_dist.launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.worker import LIFELINE
 
 QUIET_CODES = (0, EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_RESUME)
 """Exit codes that a restart of the workers would not change; others are failures of the worker group."""

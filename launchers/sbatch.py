@@ -17,10 +17,10 @@ from fine_dist.core.config import load, run_dir_of
 from fine_dist.core.files import write_atomic
 from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
-from launchers.code_snapshot import code_root, snapshot
-from launchers.entry import launch
-from launchers.preflight import check_job, refuse
-from launchers.prepare import (
+from fine_dist.launchers.code_snapshot import code_root, snapshot
+from fine_dist.launchers.entry import launch
+from fine_dist.launchers.preflight import check_job, refuse
+from fine_dist.launchers.prepare import (
     fans_out,
     is_done,
     job_file,
@@ -30,12 +30,12 @@ from launchers.prepare import (
     short_hash,
     tasks_of,
 )
-from launchers.site import SlurmSite
-from launchers.slurm_queue import refuse_pattern, slurm_findings
-from launchers.slurm_submitit import GPU_OPTIONS, SlurmLauncher
-from launchers.spec import JobSpec
-from launchers.state_table import StateTable
-from launchers.worker import config_class, import_module
+from fine_dist.launchers.site import SlurmSite
+from fine_dist.launchers.slurm_queue import refuse_pattern, slurm_findings
+from fine_dist.launchers.slurm_submitit import GPU_OPTIONS, SlurmLauncher
+from fine_dist.launchers.spec import JobSpec
+from fine_dist.launchers.state_table import StateTable
+from fine_dist.launchers.worker import config_class, import_module
 
 
 def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fine_dist
 from fine_dist.core.errors import LaunchError, nearest
-from launchers.worker import SCRATCH
+from fine_dist.launchers.worker import SCRATCH
 
 FILE = "FINE_DIST_SITE"
 """Environment variable: path of another site file."""

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from fine_dist.core.errors import EXIT_INTERRUPTED, LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.launcher import JobState
-from launchers.spec import Finding, JobSpec
+from fine_dist.launchers.launcher import JobState
+from fine_dist.launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
 UNKNOWN_TO_CONTROLLER = "alive in the accounting only"

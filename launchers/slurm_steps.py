@@ -13,10 +13,10 @@ from dataclasses import replace
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
-from launchers.launcher import Job, Launcher, register
-from launchers.site import SlurmSite
-from launchers.slurm_queue import Node, fits_on, refuse_pattern
-from launchers.spec import Capacity, JobSpec
+from fine_dist.launchers.launcher import Job, Launcher, register
+from fine_dist.launchers.site import SlurmSite
+from fine_dist.launchers.slurm_queue import Node, fits_on, refuse_pattern
+from fine_dist.launchers.spec import Capacity, JobSpec
 
 GRACE_S = 60.0
 """Seconds that a step has to save before it is killed."""

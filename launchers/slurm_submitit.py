@@ -22,11 +22,11 @@ from fine_dist.core.config import load
 from fine_dist.core.errors import EXIT_RESUME, LaunchError
 from fine_dist.core.processes import number_in
 from fine_dist.core.settings import LaunchConfig
-from launchers import worker
-from launchers.launcher import Job, JobState, Launcher, register, stopped
-from launchers.prepare import launch_of
-from launchers.site import SlurmSite
-from launchers.slurm_queue import (
+from fine_dist.launchers import worker
+from fine_dist.launchers.launcher import Job, JobState, Launcher, register, stopped
+from fine_dist.launchers.prepare import launch_of
+from fine_dist.launchers.site import SlurmSite
+from fine_dist.launchers.slurm_queue import (
     UNKNOWN_TO_CONTROLLER,
     fits_on,
     job_states,
@@ -38,8 +38,8 @@ from launchers.slurm_queue import (
     slurm,
     slurm_findings,
 )
-from launchers.spec import Finding, JobSpec
-from launchers.state_table import Submissions
+from fine_dist.launchers.spec import Finding, JobSpec
+from fine_dist.launchers.state_table import Submissions
 
 if TYPE_CHECKING:
     from submitit import SlurmExecutor

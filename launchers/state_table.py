@@ -28,7 +28,7 @@ from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import is_locked, sha256_text, try_lock, write_all, write_atomic
 from fine_dist.core.json_files import as_record, read_json
-from launchers.spec import check_name
+from fine_dist.launchers.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]
 FINAL = ("done", "failed")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import last_row
 from fine_dist.engine.run_dir import RunDir, owner_of
-from launchers.state_table import StateTable, Submissions, TaskRow
+from fine_dist.launchers.state_table import StateTable, Submissions, TaskRow
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,6 +1,6 @@
 """torchrun with exit code 75 when the run was stopped early and the same command continues it.
 
-    python -m launchers.torchrun --nproc-per-node 2 -m fine_dist.condense --config FILE
+    python -m fine_dist.launchers.torchrun --nproc-per-node 2 -m fine_dist.condense --config FILE
 
 takes torchrun's arguments. torchrun itself ends with 1 whatever its processes end with: a script could not tell a run
 that was told to stop (a file STOP, a signal, a time limit) from one that crashed.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
-from launchers.launcher import joint_code
+from fine_dist.launchers.launcher import joint_code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,8 +21,8 @@ from fine_dist.core import errors, logs
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, FineDistError, LaunchError, ResumeLater
 from fine_dist.core.processes import number_in
-from launchers.spec import JobSpec
-from launchers.state_table import FINAL, StateTable
+from fine_dist.launchers.spec import JobSpec
+from fine_dist.launchers.state_table import FINAL, StateTable
 
 log = logging.getLogger(__name__)
 

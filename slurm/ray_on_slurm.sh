@@ -56,7 +56,7 @@ if ((SLURM_JOB_NUM_NODES > 1)); then
     start $((SLURM_JOB_NUM_NODES - 1)) --exclude="$HEAD" -- --address="$ADDRESS"
 fi
 export RAY_ADDRESS=$ADDRESS
-"$PYTHON" -m launchers.local_ray --await-nodes "$SLURM_JOB_NUM_NODES"
+"$PYTHON" -m fine_dist.launchers.local_ray --await-nodes "$SLURM_JOB_NUM_NODES"
 signaled=0 code=0
 "$@" &
 command=$!

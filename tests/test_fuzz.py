@@ -37,9 +37,9 @@ from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig
 from fine_dist.encode import main as encode_main
 from fine_dist.family.config import InitConfig
+from fine_dist.launchers.worker import config_class, import_module
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.factors import FactoredDiT
-from launchers.worker import config_class, import_module
 from tests.conftest import lively, tiny_arch
 from tests.core.test_config import Toy
 from tests.data.making import SHAPE, make, make_foreign, npy, sample

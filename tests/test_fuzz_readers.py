@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fine_dist.__main__ import main as fine_dist
-from launchers.worker import run_job
+from fine_dist.launchers.worker import run_job
 from tests.commands.conftest import ARCH, FAST, data
 from tests.test_fuzz import answered, changed, damaged, fuzz, nothing_is_executed  # noqa: F401 - a fixture
 

@@ -14,7 +14,7 @@ import pytest
 from fine_dist.__main__ import COMMANDS as NAMES
 from fine_dist.__main__ import CONFIGURED
 from fine_dist.core.config import models_in
-from launchers.worker import config_class, import_module
+from fine_dist.launchers.worker import config_class, import_module
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in (ROOT / d).rglob("*.py"))
@@ -235,7 +235,7 @@ def test_every_setting_of_every_command_has_a_help_text_that_is_a_sentence():
 
 
 def test_configs_methods_and_jobs_are_read_without_torch():
-    code = "import sys, fine_dist.core.arguments, fine_dist.methods, launchers.state_table as table; "
+    code = "import sys, fine_dist.core.arguments, fine_dist.methods, fine_dist.launchers.state_table as table; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -16,7 +16,7 @@ from fine_dist.core.errors import ConfigError, RunDirError, nearest
 from fine_dist.core.json_files import as_record, read_json
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.settings import EngineConfig, OptimConfig
-from launchers.spec import check_name
+from fine_dist.launchers.spec import check_name
 
 SETTINGS = "settings.json"
 """File in a run's folder with the settings of the run."""

@@ -37,7 +37,7 @@ from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
-from launchers.state_table import StateTable
+from fine_dist.launchers.state_table import StateTable
 
 log = logging.getLogger(__name__)
 KIND = "creative"

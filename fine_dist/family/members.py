@@ -25,11 +25,11 @@ from fine_dist.data.stream import check_fit, read_all
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.listing import baselines, result_of
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
+from fine_dist.launchers.spec import Capacity, check_name
 from fine_dist.methods import build, from_manifest, parent_of
 from fine_dist.methods.base import Method, Parent
 from fine_dist.model.arch import Arch
 from fine_dist.stages.config import check_labels, fit_arch
-from launchers.spec import Capacity, check_name
 
 CPU_MEMORY = 4 * 2**30
 """Bytes for a pack's activations on a CPU unless the config says."""

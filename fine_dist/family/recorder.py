@@ -25,7 +25,7 @@ from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_job import JobProgress
 from fine_dist.family.pack_model import JobView, PackedDiT
 from fine_dist.family.summary import draw_family
-from launchers.state_table import StateTable
+from fine_dist.launchers.state_table import StateTable
 
 DRAW_EVERY_S = 60.0
 """The family's figure is drawn again so often while it runs, and once at the end."""

@@ -19,10 +19,10 @@ from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Stopper
 from fine_dist.family.members import Family, Member
 from fine_dist.family.recorder import save_result, write_identity
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.methods.base import Descent
 from fine_dist.model.flops import train_flops
 from fine_dist.stages.previews import histograms_of
-from launchers.state_table import StateTable
 
 
 def train_single_target(

@@ -16,9 +16,9 @@ from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.family.members import Member
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import read_manifest
-from launchers.state_table import StateTable
 
 COUNTS = (1, 10, 100)
 """Numbers of models, each as large as the family's largest, that storage is told for."""

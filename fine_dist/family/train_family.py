@@ -26,10 +26,10 @@ from fine_dist.family.packing import Pack
 from fine_dist.family.recorder import TargetRecorder, finish_target, write_identity
 from fine_dist.family.single_target import train_single_target
 from fine_dist.family.summary import draw_family
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.methods.base import Descent
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.factors import SharedForm
-from launchers.state_table import StateTable
 
 
 @dataclass

@@ -12,8 +12,8 @@ from fine_dist.core.config import Config, validate
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.core.yaml_files import load_yaml
 from fine_dist.diffusion.settings import SamplerConfig
+from fine_dist.launchers.spec import check_name
 from fine_dist.study.report.results import SECTIONS, PublishedClaim
-from launchers.spec import check_name
 
 SCRATCH_SHELL = "scratch_shell"
 """Ending of the name of a row that `add_scratch_shell_row` adds."""

@@ -61,7 +61,7 @@ class StudyRun:
 
     def _succeeded(self) -> bool:
         """Its worker's own record, for when the process that submitted it ended earlier."""
-        from launchers.state_table import StateTable
+        from fine_dist.launchers.state_table import StateTable
 
         row = StateTable(self.run_dir.parent).get(self.name)
         return row is not None and row.state == "done"

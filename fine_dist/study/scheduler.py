@@ -13,8 +13,8 @@ from fine_dist.core.processes import stop_on_signals
 from fine_dist.study import settings
 
 if TYPE_CHECKING:
+    from fine_dist.launchers.launcher import Job, Launcher
     from fine_dist.study.graph import Graph, StudyRun
-    from launchers.launcher import Job, Launcher
 
 LOG_LINES = 8
 """Lines of a failed run's log that its error shows."""
@@ -29,19 +29,19 @@ def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ())
 
     Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
     """
-    from launchers.worker import inside
+    from fine_dist.launchers.worker import inside
 
     with RunBars(len(graph.runs)) as bars, stop_on_signals():
         if launcher == "here" or inside():
             return _follow_here(graph, bars, optional)
-        from launchers.registry import get_launcher
+        from fine_dist.launchers.registry import get_launcher
 
         with get_launcher(launcher, graph.study.launch) as runner:
             return _Queue(graph, runner, bars).run(optional)
 
 
 def _follow_here(graph: Graph, bars: RunBars, optional: Collection[str]) -> dict[str, str]:
-    from launchers.worker import import_module
+    from fine_dist.launchers.worker import import_module
 
     failed: dict[str, str] = {}
     for run in _in_order(graph):
@@ -97,7 +97,7 @@ class _Queue:
     """The runs that wait, those that run, and the outcome of the others."""
 
     def __init__(self, graph: Graph, runner: Launcher, bars: RunBars) -> None:
-        from launchers.state_table import StateTable, Submissions
+        from fine_dist.launchers.state_table import StateTable, Submissions
 
         self.graph, self.runner, self.bars = graph, runner, bars
         self.waiting = list(graph.runs)
@@ -115,7 +115,7 @@ class _Queue:
 
     def _code(self) -> str | None:
         """The code that jobs run: a snapshot where they may start later than now."""
-        from launchers.code_snapshot import code_root, snapshot
+        from fine_dist.launchers.code_snapshot import code_root, snapshot
 
         if self.runner.on_this_machine:
             return None
@@ -172,7 +172,7 @@ class _Queue:
 
     def _width(self, run: StudyRun) -> int:
         """How many runs of this kind go at once."""
-        from launchers.prepare import make_spec
+        from fine_dist.launchers.prepare import make_spec
 
         most = self.graph.study.launch.max_parallel
         if most is None and run.module not in self._widths:
@@ -181,7 +181,7 @@ class _Queue:
         return most or self._widths[run.module]
 
     def _submit(self, run: StudyRun) -> None:
-        from launchers.prepare import make_spec
+        from fine_dist.launchers.prepare import make_spec
 
         self.table.add([run.name], {run.name: str(run.run_dir)})
         self.table.update(run.name, state="pending", reason=None)

@@ -193,7 +193,7 @@ class Chaos:
     def _stolen_lock(self) -> None:
         """Somebody else holds the directory: the start is refused, and nothing is harmed."""
         from fine_dist.engine.run_dir import RunDir
-        from launchers.state_table import StateTable
+        from fine_dist.launchers.state_table import StateTable
 
         if self.stage == "condense":
             if not (self.folder / "identity.json").exists():

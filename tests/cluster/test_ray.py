@@ -38,7 +38,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 def ray() -> Iterator[Cluster]:
     if subprocess.run([sys.executable, "-c", "import ray.train"], capture_output=True, check=False).returncode:
         absent("Ray is not installed")
-    cluster = Cluster("-m", "launchers.local_ray", "--pipe", "--gpus", "2")
+    cluster = Cluster("-m", "fine_dist.launchers.local_ray", "--pipe", "--gpus", "2")
     yield cluster
     cluster.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.status import read
+from fine_dist.launchers.status import read
 from tests.cluster.conftest import TOY, ZERO2, Slurm, losses, results, starts, steps_of, targets, until
 
 pytestmark = pytest.mark.cluster

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from launchers.state_table import Submissions
-from launchers.status import read
+from fine_dist.launchers.state_table import Submissions
+from fine_dist.launchers.status import read
 from tests.cluster.conftest import TOY, results, starts, until
 
 pytestmark = pytest.mark.cluster

@@ -11,7 +11,7 @@ from pathlib import Path
 from fine_dist.core.config import Config
 from fine_dist.core.errors import DataError, ResumeLater, guard
 from fine_dist.core.settings import LaunchConfig
-from launchers.spec import Task
+from fine_dist.launchers.spec import Task
 
 PRELOAD = ()
 VERSION = "as submitted"
@@ -93,7 +93,7 @@ def run(config: ToyConfig) -> Path:
 def main() -> int:
     def body() -> int:
         from fine_dist.core.arguments import parse
-        from launchers.entry import launch
+        from fine_dist.launchers.entry import launch
 
         call = parse(ToyConfig, None, "toy")
         return launch("tests.cluster.toy_stage", call.config, call.launcher)

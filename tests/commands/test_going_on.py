@@ -15,8 +15,8 @@ import pytest
 
 from fine_dist.__main__ import main as fine_dist
 from fine_dist.core.files import read_rows
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
-from launchers.state_table import StateTable
 from tests.commands.test_commands import ARCH, FAST, data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def test_an_interrupted_command_says_what_is_true_of_its_run(six, digit_shards, 
         assert condense(digit_shards, run, "--steps", "10") == 130
         return capsys.readouterr().err
 
-    monkeypatch.setattr("launchers.entry.launch", interrupt)
+    monkeypatch.setattr("fine_dist.launchers.entry.launch", interrupt)
     assert said(tmp_path / "new") == "interrupted; nothing was saved yet; the same command starts again\n"
     assert not (tmp_path / "new").exists()
     shutil.copytree(six, tmp_path / "run")

@@ -20,9 +20,9 @@ from fine_dist.core.config import Config, load, validate
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.help import PAGES, settings
 from fine_dist.family.config import InitConfig
+from fine_dist.launchers.worker import config_class, import_module
 from fine_dist.methods import METHODS, build
 from fine_dist.plan import ONLY_WITH_SCALE
-from launchers.worker import config_class, import_module
 from tests.core.test_config import Toy
 from tests.data.making import make_foreign, sample
 

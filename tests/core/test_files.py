@@ -31,7 +31,7 @@ from fine_dist.core.files import (
     write_atomic,
 )
 from fine_dist.core.processes import derived_port, free_ports, rank_words
-from launchers.torchrun import exit_code
+from fine_dist.launchers.torchrun import exit_code
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path):

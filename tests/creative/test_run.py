@@ -17,10 +17,10 @@ from fine_dist.creative.config import CreativeConfig, Template
 from fine_dist.creative.saving import read_token
 from fine_dist.creative.training import train
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from launchers.code_snapshot import code_files
-from launchers.prepare import make_specs
-from launchers.state_table import StateTable
-from launchers.worker import run_job
+from fine_dist.launchers.code_snapshot import code_files
+from fine_dist.launchers.prepare import make_specs
+from fine_dist.launchers.state_table import StateTable
+from fine_dist.launchers.worker import run_job
 from tests.creative.conftest import TOKEN, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "creative"

@@ -76,7 +76,7 @@ def test_torchrun_and_the_deepspeed_launcher_train_as_one_process_does(tmp_path:
 
 def test_a_signal_to_a_job_under_torchrun_is_resumed_by_the_same_command(tmp_path: Path) -> None:
     words = condense(tmp_path, "run", "--steps", "400")
-    job = run([sys.executable, "-m", "launchers.torchrun", *torchrun(2, words)[1:]])
+    job = run([sys.executable, "-m", "fine_dist.launchers.torchrun", *torchrun(2, words)[1:]])
     metrics = tmp_path / "run" / "metrics.jsonl"
     until = time.monotonic() + 90
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4):

@@ -20,10 +20,10 @@ from fine_dist.family.members import Family, expand
 from fine_dist.family.packing import CACHE_NUMBERS, PackConfig, Shape, chunk_size, plan, sample_bytes
 from fine_dist.family.train_family import run_family
 from fine_dist.init import dry_run, main, tasks
+from fine_dist.launchers.spec import Capacity
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.methods.settings import RandomGenesConfig, ScratchConfig
 from fine_dist.model.arch import arch as named
-from launchers.spec import Capacity
 from tests.conftest import tiny_arch
 
 

@@ -29,9 +29,9 @@ from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.members import Family
 from fine_dist.family.summary import list_family
 from fine_dist.family.train_family import run_pack
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
-from launchers.state_table import StateTable
 from tests.family.tools import largest_difference, sigma_of, solo
 
 ROOT = Path(__file__).resolve().parents[2]

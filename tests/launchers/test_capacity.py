@@ -12,19 +12,19 @@ import pytest
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
-from launchers import launcher as launcher_module
-from launchers import machine
-from launchers.entry import check, launch
-from launchers.launcher import register
-from launchers.local import LocalLauncher
-from launchers.machine import Accelerators
-from launchers.prepare import make_spec, tasks_of
-from launchers.ray_cluster import copies, demand
-from launchers.registry import names, pick, targets
-from launchers.slurm_queue import Node, fits_on
-from launchers.slurm_steps import StepLauncher
-from launchers.spec import Capacity, Task
-from launchers.worker import import_module
+from fine_dist.launchers import launcher as launcher_module
+from fine_dist.launchers import machine
+from fine_dist.launchers.entry import check, launch
+from fine_dist.launchers.launcher import register
+from fine_dist.launchers.local import LocalLauncher
+from fine_dist.launchers.machine import Accelerators
+from fine_dist.launchers.prepare import make_spec, tasks_of
+from fine_dist.launchers.ray_cluster import copies, demand
+from fine_dist.launchers.registry import names, pick, targets
+from fine_dist.launchers.slurm_queue import Node, fits_on
+from fine_dist.launchers.slurm_steps import StepLauncher
+from fine_dist.launchers.spec import Capacity, Task
+from fine_dist.launchers.worker import import_module
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"
@@ -200,7 +200,7 @@ create_package(sys.argv[1], pathlib.Path(sys.argv[2]), include_gitignore={gitign
 
 
 def test_the_code_of_this_checkout_is_far_below_what_ray_takes():
-    from launchers.preflight import upload
+    from fine_dist.launchers.preflight import upload
 
     found = upload("fine_dist.init")
     assert found.level == "ok", found.text

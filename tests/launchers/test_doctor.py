@@ -8,7 +8,7 @@ import pytest
 
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.doctor import main
-from launchers.doctor import Report, diagnose
+from fine_dist.launchers.doctor import Report, diagnose
 
 GOOD = {
     "token": "t", "cores": 4, "memory_bytes": 8 * 2**30, "devices": 1, "seen": True, "lock": "held", "link": "ok",

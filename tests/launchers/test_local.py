@@ -15,16 +15,16 @@ import pytest
 
 from fine_dist.core.errors import LaunchError, RunDirError
 from fine_dist.core.settings import LaunchConfig
-from launchers.entry import launch
-from launchers.launcher import joint_code
-from launchers.local import Here, LocalLauncher
-from launchers.prepare import make_spec
-from launchers.ray_jobs import RayJobs
-from launchers.ray_train import RayLauncher
-from launchers.registry import pick
-from launchers.slurm_steps import StepLauncher
-from launchers.slurm_submitit import SlurmLauncher
-from launchers.state_table import StateTable
+from fine_dist.launchers.entry import launch
+from fine_dist.launchers.launcher import joint_code
+from fine_dist.launchers.local import Here, LocalLauncher
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.ray_jobs import RayJobs
+from fine_dist.launchers.ray_train import RayLauncher
+from fine_dist.launchers.registry import pick
+from fine_dist.launchers.slurm_steps import StepLauncher
+from fine_dist.launchers.slurm_submitit import SlurmLauncher
+from fine_dist.launchers.state_table import StateTable
 from tests.cluster.conftest import results, starts, until
 from tests.cluster.toy_stage import ToyConfig
 

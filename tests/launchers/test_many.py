@@ -15,8 +15,8 @@ from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import write_all
 from fine_dist.family.config import InitConfig
 from fine_dist.family.packing import PackConfig, Shape, plan
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.arch import Arch
-from launchers.state_table import StateTable
 
 NAMES = [f"t{i}" for i in range(300)]
 
@@ -63,7 +63,7 @@ def test_a_power_cut_before_the_sync_leaves_every_row_as_it_was(tmp_path, monkey
 
 def test_more_tasks_than_open_files_are_claimed_where_the_hard_limit_allows_it_and_else_an_error_says_so(tmp_path):
     code = (
-        "import resource, sys; from launchers.state_table import StateTable; "
+        "import resource, sys; from fine_dist.launchers.state_table import StateTable; "
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2]))); "
         "claim = StateTable(sys.argv[1]).claim([f't{i}' for i in range(200)]); print('held', claim is not None)"
     )

@@ -11,12 +11,12 @@ from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig
+from fine_dist.launchers import preflight as preflight_module
+from fine_dist.launchers.machine import local_capacity
+from fine_dist.launchers.preflight import file_system, preflight, refuse, weigh
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.spec import Finding
 from fine_dist.plan import main
-from launchers import preflight as preflight_module
-from launchers.machine import local_capacity
-from launchers.preflight import file_system, preflight, refuse, weigh
-from launchers.prepare import make_spec
-from launchers.spec import Finding
 
 CONDENSE = "fine_dist.condense"
 
@@ -77,7 +77,7 @@ def test_hours_come_from_a_stated_rate_or_from_what_an_earlier_run_measured(tmp_
 def test_missing_shards_are_refused_before_anything_is_submitted(tmp_path, digit_shards):
     made = config(tmp_path, digit_shards, data=DataConfig(shards=str(tmp_path / "none")))
     assert findings(made, light=True)["missing"].level == "stop"
-    from launchers.entry import launch
+    from fine_dist.launchers.entry import launch
 
     with pytest.raises(LaunchError, match="no such folder of shards"):
         launch(CONDENSE, made.model_copy(update={"launch": LaunchConfig(processes=2)}), "local")

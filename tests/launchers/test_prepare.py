@@ -13,12 +13,12 @@ import pytest
 from fine_dist.core.config import load, run_dir_of
 from fine_dist.core.errors import ConfigError, LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers.code_snapshot import snapshot
-from launchers.prepare import launch_of, make_spec, make_specs, tasks_of
-from launchers.sbatch import sbatch_flags
-from launchers.spec import JobSpec, Task
-from launchers.state_table import StateTable
-from launchers.worker import config_class, import_module, run_job
+from fine_dist.launchers.code_snapshot import snapshot
+from fine_dist.launchers.prepare import launch_of, make_spec, make_specs, tasks_of
+from fine_dist.launchers.sbatch import sbatch_flags
+from fine_dist.launchers.spec import JobSpec, Task
+from fine_dist.launchers.state_table import StateTable
+from fine_dist.launchers.worker import config_class, import_module, run_job
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"
@@ -75,7 +75,7 @@ def test_a_pack_has_a_row_for_each_of_its_members(tmp_path):
     [spec] = make_specs(TOY, config, [Task("pack", ToyConfig(run_dir=str(tmp_path / "p")), rows=("x", "y"))])
     assert spec.rows == ("x", "y")
     assert run_job(str(spec.save(tmp_path / "job.json"))) == 0
-    from launchers.state_table import StateTable
+    from fine_dist.launchers.state_table import StateTable
 
     assert [(row.name, row.state) for row in StateTable(tmp_path).rows()] == [("x", "done"), ("y", "done")]
 
@@ -103,7 +103,7 @@ def test_a_job_done_already_is_not_run_again(tmp_path):
 
 
 def test_a_task_that_another_process_runs_is_left_to_it(tmp_path, capsys):
-    from launchers.state_table import StateTable
+    from fine_dist.launchers.state_table import StateTable
 
     config = ToyConfig(run_dir=str(tmp_path))
     [spec] = make_specs(TOY, config, [Task("t", ToyConfig(run_dir=str(tmp_path / "t")))])
@@ -160,7 +160,7 @@ def test_a_run_directory_that_no_script_can_name_is_refused_before_submission(tm
 
 @pytest.mark.parametrize("name", ["50%j", "a\\b"])
 def test_a_run_directory_whose_name_slurm_would_change_is_refused(tmp_path, name):
-    from launchers.sbatch import prepare
+    from fine_dist.launchers.sbatch import prepare
 
     with pytest.raises(LaunchError, match="choose a name without it"):
         prepare(TOY, ["--run-dir", str(tmp_path / name)])
@@ -190,7 +190,7 @@ def test_a_script_without_an_environment_says_in_one_line_what_to_set(tmp_path):
 
 
 def test_a_job_on_a_site_with_scratch_and_a_network_has_both(tmp_path, monkeypatch):
-    from launchers.site import SlurmSite
+    from fine_dist.launchers.site import SlurmSite
 
     site = tmp_path / "site.sh"
     site.write_text(f"IFNAME=ib0\nSCRATCH={tmp_path}/scratch\n")
@@ -201,7 +201,7 @@ def test_a_job_on_a_site_with_scratch_and_a_network_has_both(tmp_path, monkeypat
     done = subprocess.run(["bash", "-euc", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["ib0", f"{tmp_path}/scratch", "/lustre/me"]
     spec = make_spec(TOY, ToyConfig(run_dir=str(tmp_path / "run")))
-    code = f"import tempfile; from launchers.worker import run_job; run_job({str(spec.save(tmp_path / 'j.json'))!r})"
+    code = f"import tempfile; from fine_dist.launchers.worker import run_job; run_job({str(spec.save(tmp_path / 'j.json'))!r})"
     words = [sys.executable, "-c", f"{code}; print(tempfile.gettempdir())"]
     env = {**os.environ, "FINE_DIST_SCRATCH": f"{tmp_path}/scratch"}
     done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -209,7 +209,7 @@ def test_a_job_on_a_site_with_scratch_and_a_network_has_both(tmp_path, monkeypat
 
 
 def test_one_rank_where_two_were_asked_for_is_refused_inside_a_shell_of_srun(tmp_path, monkeypatch):
-    from launchers.entry import launch
+    from fine_dist.launchers.entry import launch
 
     shell = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     for key, value in shell.items():

@@ -10,8 +10,8 @@ import pytest
 from fine_dist.condense import CondenseConfig
 from fine_dist.core.config import validate
 from fine_dist.core.errors import LaunchError
-from launchers import ray_cluster
-from launchers.ray_jobs import submit_command, with_absolute_paths
+from fine_dist.launchers import ray_cluster
+from fine_dist.launchers.ray_jobs import submit_command, with_absolute_paths
 from tests.cluster.toy_stage import ToyConfig
 
 

@@ -10,14 +10,14 @@ import pytest
 
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
-from launchers import slurm_queue, slurm_submitit
-from launchers.prepare import make_spec
-from launchers.sbatch import sbatch_flags
-from launchers.site import SlurmSite
-from launchers.slurm_queue import job_states, limits, scheduler_words
-from launchers.slurm_steps import _counts
-from launchers.slurm_submitit import SlurmLauncher
-from launchers.spec import Capacity
+from fine_dist.launchers import slurm_queue, slurm_submitit
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.sbatch import sbatch_flags
+from fine_dist.launchers.site import SlurmSite
+from fine_dist.launchers.slurm_queue import job_states, limits, scheduler_words
+from fine_dist.launchers.slurm_steps import _counts
+from fine_dist.launchers.slurm_submitit import SlurmLauncher
+from fine_dist.launchers.spec import Capacity
 from tests.cluster.toy_stage import ToyConfig
 
 TOY = "tests.cluster.toy_stage"

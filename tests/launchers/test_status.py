@@ -13,9 +13,9 @@ import pytest
 from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
 from fine_dist.engine.run_dir import RunDir, owner_of
+from fine_dist.launchers.state_table import StateTable, Submissions
+from fine_dist.launchers.status import read
 from fine_dist.status import main
-from launchers.state_table import StateTable, Submissions
-from launchers.status import read
 
 
 def test_status_names_what_failed_and_its_code_says_so(tmp_path, capsys):
@@ -90,7 +90,7 @@ def test_status_needs_neither_a_lock_of_its_own_nor_the_right_to_write(tmp_path)
         table.start("held")
         for path in [*tmp_path.rglob("*"), tmp_path]:
             path.chmod(0o555 if path.is_dir() else 0o444)
-        code = "import os, sys, pathlib; from launchers.status import read; os.setuid(65534); "
+        code = "import os, sys, pathlib; from fine_dist.launchers.status import read; os.setuid(65534); "
         code += "print([(r['name'], r['state']) for r in read(pathlib.Path(sys.argv[1]))])"
         root = tmp_path
         while root != root.parent and root.name != "tmp":  # pytest's own folders are their owner's alone

@@ -14,9 +14,9 @@ import pytest
 
 from fine_dist.core.errors import ConfigError, LaunchError, RunDirError
 from fine_dist.core.grid import GridAxis, expand
-from launchers.spec import JobSpec
-from launchers.state_table import StateTable, Submissions
-from launchers.status import read
+from fine_dist.launchers.spec import JobSpec
+from fine_dist.launchers.state_table import StateTable, Submissions
+from fine_dist.launchers.status import read
 
 
 def spec(**fields) -> JobSpec:
@@ -117,7 +117,7 @@ def test_a_task_whose_process_was_killed_is_lost_at_once_and_may_be_claimed(tmp_
     table = StateTable(tmp_path)
     table.add(["a"])
     code = (
-        "import sys, time; from launchers.state_table import StateTable\n"
+        "import sys, time; from fine_dist.launchers.state_table import StateTable\n"
         "t = StateTable(sys.argv[1]); c = t.claim(['a'])\n"
         "t.start('a'); print('ready', flush=True); time.sleep(60)"
     )
