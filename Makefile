@@ -30,7 +30,7 @@ test-all: install  ## the slow tests as well: the demo over three seeds
 lint: install  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy fine_dist launchers
+	$(BIN)/mypy fine_dist
 
 check: lint  ## lint, and the fast tests
 	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"

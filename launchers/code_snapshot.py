@@ -12,6 +12,7 @@ from pathlib import Path
 import fine_dist
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.files import draft_name, sha256_of
+from fine_dist.core.resources import resource
 from fine_dist.launchers.worker import import_module
 
 SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
@@ -47,7 +48,7 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
 
 
 def stage_code(folder: Path, module: str) -> None:
-    """Copy `fine_dist`, `launchers`, the scripts in `slurm/` and the package of `module` into a folder."""
+    """Copy `fine_dist`, the scripts in `slurm/` and the package of `module` into a folder."""
     for name, file in code_files(module).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -58,21 +59,26 @@ def stage_code(folder: Path, module: str) -> None:
 
 def code_files(module: str) -> dict[str, Path]:
     """The files that are copied, by their names in the copy."""
-    root = Path(fine_dist.__file__).resolve().parents[1]
-    tops = {"fine_dist", "launchers", "slurm"}
-    places = {root / top for top in tops if (root / top).is_dir()}
+    root = Path(fine_dist.__file__).resolve().parent
+    places = {"fine_dist": root, "slurm": resource("slurm")}
     top = module.partition(".")[0]
-    if top not in tops:
+    if top != "fine_dist":
         package = Path(code_root(module), top)
-        places.add(package if package.is_dir() else package.with_suffix(".py"))
-    return {file.relative_to(place.parent).as_posix(): file for place in places for file in _sources(place)}
+        package = package if package.is_dir() else package.with_suffix(".py")
+        places[package.name] = package
+    return {
+        (Path(name) / file.relative_to(place)).as_posix(): file
+        for name, place in places.items()
+        for file in _sources(place)
+    }
 
 
 def _sources(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
     found = []
-    for folder, inner, files in os.walk(place):
+    # fine_dist/launchers and fine_dist/resources/* are links in a checkout and folders in a wheel
+    for folder, inner, files in os.walk(place, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith((".", "__pycache__"))]
         found += [Path(folder, name) for name in files if name.endswith(SOURCES)]
     return found

@@ -46,7 +46,12 @@ class SlurmSite:
             LaunchError: The site file is missing, cannot be sourced, or has an illegal value.
         """
         file = os.environ.get(FILE)
-        path = Path(file) if file else Path(fine_dist.__file__).resolve().parents[1] / "slurm" / "site.sh"
+        # the project's folder (init-project), or else the checkout that this code is in
+        places = [
+            Path("slurm", "site.sh"),
+            Path(fine_dist.__file__).resolve().parent / "resources" / "slurm" / "site.sh",
+        ]
+        path = Path(file) if file else next((place for place in places if place.is_file()), places[-1])
         if file and not path.is_file():
             raise LaunchError(f"{FILE}: no such file {file}; copy slurm/site.example.sh, or unset it")
         return _read(path.absolute(), path.stat().st_mtime_ns) if path.is_file() else cls()

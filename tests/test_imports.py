@@ -74,7 +74,9 @@ def imports_of(path: Path, types: bool = False) -> list[tuple[str, int]]:
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    # launchers/ lies at the top level and is the package fine_dist.launchers
+    parts = path.with_suffix("").parts
+    return ".".join(parts if parts[0] == "fine_dist" else ("fine_dist", *parts)).removesuffix(".__init__")
 
 
 MODULES = {module_of(path): path for path in FILES}

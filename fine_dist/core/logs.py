@@ -23,7 +23,7 @@ from fine_dist.core.processes import rank_for_logs
 
 LEVEL = "FINE_DIST_LOG_LEVEL"
 """Environment variable by which the processes that a command starts log as it does: debug, info or warning."""
-OURS = ("fine_dist", "launchers", "benchmarks")
+OURS = ("fine_dist", "benchmarks")
 """Names of loggers that are this project's; all others are libraries'."""
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 _lock = threading.Lock()

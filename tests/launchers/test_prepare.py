@@ -201,7 +201,8 @@ def test_a_job_on_a_site_with_scratch_and_a_network_has_both(tmp_path, monkeypat
     done = subprocess.run(["bash", "-euc", script], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["ib0", f"{tmp_path}/scratch", "/lustre/me"]
     spec = make_spec(TOY, ToyConfig(run_dir=str(tmp_path / "run")))
-    code = f"import tempfile; from fine_dist.launchers.worker import run_job; run_job({str(spec.save(tmp_path / 'j.json'))!r})"
+    job = str(spec.save(tmp_path / "j.json"))
+    code = f"import tempfile; from fine_dist.launchers.worker import run_job; run_job({job!r})"
     words = [sys.executable, "-c", f"{code}; print(tempfile.gettempdir())"]
     env = {**os.environ, "FINE_DIST_SCRATCH": f"{tmp_path}/scratch"}
     done = subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, check=True)

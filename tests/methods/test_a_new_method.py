@@ -145,7 +145,7 @@ print("SAID " + json.dumps(said))
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
     """A copy of the code with the toys in one file, and three lines in the dict of methods."""
-    for name in ("fine_dist", "launchers", "configs"):
+    for name in ("fine_dist", "configs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     methods = tmp_path / "fine_dist" / "methods"
     (methods / "toys.py").write_text(TOYS)
