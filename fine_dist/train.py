@@ -60,8 +60,6 @@ def check(config: TrainConfig) -> None:
         assert isinstance(shape, Arch)
         check_stage(config, "train", shape)
         return
-    if config.arch is None and not config.parent and not config.parents:
-        raise ConfigError("arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from")
     check_stage(config, "train", config.arch)
 
 

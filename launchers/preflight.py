@@ -156,6 +156,11 @@ def _absent(config: Config) -> list[Finding]:
     from fine_dist.artifacts.locate import exists_locally, is_hub_name
 
     named = {key: getattr(config, key, None) for key in ("ancestor", "parent", "parents")}
+    if "parents" in type(config).model_fields and not any(
+        (named["parent"], named["parents"], getattr(config, "arch", None))
+    ):
+        text = "arch: give an architecture (such as DiT-B/2-L6), or a parent to take it from"
+        return [Finding(MISSING, "stop", text)]
     return [
         Finding(MISSING, "stop", f"{key} {path} is not there; the command that makes it comes first")
         for key, path in named.items()
