@@ -25,8 +25,9 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from fine_dist.core.config import Config, validate
-from fine_dist.core.files import is_locked, try_lock, write_atomic
+from fine_dist.core.files import write_atomic
 from fine_dist.core.limits import GIB, memory_bytes, num_cores
+from fine_dist.core.locks import is_locked, try_lock
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.launchers.machine import accelerators
 from fine_dist.launchers.preflight import NETWORK, file_system

@@ -26,8 +26,9 @@ from typing import Literal
 
 from fine_dist.core.config import Config, validate
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import is_locked, sha256_text, try_lock, write_all, write_atomic
+from fine_dist.core.files import sha256_text, write_all, write_atomic
 from fine_dist.core.json_files import as_record, read_json
+from fine_dist.core.locks import is_locked, try_lock
 from fine_dist.launchers.spec import check_name
 
 State = Literal["pending", "running", "done", "failed"]

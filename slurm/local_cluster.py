@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is a script: its checkout need not be installed
 
-from fine_dist.core.files import locked
+from fine_dist.core.locks import locked
 from fine_dist.core.processes import die_with_parent, free_ports
 
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare")

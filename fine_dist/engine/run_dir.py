@@ -19,8 +19,9 @@ from pydantic import Field
 
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ReportedElsewhere, RunDirError
-from fine_dist.core.files import is_locked, read_bytes, remove_drafts, try_lock, write_atomic
+from fine_dist.core.files import read_bytes, remove_drafts, write_atomic
 from fine_dist.core.json_files import Record, read_record
+from fine_dist.core.locks import is_locked, try_lock
 from fine_dist.engine.dist import World, broadcast_object, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"

@@ -16,7 +16,6 @@ from fine_dist.core.errors import NotAFile
 from fine_dist.core.files import (
     check_regular,
     last_row,
-    locked,
     open_regular,
     read_bytes,
     read_rows,
@@ -24,12 +23,12 @@ from fine_dist.core.files import (
     remove_drafts,
     sha256_of,
     sync_disk,
-    try_lock,
     umask,
     whole_file,
     whole_folder,
     write_atomic,
 )
+from fine_dist.core.locks import locked, try_lock
 from fine_dist.core.processes import derived_port, free_ports, rank_words
 from fine_dist.launchers.torchrun import exit_code
 
@@ -120,7 +119,7 @@ def test_a_lock_excludes_other_processes_and_goes_with_its_holder(tmp_path, posi
     path = tmp_path / "lock"
     path.touch()
     code = (
-        "import sys, time; from fine_dist.core.files import try_lock\n"
+        "import sys, time; from fine_dist.core.locks import try_lock\n"
         f"f = open(sys.argv[1], 'r+'); print(try_lock(f.fileno(), 'x', posix={posix}), flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)

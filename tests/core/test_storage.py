@@ -11,7 +11,8 @@ import pytest
 
 from fine_dist.core import files
 from fine_dist.core.errors import EXIT_RESUME, guard
-from fine_dist.core.files import is_locked, name_new, remove_tree, write_atomic, write_new
+from fine_dist.core.files import name_new, remove_tree, write_atomic, write_new
+from fine_dist.core.locks import is_locked
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_a_lock_is_seen_by_looking_and_not_taken(tmp_path, posix):
     path = tmp_path / "lock"
     assert is_locked(path, posix=posix) is False
     code = (
-        "import sys; from fine_dist.core.files import try_lock; file = open(sys.argv[1], 'a+'); "
+        "import sys; from fine_dist.core.locks import try_lock; file = open(sys.argv[1], 'a+'); "
         "print(try_lock(file.fileno(), sys.argv[1], posix=sys.argv[2] == '1'), flush=True); sys.stdin.read()"
     )
     words = [sys.executable, "-c", code, path, str(int(posix))]
