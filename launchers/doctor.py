@@ -176,7 +176,8 @@ def _lock(folder: Path, me: int) -> str:
                     return "error: a new file is locked"
                 ready.touch()
                 answer = is_locked(path)
-                _wait_for([folder / f"lock-{other}" for other in range(1, world_size())])
+                if others := [folder / f"lock-{other}" for other in range(1, world_size())]:
+                    _wait_for(others)
         else:
             if not _wait_for([ready]):
                 return "error: rank 0 did not lock"

@@ -35,7 +35,7 @@ def _run(argv: list[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if "--template" in words:  # before the settings are read: there are none yet
         return _write_template(words)
-    call = parse(StudyFile, argv, "python -m fine_dist.study", options=_options)
+    call = parse(StudyFile, argv, "fine-dist study", options=_options)
     # planning a study builds its models on the meta device: torch is needed from here on
     from fine_dist.study import describe, run_studies
     from fine_dist.study.budget import measured_gflops

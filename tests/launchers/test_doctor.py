@@ -8,7 +8,7 @@ import pytest
 
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.doctor import main
-from fine_dist.launchers.doctor import Report, diagnose
+from fine_dist.launchers.doctor import Report, _lock, diagnose
 
 GOOD = {
     "token": "t", "cores": 4, "memory_bytes": 8 * 2**30, "devices": 1, "seen": True, "lock": "held", "link": "ok",
@@ -58,3 +58,8 @@ def test_each_fault_of_one_node_is_named_with_the_node_and_the_remedy(change, wh
 
 def test_a_process_that_did_not_report_is_a_fault():
     assert findings({}, needs=LaunchConfig(processes=2))["processes"] == ("stop", "1 of 2 processes reported, on n0")
+
+
+def test_one_process_sees_its_own_lock_without_waiting_for_others(tmp_path, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert _lock(tmp_path, 0) == "held"
