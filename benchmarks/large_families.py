@@ -28,7 +28,7 @@ SECONDS, MIB = 10.0, 1024.0
 SYNC_S = 0.005
 """What a sync takes on the slow file system that is simulated."""
 BOOKS_S = 180.0
-"""Bar of keeping the books there, from nothing to all targets done."""
+"""Bar of keeping the state table there, from nothing to all targets done."""
 ARCH = Arch(
     hidden_size=32, num_layers=5, num_heads=2, patch_size=2, in_channels=1, input_size=8, num_classes=10,
     learn_sigma=False,
@@ -36,8 +36,8 @@ ARCH = Arch(
 DEPTHS = (1, 2, 3, 4, 5)
 
 
-def books(targets: int, bars: bool) -> list[BenchmarkRow]:
-    """Commands over a family of so many targets, and its books on a slow file system."""
+def state_tables(targets: int, bars: bool) -> list[BenchmarkRow]:
+    """Commands over a family of so many targets, and its state table on a slow file system."""
     with tempfile.TemporaryDirectory(prefix="fine_dist-many-") as folder:
         root = Path(folder)
         config = family(root, targets)
@@ -51,9 +51,9 @@ def books(targets: int, bars: bool) -> list[BenchmarkRow]:
             targets,
             bars,
         )
-        say(f"the books of {targets:,} targets at {SYNC_S * 1e3:g} ms a sync")
+        say(f"the state tables of {targets:,} targets at {SYNC_S * 1e3:g} ms a sync")
         seconds, syncs, packs = keep_books(config)
-        about = f"the books of {targets:,} targets in {packs} packs, a sync of {SYNC_S * 1e3:g} ms"
+        about = f"the state tables of {targets:,} targets in {packs} packs, a sync of {SYNC_S * 1e3:g} ms"
         rows += [
             BenchmarkRow(about, seconds, "s", BOOKS_S if bars else None, "lower"),
             BenchmarkRow("  syncs a target", syncs / targets, "", 1.1 if bars else None, "lower"),
@@ -109,7 +109,7 @@ def cost_of(command: Sequence[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-# --- the books -------------------------------------------------------------------------------------------------------
+# --- the state table -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

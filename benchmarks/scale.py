@@ -1,4 +1,4 @@
-"""`python -m benchmarks scale`: the model of scale against real runs, and the books of 10,000 targets.
+"""`python -m benchmarks scale`: the model of scale against real runs, and the state tables of 10,000 targets.
 
 A step of 2 and 4 processes is predicted from the parts of a step of one process, the gloo links between so many
 processes, and how much slower a process computes while the others do; then the engine runs and is timed. All of it
@@ -30,12 +30,12 @@ TARGETS = 10_000
 
 def run(quick: bool) -> list[BenchmarkRow]:
     """All rows. quick: two ZeRO stages, one round, 1,000 targets, and no bars."""
-    from benchmarks.large_families import books
+    from benchmarks.large_families import state_tables
 
     kinds = [kind for kind in KINDS if not quick or kind[1] in (0, 1)]
     return [
         *against_reality(kinds, rounds=1 if quick else 5, bars=not quick),
-        *books(1000 if quick else TARGETS, not quick),
+        *state_tables(1000 if quick else TARGETS, not quick),
     ]
 
 

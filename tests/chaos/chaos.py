@@ -1,4 +1,4 @@
-"""A bad night in a minute: condense and a family under random faults, compared byte by byte with an undisturbed run.
+"""Random faults in a minute: condense and a family under random faults, compared byte by byte with an undisturbed run.
 
     python -m tests.chaos.chaos --rounds 100        prints the table of docs/reliability.md
 

@@ -130,7 +130,7 @@ def test_planning_four_times_the_targets_takes_about_four_times_as_long():
 def test_ten_thousand_targets_are_planned_listed_followed_and_kept_within_their_bars():
     missed = [
         f"{row.measure}: {row.value:.3g} {row.unit}"
-        for row in large_families.books(10_000, True)
+        for row in large_families.state_tables(10_000, True)
         if row.passed is False
     ]
     assert not missed, missed
