@@ -109,7 +109,7 @@ def cost_of(command: Sequence[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss / 1024
 
 
-# --- the state table -------------------------------------------------------------------------------------------------------
+# --- the state table -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -82,7 +82,10 @@ def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
     if name.endswith(".tar"):
         chosen = [url.rsplit("/", 1)[-1] for url in expand_braces(where)]
     if is_remote(base):
-        text = read_bytes(f"{base}/{MANIFEST}", config)
+        try:
+            text = read_bytes(f"{base}/{MANIFEST}", config)
+        except FileNotFoundError as error:
+            raise DataError(f"{error}; give the folder of shards that have a {MANIFEST}") from None
     else:
         base = local_path(base)
         try:
@@ -172,8 +175,10 @@ def copy(
         to.seek(0)
         try:
             got = _copy_once(url, to, config.timeout_s)
-        except OSError as error:
-            problem = str(error)
+        except DataError:
+            raise
+        except Exception as error:  # openers of other libraries raise errors of their own kinds
+            problem = _in_words(error)
             if _is_absent(url):
                 raise FileNotFoundError(f"{url}: the server says that it is not there") from None
             continue
@@ -210,6 +215,21 @@ def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
         raise
     stream.close()
     return size
+
+
+_CURL = {6: "the host name is not known", 7: "the host refuses the connection", 22: "the server answers with an error"}
+"""Exit codes of curl, with which webdataset reads http."""
+
+
+def _in_words(error: Exception) -> str:
+    """The reason of a failed read in one line; a pipe's error has its whole command and the exit code."""
+    text = str(error).strip() or type(error).__name__
+    code = re.search(r"exit (\d+) \(", text)
+    if code is None:
+        return text.partition("\n")[0][:300]
+    if "curl" in text and int(code[1]) in _CURL:
+        return _CURL[int(code[1])]
+    return f"the program that reads it failed (exit {code[1]})"
 
 
 def _piece(stream: Any, is_pipe: bool, timeout_s: float) -> bytes:

@@ -265,3 +265,20 @@ def test_several_processes_share_a_cache_and_never_see_half_a_file(tmp_path, ser
         time.sleep(0.01)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_server_without_the_folder_and_a_hub_without_a_network_are_one_line(served, capsys, monkeypatch):
+    """HTTP 404 for the manifest, a port where nobody listens, and a hub that cannot be reached."""
+    from fine_dist.train import main
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for url, words in (
+        (f"{served[1]}/none", "the server says that it is not there"),
+        ("http://127.0.0.1:9/x", "the host refuses the connection"),
+        ("hf://datasets/nobody/none", "cannot be read after 1 attempts"),
+    ):
+        argv = ["--arch", "DiT-S/2", "--data.shards", url, "--data.retries", "0", "--launcher", "here"]
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said and said.count("\n") == 1, said
