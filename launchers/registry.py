@@ -23,7 +23,7 @@ ENTRY_POINTS = "fine_dist.launchers"
 def targets() -> tuple[type[LaunchTarget], ...]:
     """All launch targets."""
     for name in BUILT_IN:
-        importlib.import_module(f"launchers.{name}")
+        importlib.import_module(f"fine_dist.launchers.{name}")
     for point in metadata.entry_points(group=ENTRY_POINTS):
         point.load()
     return registered()

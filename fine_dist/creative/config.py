@@ -139,8 +139,6 @@ def expand(config: CreativeConfig, everyone: bool = False) -> list[TokenRun]:
         twice = [value for value in values if list(values).count(value) > 1]
         if twice:
             raise ConfigError(f"{axis}: {twice[0]} is listed twice")
-    if any(seed < 0 for seed in config.seeds):
-        raise ConfigError(f"seeds: {min(config.seeds)} is negative; legal: 0 or more")
     alone = len(templates) * len(config.seeds) == 1
     members = []
     for key, template in templates.items():

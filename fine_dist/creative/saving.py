@@ -94,7 +94,7 @@ class TokenManifest(Record):
 
     token: str = Field(min_length=1, max_length=200)
     """The token, as it stands in prompts."""
-    rows: list[str]
+    rows: dict[str, list[int]]
     """Encoders whose vocabulary has a row for it."""
     sha256: dict[str, str]
     """Of its tensor files, by name."""

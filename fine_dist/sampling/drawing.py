@@ -66,13 +66,13 @@ def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:
     family = False
     for path in paths:
         folder = Path(expand_path(path))
-        if _has_artifact(folder) or is_foreign(path):
+        if _has_artifact(folder):
             found.append(path)
         elif members := family_members(folder):
             found += map(str, members)
             family = True
-        elif not family_members(folder.parent):
-            found.append(path)  # loading it says what is wrong with it
+        elif (is_foreign(path) and not folder.exists()) or not family_members(folder.parent):
+            found.append(path)  # another project's model, a hub name; or loading it says what is wrong with it
     if not found:
         raise ConfigError(
             f"model: {', '.join(paths)}: none of these is a model; give the folder of a family or a model"

@@ -64,4 +64,4 @@ def test_the_tour_runs_cell_by_cell(tmp_path, monkeypatch):
         exec(compile(cell, "tour.ipynb", "exec"), names)
     assert (tmp_path / "runs" / "tour" / "samples.png").exists()
     assert (tmp_path / "runs" / "tour" / "dense" / "manifest.json").exists()
-    assert names["sigma"].shape[0] == names["target"].arch.num_layers
+    assert names["model"].arch.num_layers == 4 and names["learngene"].about["method"]["name"] == "fine"

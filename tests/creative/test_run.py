@@ -166,7 +166,7 @@ def test_another_config_in_the_same_directory_is_refused(tmp_path):
         ({"token": "my token"}, "token: a token is one word without blanks"),
         ({"seeds": []}, "seeds: an empty list"),
         ({"seeds": [1, 1]}, "seeds: 1 is listed twice"),
-        ({"seeds": [-1]}, "seeds: -1 is negative"),
+        ({"seeds": [-1]}, r"seeds\.0: input should be greater than or equal to 0"),
         ({"encoders": []}, "encoders: an empty list"),
         ({"only": ["s7"]}, "only: no run is called 's7'"),
         ({"templates": {"a b": {}}}, "templates: a task name is"),

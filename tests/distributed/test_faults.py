@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -33,7 +34,8 @@ def command(folder: str, config: ToyConfig) -> None:
 
 def errors_in(logs: Path) -> list[str]:
     lines = [line for log in sorted(logs.glob("rank*.log")) for line in log.read_text().splitlines()]
-    return [line for line in lines if line.startswith(("error:", "stopped:"))]
+    plain = [re.sub(r"^\[rank \d+\] ", "", line) for line in lines]  # a record of the log has its rank in front
+    return [line for line in plain if line.startswith(("error:", "stopped:"))]
 
 
 LONG = ToyConfig(steps=100_000, engine=engine(checkpoint_every=10))

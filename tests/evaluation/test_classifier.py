@@ -91,7 +91,7 @@ def test_a_damaged_file_is_an_error(tmp_path, trained):
 
 
 def test_a_missing_classifier_says_how_to_get_one(tmp_path):
-    with pytest.raises(ArtifactError, match="run the demo"):
+    with pytest.raises(ArtifactError, match="no classifier in"):
         load_classifier(tmp_path / "nowhere")
 
 

@@ -244,7 +244,7 @@ def test_targets_that_cannot_share_a_pack_train_in_the_engines_loop_to_the_same_
     family, learngene, shards, tmp_path
 ):
     run_dir = tmp_path / "alone"
-    done = call(words(learngene, shards, run_dir, "--launcher", "here", "--engine.compile", "True", "--depths", "2"))
+    done = call(words(learngene, shards, run_dir, "--launcher", "here", "--engine.backend", "fsdp2", "--depths", "2"))
     assert done.returncode == 0, done.stderr
     ours, theirs = (load_artifact(place / NAMES[0] / "target").tensors for place in (run_dir, family))
     assert largest_difference(ours, theirs) < 1e-4
