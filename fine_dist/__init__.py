@@ -17,8 +17,8 @@ import importlib
 import os
 from typing import Any
 
-# MKL's results depend on where its inputs lie in memory, which a restart changes: without this a resumed run differs from
-# an uninterrupted one in the last bit. It is read at MKL's first call and costs up to 4% of a matrix product on a CPU.
+# Results of MKL depend on where its inputs lie in memory, which a restart changes: without this a resumed run differs
+# from an uninterrupted one in the last bit. Read at the first call; it costs up to 4% of a matrix product on a CPU.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.2.0"
