@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from fine_dist.core.config import Config, PathKey, Seed, expand_path, validate
+from fine_dist.core.config import MAX_DEPTH, Config, PathKey, Seed, expand_path, validate
 from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
@@ -183,7 +183,7 @@ class LossConfig(Config):
     runs the encoder at every step, and the VAE before it where latents are not images."""
     repa_encoder: str | None = None
     """Local transformers folder of the DINOv2 whose tokens are aligned with; REPA needs it."""
-    repa_block: int | None = Field(None, ge=1)
+    repa_block: int | None = Field(None, ge=1, le=MAX_DEPTH)
     """Number of the block, counted from 1, whose output is aligned. Default: the one at 8/28 of the depth, as in the
     paper."""
     repa_width: int = Field(2048, ge=1, le=65_536)
