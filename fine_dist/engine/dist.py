@@ -12,6 +12,7 @@ import json
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -22,6 +23,7 @@ from fine_dist.core.processes import derived_port, number_in, rank_words, second
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import PrefixStore
 
 COLLECTIVE_TIMEOUT_S = 1800
 """Seconds that a collective may wait (rank 0 evaluates meanwhile); `engine.heartbeat` notices a dead rank much
@@ -203,7 +205,7 @@ def _join(found: World, about: dict[str, str]) -> None:
     time limit, half an hour.
     """
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     assert found.master is not None
@@ -223,7 +225,13 @@ def _join(found: World, about: dict[str, str]) -> None:
         abouts = [json.loads(devices.get(str(other))) for other in range(size)] if found.is_main else []
         if found.is_main:  # one rank asks for all: 512 ranks that ask each other would be 262,144 requests
             devices.set("all", json.dumps(abouts))
-        _refuse_wrong_devices(json.loads(devices.get("all")), found)
+        abouts = json.loads(devices.get("all"))
+        devices.add("read", 1)
+        try:
+            _refuse_wrong_devices(abouts, found)
+        except LaunchError:
+            _wait_for_readers(devices, size)
+            raise
         assert found.device is not None
         group = PrefixStore("group", store)
         dist.init_process_group(_backend(found.device), store=group, rank=rank, world_size=size, timeout=timeout)
@@ -232,6 +240,16 @@ def _join(found: World, about: dict[str, str]) -> None:
             f"rank {found.rank} of {found.world_size} on {socket.gethostname()} could not meet the others at "
             f"{found.master}: {str(error).splitlines()[0]}; check that every rank started and that the port is open"
         ) from error
+
+
+def _wait_for_readers(devices: PrefixStore, world_size: int, limit_s: float = 10.0) -> None:
+    """Wait until every rank has read the list of devices, at most `limit_s`.
+
+    Rank 0 serves the store. If it ended at once, slower ranks would report a lost connection instead of the reason.
+    """
+    end = time.monotonic() + limit_s
+    while devices.add("read", 0) < world_size and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _about_device(found: World, problem: str = "") -> dict[str, str]:
