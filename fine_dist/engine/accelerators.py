@@ -92,6 +92,7 @@ def peak_flops(device: torch.device, precision: str, stated_tflops: float | None
         return stated_tflops * 1e12
     if device.type == "cpu":
         return measured_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
+    # An unknown device gives no MFU instead of a guess: a figure against the wrong peak looks as sound as a right one.
     peak = PEAKS.get(torch.cuda.get_device_name(device))
     tflops = None if peak is None else getattr(peak, precision)
     return None if tflops is None else tflops * 1e12
@@ -102,9 +103,11 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
     n = 768
     a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
     a @ b
+    # The product above is not timed: it pays for starting threads and packing buffers, which no later one pays again.
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         begun = time.perf_counter()
         a @ b
+        # The best, not the mean: whatever else runs on the machine only ever makes a product slower.
         best = min(best, time.perf_counter() - begun)
     return 2 * n**3 / best

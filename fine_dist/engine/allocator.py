@@ -20,7 +20,10 @@ def keep_freed_memory() -> bool:
     It holds for the whole process and cannot be taken back. What a step frees, the next one uses; the resident set
     stays at its peak. Settings of the user's own (MALLOC_...) are left as they are.
     """
+    # Setting one of these turns off glibc's own adaptation of the others, so our settings and a user's do not mix.
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    # Both are needed. Without mmap, large blocks come from the heap, and a heap that is never
+    # trimmed keeps them. `mallopt` returns 1 where it worked; musl has no such function.
     return set_option is not None and bool(set_option(_MMAP_MAX, 0) and set_option(_TRIM_THRESHOLD, _NEVER))

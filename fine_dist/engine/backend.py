@@ -117,6 +117,7 @@ class ShardedBackend(Backend):
 
     def share_layout(self) -> None:
         """Tell every rank which ranges each rank owns. All ranks call it."""
+        # Ranges are fixed once training begins, so they are exchanged once; a gather then sends nothing but values.
         mine = [[piece.name, piece.start, piece.stop] for piece in self.pieces()]
         self._layout: list[list[tuple[str, int, int]]] = gather_objects(mine, self.world)
 
@@ -128,7 +129,11 @@ class ShardedBackend(Backend):
                 for part in torch.cat(mine).split(SEND_VALUES):
                     torch.distributed.send(part, 0)
             return {}
+        # `empty` is safe although nothing clears it: over all ranks
+        # each value is owned once, so every one is overwritten.
         whole = {name: torch.empty(math.prod(shape)) for name, shape in self.shapes.items()}
+        # Ranks are received one after the other. Rank 0 is the only receiver, so its network link bounds the
+        # time anyway, and the order keeps it from holding more than one rank's values beside the result.
         for rank, layout in enumerate(self._layout):
             sizes = [stop - start for _, start, stop in layout]
             if rank == 0:

@@ -18,9 +18,11 @@ def make_backend(
     if engine.backend == "plain":
         return PlainBackend(model, optim, world, torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32)
     if engine.backend == "fsdp2":
+        # Imported only where it is asked for: torch's FSDP pulls in much that no other backend needs.
         from fine_dist.engine.fsdp_backend import FsdpBackend
 
         return FsdpBackend(model, optim, engine, world)
+    # DeepSpeed is an optional package, and importing it takes seconds.
     from fine_dist.engine.deepspeed_backend import DeepSpeedBackend
 
     return DeepSpeedBackend(model, optim, engine, world, micro_batch, accumulation)

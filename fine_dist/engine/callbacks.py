@@ -31,6 +31,8 @@ def evaluation_model(program: Program, engine: EngineConfig, world: World) -> nn
     evaluates = program.held_out or program.previews or program.histograms or program.texts
     if not (world.is_main and (evaluates or engine.backend != "plain")):
         return None
+    # Copied before compilation, sharding or hooks: those belong
+    # to the model that trains and cannot be copied afterwards.
     return copy.deepcopy(program.model).eval().requires_grad_(False)
 
 
@@ -87,11 +89,14 @@ class EvaluationCallback:
         if program.held_out is None and program.histograms is None and program.texts is None:
             return
         averages = self.ema.gather()
+        # Gathering is collective, so every rank takes part before those without a second model leave.
         raw = self.backend.weights() if step == self.steps and self.engine.ema_decay else {}
         if self.model is None:
             return
         model = self._with(averages)
         if program.held_out is not None:
+            # The averages come first and are put back after the raw
+            # weights: histograms and texts below show the averages.
             measured = {key: float(value) for key, value in program.held_out(model).items()}
             if raw:
                 set_parameters(model, raw)
@@ -130,6 +135,7 @@ class EvaluationCallback:
         weights = self.backend.weights()
         if self.model is None:
             return self.program.model
+        # A second copy, because the evaluation goes on using the first one for its previews.
         model = copy.deepcopy(self.model)
         set_parameters(model, weights)
         for name, p in model.named_parameters():

@@ -60,8 +60,10 @@ class Checkpoints:
         self._closing = threading.Event()
         self._staging: dict[str, Tensor] = {}
         # Drafts of an earlier start cannot be taken for this start's, even at the same step.
+        # A restarted job may still have processes of the start before it that are writing, on a node that SLURM lost.
         self._token: str = broadcast_object(f"{os.getpid()}-{time.time_ns():x}", world)
         if world.is_main:
+            # The run directory's lock is held, so nobody who may write here uses them any more.
             for stale in folder.glob(".writing-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
@@ -82,6 +84,8 @@ class Checkpoints:
                 found["name"] = self._find_newest()
             except CheckpointError as error:
                 found["error"] = str(error)
+        # One rank decides. If each looked for itself, a network file system could show
+        # them different newest checkpoints, and the ranks would resume at different steps.
         found = broadcast_object(found, self.world)
         if "error" in found:
             raise CheckpointError(found["error"])
@@ -98,6 +102,8 @@ class Checkpoints:
                 checkpoint = CheckpointReader(folder)
                 checkpoint.verify()
             except (OSError, ValueError, CheckpointError) as error:
+                # Renamed, not removed: hours of training may be recoverable from it
+                # by hand. The time keeps two damaged checkpoints of one step apart.
                 aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
                 os.replace(folder, aside)
                 log.warning(
@@ -153,9 +159,12 @@ class Checkpoints:
         begun = time.perf_counter()
         self._join()
         self.check()
+        # At most one write at a time: the host buffers below belong to the write before until it has ended.
         values: dict[str, Tensor] = {}
         pieces = backend.pieces()
         for piece in pieces:
+            # Copies are made now, all at once, because the next update
+            # changes the live views while the thread still writes.
             parts = {"weight": piece.weight, "ema": ema.values[piece.name], **backend.moments(piece)}
             values |= {f"{key}:{piece.name}@{piece.start}": value for key, value in parts.items()}
         tensors = dict(
@@ -170,6 +179,8 @@ class Checkpoints:
             target=self._write, args=(step, tensors, part, header), name="fine-dist-checkpoint", daemon=True
         )
         self._thread.start()
+        # Before the write has succeeded: `check` sets it back when
+        # the write fails, so that a later save of this step runs.
         self.last_saved = step
         self.stall_s = time.perf_counter() - begun
 
@@ -204,6 +215,7 @@ class Checkpoints:
     def _buffer(self, key: str, value: Tensor) -> Tensor:
         """Host memory for a value that every save uses again: only the first one pays for new pages."""
         buffer = self._staging.get(key)
+        # The moments are absent before the first update, so the first save after it brings new keys.
         if buffer is None or buffer.shape != value.shape:
             buffer = self._staging[key] = host_buffer(value)
         return buffer
@@ -215,7 +227,9 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             if tensors:
                 file = f"rank{self.world.rank}.safetensors"
+                # A rank writes only its own file. No tensor crosses the network for a checkpoint, whatever its size.
                 part["files"] = {file: write_tensors(folder / file, tensors)}
+            # After the tensors, and synced: rank 0 takes this small file for the promise that the tensors are on disk.
             write_atomic(folder / f"part{self.world.rank}.json", json.dumps(part))
             if self.world.is_main:
                 self._assemble(folder, name, header)
@@ -232,6 +246,8 @@ class Checkpoints:
         until = time.monotonic() + OTHER_RANKS_S
         for rank in range(self.world.world_size):
             path = folder / f"part{rank}.json"
+            # Files and no collective: this is a background thread, and collectives of
+            # two threads of one process would pair up differently on different ranks.
             while not path.exists():
                 if self._closing.is_set():
                     until = min(until, time.monotonic() + OTHER_RANKS_CLOSING_S)
@@ -249,8 +265,12 @@ class Checkpoints:
         manifest = json.loads(json.dumps(manifest))  # as it will be read
         write_atomic(folder / "manifest.json", json.dumps({**manifest, "digest": digest_of(manifest)}))
         sync_folder(folder)
+        # The manifest is inside before the rename, and a rename is atomic: a crash leaves either a complete
+        # checkpoint or a draft that no reader looks at. `sync_folder` makes the order hold over a power cut as well.
         final = self.folder / name
         if final.exists():
+            # POSIX renames a folder only onto an absent or empty one. A run that
+            # was set back to an earlier checkpoint saves the same step again.
             os.replace(final, folder.with_name(f".writing-old-{name}-{self._token}"))
         os.replace(folder, final)
         sync_folder(self.folder)
@@ -258,6 +278,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
+        # Only after LATEST points to the new one: at every instant there is a complete checkpoint to resume from.
         for folder in self._folders()[: -self.keep]:
             remove_tree(folder)
         for folder in self.folder.glob(f".writing-old-*-{self._token}"):

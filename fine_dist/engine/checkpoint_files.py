@@ -48,6 +48,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "data_offsets": [offset, offset + size],
         }
         offset += size
+    # Written by hand instead of by `safetensors.save`, which needs
+    # a second copy in memory and leaves the hash for a second pass.
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
     header_bytes += b" " * (-len(header_bytes) % 8)  # the values start at a multiple of 8
     digest = hashlib.sha256()
@@ -56,17 +58,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             digest.update(piece)
             _write_all(handle, memoryview(piece))
         for tensor in tensors.values():
+            # A view of the tensor's memory as bytes: nothing is copied,
+            # and bf16, which numpy lacks, needs no case of its own.
             raw = tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), _BLOCK_BYTES):
                 block = raw[start : start + _BLOCK_BYTES]
                 digest.update(block)
                 _write_all(handle, block)
+        # The manifest that names this file may reach the disk before
+        # its pages do; after a power cut it would vouch for zeros.
         os.fsync(handle.fileno())
     return {"bytes": 8 + len(header_bytes) + offset, "sha256": digest.hexdigest()}
 
 
 def _write_all(handle: Any, block: memoryview) -> None:
     while len(block):
+        # An unbuffered write may take only part of what it is given.
         block = block[handle.write(block) :]
 
 
@@ -127,6 +134,7 @@ class CheckpointReader:
         """Raise ValueError or OSError, saying what is wrong, unless every file is what was written."""
         for name, about in self.files.items():
             path = self.folder / name
+            # The size is compared first: a truncated file, the usual damage, is found without reading gigabytes.
             if path.stat().st_size != about.bytes:
                 raise ValueError(f"{name} has {path.stat().st_size} bytes, {about.bytes} were written")
             if sha256_of(path) != about.sha256:
@@ -141,6 +149,8 @@ class CheckpointReader:
         """
         if not self._ranges:
             self._index()
+        # What was saved as ranges of W ranks is read as ranges of another W: each overlap is one slice of a mapped
+        # file, so a rank reads its own bytes only. `filled` proves that no gap of uninitialized memory remains.
         result = torch.empty(stop - start)
         filled = 0
         for lo, hi, file, key in self._ranges.get((part, name), ()):
@@ -166,6 +176,8 @@ class CheckpointReader:
         for file in self.files:
             self._files[file] = safe_open(self.folder / file, framework="pt")
             for key in self._files[file].keys():  # noqa: SIM118 - not a dict
+                # Names hold dots but never `:`; `@` is searched from
+                # the right because the number behind it is always last.
                 part, _, rest = key.partition(":")
                 name, _, start = rest.rpartition("@")
                 size = self._files[file].get_slice(key).get_shape()[0]

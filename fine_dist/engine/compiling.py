@@ -43,6 +43,8 @@ def compiles(engine: LoopConfig, device: torch.device) -> bool:
     """Whether blocks are compiled: as the config says, or else on a GPU, beside a C compiler, without sharding."""
     if engine.compile is not None:
         return engine.compile
+    # Where a backend shards, compilation is left to whoever asks for it. Inductor builds the
+    # launchers of its kernels with a C compiler even on a GPU, hence the last condition.
     plain_gpu = device.type == "cuda" and engine.backend == "plain"
     return plain_gpu and any(map(shutil.which, ("cc", "gcc", "clang")))
 
@@ -53,6 +55,8 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
     Args:
         backend: As `torch.compile` takes it.
     """
+    # `forward` of the class, not of the instance: all blocks of
+    # a class then share one code object and one set of graphs.
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
     chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
 
@@ -61,12 +65,17 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
         try:
             return chosen[kind](block, *args, **kwargs)
         except CompileError as error:
+            # The function that runs without compilation cannot raise this for compiling; it is
+            # an error of somebody else's compiled code inside, and falling back would repeat it.
             if chosen[kind] is eager[kind]:
                 raise
+            # All classes fall back together: what failed here (a compiler,
+            # a driver) fails for the others as well, minutes later.
             chosen.update(eager)
             reason = " ".join(str(error).split()[:40])
             log.warning("torch.compile failed, and blocks run without it: %s", reason)
             return eager[kind](block, *args, **kwargs)
 
     for block in blocks:
+        # An attribute of the instance: the class stays as it is, and blocks of other models run as before.
         block.forward = MethodType(functools.partial(forward, type(block)), block)

@@ -39,7 +39,10 @@ class DeepSpeedBackend(ShardedBackend):
         self.named = trainable(model)
         self.shapes = {name: tuple(p.shape) for name, p in self.named.items()}
         for p in model.parameters():
+            # ZeRO flattens parameters into one buffer and maps each to a range of it, which assumes row-major memory.
             p.data = p.data.contiguous()
+        # A plain list, so one group: pieces are located by one flat
+        # buffer a group below, and every parameter has one rate anyway.
         self.optimizer: Any = adamw(
             list(self.named.values()), optim, kind=torch.optim.AdamW if self.stage else _ClippingAdamW
         )
@@ -62,6 +65,7 @@ class DeepSpeedBackend(ShardedBackend):
         # Whatever made a loss not finite, its gradients are made NaN on every rank: a norm that is not finite is what
         # DeepSpeed discards a step for, in all stages.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+        # The division by accumulation steps is in `global_batch` already.
         self.engine.backward(loss, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # not at the boundary yet: it counts the micro-batch
@@ -76,6 +80,7 @@ class DeepSpeedBackend(ShardedBackend):
         if self.stage == 0:
             norm_of_gradients: Tensor = self.optimizer.norm
             return norm_of_gradients
+        # A step that DeepSpeed discards leaves the norm of an earlier one behind.
         norm = math.inf if self.zero.overflow else float(self.engine.get_global_grad_norm())
         return torch.full((), norm, dtype=torch.float64, device=self.world.device)
 
@@ -105,11 +110,14 @@ class DeepSpeedBackend(ShardedBackend):
         if self.stage == 3:
             group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
             start = size * self.world.rank
+            # Stage 3 cuts a parameter into equal shares of ceil(numel / W) values.
             own = max(0, min(size, p.ds_numel - start))  # the last ranks' shares are padded
             return start, self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, own)
         mapping = p._hp_mapping
         if mapping is None:
             return 0, None
+        # `lp` is the weight that the model computes with, `hp` its fp32 master.
+        # None means that this rank's partition holds no value of the parameter.
         return mapping.lp_fragment_address.start, mapping.hp_fragment
 
     def _flat_of(self, p: Any) -> tuple[Tensor, int]:
@@ -139,12 +147,14 @@ class DeepSpeedBackend(ShardedBackend):
             piece.weight.copy_(checkpoint.read("weight", piece.name, piece.start, piece.stop))
             flat, offset = self._flat_of(self.named[piece.name])
             steps = checkpoint.optimizer_steps.get(piece.name, 0)
+            # Several parameters share one flat state under ZeRO. Where none has had an update there is nothing to set.
             if not steps and not self.optimizer.state.get(flat):
                 continue
             state = self.optimizer.state[flat]
             if not state:
                 state.update({key: torch.zeros_like(flat) for key in MOMENTS})
             fused = bool(self.optimizer.defaults.get("fused"))
+            # A fused AdamW keeps its counter on the device, an unfused one on the host.
             state["step"] = torch.tensor(float(steps), device=flat.device if fused else "cpu")
             for key, values in checkpoint.moments(piece.name, piece.start, piece.stop).items():
                 state[key].view(-1).narrow(0, offset, piece.stop - piece.start).copy_(values)
@@ -156,6 +166,8 @@ class DeepSpeedBackend(ShardedBackend):
             stop = min(start + p.ds_tensor.numel(), p.ds_numel)
             if start < stop:
                 p.ds_tensor.data[: stop - start].copy_(checkpoint.read("weight", name, start, stop))
+            # The parameter is not gathered now, as is usual; small ones
+            # stay gathered on every rank and need their copy as well.
             if p.data.numel() != p.ds_numel:
                 return
         p.data.copy_(checkpoint.whole("weight", name).view(self.shapes[name]))
@@ -172,6 +184,8 @@ class _ClippingAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         parameters = self.param_groups[0]["params"]
         for p in parameters:
+            # A parameter that no sample used still has its moments
+            # decayed, as ZeRO does it: otherwise stages would differ.
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -185,6 +199,7 @@ def import_deepspeed(world: World) -> Any:
     assert world.device is not None
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    # DeepSpeed's CPU accelerator reads LOCAL_SIZE, which torchrun does not set.
     os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
     try:
         import deepspeed

@@ -67,9 +67,12 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
     elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         rank, size = number_in(env, "SLURM_PROCID"), number_in(env, "SLURM_STEP_NUM_TASKS", least=1)
         local = number_in(env, "SLURM_LOCALID", 0)
+        # SLURM compresses the list, as in `4(x2),3`: the first count is this node's
+        # only where nodes are filled evenly, which is what the launchers ask for.
         per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
         local_size = number_in({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
+        # Every rank computes the port from the same numbers, so nothing has to be exchanged before the ranks can meet.
         port = env.get("MASTER_PORT") or derived_port(
             number_in(env, "SLURM_JOB_ID", 0), number_in(env, "SLURM_STEP_ID", 0)
         )
@@ -116,6 +119,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             f"this process is number {local_rank} on {socket.gethostname()}, which shows it {count} GPUs; start at "
             f"most {count} processes a node, or check CUDA_VISIBLE_DEVICES"
         )
+    # NCCL and pinned memory use the current device, whatever device
+    # a tensor is on; without this all ranks open contexts on GPU 0.
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -151,6 +156,7 @@ def world(device: str = "auto") -> World:
     if _current is None:
         found, problem = read_environment(), ""
         try:
+            # A rank that raised here would leave the others waiting for it until their time limit.
             found = replace(found, device=pick_device(device, found.local_rank))
         except ConfigError as error:
             if found.world_size == 1:
@@ -162,6 +168,7 @@ def world(device: str = "auto") -> World:
         else:
             _refuse_wrong_devices([about], found)
         _current = found
+    # A process that has joined for one command may run another on the CPU, such as a test or a notebook.
     elif device != "auto" and _current.device is not None and _current.device.type != device:
         _current = replace(_current, device=pick_device(device, _current.local_rank))
     return _current
@@ -195,6 +202,7 @@ def join_alone(device: torch.device) -> None:
 
 
 def _backend(device: torch.device) -> str:
+    # Both: JSON and gathered weights travel between host memories, and gradients between GPUs.
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -213,12 +221,14 @@ def _join(found: World, about: dict[str, str]) -> None:
     # Libraries that read the environment themselves (DeepSpeed, NCCL, diffusers) find the same values.
     variables = rank_words(found.rank, found.world_size, found.local_rank, found.local_size, host, port)
     for key, value in variables.items():
+        # Values that a launcher or a user has set stay as they are.
         os.environ.setdefault(key, value)
     if dist.is_initialized():  # by Ray
         _refuse_wrong_devices(gather_objects(about, found), found)
         return
     timeout = timedelta(seconds=seconds_in(os.environ, "FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S))
     try:
+        # The store of the group that is made below is used before the group exists; prefixes keep their keys apart.
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
         devices = PrefixStore("devices", store)
         devices.set(str(found.rank), json.dumps(about))
@@ -226,6 +236,7 @@ def _join(found: World, about: dict[str, str]) -> None:
         if found.is_main:  # one rank asks for all: 512 ranks that ask each other would be 262,144 requests
             devices.set("all", json.dumps(abouts))
         abouts = json.loads(devices.get("all"))
+        # Counted by every rank; rank 0 reads the count before it ends (see `_wait_for_readers`).
         devices.add("read", 1)
         try:
             _refuse_wrong_devices(abouts, found)
@@ -282,6 +293,8 @@ def _refuse_wrong_devices(abouts: list[dict[str, str]], found: World) -> None:
             f"{wanted}, and rank {ranks}{more} runs on the CPU{why}. Check the driver and CUDA_VISIBLE_DEVICES there, "
             "or set engine.device to cpu and launch.gpus to 0"
         )
+    # A GPU is known by its host and UUID. Indices do not tell:
+    # with one visible device per task every rank sees number 0.
     seen: dict[tuple[str, str], int] = {}
     for rank, about in enumerate(abouts):
         if about["kind"] == "none" and not what:
@@ -295,6 +308,7 @@ def _refuse_wrong_devices(abouts: list[dict[str, str]], found: World) -> None:
                 "launch.processes, or check CUDA_VISIBLE_DEVICES"
             )
     if what:
+        # All ranks know the reason, and one of them says it: 512 copies of one message would bury it.
         raise LaunchError(what) if found.is_main else ReportedElsewhere(what)
 
 
@@ -306,6 +320,7 @@ def barrier(world: World) -> None:
     if world.world_size > 1:
         import torch
 
+        # A sum in host memory, over gloo: it makes the host wait for the other hosts and leaves the GPUs' queues alone.
         all_reduce_sum(torch.zeros(1), world)
 
 
@@ -348,7 +363,9 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     import torch
     import torch.distributed as dist
 
+    # JSON as bytes, because torch's `all_gather_object` pickles, and unpickling runs code that the sender chose.
     message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    # `all_gather` needs equal sizes, so the lengths are exchanged first and the messages padded.
     sizes = torch.zeros(world.world_size, dtype=torch.int64)
     sizes[world.rank] = len(message)
     all_reduce_sum(sizes, world)

@@ -29,6 +29,8 @@ class Ema:
         """Move the average towards the weights as they are after `updates` updates."""
         weights = [piece.weight for piece in self._backend.pieces()]
         if weights:
+            # One kernel launch for many tensors: a large DiT has over a thousand
+            # parameters, and a launch each would cost more than the arithmetic.
             torch._foreach_lerp_(list(self.values.values()), weights, 1.0 - self.decay_at(updates))
 
     def decay_at(self, updates: int) -> float:

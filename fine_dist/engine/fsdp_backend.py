@@ -44,6 +44,7 @@ class FsdpBackend(ShardedBackend):
         if world.world_size == 1:
             join_alone(world.device)
         self.shapes = {name: tuple(p.shape) for name, p in trainable(model).items()}
+        # FSDP2 shards along dimension 0, which such a parameter does not have.
         scalars = [name for name, p in model.named_parameters() if p.dim() == 0]
         if scalars:
             raise ConfigError(
@@ -52,14 +53,22 @@ class FsdpBackend(ShardedBackend):
             )
         # It warns of operators that change a block's output in place; no model here has one.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # One dimension: all ranks form one group of shards. Replicas
+        # of groups (HSDP) would give a value several owners.
         mesh = init_device_mesh(world.device.type, (world.world_size,))
+        # No parameter dtype here: autocast decides what products compute
+        # in, and gathered weights stay fp32 as in the other backends.
         policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if engine.reduce_dtype == "bf16" else None)
         model.to(world.device)
+        # Blocks first, then the root. A wrapped block is left out of its parent's
+        # group, so that what remains for the root is the shared genes and the shell.
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         assert isinstance(model, FSDPModule)
         if hasattr(model, "forward_with_features"):
+            # FSDP2 gathers the root's weights in hooks of `forward`;
+            # another entry point would compute with sharded ones.
             register_fsdp_forward_method(model, "forward_with_features")
         self.model = model
         self.sharded: dict[str, DTensor] = {}
@@ -71,6 +80,7 @@ class FsdpBackend(ShardedBackend):
             self.sharded[name] = p
             if local.numel():  # a parameter of fewer rows than ranks leaves some ranks without any
                 _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+                # Sharding is by rows, so a shard begins at (first row) x (values in a row) of the flattened parameter.
                 self._starts[name] = offset[0] * (p.numel() // p.shape[0])
                 self.shards[name] = nn.Parameter(local)  # shares its memory with what FSDP2 gathers from
         self.optimizer = adamw(list(self.shards.values()), optim) if self.shards else None
@@ -83,18 +93,24 @@ class FsdpBackend(ShardedBackend):
     def step(self, lr: float, good: Tensor | None = None) -> Tensor:
         device = self.world.device
         for name, shard in self.shards.items():
+            # The optimizer holds plain views of the local shards, so their gradients are attached
+            # by hand, and missing ones are zeros: the moments decay in every backend alike.
             gradient = self.sharded[name].grad
             shard.grad = gradient.to_local() if isinstance(gradient, DTensor) else torch.zeros_like(shard)
         gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
         own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        # Each value lies on exactly one rank, so squares add up to the global norm.
         norm = all_reduce_sum(own.double().square(), self.world).sqrt()
         finite = norm.isfinite()
         if self.optimizer is not None:
             set_lr(self.optimizer, lr)
+            # Even a rank without shards has taken part in the collective above; only the update is skipped for it.
             finite = finite if good is None else finite & good
             with only_where(self.optimizer, finite, clip_divisor(norm, self.clip_norm)):
                 self.optimizer.step()
         for name, p in self.sharded.items():
+            # Freed and not zeroed: the next reduced gradient then
+            # becomes `grad` itself instead of being added to zeros.
             p.grad = None
             if name in self.shards:
                 self.shards[name].grad = None

@@ -34,8 +34,10 @@ class GradientBuckets:
         self.dtype = dtype
         members: list[list[nn.Parameter]] = [[]]
         size = 0
+        # The backward pass completes gradients from the last layer to the first.
         for p in reversed(parameters):
             num_bytes = p.numel() * p.element_size()
+            # One dtype a bucket, since the bucket is one flat tensor.
             if members[-1] and (size + num_bytes > bucket_bytes or p.dtype != members[-1][0].dtype):
                 members.append([])
                 size = 0
@@ -46,6 +48,8 @@ class GradientBuckets:
         self._sending = False
         self._next = 0
         for p in parameters:
+            # This hook runs after autograd has added the gradient into the bucket's view; a hook
+            # on the gradient itself would run before, and the message could leave without it.
             p.register_post_accumulate_grad_hook(self._complete)
         self.zero()
 
@@ -56,6 +60,8 @@ class GradientBuckets:
 
     def zero(self) -> None:
         """Forget the gradients; a parameter that no sample uses has a zero gradient."""
+        # Zeroed in place and never set to None: `p.grad` must stay a view of the bucket,
+        # or autograd allocates a new tensor and the bucket that is sent holds nothing.
         torch._foreach_zero_(self.flat)
         for bucket in self.buckets:
             bucket.attach()
@@ -83,6 +89,8 @@ class GradientBuckets:
             return
         assert isinstance(p, nn.Parameter)
         self._bucket_of[p].missing.discard(p)
+        # A bucket that is complete early waits for those before it. Ranks may finish theirs in different orders when
+        # their samples use different parameters, and the n-th collective of every rank must be the same bucket.
         while self._next < len(self.buckets) and not self.buckets[self._next].missing:
             self._send_next()
 
@@ -110,6 +118,7 @@ class _Bucket:
 
     def send(self, dtype: torch.dtype) -> None:
         self._message = self.flat.to(dtype)  # the same tensor where it has this type
+        # On NCCL's own stream, behind what is queued now; the backward pass goes on beside it.
         self._work = torch.distributed.all_reduce(self._message, async_op=True)
 
     def wait(self) -> None:

@@ -87,6 +87,8 @@ class Heartbeat:
             return self
         limit = timedelta(seconds=self.dead_after_s)
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        # Not the store of the process group: that one may be blocked by a thread that waits for a key, and it
+        # belongs to whoever started the job. Port 0 lets the system choose a free one, which is then sent to all.
         own = TCPStore(host, 0, None, True, limit, wait_for_workers=False) if self.world.is_main else None
         port = broadcast_object(own.port if own else 0, self.world)
         self._store = own or TCPStore(host, port, None, False, limit)
@@ -103,6 +105,7 @@ class Heartbeat:
             return
         if ended := error is None or isinstance(error, ResumeLater):
             barrier(self.world)  # rank 0 has the store: nobody needs it any more when it goes
+        # The thread ends before the error is explained below: from here the main thread alone uses the store.
         self._stop.set()
         self._thread.join()  # a thread that is inside the store when Python ends would abort the process
         if ended:
@@ -122,26 +125,34 @@ class Heartbeat:
                 self._failure = self._find_failure(self._watched, self.dead_after_s)
             except RuntimeError:  # what a TCPStore raises when its server is gone, or does not answer in time
                 self._failure = STORE_LOST
+            # The main thread gets a few seconds to fail by itself: an error that it raises
+            # carries a traceback and closes files, while ending from here does neither.
             if self._failure and not self._stop.wait(GRACE_S):
                 self._end_process(self._failure)
 
     def _beat(self) -> None:
         origin = f"{socket.gethostname()}, pid {os.getpid()}"
+        # The time only makes each heartbeat differ from the one before. It is never compared with
+        # another machine's clock: a reader measures by its own clock how long the text has not changed.
         self._store.set(self._keys[self.world.rank], f"{time.time():.3f} {origin}|{self._state}")
 
     def _find_failure(self, ranks: range, dead_after_s: float) -> RankFailure | None:
         """The first of `ranks` that failed or has been silent for so long, or a failure that rank 0 has found."""
         now = time.monotonic()
+        # One request for all keys; a request each would take longer than the interval for hundreds of ranks.
         found = self._store.multi_get([FAILURE_KEY, *(self._keys[rank] for rank in ranks)])
         failure: RankFailure | None = None
         if found[0]:
             failure = RankFailure(*json.loads(found[0]))
+            # A rank that was suspended and comes back may read that it was declared dead; it then sees the others end.
             if failure.rank != self.world.rank:
                 return failure
             failure = None
         for rank, beat in zip(ranks, found[1:]):
             before, since = self._last_change.get(rank, (b"", now))
             since = since if beat == before else now
+            # The clock starts at the first look, so a thread that starts
+            # late or was itself suspended accuses nobody at once.
             self._last_change[rank] = (beat, since)
             origin, _, state = beat.decode().partition(" ")[2].partition("|")
             if rank == self.world.rank:
@@ -160,12 +171,15 @@ class Heartbeat:
         """End this process from the thread: the main one hangs in a collective that cannot finish."""
         if not failure.reported and self.world.rank == failure.reporter:
             log.error(failure.message)
+        # `sys.exit` in a thread ends the thread only, and an interpreter that shuts
+        # down waits for the main thread, which never returns from the collective.
         os._exit(EXIT_USER_ERROR)
 
     # --- the main thread --------------------------------------------------------------------------------------------
 
     def _publish(self, state: str) -> None:
         self._state = state
+        # The message is a courtesy to the others; failing to deliver it must not hide the error that is being reported.
         with suppress(RuntimeError):  # the store may be gone with rank 0, and with it everybody who could read this
             self._beat()
 
@@ -181,6 +195,8 @@ class Heartbeat:
     def _search(self) -> RankFailure:
         """Which rank is gone, looked for over a few heartbeats of all ranks after a connection broke."""
         until = time.monotonic() + 6 * INTERVAL_S
+        # Silence is measured anew, from after the connection broke:
+        # a rank that just beat slowly before must not be blamed.
         self._last_change.clear()
         while time.monotonic() < until:
             try:
@@ -194,6 +210,7 @@ class Heartbeat:
                 origin = failure.what.partition(" has not")[0]
                 return RankFailure(failure.rank, f"{origin} died", reported=False)
             time.sleep(INTERVAL_S / 4)
+        # All ranks still beat, so nobody died: a network interface or a switch dropped one connection.
         return RankFailure(0, "or another rank lost its connection", reported=False)
 
 

@@ -24,6 +24,8 @@ def copy_to_host(tensors: Sequence[Tensor], buffers: Sequence[Tensor] | None = N
     """
     if not any(tensor.is_cuda for tensor in tensors):
         if buffers is None:
+            # `cpu()` of a tensor in host memory is the tensor itself, and
+            # the caller expects a copy that later updates leave alone.
             return [tensor.detach().cpu().clone() for tensor in tensors]
         return [buffer.copy_(tensor.detach()) for buffer, tensor in zip(buffers, tensors)]
     targets = [host_buffer(tensor) for tensor in tensors] if buffers is None else buffers
@@ -32,4 +34,6 @@ def copy_to_host(tensors: Sequence[Tensor], buffers: Sequence[Tensor] | None = N
     done = torch.cuda.Event()
     done.record()
     done.synchronize()
+    # Cloned out of page-locked memory, which is scarce and cannot
+    # be swapped, since the caller may keep the result for long.
     return list(targets) if buffers is not None else [target.clone() for target in targets]

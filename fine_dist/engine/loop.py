@@ -79,12 +79,14 @@ def fit(
         ConfigError: The batch cannot be divided over ranks and micro-batches.
     """
     world = world or dist.world(engine.device)
+    # The stopper is inside the heartbeat's context, so that signals are restored before a failure is explained.
     own = Stopper(run_dir, engine.time_limit_min, world.is_main) if stopper is None else contextlib.nullcontext(stopper)
     with Heartbeat(world), own as entered:
         run = Run(program, steps, global_batch, optim, engine, run_dir, seed, title, world, entered, claim, finished)
         try:
             return run.train()
         finally:
+            # Also after an error: a write that is under way may be the last good checkpoint.
             run.checkpoints.close()
             run.monitor.close()
 
@@ -117,6 +119,8 @@ class Run:
         if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
         set_arithmetic(engine)
+        # The order matters from here on. The copy for evaluation is made of the untouched model; blocks are compiled
+        # before a backend wraps them; and weights are made equal before the backend copies them into its fp32 masters.
         second_model = evaluation_model(program, engine, world)
         prepare_model(program.model, engine, self.device)
         replica_check.broadcast(program.model.to(self.device), world)  # on the device: over NCCL
@@ -138,6 +142,7 @@ class Run:
         self.evaluation = EvaluationCallback(
             second_model, program, engine, steps, self.device, self.backend, self.ema, self.monitor, stopper
         )
+        # On a GPU the host runs ahead of the device; reading a number would make it wait for the whole queue.
         self.reads_late = self.device.type != "cpu"
         """Whether the numbers of a step are read during the next one. On a CPU a step is over when its calls return."""
         self.pending: PendingStep | None = None
@@ -153,12 +158,14 @@ class Run:
     def train(self) -> FitResult:
         step = self.resume()
         self.begun = time.perf_counter()
+        # After resuming, so that a checkpoint which one node read wrongly is found before it trains.
         replica_check.check(self.program.model, self.world, self.engine, "at the start")
         batches = self.program.stream.batches(step)
         while step < self.steps:
             started = time.perf_counter()
             batch, waited_s = self.next_batch(batches)
             if self.program.before_step is not None:
+                # Seeded anew for each step: a generator that is carried along would give a resumed run other numbers.
                 seed = mix(self.seed, step, _BEFORE_STEP)
                 self.program.before_step(step, self.step_generator.manual_seed(seed))
             total = self.gradients(batch)
@@ -167,14 +174,20 @@ class Run:
             self.step_s = time.perf_counter() - started
             step += 1
             if request or self.must_read(step):
+                # Requests of the step before count as well: `SAVE` is reported
+                # once, and it may have been read at the top of this step.
                 request = max(request, self.read_pending_step())
             if step % self.engine.checkpoint_every == 0 or step == self.steps or request:
                 self.save(step)
             self.evaluation.after_step(step, self.seconds)  # after the save: an error in it does not lose the step
+            # Every rank has read the same reduced request, so all leave
+            # the loop at the same step and no collective is left half.
             if request == stopping.STOP and step < self.steps:
                 self.stop(step)
             self.checkpoints.check()
         self.checkpoints.finish()
+        # The last checkpoint is on disk now, before anything is made of
+        # its weights: whatever fails later can be done again from it.
         result = self.result(step)
         self.finished(result)
         self.evaluation.preview(step, self.seconds)
@@ -192,6 +205,7 @@ class Run:
         begun = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - begun
+        # A stream that was made for another world size would train on too few or repeated samples without an error.
         if len(batch) != self.micro_batch * self.accumulation:
             raise ConfigError(
                 f"the stream gave rank {self.world.rank} {len(batch)} samples where {self.micro_batch} x "
@@ -206,7 +220,9 @@ class Run:
             micro_batch = batch.part(index * self.micro_batch, self.micro_batch)
             with precision(self.engine, self.device):
                 losses = self.program.objective(self.backend.model, micro_batch)
+            # In fp64: sums over other micro-batches and ranks then agree in all digits that are logged.
             total += losses.detach().sum(dtype=torch.float64)
+            # Gradients of earlier micro-batches only add up locally; what travels between ranks travels once a step.
             last = index == self.accumulation - 1
             self.backend.backward(losses, global_batch=self.global_batch, last=last)
         return total
@@ -217,16 +233,22 @@ class Run:
         A loss that is not finite updates nothing; the device decides that by itself.
         """
         # A step that is read late leaves time for one more before the limit.
+        # Twice the last save, since its duration varies with what else uses the file system.
         seconds_needed = 2 * self.checkpoints.stall_s + (self.step_s if self.reads_late else 0.0)
         terms = self.program.take_terms() if self.program.take_terms is not None else None
+        # One message for everything ranks must agree on. It is queued before the update, whose `good` flag is a
+        # value on the device: a bad loss on any rank cancels the update on all of them without the host knowing yet.
         flags = reduce_flags(total, self.stopper.stop_request(seconds_needed), self.world, terms)
         lr = learning_rate(self.optim, step, self.steps)
         grad_norm = self.backend.step(lr, flags[0].isfinite())
+        # All numbers of the step in one tensor, hence one copy and one event.
         numbers = AsyncHostCopy(torch.cat([flags, grad_norm.to(flags).view(1)]))
         return PendingStep(step, lr, waited_s, getattr(self.program.stream, "bad", 0), numbers)
 
     def must_read(self, step: int) -> bool:
         """Whether the last step's numbers are needed before the next one starts: something depends on its result."""
+        # The first step is always read at once: only then is it
+        # known that the run works and may write into its directory.
         if not self.reads_late or not self.logs_open or step % self.engine.checkpoint_every == 0:
             return True
         return self.evaluation.is_due(step)
@@ -244,6 +266,7 @@ class Run:
             self.bad_step(pending.step, result.problem)
         self.open_logs(pending.step)
         if not result.problem:
+            # Only here, after the step is known to be good: an average that took in NaN once would hold it forever.
             self.ema.update(pending.step + 1)
             self.monitor.step(
                 pending.step + 1,
@@ -275,6 +298,7 @@ class Run:
                 f"{where}; {self.bad_steps + 1} steps were bad and engine.max_bad_steps is "
                 f"{self.engine.max_bad_steps}. The last good checkpoint is kept"
             )
+        # All ranks have read the same numbers, so all of them end here together.
         raise TrainingError(why) if self.world.is_main else ReportedElsewhere(why)  # all ranks know it; one reports it
 
     # --- between steps ----------------------------------------------------------------------------------------------
@@ -294,6 +318,7 @@ class Run:
         self.evaluation.held_out = checkpoint.extra["held_out"]
         self.unfinished_row = checkpoint.extra["monitor"]
         checkpoint.close()
+        # No step will run, so nothing else would open the logs.
         if checkpoint.step == self.steps:
             self.open_logs(checkpoint.step)
         step: int = checkpoint.step
@@ -338,6 +363,7 @@ class Run:
             "held_out": self.evaluation.held_out,
             "seconds": self.seconds,
         }
+        # Compared before every save, so that no checkpoint holds weights that only one rank has computed.
         drift = replica_check.check(self.program.model, self.world, self.engine, f"at step {step}")
         if drift:
             self.monitor.warn(drift)
@@ -346,6 +372,7 @@ class Run:
     def stop(self, step: int) -> None:
         """Raise `ResumeLater` with the reason of the rank that asked for it."""
         self.checkpoints.finish()
+        # A signal reaches some ranks only; the reason that a user reads should be that of the rank which got it.
         reasons = dist.gather_objects(self.stopper.reason, self.world)
         reason = next((text for text in reasons if "another rank" not in text), reasons[0])
         raise ResumeLater(f"{reason}; saved at step {step} of {self.steps}, the same command continues")

@@ -53,7 +53,10 @@ class MetricsLog:
     def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
 
+        # Rows behind the checkpoint describe updates that are lost and will be made again, perhaps with other numbers.
         self.rows = keep_rows(metrics, step)
+        # Line-buffered and appended: a row is on its way to the disk when it is
+        # written, and a reader never sees half of one unless the machine dies.
         self._file = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
         self.board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
 
@@ -61,6 +64,7 @@ class MetricsLog:
         """Add a row; numbers that are None are left out."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
         line = json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n"
+        # Shared file systems fail now and then for a moment, and a run of days should outlive that.
         retried(lambda: self._file.write(line))
         self.rows.append(row)
         try:
@@ -92,6 +96,7 @@ def log_hparams(board: Any, settings: Mapping[str, Any], metrics: Mapping[str, f
     from torch.utils.tensorboard.summary import hparams
 
     plain = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
+    # `SummaryWriter.add_hparams` would open a second writer in a subfolder, and the run would show twice.
     for summary in hparams(plain, dict(metrics)):
         board.file_writer.add_summary(summary)
     for name, value in metrics.items():
@@ -143,6 +148,7 @@ class Monitor:
         """
         if state:
             self.sums = MetricSums(**state)
+        # Speed is measured from here, since reading data and checkpoints before is not what a step costs.
         self._row_begun, self._row_first_step = time.perf_counter(), step
         if not self.world.is_main:
             return
@@ -222,6 +228,7 @@ class Monitor:
         seconds = time.perf_counter() - self._row_begun
         # Speed is that of this start's own steps. Of waiting and memory, the largest value of all ranks counts.
         rate = (step - self._row_first_step) / seconds
+        # The slowest rank holds up all others, so the largest wait is what the step lost, and a mean would hide it.
         largest = all_reduce_max(torch.tensor([self.waited_s, float(peak_memory(self.world.device))]), self.world)
         row = {
             "step": step,
@@ -288,6 +295,7 @@ def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
                 break
             rows.append(row)
             kept += len(line)
+    # Cut in place: another program may follow the file (`tail -f`), which a rename would leave behind.
     os.truncate(path, kept)
     return rows
 

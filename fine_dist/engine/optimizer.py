@@ -34,11 +34,13 @@ def adamw(
     Args:
         kind: AdamW or a subclass of it.
     """
+    # One group and one rate: methods differ in *what* trains, never in how fast a part of it does.
     return kind(parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True)
 
 
 def clip_divisor(norm: Tensor, clip_norm: float | None) -> Tensor | None:
     """What gradients are divided by to have at most this global norm, fp32 []; None where nothing is clipped."""
+    # At least 1, because gradients below the limit are not scaled up. The 1e-6 is that of `clip_grad_norm_`.
     return None if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0).float()
 
 
@@ -55,11 +57,13 @@ def only_where(optimizer: torch.optim.Optimizer, good: Tensor, divisor: Tensor |
         good: bool [], on the device of the optimizer's parameters.
         divisor: fp32 [], on that device; None: gradients stay as they are.
     """
+    # Names that torch's fused kernels look for. They skip the update where `found_inf` is 1 and divide by `grad_scale`.
     optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
     optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        # They are attributes of the optimizer, so what stays behind would also scale a later step.
         del optimizer.found_inf, optimizer.grad_scale  # type: ignore[attr-defined]
 
 
@@ -83,8 +87,10 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of the update that leads from `step` to `step + 1`, of `steps` in all."""
+    # A fraction is rounded to whole steps, so that the rate of a step does not depend on how the fraction was written.
     warmup = round(optim.warmup_steps * steps) if optim.warmup_steps < 1 else round(optim.warmup_steps)
     if step < warmup:
+        # `step + 1`: an update with rate 0 would be wasted, and the last step of the warm-up reaches the full rate.
         return optim.lr * (step + 1) / warmup
     if optim.schedule == "constant":
         return optim.lr
@@ -95,6 +101,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 def set_arithmetic(engine: LoopConfig) -> None:
     """Set what this process does in fp32 products, and whether every run gives the same bits."""
     tf32 = engine.precision == "tf32"
+    # Set in both directions, because the process may have run with the other setting before (a notebook, a pack).
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     if engine.deterministic:

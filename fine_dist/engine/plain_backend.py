@@ -36,6 +36,7 @@ class PlainBackend(Backend):
 
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
         if self.buckets and last:
+            # Only the last micro-batch's backward pass may send: gradients are sums over all micro-batches.
             self.buckets.start()
         (losses.sum() / global_batch).backward()
         if self.buckets and last:
@@ -44,6 +45,7 @@ class PlainBackend(Backend):
     def step(self, lr: float, good: Tensor | None = None) -> Tensor:
         if self.buckets:
             self.buckets.wait()
+        # Over flat buckets, so that a norm of a thousand parameters is a few kernels.
         norm = torch.nn.utils.get_total_norm(self.buckets.flat if self.buckets else self._gradients())
         set_lr(self.optimizer, lr)
         finite = norm.isfinite()
@@ -52,6 +54,7 @@ class PlainBackend(Backend):
         if self.buckets:
             self.buckets.zero()
         else:
+            # Freed, so that the next backward pass writes gradients instead of adding to zeros.
             self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -85,6 +88,7 @@ class PlainBackend(Backend):
         system."""
         for name, p in self.named.items():
             steps = checkpoint.optimizer_steps.get(name, 0)
+            # The moments of a run that is resumed in a process that has trained before must not survive.
             self.optimizer.state.pop(p, None)
             if steps:
                 # A fused optimizer counts its updates on the device.
@@ -94,6 +98,7 @@ class PlainBackend(Backend):
                 p.copy_(checkpoint.whole("weight", name).view_as(p))
                 for key in MOMENTS if steps else ():
                     self.optimizer.state[p][key].copy_(checkpoint.whole(key, name).view_as(p))
+        # Weights and moments travel together in few large messages; every rank has made room for them above.
         moments = [
             self.optimizer.state[p][key] for p in self.parameters if p in self.optimizer.state for key in MOMENTS
         ]

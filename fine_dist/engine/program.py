@@ -97,6 +97,7 @@ def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) ->
     Raises:
         ConfigError: The global batch cannot be divided that way; the message names what can.
     """
+    # Ranks must have equal shares: a loss is a mean over the global batch, and gradients are summed with equal weights.
     local, rest = divmod(global_batch, world_size)
     if rest or not local:
         near = max(1, round(global_batch / world_size)) * world_size

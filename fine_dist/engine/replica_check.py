@@ -36,6 +36,7 @@ def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
+        # A flat message has one type and one device.
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in groups.values():
         for bucket in _buckets(group, BROADCAST_BYTES):
@@ -77,11 +78,13 @@ def check(model: nn.Module, world: World, engine: LoopConfig, when: str) -> str:
     """
     if world.world_size == 1 or shards_weights(engine):
         return ""
+    # Two integers a rank instead of the weights: the check runs before every checkpoint and must cost next to nothing.
     fingerprints = dist.gather_objects(fingerprint(model), world)
     differing = [rank for rank, found in enumerate(fingerprints) if found != fingerprints[0]]
     if not differing:
         return ""
     ranks = ", ".join(map(str, differing))
+    # Only after the cheap comparison has failed are the weights themselves sent, to tell rounding from a fault.
     drift = max(dist.gather_objects(distance(model, world, adopt=engine.backend == "plain"), world))
     if drift <= MAX_DRIFT:
         return (
@@ -109,6 +112,7 @@ def fingerprint(model: nn.Module) -> list[int]:
     """
     sums = []
     for index, p in enumerate(model.parameters()):
+        # Bits and not values: sums of floats round, NaN is unequal to itself, and -0 equals 0.
         bits = p.detach().reshape(-1).view(torch.int32 if p.element_size() == 4 else torch.int16).long()
         weights = torch.arange(len(bits), device=bits.device) % 8191 + 1  # a prime period, far below an overflow
         sums.append(torch.stack([bits.sum(), (index + 1) * (bits * weights).sum()]))
@@ -126,11 +130,14 @@ def distance(model: nn.Module, world: World, adopt: bool) -> float:
     difference = norm = 0.0
     references = []
     for p in model.parameters():
+        # A clone, because `broadcast` writes into its argument and the own weights are still needed for the difference.
         reference = dist.broadcast(p.data.clone(), world)
         difference += float((p.data - reference).double().square().sum())
         norm += float(reference.double().square().sum())
         references.append(reference)
     relative: float = (difference / max(norm, 1e-30)) ** 0.5
+    # Larger differences are left as they are: the run stops, and
+    # whoever looks for the fault finds both sets of weights.
     if adopt and relative <= MAX_DRIFT:
         for p, reference in zip(model.parameters(), references):
             p.data.copy_(reference)

@@ -90,6 +90,7 @@ class RunDir:
                 self._open()
             except (RunDirError, OSError) as error:
                 failure = error
+        # Rank 0's failure is broadcast before it is raised: other ranks would wait for it in their next collective.
         if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
             raise ReportedElsewhere(f"rank 0 could not open the run directory {self.path}")
         if failure:
@@ -97,6 +98,7 @@ class RunDir:
         return self
 
     def _open(self) -> None:
+        # Noted before the folder is made, so that a start that fails leaves no trace and the directory name stays free.
         self._new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -125,6 +127,8 @@ class RunDir:
             if folder.exists() and not folder.is_dir():
                 raise RunDirError(f"{folder} is a file, and a folder is needed there; move it away")
             folder.mkdir(exist_ok=True)
+        # Not before the first step has worked: a mistyped setting
+        # must not overwrite the config of the run that is there.
         write_atomic(self.path / CONFIG, f"# kind: {self._kind}\n{dump_yaml(config)}")
         about = {"kind": self._kind, "identity": self._identity}
         write_atomic(self.path / IDENTITY, json.dumps(about, indent=1) + "\n")
@@ -139,6 +143,7 @@ class RunDir:
         path = str((self.path / "lock").resolve())
         if path in _held:
             raise RunDirError(f"run directory {self.path} is in use by this very process (pid {os.getpid()})")
+        # `a+` and not `w`: opening must not empty the file, which names its owner, before the lock is ours.
         handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run has the directory
         if not try_lock(handle.fileno(), path, posix=True):
             handle.seek(0)
@@ -150,6 +155,7 @@ class RunDir:
             )
         handle.truncate(0)
         handle.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        # Flushed but not closed: closing any handle of the file would release the POSIX lock.
         handle.flush()
         _held[path], self._lock = handle, path
 
@@ -164,6 +170,7 @@ class RunDir:
                     folder.rmdir()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
+        # The lock file stays: removing it would let a process that has it open lock a file that nobody else can find.
         _held.pop(self._lock).close()
         self._lock = None
 
@@ -249,6 +256,7 @@ class RunDir:
         """
         try:
             if name == STOP:
+                # A rename is atomic, so of several processes that look for the file exactly one takes the request.
                 (self.path / name).replace(self.path / STOPPED)
             else:
                 (self.path / name).unlink()
@@ -303,6 +311,8 @@ def describe_environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the source tree (with `+` when it has changes), or none outside of one."""
+    # Only a checkout has `.git` there; an installed package would
+    # otherwise report the commit of a repository around it.
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -30,8 +30,11 @@ def reduce_flags(total: Tensor, stop_request: int, world: World, terms: Tensor |
         fp64 [1 + 2W + K]: the sum of all ranks' losses, a 1 for every rank whose own losses are not finite, the stop
         request of every rank, and the sums of the terms.
     """
+    # A sum over ranks is the only collective needed: each rank writes its flags into places
+    # that are zero on all others, so the sum is a gather. fp64 holds the integers exactly.
     flags = torch.zeros(1 + 2 * world.world_size, dtype=torch.float64, device=total.device)
     flags[0] = total
+    # Written by the device. An `if` here would make the host wait for the loss.
     flags[1 + world.rank] = ~total.isfinite()
     flags[1 + world.world_size + world.rank].fill_(stop_request)
     flags = flags if terms is None else torch.cat([flags, terms])
@@ -102,5 +105,6 @@ class PendingStep:
         total, *flags, grad_norm = self.numbers.read()
         ranks = world.world_size
         bad_ranks = [rank for rank, flag in enumerate(flags[:ranks]) if flag]
+        # One row of floats, cut in the order in which `reduce_flags` has put them.
         terms = [value / global_batch for value in flags[2 * ranks :]]
         return StepResult(total / global_batch, bad_ranks, int(max(flags[ranks : 2 * ranks])), grad_norm, terms)

@@ -48,6 +48,7 @@ class Stopper:
         # Python delivers signals to the main thread only. In a Ray worker that thread is Ray's, which has handlers of
         # its own.
         if threading.current_thread() is threading.main_thread():
+            # Those of before are put back at the end: a launcher or a notebook may have its own.
             self._handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -58,6 +59,7 @@ class Stopper:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
             raise KeyboardInterrupt  # pressed again: end now, without saving
+        # Nothing else is done in a handler: it may interrupt any line, a write or a collective included.
         self._signal = number
 
     def stop_request(self, seconds_needed: float = 0.0) -> int:
@@ -74,9 +76,12 @@ class Stopper:
         """Whether this rank asks to stop now; a request to save is left for the loop to find."""
         if self._signal is not None:
             self.reason = f"received {signal.Signals(self._signal).name}"
+        # The time that one more step and a save take is subtracted: a scheduler kills at its limit without asking.
         elif self._deadline is not None and time.monotonic() + seconds_needed >= self._deadline:
             self.reason = f"the time limit of {self._limit_min:g} min is reached"
         elif self._stop_file or self._finds("STOP"):
+            # Remembered, because the file is taken away by the first
+            # look, and the request must still stand at the next one.
             self._stop_file = True
             self.reason = "a file STOP was in the run directory"
         else:
@@ -86,6 +91,7 @@ class Stopper:
     def _finds(self, name: str) -> bool:
         """Whether rank 0 finds a file of this name; each is looked for once in `FILES_EVERY_S`."""
         now = time.monotonic()
+        # Rank 0 alone looks: hundreds of ranks that ask for one file every second are a load on a metadata server.
         if not self.is_main or now < self._next_look.get(name, 0.0):
             return False
         self._next_look[name] = now + FILES_EVERY_S
