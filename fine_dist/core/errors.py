@@ -39,6 +39,10 @@ class CheckpointError(FineDistError):
     """No usable checkpoint, or one that belongs to another model."""
 
 
+class DamagedStateError(CheckpointError):
+    """Every saved state of a run is damaged: it would start over, which it does only when its user asks for that."""
+
+
 class RunDirError(FineDistError):
     """The run directory cannot be written, is in use, or belongs to another config."""
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fine_dist.core.errors import CheckpointError
+from fine_dist.core.errors import CheckpointError, DamagedStateError
 from fine_dist.core.files import remove_tree, sync_folder, write_atomic
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
@@ -76,19 +76,20 @@ class Checkpoints:
         the one before it is taken.
 
         Raises:
-            CheckpointError: All are damaged, or the one found belongs to another run; the message says what differs.
+            DamagedStateError: All are damaged.
+            CheckpointError: The one found belongs to another run; the message says what differs.
         """
         found: dict[str, Any] = {}
         if self.world.is_main:
             try:
                 found["name"] = self._find_newest()
             except CheckpointError as error:
-                found["error"] = str(error)
+                found |= {"error": str(error), "damaged": isinstance(error, DamagedStateError)}
         # One rank decides. If each looked for itself, a network file system could show
         # them different newest checkpoints, and the ranks would resume at different steps.
         found = broadcast_object(found, self.world)
         if "error" in found:
-            raise CheckpointError(found["error"])
+            raise (DamagedStateError if found["damaged"] else CheckpointError)(found["error"])
         if found["name"] is None:
             return None
         checkpoint = CheckpointReader(self.folder / found["name"])
@@ -117,7 +118,7 @@ class Checkpoints:
             return folder.name
         damaged = sorted(path.name for path in self.folder.glob("damaged-step_*"))
         if damaged:  # also those that an earlier start has set aside: a run never starts over by itself
-            raise CheckpointError(
+            raise DamagedStateError(
                 f"all {len(damaged)} checkpoints in {self.folder} are damaged ({damaged[-1]} is the newest); copy one "
                 "back, start again in another run directory, or remove this folder to start over here at step 0"
             )

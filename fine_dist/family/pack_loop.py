@@ -367,7 +367,7 @@ class PackRun:
         """Continue from the furthest saved state of every job, in whichever pack it was saved."""
         if self.states is None:
             return
-        found = read_states(self.states[0], {job.name: job.key for job in self.jobs})
+        found = read_states(*self.states, {job.name: job.key for job in self.jobs})
         for j, job in enumerate(self.jobs):
             if job.name not in found:
                 continue

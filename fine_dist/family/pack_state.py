@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fine_dist.core.errors import CheckpointError
-from fine_dist.core.files import whole_file
-from fine_dist.core.json_files import Record, as_record, parse_json
+from fine_dist.core.errors import CheckpointError, DamagedStateError
+from fine_dist.core.files import open_regular, whole_file
+from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +52,21 @@ def _age(path: Path) -> float:
         return -1.0
 
 
-def read_states(folder: Path, keys: Mapping[str, str]) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
+def read_states(
+    folder: Path, pack: str, keys: Mapping[str, str]
+) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """The furthest whole state of every named job that any pack in `folder` has saved: (tensors, values).
 
-    keys: wanted job -> its key. `CheckpointError` when a job of this name was saved for other settings. Files that
-    cannot be read are renamed to `NAME.damaged`, with a line that says so; no other job suffers from them.
+    Files that cannot be read are renamed to `NAME.damaged`, with a line that says so; no other job suffers from them.
+
+    Args:
+        folder: Where the packs of a family keep their states.
+        pack: The name of the pack that the jobs are in now.
+        keys: Wanted job -> its key.
+
+    Raises:
+        DamagedStateError: A job has no whole state, and a damaged file was its own.
+        CheckpointError: A job of this name was saved for other settings.
     """
     offers: dict[str, list[tuple[int, Path, dict[str, Any]]]] = {name: [] for name in keys}
     for path in sorted(folder.glob(f"*{SUFFIX}")):
@@ -77,7 +87,37 @@ def read_states(folder: Path, keys: Mapping[str, str]) -> dict[str, tuple[dict[s
                 found[name] = (tensors, dict(about["values"]))
                 break
             set_aside(path, f"what it holds of {name} is not what was written")
+    if len(found) < len(keys):
+        _refuse_to_start_over(folder, pack, [name for name in keys if name not in found])
     return found
+
+
+def _refuse_to_start_over(folder: Path, pack: str, jobs: list[str]) -> None:
+    """`DamagedStateError` when a damaged file held the state of one of these jobs, also one set aside earlier."""
+    files = []
+    for path in folder.glob(f"*{SUFFIX}{DAMAGED}"):
+        held = _jobs_of_damaged(path)
+        if held & set(jobs) if held is not None else path.name.rpartition(SUFFIX)[0][:-2] == pack:
+            files.append(path)
+    if not files:
+        return
+    newest = max(files, key=_age).name
+    others = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
+    raise DamagedStateError(
+        f"all saved states of {jobs[0]}{others} in {folder} are damaged ({newest} is the newest of {len(files)}); copy "
+        f"one back without {DAMAGED}, start again in another run directory, or remove "
+        f"{' and '.join(sorted(path.name for path in files))} to start over here at step 0"
+    )
+
+
+def _jobs_of_damaged(path: Path) -> set[str] | None:
+    """The jobs that a damaged file names: one that was cut short still has its head. None: nothing can be read."""
+    try:
+        with open_regular(path) as file:
+            head = json.loads(file.read(min(MAX_JSON_BYTES, int.from_bytes(file.read(8), "little"))))
+        return set(json.loads(head["__metadata__"]["jobs"]))
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from fine_dist.artifacts.targets import descend, own_tensors
 from fine_dist.core.config import run_dir_of
-from fine_dist.core.errors import DataError, LaunchError, ResumeLater
+from fine_dist.core.errors import DamagedStateError, DataError, LaunchError, ResumeLater
 from fine_dist.engine import dist
 from fine_dist.engine.dist import World
 from fine_dist.engine.heartbeat import Heartbeat
@@ -62,13 +63,17 @@ def run_family(family: Family, inside: bool) -> Path:
     if claim is None and not inside:
         raise LaunchError(f"{folder}: another live process trains targets of this family; wait for it, or stop it")
     members = {member.name: member for member in family.members}
+    refused: list[DamagedStateError] = []
     try:
         if not inside:
             (folder / STOP).unlink(missing_ok=True)
         for pack in family.packs():
             if claim is not None:
                 table.start_all(name for name in pack.jobs if not family.done(members[name]))
-            run_pack(family, pack, table, world)
+            try:
+                run_pack(family, pack, table, world)
+            except DamagedStateError as error:
+                refused.append(error)
     finally:
         if claim is not None:
             claim.release()
@@ -79,14 +84,20 @@ def run_family(family: Family, inside: bool) -> Path:
         others.sort(key=lambda member: member.name in started)
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
             draw_family(folder, others, beside=family.beside)  # the last pack to end draws the whole family
+    if refused:
+        raise refused[0]
     return folder
 
 
 def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> None:
     """Train the targets of one pack that are not done; a target that fails is marked and leaves the others alone.
 
-    Raises `ResumeLater` after saving when the process is asked to stop.
+    Raises:
+        ResumeLater: After saving, when the process was asked to stop.
+        DamagedStateError: At the end, when targets would have to start over because their states are damaged. They are
+            marked as failed; the others were trained.
     """
+    refused: list[DamagedStateError] = []
     members = {m.name: m for m in family.members}
     waiting: list[InitializedTarget] = []
     for member in (members[name] for name in pack.jobs):
@@ -113,11 +124,27 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
     ) as stopper:
         for group in sharing([built for built in waiting if built.form]):
             for part in [[built] for built in group] if pack.sequential else [group]:
-                with Heartbeat(world):
+                names = [built.member.name for built in part]
+                with Heartbeat(world), _collected(refused, names, table, world):
                     _train_packed(family, pack, part, table, world, stopper)
         for built in waiting:
             if not built.form:
-                train_single_target(family, built.member, built.descent, table, world, stopper)
+                with _collected(refused, [built.member.name], table, world):
+                    train_single_target(family, built.member, built.descent, table, world, stopper)
+    if refused:
+        raise refused[0]
+
+
+@contextlib.contextmanager
+def _collected(refused: list[DamagedStateError], names: list[str], table: StateTable, world: World) -> Iterator[None]:
+    """Mark targets whose states are all damaged as failed, and keep the error for when the others are trained."""
+    try:
+        yield
+    except DamagedStateError as error:
+        refused.append(error)
+        if world.is_main:
+            for name in names:
+                table.finish(name, "failed", str(error))
 
 
 class FamilyRequests:

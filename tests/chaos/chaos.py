@@ -1,14 +1,16 @@
 """Random faults in a minute: condense and a family under random faults, compared byte by byte with an undisturbed run.
 
-    python -m tests.chaos.chaos --rounds 100        prints the table of docs/reliability.md
+    python -m tests.chaos.chaos --rounds 100 --record runs/chaos.jsonl      prints the table of docs/reliability.md
 
-A fault is chosen by a seeded generator, struck at a random moment of a start, and the same command is given again.
+A fault is chosen by a seeded generator, struck at a random moment of a start, and the same command is given again. Each
+night is a row of the record; the same command leaves out the nights that the record has, and --rounds 0 only prints it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import resource
@@ -19,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +138,10 @@ class Chaos:
                 strike(ranks)
             with contextlib.suppress(RuntimeError):
                 said = str(ranks.results(PATIENCE_S)[0])
-                if (
-                    "to start over" in said
-                ):  # every checkpoint was cut short: a run starts over only when it is asked to
-                    shutil.rmtree(self.folder / "checkpoints")
+                if "to start over" in said:  # every state was cut short: a run starts over only when it is asked to
+                    shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+                    for path in self.folder.glob("packs/*.damaged"):
+                        path.unlink()
                 return said
             return "died"
         except TimeoutError:
@@ -246,28 +248,51 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--faults", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, default=Path("runs/chaos.jsonl"))
     options = parser.parse_args()
-    total, begun = Night(), time.monotonic()
-    unequal = 0
-    with tempfile.TemporaryDirectory() as place:
-        root = Path(place)
-        run(EncodeConfig(out=str(root / "data")))
-        calm = calm_run(root / "calm", root / "data")
-        for index in range(options.rounds):
-            found = night(options.seed + index, options.faults, root / f"night{index}", root / "data", calm)
-            total.struck += found.struck
-            total.starts, total.hung = total.starts + found.starts, total.hung + found.hung
-            unequal += bool(found.differing)
-            said = "equal" if not found.differing else f"differs: {found.differing}"
-            print(f"round {index}: {found.starts} starts, {said}", file=sys.stderr, flush=True)
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    options.record.touch()
+    done = {row["seed"] for row in recorded_nights(options.record)}
+    seeds = [seed for seed in range(options.seed, options.seed + options.rounds) if seed not in done]
+    if seeds:
+        with tempfile.TemporaryDirectory() as place:
+            root = Path(place)
+            run(EncodeConfig(out=str(root / "data")))
+            calm = calm_run(root / "calm", root / "data")
+            for seed in seeds:
+                begun = time.monotonic()
+                folder = root / f"night{seed}"
+                try:
+                    found = night(seed, options.faults, folder, root / "data", calm)
+                except AssertionError as error:
+                    found = Night(differing=[f"did not end: {error}"])
+                row = {"seed": seed, "seconds": round(time.monotonic() - begun), **asdict(found)}
+                with options.record.open("a") as record:
+                    record.write(json.dumps(row) + "\n")
+                print(row, file=sys.stderr, flush=True)
+                if not found.differing:  # the files of a night that differs are copied for whoever looks for the cause
+                    shutil.rmtree(folder)
+                else:
+                    shutil.copytree(folder, options.record.with_suffix(f".night{seed}"))
+    return print_table(recorded_nights(options.record))
+
+
+def recorded_nights(record: Path) -> list[dict[str, Any]]:
+    """The rows of the record, one a night."""
+    return [json.loads(line) for line in record.read_text().splitlines()]
+
+
+def print_table(nights: list[dict[str, Any]]) -> int:
+    """The table of what was struck in the nights, and the exit code: 1 where one hung or ended with other bytes."""
+    struck = sum((Counter(row["struck"]) for row in nights), Counter[str]())
     print("| fault | struck |\n|---|---|")
-    for fault, count in sorted(total.struck.items()):
+    for fault, count in sorted(struck.items()):
         print(f"| {fault} | {count} |")
-    took = (
-        f"{options.rounds} rounds of {options.faults} faults, {total.starts} starts, {time.monotonic() - begun:.0f} s"
-    )
-    print(f"\n{took}: {total.hung} hung, {unequal} ended with other bytes than a calm run.")
-    return 1 if unequal or total.hung else 0
+    hung, unequal = sum(row["hung"] for row in nights), sum(bool(row["differing"]) for row in nights)
+    starts, seconds = sum(row["starts"] for row in nights), sum(row["seconds"] for row in nights)
+    print(f"\n{len(nights)} nights of {struck.total()} faults, {starts} starts, {seconds} s: ", end="")
+    print(f"{hung} hung, {unequal} ended with other bytes than a calm run.")
+    return 1 if unequal or hung else 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.members import Family
 from fine_dist.family.summary import list_family
 from fine_dist.family.train_family import run_pack
+from fine_dist.init import main as init
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
@@ -344,3 +345,21 @@ def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_we
         losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
         assert [row["loss"] for row in rows_of(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
     assert {row.state for row in table.rows()} == {"done"}
+
+
+def test_targets_whose_states_are_all_damaged_are_refused_in_one_line_after_the_others_have_trained(
+    learngene, shards, tmp_path, capsys
+):
+    run_dir = tmp_path / "damaged"
+    command = words(learngene, shards, run_dir, "--pack.max-jobs", "1", "--launcher", "here", "--steps", "4")[3:]
+    assert init([*command, "--engine.time-limit-min", "0.00001"]) == 75
+    [state] = (run_dir / "packs").glob("*.state.safetensors")  # of the deeper target, which comes first
+    state.write_bytes(state.read_bytes()[:-9])
+    capsys.readouterr()
+    assert init(command) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"^error: all saved states of L3-s0-lr0.01 in .* to start over here at step 0$", said, re.M), said
+    assert {row.name: row.state for row in StateTable(run_dir).rows()} == {NAMES[0]: "done", NAMES[2]: "failed"}
+    state.with_name(state.name + ".damaged").unlink()
+    assert init(command) == 0
+    assert [row["step"] for row in rows_of(run_dir / NAMES[2])] == [1, 2, 3, 4]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fine_dist.artifacts.targets import descend
-from fine_dist.core.errors import ArtifactError, CheckpointError, ConfigError
+from fine_dist.core.errors import ArtifactError, CheckpointError, ConfigError, DamagedStateError
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import GO_ON, STOP
@@ -216,8 +216,24 @@ def test_a_damaged_state_of_one_pack_stops_no_other(learngene, shards, tmp_path)
         cut(path)
     two, _ = packed(learngene, FAMILY[1:2], shards / "train", 6, states=(tmp_path, "two"))
     assert two.progress[0].step == 3 and two.train()
-    one, _ = packed(learngene, FAMILY[:1], shards / "train", 6, states=(tmp_path, "one"))
-    assert one.progress[0].step == 0 and one.train()  # nothing whole was left of it, so it begins again
+
+
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"x" * 999)])
+def test_a_pack_whose_states_are_all_damaged_starts_over_only_when_it_is_asked_to(learngene, shards, tmp_path, damage):
+    how = {"engine": EngineConfig(device="cpu", log_every=1, checkpoint_every=2), "states": (tmp_path, "one")}
+    run, _ = packed(learngene, FAMILY[:2], shards / "train", 6, stop_request=stop_after(5), **how)
+    assert not run.train()
+    for path in tmp_path.glob(f"one*{SUFFIX}"):
+        damage(path)
+    for _ in range(2):  # the second time it finds what the first has set aside
+        with pytest.raises(DamagedStateError, match=r"all saved states of L4.* and 1 more .* to start over") as refusal:
+            packed(learngene, FAMILY[:2], shards / "train", 6, **how)
+        assert "\n" not in str(refusal.value)
+    for path in tmp_path.glob(f"*{DAMAGED}"):
+        assert path.name in str(refusal.value)
+        path.unlink()
+    again, _ = packed(learngene, FAMILY[:2], shards / "train", 6, **how)
+    assert again.progress[0].step == 0 and again.train()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
