@@ -30,12 +30,14 @@ def code_root(module: str) -> str:
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
     """Copy the code into `RUN_DIR/code/HASH`, once for each content; returns that folder."""
     files = code_files(module)
+    # By content, so that a thousand submissions of unchanged code share one copy and each edit gets one of its own.
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{sha256_of(files[name])}\n".encode())
     target = run_dir / "code" / digest.hexdigest()[:12]
     if target.is_dir():
         return target
+    # Copied under another name first: a job that starts meanwhile must never import half a copy.
     draft = draft_name(target)
     stage_code(draft, module)
     try:
@@ -49,6 +51,7 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
 
 def stage_code(folder: Path, module: str) -> None:
     """Copy `fine_dist`, the scripts in `slurm/` and the package of `module` into a folder."""
+    # Sources alone, no folder as a whole: run directories and data may lie inside a checkout.
     for name, file in code_files(module).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +91,7 @@ def _git(root: Path) -> str | None:
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
     said = subprocess.run(
+        # Without its locks: `git describe --dirty` refreshes the index, which fails where the checkout is read-only.
         ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -107,6 +107,7 @@ def probe(run_dir: Path) -> Path:
     me, size = rank(), world_size()
     folder = run_dir / "doctor"
     folder.mkdir(parents=True, exist_ok=True)
+    # First of all, because the job starts from the beginning when it succeeds.
     requeue = _try_requeue(folder, me)
     (folder / f"seen-{me}").touch()
     seen = _wait_for([folder / f"seen-{other}" for other in range(size)])
@@ -155,6 +156,7 @@ def _try_requeue(folder: Path, me: int) -> str:
     mark = folder / "requeue"
     if not job or "SLURM_STEP_ID" not in os.environ:
         return ""
+    # This is the second start: the requeue below worked.
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         return "ok"
     if me == 0:
@@ -212,6 +214,7 @@ def _group(folder: Path, me: int) -> str:
     """Whether files in a folder with the setgid bit belong to the folder's group, as members of a project expect."""
     shared = folder / f"group-{me}"
     shared.mkdir(exist_ok=True)
+    # A group other than the default one, since only then does the result tell setgid from the default.
     others = [group for group in os.getgroups() if group != os.getegid()] or [os.getegid()]
     try:
         os.chown(shared, -1, others[0])
@@ -244,6 +247,8 @@ def _reach(folder: Path, me: int, size: int) -> str:
     """Every process connects to rank 0 by its host name, as torchrun's ranks do."""
     address = folder / "address"
     if me == 0:
+        # All interfaces and any port, as for torchrun: the question
+        # is whether the host *name* leads to a reachable one.
         with socket.create_server(("", 0), backlog=size) as server:
             server.settimeout(MEET_S)
             write_atomic(address, json.dumps([socket.gethostname(), server.getsockname()[1]]))

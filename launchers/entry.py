@@ -46,6 +46,7 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     needs = launch_of(config)
     if inside():
         _refuse_single_rank(make_spec(module, config, write=False))
+    # A command that runs inside a job must not submit jobs of its own: an array task would fan out once more.
     target = Here if inside() else pick(launcher, needs)
     with target(needs) as runner:
         if isinstance(runner, CommandTarget):
@@ -124,17 +125,22 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
     needs = launch_of(config)
     run_dir = run_dir_of(config)
     table = StateTable(run_dir)
+    # Two drivers of one run directory would submit every task twice.
     with table.driver(f"{runner.name} fan-out"):
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
         for name in (STOP, STOPPED):  # left by an earlier run: starting it again withdraws the request
             (run_dir / name).unlink(missing_ok=True)
         specs = make_specs(module, config, tasks, code=_code(runner, module, config))
+        # Tasks that a scheduler still holds read `pending` in the
+        # table; without this they would be submitted a second time.
         queued = {name for names in runner.alive(Submissions(run_dir).all()).values() for name in names}
         todo = [spec for spec in specs if not is_done(table, spec) and queued.isdisjoint(spec.rows)]
         print(f"{module}: {_counts(table, specs, todo, queued)}", flush=True)
         if runner.detached:
             jobs = runner.submit_many(todo, needs.max_parallel, needs.retries) if todo else []
+            # Written after the submission, because only the scheduler
+            # knows the ids; `Submissions` says what follows from that.
             Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
             if jobs:
                 print(f"submitted as {runner.name} jobs {jobs[0].id} to {jobs[-1].id}; "
@@ -163,10 +169,13 @@ def _counts(table: StateTable, specs: list[JobSpec], todo: list[JobSpec], queued
 def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
     """Wait for the jobs of a fan-out, and record the failure of those whose processes could not do so themselves."""
     for job in runner.wait(jobs):
+        # Busy is no failure: the process that holds the task will record its end.
         if job.code in (0, EXIT_BUSY) or job.state == "cancelled":
             continue
         for name in job.spec.rows:
             row = table.get(name) or TaskRow(name=name)
+            # A process that could still write its own row has done so;
+            # only rows that nobody can write any more are ended here.
             if row.state == "pending" or table.lost(row):
                 table.finish(name, "failed", job.reason)
 
@@ -193,6 +202,7 @@ def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> Non
 
 
 def _code(runner: Launcher, module: str, config: Config) -> str:
+    # The local pool starts at once and needs no copy; an edit cannot come between submission and start.
     copied = launch_of(config).snapshot and runner.copies_code
     return str(snapshot(run_dir_of(config), module)) if copied else code_root(module)
 

@@ -193,6 +193,7 @@ class Launcher(LaunchTarget):
         """
         jobs = [self._job(spec, retries) for spec in specs]
         self._queue.extend(jobs)
+        # The width holds for the whole queue, retries included, so that a retry never runs beside a full machine.
         self._width = max_parallel or (self.fits(specs[0]) if specs else 1)
         self.poll()
         return jobs
@@ -233,6 +234,8 @@ class Launcher(LaunchTarget):
         """
         last = 0.0
         try:
+            # A signal becomes an exception while jobs are waited for;
+            # while they are submitted it would leave half of that done.
             with stop_on_signals():
                 while True:
                     self.poll()
@@ -259,6 +262,7 @@ class Launcher(LaunchTarget):
                 self._finish(job)
         while self._queue and len(self._live) < self._width:
             job = self._queue.popleft()
+            # Asked for each job, because a user may leave the file while earlier jobs still run.
             if job.spec.table and was_stopped(job.spec.table):
                 job.state, job.code, job.reason = "cancelled", EXIT_RESUME, STOPPED_BY_FILE
             else:
@@ -322,6 +326,7 @@ class Launcher(LaunchTarget):
         job.state, job.code, job.reason = "running", None, None
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self._start(job)
+        # After the start: a job that could not be started is nothing that `close` would have to end.
         self._live.append(job)
 
     def _finish(self, job: Job) -> None:
@@ -335,9 +340,12 @@ class Launcher(LaunchTarget):
         # A job that was asked to stop, was lost with its node, or found its task still locked has not failed.
         if job.code in (None, EXIT_RESUME, EXIT_BUSY) and job.restarts < self.max_restarts:
             job.restarts += 1
+            # A preempted or lost job has done nothing wrong, so the
+            # attempt is given back; `max_restarts` bounds that instead.
             job.attempts -= 1
             self._requeue(job)
         elif (
+            # A user's error or a cancelled job fails the same way each time; crashes and kills may not.
             job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY, EXIT_INTERRUPTED)
             and job.attempts <= job.retries
         ):
@@ -379,6 +387,7 @@ def joint_code(codes: Sequence[int]) -> int:
 
     A launcher ends the remaining processes by SIGTERM once one has failed; their codes are not failures of their own.
     """
+    # Where every process was ended by SIGTERM there is no other code to report, and those count after all.
     own = [code for code in codes if code != -signal.SIGTERM]
     if not any(own):
         own = list(codes)

@@ -105,6 +105,7 @@ class LocalLauncher(Launcher):
         if spec.nodes > 1:
             raise LaunchError(f"{spec.name} wants {spec.nodes} nodes; local has one: use --launcher slurm or ray")
         require_accelerators(spec)
+        # Least used first, so that jobs which share accelerators spread over all of them.
         devices = self._take(spec.accelerators_per_node)
         env = {"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else {}
         group = self._server(spec).group(spec, job.file, None if job.show else job.log, env)
@@ -125,6 +126,7 @@ class LocalLauncher(Launcher):
 
     def _stop(self, job: Job) -> None:
         group = _group_of(job)
+        # `end` is called again and again: it sends SIGTERM once, and SIGKILL when the grace period is over.
         while not group.ended():
             group.end()
             time.sleep(0.01)
@@ -138,6 +140,7 @@ class LocalLauncher(Launcher):
 
     def _server(self, spec: JobSpec) -> ForkServer:
         server = self._servers.get(spec.code)
+        # One server for each copy of the code: what a server has imported cannot be imported from another folder again.
         if server is None or not server.alive:
             server = self._servers[spec.code] = ForkServer(spec, self._threads or spec.cpus_per_process)
         return server
@@ -184,6 +187,7 @@ class ProcessGroup:
         """Whether all processes have ended. When one has failed, the others, which wait for it, are ended."""
         self._server.read()
         codes = [self._server.codes.get(i) for i in self.ids]
+        # A rank that lost its partner may hang in a collective for half an hour.
         if None in codes and any(code not in (None, 0) for code in codes):
             self.end()
         return None not in codes
@@ -220,9 +224,12 @@ class ForkServer:
         env.setdefault("OMP_NUM_THREADS", str(threads))
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
+        # Pipes of its own and not stdin and stdout, which belong to the jobs.
         self._process = subprocess.Popen(
             command, pass_fds=(commands_in, replies_out), env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL
         )
+        # Kept open here, this process would never see the end of
+        # the replies, nor an error when it writes to a dead server.
         os.close(commands_in)
         os.close(replies_out)
         self._rest = b""
@@ -248,6 +255,7 @@ class ForkServer:
         size = spec.processes_per_node
         if size == 1:
             return ProcessGroup(self, [self._start(file, env, log)])
+        # Chosen anew for every start: the port of an attempt that was killed may linger in TIME_WAIT.
         port = free_port()
         ranks = [{**rank_words(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
         return ProcessGroup(self, [self._start(file, variables, log) for variables in ranks])
@@ -263,6 +271,7 @@ class ForkServer:
 
     def read(self) -> None:
         """Read the server's replies. When the server is gone, its jobs count as killed."""
+        # Never blocks: the launcher polls many jobs, and a reply may come at any time or not at all.
         while self.alive and select.select([self._replies], [], [], 0)[0]:
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
@@ -285,6 +294,7 @@ class ForkServer:
         if i in self.codes or i not in self._pids:
             return False
         try:
+            # The process leads a group, to which its data workers belong; a signal to it alone would leave them.
             os.killpg(self._pids[i], number)
         except ProcessLookupError:
             return False

@@ -98,6 +98,7 @@ class LocalRay:
         if self._boxed:  # with a PID namespace, killing one process is a power cut
             command = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", *command]
 
+        # A node that inherits RAY_ADDRESS would join that cluster instead of forming this one.
         env = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RAY_JOB_ID")}
         env["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), env.get("PATH", "")])  # jobs run this `python`
         with open(self.folder / f"{name}.out", "ab") as log:
@@ -113,6 +114,7 @@ class LocalRay:
         process = self._processes.pop(name, None)
         if process is None:
             return
+        # Listed before the kill: orphans are given to init and cannot be found by their parent any more.
         descendants = [] if self._boxed else _descendants(process.pid)
         process.kill()
         process.wait()

@@ -41,6 +41,7 @@ def accelerators() -> Accelerators:
     torch is asked, not nvidia-smi and not the environment: CUDA_VISIBLE_DEVICES may name devices that do not exist
     (SLURM's NoDevFiles, an image's `0`), and a driver may be too old for this torch.
     """
+    # The variables are the key of the cache: in one process they may change between two questions (tests, notebooks).
     return _probe(tuple(os.environ.get(name) for name in VISIBLE))
 
 
@@ -63,6 +64,7 @@ def _probe(visible: tuple[str | None, ...]) -> Accelerators:
 def visible_devices() -> list[str]:
     """Names of the usable accelerators for CUDA_VISIBLE_DEVICES."""
     count = len(accelerators().bytes_each)
+    # Names and not indices are passed on, because a variable may hold UUIDs or a subset such as `2,3`.
     named = next((os.environ[name].split(",") for name in VISIBLE if os.environ.get(name)), None)
     return [name.strip() for name in named[:count]] if named else [str(i) for i in range(count)]
 
@@ -71,6 +73,7 @@ def fits_here(spec: JobSpec, devices: int) -> int:
     """Number of such jobs that run at once on this machine, of which `devices` accelerators may be used; at least 1."""
     jobs = num_cores() // (spec.processes_per_node * spec.cpus_per_process)
     if spec.accelerators_per_node and devices:
+        # The tiny term rounds a quotient such as 6.9999999 to the 7 that it is without rounding errors.
         jobs = min(jobs, int(devices / spec.accelerators_per_node + 1e-9))
     return max(1, jobs)
 

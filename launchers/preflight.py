@@ -64,6 +64,7 @@ def check_job(
     """
     if capacity is None and isinstance(target, Launcher):
         capacity = target.capacity(spec, many)
+    # A stated device (`--for gpu:h100`) stands for machines elsewhere, so this machine's accelerators do not count.
     if device is not None:
         accelerators = spec.accelerators_per_node or float(spec.processes_per_node)
         spec = spec.model_copy(update={"accelerators_per_node": accelerators if device.accelerator else 0.0})
@@ -216,6 +217,7 @@ def _disk_for(config: StageConfig, spec: JobSpec, plan: Blueprint) -> Finding:
 
 
 def _disk(run_dir: Path, need: int) -> Finding:
+    # The run directory may not exist yet: the nearest folder that does is on the disk which will hold it.
     folder = run_dir
     while not folder.exists():
         folder = folder.parent
@@ -241,6 +243,7 @@ def _time(config: Config, spec: JobSpec, rate: float | None) -> list[Finding]:
     if not spec.minutes:
         return [Finding("time", "ok", text)]
     lives = hours * 60 / spec.minutes
+    # The first start, and as many restarts as SLURM may make.
     allowed = 1 + getattr(config, "launch", LaunchConfig()).max_restarts
     text += f", {lives:.1f} times the limit of {spec.minutes} min"
     if lives > allowed:
@@ -289,6 +292,7 @@ def file_system(path: Path) -> str:
     where = os.path.realpath(path)
     for line in mounts.splitlines():
         _, point, name, *_ = line.split()
+        # The longest mount point that holds the path is the one in effect: mounts lie inside each other.
         if (where == point or where.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
             best, kind = point, name
     return kind

@@ -44,6 +44,7 @@ def tasks_of(module: str, config: Config, capacity: Capacity | None = None) -> l
     if not fans_out(module):
         return None
     make: Callable[..., list[Task] | None] = import_module(module).tasks
+    # The second parameter is optional, so that the tasks of a module which plans nothing take one line.
     takes_capacity = len(inspect.signature(make).parameters) > 1
     tasks = make(config, capacity) if takes_capacity else make(config)
     if tasks is None:
@@ -92,6 +93,7 @@ def make_spec(
     text = dump_yaml(config, known)
     home = table or run_dir
     path = home / "jobs" / f"{name}-{short_hash(text)}.yaml"
+    # The name holds a hash of the text, so a job that still waits keeps its file when the config is submitted again.
     if write:
         write_atomic(path, text, durable=durable)
     return JobSpec(
@@ -144,6 +146,7 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
     for task in tasks:
         part = task.config
         if "launch" in type(part).model_fields:
+            # Resources are asked for once for the whole fan-out, by whoever typed the command.
             part = part.model_copy(update={"launch": launch})
         spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows, durable=False, known=known)
         spec.save(job_file(spec), durable=False)
@@ -151,6 +154,7 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
         specs.append(spec)
     if specs:
         sync_disk(home)  # once for all of them
+    # Rows are added only after the files that they stand for are durable.
     table = StateTable(home)
     table.add([row for spec in specs for row in spec.rows], run_dirs)
     agree(table, tasks)
@@ -167,6 +171,7 @@ def agree(table: StateTable, tasks: Sequence[Task]) -> None:
         if task.complete is not None:
             complete = set(task.complete)
             table.reopen(name for name in _rows(task) if name not in complete)
+            # Only rows that read `pending`: a running task is its own process's to record.
             late = [name for name in complete if (row := table.get(name)) is not None and row.state == "pending"]
             if late:
                 table.finish_all(late, "done")

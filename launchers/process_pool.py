@@ -57,7 +57,10 @@ def serve(commands_fd: int, replies_fd: int) -> int:
     children: dict[int, int] = {}
     server = os.getpid()
     for fd in (commands_fd, replies_fd):
+        # Programs that a job starts must not keep the pipes open: the
+        # client takes the end of the replies for the end of the server.
         os.set_inheritable(fd, False)
+    # Line-buffered, so that nothing unwritten is left in the buffer at a fork: the child would write it a second time.
     with open(replies_fd, "w", buffering=1) as replies:
         for request in _requests(commands_fd, lambda: _reap(children, replies)):
             if "preload" in request:
@@ -65,6 +68,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
                 continue
             with contextlib.suppress(Exception):  # the job itself reports a file that cannot be read
                 spec = JobSpec.load(request["job"])
+                # Imported by the server before it forks, so that every later job of this module finds it in memory.
                 _preload(spec.module, spec.code)
             pid = os.fork()
             if pid == 0:
@@ -73,6 +77,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
             print(json.dumps({"id": request["id"], "pid": pid}), file=replies)
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
+            # Each child leads a session of its own (`_forked`), so this reaches its data workers as well.
             os.killpg(pid, signal.SIGKILL)
     return 0
 
@@ -81,8 +86,10 @@ def _requests(fd: int, idle: Callable[[], None]) -> Iterator[Request]:
     pending = b""
     while True:
         idle()
+        # A short wait instead of SIGCHLD: a handler would run Python code between any two lines of the server.
         if not select.select([fd], [], [], 0.01)[0]:
             continue
+        # From the descriptor itself: `select` does not see what a buffered reader has taken already.
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             return
@@ -112,11 +119,13 @@ def _preload(module: str, code: str | None) -> None:
 
 def _forked(request: Request, server: int) -> int:
     """Run the job in the forked child, in a session, log and environment of its own; returns the exit code."""
+    # Ctrl-C in the terminal is for the driver alone, which asks its jobs to save in an order of its own.
     os.setsid()
     die_with_parent(server)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if path := request.get("log"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # Appended: the log of a task that is attempted again keeps what the attempt before said.
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -94,6 +94,7 @@ def _node_types() -> set[str]:
     from ray.experimental.internal_kv import _internal_kv_get
 
     status = json.loads(_internal_kv_get("__autoscaling_status") or b"{}")
+    # Version 1 of the autoscaler writes its report under this key; version 2 leaves it empty and is asked below.
     report = status.get("autoscaler_report") or {}
     names = {name for key in ("active_nodes", "idle_nodes", "pending_launches") for name in report.get(key) or ()}
     if names:
@@ -158,6 +159,7 @@ def check_storage(run_dir: Path) -> None:
     answers = []
     for node in ray.nodes():
         if node["Alive"]:
+            # Hard affinity and no CPU: each node answers for itself, also while all its cores are busy.
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             look = ray.remote(_sees).options(num_cpus=0, max_retries=1, scheduling_strategy=on_node)
             answers.append(look.remote(str(run_dir / token)))
@@ -179,6 +181,7 @@ def _sees(token: str) -> tuple[str, bool]:
     """On a node: its host name, and whether it sees a file; it also writes beside that file."""
     path = Path(token)
     if path.exists():
+        # Seeing is not enough: some sites mount project folders read-only on compute nodes.
         mine = path.with_name(f"{path.name}-{os.getpid()}")
         mine.touch()
         mine.unlink()

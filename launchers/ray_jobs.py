@@ -81,6 +81,7 @@ def submit_command(module: str, config: Config, address: str) -> int:
         )
     # Inside the job RAY_ADDRESS names the cluster; the HTTP address is of no use there.
     inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
+    # Before the upload, while the current directory is still the one that the user's relative paths refer to.
     inner = with_absolute_paths(inner)
     refuse(needs, [upload(module)])
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +96,7 @@ def submit_command(module: str, config: Config, address: str) -> int:
     print(f"submitted {module} as Ray job {job}; follow: ray job logs --follow --address {address} {job}", flush=True)
     if not needs.wait:
         return 0
+    # Ray returns the whole log at each call, so what was printed before is skipped.
     shown = 0
     while True:
         status = client.get_job_status(job)

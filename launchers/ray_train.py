@@ -128,6 +128,7 @@ class RayLauncher(Launcher):
             return
         import ray
 
+        # Ray's own retries are off: the queue in `Launcher` counts attempts the same way for every launcher.
         run = ray.remote(run_task).options(**demand(job.spec), max_retries=0, name=job.spec.name)
         job.handle = run.remote(str(job.file), str(job.log))
 
@@ -141,11 +142,13 @@ class RayLauncher(Launcher):
             return False
         try:
             job.code = int(ray.get(job.handle))
+        # Ray's memory monitor ends the worker with SIGKILL, which alone would look like any other crash.
         except ray.exceptions.OutOfMemoryError:
             job.code, job.reason = 137, "ended by Ray because its node ran out of memory; raise launch.memory_gb"
         except ray.exceptions.RayTaskError as error:
             job.code, job.reason = 1, str(error).strip().splitlines()[-1]
         except ray.exceptions.RayError as error:
+            # No exit code means lost with its node, which is restarted without counting as an attempt.
             job.code, job.reason = None, f"lost: {type(error).__name__}"
         return True
 
@@ -209,6 +212,7 @@ class _Training:
 
     def __init__(self, job: Job, needs: LaunchConfig) -> None:
         self._outcome: tuple[int | None, str | None] | None = None
+        # `trainer.fit` blocks until the end, while the launcher must answer signals and poll.
         self._thread = threading.Thread(target=self._follow, args=(job.spec, str(job.file), needs), daemon=True)
         self._thread.start()
 
@@ -237,6 +241,7 @@ class _Training:
             trainer = TorchTrainer(
                 train_worker,
                 train_loop_config={"file": file, "token": str(token)},
+                # Ray insists on a process group of its own. Nothing here uses it, and gloo needs no accelerator.
                 torch_config=TorchConfig(backend="gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=spec.world_size, use_gpu="GPU" in resources, resources_per_worker=resources,
@@ -244,6 +249,7 @@ class _Training:
                 ),
                 run_config=RunConfig(
                     name=f"{spec.name}-{token.name[-8:]}", storage_path=str(storage),
+                    # A restarted group resumes from the engine's checkpoint in the run directory, not from Ray's.
                     failure_config=FailureConfig(max_failures=needs.retries),
                     checkpoint_config=CheckpointConfig(num_to_keep=1),
                 ),
@@ -279,6 +285,7 @@ def train_worker(config: dict[str, str]) -> None:
     rank = context.get_world_rank()
     _check_storage_of_ranks(Path(config["token"]), rank, context.get_world_size())
     meet = {"address": os.environ.get("MASTER_ADDR", "127.0.0.1"), "port": free_port()} if rank == 0 else None
+    # The port must be free on rank 0's node, so rank 0 chooses it there.
     meet = broadcast_from_rank_zero(meet)
     words = rank_words(rank, context.get_world_size(), context.get_local_rank(), context.get_local_world_size(), **meet)
     env = {**os.environ, **words, LIFELINE: str(os.getpid())}
@@ -286,12 +293,15 @@ def train_worker(config: dict[str, str]) -> None:
     if spec.code:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
     command = [sys.executable, "-u", "-m", "fine_dist.worker", config["file"]]
+    # A process of its own: Ray owns the main thread and the signal handlers of its worker, and the engine needs both.
     child = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
     try:
         code = _attend(child, rank, Path(spec.run_dir))
     finally:
+        # Also when Ray ends this function by an exception, as it does when another rank has failed.
         child.kill()
         child.wait()
+    # An exception is what makes Ray count a failure and restart the group.
     if code not in QUIET_CODES:
         raise RuntimeError(f"rank {rank} on {socket.gethostname()} ended with code {code}")
     with tempfile.TemporaryDirectory() as folder:
@@ -319,6 +329,7 @@ def _attend(child: subprocess.Popen[bytes], rank: int, run_dir: Path) -> int:
         over = broadcast_from_rank_zero(child.returncode is not None)
         if not over and not announced and ray.train.get_preemption_info() is not None:
             announced = True
+            # A file and no signal: rank 0's engine sees it within a second and has all ranks save at one step.
             if rank == 0:
                 (run_dir / "SAVE").touch()
     return child.wait()

@@ -23,6 +23,7 @@ ENTRY_POINTS = "fine_dist.launchers"
 def targets() -> tuple[type[LaunchTarget], ...]:
     """All launch targets."""
     for name in BUILT_IN:
+        # Importing registers. Ray and submitit are imported by the methods that use them, so this is cheap.
         importlib.import_module(f"fine_dist.launchers.{name}")
     for point in metadata.entry_points(group=ENTRY_POINTS):
         point.load()
@@ -47,6 +48,7 @@ def pick(name: str, needs: LaunchConfig | None = None) -> type[LaunchTarget]:
     needs = needs or LaunchConfig()
     if name not in names():
         raise LaunchError(f"--launcher {name!r}: no such launcher; {nearest(name, names())}")
+    # Two targets are called `ray`: which one serves depends on the address.
     serving = [target for target in targets() if name in ("auto", target.name) and target.serves(needs)]
     return max(serving, key=lambda target: target.affinity(needs))
 

@@ -60,9 +60,12 @@ def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
     spread_out = one_job and many
     spec = make_spec(module, config, write=False)
     capacity = SlurmLauncher(needs).capacity(spec, many and not one_job)
+    # With `--spread` the tasks depend on results that do not exist
+    # yet (a learngene), so they are listed when the job starts.
     tasks = None if spread_out else tasks_of(module, config, capacity)
     slots = math.ceil((needs.max_parallel or spec.nodes) / spec.nodes) if spread_out else 1
     flags = sbatch_flags(spec, needs, slots)
+    # Partitions may refuse arrays, so the test submission is one.
     array = ["--array=0"] if tasks else []
     first = tasks[0].config if tasks else config
     task = make_spec(module, first, write=False)
@@ -81,12 +84,14 @@ def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
         files = "".join(f"{job_file(part)}\n" for part in specs)
         listed = write_atomic(run_dir / "jobs" / f"{name}-{short_hash(files)}.list", files)
         variables = {"JOB": "", "TASKS": str(len(specs)), "LIST": str(listed)}
+    # The ticket is complete by itself: a requeued job reads it weeks later, when the command line is gone.
     variables |= {"NAME": name, "RUN_DIR": str(run_dir), "CODE": code, "PARALLEL": str(needs.max_parallel or "")}
     variables |= {"WANT_NODES": str(spec.nodes), "PROCS": str(spec.processes_per_node)}
     variables["SPREAD"] = "1" if spread_out else ""
     lines = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
     lines.append(f"FLAGS=({shlex.join(flags)})")
     text = "\n".join(lines) + "\n"
+    # Named by its content, as all files of a submission: a second submission leaves the tickets of waiting jobs alone.
     return write_atomic(run_dir / "jobs" / f"{name}-{short_hash(text)}.sh", text)
 
 
@@ -103,6 +108,7 @@ def sbatch_flags(spec: JobSpec, needs: LaunchConfig, slots: int = 1) -> list[str
     stated = {key.replace("_", "-") for key in needs.slurm}
     if spec.accelerators_per_node and not stated & GPU_OPTIONS:
         flags.append(SlurmSite.here().gpu_flag(spec.accelerators_per_node * slots, slots))
+    # In MiB, because sbatch takes whole numbers only.
     if spec.memory_gb:
         flags.append(f"--mem={math.ceil(spec.memory_gb * 1024 * slots)}M")
     if spec.minutes:

@@ -73,6 +73,8 @@ class SlurmSite:
         if self.file is None:
             return []
         return [
+            # SCRATCH keeps the cluster's value for paths in configs,
+            # and the site's folder travels under a name of its own.
             "cluster_scratch=${SCRATCH-}; unset SCRATCH",
             f"source {shlex.quote(str(self.file))}",
             f"export {SCRATCH}=${{SCRATCH:-}} SCRATCH=$cluster_scratch",
@@ -93,10 +95,12 @@ def _read(path: Path, written: int) -> SlurmSite:
     """
     names = ("GPU_FLAG", "CONTAINER_EXEC", "CONTAINER_SRUN", "REQUEUE", "IFNAME", "SCRATCH")
     values = " ".join(f'"${{{name}:-}}"' for name in names)
+    # The cluster's own SCRATCH is hidden: only one that the site file sets is a folder on the nodes' disks.
     script = f'set -e; unset SCRATCH; source "$1" >/dev/null; printf "%s\\n" {values}'
     done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise LaunchError(f"{path} cannot be sourced: {done.stderr.strip()[-300:]}; see slurm/site.example.sh")
+    # One value a line, in the order of `names`; the output of the file itself was sent to /dev/null.
     style, wrapper, srun, requeue, interface, scratch = done.stdout.split("\n")[:6]
     for name, value, legal in (("GPU_FLAG", style, GPU_FLAGS), ("REQUEUE", requeue, REQUEUES)):
         if value and value not in legal:

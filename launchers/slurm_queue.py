@@ -63,6 +63,7 @@ class PartitionLimits:
 def limits(partition: str | None = None) -> PartitionLimits:
     """MaxArraySize, and the limits of a partition (None, or an unknown name: the default partition)."""
     settings = slurm("scontrol", "show", "config")
+    # The array limit is the cluster's, the others are the partition's.
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.M)
     known = {}
     for line in slurm("scontrol", "show", "partition", "-o").splitlines():
@@ -100,7 +101,9 @@ def nodes_of(partition: str) -> list[Node]:
     for line in listing.split():
         cpus, memory, generic, state = line.split("|")
         if not state.startswith(("down", "fail", "drain", "maint")):
+            # Generic resources read `gpu:a100:4(S:0-1),gpu:v100:2,shard:8`; only the counts of gpu are wanted.
             gpus = sum(int(n) for n in re.findall(r"gpu(?::[^:,()]+)?:(\d+)", generic))
+            # sinfo writes `64+` where nodes of one line differ, meaning at least 64.
             nodes.append(Node(int(cpus.rstrip("+")), int(memory.rstrip("+")), gpus))
     return nodes
 
@@ -159,14 +162,17 @@ def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]
     states: dict[str, tuple[JobState, int | None, str]] = {}
     if not ids:
         return states
+    # One question for all tasks of an array: a thousand separate ones would be a load on the controller.
     heads = ",".join(sorted({i.partition("_")[0] for i in ids}))
     with contextlib.suppress(LaunchError):  # squeue refuses ids that it has forgotten; sacct knows them
+        # `-r` gives each task of an array its own line; `-t all` includes jobs that have just ended.
         said = slurm(
             "squeue", "-h", "-r", "-t", "all", "-j", heads, "-O", "JobArrayID:60,State:30,exit_code:12,Reason:80"
         )
         for line in said.splitlines():
             words = line.split()
             status = int(words[2]) if words[2].isdecimal() else 0
+            # As of wait(2): the exit code is in the upper byte, the signal in the lower seven bits.
             states[words[0]] = _verdict(words[1], status >> 8, status & 127)
     missing = [i for i in ids if i not in states]
     if missing:
@@ -175,6 +181,7 @@ def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]
                 name, state, exit_code = line.split("|")
                 code, _, number = exit_code.partition(":")
                 verdict = _verdict(state.split()[0], int(code), int(number or 0))
+                # The controller has forgotten a job that the accounting still calls alive: see `UNKNOWN_TO_CONTROLLER`.
                 alive = verdict[0] in ("pending", "running")
                 states.setdefault(name, (*verdict[:2], UNKNOWN_TO_CONTROLLER) if alive else verdict)
     return {i: states.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
@@ -187,6 +194,7 @@ def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, s
         return "running", None, ""
     if word == "COMPLETED":
         return "done", 0, ""
+    # No reason is given for a plain exit code; the launcher explains it as on every other machine.
     if word == "FAILED" and code:
         return "failed", code, ""
     if word == "CANCELLED":
@@ -209,6 +217,7 @@ def outside_allocation() -> Iterator[None]:
     SBATCH_EXPORT is hidden too: with NONE, which some sites set for everybody, jobs would start without the variables
     that name their code and their config.
     """
+    # From the environment of this process, since submitit starts sbatch itself.
     hidden = {key: os.environ.pop(key) for key in list(os.environ) if _is_of_a_job(key)}
     try:
         yield

@@ -48,6 +48,7 @@ class StepLauncher(Launcher):
         capacity = super().capacity(spec, many)
         whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
         if whole and not capacity.host_bytes:
+            # Rounded up: the fullest node decides how much memory a task may plan for.
             a_node = max(1, -(-capacity.workers // _nodes()))
             capacity = replace(capacity, host_bytes=whole * 2**20 / a_node)
         return capacity
@@ -70,6 +71,7 @@ class StepLauncher(Launcher):
         command += [f"--ntasks-per-node={spec.processes_per_node}", f"--cpus-per-task={spec.cpus_per_process}"]
         command += [f"--job-name={spec.name}", f"--output={job.log}", "--open-mode=append"]
         if spec.accelerators_per_node:
+            # Each step states its share of the allocation's accelerators, as it does for cores and memory.
             command.append(site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
         whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
         if spec.memory_gb:
@@ -80,6 +82,7 @@ class StepLauncher(Launcher):
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
         command += [*shlex.split(site.wrapper), sys.executable, "-u", "-m", "fine_dist.worker", str(job.file)]
+        # srun forwards signals, waits for all ranks and returns their worst exit code, so it is the handle of the job.
         process = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
         job.handle = process
         job.id = f"{os.environ['SLURM_JOB_ID']} step of process {process.pid}"

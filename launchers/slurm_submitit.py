@@ -100,6 +100,7 @@ class SlurmLauncher(Launcher):
             for chunk in chunks:
                 self._submit(chunk, max_parallel)
         except BaseException:
+            # All or nothing: half of a fan-out in the queue would be submitted again by the next command.
             self._scancel([job.id for job in jobs if job.id])
             raise
         self._live += jobs
@@ -108,6 +109,7 @@ class SlurmLauncher(Launcher):
     def poll(self) -> None:
         """As any launcher; the scheduler is asked at most twice a second, and every two seconds about many jobs."""
         if time.monotonic() >= self._next_look:
+            # One question to the scheduler answers for all jobs of this poll.
             self._states = job_states([job.id for job in self._live if job.id])
             super().poll()
             self._next_look = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
@@ -116,6 +118,7 @@ class SlurmLauncher(Launcher):
         with tempfile.TemporaryDirectory() as folder:
             executor = self._executor(spec, Path(folder), spec.name, self.needs.max_parallel)
             if many:
+                # submitit writes `--array` for a map, which has limits of its own.
                 executor.parameters["map_count"] = 1
             script = Path(folder, "request.sh")
             script.write_text(executor._make_submission_file_text("true", "request"), encoding="utf-8")
@@ -162,6 +165,8 @@ class SlurmLauncher(Launcher):
         folder = Path(spec.table or spec.run_dir) / "logs" / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
         name = spec.name if len(jobs) == 1 else spec.module.rpartition(".")[2]
+        # submitit leaves its pickles behind when sbatch refuses; they
+        # are found by comparison, because their names are random.
         before = set(folder.iterdir())
         with outside_allocation():
             try:
@@ -174,6 +179,7 @@ class SlurmLauncher(Launcher):
                 raise LaunchError(f"sbatch refused {spec.name}: {scheduler_words(str(error))}") from None
         for job, handle in zip(jobs, handles):
             job.id = handle.job_id
+            # submitit chooses the name by the id, which is known only now.
             job.own_log = folder / f"{handle.job_id}_0_log.out"
             job.state, job.attempts = "pending", job.attempts or 1
 
@@ -228,6 +234,7 @@ class WorkerCall:
     def __call__(self) -> None:
         code = worker.run_job(self.file)
         if code == EXIT_RESUME and not stopped(JobSpec.load(self.file)):
+            # One rank asks; the others wait for the requeue to end them.
             if worker.rank() == 0:
                 requeue(self.file, self.max_restarts)
             time.sleep(30)  # the requeue ends this process; exiting now would fail the step, and with it the job
@@ -257,6 +264,7 @@ def requeue(file: str, max_restarts: int) -> None:
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    # A job that was cancelled gets the same signal as one at its time limit, and must not come back.
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
     restarts = number_in(env, "SLURM_RESTART_COUNT", 0) + number_in(env, RESTARTS, 0)
     if state != "RUNNING":
@@ -267,6 +275,7 @@ def requeue(file: str, max_restarts: int) -> None:
         log.info("saved; back into the queue")
         slurm("scontrol", "requeue", job)
         return
+    # A job that is submitted again starts with a count of 0; the variable carries the count over.
     env[RESTARTS] = str(restarts + 1)
     again = resubmit(JobSpec.load(file))
     _exit_resume(f"saved; continues as job {again}")

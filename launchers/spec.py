@@ -110,6 +110,7 @@ class JobSpec(Config):
             LaunchError: The file is missing, or is no JSON.
             ConfigError: A key is unknown or has an illegal value.
         """
+        # Jobs may wait for days: what they read was written by an earlier version, or on another machine.
         remedy = "submit again to have it written anew"
         try:
             values = read_json(path, LaunchError, remedy)

@@ -100,6 +100,7 @@ class StateTable:
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
         """Add a pending row for every name that has none, in one file. Existing rows keep their state."""
+        # Names that are there keep their place, so a command that is typed again adds only what is new.
         known = self._added().keys() | {path.stem for path in self.folder.glob("*.json")}
         new = [
             [check_name(name), index, (run_dirs or {}).get(name)]
@@ -167,6 +168,8 @@ class StateTable:
 
     def start_all(self, names: Iterable[str], job: str | None = None) -> list[TaskRow]:
         """Record that this process starts one more attempt at each of these tasks, with one sync for all rows."""
+        # A row that still reads `running` at a new start means that
+        # the attempt before was killed: nobody else holds the claim.
         here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
         fresh = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **here}
         rows = [self.get(name) or TaskRow(name=name) for name in names]
@@ -194,6 +197,8 @@ class StateTable:
     def _write(self, changed: Sequence[tuple[TaskRow, dict[str, object]]]) -> list[TaskRow]:
         """Write rows with their changes, with one sync."""
         rows = [validate(TaskRow, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
+        # One file for each task, so that two writers never share one;
+        # one sync for all, because a sync is what takes the time.
         write_all({self._row_path(row.name): row.model_dump_json() + "\n" for row in rows})
         return rows
 
@@ -214,10 +219,13 @@ class StateTable:
         deadline = time.monotonic() + wait_s
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
+            # The lock file is never removed: a process that waits for
+            # its lock would then hold one that nobody else can see.
             file = self._open_lock(name, files)
             files.append(file)
             while not try_lock(file, self.folder):
                 if time.monotonic() > deadline:
+                    # All or none, or two packs that share tasks would each hold a part and wait for the other.
                     TaskClaim(files).release()
                     return None
                 time.sleep(0.02)
@@ -232,6 +240,8 @@ class StateTable:
             if error.errno != errno.EMFILE:
                 TaskClaim(held).release()
                 raise
+        # The soft limit is often 1024 for the sake of old programs
+        # that use `select`; the hard one is what the site allows.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
@@ -258,6 +268,7 @@ class StateTable:
         Raises:
             RunDirError: Another live process holds it; the message names that process.
         """
+        # Noted now, to remove exactly the folders that this block has made when nothing came of it.
         created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / ".driver"
@@ -269,6 +280,7 @@ class StateTable:
                     f"{self.folder.parent}: another fan-out is handing out its tasks ({owner}); "
                     "wait for it, stop it, or use another run_dir"
                 )
+            # Only with the lock held: until then the text names the process that a user should look for.
             os.ftruncate(file, 0)
             os.write(file, f"{what}, process {os.getpid()} on {socket.gethostname()}".encode())
             try:

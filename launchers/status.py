@@ -95,11 +95,13 @@ def read_run(run_dir: Path) -> TaskStatus:
     """
     run, submitted = RunDir(run_dir), Submissions(run_dir).all()
     kind, owner = run.kind, owner_of(run_dir)
+    # The lock is asked, not only files: a run that is loading its data has written nothing yet.
     if kind is None and not submitted and owner is None:  # a run has an owner before it has a kind
         raise RunDirError(
             f"{run_dir}: nothing has run here (neither tasks/ nor config.yaml nor a submitted job); give a run_dir"
         )
     done = run.done
+    # Two rows, because held-out losses are measured more rarely than training losses are logged.
     newest = last_row(run.metrics, "loss") or {}
     held_out = last_row(run.metrics, "held_out_loss") or {}
     state = "done" if done is not None else "running" if owner else "queued" if submitted and not kind else "pending"
@@ -110,6 +112,7 @@ def read_run(run_dir: Path) -> TaskStatus:
         owner=owner,
         job=next(reversed(submitted), None),
         done=done,
+        # The newest row's keys come last and win: both rows may hold the same key.
         last={key: value for key, value in ({**held_out, **newest}).items() if key in FACTS},
     )
 

@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def exit_code(codes: Sequence[int]) -> int:
     """What the exit codes of failed ranks mean to a script: 75, 2, else 1."""
+    # torchrun ends the remaining ranks by SIGTERM when one has failed, and those are no failures of their own.
     code = joint_code(codes)
     return code if code in (EXIT_RESUME, EXIT_USER_ERROR) else 1
 

@@ -94,6 +94,7 @@ def _run_job(path: str) -> int:
     if spec.table is None or rank() != 0:
         return _call(spec)
     table = StateTable(spec.table)
+    # Rank 0 claims for all ranks: one lock a task, held by a process that lives as long as the job.
     claim = table.claim(spec.rows)
     if claim is None:
         others = ", ".join(f"{r.name} ({r.host}, process {r.pid})" for n in spec.rows if (r := table.get(n)))
@@ -114,6 +115,7 @@ def _use_scratch() -> None:
 
 def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     """Run the job and record its start and its end in its rows of the state table."""
+    # Rows may have been finished since the submission, by another launcher or by an earlier start of this pack.
     open_rows = [n for n in spec.rows if (row := table.get(n)) is None or row.state != "done"]
     if not open_rows:
         log.info("%s: done already", spec.name)
@@ -127,6 +129,7 @@ def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     try:
         code = _call(spec)
     except ResumeLater as stop:
+        # Written before the error travels on: a requeued job may start on another node before this process has ended.
         close("pending", f"stopped: {stop}")
         raise
     except FineDistError as error:
@@ -135,6 +138,8 @@ def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     except KeyboardInterrupt:
         close("pending", "interrupted")
         raise
+    # Everything, SystemExit and a library's own exceptions included: a
+    # row must never read `running` after its process ended in order.
     except BaseException as error:
         close("failed", f"{type(error).__name__}: {error}")
         traceback.print_exc()
