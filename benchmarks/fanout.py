@@ -83,7 +83,11 @@ def _prepare(root: Path) -> Artifact:
 def _wall_times(
     root: Path, batch: int, steps: int, bars: tuple[float | None, float | None], seeds: Sequence[int]
 ) -> list[BenchmarkRow]:
-    """bars: of packed over separate, and of packed over in turn."""
+    """Wall times of the three ways, as rows.
+
+    Args:
+        bars: Required speedups of packed over separate targets, and over targets in turn.
+    """
 
     def command(out: str, *more: str) -> list[str]:
         base = [sys.executable, "-m", "fine_dist.init", "--run-dir", str(root / f"{out} at {batch}")]

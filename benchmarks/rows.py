@@ -58,10 +58,11 @@ def seconds(body: Callable[[], object]) -> float:
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
     """Measure several variants in turn, `rounds` times each, so that a slow minute of the machine falls on all.
 
-    variants: name -> a function that runs once and returns its figure (such as `lambda: seconds(step)`).
-    warmup:   rounds that are run first and not kept.
-
     Returns name -> its figures, in order: the i-th of each belong together.
+
+    Args:
+        variants: Name -> a function that runs once and returns its figure (such as `lambda: seconds(step)`).
+        warmup: Rounds that are run first and not kept.
     """
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):

@@ -20,9 +20,12 @@ def wall_times(programs: Mapping[str, Sequence[str]], env: Mapping[str, Mapping[
                slice_s: float = 4.0) -> dict[str, float]:  # fmt: skip
     """Wall-clock seconds of each program, without the time in which it was stopped.
 
-    programs: name -> command.  env: name -> more environment.  slice_s: seconds of a turn.
-
     A program that fails ends all of them: `RuntimeError` with the end of what it said.
+
+    Args:
+        programs: Name -> command.
+        env: Name -> more environment.
+        slice_s: Seconds of a turn.
     """
     spent = dict.fromkeys(programs, 0.0)
     running: dict[str, subprocess.Popen[bytes]] = {}

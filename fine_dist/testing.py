@@ -101,10 +101,11 @@ def run_distributed(
 ) -> list[Any]:
     """Call `fn(*args)` in `world_size` processes that find themselves through torchrun's words; their results.
 
-    fn: importable at the top level of a module; it calls `engine.dist.world()` itself.
-    env: more environment variables.
-
     Raises RuntimeError with a failing rank's traceback, TimeoutError when they take too long.
+
+    Args:
+        fn: Importable at the top level of a module; it calls `engine.dist.world()` itself.
+        env: More environment variables.
     """
     ranks = Ranks(fn, world_size, *args, env=env)
     try:

@@ -91,7 +91,8 @@ class SlurmSite:
 def _read(path: Path, written: int) -> SlurmSite:
     """What the file sets. The file may print and load modules: only the lines that are added at the end are read.
 
-    written: Time of the last change, so that the cache does not outlive it.
+    Args:
+        written: Time of the last change, so that the cache does not outlive it.
     """
     names = ("GPU_FLAG", "CONTAINER_EXEC", "CONTAINER_SRUN", "REQUEUE", "IFNAME", "SCRATCH")
     values = " ".join(f'"${{{name}:-}}"' for name in names)

@@ -123,7 +123,11 @@ def licence_of(extra: dict[str, Any]) -> str | None:
 
 @lru_cache(maxsize=8)
 def _facts(source: str, hints: str, stamp: int) -> SourceFacts:
-    """stamp: when the file was last written, so that another file of the name is another entry of the cache."""
+    """What a foreign model's files say of it, cached by all arguments.
+
+    Args:
+        stamp: When the file was last written, so that another file of the name is another entry of the cache.
+    """
     found = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
     return SourceFacts(found.kind, found.arch, found.hash, found.extra)
 

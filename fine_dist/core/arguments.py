@@ -1,7 +1,6 @@
-"""The command line of every command: `--config FILE`, dotted flags over it, and the flags that all share.
+"""The command line of every command: `--config FILE`, dotted flags that override it, and the flags that all share.
 
-A flag is a key of the YAML: `--optim.lr 1e-4` is `optim: {lr: 1e-4}`, and what is wrong with one is said in the words
-that are used for the file. How values are written:
+A flag is a key of the YAML: `--optim.lr 1e-4` is `optim: {lr: 1e-4}`, with the same error messages. Values are written:
 
     --run-dir runs/a          a word; a dash in a key's name is an underscore in the file
     --depths 2 4 6            a list
@@ -29,7 +28,7 @@ from fine_dist.core.yaml_files import load_yaml, parse_word
 
 
 class Call(NamedTuple):
-    """What a user asked of a command besides its config."""
+    """A parsed command line: the config, and the flags that are not part of it."""
 
     config: Any
     dry_run: bool
@@ -49,21 +48,21 @@ def parse(
     options: Options | None = None,
     notes: Callable[[], list[str]] | None = None,
 ) -> Call:
-    """Read `--config FILE`, dotted flags over it, and the flags every command has.
+    """Parse a command line: `--config FILE`, dotted flags that override it, and the flags that every command has.
 
     Args:
         kind: The command's config class; its docstring is the command's description.
-        argv: Arguments without the program's name (None: sys.argv).
+        argv: Arguments without the program's name. None: those of this process.
         prog: What a user types to run the command, such as `fine-dist condense`.
         default: A config file that is read when `--config` is not given.
         options: Adds the command's own flags, which are not part of the config.
         notes: Further lines of the short help, such as a list of methods.
 
     Returns:
-        The config and the flags. `--help` and `--help-all` print and end the program instead.
+        The config and the flags. `--help` and `--help-all` print their page and end the program instead.
 
     Raises:
-        ConfigError: For whatever is wrong.
+        ConfigError: A flag, a value or the file is wrong; the message names the legal values.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # The deepspeed launcher and torch.distributed.launch add this for every rank; the environment says the same.
@@ -72,6 +71,7 @@ def parse(
     if {"-h", "--help", "--help-all"} & {*argv}:
         print(every_setting(kind, prog, own) if "--help-all" in argv else summary(kind, prog, own, notes))
         raise SystemExit(0)
+    # argparse sees only flags that it knows: it would take the value of an unknown one for a positional argument.
     for_own, settings = _split(own, argv)
     known = own.parse_args(for_own)
     logs.configure(known)
@@ -83,19 +83,23 @@ def parse(
 
 
 class FlagParser(argparse.ArgumentParser):
-    """argparse for the flags that are no settings: errors in one line as for settings, `--help` and `--help-all`."""
+    """argparse for flags that are not settings, with one-line errors and our own `--help` and `--help-all`."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog=prog, add_help=False, usage=argparse.SUPPRESS, allow_abbrev=False)
 
     def answer_help(self, argv: list[str], usage: str, about: str) -> None:
-        """Print all flags and end the program, where help is asked for: for a command that has few."""
+        """Print all flags and end the program if `argv` asks for help; for commands that have few flags."""
         if {"-h", "--help", "--help-all"} & {*argv}:
             print(flags_page(self, usage, about))
             raise SystemExit(0)
 
     def read(self, argv: list[str]) -> argparse.Namespace:
-        """The flags. `ConfigError` for one that does not exist, with the nearest that does."""
+        """Parse flags.
+
+        Raises:
+            ConfigError: A flag does not exist; the message suggests the nearest that does.
+        """
         known, unknown = self.parse_known_args(argv)
         if unknown:
             legal = [option for action in self._actions for option in action.option_strings]
@@ -140,7 +144,7 @@ class _Setting(NamedTuple):
 
 
 def _split(own: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], list[_Setting]]:
-    """The words that argparse reads, and the settings."""
+    """Separate the words that argparse reads from the settings."""
     mine = own._option_string_actions
     for_own: list[str] = []
     settings: list[_Setting] = []
@@ -155,6 +159,8 @@ def _split(own: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], li
             else:
                 settings.append(_Setting(name[2:], [value] if equals else []))
                 taking = settings[-1].words
+            # After `--key=value` the value is complete, and a further
+            # word is a mistake: most likely a space after a comma.
             sealed = word if equals else ""
         elif taking is None or sealed:
             after = f" after {sealed}" if sealed else ""
@@ -173,9 +179,10 @@ def _split(own: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], li
 def _lay_over(
     kind: type[Config], values: dict[str, Any], settings: list[_Setting], more: list[str]
 ) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """The file's values with the settings over them, and the paths of those; what is wrong is left to `validate`.
+    """The file's values overridden by the settings of the command line, and the paths of those settings.
 
-    A group's name comes first wherever it stands, so that flags of single keys change what it stands for.
+    Values are not checked here (`validate` does that). A flag that names a whole group is applied first, wherever it
+    stands, so that flags of single keys change the group that it names.
     """
     values = dict(values)
     found = [(*_locate(kind, setting), setting) for setting in settings]
@@ -230,7 +237,7 @@ def _names_a_group(path: tuple[str, ...], annotation: Any) -> bool:
 
 
 def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a key in nested mappings; those of the file are copied, since YAML's anchors may share them."""
+    """Set a key in nested mappings. Mappings of the file are copied first, because YAML's anchors may share them."""
     here = values
     for part in path[:-1]:
         inner = here.get(part)
@@ -248,7 +255,7 @@ def _put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _value(path: str, annotation: Any, words: list[str]) -> Any:
-    """The words of a flag as what its key takes; a word that does not fit stays as it is, for `validate` to name."""
+    """The words of a flag as a value of its key's type; one that does not fit stays text for `validate` to name."""
     options = [] if annotation is None else alternatives(annotation)
     origins = {get_origin(each) for each in options}
     literals = [value for each in options if get_origin(each) is not dict for value in _literal(each)]
@@ -293,6 +300,6 @@ def _literal(annotation: Any) -> tuple[Any, ...]:
 
 
 def _free(words: list[str]) -> Any:
-    """The words of an unknown flag, as they look."""
+    """The words of an unknown flag as YAML reads them, for the error message."""
     values = [parse_word(word) for word in words]
     return values[0] if len(values) == 1 else values or True

@@ -39,7 +39,7 @@ def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, typ
 
 
 def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) -> argparse.ArgumentParser:
-    """A parser with every flag of every command, for whoever wants to know them; it is not used to read any."""
+    """A parser with every flag of every command, for listing them; commands do not parse with it."""
     root = argparse.ArgumentParser(prog="fine-dist")
     chosen = root.add_subparsers(dest="command")
     for name, about in commands.items():
@@ -68,6 +68,6 @@ def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) ->
 
 
 def _values(shape: str) -> list[str]:
-    """The words that a setting takes, where it takes a few: `fp32|bf16`; none for texts and numbers."""
+    """The legal values of a setting that has few (`fp32|bf16`); an empty list for texts and numbers."""
     words = shape.strip("[]").split("|")
     return words if all(word.islower() and word.isidentifier() for word in words) else []

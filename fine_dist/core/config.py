@@ -1,4 +1,4 @@
-"""What a config is: a frozen tree of typed keys, its YAML, and errors that say where, what, and what would be right."""
+"""Base class of all configs: a frozen tree of typed keys, its YAML, and error messages that name the legal values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 def _text_of(value: Any) -> Any:
-    """Whole numbers, numbers and truth values as the texts that an environment or an option holds."""
+    """Numbers and booleans as the text that an environment variable or an option holds; other values unchanged."""
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float)) else value
 
 
@@ -49,13 +49,15 @@ class Config(BaseModel):
             return value
         value = dict(value)
         for key, field in cls.model_fields.items():
+            # Otherwise a file that names one key of a group would silently
+            # replace the group's other defaults by those of its class.
             if isinstance(value.get(key), dict) and isinstance(field.default, Config):
                 value[key] = _over(field.default, value[key])
         return value
 
 
 def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a group over what its default says of its own; another variant of a union has no part in that."""
+    """The given keys of a group over those of its default; unchanged where they name another variant of a union."""
     own = {
         key: getattr(default, key) for key in default.model_fields_set | {"name"} if key in type(default).model_fields
     }
@@ -70,9 +72,16 @@ def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
 def validate(
     kind: type[C], values: dict[str, Any], where: str = "config", flags: Collection[tuple[str, ...]] = ()
 ) -> C:
-    """`values` as a `kind`; a `ConfigError` names every wrong key by its full path, with value and legal values.
+    """A config of a class from plain values.
 
-    where: what the values come from, such as a file's path. flags: paths of the keys that the command line gave.
+    Args:
+        kind: The class.
+        values: Nested mappings, as YAML gives them.
+        where: Origin of the values for messages, such as a file's path.
+        flags: Paths of the keys that come from the command line.
+
+    Raises:
+        ConfigError: The message names every wrong key by its full path, with its value and the legal values.
     """
     refuse_strange_letters(values, where)
     try:
@@ -81,6 +90,8 @@ def validate(
         found: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
             path, sentence = _explain(kind, item)
+            # An error belongs to a flag when one of the two paths begins
+            # with the other: `--arch X` is wrong about `arch.depth` too.
             given = any(path[: len(flag)] == flag or (path and flag[: len(path)] == path) for flag in flags)
             found.setdefault("command line" if given else where, []).append(sentence)
     except RecursionError:
@@ -89,7 +100,11 @@ def validate(
 
 
 def refuse_strange_letters(values: Any, where: str) -> None:
-    """`ConfigError` for a text that neither a file's name nor a config file can hold: one with NUL, or not Unicode."""
+    """Refuse texts that neither a file name nor a config file can hold.
+
+    Raises:
+        ConfigError: A text holds the character NUL, or is not valid Unicode.
+    """
     waiting: list[tuple[str, Any]] = [("", values)]
     seen: set[int] = set()
     while waiting:
@@ -113,22 +128,25 @@ DumpCache: typing.TypeAlias = dict[str, tuple[Any, str]]
 
 
 def dump_yaml(config: Config, known: DumpCache | None = None) -> str:
-    """The resolved config; `validate(type(config), parse_yaml(text, "")) == config`.
+    """The resolved config as YAML; `validate(type(config), parse_yaml(text, "")) == config`.
 
-    known: for many configs that are copies of one but for a few keys: an empty dictionary, given to every call, which
-           keeps the text of each key's value. The text is the same without it.
+    Args:
+        config: The config.
+        known: Cache for many configs that differ in a few keys: a dictionary, empty at first, that is given to every
+            call. The result is the same without it.
     """
     known, text = {} if known is None else known, ""
     for key in type(config).model_fields:
         value = getattr(config, key)
         if key not in known or known[key][0] is not value:
+            # A fan-out writes thousands of configs that differ in two keys; YAML is slow enough to make that minutes.
             known[key] = (value, to_yaml(config.model_dump(mode="json", include={key})))
         text += known[key][1]
     return text or "{}\n"
 
 
 def load(kind: type[C], path: str | Path) -> C:
-    """A config file as a `kind`."""
+    """Read a config file as a config of class `kind`. `ConfigError` as in `load_yaml` and `validate`."""
     return validate(kind, load_yaml(path), str(path))
 
 
@@ -155,11 +173,12 @@ def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _walk(kind: type[Config], loc: list[str]) -> tuple[tuple[str, ...], list[type[Config]]]:
-    """A path without the names of union variants, which no user wrote, and the classes that may own its last key."""
+    """A path without the names of union variants, which are pydantic's, and the classes that may own its last key."""
     path: list[str] = []
     owners: list[type[Config]] = []
     here: list[type[Config]] = [kind]
     for part in loc:
+        # pydantic names the variant of a union in the path, and a user has written no such key.
         tagged = [m for m in here if "name" in m.model_fields and m.model_fields["name"].default == part]
         if tagged and len(here) > 1:
             here = tagged
@@ -184,7 +203,7 @@ _SHORT.maxlevel = 3
 
 
 def models_in(annotation: Any) -> list[type[Config]]:
-    """All config classes inside an annotation (optional, union, annotated)."""
+    """All config classes inside an annotation (Optional, Union, Annotated)."""
     if isinstance(annotation, type) and issubclass(annotation, Config):
         return [annotation]
     return [model for part in get_args(annotation) for model in models_in(part)]
@@ -204,9 +223,9 @@ def run_dir_of(config: Config) -> Path:
 
 
 def expand_path(path: str) -> str:
-    """`~` and `$VARIABLES` in a path; URLs and `pipe:` are left alone, and so is a variable that is not set here.
+    """Expand `~` and `$VARIABLES` in a path. URLs, `pipe:` and variables that are not set here stay as they are.
 
-    A variable such as SLURM_TMPDIR may be set where the job runs, where the path is expanded once more.
+    A variable such as SLURM_TMPDIR may be set only where the job runs; the path is expanded there once more.
     """
     return path if "://" in path or path.startswith("pipe:") else os.path.expandvars(os.path.expanduser(path))
 

@@ -1,4 +1,4 @@
-"""One family of exceptions. A command turns any of them into one message and exit code 2, never a traceback."""
+"""The exceptions of this project. A command turns each into one message and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ EXIT_RESUME = 75
 
 
 class FineDistError(Exception):
-    """Something the user can mend. Its text says what was wrong, the value received and the remedy."""
+    """Base class of errors that a user can fix. The text says what was wrong, the value received and the remedy."""
 
 
 class ConfigError(FineDistError):
-    """A config file or flag is misspelt, of the wrong type or impossible."""
+    """A setting of a config file or flag is unknown, of the wrong type, or impossible."""
 
 
 class DataError(FineDistError):
@@ -32,11 +32,11 @@ class DataError(FineDistError):
 
 
 class ArtifactError(FineDistError):
-    """A learngene or model folder is missing, damaged or does not fit what is asked of it."""
+    """A learngene or model folder is missing, damaged, or cannot be used as requested."""
 
 
 class CheckpointError(FineDistError):
-    """No usable checkpoint, or one that belongs to another model."""
+    """There is no usable checkpoint, or it belongs to another run."""
 
 
 class DamagedStateError(CheckpointError):
@@ -48,27 +48,27 @@ class RunDirError(FineDistError):
 
 
 class TrainingError(FineDistError):
-    """Training cannot go on: a loss that is not finite, a rank that died."""
+    """Training cannot continue: a loss is not finite, or a rank died."""
 
 
 class ReportedElsewhere(FineDistError):
-    """Another rank says what is wrong; this one ends with the same exit code and no message of its own."""
+    """Another rank reports the error; this one ends with the same exit code and without a message."""
 
 
 class LaunchError(FineDistError):
-    """A job cannot be submitted, or a scheduler refused it."""
+    """A job cannot be started or submitted, or a scheduler refused it."""
 
 
 class NotAFile(OSError):
-    """A file is needed, and a named pipe, a socket or a device is there, from which a reader may wait for ever."""
+    """The path is a named pipe, a socket or a device where a regular file is needed."""
 
 
 class ResumeLater(Exception):
-    """The run was asked to stop, saved its state and should be started again (exit code 75)."""
+    """The run was asked to stop and has saved its state; the same command continues it (exit code 75)."""
 
 
 def nearest(word: str, legal: Iterable[str]) -> str:
-    """The end of an error message: the nearest legal word, then all of them."""
+    """The end of an error message: a suggestion if a legal word is similar, then all legal words."""
     legal = sorted(legal)
     close = difflib.get_close_matches(word, legal, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -86,18 +86,17 @@ EXTRAS = {
 
 
 def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "") -> int:
-    """Run a command's body and translate what it raises into an exit code and at most one message.
+    """Run a command's body and translate its exceptions into an exit code and at most one message.
 
     Args:
         main: The body; it returns an exit code, or None for 0.
-        promise: What is true when this command is interrupted ("the same command continues from the last checkpoint"),
-            or a function that is asked then. Empty: nothing is promised.
+        promise: Text for a user who interrupts the command ("the same command continues from the last checkpoint"), or
+            a function that returns it. Empty: no text.
 
     Returns:
-        The exit code. A reader of the output that has gone (`| head`) ends the command quietly, with the code that
-        shells give for it.
+        The exit code. When the reader of the output has ended (`| head`), it is the code that shells use for that.
 
-    Set `FINE_DIST_TRACEBACK=1` to see the traceback of a user error too.
+    With `FINE_DIST_TRACEBACK=1` in the environment, user errors show their traceback.
     """
     prepare_streams()
     if os.environ.get("FINE_DIST_TRACEBACK"):
@@ -132,6 +131,7 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
             where = f" at {error.filename}" if error.filename else ""
             _say(f"stopped: the storage failed{where} ({error.strerror}); the same command continues")
             return EXIT_RESUME
+        # Other errors of the system are faults of this program, and their traceback is what a report of a bug needs.
         if error.errno not in _REMEDIES and not isinstance(error, NotAFile):
             raise
         where = f": {error.filename}" if error.filename else ""
@@ -143,11 +143,13 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
 
 
 def prepare_streams() -> None:
-    """Make stdout and stderr safe to write to: closed ones lead nowhere, letters they cannot encode are escaped.
+    """Make stdout and stderr safe to write to: closed ones are redirected to /dev/null, and characters that they cannot
+    encode are escaped.
 
     With descriptor 1 or 2 closed, the next file that is opened would get its number, and whatever a C library writes
     to "stderr" would land in a checkpoint.
     """
+    # `open` returns the lowest free number, so closed descriptors below 3 are filled up one after the other.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -160,17 +162,17 @@ def prepare_streams() -> None:
 
 
 def _say(text: str) -> None:
-    """A last message on stderr; one that is full or closed loses it, since there is nowhere else to say so."""
+    """Write a last message to stderr. If that is full or closed, the message is lost: there is no other place."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class _OutputFull(OSError):
-    """What was printed could not be written."""
+    """The standard output could not be written."""
 
 
 def _and_flush(main: Callable[[], int | None]) -> int:
-    """Run it, and write out what it printed here, where a reader that has gone or a full disk is noticed."""
+    """Run `main` and flush stdout here, where a reader that has ended or a full disk can still be reported."""
     try:
         return main() or 0
     finally:
@@ -183,13 +185,16 @@ def _and_flush(main: Callable[[], int | None]) -> int:
 
 
 def _reader_has_gone() -> bool:
-    """Whether nobody reads this process's output any more (other pipes break too: to workers, to Ray). If so, what is
-    still to be written goes nowhere, lest the interpreter complains about it when it ends."""
+    """Whether the reader of this process's output has ended; other pipes (to workers, to Ray) can break as well.
+
+    If so, stdout is redirected to /dev/null, because the interpreter would report an error when it flushes at exit.
+    """
     try:
         out = sys.stdout.fileno()
     except (OSError, ValueError):
         return False
     poll = select.poll()
+    # An empty mask: POLLERR is always reported, and on a pipe it means that the reading end is closed.
     poll.register(out, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
@@ -198,7 +203,7 @@ def _reader_has_gone() -> bool:
 
 
 def _to_nowhere(stream: TextIO) -> None:
-    """Have a stream's descriptor lead nowhere, so that what is still buffered can be flushed when the program ends."""
+    """Redirect a stream's descriptor to /dev/null, so that flushing the rest of its buffer at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

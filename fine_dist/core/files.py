@@ -1,4 +1,4 @@
-"""Files that are whole or not there, hashes, locks, and the rows of a metrics.jsonl, for every room."""
+"""Atomic and durable writes, reading regular files only, hashes, and the rows of a metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -34,13 +34,24 @@ _DRAFTS = 256
 
 
 def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
-    """Replace a file as a whole: a reader, or a power cut, sees the old content or the new. Makes its folder.
+    """Write a file atomically: readers, also after a power cut, see the old content or the new, never a part.
 
-    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
+    The folder is made if it is missing. An error that may pass (`TRANSIENT`) is tried again.
+
+    Args:
+        path: File to write.
+        content: Its new content; text is written as UTF-8.
+        durable: Sync the content to disk before the rename. False leaves that to the caller (`sync_disk`), who may
+            write many files.
+
+    Returns:
+        The path.
     """
     path = Path(path)
 
     def write() -> None:
+        # The content is synced before the rename. The other way round,
+        # a power cut could leave the new name with an empty file.
         with _draft(path, content, durable=durable) as draft:
             os.replace(draft, path)
 
@@ -49,15 +60,17 @@ def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True
 
 
 def write_all(contents: Mapping[Path, str]) -> None:
-    """Replace many files, each as a whole: all drafts are made durable with one sync, then each takes its name.
+    """Write many files of one folder, each atomically, with one sync for up to `_DRAFTS` of them.
 
-    A sync of a slow file system takes as long for one file as for a hundred. Their folder is one, and is made.
+    On a slow file system a sync takes as long for one file as for a hundred.
     """
     if len(contents) < 2:
         for path, content in contents.items():
             write_atomic(path, content)
         return
     waiting = list(contents.items())
+    # A sync of the whole file system replaces hundreds of single
+    # ones; on a network file system each costs milliseconds.
     while waiting:  # each draft is an open file until it has its name
         some, waiting = waiting[:_DRAFTS], waiting[_DRAFTS:]
         with contextlib.ExitStack() as stack:
@@ -68,9 +81,10 @@ def write_all(contents: Mapping[Path, str]) -> None:
 
 
 def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
-    """As `write_atomic`, but `FileExistsError` when the file is there already.
+    """Write a file atomically that must not exist yet; arguments and result as in `write_atomic`.
 
-    durable: false leaves the syncing to the caller, for many files at once (`sync_disk`).
+    Raises:
+        FileExistsError: The file exists; it is left as it is.
     """
     path = Path(path)
     with _draft(path, content, durable=durable) as draft:
@@ -79,16 +93,20 @@ def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -
 
 
 def name_new(draft: str | Path, path: str | Path) -> None:
-    """Give a finished draft its name; `FileExistsError` when the name is taken, with the other file left whole.
+    """Give a finished draft its final name, unless another file has it.
 
-    A hard link does both at once. FUSE mounts of buckets, FAT and some SMB shares have none: there the name is taken
-    with an empty file first, which no other writer can take, and the draft replaces that.
+    A hard link tests and names in one operation. FUSE mounts of buckets, FAT and some SMB shares have no links: there
+    an empty file is created exclusively first, and the draft replaces it.
+
+    Raises:
+        FileExistsError: The name is taken; the file that has it is left as it is.
     """
     try:
         os.link(draft, path)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
+        # A reader may see the empty file for an instant: this is the price of a file system without links.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         os.replace(draft, path)
 
@@ -102,7 +120,13 @@ WAITS_S = (0.1, 0.5, 2.0)
 
 
 def retried(action: Callable[[], T], errors: tuple[int, ...] = TRANSIENT) -> T:
-    """Do something with files, and once more after each of a few waits when it fails by an error that may pass."""
+    """The result of `action`, which is called again, up to three times, when it fails with an error that may pass.
+
+    Args:
+        action: A function of no arguments that may raise OSError.
+        errors: Error numbers after which it is called again.
+    """
+    # The last attempt is outside of the loop, so that its error reaches the caller as it is.
     for wait_s in WAITS_S:
         try:
             return action()
@@ -115,10 +139,10 @@ def retried(action: Callable[[], T], errors: tuple[int, ...] = TRANSIENT) -> T:
 
 
 def remove_tree(folder: str | Path) -> bool:
-    """Remove a folder that nobody needs any more; whether it is gone.
+    """Remove a folder with its content; returns whether that worked.
 
-    On NFS a folder stays while another process has a file of it open (ENOTEMPTY, EBUSY). Such a folder is left for the
-    next time, with a warning, because it is no reason to end a run.
+    On NFS a folder cannot be removed while another process has a file of it open (ENOTEMPTY, EBUSY). A warning is
+    logged and the folder is left for a later attempt, because it is no reason to end a run.
     """
 
     def remove() -> None:
@@ -135,7 +159,7 @@ def remove_tree(folder: str | Path) -> bool:
 
 @contextlib.contextmanager
 def _draft(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]:
-    """A written draft, locked until the block has given it its name; gone afterwards under its own."""
+    """A context with a written, locked draft of `path`. The block renames it; a draft that remains is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with io.BufferedWriter(open_draft(path)) as file:
         draft = Path(file.raw.name)
@@ -150,7 +174,8 @@ def _draft(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]
 
 
 def open_draft(path: Path) -> io.FileIO:
-    """A new file beside `path` to write and rename. Its writer's lock is on it, by which others know that it lives."""
+    """A new file beside `path` to write and rename. The lock on it tells other processes that its writer is alive."""
+    # Drafts that end in `.part` carry their writer's lock; those in `.tmp` do not, and are judged by their age.
     draft = draft_name(path).with_suffix(".part")
     while True:
         file = io.FileIO(draft, "wb")
@@ -162,6 +187,8 @@ def open_draft(path: Path) -> io.FileIO:
         except OSError:  # no locks here; then nobody removes it either
             return file
         with contextlib.suppress(FileNotFoundError):
+            # Between opening and locking, `remove_drafts` may have removed
+            # the name: then this is a file that nobody can rename.
             if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
                 return file
         file.close()
@@ -169,8 +196,11 @@ def open_draft(path: Path) -> io.FileIO:
 
 @contextlib.contextmanager
 def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """A temporary path for a library that writes by name; synced, it takes the place of `path` when the block ends
-    well, and nothing of it is left when the block raises. Makes its folder."""
+    """A context with a temporary path, for a library that writes to a file by its name.
+
+    When the block ends without an error, the file is synced and renamed to `path`; otherwise it is removed. The folder
+    is made if it is missing.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_name(path).with_suffix(suffix)
@@ -186,9 +216,10 @@ def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[None]:
-    """Around a library's own writing of a file: what ends it half-way (a full disk, a quota, a limit) is an `OSError`.
+    """A context for a library that writes a file: its errors about a full disk, a quota or a limit become `OSError`.
 
-    safetensors has the system's number in its message; torch.save hides it, so that the file is asked once more.
+    safetensors has the system's error number in its message. torch.save hides it, so a further write to the file finds
+    it out.
     """
     try:
         yield
@@ -199,6 +230,8 @@ def written_whole(path: str | Path) -> Iterator[None]:
         if found := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
         if Path(path).is_file():
+            # A disk that was full for the library is full for these
+            # bytes too, and this attempt says so in the system's words.
             with open(path, "ab") as file:
                 file.write(bytes(_PIECE))
                 file.flush()
@@ -215,7 +248,7 @@ def give_usual_mode(path: str | Path) -> None:
 
 
 def umask() -> int:
-    """The umask of this process. Read from /proc, since to ask the system for it is to set it, for all threads."""
+    """The umask of this process. It is read from /proc, because the system call that returns it also sets it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
             if line.startswith("Umask:"):
@@ -227,14 +260,15 @@ def umask() -> int:
 
 def draft_name(path: Path) -> Path:
     """A hidden name beside `path` that no other writer, on whatever host, uses."""
+    # Host, process and time: several nodes may write drafts of one file into a shared folder at the same instant.
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder under a temporary name, which takes the place of `folder` when the block ends well.
+    """A context with a new folder under a temporary name, which replaces `folder` when the block ends without an error.
 
-    Files in it are synced before it gets its name; when the block raises, nothing of it is left.
+    Its files are synced before it gets its final name. When the block raises, it is removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -248,6 +282,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
                 sync_file(path)
         if folder.exists():
             stale = draft_name(folder)
+            # Folders cannot be replaced by one rename. The old one is kept until the
+            # new one has its name, so a crash between the two renames loses neither.
             os.rename(folder, stale)
             os.rename(draft, folder)
             remove_tree(stale)
@@ -259,10 +295,12 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
-    """Remove what killed writers left in a folder, on whatever host; how many there were.
+    """Remove the drafts that killed writers left in a folder, on any host; returns their number.
 
-    older_than_s: drafts that carry no lock of their writer (folders, and files that a library writes by name) may have
-                  a living one when they are younger.
+    Args:
+        folder: The folder.
+        older_than_s: Age in seconds below which drafts without a lock (folders, and files that a library writes by
+            name) are left, because their writer may be alive.
     """
     count = 0
     for path in Path(folder).glob(".*.part"):
@@ -279,13 +317,13 @@ def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content durable."""
+    """Sync a file's content to disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Make renames and new names in a folder durable."""
+    """Sync a folder to disk: the names of its files and their renames."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -294,9 +332,10 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def sync_disk(folder: str | Path) -> None:
-    """Make everything durable that was written to the file system of a folder: one call for thousands of files."""
+    """Sync the whole file system that holds a folder: one call for thousands of files."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        # Python has `os.sync` for all file systems of the machine, and none for a single one.
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), str(folder))
@@ -308,27 +347,37 @@ def sync_disk(folder: str | Path) -> None:
 
 
 def check_regular(path: str | Path) -> None:
-    """`NotAFile` when a named pipe, a socket or a device is there: to be asked before a library opens it by its name.
+    """Refuse a named pipe, a socket or a device, before a library opens the path by its name.
 
-    Opening a pipe that nobody writes to waits for ever, a terminal waits for a hand, and /dev/zero never ends. What is
-    not there, or is a folder, is left to the one who opens it.
+    Opening a pipe that nobody writes to blocks, a terminal waits for input, and /dev/zero never ends. A missing file or
+    a folder passes: opening it raises the usual error.
+
+    Raises:
+        NotAFile: The path is none of file, folder and missing.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # Before opening: opening alone makes some devices do something, such as rewinding a tape.
         _refuse_irregular(os.stat(path).st_mode, path)
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """A regular file, open for reading. `NotAFile` for anything else that is no folder."""
+    """Open a regular file for reading, in binary mode.
+
+    Raises:
+        NotAFile: The path is a pipe, a socket or a device.
+        OSError: As `open` raises it, for a folder too.
+    """
     return os.fdopen(descriptor_of(path), "rb")
 
 
 def descriptor_of(path: str | Path) -> int:
-    """The descriptor of a regular file, open for reading; errors as `open_regular`. The caller closes it."""
+    """The descriptor of a regular file, open for reading. The caller closes it. Errors as in `open_regular`."""
     check_regular(path)
     # not to wait, should it have become a pipe meanwhile; a regular file does not know this flag
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
+        # Asked of the descriptor, which cannot be exchanged any more, and no longer of the name.
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         _refuse_irregular(mode, path)
@@ -339,13 +388,13 @@ def descriptor_of(path: str | Path) -> int:
 
 
 def read_bytes(path: str | Path, most: int = -1) -> bytes:
-    """The content of a regular file, or its first `most` bytes. `NotAFile` as `open_regular`."""
+    """The content of a regular file, or its first `most` bytes. Errors as in `open_regular`."""
     with open_regular(path) as file:
         return file.read(most)
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:
-    """The UTF-8 text of a regular file. `NotAFile` as `open_regular`; `UnicodeDecodeError` for other bytes."""
+    """The UTF-8 text of a regular file. Errors as in `open_regular`, and UnicodeDecodeError for other bytes."""
     return read_bytes(path).decode("utf-8", errors)
 
 
@@ -381,7 +430,11 @@ def sha256_text(text: str) -> str:
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """All whole rows; a line that is being written, or that a crash cut short, is left out. Empty without a file."""
+    """All complete rows of a file. A line that is being written, or that a crash cut short, is left out.
+
+    Returns:
+        The rows, oldest first; an empty list when there is no file.
+    """
     try:
         lines = read_text(path, "replace").splitlines()
     except FileNotFoundError:
@@ -390,9 +443,19 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str, Any] | None:
-    """The newest whole row (that has `key`) within the last bytes of the file; none where there is none."""
+    """The newest complete row at the end of a file.
+
+    Args:
+        path: The file.
+        key: Key that the row must have; empty: any row.
+        within: Bytes at the end of the file that are searched.
+
+    Returns:
+        The row, or None when there is no file or no such row.
+    """
     try:
         with open_regular(path) as file:
+            # The end alone is read: a status command asks for the newest row of files that grow for weeks.
             file.seek(max(0, file.seek(0, os.SEEK_END) - within))
             lines = file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
@@ -402,7 +465,7 @@ def last_row(path: str | Path, key: str = "", within: int = 1 << 14) -> dict[str
 
 
 def as_row(line: str | bytes) -> dict[str, Any] | None:
-    """A line of a metrics.jsonl as a row; none when it is no JSON object with a step, a whole number of 0 or more."""
+    """A line of a metrics.jsonl as a row, or None when it is no JSON object with a non-negative integer `step`."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

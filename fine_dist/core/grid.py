@@ -28,7 +28,11 @@ class Point(NamedTuple):
 
 
 def expand(axes: Sequence[GridAxis]) -> list[Point]:
-    """All combinations, the last axis fastest. `ConfigError` for an axis without values, or two points of one name."""
+    """All combinations of the axes' values; the last axis varies fastest.
+
+    Raises:
+        ConfigError: An axis has no value or one value twice, or two points have the same name.
+    """
     for axis in axes:
         if not axis.values:
             raise ConfigError(f"{axis.name}: an empty list makes no target; give one value or more")
@@ -37,6 +41,7 @@ def expand(axes: Sequence[GridAxis]) -> list[Point]:
         if twice:
             raise ConfigError(f"{axis.name}: {twice[0]} is listed twice, and two targets would have one name")
     points = []
+    # The order is part of what users see: names, tables and indices of tasks follow it.
     for chosen in itertools.product(*(axis.values for axis in axes)):
         parts = [slug(axis.label(value)) for axis, value in zip(axes, chosen)]
         points.append(Point("-".join(part for part in parts if part), chosen))
@@ -47,6 +52,6 @@ def expand(axes: Sequence[GridAxis]) -> list[Point]:
 
 
 def slug(text: str) -> str:
-    """A part of a file's name."""
+    """A text as part of a file name: other characters become `_`, and at most the last 40 are kept."""
     text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("_")
     return text if len(text) <= 40 else text[-40:]

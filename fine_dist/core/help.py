@@ -1,6 +1,6 @@
-"""What `--help` and `--help-all` print: a summary, examples and the most used settings; every setting.
+"""The pages of `--help` (a summary, examples, the most used settings) and `--help-all` (every setting).
 
-The examples and the choice of what is used most are a table by command, `PAGES`, and are checked like code.
+Examples and most used settings of each command are in the table `PAGES`; the tests parse every example.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ _FLAGS = 34
 
 @dataclass(frozen=True)
 class Page:
-    """Examples: words after the program's name. usual: keys by their paths."""
+    """The part of a command's short help that cannot be generated.
+
+    examples: words after the program's name.
+    usual: paths of the most used settings.
+    """
 
     examples: tuple[str, ...]
     usual: tuple[str, ...]
@@ -125,7 +129,14 @@ PAGES = {
 def summary(
     kind: type[Config], prog: str, own: argparse.ArgumentParser, notes: Callable[[], list[str]] | None = None
 ) -> str:
-    """The short help of a command. notes: its further lines, such as a list of methods."""
+    """The short help of a command.
+
+    Args:
+        kind: Its config class.
+        prog: What a user types to run it.
+        own: Its flags that are no settings.
+        notes: Gives further lines, such as a list of methods.
+    """
     page = PAGES.get(re.split(r"[ .]", prog)[-1]) or Page((), tuple(kind.model_fields))
     every = list(settings(kind))
     lines = _head(kind, prog)
@@ -146,17 +157,17 @@ def summary(
 
 
 def flags_page(own: argparse.ArgumentParser, usage: str, about: str) -> str:
-    """The help of a command that has flags and no settings."""
+    """The help page of a command that has flags but no settings."""
     return "\n".join([f"usage: {own.prog} {usage}", "", *textwrap.wrap(about, WIDTH), "", *_own_lines(own)])
 
 
 def table(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Names and what they are, in the columns of flags and their meaning."""
+    """Lines of names and descriptions, in the same two columns as flags and their help."""
     return [line for name, about in rows for line in _columns(name, about)]
 
 
 def every_setting(kind: type[Config], prog: str, own: argparse.ArgumentParser) -> str:
-    """The long help: all settings, by group."""
+    """The long help of a command: all settings by group. Arguments as in `summary`."""
     lines = [*_head(kind, prog), "", "flags of the command:", *_own_lines(own)]
     group = None
     for setting in settings(kind):
@@ -209,7 +220,13 @@ def _columns(left: str, right: argparse.Action | str) -> list[str]:
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of help. path: its keys, joined by dots. group: the part of the path that it stands under."""
+    """One setting in the help.
+
+    path: its keys, joined by dots.
+    group: heading under which it is listed.
+    shape: how its value is written.
+    about: its description, with the default.
+    """
 
     path: str
     group: str
@@ -217,12 +234,18 @@ class Setting:
     about: str
 
     def lines(self) -> list[str]:
-        """Flag, shape of its value, what it means."""
+        """Lines with the flag, the shape of its value, and its description."""
         return _columns(f"--{self.path.replace('_', '-')} {self.shape}".rstrip(), self.about)
 
 
 def settings(kind: type[Config], path: tuple[str, ...] = (), default: Any = None) -> Iterator[Setting]:
-    """Every setting of a config, in order: first a group's own keys, then the groups in it; all variants of a union."""
+    """All settings of a config class: a group's own keys first, then the groups in it, with all variants of a union.
+
+    Args:
+        kind: The config class.
+        path: Keys of the group that `kind` is.
+        default: Config that gives the group's defaults. None: those of the class.
+    """
     groups = []
     for key, field in kind.model_fields.items():
         here = (*path, key)
@@ -268,7 +291,7 @@ def _default(value: Any) -> str:
 
 
 def alternatives(annotation: Any) -> list[Any]:
-    """The members of an annotation that is a union; itself otherwise."""
+    """The members of a union annotation; of any other annotation, a list with that one."""
     if get_origin(annotation) is Annotated:
         return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (typing.Union, types.UnionType):
@@ -277,7 +300,7 @@ def alternatives(annotation: Any) -> list[Any]:
 
 
 def value_of_mapping(annotation: Any) -> Any:
-    """What the values of a `dict[str, X]` are."""
+    """The type X of the values of a `dict[str, X]`."""
     return get_args(annotation)[1]
 
 

@@ -1,4 +1,4 @@
-"""JSON files that are read: each has a schema beside the one who writes it, so that an altered file is one sentence.
+"""Reading JSON files against a schema, so that a damaged or edited file gives an error message of one sentence.
 
     class Done(Record):
         steps: int
@@ -6,7 +6,7 @@
 
     done = read_record(Done, path, RunDirError, "delete it: the run then goes on from its last checkpoint")
 
-A file that is not there is a `FileNotFoundError`, as for `open`; anything else that is wrong is the error asked for.
+A missing file raises `FileNotFoundError`, as `open` does; everything else raises the given error class.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fine_dist.core.errors import FineDistError
 from fine_dist.core.files import read_bytes
 
 MAX_JSON_BYTES = 256 * 2**20
-"""The largest of ours, the rows of a fan-out of a million tasks, is smaller."""
+"""Maximum size of a JSON file that is read; the rows of a fan-out of a million tasks are smaller."""
 R = TypeVar("R", bound="Record")
 
 
 class Record(BaseModel):
-    """What a JSON file holds. Keys beyond those of the schema are kept: a later version may write more."""
+    """Base class of the schemas of JSON files. Unknown keys are kept, because a later version may write more."""
 
     model_config = ConfigDict(frozen=True, extra="allow", use_attribute_docstrings=True)
 
@@ -37,13 +37,14 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
 
     Args:
         path: The file.
-        error: What is raised when the file is no regular file, too large, not UTF-8, or not JSON.
-        remedy: The end of the message: what a user can do.
+        error: Class that is raised when the file is not a regular file, too large, not UTF-8, or not JSON.
+        remedy: End of the message, which says what a user can do.
 
     Raises:
         FileNotFoundError: There is no such file.
     """
     try:
+        # A limit, because a file that is none of ours may be as large as the disk.
         content = read_bytes(path, MAX_JSON_BYTES + 1)
     except FileNotFoundError:
         raise
@@ -55,7 +56,7 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
 
 
 def parse_json(content: str | bytes, where: str | Path, error: type[FineDistError], remedy: str) -> Any:
-    """The value of a JSON text. `error` when it is none, as in `read_json`."""
+    """The value of a JSON text; `error` and `remedy` as in `read_json`."""
     try:
         return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
     except (ValueError, RecursionError) as wrong:
@@ -64,13 +65,13 @@ def parse_json(content: str | bytes, where: str | Path, error: type[FineDistErro
 
 
 def read_record(kind: type[R], path: str | Path, error: type[FineDistError], remedy: str) -> R:
-    """The record in a JSON file; arguments and errors as in `read_json`, and `error` for a wrong or missing key."""
+    """A JSON file as a record of class `kind`; errors as in `read_json`, and `error` for a wrong or missing key."""
     record: R = as_record(kind, read_json(path, error, remedy), path, error, remedy)
     return record
 
 
 def as_record(kind: Any, value: Any, where: str | Path, error: type[FineDistError], remedy: str) -> Any:
-    """A JSON value as a `kind`, which may be any type that pydantic checks. `error` names the first wrong key."""
+    """A JSON value as a `kind`, which may be any type that pydantic checks; raises `error` with the first wrong key."""
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as wrong:

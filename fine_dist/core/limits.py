@@ -22,6 +22,7 @@ def num_cores() -> int:
 
 def memory_bytes() -> int:
     """Host memory in bytes that this process may use: the machine's, or its container's limit where that is less."""
+    # The smallest of all: a container inside a container has both limits.
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name, controller in (("memory.max", ""), ("memory.limit_in_bytes", "memory")):
         found += [int(text) for text in _read_all(name, controller) if text.isdecimal()]  # no limit: the word max
@@ -43,7 +44,9 @@ def _quotas() -> Iterator[float]:
 def _read_all(name: str, controller: str) -> list[str]:
     """The contents of a control file in this process's group and in all groups above it, each of which limits it.
 
-    controller: of version 1, such as `memory`; empty for version 2, where all lie in one tree.
+    Args:
+        name: Name of the file, such as `memory.max`.
+        controller: Controller of version 1, such as `memory`; empty for version 2, where all are in one tree.
     """
     texts = []
     for folder in _groups(controller):
@@ -62,5 +65,6 @@ def _groups(controller: str) -> list[Path]:
                 inside = path
     # version 1 mounts a folder for each controller, and beside them version 2 as `unified`
     roots = [CGROUPS / controller] if controller else [CGROUPS, CGROUPS / "unified"]
+    # `..` appears in a path of a group that lies outside of this process's namespace, and leads nowhere here.
     parts = [part for part in inside.split("/") if part not in ("", "..")]
     return [root.joinpath(*parts[:end]) for root in roots for end in range(len(parts) + 1)]

@@ -1,4 +1,4 @@
-"""Exclusive locks on files, which end with their holder however that ends."""
+"""Exclusive locks on files, which the kernel releases when the process that holds them ends, however it ends."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ from fine_dist.core.errors import RunDirError
 
 
 def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
-    """Take an exclusive lock on an open file if nobody has it; gone with its holder, however that ends.
+    """Take an exclusive lock on an open file without waiting; returns whether that worked.
 
-    posix: a lock of the process (seen over NFS before version 4, not inherited by children) instead of the open file's.
-    where: what to name when the file system has no working locks (`RunDirError`).
+    Args:
+        file: Descriptor of the file.
+        where: Path for the error message.
+        posix: Take a POSIX lock (`lockf`), which belongs to the process, is not inherited by children and works over
+            NFS before version 4. Otherwise the lock (`flock`) belongs to the open file.
+
+    Raises:
+        RunDirError: The file system has no working locks.
     """
     take = fcntl.lockf if posix else fcntl.flock
     try:
+        # Never waits: a lock that is held is an answer for the user and no reason to hang.
         take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError as error:
+        # Which of the two is returned for a held lock depends on the system and on the kind of lock.
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         raise RunDirError(
@@ -32,7 +40,7 @@ def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
 
 
 def is_locked(path: str | Path, *, posix: bool = False) -> bool | None:
-    """Whether a live process holds an exclusive lock on a file. Needs only the right to read it.
+    """Whether a live process holds an exclusive lock on a file. Read permission is enough.
 
     Args:
         path: The lock file.
@@ -49,12 +57,13 @@ def is_locked(path: str | Path, *, posix: bool = False) -> bool | None:
     except FileNotFoundError:
         return False
     except OSError as error:
+        # EACCES has two meanings: held, or not readable. Only for a file that may be read is it the first.
         return True if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and os.access(path, os.R_OK) else None
 
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file that is there, waiting for whoever has it."""
+    """A context that holds an exclusive lock on an existing file; it waits until another holder has released it."""
     with open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -3,9 +3,9 @@
 A module says `log = logging.getLogger(__name__)`; a command calls `configure` once. What a command is asked for (a
 table, a path, a dry run) is its product, and is printed to stdout; everything else is a record:
 
-    DEBUG    --verbose: details for whoever looks for a fault; also what libraries say on ranks other than 0
-    INFO     progress and results on the way (the default level)
-    WARNING  --quiet shows nothing below: something a user should know, also when a library says it
+    DEBUG    details for debugging, and messages of libraries on all ranks (shown with --verbose)
+    INFO     progress and intermediate results (the default level)
+    WARNING  something that a user should know, from this project or a library (the lowest level with --quiet)
     ERROR    why a command or a rank ends
 """
 
@@ -36,11 +36,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(options: argparse.Namespace | None = None) -> None:
-    """Send the records of this project and of libraries to stderr; may be called again, with another level.
+    """Send log records of this project and of libraries to stderr. May be called again, with another level.
 
-    options: parsed flags of `add_flags`; none: the level of the environment, which a parent process has set.
+    Python's `warnings` become records too, so that a library's warning is written once, by rank 0.
 
-    Python's `warnings` become records too, so that a library's is written once, by rank 0.
+    Args:
+        options: Parsed flags of `add_flags`. None: the level in the environment, which a parent process has set.
     """
     if options is not None and (options.verbose or options.quiet):
         os.environ[LEVEL] = "debug" if options.verbose else "warning"
@@ -64,14 +65,14 @@ _CHATTY = ("PIL", "matplotlib", "asyncio", "urllib3", "filelock", "fsspec", "h5p
 
 
 class _Terminal(logging.Handler):
-    """Writes a record as one line to whatever stderr is now, above the progress bars that are on the screen."""
+    """A handler that writes a record as one line to the current stderr, above any progress bars on the screen."""
 
     def __init__(self) -> None:
         super().__init__()
         self._said: set[tuple[str, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a record is shown: all of ours; a library's once, and below ERROR by rank 0 alone."""
+        """Whether a record is shown. Those of libraries are shown once, and below ERROR by rank 0 alone."""
         rank, world_size = rank_for_logs()
         record.rank, record.world_size = rank, world_size
         if record.name.startswith(OURS) or logging.getLogger(OURS[0]).level == logging.DEBUG:
@@ -85,7 +86,7 @@ class _Terminal(logging.Handler):
         return True
 
     def format(self, record: logging.LogRecord) -> str:
-        """`[rank 3] warning: text`; without a rank where there is one process, without a level where it is INFO."""
+        """`[rank 3] warning: text`, without the rank in a single process and without the level for INFO."""
         several = getattr(record, "world_size", 1) > 1
         where = f"[rank {record.__dict__['rank']}] " if several else ""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
@@ -109,7 +110,7 @@ class _Terminal(logging.Handler):
 
 
 def _show_thread_error(args: threading.ExceptHookArgs) -> None:
-    """A thread of a library (TensorBoard's writer on a full disk) ends with one line, not with a traceback."""
+    """Log one line when a thread ends with an exception, such as TensorBoard's writer on a full disk."""
     name = args.thread.name if args.thread else "thread"
     log = logging.getLogger("fine_dist")
     log.error("%s ended: %s: %s", name, args.exc_type.__name__, args.exc_value)

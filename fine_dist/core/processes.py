@@ -1,4 +1,4 @@
-"""Words between processes of one machine: ports, torchrun's variables, dying with one's parent, ending at once."""
+"""Processes of one machine: free ports, torchrun's environment variables, signals, ending with the parent process."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from fine_dist.core.errors import LaunchError, ResumeLater
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago."""
+    """A TCP port that was free when it was asked for; another process may take it before it is used."""
     return free_ports(1, host)[0]
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different TCP ports that were free a moment ago."""
+    """Several different TCP ports, free as in `free_port`."""
     with contextlib.ExitStack() as stack:
+        # All stay open until the last is bound, or the system could hand out one port twice.
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind((host, 0))
@@ -32,7 +33,10 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 
 def derived_port(*words: int) -> int:
-    """A port that all ranks of a job derive alike from its numbers, below those that the system hands out."""
+    """A port that every rank of a job computes from the job's numbers, below the range that the system assigns from."""
+    # Primes, so that jobs with neighboring numbers on one machine do not get neighboring
+    # or equal ports. The result lies in 20000..29999, below Linux's range of ports for
+    # outgoing connections (32768 and up). `slurm/env.sh` computes the same.
     weights = (131, 17, 7)
     return 20000 + sum(word * weight for word, weight in zip(words, weights)) % 10000
 
@@ -40,7 +44,7 @@ def derived_port(*words: int) -> int:
 def rank_words(
     rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int | str
 ) -> dict[str, str]:
-    """The environment of one rank in torchrun's words; LOCAL_SIZE is DeepSpeed's name of LOCAL_WORLD_SIZE."""
+    """The environment variables of one rank, as torchrun sets them; LOCAL_SIZE is DeepSpeed's LOCAL_WORLD_SIZE."""
     words = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
@@ -54,9 +58,16 @@ def rank_words(
 
 
 def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0) -> int:
-    """A whole number from an environment variable. `LaunchError` when its text is none, or the number is too small.
+    """A whole number from an environment variable.
 
-    default: its value where the variable is absent; none: it must be there. An empty variable counts as absent.
+    Args:
+        env: The environment.
+        name: Name of the variable.
+        default: The value where the variable is absent or empty. None: the variable is required.
+        least: Smallest legal value.
+
+    Raises:
+        LaunchError: The text is no whole number, or the number is too small.
     """
     text = env.get(name, "").strip()
     if not text and default is not None:
@@ -70,7 +81,11 @@ def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, 
 
 
 def seconds_in(env: Mapping[str, str], name: str, default: float) -> float:
-    """A time in seconds from an environment variable. `LaunchError` when its text is no positive number."""
+    """A time in seconds from an environment variable, or `default` where it is absent or empty.
+
+    Raises:
+        LaunchError: The text is no positive number.
+    """
     text = env.get(name, "").strip()
     if not text:
         return default
@@ -84,7 +99,7 @@ def seconds_in(env: Mapping[str, str], name: str, default: float) -> float:
 
 
 def rank_here() -> tuple[int, int]:
-    """(rank, rank on this node) of this process in torchrun's words, or srun's; (0, 0) alone."""
+    """(rank, rank on this node) of this process as torchrun or srun numbered it; (0, 0) for a single process."""
     env = os.environ
     if "RANK" in env:
         return number_in(env, "RANK"), number_in(env, "LOCAL_RANK", 0)
@@ -94,7 +109,7 @@ def rank_here() -> tuple[int, int]:
 
 
 def rank_for_logs() -> tuple[int, int]:
-    """(rank, number of processes) for a log line, which never fails: (0, 1) where the environment says nonsense."""
+    """(rank, number of processes) for a log line; (0, 1) where the environment variables make no sense."""
     env = os.environ
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in env and size in env:
@@ -106,25 +121,34 @@ def rank_for_logs() -> tuple[int, int]:
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process when its parent ends (Linux), so that no orphan goes on computing.
 
-    parent: the process id that must still be the parent's; `SystemExit` when it has gone already.
+    Args:
+        parent: Process id that the parent must still have. None: it is not checked.
+
+    Raises:
+        SystemExit: The parent has ended already.
     """
     ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    # The parent may have ended before the call above, and then the kernel sends nothing.
     if parent is not None and os.getppid() != parent:
         raise SystemExit("the process that started this worker is gone")
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 raise `ResumeLater` in the main thread; the old handlers come back afterwards.
+    """A context in which SIGTERM, SIGUSR1 and SIGUSR2 raise `ResumeLater` in the main thread.
 
-    These are what schedulers send before they end a job. Further ones are ignored, while the first is acted upon.
+    These are the signals that schedulers send before they end a job. After the first one the others are ignored. The
+    previous handlers are restored at the end.
     """
 
     def stop(number: int, frame: object) -> None:
+        # A scheduler often sends several signals in a row; a second
+        # one must not interrupt the saving that the first has begun.
         for known in old:
             signal.signal(known, signal.SIG_IGN)
         raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
 
+    # Python refuses to set handlers anywhere else.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
     old = {number: signal.signal(number, stop) for number in numbers}
@@ -136,8 +160,10 @@ def stop_on_signals() -> Iterator[None]:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process as the interpreter does, with its threads, exit functions and output, but do not take it apart:
-    with torch loaded that takes most of a second."""
+    """End this process after its threads, exit functions and output, but without the interpreter's own cleanup.
+
+    With torch loaded, that cleanup takes most of a second.
+    """
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     sys.stdout.flush()

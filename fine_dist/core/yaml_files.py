@@ -1,4 +1,4 @@
-"""YAML as everyone reads it today: version 1.2's core schema, by a loader that builds nothing but plain values.
+"""YAML 1.2 (core schema), read by a loader that builds nothing but plain values.
 
 PyYAML implements version 1.1, in which `24:00:00` is the number 86400, `off` is false, `010` is 8 and `1e-4` is a text.
 Here these are a text, a text, 10 and a number. Merge keys (`<<`) of version 1.1 are kept.
@@ -33,9 +33,14 @@ _SCHEMA = {
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """A mapping read from a YAML file. `ConfigError` when it is none, is too large, or has a key twice."""
+    """Read a mapping from a YAML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is too large, is no YAML mapping, or has a key twice.
+    """
     remedy = "give a YAML file of keys and values"
     try:
+        # One byte more than is legal tells a file that is too large from one that just fits.
         raw = read_bytes(shipped_config(path), MAX_CONFIG_BYTES + 1)
     except NotAFile as error:
         raise ConfigError(f"config file {path} {error.strerror}; {remedy}") from None
@@ -56,9 +61,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """A mapping from YAML text. `ConfigError` says what is wrong and in which line.
+    """A mapping from YAML text.
 
-    where: what the text is from, for the message.
+    Args:
+        text: The text.
+        where: Origin of the text for messages.
+
+    Raises:
+        ConfigError: The text is no YAML mapping; the message names the line.
     """
     try:
         values = yaml.load(text, Loader=_Loader)
@@ -70,13 +80,14 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} is not YAML: {str(error).partition(chr(10))[0]}") from None
     except RecursionError:
         raise ConfigError(f"{where}: values lie too deep inside each other to be a config") from None
+    # An empty file is a config without settings, hence all defaults.
     if not isinstance(values if values is not None else {}, dict):
         raise ConfigError(f"{where}: a mapping of keys to values is needed, not {type(values).__name__}")
     return values or {}
 
 
 def parse_word(word: str) -> Any:
-    """A word of a command line as the scalar, list or mapping that it is in YAML; a word that is no YAML is text."""
+    """The value of a command line's word in YAML: a scalar, list or mapping. A word that is no YAML stays a text."""
     try:
         return yaml.load(word, Loader=_Loader)
     except (*_UNREADABLE, RecursionError):
@@ -84,7 +95,7 @@ def parse_word(word: str) -> Any:
 
 
 def to_yaml(values: Any) -> str:
-    """Plain values as YAML text that version 1.1 and version 1.2 read alike, keys in their order."""
+    """Plain values as YAML text that means the same in versions 1.1 and 1.2; keys keep their order."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110))
 
 
@@ -94,14 +105,17 @@ _UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeEr
 class _Loader(yaml.SafeLoader):
     """The safe loader under the core schema; it refuses a key that is given twice."""
 
+    # Emptied, so that none of version 1.1's rules remain; those of version 1.2 are added at the end of this file.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML, but of two equal keys neither is dropped without a word."""
+        """As PyYAML does, but two equal keys are an error; PyYAML silently keeps the last."""
         seen: dict[Any, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
                 continue
+            # PyYAML keeps the last of two equal keys. In a long file
+            # that is a setting which was typed and has no effect.
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None,
@@ -126,8 +140,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """libyaml's where it is built in (a fan-out of thousands of tasks writes as many files). Texts that either version
-    of YAML would read as something else are quoted."""
+    """libyaml's dumper where PyYAML has it, because a fan-out of thousands of tasks writes as many files.
+
+    Texts that version 1.1 or 1.2 would read as another type are quoted.
+    """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own name
         letter: list(pairs) for letter, pairs in yaml.SafeDumper.yaml_implicit_resolvers.items()

@@ -47,9 +47,10 @@ def cache(model: Any, ids: Tensor) -> Cached:
 def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
     """Hidden states [N, S, D] after the last layer, before the final norm.
 
-    model:  a `CLIPTextModelWithProjection`.
-    tokens: embeddings of the tokens at positions P to P + S, [N, S, D], without their positions' embedding.
-    keep:   takes the keys and values of each layer.
+    Args:
+        model: A `CLIPTextModelWithProjection`.
+        tokens: Embeddings of the tokens at positions P to P + S, [N, S, D], without their positions' embedding.
+        keep: Takes the keys and values of each layer.
     """
     text = model.text_model
     first, size = before.length, tokens.shape[1]
@@ -81,7 +82,8 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
 def pool(model: Any, hidden: Tensor, ends: Tensor) -> Tensor:
     """Projected embeddings [N, E] at each prompt's end-of-text position.
 
-    ends: int64 [N], its place among the S computed positions.
+    Args:
+        ends: int64 [N], its place among the S computed positions.
     """
     at_end = hidden[torch.arange(len(hidden), device=hidden.device), ends]  # [N, D]
     return model.text_projection(model.text_model.final_layer_norm(at_end))

@@ -37,11 +37,12 @@ class Scores(NamedTuple):
 def clip_scores(images: str | Path, clip: str | Path, prompt: str, device: torch.device | None = None) -> Scores:
     """The mean CLIP score of a folder of images.
 
-    images: a folder; `prompts.csv` in it (columns file and prompt) says what each image shows.
-    clip:   local folder of a `CLIPModel` with its tokenizer.
-    prompt: for images without one of their own.
-
     `DataError` for a folder without images or a list that names none; `ArtifactError` for a CLIP that cannot be read.
+
+    Args:
+        images: A folder; `prompts.csv` in it (columns file and prompt) says what each image shows.
+        clip: Local folder of a `CLIPModel` with its tokenizer.
+        prompt: For images without one of their own.
     """
     from transformers import CLIPModel, CLIPTokenizer
 

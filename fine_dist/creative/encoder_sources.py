@@ -25,10 +25,11 @@ KEYS = {768: "clip_l", 1280: "clip_g"}
 def load_encoders(sources: Sequence[str], token: str, device: torch.device | None = None) -> list[TextEncoder]:
     """The encoders of all sources, frozen, fp32, with the new token in their vocabularies.
 
-    sources: each a folder or hub name of a pipeline or of one CLIP text encoder, or `tiny`.
-
     `ConfigError` when there are none or more than two, a token is known already or an encoder has no projection;
     `ArtifactError` when something is missing or cannot be fetched.
+
+    Args:
+        sources: Each a folder or hub name of a pipeline or of one CLIP text encoder, or `tiny`.
     """
     parts: list[tuple[Any, Any]] = []
     for source in sources:

@@ -67,7 +67,8 @@ class TextEncoder:
     def single(self, word: str, what: str) -> int:
         """The id of a word that is one token. `ConfigError` names its pieces otherwise.
 
-        what: the setting that the word came from.
+        Args:
+            what: The setting that the word came from.
         """
         ids = self.ids(word)[1:-1]
         if len(ids) != 1 or ids[0] in (self.token_id, self.tokenizer.eos_token_id):

@@ -90,7 +90,9 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Mean cosine to the restrictive prompts of pairs, both orders: {what: {encoder or `mean`: cosine}}.
 
-    rows: what -> rows [D] by the encoder's name; the controls "creative", the start word and random rows are added.
+    Args:
+        rows: What -> rows [D] by the encoder's name; the controls "creative", the start word and random rows are
+            added.
     """
     found: dict[str, dict[str, float]] = {}
     for encoder in encoders:
@@ -134,7 +136,8 @@ def random_rows(encoder: TextEncoder) -> Tensor:
 def report(title: str, facts: dict[str, Any], measured: dict[str, dict[str, float]]) -> str:
     """A page of Markdown: the cosines as a table, the nearest words, and what was not measured.
 
-    facts: a token's manifest.
+    Args:
+        facts: A token's manifest.
     """
     keys = list(next(iter(measured.values())))
     lines = [

@@ -52,9 +52,10 @@ def save_token(
 ) -> dict[str, Any]:
     """Write a token's folder as a whole (a temporary name, then a rename); its manifest.
 
-    rows:    [D] by the encoder's name, in the order of the pipeline's encoders.
-    facts:   what else the manifest says (JSON): encoders, templates, steps, cosines.
-    control: the row trained on shuffled targets, as `rows`.
+    Args:
+        rows: [D] by the encoder's name, in the order of the pipeline's encoders.
+        facts: What else the manifest says (JSON): encoders, templates, steps, cosines.
+        control: The row trained on shuffled targets, as `rows`.
     """
     from safetensors.torch import save_file
 
@@ -139,15 +140,16 @@ def read_token(folder: str | Path) -> SavedToken:
 def load_cretok(pipe: Any, folder: str | Path) -> str:
     """Put a learned token into a diffusers pipeline with CLIP text encoders (SD3, SDXL, SD1.5); the token.
 
-    pipe:   has `tokenizer` and `text_encoder`, and `tokenizer_2` and `text_encoder_2` where there are two.
-    folder: what a run wrote: its directory, or the `token/` in it.
-
     The encoders' embedding tables grow by one row each, and their pooled output is read at the end of the text, where
     it would otherwise be read at the new token. SD3's third encoder (T5) does not know the token: give it
     `prompt_3=plain_prompt(prompt, token)`.
 
     `ArtifactError` when the folder is not whole or its rows do not fit the encoders; `ConfigError` when the pipeline
     knows the token already. Either leaves the pipeline as it was.
+
+    Args:
+        pipe: Has `tokenizer` and `text_encoder`, and `tokenizer_2` and `text_encoder_2` where there are two.
+        folder: What a run wrote: its directory, or the `token/` in it.
     """
     saved = read_token(folder)
     pairs: list[tuple[Any, Any]] = []

@@ -47,7 +47,8 @@ def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
     again, until each word is one piece. Of equally frequent pairs the alphabetically first is taken, so that every
     process learns the same.
 
-    words: how often each occurs.
+    Args:
+        words: How often each occurs.
     """
     split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     merges = []

@@ -125,7 +125,8 @@ class Tokens(nn.Module):
     def forward(self, pairs: Tensor, against: str = "own") -> Tensor:
         """Cosines [b, R, O, C] of the adaptive prompts to the restrictive prompts of pairs [b, R].
 
-        against: the `own` targets of each row, or, for a shuffled row, the `true` ones.
+        Args:
+            against: The `own` targets of each row, or, for a shuffled row, the `true` ones.
         """
         found = []
         num_rows = len(self.specs)

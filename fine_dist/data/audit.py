@@ -166,7 +166,15 @@ def index_folder(
 ) -> Manifest:
     """Write manifest.json beside tars of another program (`KEY.latent.npy`, `KEY.cls`), which stay as they are.
 
-    num_classes: None takes the largest label. `DataError`: no tars, or damage (each with its shard and key).
+    Args:
+        folder: Folder of the tars.
+        num_classes: Number of classes. None: the largest label plus 1.
+        scaling_factor: Factor that the stored latents were multiplied by, if it is known.
+        kind: What the latents are of, such as `image`.
+        codec: What made the latents.
+
+    Raises:
+        DataError: There are no tars, or samples are damaged (each is named by its shard and key).
     """
     folder = Path(folder)
     tars = sorted(folder.glob("*.tar"))

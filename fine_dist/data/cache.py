@@ -26,8 +26,9 @@ class Cache:
     def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int | None:
         """A descriptor of the file, fetched if it is not here; None when it has no room.
 
-        size:  its bytes; a file of another size is fetched again.
-        fetch: writes it into an open file.
+        Args:
+            size: Its bytes; a file of another size is fetched again.
+            fetch: Writes it into an open file.
         """
         fd = self._hit(name, size)
         if fd is not None:

@@ -46,10 +46,11 @@ class Encoded:
 def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool = False) -> Encoded:
     """Encode all images of `source` into `job.folder`, together with whatever processes do the same.
 
-    progress: show how far all of them are.
-
     Returns when everything is encoded and the manifest is written. `DataError`: the folder holds other latents; too
     many images cannot be read.
+
+    Args:
+        progress: Show how far all of them are.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     agree(job.folder, {**job.settings, "fingerprint": source.fingerprint})
@@ -234,7 +235,12 @@ class EncodeProgress:
         )
 
     def show(self, done_units: int, within: int) -> None:
-        """done_units: units that anybody has done. within: images of the one that this process is at."""
+        """Show the progress of all processes together.
+
+        Args:
+            done_units: Units that any process has finished.
+            within: Images of the unit that this process is working on.
+        """
         count = min(self.total, round(done_units * self._a_unit) + (within if self.unit == " images" else 0))
         if self._started is None:  # what was there before this process began took none of its time
             self._started, self._first = time.monotonic(), count

@@ -72,7 +72,9 @@ def expand_braces(pattern: str) -> list[str]:
 def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
     """The manifest of a set of shards, and the folder or URL in front of their names.
 
-    where: a folder or URL with a manifest.json in it, that file itself, or a brace pattern of some of its shards.
+    Args:
+        where: A folder or URL with a manifest.json in it, that file itself, or a brace pattern of some of its
+            shards.
     """
     name = where.rsplit("/", 1)[-1]
     base = where.rstrip("/")
@@ -163,9 +165,11 @@ def copy(
 ) -> None:
     """Copy a remote file into an open one, with `config.retries` further attempts after the first.
 
-    size: bytes it must have. check: says what is wrong with the copy.
-
     `FileNotFoundError` when the server says that it is not there; `DataError` when every attempt failed.
+
+    Args:
+        size: Bytes it must have.
+        check: Says what is wrong with the copy.
     """
     pause, problem = _FIRST_PAUSE_S, ""
     for attempt in range(1 + config.retries):

@@ -223,10 +223,11 @@ def _by(shape: tuple[int, ...]) -> str:
 def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """All latents of a small set of shards, in the order of the manifest: for held-out sets.
 
-    limit: at most so many samples: a random subset, the same every time, because shards may be sorted by class.
-
     Returns (latents float32 [N, C, H, W] multiplied by the scaling factor, labels int64 [N]). Moments give their mean.
     `DataError` for any damaged sample.
+
+    Args:
+        limit: At most so many samples: a random subset, the same every time, because shards may be sorted by class.
     """
     shard_set = ShardSet(shards, DataConfig())
     manifest = shard_set.manifest

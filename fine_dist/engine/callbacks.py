@@ -72,7 +72,8 @@ class EvaluationCallback:
     def after_step(self, step: int, seconds: float) -> None:
         """Measure and show what is due after `step` updates; after the last, previews wait until its result is saved.
 
-        seconds: what training has taken so far.
+        Args:
+            seconds: What training has taken so far.
         """
         last = step == self.steps
         if step % self.engine.eval_every == 0 or last:

@@ -214,7 +214,8 @@ def classifier_of_shards(folder: str | Path, shards: str, held_out: str | None) 
 def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0, data: str | None = None) -> Path:
     """Write the classifier as safetensors and JSON (shape, accuracy, seed, sha256); returns the folder.
 
-    data: hash of the shards that it was trained on, where it was trained on shards.
+    Args:
+        data: Hash of the shards that it was trained on, where it was trained on shards.
     """
     folder, model = Path(folder), trained.classifier
     blob = _blob(model)

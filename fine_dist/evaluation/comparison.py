@@ -105,7 +105,8 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
 def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str], adm: bool = False) -> list[str]:
     """What a reader of these scores should know: too few samples, above all.
 
-    adm: precision and recall were made by ADM's protocol, of all 50,000 samples.
+    Args:
+        adm: Precision and recall were made by ADM's protocol, of all 50,000 samples.
     """
     told = []
     frechet = [metric for metric in metrics if metric in FRECHET or metric == "sfid"]

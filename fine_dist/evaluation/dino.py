@@ -35,7 +35,7 @@ class DinoV2(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Extracted:
-        """images: as `Features` takes them; any size."""
+        """The class token's features; `images` as in `Features.__call__`, of any size."""
         return Extracted(self._hidden(images)[:, 0])
 
     @torch.no_grad()

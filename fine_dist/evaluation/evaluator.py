@@ -123,8 +123,12 @@ class Evaluator:
     ) -> float:
         """Mean loss of the process over the fixed inputs of `data.held_out`, of a dense or a composed model.
 
-        alone: this process measures all of them by itself, as rank 0 does while a model trains; else each process
-        measures its share. precision: arithmetic of the model.
+        Args:
+            model: A model that predicts as `diffusion` says.
+            diffusion: The process and its loss.
+            alone: Whether this process measures all inputs itself, as rank 0 does during training; otherwise each
+                process measures its share.
+            precision: Arithmetic of the model.
         """
         key = diffusion.model_dump_json()
         if key not in self._held_out:

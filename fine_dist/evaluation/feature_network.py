@@ -48,7 +48,14 @@ class Features(Protocol):
     def identity(self) -> str: ...
 
     def __call__(self, images: Tensor) -> Extracted:
-        """images: uint8 [N, C, H, W], or floating point in [-1, 1]; C is 1 or 3. `DataError` when they do not fit."""
+        """Features of a batch of images.
+
+        Args:
+            images: uint8 [N, C, H, W], or floating point in [-1, 1]; C is 1 or 3.
+
+        Raises:
+            DataError: The images do not fit this network.
+        """
 
 
 def as_rgb(images: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def is_picture(path: Path) -> bool:
 def open_images(path: str | Path, background: Color = WHITE) -> Images:
     """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`.
 
-    background: what transparent pictures are laid over.
+    Args:
+        background: What transparent pictures are laid over.
     """
     path = Path(expand_path(str(path)))
     if path.is_dir():

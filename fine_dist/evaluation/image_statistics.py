@@ -193,7 +193,8 @@ def measure(
 ) -> Statistics:
     """Statistics of batches (numbers [B], images); with several processes each gives its own batches.
 
-    device: where the processes communicate.
+    Args:
+        device: Where the processes communicate.
     """
     collector = Collector(features, num_images, selection, source)
     with tqdm(
@@ -219,7 +220,8 @@ def measure_path(
 ) -> Statistics:
     """Statistics of the images at a path (read by `image_reader`); process `rank` of `world_size` reads its share.
 
-    background: what transparent pictures are laid over.
+    Args:
+        background: What transparent pictures are laid over.
     """
     images = open_images(path, background)
     start, stop = images.count * rank // world_size, images.count * (rank + 1) // world_size

@@ -195,7 +195,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Extracted:
-        """images: as `Features` takes them; any size."""
+        """Pooled, spatial and class features; `images` as in `Features.__call__`, of any size."""
         x = as_rgb(images).to(self.fc.weight.device)
         x = (resize_as_tensorflow_1(x.float(), SIDE) - 128) / 128  #                                  [N, 3, 299, 299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))

@@ -58,10 +58,13 @@ class Moments:
         return self
 
     def all_reduce(self, device: torch.device | str = "cpu") -> Moments:
-        """Merge over all processes of the default group (none: nothing to do); every process gets the same, returns it.
+        """Merge over all processes of the default group, if there is one; every process returns the same result.
 
-        device: where the group communicates (NCCL needs the GPU). Two rounds, each F x F at most a process: the mean
-        of all first, then every process's scatter about *that* mean, which is Chan's merge for any number of parts.
+        Two reductions, of F and of F x F numbers: the mean of all first, then every process's scatter about *that*
+        mean, which is Chan's merge for any number of parts.
+
+        Args:
+            device: Device on which the group communicates (NCCL needs the GPU).
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self

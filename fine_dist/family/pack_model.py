@@ -164,9 +164,11 @@ class PackedDiT(nn.Module):
     # --- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: PackInputs, jobs: Sequence[int] | None = None) -> Tensor:
-        """Outputs [J', B, C or 2C, H, H] of some jobs, a row of the inputs a job, in the order in which they are named.
+        """Outputs [J', B, C or 2C, H, H] of some jobs, in the order of `jobs`; the inputs have one row for each.
 
-        jobs: indices into the pack; all when none.
+        Args:
+            inputs: Inputs of these jobs.
+            jobs: Indices into the pack. None: all jobs.
         """
         named = list(range(len(self.depths))) if jobs is None else list(jobs)
         order = sorted(range(len(named)), key=lambda i: -self.depths[named[i]])

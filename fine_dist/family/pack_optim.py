@@ -50,10 +50,12 @@ class PackedAdamW:
 
     @torch.no_grad()
     def step(self, update: Tensor, rates: Tensor) -> None:
-        """Update the jobs whose `update` [J] (bool) is true, after `norms`; gradients above `clip_norm` are clipped.
+        """Update some jobs, after `norms`; gradients above `clip_norm` are clipped.
 
-        rates: learning rates [J] of this step, float64. Rows of the other jobs keep their bits, whatever gradients they
-        have.
+        Args:
+            update: bool [J]: the jobs that are updated. Rows of the others keep their bits, whatever gradients they
+                have.
+            rates: Learning rates of this step, float64 [J].
         """
         beta1, beta2 = self.config.betas
         keep = update[:, None]  #                                                                               [J, 1]

@@ -57,12 +57,11 @@ def read_states(
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
     """The furthest whole state of every named job that any pack in `folder` has saved: (tensors, values).
 
-    Files that cannot be read are renamed to `NAME.damaged`, with a line that says so; no other job suffers from them.
-
     Args:
-        folder: Where the packs of a family keep their states.
-        pack: The name of the pack that the jobs are in now.
-        keys: Wanted job -> its key.
+        folder: Folder of the state files of a family's packs. One that cannot be read is renamed to `NAME.damaged`,
+            with a warning; other jobs are not affected.
+        pack: Name of the pack that the jobs are in now.
+        keys: The key of every job that is looked for, by its name.
 
     Raises:
         DamagedStateError: A job has no whole state, and a damaged file was its own.

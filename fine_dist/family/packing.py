@@ -82,9 +82,11 @@ larger chunk runs no faster and only takes memory."""
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
     """Packs, the longest first, that keep `workers` workers equally busy.
 
-    memory: bytes for activations.  cpu: chunks are also kept within the cache.
-
     Jobs of one group are dealt out longest first, each to the pack with the least to do (LPT).
+
+    Args:
+        memory: Bytes for activations.
+        cpu: Chunks are also kept within the cache.
     """
     packs: list[Pack] = []
     groups: dict[str, list[Shape]] = {}

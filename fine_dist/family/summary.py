@@ -190,11 +190,12 @@ def draw_family(
 ) -> Path | None:
     """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
 
-    younger_than_s: leave a picture that another pack has drawn so recently alone.
-    beside:         `baselines`: what has one depth is a level line, what has several a dashed curve.
-
     Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
     newest training loss.
+
+    Args:
+        younger_than_s: Leave a picture that another pack has drawn so recently alone.
+        beside: `baselines`: what has one depth is a level line, what has several a dashed curve.
     """
     path = run_dir / "family.png"
     if younger_than_s and path.exists() and time.time() - path.stat().st_mtime < younger_than_s:

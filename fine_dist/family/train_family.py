@@ -46,9 +46,10 @@ class InitializedTarget:
 def run_family(family: Family, inside: bool) -> Path:
     """Train the targets (`only` those named) that are not done, in this process; the family's folder.
 
-    inside: this process is a worker of a job, which holds the rows of the state table already.
-
     A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
+
+    Args:
+        inside: This process is a worker of a job, which holds the rows of the state table already.
     """
     world = pack_world(family.config)
     folder = run_dir_of(family.config)

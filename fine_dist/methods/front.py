@@ -78,7 +78,8 @@ def cosines(size: int) -> Tensor:
 def resize(tensor: Tensor, dim: int, groups: int, size: int, keep: float) -> Tensor:
     """Resample a dimension of `groups` stretches of d1 entries to as many of `size`, from its lowest frequencies.
 
-    keep: the share of the frequencies that are kept, at least one of them.
+    Args:
+        keep: The share of the frequencies that are kept, at least one of them.
     """
     parts = tensor.double().movedim(dim, -1).unflatten(-1, (groups, -1))  #                            [..., g, d1]
     old = parts.shape[-1]

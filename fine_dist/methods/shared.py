@@ -104,7 +104,8 @@ def expanded(
 ) -> dict[str, Tensor]:
     """The state dict of a dense DiT of so many layers: what is outside the model's blocks, and block matrices as given.
 
-    dense: (matrix, layer) -> its weight [m, n] and bias [m].
+    Args:
+        dense: (matrix, layer) -> its weight [m, n] and bias [m].
     """
     state = {name: p.clone() for name, p in of_role(model, "shell").items()}
     for layer in range(num_layers):

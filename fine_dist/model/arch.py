@@ -175,7 +175,9 @@ def arch(name: str, **fields: Any) -> Arch:
 def check_size(numbers: int, what: str) -> None:
     """`ConfigError` when so many float32 numbers cannot lie in this machine's memory: to be asked before they are made.
 
-    numbers: such as `arch.count(rank)`, and what training keeps beside it. what: what they are, for the message.
+    Args:
+        numbers: Such as `arch.count(rank)`, and what training keeps beside it.
+        what: What they are, for the message.
     """
     needed, there = 4 * numbers, memory_bytes()
     if needed > there:

@@ -50,11 +50,13 @@ def save_artifact(
 ) -> dict[str, Any]:
     """Write a folder atomically and return its manifest.
 
-    kind:    `learngene`, `model` (a dense DiT) or `target` (what is not its parent's, and the parent's hash).
-    method:  the method's config as a mapping, with its `name`.
-    tensors: by state-dict name; written as they are, on the CPU. Of what was trained with an average: the average.
-    raw:     the weights themselves of what was trained, where `tensors` has their average.
-    extra:   anything else worth keeping (ancestor, licence, losses); JSON.
+    Args:
+        kind: `learngene`, `model` (a dense DiT) or `target` (what is not its parent's, and the parent's hash).
+        method: The method's config as a mapping, with its `name`.
+        tensors: By state-dict name; written as they are, on the CPU. Of what was trained with an average: the
+            average.
+        raw: The weights themselves of what was trained, where `tensors` has their average.
+        extra: Anything else worth keeping (ancestor, licence, losses); JSON.
     """
 
     with whole_folder(folder) as draft:
@@ -122,7 +124,9 @@ _KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dic
 def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: Weights = "ema") -> Artifact:
     """Read a folder and check it against its own manifest (sha256). `ArtifactError` says what is wrong with it.
 
-    weights: `raw` puts the trained weights themselves in the place of their averages; its hash is then of both files.
+    Args:
+        weights: `raw` puts the trained weights themselves in the place of their averages; its hash is then of both
+            files.
     """
     folder, manifest = Path(folder), read_manifest(folder)
     if expect_kind and manifest["kind"] != expect_kind:

@@ -60,9 +60,12 @@ def estimate(
     """The memory of one process; of rank 0, which needs most.
 
     num_params, num_trained: numbers in the model, and those of them that train.
-    kept:    numbers that a sample's backward pass keeps beyond those of a dense model's (`model.flops.ModelCost.kept`).
-    teacher: numbers in a frozen model that is asked at every step, held in the compute precision.
-    shows:  whether held-out losses or pictures are made, which takes a second model.
+
+    Args:
+        kept: Numbers that a sample's backward pass keeps beyond those of a dense model's
+            (`model.flops.ModelCost.kept`).
+        teacher: Numbers in a frozen model that is asked at every step, held in the compute precision.
+        shows: Whether held-out losses or pictures are made, which takes a second model.
     """
     sharded = engine.backend != "plain"
     stage = {"plain": 0, "deepspeed": engine.deepspeed.stage, "fsdp2": 3}[engine.backend]

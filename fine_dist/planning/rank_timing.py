@@ -171,10 +171,12 @@ class Clock:
 def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int) -> dict[str, float]:
     """A run of the engine, all its parts as they are, on made-up latents: medians of the parts of its steps.
 
-    model: `dense`, or `learngene`: what stage 1 trains. stage: of ZeRO; 0 is the plain backend.
-
     Parts: forward, backward, step (all of it), `numbers` (AdamW and the EMA), `joined` (what the plain backend copies
     around its all-reduce), `trained` numbers in so many `tensors`, `small` of them in so many `small_tensors`.
+
+    Args:
+        model: `dense`, or `learngene`: what stage 1 trains.
+        stage: Of ZeRO; 0 is the plain backend.
     """
     generator = torch.Generator().manual_seed(0)
     module = (

@@ -102,8 +102,9 @@ def answer(
 ) -> ScalingPrediction:  # fmt: skip
     """Predict a stage's step for every number of processes.
 
-    file:       parts of an earlier measurement; none: they are measured here and now.
-    network_of: links between so many processes and how much slower each computes, measured; none: as stated.
+    Args:
+        file: Parts of an earlier measurement; none: they are measured here and now.
+        network_of: Links between so many processes and how much slower each computes, measured; none: as stated.
     """
     plan = config.blueprint()
     if plan is None:

@@ -186,8 +186,9 @@ def predict(
 ) -> Prediction:  # fmt: skip
     """One step of `processes`, of which each takes `accumulation` micro-batches of `micro` samples.
 
-    overlap:  share (0 to 1) of a pass's seconds that communication may run beside.
-    slowdown: how much slower a process computes while the others of its node do.
+    Args:
+        overlap: Share (0 to 1) of a pass's seconds that communication may run beside.
+        slowdown: How much slower a process computes while the others of its node do.
     """
     if stage not in STAGES:
         raise ConfigError(f"ZeRO stage {stage}: legal: {', '.join(map(str, STAGES))}")
@@ -221,8 +222,10 @@ def shares(
 ) -> dict[int, tuple[int, int]]:
     """(micro-batch, accumulation) of each number of processes.
 
-    batch: the config's, over `start` processes. hold: `process` keeps a process's share of it, so that the batch grows
-    with P; `batch` keeps the whole. `ConfigError` for a share that cannot be divided.
+    Args:
+        batch: Global batch of the config, over `start` processes.
+        hold: `process` keeps the share of each process, so that the batch grows with P; `batch` keeps the global
+            batch.
     """
     from fine_dist.engine.program import divide_batch
 

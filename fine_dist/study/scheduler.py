@@ -25,9 +25,10 @@ REFRESH_S = 5.0
 def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ()) -> dict[str, str]:
     """StudyRun everything that is not done. A run that fails holds up only what comes after it.
 
-    launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
-
     Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
+
+    Args:
+        launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
     """
     from fine_dist.launchers.worker import inside
 

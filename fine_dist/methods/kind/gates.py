@@ -155,7 +155,8 @@ class GatedDiT(DiT):
     def merge(self, group: int = -1) -> dict[str, Tensor]:
         """The state dict of the ordinary DiT of one group's classes: the same function for their labels alone.
 
-        group: -1 is learngenes alone, the function of the null label.
+        Args:
+            group: -1 is learngenes alone, the function of the null label.
         """
         state = {name: p.clone() for name, p in of_role(self, "shell", "bias", "weight").items()}
         for layer, matrix, module in self.gated():
