@@ -71,7 +71,8 @@ def test_every_row_that_copies_a_shell_has_one_beside_it_that_does_not(small):
     run, found = small
     losses = {row["method"]: row["held_out_loss"] for row in found["rows"] if row["part"] == "depths"}
     added = [name for name in losses if name.endswith("_scratch_shell")]
-    assert len(added) == 10 and all(losses[name] != losses[name.removesuffix("_scratch_shell")] for name in added)
+    assert added == ["fine_scratch_shell", "tleg_scratch_shell"]
+    assert all(losses[name] != losses[name.removesuffix("_scratch_shell")] for name in added)
     names = read_results(run / "depths" / "report").display_names
     assert names["tleg_scratch_shell"] == "TLEG, scratch shell"
 
@@ -95,9 +96,7 @@ def test_the_reports_hold_tables_verdicts_and_storage_for_n_models(small, tmp_pa
     assert "learngene of KIND" in page  # its classes' samples, before and after
     assert "to classes 6-9" in page and "Storage" in page and "http" not in page.replace("http://www.w3.org", "")
     verdicts = {v["claim"]: v["verdict"] for v in found["verdicts"]["depths"]}
-    assert len(verdicts) == 25
-    line = verdicts.pop("Learned sigma is close to linear in depth")  # of the learngene's tables, not of means
-    assert line in {"held", "did not hold"}
+    assert len(verdicts) == 28
     words = {"held", "did not hold", "within noise", "held where measured"}
     assert set(verdicts.values()) <= {"not measured", *(f"{word} on one seed" for word in words)}
     assert verdicts["FINE is better than TLEG and TLEG than scratch"] != "not measured"
@@ -126,7 +125,7 @@ def test_every_benchmark_is_planned_and_its_hours_are_told(name, capsys):
     hours = [float(x) for x in re.findall(rf"([\d.e+]+) {unit}", told)]
     # two parts and their tuning; a part of fashion's is given, and ImageNet keeps the paper's rate
     assert len(hours) == {"digits": 4, "fashion": 3}.get(name, 1) and "dry run: nothing was done" in told
-    least, most = {"digits": (0.3, 80 / 60), "fashion": (1, 5)}.get(name, (400, 3000))
+    least, most = {"digits": (0.3, 2.5), "fashion": (1, 5)}.get(name, (400, 3000))
     assert least < sum(hours) < most
 
 
@@ -134,7 +133,7 @@ def test_ancestors_are_trained_once_for_all_that_come_from_them():
     graph = plan(load_studies(CONFIGS / "digits.yaml")["depths"])
     names = [run.name for run in graph.runs]
     assert len(names) == len(set(names)) and names.count("ancestor-L8-s0") == 1
-    assert sum(name.startswith("condense-") for name in names) == 3 * 9
+    assert sum(name.startswith("condense-") for name in names) == 3 * 11
     copied, fresh = (graph[f"{name}-L4-s0"].config for name in ("tleg", "tleg_scratch_shell"))
     assert (copied.shell, fresh.shell) == ("inherited", "scratch") and copied.parent == fresh.parent
 
