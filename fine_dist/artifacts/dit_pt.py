@@ -87,7 +87,7 @@ def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["
             "no null label: its label table has one row a class; it cannot be guided, and a row of zeros is added"
         )
         state[_LABEL] = torch.cat([state[_LABEL], torch.zeros_like(state[_LABEL][:1])])
-    _check_positions(state.pop(_POSITION, None), arch, str(path))
+    arch = _with_positions(state.pop(_POSITION, None), arch, str(path))
     ours = {mine: state[theirs] for mine, theirs in names(arch.num_layers)}
     ours["patch.weight"] = ours["patch.weight"].flatten(1)
     licence = hints.licence or (DIT_LICENCE if _PUBLISHED.match(path.name) else UNKNOWN_LICENCE)
@@ -212,24 +212,32 @@ def _input_size(positions: tuple[int, ...] | None, patch: int, hints: HintsConfi
     return side * patch
 
 
-def _check_positions(table: Tensor | None, arch: Arch, where: str) -> None:
-    """The table is not kept, because ours is the same; another one (a learned one, say) would be lost.
+def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
+    """The shape with the grid that a table of positions was rescaled to (DiffFit), if it was.
 
-    It may differ by the rounding of the precision it was saved in, which is half a unit in the last place of 1.
+    The table itself is not kept, because ours is the same; another one (a learned one, say) would be lost. It may
+    differ by the rounding of the precision it was saved in, which is half a unit in the last place of 1.
     """
     if table is None:
-        return
-    ours = positions_of(arch)
-    if table.shape[1:] != ours.shape:
-        raise ArtifactError(
-            f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (is {list(table.shape)}); it cannot be kept"
-        )
-    gap, limit = float((table[0].float() - ours).abs().max()), max(1e-5, torch.finfo(table.dtype).eps / 2)
-    if not gap <= limit:
-        raise ArtifactError(
-            f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it differs from that by up to {gap:.3g}); it "
-            "cannot be kept"
-        )
+        return arch
+    shapes = [arch]
+    if arch.num_tokens > 1 and table.shape[1:] == positions_of(arch).shape:
+        # the first frequency is 1, so the second patch of a row holds the sine of the step between two positions
+        step = math.asin(max(-1.0, min(1.0, float(table[0, 1, 0]))))
+        side = arch.input_size // arch.patch_size
+        if 0 < round(side * step) != side:
+            shapes.append(arch.model_copy(update={"position_grid": round(side * step)}))
+    gaps = [_gap(table[0], positions_of(shape)) for shape in shapes]
+    if min(gaps) <= max(1e-5, torch.finfo(table.dtype).eps / 2):
+        return shapes[gaps.index(min(gaps))]
+    says = f"differs from that by up to {gaps[0]:.3g}" if math.isfinite(gaps[0]) else f"is {list(table.shape)}"
+    raise ArtifactError(f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it {says}); it cannot be kept")
+
+
+def _gap(table: Tensor, ours: Tensor) -> float:
+    """The largest difference of two tables; infinite where their shapes differ or a number is not finite."""
+    gap = float((table.float() - ours).abs().max()) if table.shape == ours.shape else math.inf
+    return gap if math.isfinite(gap) else math.inf
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

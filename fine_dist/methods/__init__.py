@@ -31,6 +31,7 @@ from fine_dist.methods.settings import (
     ScratchConfig,
     SvdConfig,
     SvdiffConfig,
+    SweetConfig,
     SwsConfig,
     TlegConfig,
     WeightSelectionConfig,
@@ -66,6 +67,7 @@ _METHODS: dict[str, tuple[type[MethodConfig], str]] = {
     "snnet": (SnnetConfig, "stitching.snnet:Snnet"),
     "svd": (SvdConfig, "svd:Svd"),
     "svdiff": (SvdiffConfig, "svdiff:Svdiff"),
+    "sweet": (SweetConfig, "sweet:Sweet"),
     "sws": (SwsConfig, "sws:Sws"),
     "tleg": (TlegConfig, "tleg:Tleg"),
     "vera": (VeraConfig, "adapters.method:Vera"),
@@ -90,7 +92,7 @@ def _add_methods_of_other_packages() -> None:
 
 
 _add_methods_of_other_packages()
-CONDENSING = ("fine", "kind", "learngene_pool", "snnet", "sws", "tleg", "wave")
+CONDENSING = ("fine", "kind", "learngene_pool", "snnet", "sweet", "sws", "tleg", "wave")
 """Methods that have a stage 1 (`Traits.condenses`), known without importing their code."""
 
 

@@ -163,3 +163,23 @@ class FrontConfig(MethodConfig):
     keep: float = Field(1.0, gt=0, le=1)
     """Share of the frequencies along every axis that are kept. At 1, a target of the parent's own shape is its copy;
     less is a smaller learngene, whose targets need more training."""
+
+
+class SweetConfig(MethodConfig):
+    """SWEET: one Tucker core shared by all matrices, scalers over depth and over width."""
+
+    name: Literal["sweet"] = "sweet"
+    """SWEET, arXiv 2601.19694."""
+    components: int = Field(24, ge=1, le=2**16)
+    """Number of components of the shared core. The default stores about as many numbers as FINE's factors of rank D;
+    18 L components could make any L layers exactly."""
+    side: int | None = Field(None, ge=1, le=2**16)
+    """Side of a component. Default: the width of stage 1. Smaller values give a smaller learngene, whose weights have
+    at most this rank."""
+    scaling: float = Field(0.1, ge=0, lt=1)
+    """Random scaling of the core along its dimensions of width while stage 1 trains: each is multiplied by a number
+    between 1 - scaling and 1 + scaling, drawn at every step. It prepares the core for other widths; 0 switches it
+    off."""
+    scalers: Literal["linear", "random", "identical", "segment", "aligned"] = "segment"
+    """Start of a target's scalers over depth: `linear`, `segment` and `aligned` carry the learngene's over, `random`
+    and `identical` are controls (docs/fanout.md)."""

@@ -12,6 +12,7 @@ from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.methods import METHODS
+from fine_dist.methods.stitching.pool import Pool
 from fine_dist.testing import run_distributed
 from tests.conftest import lively, tiny_arch
 from tests.distributed.test_zero import OPTIM, distance, zero
@@ -64,7 +65,7 @@ def stages_of(name: str) -> tuple[int | str, ...]:
     A path that is drawn for a step leaves parameters out. AdamW leaves those without a gradient alone; ZeRO-3 gives
     them a gradient of zero, and their moments still move them.
     """
-    return (2, 3, "fsdp2") if condensed(tiny(name))[0].before_step is None else (2, "fsdp2")
+    return (2, "fsdp2") if isinstance(condensed(tiny(name))[1], Pool) else (2, 3, "fsdp2")
 
 
 def test_two_processes_that_share_the_weights_train_what_one_process_trains(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ TINY: dict[str, dict[str, Any]] = {
     # settings for a width of 32 and few layers, where a paper's own suit large models
     "fine": {"rank": 24},
     "sws": {"stages": (1, 2, 1)},
+    "sweet": {"components": 6},
     "tleg": {"auxiliary_layers": 3},
     "wave": {"side": 16},
 }

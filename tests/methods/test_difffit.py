@@ -6,6 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fine_dist.artifacts.exporting import export
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.settings import HintsConfig
+from fine_dist.core.errors import ConfigError
 from fine_dist.methods.difffit import ScaledDense
 from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
@@ -171,3 +175,20 @@ def test_other_methods_keep_the_resolution(parent):
 
     with pytest.raises(ArtifactError, match=r"input_size is 8 in the parent, 16 in the target.*could: .*difffit"):
         check(method_of("svdiff"), parent.artifact, parent.arch.model_copy(update={"input_size": 16}))
+
+
+def test_a_layout_without_a_position_table_refuses_rescaled_positions_and_dits_own_brings_them_back(parent, tmp_path):
+    method, shape, model = larger(parent)
+    nudge(model)
+    merged = DiT(shape)
+    merged.load_state_dict(method.merge(model))
+    about = {"kind": "model", "hash": "0", "method": {"name": "difffit"}, "folder": "model"}
+    with pytest.raises(ConfigError, match=r"positions are rescaled to a grid of 4 patches.*legal here: DiT's layout"):
+        export(merged, about, "diffusers", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    export(merged, about, "dit", tmp_path / "model.pt")
+    back, _ = load_model(tmp_path / "model.pt", hints=HintsConfig(num_heads=shape.num_heads))
+    assert back.arch == shape
+    batch = inputs(shape)
+    with torch.no_grad():
+        torch.testing.assert_close(back(*batch), model(*batch), atol=0, rtol=0)

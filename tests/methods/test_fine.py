@@ -5,6 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.targets import descend as make_target
+from fine_dist.artifacts.targets import load_target_module
+from fine_dist.data.settings import DataConfig
+from fine_dist.engine.settings import LoopConfig
+from fine_dist.family.config import DomainConfig, InitConfig
+from fine_dist.family.members import Family
+from fine_dist.family.train_family import run_family
 from fine_dist.methods import build
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.methods.fine.method import Fine
@@ -95,3 +103,25 @@ def test_condensing_at_several_depths_trains_the_models_that_targets_start_from(
         torch.testing.assert_close(module.eval()(z, t, y), whole)  # measuring is always of the whole learngene
     assert seen == {(0, 4), (0, 2, 4)}
     assert method.sigma_initial({"initial": "decompose", "depths": [2, 3]}) == "nearest"
+
+
+@pytest.mark.parametrize("trains", ["sigma", "sigma_and_biases"])
+def test_stage_2_trains_sigma_alone_or_the_biases_of_layers_too_which_no_pack_takes(trains, digit_shards, tmp_path):
+    learngene, arch = artifact_for("fine"), tiny_arch(num_layers=2)
+    method = Fine(FineConfig(trains=trains))
+    data = DataConfig(shards=str(digit_shards / "train"))
+    engine = LoopConfig(device="cpu", threads=1, checkpoint_every=100)
+    config = InitConfig(run_dir=str(tmp_path), parent=str(learngene.folder), method=method.config, steps=3, batch=16,
+                        domains={"digits": DomainConfig(data=data)}, depths=(2,), engine=engine)  # fmt: skip
+    family = Family(config)
+    [member] = family.members
+    begun = make_target(method, family.parent, arch, member.seed).model
+    assert (method.pack(begun) is None) == (trains == "sigma_and_biases")
+    run_family(family, inside=False)
+    _, module, artifact = load_target_module(member.folder)
+    moved = {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, begun.state_dict()[name])}
+    assert {name.rpartition(".")[2] for name in moved} == ({"sigma"} if trains == "sigma" else {"sigma", "bias"})
+    assert all(name.startswith("blocks.") for name in moved)  # no bias of the embedders or the final layer
+    assert not any(name.startswith("genes.") for name in artifact.tensors)  # U and V stay with the learngene
+    dense, _ = load_model(member.folder)
+    torch.testing.assert_close(dense(*inputs(arch)), module(*inputs(arch)), atol=1e-5, rtol=1e-5)

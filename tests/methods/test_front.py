@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import numpy as np
 import pytest
 import scipy.fft
@@ -60,3 +63,35 @@ def test_a_wider_target_keeps_the_variance_of_sums(parent):
     wide, narrow = model.blocks[0].get_submodule("in").weight, parent.module.blocks[0].get_submodule("in").weight
     assert float(wide.detach().norm(dim=1).mean()) == pytest.approx(float(narrow.detach().norm(dim=1).mean()), rel=0.25)
     assert model(*inputs(model.arch)).isfinite().all()
+
+
+@pytest.mark.parametrize("num_layers", [2, 4, 7])
+def test_weights_that_vary_as_one_cosine_over_depth_do_so_at_any_depth(parent, num_layers, generator):
+    """A known answer of the whole method: W(l) = A + cos(pi (l + 1/2) / L) B, with L the depth of either model."""
+    source = copy.deepcopy(parent)
+    mean = {name: torch.randn(p.shape, generator=generator) for name, p in source.module.blocks[0].named_parameters()}
+    swing = {name: torch.randn(p.shape, generator=generator) for name, p in source.module.blocks[0].named_parameters()}
+
+    def wanted(name: str, layer: int, depth: int) -> torch.Tensor:
+        return mean[name] + math.cos(math.pi * (layer + 0.5) / depth) * swing[name]
+
+    with torch.no_grad():
+        for layer, block in enumerate(source.module.blocks):
+            for name, parameter in block.named_parameters():
+                parameter.copy_(wanted(name, layer, len(source.module.blocks)))
+    model = made(source, num_layers=num_layers)
+    for layer, block in enumerate(model.blocks):
+        for name, parameter in block.named_parameters():
+            torch.testing.assert_close(parameter.detach(), wanted(name, layer, num_layers), atol=1e-5, rtol=1e-5)
+
+
+def test_q_k_and_v_are_resampled_by_themselves(parent):
+    """Constant rows stay what they are at twice the width; inputs are divided for the variance of their sum."""
+    source = copy.deepcopy(parent)
+    with torch.no_grad():
+        for block in source.module.blocks:
+            qkv = block.get_submodule("qkv").weight
+            qkv.copy_(torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(32)[:, None].expand_as(qkv))
+    model = made(source, hidden_size=64, num_heads=8)
+    expected = torch.tensor([1.0, 2.0, 3.0]).repeat_interleave(64)[:, None].expand(-1, 64) / 2**0.5
+    torch.testing.assert_close(model.blocks[0].get_submodule("qkv").weight.detach(), expected)

@@ -16,6 +16,7 @@ from fine_dist.stages.condense import CondenseConfig
         ("tleg_b", 12, 24_032_288, Weights(0, 1)),
         ("sws_b", 16, 55_917_344, Weights(0, 1)),
         ("wave_b", 12, 13_770_272, Weights(1, 1)),
+        ("sweet_b", 12, 18_254_432, Weights(1, 0)),
         ("kind_b", 12, 158_664_224, Weights(1, 0)),
     ],
 )
