@@ -37,8 +37,8 @@ from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.sampling.renderer import class_name_of, make_renderer
 from fine_dist.sampling.settings import SampleConfig
-from fine_dist.stages.condense import CondenseConfig
 from fine_dist.stages.condense import run as run_condense
+from fine_dist.stages.settings import CondenseConfig
 
 Latents: TypeAlias = str | Path | Iterable[tuple[Any, Any]]
 """A folder, URL or pattern of shards; or any iterable of (latent [C, H, W], label), such as a torch Dataset."""

@@ -5,38 +5,51 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.arguments import parse
+from fine_dist.core.arguments import Call, parse
 from fine_dist.core.callable_module import make_callable
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import guard
 from fine_dist.core.help import table
 from fine_dist.engine.run_dir import promise_of
+from fine_dist.launchers import entry
 from fine_dist.methods import CONDENSING, described
-from fine_dist.stages.condense import CondenseConfig, run
-from fine_dist.stages.config import PRELOAD
+from fine_dist.stages.settings import PRELOAD, CondenseConfig
 
 
 def _methods() -> list[str]:
     return ["methods with a stage 1 (--method.name NAME):", *table(described(CONDENSING))]
 
 
+def run(config: CondenseConfig) -> Path:
+    """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
+    from fine_dist.stages import condense
+
+    return condense.run(config)
+
+
 def check(config: CondenseConfig) -> None:
     """Raise what `run` would refuse before its first step; an ancestor that is not on this machine is not read."""
-    from fine_dist.artifacts.locate import exists_locally
-    from fine_dist.stages.checking import check_stage
-    from fine_dist.stages.condense import ancestor_of
+    from fine_dist.stages import condense
 
-    here = not config.ancestor or exists_locally(config.ancestor)
-    if here:
-        config = config.fitted()
-        ancestor_of(config)
-    check_stage(config, "condense", config.shape if here else config.arch)
+    condense.check(config)
 
 
 def result_lines(config: CondenseConfig) -> list[str]:
     """What the command prints when it has succeeded: what to do next."""
     shards = f" --data.shards {config.data.shards}" if config.data.shards else ""
     return [f"next: fine-dist init --parent {Path(config.run_dir) / 'learngene'}{shards}"]
+
+
+def dry_run(call: Call) -> list[str]:
+    """The resolved config, counts and estimates."""
+    from fine_dist.planning import estimates
+    from fine_dist.stages.condense import CondenseStage
+
+    entry.check("fine_dist.condense", call.config, call.launcher)
+    stage = CondenseStage(call.config)
+    absent = f"ancestor {stage.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n"
+    lines = estimates.dry_run(stage.config, stage.blueprint(), call.options.device)
+    return lines if stage.knows_shape else [absent, *lines]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,21 +59,11 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         nonlocal run_dir
         call = parse(CondenseConfig, argv, "fine-dist condense", notes=_methods)
-        config: CondenseConfig = call.config.fitted()
         if call.dry_run:
-            from fine_dist.launchers.entry import check
-
-            check("fine_dist.condense", config, call.launcher)
-            from fine_dist.planning.estimates import dry_run
-
-            if not config.knows_shape:
-                print(f"ancestor {config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n")
-            print("\n".join(dry_run(config, config.blueprint(), call.options.device)))
+            print("\n".join(dry_run(call)))
             return 0
-        from fine_dist.launchers.entry import launch
-
-        run_dir = Path(expand_path(config.run_dir))
-        return launch("fine_dist.condense", config, call.launcher)
+        run_dir = Path(expand_path(call.config.run_dir))
+        return entry.launch("fine_dist.condense", call.config, call.launcher)
 
     return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 

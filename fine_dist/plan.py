@@ -21,11 +21,13 @@ from fine_dist.core import logs
 from fine_dist.core.arguments import Call, FlagParser, parse
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import EXIT_USER_ERROR, ConfigError, FineDistError, guard
+from fine_dist.launchers.launcher import Launcher
+from fine_dist.launchers.preflight import check_job, upload
 from fine_dist.launchers.prepare import launch_of, make_spec, tasks_of
+from fine_dist.launchers.registry import pick
 from fine_dist.launchers.spec import Finding
 from fine_dist.launchers.worker import config_class, import_module
-from fine_dist.planning.scaling import ScalingRequest
-from fine_dist.planning.scaling_model import Link, Network
+from fine_dist.planning.scaling_model import Link, Network, ScalingRequest
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +100,7 @@ def _add_scale(own: FlagParser) -> None:
 def _scale(config: Config, known: Namespace) -> int:
     from fine_dist.planning.scaling import answer
     from fine_dist.planning.scaling_table import check_picture, curve, draw, lines
-    from fine_dist.stages.config import StageConfig
 
-    if not isinstance(config, StageConfig):
-        raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
     asked = ScalingRequest(
         tuple(sorted(known.scale)), tuple(known.zero), known.hold, known.per_node, tuple(known.bandwidth),
         tuple(known.latency), known.overlap, known.cores, known.gloo,
@@ -109,10 +108,6 @@ def _scale(config: Config, known: Namespace) -> int:
     asked.check()
     if known.out:
         check_picture(known.out)
-    if asked.gloo:
-        import torch
-
-        torch.set_num_threads(1)  # as each of the local processes has it
     found = answer(config, asked, known.parts, _gloo() if asked.gloo else None)
     if known.json:
         print(json.dumps(found.as_json(), indent=1))
@@ -152,10 +147,7 @@ def findings(module: str, call: Call, rate: float | None = None, device: str | N
         rate: Updates per second, if stated.
         device: Value of `--for`: check for machines with this device, and ask no launcher.
     """
-    from fine_dist.launchers.launcher import Launcher
-    from fine_dist.launchers.preflight import check_job, upload
-    from fine_dist.launchers.registry import pick
-    from fine_dist.planning.devices import device_for
+    from fine_dist.planning.devices import device_for  # needs torch
 
     needs = launch_of(call.config)
     assumed = device_for(device, needs, getattr(call.config, "engine", None)) if device else None

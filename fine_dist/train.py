@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.arguments import parse
+from fine_dist.core.arguments import Call, parse
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, RunDirError, guard
 from fine_dist.engine.run_dir import RunDir, promise_of
+from fine_dist.launchers import entry
 from fine_dist.launchers.spec import Task
 from fine_dist.launchers.state_table import StateTable
-from fine_dist.model.arch import Arch, arch
-from fine_dist.stages.config import PRELOAD
-from fine_dist.stages.train import TrainConfig, run
+from fine_dist.model.arch import arch
+from fine_dist.stages.settings import PRELOAD, TrainConfig
 
 FALLBACK = "DiT-B/2"
 """What a dry run counts while the parent that is to be trained does not exist yet."""
@@ -48,25 +48,42 @@ def _task(config: TrainConfig, name: str, parent: Path) -> Task:
     return Task(name, part, complete=complete)
 
 
+def run(config: TrainConfig) -> Path:
+    """Train the model; returns its folder. Raises `ResumeLater` when stopped early."""
+    from fine_dist.stages import train
+
+    return train.run(config)
+
+
 def check(config: TrainConfig) -> None:
     """Raise what `run` would refuse before its first step; a parent that is not on this machine is not read."""
-    from fine_dist.artifacts.locate import exists_locally
-    from fine_dist.stages.checking import check_stage
-    from fine_dist.stages.train import begin
+    from fine_dist.stages import train
 
-    config = config.fitted()
-    if config.parent and exists_locally(config.parent):
-        shape = begin(config)[0].arch
-        assert isinstance(shape, Arch)
-        check_stage(config, "train", shape)
-        return
-    check_stage(config, "train", config.arch)
+    train.check(config)
 
 
 def result_lines(config: TrainConfig) -> list[str]:
     """What the command prints when it has succeeded: what to do next."""
     run_dir = Path(config.run_dir)
     return [f"next: fine-dist sample --model {run_dir if config.parents else run_dir / 'model'}"]
+
+
+def dry_run(call: Call) -> list[str]:
+    """The resolved config, counts and estimates; of a family, those of one of its tasks."""
+    from fine_dist.planning import estimates
+    from fine_dist.stages.train import TrainStage
+
+    entry.check("fine_dist.train", call.config, call.launcher)
+    config, lines = call.config, []
+    if todo := tasks(config):
+        config = todo[0].config
+        lines.append(f"one task for each of {call.config.parents}; what follows is for {todo[0].name}\n")
+    stage = TrainStage(config)
+    plan = stage.blueprint()
+    if plan is None:
+        lines.append(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")
+        plan = TrainStage(config.model_copy(update={"arch": arch(FALLBACK)})).blueprint()
+    return [*lines, *estimates.dry_run(stage.config, plan, call.options.device)]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,28 +93,11 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         nonlocal run_dir
         call = parse(TrainConfig, argv, "fine-dist train")
-        config: TrainConfig = call.config.fitted()
         if call.dry_run:
-            from fine_dist.launchers.entry import check
-
-            check("fine_dist.train", config, call.launcher)
-            from fine_dist.planning.estimates import dry_run
-
-            for task in tasks(config) or ():
-                print(f"one task for each of {config.parents}; what follows is for {task.name}\n")
-                assert isinstance(task.config, TrainConfig)
-                config = task.config
-                break
-            plan = config.blueprint()
-            if plan is None:
-                print(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")
-                plan = config.model_copy(update={"arch": arch(FALLBACK)}).blueprint()
-            print("\n".join(dry_run(config, plan, call.options.device)))
+            print("\n".join(dry_run(call)))
             return 0
-        from fine_dist.launchers.entry import launch
-
         run_dir = Path(expand_path(call.config.run_dir))
-        return launch("fine_dist.train", config, call.launcher)
+        return entry.launch("fine_dist.train", call.config, call.launcher)
 
     return guard(body, lambda: promise_of(run_dir) if run_dir else "")
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.core.config import Config, expand_path
 from fine_dist.core.errors import DataError, FineDistError, LaunchError
 from fine_dist.core.files import last_row
@@ -27,7 +28,7 @@ from fine_dist.launchers.worker import import_module
 
 if TYPE_CHECKING:
     from fine_dist.planning.devices import DeviceModel
-    from fine_dist.stages.config import Blueprint, StageConfig
+    from fine_dist.planning.estimates import StageEstimate
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +82,11 @@ def preflight(
 ) -> list[Finding]:  # fmt: skip
     """What can be known of a job from its config and from what its machines hold (None: unknown)."""
     found = _data(config, spec)
-    plan = None if light else _plan(config)
-    if plan is not None:
-        stage, blueprint = plan
-        found += [_memory(stage, spec, blueprint, capacity), _disk_for(stage, spec, blueprint)]
-    else:
-        found.append(_disk(Path(spec.run_dir), 0))
-    return [*found, *(_time(config, spec, rate) or _estimated_time(plan, spec, device)), *_storage(spec)]
+    needs = None if light else _estimate(config)
+    if needs is not None:
+        found.append(_memory(needs, spec, capacity))
+    found.append(_disk(Path(spec.run_dir), needs.disk_bytes() if needs else 0))
+    return [*found, *(_time(config, spec, rate) or _estimated_time(needs, spec, device)), *_storage(spec)]
 
 
 def refuse(needs: LaunchConfig, found: list[Finding]) -> None:
@@ -137,7 +136,7 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
         found.append(Finding(MISSING, "stop", "data.shards is not set: give the folder that `fine-dist encode` wrote"))
     if not data.shards or "://" in data.shards or data.shards.startswith("pipe:"):
         return found
-    from fine_dist.data.sources import locate
+    from fine_dist.data.sources import locate  # needs torch
 
     shards = expand_path(data.shards)
     try:
@@ -154,8 +153,6 @@ def _data(config: Config, spec: JobSpec) -> list[Finding]:
 
 def _absent(config: Config) -> list[Finding]:
     """Models that the config names and that are not on this machine."""
-    from fine_dist.artifacts.locate import exists_locally, is_hub_name
-
     named = {key: getattr(config, key, None) for key in ("ancestor", "parent", "parents")}
     if "parents" in type(config).model_fields and not any(
         (named["parent"], named["parents"], getattr(config, "arch", None))
@@ -172,21 +169,18 @@ def _absent(config: Config) -> list[Finding]:
 # --- memory and disk -----------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config) -> tuple[StageConfig, Blueprint] | None:
-    """The settings and model of a stage that trains one; None when its shape is not known yet, or nothing trains."""
-    from fine_dist.stages.config import StageConfig
+def _estimate(config: Config) -> StageEstimate | None:
+    """What a stage takes; None when its shape is not known yet, or nothing trains."""
+    # the one place where a launcher needs torch: it counts a model's numbers
+    from fine_dist.planning.estimates import estimate_of
 
-    blueprint = config.blueprint() if isinstance(config, StageConfig) else None
-    return (config, blueprint) if isinstance(config, StageConfig) and blueprint is not None else None
+    return estimate_of(config)
 
 
-def _memory(config: StageConfig, spec: JobSpec, plan: Blueprint, capacity: Capacity | None) -> Finding:
-    from fine_dist.planning.estimates import stage_memory
-
-    micro = config.engine.micro_batch or max(1, config.batch // spec.world_size)
-    need = stage_memory(config, plan, spec.world_size).total
-    text = f"{plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
-    where, most = _most(config.launch, spec, capacity)
+def _memory(needs: StageEstimate, spec: JobSpec, capacity: Capacity | None) -> Finding:
+    need, micro = needs.memory(spec.world_size).total, needs.micro_batch(spec.world_size)
+    text = f"{needs.plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
+    where, most = _most(needs.config.launch, spec, capacity)
     if most is None:
         key = "gpu_memory_gb" if spec.accelerators_per_node else "memory_gb"
         return Finding("memory", "note", f"{text}; set launch.{key} to have it compared")
@@ -206,14 +200,6 @@ def _most(needs: LaunchConfig, spec: JobSpec, capacity: Capacity | None) -> tupl
     if capacity and capacity.host_bytes:
         return "its share of the machine", capacity.host_bytes / spec.processes_per_node
     return "", None
-
-
-def _disk_for(config: StageConfig, spec: JobSpec, plan: Blueprint) -> Finding:
-    """The disk space of checkpoints. Each holds the trained numbers, two moments and the EMA in fp32, and while one is
-    written there is one more than are kept."""
-    cost = plan.method.cost(plan.model)
-    checkpoint = 4 * cost.trained * 4
-    return _disk(Path(spec.run_dir), checkpoint * (config.engine.keep_checkpoints + 1) + 8 * cost.stored)
 
 
 def _disk(run_dir: Path, need: int) -> Finding:
@@ -251,19 +237,13 @@ def _time(config: Config, spec: JobSpec, rate: float | None) -> list[Finding]:
     return [Finding("time", "ok", text)]
 
 
-def _estimated_time(
-    plan: tuple[StageConfig, Blueprint] | None, spec: JobSpec, device: DeviceModel | None
-) -> list[Finding]:
+def _estimated_time(needs: StageEstimate | None, spec: JobSpec, device: DeviceModel | None) -> list[Finding]:
     """Hours by count of FLOPs, where nothing was measured; such an estimate refuses nothing."""
-    from fine_dist.model.flops import train_flops
-    from fine_dist.planning.devices import device_for
-
-    if plan is None:
+    if needs is None:
         return []
-    config, blueprint = plan
-    assumed = device or device_for(None, config.launch, config.engine)
-    hours = train_flops(blueprint.arch) * config.batch * config.steps / (assumed.flops_per_s * spec.world_size) / 3600
-    text = f"{config.steps:,} steps: {hours:.2g} h, if each of {spec.world_size} processes does {assumed.rate}"
+    assumed = device or needs.device()
+    hours, steps = needs.hours(assumed, spec.world_size), needs.config.steps
+    text = f"{steps:,} steps: {hours:.2g} h, if each of {spec.world_size} processes does {assumed.rate}"
     return [Finding("time", "note", f"{text}; --rate takes a measured number of steps per second")]
 
 

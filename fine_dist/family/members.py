@@ -29,7 +29,7 @@ from fine_dist.launchers.spec import Capacity, check_name
 from fine_dist.methods import build, from_manifest, parent_of
 from fine_dist.methods.base import Method, Parent
 from fine_dist.model.arch import Arch
-from fine_dist.stages.config import check_labels, fit_arch
+from fine_dist.stages.blueprint import check_labels, fit_arch
 
 CPU_MEMORY = 4 * 2**30
 """Bytes for a pack's activations on a CPU unless the config says."""

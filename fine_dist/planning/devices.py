@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
+
 from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.core.limits import GIB, num_cores
 from fine_dist.core.settings import LaunchConfig
+from fine_dist.engine.accelerators import PEAKS
 from fine_dist.engine.settings import EngineConfig
 
 UTILIZATION = 0.4
@@ -88,8 +91,6 @@ def _cores(count: int) -> DeviceModel:
 
 def _accelerator(name: str, precision: str) -> DeviceModel:
     """The model of a device, by its driver's name; one that no table has is taken for `UNKNOWN`."""
-    from fine_dist.engine.accelerators import PEAKS
-
     peak = PEAKS.get(name, PEAKS[UNKNOWN])
     tflops = getattr(peak, precision) or peak.fp32
     short = _VENDOR.sub("", name)
@@ -104,8 +105,6 @@ def _accelerator(name: str, precision: str) -> DeviceModel:
 
 def _known(name: str) -> str:
     """The driver's name of the first device in the table that a user's word begins, whatever its case."""
-    from fine_dist.engine.accelerators import PEAKS
-
     word = _plain(name)
     for known in PEAKS:
         short = _plain(_VENDOR.sub("", known))
@@ -121,6 +120,4 @@ def _plain(name: str) -> str:
 
 def _here() -> str | None:
     """The driver's name of this machine's accelerator, or None."""
-    import torch
-
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,16 +1,80 @@
-"""What a stage needs, estimated before it starts: the lines of `--dry-run`, and the memory of `fine-dist plan`."""
+"""What a stage needs, estimated before it starts: the lines of `--dry-run`, and what `fine-dist plan` compares."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
-from fine_dist.core.config import dump_yaml
+from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ConfigError
-from fine_dist.planning.devices import device_for
+from fine_dist.engine.dist import read_environment
+from fine_dist.model.flops import train_flops
+from fine_dist.model.roles import count_by_role
+from fine_dist.planning.devices import DeviceModel, device_for
+from fine_dist.planning.memory import Memory, estimate
+from fine_dist.stages.blueprint import Blueprint, Stage
+from fine_dist.stages.condense import CondenseStage
+from fine_dist.stages.settings import CondenseConfig, StageConfig, TrainConfig
+from fine_dist.stages.train import TrainStage
 
-if TYPE_CHECKING:
-    from fine_dist.planning.memory import Memory
-    from fine_dist.stages.config import Blueprint, StageConfig
+
+def stage_of(config: Config) -> Stage[Any] | None:
+    """The stage that trains one model with these settings; None for a config of another command."""
+    if isinstance(config, CondenseConfig):
+        return CondenseStage(config)
+    return TrainStage(config) if isinstance(config, TrainConfig) else None
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """A stage with the model that it would train, which tells what the stage takes."""
+
+    config: StageConfig
+    plan: Blueprint
+
+    def micro_batch(self, world_size: int) -> int:
+        """Samples that a process computes at once."""
+        return self.config.engine.micro_batch or max(1, self.config.batch // world_size)
+
+    def memory(self, world_size: int) -> Memory:
+        """The memory of one process, with that of its teacher."""
+        micro, plan = self.micro_batch(world_size), self.plan
+        cost = plan.method.cost(plan.model, micro)
+        return estimate(
+            plan.arch,
+            self.config.engine,
+            micro_batch=micro,
+            world_size=world_size,
+            num_params=cost.stored,
+            num_trained=cost.trained,
+            kept=cost.kept,
+            teacher=plan.teacher.count() if plan.teacher else 0,
+        )
+
+    def disk_bytes(self) -> int:
+        """Disk space of checkpoints and results. A checkpoint holds the trained numbers, two moments and the EMA in
+        fp32, and while one is written there is one more than are kept."""
+        cost = self.plan.method.cost(self.plan.model)
+        return 4 * cost.trained * 4 * (self.config.engine.keep_checkpoints + 1) + 8 * cost.stored
+
+    def step_flops(self) -> float:
+        """FLOPs of an update, all processes together."""
+        return train_flops(self.plan.arch) * self.config.batch
+
+    def device(self, wish: str | None = None) -> DeviceModel:
+        """The device of each process: of `--for`, or the one that the job will use, as far as is known."""
+        return device_for(wish, self.config.launch, self.config.engine)
+
+    def hours(self, device: DeviceModel, world_size: int) -> float:
+        """Duration of the stage on so many devices."""
+        return self.step_flops() * self.config.steps / (device.flops_per_s * world_size) / 3600
+
+
+def estimate_of(config: Config) -> StageEstimate | None:
+    """The estimate of a config's stage; None when it trains no single model, or the model's shape is not known yet."""
+    stage = stage_of(config)
+    plan = stage.blueprint() if stage else None
+    return StageEstimate(stage.config, plan) if stage and plan else None
 
 
 def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = None) -> list[str]:
@@ -24,22 +88,13 @@ def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = No
     Raises:
         ConfigError: The model's shape is not known, or the device is not.
     """
-    from fine_dist.engine.dist import read_environment
-    from fine_dist.model.flops import train_flops
-    from fine_dist.model.roles import count_by_role
-
     if plan is None:
         raise ConfigError("arch: what would be trained is not known yet")
-    counts = count_by_role(plan.model)
-    launch = config.launch
-    world_size = max(read_environment().world_size, launch.nodes * launch.processes)
-    micro = config.engine.micro_batch or max(1, config.batch // world_size)
+    needs = StageEstimate(config, plan)
+    world_size = max(read_environment().world_size, config.launch.nodes * config.launch.processes)
+    micro, flops, assumed = needs.micro_batch(world_size), needs.step_flops(), needs.device(device)
     cost = plan.method.cost(plan.model, micro)
-    memory = stage_memory(config, plan, world_size)
-    flops = train_flops(plan.arch) * config.batch
-    assumed = device_for(device, launch, config.engine)
-    hours = flops * config.steps / (assumed.flops_per_s * world_size) / 3600
-    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    parts = ", ".join(f"{name} {count:,}" for name, count in count_by_role(plan.model).items())
     paths: Any = getattr(plan.model, "paths", None)
     chosen = [f"compute paths at {micro} samples: {', '.join(map(' '.join, paths(micro).items()))}"] if paths else []
     return [
@@ -49,27 +104,9 @@ def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = No
         *chosen,
         f"work: {config.steps:,} steps of {config.batch} samples, {flops / 1e12:.3g} TFLOP a step, "
         f"{flops * config.steps / 1e15:,.3f} PFLOP in all",
-        f"time: {hours:.2g} h, if each of {world_size} processes does {assumed.rate}",
+        f"time: {needs.hours(assumed, world_size):.2g} h, if each of {world_size} processes does {assumed.rate}",
         f"memory of a process ({world_size} of them, micro-batch {micro}, {config.engine.backend}, "
         f"{config.engine.precision}):",
-        *memory.lines(),
+        *needs.memory(world_size).lines(),
         "dry run: nothing was done",
     ]
-
-
-def stage_memory(config: StageConfig, plan: Blueprint, world_size: int) -> Memory:
-    """The memory of one process of a stage, with that of its teacher."""
-    from fine_dist.planning.memory import estimate
-
-    micro = config.engine.micro_batch or max(1, config.batch // world_size)
-    cost = plan.method.cost(plan.model, micro)
-    return estimate(
-        plan.arch,
-        config.engine,
-        micro_batch=micro,
-        world_size=world_size,
-        num_params=cost.stored,
-        num_trained=cost.trained,
-        kept=cost.kept,
-        teacher=plan.teacher.count() if plan.teacher else 0,
-    )

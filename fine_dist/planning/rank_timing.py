@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as td
 
 from fine_dist.data.stream import Batch
 from fine_dist.diffusion.objective import Objective
@@ -59,8 +60,6 @@ def measure(arch: str, micro: int, steps: int, kinds: Sequence[tuple[str, int]])
 
 def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
     """A link for each collective: its latency from a small message, its bandwidth from a large one."""
-    import torch.distributed as td
-
     if world.world_size == 1:
         return {}
 

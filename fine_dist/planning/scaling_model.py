@@ -217,22 +217,52 @@ def ring_s(message: Message, network: Network, processes: int) -> float:
     return hops * (message.times * link.latency_s + SIZE * message.numbers / processes / link.bytes_per_s)
 
 
-def shares(
-    batch: int, micro: int | None, start: int, processes: Sequence[int], hold: str
-) -> dict[int, tuple[int, int]]:
-    """(micro-batch, accumulation) of each number of processes.
+# --- what is asked for -----------------------------------------------------------------------------------------------
 
-    Args:
-        batch: Global batch of the config, over `start` processes.
-        hold: `process` keeps the share of each process, so that the batch grows with P; `batch` keeps the global
-            batch.
-    """
-    from fine_dist.engine.program import divide_batch
+GLOO_PROCESSES = 16
+"""Local processes that links are measured between, at most."""
 
-    if hold == "process":
-        return dict.fromkeys(processes, divide_batch(batch, micro, start))
-    found = {}
-    for p in processes:
-        local = batch // p
-        found[p] = divide_batch(batch, micro if micro and local and local % micro == 0 else None, p)
-    return found
+
+@dataclass(frozen=True)
+class ScalingRequest:
+    """What is predicted, and what is stated of the machines."""
+
+    processes: tuple[int, ...]
+    stages: tuple[int, ...] = STAGES
+    hold: str = "process"
+    per_node: int = 8
+    gigabytes_per_s: tuple[float, float] = (150.0, 25.0)
+    """Of a process inside its node, and between nodes."""
+    microseconds: tuple[float, float] = (5.0, 15.0)
+    overlap: float = 0.0
+    cores: int | None = None
+    """Cores of a node, which its processes share; none: each has its own device."""
+    gloo: bool = False
+
+    def check(self) -> None:
+        """`ConfigError` for what no machine has."""
+        for flag, values in (("scale", self.processes), ("per-node", (self.per_node,)), ("cores", (self.cores or 1,))):
+            if low := [value for value in values if value < 1]:
+                raise ConfigError(f"--{flag}: {low[0]}; give 1 or more")
+        if len(set(self.processes)) < len(self.processes):
+            raise ConfigError(
+                f"--scale: {' '.join(map(str, self.processes))}: a number of processes stands there twice"
+            )
+        if unknown := [stage for stage in self.stages if stage not in STAGES]:
+            raise ConfigError(f"--zero: {unknown[0]}; legal: {', '.join(map(str, STAGES))}")
+        for flag, pair, least in (("bandwidth", self.gigabytes_per_s, 1e-9), ("latency", self.microseconds, 0.0)):
+            if low_value := [value for value in pair if not least <= value < float("inf")]:
+                raise ConfigError(f"--{flag}: {low_value[0]:g}; give two numbers above 0: inside a node, between nodes")
+        if not 0 <= self.overlap <= 1:
+            raise ConfigError(f"--overlap: {self.overlap:g}; give a share of the passes, from 0 to 1")
+        if self.gloo and max(self.processes) > GLOO_PROCESSES:
+            raise ConfigError(
+                f"--gloo: measures between local processes, {GLOO_PROCESSES} at most (got {max(self.processes)}); "
+                "for more, state --bandwidth and --latency"
+            )
+
+    @property
+    def network(self) -> Network:
+        """The links as stated."""
+        inside, between = (Link(g * 1e9, us * 1e-6) for g, us in zip(self.gigabytes_per_s, self.microseconds))
+        return Network(inside, between, self.per_node)

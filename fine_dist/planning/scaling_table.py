@@ -6,7 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.files import whole_file
 from fine_dist.planning.scaling_model import Prediction
 
 Series = Mapping[str, Sequence[Prediction]]
@@ -59,13 +65,6 @@ def check_picture(path: str | Path) -> Path:
 
 def draw(series: Series, path: str | Path, title: str) -> Path:
     """Efficiency, and the time that communication adds to a step, against processes; where it was written."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
-
-    from fine_dist.core.files import whole_file
-
     path = check_picture(path)
     shades = ("#0b7285", "#e8590c", "#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):

@@ -10,18 +10,21 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.json_files import read_json
+from fine_dist.data.batch import Batch
+from fine_dist.diffusion.objective import Objective
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine.compiling import prepare_model
+from fine_dist.engine.optimizer import adamw, precision, trainable
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.model.arch import Arch
 from fine_dist.planning.scaling_model import Affine, Parts, counts
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from fine_dist.model.arch import Arch
 
 SLICE = 1 << 24
 """Maximum number of parameters that the optimizer is timed on."""
@@ -37,9 +40,6 @@ def measure(
 
     The passes are the engine's: its objective, precision and recomputation. Weights are left with no gradients.
     """
-    from fine_dist.engine.compiling import prepare_model
-    from fine_dist.engine.optimizer import trainable
-
     model = model.to(device).train()
     prepare_model(model, engine, device)
     sizes = {1: _passes(model, arch, engine, 1, device)}
@@ -77,13 +77,6 @@ def _passes(
     model: nn.Module, arch: Arch, engine: EngineConfig, samples: int, device: torch.device
 ) -> Callable[[], tuple[float, float]]:
     """A function that runs both passes of a micro-batch of noise and returns their seconds."""
-    import torch
-
-    from fine_dist.data.batch import Batch
-    from fine_dist.diffusion.objective import Objective
-    from fine_dist.diffusion.settings import DiffusionConfig
-    from fine_dist.engine.optimizer import precision
-
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(samples, *arch.latent_shape, generator=generator)
     labels = torch.randint(0, arch.num_classes, (samples,), generator=generator)
@@ -105,10 +98,6 @@ def _passes(
 
 def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[float, float]:
     """Seconds for each parameter: of AdamW and the EMA; of flattening gradients, unflattening, norm and clipping."""
-    import torch
-
-    from fine_dist.engine.optimizer import adamw
-
     p = torch.nn.Parameter(torch.zeros(count, device=device))
     p.grad = torch.full_like(p, 1e-3)
     optimizer, ema = adamw([p], optim), p.detach().clone()
@@ -128,8 +117,6 @@ def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[f
 
 
 def _now(device: torch.device) -> float:
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.data.settings import DataConfig
+from fine_dist.data.shards import check_classes
+from fine_dist.data.sources import locate
+from fine_dist.data.stream import LatentStream, check_fit
+from fine_dist.diffusion.objective import (
+    DiffusionLoss,
+    FeatureDistillation,
+    LossTerm,
+    Objective,
+    OutputDistillation,
+    Teacher,
+)
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine.dist import World
+from fine_dist.engine.program import Program
+from fine_dist.evaluation.training_scores import QuickEvaluation, decoder_of, held_out_evaluator, training_renderer
 from fine_dist.methods.base import Condensation, Method, Weights
-from fine_dist.stages.config import LossConfig, StageConfig
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fine_dist.diffusion.objective import LossTerm
-    from fine_dist.diffusion.settings import DiffusionConfig
-    from fine_dist.engine.dist import World
-    from fine_dist.engine.program import Program
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-    from fine_dist.sampling.renderer import ImageRenderer
+from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
+from fine_dist.model.flops import forward_macs, model_cost, train_flops
+from fine_dist.sampling.renderer import ImageRenderer
+from fine_dist.stages.previews import PreviewCallback, histograms_of
+from fine_dist.stages.settings import LossConfig, StageConfig
 
 
 @dataclass
@@ -49,9 +62,6 @@ class Plan:
 
     def training_flops(self, batch: int) -> float:
         """FLOPs of one sample's step: forward and backward pass as things train, and a teacher's forward pass."""
-        from fine_dist.model.dit import DiT
-        from fine_dist.model.flops import forward_macs, model_cost
-
         module = self.condensation.module
         # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
         module = getattr(module, "student", module) if self.terms else module
@@ -65,13 +75,6 @@ class Plan:
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
     """What the engine trains, and how it is looked at."""
-    from fine_dist.data.stream import LatentStream
-    from fine_dist.diffusion.objective import Objective
-    from fine_dist.engine.program import Program
-    from fine_dist.evaluation.training_scores import QuickEvaluation, decoder_of, held_out_evaluator, training_renderer
-    from fine_dist.model.flops import train_flops
-    from fine_dist.stages.previews import PreviewCallback, histograms_of
-
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `fine-dist encode` wrote")
     stream = LatentStream(
@@ -138,10 +141,6 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
 
 def check_held_out(data: DataConfig, arch: Arch) -> None:
     """`DataError` unless held-out shards are there, fit the model and have the classes of the training shards."""
-    from fine_dist.data.shards import check_classes
-    from fine_dist.data.sources import locate
-    from fine_dist.data.stream import check_fit
-
     where = expand_path(str(data.held_out))
     manifest, _ = locate(where, data)
     check_fit(manifest, arch, where)
@@ -152,11 +151,6 @@ def check_held_out(data: DataConfig, arch: Arch) -> None:
 
 def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
     """The terms of the loss whose weight is not 0, with the teacher frozen on this rank's device."""
-    import torch
-
-    from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, OutputDistillation, Teacher
-    from fine_dist.diffusion.process import make_process
-
     weights = plan.weights
     terms: list[LossTerm] = []
     if weights.diffusion:

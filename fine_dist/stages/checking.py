@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError
+from fine_dist.data.sources import locate
+from fine_dist.data.stream import check_fit
+from fine_dist.diffusion.samplers import build_scheduler, resolve_scheduler
+from fine_dist.engine.deepspeed_json import deepspeed_json
+from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.model.arch import Arch
-from fine_dist.stages.config import StageConfig
+from fine_dist.stages.blueprint import Stage
+from fine_dist.stages.build import check_held_out
+from fine_dist.stages.settings import StageConfig
 
 
 def check_settings(config: StageConfig, world_size: int, arch: Arch | None = None) -> None:
@@ -23,10 +31,6 @@ def check_settings(config: StageConfig, world_size: int, arch: Arch | None = Non
     Raises:
         ConfigError: The first thing that is wrong.
     """
-    from fine_dist.diffusion.samplers import build_scheduler, resolve_scheduler
-    from fine_dist.engine.deepspeed_json import deepspeed_json
-    from fine_dist.engine.program import divide_batch
-
     micro, accumulation = divide_batch(config.batch, config.engine.micro_batch, world_size)
     if config.engine.backend == "deepspeed":
         deepspeed_json(config.optim, config.engine, world_size, micro, accumulation)
@@ -35,23 +39,19 @@ def check_settings(config: StageConfig, world_size: int, arch: Arch | None = Non
         build_scheduler(sampler, config.diffusion, arch.learn_sigma if arch else False)
 
 
-def check_stage(config: StageConfig, kind: str, arch: Arch | None) -> None:
+def check_stage(stage: Stage[Any], arch: Arch | None) -> None:
     """Raise what the run of a stage would refuse before its first step. Nothing is written and no lock is taken.
 
     What is not on this machine (shards, the run directory) is left out: it may be where the job will run.
 
     Args:
-        config: Settings of the stage.
-        kind: `condense` or `train`.
+        stage: The stage with its settings.
         arch: Shape of what is trained. None while it is not known.
 
     Raises:
         FineDistError: The first thing that the run would refuse.
     """
-    from fine_dist.data.sources import locate
-    from fine_dist.data.stream import check_fit
-    from fine_dist.stages.build import check_held_out
-
+    config = stage.config
     check_settings(config, config.launch.nodes * config.launch.processes, arch)
     if arch is None or config.data.shards is None:
         return
@@ -60,20 +60,20 @@ def check_stage(config: StageConfig, kind: str, arch: Arch | None) -> None:
         check_fit(locate(shards, config.data)[0], arch, shards)
         if config.data.held_out and Path(expand_path(config.data.held_out)).exists():
             check_held_out(config.data, arch)
-        _check_run_dir(config, kind)
+        _check_run_dir(stage)
 
 
-def _check_run_dir(config: StageConfig, kind: str) -> None:
+def _check_run_dir(stage: Stage[Any]) -> None:
     """Refuse to continue the run of another config, or one that has done more steps than are asked for."""
-    folder = run_dir_of(config)
+    folder = run_dir_of(stage.config)
     if not folder.exists():
         return
-    RunDir(folder).check(kind, config.identity())
+    RunDir(folder).check(stage.kind, stage.identity())
     names = [re.fullmatch(r"step_(\d{8,})", path.name) for path in (folder / "checkpoints").glob("step_*")]
     newest = max((int(name[1]) for name in names if name), default=0)
     done = RunDir(folder).done
-    if newest > config.steps and done is None:
+    steps = stage.config.steps
+    if newest > steps and done is None:
         raise ConfigError(
-            f"the checkpoint {folder}/checkpoints/step_{newest:08d} is at step {newest}, beyond the {config.steps} "
-            "asked for"
+            f"the checkpoint {folder}/checkpoints/step_{newest:08d} is at step {newest}, beyond the {steps} asked for"
         )

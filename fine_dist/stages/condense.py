@@ -4,111 +4,88 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
+
+import torch
 
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_hub_name, licence_of
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
-from fine_dist.artifacts.settings import HintsConfig
-from fine_dist.core.config import PathKey, expand_path
+from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
-from fine_dist.methods import CONDENSES, AnyMethod, build
+from fine_dist.engine.dist import World
+from fine_dist.methods import build
 from fine_dist.methods.base import Method, Weights
 from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
+from fine_dist.stages.blueprint import Blueprint, Stage, check_labels
 from fine_dist.stages.build import Plan, check_teacher, weights_of
-from fine_dist.stages.config import Blueprint, LossConfig, StageConfig, check_labels, fit_arch
+from fine_dist.stages.carry_over import begin_from
+from fine_dist.stages.checking import check_stage
+from fine_dist.stages.settings import CondenseConfig
 from fine_dist.stages.stage import train_stage
 
-if TYPE_CHECKING:
-    from fine_dist.engine.dist import World
-    from fine_dist.model.dit import DiT
 
+class CondenseStage(Stage[CondenseConfig]):
+    """Stage 1 with its settings."""
 
-class CondenseConfig(StageConfig):
-    """Stage 1: train a learngene, from a trained ancestor or from random factors."""
+    kind = "condense"
+    product = "learngene"
 
-    run_dir: PathKey = "runs/condense"
-    """Folder of this run: logs, checkpoints and, at the end, the learngene in its `learngene/`. The same command again
-    resumes the run."""
-    arch: Arch | None = None
-    """Shape of the model that stage 1 trains. Its depth is ignored where the method has a setting for the depth.
-    Default: the ancestor's shape, or DiT-B/2 without an ancestor."""
-    method: AnyMethod = CONDENSES
-    """How layers share weights."""
-    ancestor: PathKey | None = None
-    """Trained model that stage 1 starts from and imitates: a folder or run directory of ours, DiT's `.pt`, a folder of
-    diffusers, or a name on the hub. Default: none; factors start at random and need a stage 1 as long as a whole
-    pre-training."""
-    shell: Literal["inherited", "scratch"] = "inherited"
-    """Start of what lies outside the blocks (embedders, final layer): `inherited` copies the ancestor's where shapes
-    agree, `scratch` draws them at random, as some papers do."""
-    hints: HintsConfig = HintsConfig()
-    """What another project's file does not say of itself."""
-    ancestor_licence: str | None = None
-    """License of the ancestor's weights, kept in the learngene's manifest. Default: the one that it states."""
-    loss: LossConfig = LossConfig()
-    """Weights of the terms of the loss."""
+    def given_arch(self, config: CondenseConfig) -> Arch | None:
+        return config.arch or (None if config.ancestor else Arch())
 
     @property
     def settled(self) -> Method[Any]:
         """The method, with settings filled in that depend on the ancestor; one that is not there yet is supposed to
         have the shape of stage 1."""
-        method = build(self.method)
-        if not self.ancestor or not method.traits.condenses:
-            return method.given(None, method.auxiliary(self.arch or Arch()))
+        config, method = self.config, build(self.config.method)
+        if not config.ancestor or not method.traits.condenses:
+            return method.given(None, method.auxiliary(config.arch or Arch()))
         if not self.knows_ancestor:
-            shape = method.auxiliary(self.arch or Arch())
+            shape = method.auxiliary(config.arch or Arch())
             return method.given(shape, shape)
-        return method.given(facts_of(self.ancestor, self.hints).arch, self.shape)
+        return method.given(facts_of(config.ancestor, config.hints).arch, self.shape)
 
     @property
     def weights(self) -> Weights:
         """Weights of the loss's terms: the user's, else the method's own. An ancestor that a method could do without is
         given to be imitated, so the weight of its output is then 1."""
         traits = self.settled.traits
-        own = replace(traits.loss, output=1.0) if self.ancestor and not traits.loss.output else traits.loss
-        return weights_of(self.loss, own)
-
-    @property
-    def imitates(self) -> bool:
-        """Whether a term of the loss imitates the ancestor."""
-        return self.weights.output > 0 or self.weights.features > 0
+        own = replace(traits.loss, output=1.0) if self.config.ancestor and not traits.loss.output else traits.loss
+        return weights_of(self.config.loss, own)
 
     @property
     def shape(self) -> Arch:
         """Of what is trained and kept: what `arch` says, or else the ancestor's, in the method's own depth if it sets
         one. `ArtifactError` when neither can be known."""
-        said = self.arch or (facts_of(self.ancestor, self.hints).arch if self.ancestor else Arch())
-        return build(self.method).auxiliary(said)
+        config = self.config
+        said = config.arch or (facts_of(config.ancestor, config.hints).arch if config.ancestor else Arch())
+        return build(config.method).auxiliary(said)
 
     @property
     def knows_ancestor(self) -> bool:
         """Whether the ancestor can be read now: it is here, or on the hub."""
-        return bool(self.ancestor and (exists_locally(self.ancestor) or is_hub_name(self.ancestor)))
+        ancestor = self.config.ancestor
+        return bool(ancestor and (exists_locally(ancestor) or is_hub_name(ancestor)))
 
     @property
     def knows_shape(self) -> bool:
         """False while the ancestor that it is to be taken from is not there."""
-        return bool(self.arch or not self.ancestor or self.knows_ancestor)
-
-    def fitted(self) -> CondenseConfig:
-        """With what `arch` leaves open taken from the shards; without an ancestor that is an architecture's default."""
-        arch = self.arch or (None if self.ancestor else Arch())
-        return self.model_copy(update={"arch": fit_arch(arch, self.data)}) if arch else self
+        return bool(self.config.arch or not self.config.ancestor or self.knows_ancestor)
 
     def origin(self) -> dict[str, Any]:
+        config = self.config
         return {
             "arch": self.shape.model_dump(),
             "method": self.settled.config.model_dump(mode="json"),
-            "ancestor": hash_of(self.ancestor, self.hints) if self.ancestor else None,
+            "ancestor": hash_of(config.ancestor, config.hints) if config.ancestor else None,
             "loss": vars(self.weights),
-            **({} if self.shell == "inherited" else {"shell": self.shell}),
-            **({} if not self.loss.repa else {"repa": self.loss.repa_identity()}),
+            **({} if config.shell == "inherited" else {"shell": config.shell}),
+            **({} if not config.loss.repa else {"repa": config.loss.repa_identity()}),
         }
 
     def blueprint(self) -> Blueprint:
-        import torch
-
         method = self.settled
         shape = self.shape if self.knows_shape else method.auxiliary(Arch())
         with torch.device("meta"):
@@ -116,24 +93,31 @@ class CondenseConfig(StageConfig):
         return Blueprint(shape, module, method, self._teacher_arch())
 
     def _teacher_arch(self) -> Arch | None:
-        if not (self.ancestor and self.imitates):
+        config = self.config
+        if not (config.ancestor and self.imitates):
             return None
-        if not exists_locally(self.ancestor) and (self.arch or not self.knows_shape):
-            return self.arch or Arch()  # counts can be given before it is there
-        return facts_of(self.ancestor, self.hints).arch
+        if not exists_locally(config.ancestor) and (config.arch or not self.knows_shape):
+            return config.arch or Arch()  # counts can be given before it is there
+        return facts_of(config.ancestor, config.hints).arch
+
+
+def check(config: CondenseConfig) -> None:
+    """Raise what `run` would refuse before its first step; an ancestor that is not on this machine is not read."""
+    stage = CondenseStage(config)
+    here = not config.ancestor or exists_locally(config.ancestor)
+    if here:
+        ancestor_of(stage)
+    check_stage(stage, stage.shape if here else stage.config.arch)
 
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
-    config = config.fitted()
-    ancestor, about = ancestor_of(config)
-    method, shape = config.settled, config.shape
+    stage = CondenseStage(config)
+    config = stage.config
+    ancestor, about = ancestor_of(stage)
+    method, shape = stage.settled, stage.shape
 
     def make(world: World) -> Plan:
-        import torch
-
-        from fine_dist.stages.carry_over import begin_from
-
         condensation = method.condense(shape, ancestor, torch.Generator().manual_seed(config.seed))
         if ancestor is not None:
             run_dir = Path(expand_path(config.run_dir))
@@ -143,33 +127,34 @@ def run(config: CondenseConfig) -> Path:
             arch=shape,
             method=method,
             about=handed_on(config, about) if ancestor else {"ancestor": None},
-            weights=config.weights,
-            teacher=ancestor if config.imitates else None,
+            weights=stage.weights,
+            teacher=ancestor if stage.imitates else None,
             teacher_process=diffusion_of(about),
         )
 
-    return train_stage(config, "condense", "learngene", make)
+    return train_stage(stage, make)
 
 
-def ancestor_of(config: CondenseConfig) -> tuple[DiT | None, dict[str, Any]]:
+def ancestor_of(stage: CondenseStage) -> tuple[DiT | None, dict[str, Any]]:
     """The ancestor and what is known of it, when the method or the loss uses one; `ConfigError` when they disagree."""
+    config = stage.config
     traits = build(config.method).traits
     if not traits.condenses:
         raise ConfigError(f"method.name: {config.method.name} has no stage 1; train it directly with fine_dist.train")
     if not config.ancestor:
-        if traits.ancestor == "must" or config.imitates:
-            why = "distillation imitates" if config.imitates else f"method {config.method.name} as set begins with"
+        if traits.ancestor == "must" or stage.imitates:
+            why = "distillation imitates" if stage.imitates else f"method {config.method.name} as set begins with"
             raise ConfigError(f"ancestor: {why} a trained model; give its folder with --ancestor")
         return None, {}
-    traits = config.settled.traits
-    if not config.imitates and not traits.carries_over and config.shell == "scratch":
+    traits = stage.settled.traits
+    if not stage.imitates and not traits.carries_over and config.shell == "scratch":
         raise ConfigError(
             f"ancestor: {config.ancestor} would be ignored: nothing of it is copied (shell: scratch), method "
             f"{config.method.name} as set starts from random weights, and no term of the loss imitates it. Set "
             "--loss.output 1 to distill from it, or leave --ancestor out."
         )
     ancestor, about = load_model(config.ancestor, hints=config.hints)
-    shape = config.shape
+    shape = stage.shape
     if traits.same_shape and ancestor.arch != shape:
         raise ConfigError(
             f"ancestor: {config.ancestor} is {ancestor.arch}, and arch says {shape}; leave arch out, and it is the "

@@ -17,16 +17,17 @@ from fine_dist.evaluation.dino import DinoV2, load_dino
 from fine_dist.model.dit import DiT
 from fine_dist.sampling.image_grid import to_uint8
 from fine_dist.stages.build import Plan
-from fine_dist.stages.config import LossConfig, StageConfig
+from fine_dist.stages.settings import StageConfig
 
 
-def with_alignment(config: StageConfig, loss: LossConfig, plan: Plan, world: World) -> Plan:
+def with_alignment(config: StageConfig, plan: Plan, world: World) -> Plan:
     """A plan whose module has a projector and whose loss has the term; the plan itself where `loss.repa` is 0.
 
     Raises:
         ConfigError: There is no encoder, the method trains no DiT, or nothing decodes the latents.
         ArtifactError: The encoder or the VAE cannot be loaded.
     """
+    loss = config.loss
     if not loss.repa:
         return plan
     module = plan.condensation.module

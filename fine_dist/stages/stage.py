@@ -4,68 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 
 from fine_dist.core.config import expand_path
+from fine_dist.data.sources import locate
+from fine_dist.engine import dist
+from fine_dist.engine.dist import World
+from fine_dist.engine.loop import fit
+from fine_dist.engine.monitor import log_hparams
+from fine_dist.engine.program import FitResult
 from fine_dist.engine.run_cost import RunCost
+from fine_dist.engine.run_dir import RunDir
+from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.stages.blueprint import Stage
 from fine_dist.stages.build import Plan, make_program
 from fine_dist.stages.checking import check_settings
-from fine_dist.stages.config import LossConfig, StageConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fine_dist.engine.dist import World
-    from fine_dist.engine.program import FitResult
+from fine_dist.stages.repa import with_alignment
+from fine_dist.stages.settings import StageConfig
 
 
-def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[[World], Plan]) -> Path:
+def train_stage(stage: Stage[Any], build: Callable[[World], Plan]) -> Path:
     """Open the run directory, build the model, train it, save it; the artifact's folder. A finished run is left alone.
 
     Args:
-        stage: `condense` or `train`.
-        artifact: `learngene` or `model`: the kind of the artifact, and its folder in the run directory.
+        stage: The stage with its settings.
         build: Makes what is trained, the same on every rank.
     """
-    import torch
-
-    from fine_dist.engine import dist
-    from fine_dist.engine.loop import fit
-    from fine_dist.engine.run_dir import RunDir
-    from fine_dist.model.artifact import load_artifact
-
+    config: StageConfig = stage.config
+    kind, artifact = stage.kind, stage.product
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
     folder = Path(expand_path(config.run_dir)) / artifact
     check_settings(config, world.world_size)
-    identity = config.identity()
-    with RunDir(folder.parent).open(stage, identity, world) as run_dir:
+    identity = stage.identity()
+    with RunDir(folder.parent).open(kind, identity, world) as run_dir:
         done = run_dir.done
         if done is not None and done.get("steps", 0) >= config.steps:
             if world.is_main:
                 load_artifact(folder, artifact)
-                print(f"{stage}: finished before; the {artifact} is in {folder}")
+                print(f"{kind}: finished before; the {artifact} is in {folder}")
             return folder
-        plan = build(world)
-        loss: LossConfig | None = getattr(config, "loss", None)
-        if loss is not None and loss.repa:
-            from fine_dist.stages.repa import with_alignment
-
-            plan = with_alignment(config, loss, plan, world)
+        plan = with_alignment(config, build(world), world)
         program = make_program(config, plan, world, identity)
         flops = plan.training_flops(config.batch)
         if world.is_main:
             print("\n".join(plan.condensation.lines), end="\n" if plan.condensation.lines else "")
             what = f"{plan.arch.name}, {config.steps} steps of {config.batch}"
-            print(f"{stage}: {what}; files are in {run_dir.path}", flush=True)
+            print(f"{kind}: {what}; files are in {run_dir.path}", flush=True)
 
         def save(result: FitResult) -> None:
             """Write the artifact and DONE.json: from here on the run is finished, whatever happens to its previews."""
             if not world.is_main:
                 return
             manifest = write_artifact(config, plan, result, artifact, folder)
-            write_hparams(config, plan, result, stage, run_dir.tensorboard)
+            write_hparams(config, plan, result, kind, run_dir.tensorboard)
             cost = RunCost.of(
                 steps=result.step,
                 batch=config.batch,
@@ -77,7 +74,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             run_dir.finish(steps=result.step, losses=result.losses, seconds=result.seconds, cost=cost.to_json())
             losses = ", ".join(f"{describe_loss(name)} {value:.4f}" for name, value in result.losses.items())
             size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
-            print(f"{stage}: {losses}; {size} in {folder}", flush=True)
+            print(f"{kind}: {losses}; {size} in {folder}", flush=True)
 
         fit(
             program,
@@ -87,7 +84,7 @@ def train_stage(config: StageConfig, stage: str, artifact: str, build: Callable[
             engine=config.engine,
             run_dir=run_dir,
             seed=config.seed,
-            title=f"{stage} {plan.arch.name}",
+            title=f"{kind} {plan.arch.name}",
             world=world,
             claim=lambda: run_dir.claim(config) if world.is_main else None,
             finished=save,
@@ -107,8 +104,6 @@ def describe_loss(name: str) -> str:
 
 def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str, folder: Path) -> dict[str, Any]:
     """Write what was trained, with the averages in place of the weights; its manifest."""
-    from fine_dist.model.artifact import save_artifact
-
     prefix = plan.condensation.prefix
     return save_artifact(
         folder,
@@ -131,10 +126,6 @@ def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str
 
 def write_hparams(config: StageConfig, plan: Plan, result: FitResult, stage: str, folder: Path) -> None:
     """The run as a row of TensorBoard's table of hyperparameters."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    from fine_dist.engine.monitor import log_hparams
-
     settings: dict[str, Any] = {"method": plan.method.config.name, "architecture": plan.arch.name}
     settings |= {"depth": plan.arch.num_layers, "batch": config.batch, "steps": config.steps, "seed": config.seed}
     settings |= {"lr": config.optim.lr, "precision": config.engine.precision}
@@ -147,8 +138,6 @@ def write_hparams(config: StageConfig, plan: Plan, result: FitResult, stage: str
 
 def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
     """What a model must be sampled and measured with: its diffusion, its sampler, and what made its latents."""
-    from fine_dist.data.sources import locate
-
     manifest, _ = locate(expand_path(str(config.data.shards)), config.data)
     found: dict[str, Any] = {
         "diffusion": config.diffusion.model_dump(),

@@ -156,11 +156,12 @@ def depth_tables(folder: Path) -> dict[str, Tensor]:
 def stage_1_flops(config: Config) -> float | None:
     """FLOPs of one training sample of stage 1, its teacher's forward pass included; None for another stage."""
     from fine_dist.model.flops import forward_macs
-    from fine_dist.stages.condense import CondenseConfig
+    from fine_dist.stages.condense import CondenseStage
+    from fine_dist.stages.settings import CondenseConfig
 
     if not isinstance(config, CondenseConfig):
         return None
-    plan = config.blueprint()
+    plan = CondenseStage(config).blueprint()
     own = plan.method.cost(plan.model, config.batch).training
     return own + (2.0 * forward_macs(plan.teacher) if plan.teacher else 0.0)
 

@@ -30,7 +30,7 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.family.config import InitConfig
 from fine_dist.model.arch import Arch
-from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.settings import CondenseConfig
 from fine_dist.testing import Ranks
 
 RANKS = 2

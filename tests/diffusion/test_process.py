@@ -200,7 +200,7 @@ def test_the_held_out_loss_of_a_perfect_model_is_nothing(config):
     ],
 )
 def test_a_process_that_cannot_be_is_refused_in_one_line(values, words):
-    from fine_dist.stages.train import TrainConfig
+    from fine_dist.stages.settings import TrainConfig
 
     with pytest.raises(ConfigError, match=words) as caught:
         validate(TrainConfig, {"diffusion": values})

@@ -49,7 +49,7 @@ def test_a_model_too_large_for_its_accelerator_is_refused_and_a_smaller_micro_ba
     from fine_dist.model.arch import arch
 
     launch = LaunchConfig(gpus=1, processes=8, gpu_memory_gb=16)
-    large = config(tmp_path, digit_shards, arch=arch("DiT-XL/2"), batch=256, launch=launch)
+    large = config(tmp_path, digit_shards, arch=arch("DiT-XL/2", input_size=32), batch=256, launch=launch)
     found = findings(large)["memory"]
     assert found.level == "stop" and "engine.micro_batch" in found.text
     smaller = large.model_copy(update={"engine": EngineConfig(micro_batch=4)})

@@ -186,7 +186,7 @@ def test_a_method_of_another_package_is_listed_and_used_like_a_built_in_one(tmp_
     code = """
 from fine_dist.core.config import validate
 from fine_dist.methods import METHODS, build
-from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.settings import CondenseConfig
 config = validate(CondenseConfig, {"method": {"name": "repeat"}})
 print(type(build(config.method)).__module__, "repeat" in METHODS)
 """

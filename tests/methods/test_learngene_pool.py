@@ -221,8 +221,8 @@ def test_a_pool_is_condensed_stitched_and_cut_by_the_commands_own_stages(digit_s
     from fine_dist.family.config import InitConfig
     from fine_dist.family.members import Family
     from fine_dist.family.train_family import run_family
-    from fine_dist.stages.condense import CondenseConfig
     from fine_dist.stages.condense import run as condense
+    from fine_dist.stages.settings import CondenseConfig
 
     ancestor = lively(DiT(tiny_arch(num_layers=4, hidden_size=48)))
     save_artifact(

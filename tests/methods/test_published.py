@@ -7,7 +7,8 @@ import pytest
 from fine_dist.core.config import load
 from fine_dist.methods.base import Weights
 from fine_dist.planning.estimates import dry_run
-from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.condense import CondenseStage
+from fine_dist.stages.settings import CondenseConfig
 
 
 @pytest.mark.parametrize(
@@ -21,10 +22,10 @@ from fine_dist.stages.condense import CondenseConfig
     ],
 )
 def test_a_published_config_says_what_it_would_train(name, depth, numbers, weights):
-    config = load(CondenseConfig, f"configs/condense/{name}.yaml")
-    plan = config.blueprint()
-    text = "\n".join(dry_run(config, plan))
+    stage = CondenseStage(load(CondenseConfig, f"configs/condense/{name}.yaml"))
+    plan = stage.blueprint()
+    text = "\n".join(dry_run(stage.config, plan))
     assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in text
-    assert config.weights == weights and config.imitates == bool(weights.output)
+    assert stage.weights == weights and stage.imitates == bool(weights.output)
     assert "dry run: nothing was done" in text and "GiB" in text
-    assert (plan.teacher is not None) == config.imitates
+    assert (plan.teacher is not None) == stage.imitates

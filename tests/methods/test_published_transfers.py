@@ -17,7 +17,8 @@ from fine_dist.model.arch import arch as named
 from fine_dist.model.artifact import Artifact
 from fine_dist.model.dit import DiT
 from fine_dist.planning.estimates import dry_run
-from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.condense import CondenseStage
+from fine_dist.stages.settings import CondenseConfig
 
 ANCHORS = [{"hidden_size": 192, "num_heads": 3}, {"hidden_size": 384, "num_heads": 6}, {}]
 
@@ -31,11 +32,11 @@ ANCHORS = [{"hidden_size": 192, "num_heads": 3}, {"hidden_size": 384, "num_heads
     ],
 )
 def test_stage_1_of_a_pool_is_its_anchors_and_their_maps(name, depth, maps, weights, routes):
-    config = load(CondenseConfig, f"configs/condense/{name}.yaml")
-    plan = config.blueprint()
+    stage = CondenseStage(load(CondenseConfig, f"configs/condense/{name}.yaml"))
+    plan = stage.blueprint()
     numbers = sum(named("DiT-B/2", num_layers=depth, **fields).count() for fields in ANCHORS) + maps
-    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in "\n".join(dry_run(config, plan))
-    assert config.weights == weights and config.imitates == bool(weights.output)
+    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in "\n".join(dry_run(stage.config, plan))
+    assert stage.weights == weights and stage.imitates == bool(weights.output)
     assert len(all_routes(3, depth)) == routes
 
 

@@ -10,7 +10,8 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 from fine_dist.methods import METHODS
 from fine_dist.model.artifact import load_artifact
-from fine_dist.stages.condense import CondenseConfig, run
+from fine_dist.stages.condense import run
+from fine_dist.stages.settings import CondenseConfig
 from fine_dist.testing import run_distributed
 from tests.conftest import tiny_arch
 

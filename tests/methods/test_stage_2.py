@@ -15,7 +15,8 @@ from fine_dist.family.train_family import run_family
 from fine_dist.methods import METHODS
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.stages.train import TrainConfig
+from fine_dist.stages.settings import TrainConfig
+from fine_dist.stages.train import TrainStage
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.tools import method_of
 
@@ -75,7 +76,8 @@ def test_a_target_of_new_classes_trains_and_is_read_again(name, parent, fields, 
         assert model.label.weight.shape == (11, 16) and not torch.equal(model.label.weight[0], model.label.weight[1])
     if name == "snnet":
         assert all(anchor.label.weight.shape[0] == 11 for anchor in model.anchors)
-        counted = TrainConfig(parent=str(member.folder)).blueprint()  # stage 3 would train the pool, and counts it
+        # stage 3 would train the pool, and counts it
+        counted = TrainStage(TrainConfig(parent=str(member.folder))).blueprint()
         assert counted.method.cost(counted.model).trained == sum(p.numel() for p in model.parameters())
 
 

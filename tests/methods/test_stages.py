@@ -12,8 +12,8 @@ from fine_dist.family.config import InitConfig
 from fine_dist.family.members import Family
 from fine_dist.methods.kind.gates import GatedDiT
 from fine_dist.model.artifact import load_artifact
-from fine_dist.stages.condense import CondenseConfig
 from fine_dist.stages.condense import run as condense
+from fine_dist.stages.settings import CondenseConfig
 from tests.conftest import tiny_arch
 from tests.methods.making import TINY, artifact_for, save, tiny, trained
 

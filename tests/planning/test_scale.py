@@ -11,6 +11,7 @@ import torch
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.deepspeed_json import LIVE
 from fine_dist.plan import main
+from fine_dist.planning.scaling import shares
 from fine_dist.planning.scaling_model import (
     SIZE,
     Affine,
@@ -22,7 +23,6 @@ from fine_dist.planning.scaling_model import (
     messages,
     predict,
     ring_s,
-    shares,
 )
 from fine_dist.testing import run_distributed
 

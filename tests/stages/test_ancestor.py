@@ -17,7 +17,8 @@ from fine_dist.methods.fine import method as fine
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
 from fine_dist.stages.carry_over import START, begin_from
-from fine_dist.stages.condense import CondenseConfig, run
+from fine_dist.stages.condense import CondenseStage, run
+from fine_dist.stages.settings import CondenseConfig
 from tests.conftest import lively, tiny_arch
 
 MIDGET = {"hidden_size": 32, "num_heads": 4, "num_layers": 3, "in_channels": 1, "input_size": 8, "patch_size": 2}
@@ -47,9 +48,9 @@ def condense(*args: Any, **more: Any) -> Any:
 
 def test_an_ancestor_of_the_same_shape_is_decomposed_and_imitated_unless_said_otherwise(digit_shards, tmp_path, capsys):
     where = ancestor(tmp_path / "a")
-    config = settings(digit_shards, tmp_path / "r", ancestor=str(where))
-    assert (config.weights.diffusion, config.weights.output) == (1.0, 1.0)
-    assert config.settled.config.initial == "decompose"
+    stage = CondenseStage(settings(digit_shards, tmp_path / "r", ancestor=str(where)))
+    assert (stage.weights.diffusion, stage.weights.output) == (1.0, 1.0)
+    assert stage.settled.config.initial == "decompose"
     learngene = condense(digit_shards, tmp_path / "r", ancestor=str(where), method={"name": "fine", "rank": 96})
     said = "ancestor: embedders and final layer copied, block biases copied, block weights decomposed"
     assert said in capsys.readouterr().out

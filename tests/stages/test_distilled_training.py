@@ -9,7 +9,8 @@ import pytest
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError
 from fine_dist.model.artifact import load_artifact
-from fine_dist.stages.train import TrainConfig, run
+from fine_dist.stages.settings import TrainConfig
+from fine_dist.stages.train import TrainStage, run
 from tests.conftest import tiny_arch
 from tests.stages.test_ancestor import MIDGET, ancestor
 
@@ -34,7 +35,8 @@ def test_a_model_from_scratch_learns_to_give_its_ancestors_output(digit_shards, 
     assert sum(found[-5:]) < 0.8 * sum(found[:5])  # the mean squared difference to the ancestor alone
     assert model.extra["taught_by"]["hash"] == load_artifact(old).hash
     plain = settings(digit_shards, tmp_path / "p")
-    assert config.identity() != plain.identity() and "loss" not in plain.identity()
+    own, others = TrainStage(config).identity(), TrainStage(plain).identity()
+    assert own != others and "loss" not in others
 
 
 def test_a_teacher_without_a_term_and_a_term_without_a_teacher_are_refused(digit_shards, tmp_path):
@@ -43,4 +45,4 @@ def test_a_teacher_without_a_term_and_a_term_without_a_teacher_are_refused(digit
         run(settings(digit_shards, tmp_path / "t", ancestor=str(old), loss={"output": 0}))
     with pytest.raises(ConfigError, match="give its folder with --ancestor"):
         run(settings(digit_shards, tmp_path / "t", loss={"output": 1}))
-    assert settings(digit_shards, tmp_path / "t", ancestor=str(old)).weights.output == 1.0
+    assert TrainStage(settings(digit_shards, tmp_path / "t", ancestor=str(old))).weights.output == 1.0

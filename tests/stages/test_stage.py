@@ -19,10 +19,9 @@ from fine_dist.evaluation.evaluator import Evaluator
 from fine_dist.evaluation.settings import EvaluateConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.flops import forward_macs
-from fine_dist.stages.condense import CondenseConfig
+from fine_dist.stages.blueprint import check_labels, fit_arch
 from fine_dist.stages.condense import run as condense
-from fine_dist.stages.config import check_labels, fit_arch
-from fine_dist.stages.train import TrainConfig
+from fine_dist.stages.settings import CondenseConfig, TrainConfig
 from fine_dist.stages.train import run as train
 from tests.conftest import DIGITS, tiny_arch
 
