@@ -1,4 +1,4 @@
-"""Looking at shards that are there: check every byte, describe what is in them, write a manifest for foreign ones."""
+"""Existing shards: verify every byte, describe their content, and write a manifest for those of another program."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _PIECE = 1024
 
 
 def verify(where: str) -> tuple[Manifest, list[str]]:
-    """Check shards against their manifest: sizes, sha256, structure, keys, labels, every number.
+    """Check shards against their manifest: sizes, sha256, structure, keys, labels, and every number.
 
-    Returns the manifest and what is wrong, each with its shard and key; an empty list when nothing is.
+    Returns:
+        The manifest and a list of problems, each with its shard and key; the list is empty when all is well.
     """
     shard_set = ShardSet(where, DataConfig(verify="sha256"))
     manifest = shard_set.manifest
@@ -57,6 +58,7 @@ def verify(where: str) -> tuple[Manifest, list[str]]:
             for row, text in rows.faults.items():
                 if int(index_N[row]) not in found.faults:
                     problems.append(f"{info.name}: {shard.key(int(index_N[row]))}: {text}")
+        # Closed after each shard: a check of thousands of shards must not hold them all open.
         shard_set.keep(set(), [])
     shard_set.close()
     return manifest, problems
@@ -64,7 +66,8 @@ def verify(where: str) -> tuple[Manifest, list[str]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What shards hold. mean, std: of the unscaled latents (of the sample, for moments), over all channels."""
+    """A description of shards. `mean` and `std` are of the unscaled latents (for moments, of samples), over all
+    channels."""
 
     manifest: Manifest
     base: str
@@ -78,12 +81,13 @@ class Summary:
 
     @property
     def scaled_std(self) -> float:
-        """Standard deviation of what a model sees; near 1 when the scaling factor is right."""
+        """Standard deviation of the scaled latents that a model is trained on; near 1 if the scaling factor is
+        right."""
         return self.std * self.manifest.scaling_factor
 
     @property
     def warnings(self) -> list[str]:
-        """What looks wrong."""
+        """Sentences about what looks wrong: scaling factors, and classes without samples."""
         found = []
         factor = self.manifest.scaling_factor
         if factor != 1 and 0.5 < self.std < 2 and not 0.5 < self.scaled_std < 2:
@@ -108,7 +112,7 @@ class Summary:
 
 
 def inspect(where: str) -> Summary:
-    """Read all shards once and describe them. `DataError` for any damage."""
+    """Read all shards once and describe them. `DataError` when a sample is damaged."""
     shard_set = ShardSet(where, DataConfig())
     manifest = shard_set.manifest
     channels = manifest.latent_shape[0]
@@ -143,7 +147,7 @@ def inspect(where: str) -> Summary:
 
 
 def _not_finite(stream: BinaryIO, found: ShardIndex, shape: tuple[int, ...], dtype: str) -> dict[int, str]:
-    """The samples of a tar, of those that are good so far, whose numbers are not all finite."""
+    """Faults of the samples of a tar that have no other fault and whose numbers are not all finite, by number."""
     kind, count = np.dtype(dtype), math.prod(shape)
     faults = {}
     for number, offset in enumerate(found.offsets.tolist()):

@@ -1,10 +1,10 @@
 """A batch of latents: as the shards store them, and as float32 where they are used.
 
-A stream passes on the stored numbers, which are half the bytes of float32. They become `(float32(x) - shift) *
-float32(scale)` where they are used. Each operation is rounded once wherever it runs, so every device and every batch
-size gives the same bits.
+A stream gives the stored float16 numbers, which are half the bytes of float32. They become `(float32(x) - shift) *
+float32(scale)` where they are used. Each operation is rounded once on every device, so every device and batch size
+gives the same bits.
 
-B samples of a batch, C channels, H height, W width.
+Letters: B samples of a batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Batch:
 
 
 def as_float(stored: torch.Tensor, scale: float, shift: float = 0.0) -> torch.Tensor:
-    """`(stored - shift) * scale` in float32, for any float dtype and device; `stored` itself where that is the same."""
+    """`(stored - shift) * scale` in float32, for any float dtype and device; may return `stored` itself."""
     if shift:
         return (stored.float() - shift).mul_(scale)
     if scale == 1:
@@ -80,6 +80,8 @@ def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> tor
     mean, std = moments.chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)
     for row in range(len(noise)):
+        # Philox is a function of key and counter: the noise of any
+        # (seed, step, position) is reached without the draws before it.
         rng = np.random.Generator(np.random.Philox(key=[seed, _NOISE], counter=[0, 0, first + row, step]))
         rng.standard_normal(dtype=np.float32, out=noise[row])
     return torch.addcmul(mean, std, torch.from_numpy(noise))

@@ -1,7 +1,7 @@
-"""A bounded folder of copies of remote files, shared by any number of processes on a machine.
+"""A folder of limited size with copies of remote files, shared by any number of processes on a machine.
 
-A file has its name only when it is complete. Whoever fetches one holds a lock on its `.part`; others that want the
-same file wait for it. Space is reserved before a fetch begins, so that the folder never exceeds its cap.
+A file gets its name only when it is complete. The process that fetches it holds a lock on its `.part`; others that need
+the same file wait for that lock. Space is reserved before a fetch begins, so that the folder never exceeds its limit.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ _PART = ".part"
 
 
 class Cache:
-    """Files in `folder`, at most `cap_bytes` of them; those used longest ago go first."""
+    """Files in `folder`, `cap_bytes` in all at most. The least recently used ones are removed first."""
 
     def __init__(self, folder: str | Path, cap_bytes: int) -> None:
         self.folder, self.cap_bytes = Path(folder), cap_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int | None:
-        """A descriptor of the file, fetched if it is not here; None when it has no room.
+        """Open a file of the cache, which is fetched first if it is missing.
 
         Args:
-            size: Its bytes; a file of another size is fetched again.
-            fetch: Writes it into an open file.
+            name: Name of the file in the cache.
+            size: Its size in bytes; a file of another size is fetched again.
+            fetch: Writes the content into an open file.
+
+        Returns:
+            A file descriptor, which the caller closes; None when the cache has no room for the file.
         """
         fd = self._hit(name, size)
         if fd is not None:
             return fd
         with self._own_part(name) as part:
+            # Asked again, since this process may have waited for minutes while another fetched the file.
             fd = self._hit(name, size)  # another process brought it while this one waited
             if fd is not None:
                 return fd
@@ -56,15 +61,17 @@ class Cache:
         if os.fstat(fd).st_size != size:
             os.close(fd)
             return None
+        # The time of change is the time of last use here: it orders which file goes first.
         os.utime(fd)
         return fd
 
     @contextmanager
     def _own_part(self, name: str) -> Iterator[BinaryIO]:
-        """The unfinished file, locked. It is removed when it has not been given its name."""
+        """A context with the locked, unfinished file. It is removed if the block has not renamed it."""
         path = self.folder / (name + _PART)
         while True:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as part:
+                # Waits for the process that fetches this very file, instead of fetching it a second time.
                 fcntl.flock(part, fcntl.LOCK_EX)
                 if not _is_still(path, part):
                     continue  # the one before finished or gave up, and this file is no longer at its path
@@ -78,14 +85,16 @@ class Cache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Nobody else adds, renames or removes a file meanwhile."""
+        """A context in which no other process adds, renames or removes a file."""
         with open(self.folder / ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _reserve(self, part: BinaryIO, size: int) -> bool:
-        """Make room for `size` bytes and claim it by the length of the part."""
+        """Remove old files until `size` bytes fit, and reserve them by extending the part; returns whether that
+        worked."""
         with self._alone():
+            # A part that a killed process left has a length; it must not count twice.
             os.ftruncate(part.fileno(), 0)
             files, total = [], 0
             for entry in os.scandir(self.folder):
@@ -103,6 +112,7 @@ class Cache:
                 total -= held
             if total + size > self.cap_bytes:
                 return False
+            # The sparse file already has its final length, so other processes count its bytes before they arrive.
             os.ftruncate(part.fileno(), size)
             return True
 
@@ -119,6 +129,7 @@ def _is_dead(path: str, own: BinaryIO) -> bool:
     """Whether a part belongs to no living process: nobody holds its lock."""
     try:
         with open(path, "rb") as part:
+            # The own part: opening it a second time and locking that would conflict with the own lock.
             if os.fstat(part.fileno()).st_ino == os.fstat(own.fileno()).st_ino:
                 return False
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)

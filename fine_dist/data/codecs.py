@@ -1,4 +1,4 @@
-"""What turns images into latents: pixels as they are, or an autoencoder of diffusers.
+"""Codecs that turn images into latents: the identity (pixels), or an autoencoder of diffusers.
 
 Letters: B images of a batch, C channels of a latent, S image size.
 """
@@ -47,6 +47,8 @@ def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) ->
     import diffusers
 
     try:
+        # The config's own class name decides: loading DC-AE's weights
+        # into AutoencoderKL would fail with a wall of missing keys.
         kind = str(diffusers.AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name", "AutoencoderKL"))
         model_class: Any = getattr(diffusers, kind, None)
         if callable(getattr(model_class, "encode", None)) and callable(getattr(model_class, "decode", None)):
@@ -77,7 +79,8 @@ class Autoencoder:
         self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Found by encoding one blank image, since classes of autoencoders name their factors differently."""
+        """Shape of the latent of an image; a blank image is encoded, because autoencoders name their factors
+        differently."""
         blank = torch.zeros(1, *image_shape)
         try:
             latent = self.encode(blank)[0]
@@ -97,6 +100,7 @@ class Autoencoder:
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         found = self.vae.encode(images.to(self.device, self.dtype))
+        # KL autoencoders return a distribution, deterministic ones a `latent` or `latents`, by class.
         if hasattr(found, "latent_dist"):
             return found.latent_dist.mean.float().cpu(), found.latent_dist.std.float().cpu()
         latent = found.latent if hasattr(found, "latent") else found.latents

@@ -1,7 +1,8 @@
-"""What several encoding processes share, which is only the folder they write to.
+"""Coordination of several encoding processes, which share nothing but the folder that they write to.
 
-Who encodes a unit holds a lock on it; a unit that is done has a small file that says so; whoever finishes last writes
-the manifest and removes those files. A process that is killed leaves a free lock, and another begins its unit again.
+A process holds a lock on the unit that it encodes, and writes a small file when the unit is done. The process that
+finishes last writes the manifest and removes those files. The lock of a killed process is free, so another process
+encodes its unit again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from fine_dist.data.shards import (
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
 _MOST_NAMES = 1000
-"""Names of files that were left out, in a manifest."""
+"""Maximum number of names of left-out files in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class EncodeJob:
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of an encoding that is complete. `DataError` when it is one of other settings."""
+    """The manifest of a complete encoding, or None. `DataError` when it was made with other settings."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -63,12 +64,18 @@ def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
 
 
 def agree(folder: Path, settings: dict[str, Any]) -> None:
-    """The first process writes what is being encoded here; all others must mean the same."""
+    """Record the settings of the encoding in this folder, or compare them with those that another process recorded.
+
+    Raises:
+        DataError: They differ.
+    """
     path = folder / _SETTINGS
     remove_drafts(folder)
+    # The file is complete before it has its name: whoever finds it can compare settings at once.
     with open_draft(path) as draft:
         draft.write(json.dumps(settings, indent=1).encode())
         try:
+            # Exactly one of the processes that start together succeeds; the others compare with what it wrote.
             name_new(draft.name, path)
         except FileExistsError:
             _same(_read_mark(path), json.loads(json.dumps(settings)), folder)
@@ -92,7 +99,7 @@ def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
 
 
 class UnitDone(BaseModel):
-    """What is written of a finished unit, until the manifest is."""
+    """The record of a finished unit, which is kept until the manifest is written."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -103,7 +110,7 @@ class UnitDone(BaseModel):
     shape: tuple[int, ...] | None
     """Shape of a stored latent."""
     sums: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
-    """By channel: number of values, their sum, their sum of squares."""
+    """Number of values, their sum and their sum of squares, each by channel."""
 
 
 def mark_done(folder: Path, unit: int, done: UnitDone) -> None:
@@ -121,12 +128,12 @@ def _read_done(folder: Path, unit: int) -> UnitDone:
 
 
 def is_done(folder: Path, unit: int) -> bool:
-    """Whether a unit needs no more work (in this order: the manifest is there before the marks go)."""
+    """Whether a unit is done. The order of the two tests matters: marks are removed after the manifest is written."""
     return _done_path(folder, unit).exists() or (folder / MANIFEST).exists()
 
 
 def count_done(folder: Path, units: int) -> int:
-    """Units that anybody has done."""
+    """Number of units that any process has finished."""
     if (folder / MANIFEST).exists():
         return units
     return sum(name.startswith(".latents-") and name.endswith(".tar.json") for name in os.listdir(folder))
@@ -141,8 +148,10 @@ def _lock_path(folder: Path, unit: int) -> Path:
 
 
 class UnitClaims:
-    """Units that nobody has done, each locked until it is released: first those that are free, then, waiting for
-    whoever holds them, those that were in others' hands. A None comes before each wait."""
+    """An iterator over the units that are not done, each locked until it is released.
+
+    Units that no process holds come first; then it waits for those that others held. It yields None before each wait.
+    """
 
     def __init__(self, folder: Path, units: int) -> None:
         self.folder, self.units = folder, units
@@ -153,6 +162,8 @@ class UnitClaims:
         for unit in range(self.units):
             if is_done(self.folder, unit):
                 continue
+            # Free units first. Only when none is left does this process
+            # wait for those that others hold, which may have died.
             if not self._lock(unit, fcntl.LOCK_NB):
                 busy.append(unit)
             elif self._is_open(unit):
@@ -179,10 +190,11 @@ class UnitClaims:
         return True
 
     def _is_open(self, unit: int) -> bool:
-        """Whether a unit that was just locked is still to be done; if so, what a dead process left of it goes."""
+        """Whether a unit that was just locked is not done; if so, the draft of a dead process is removed."""
         if is_done(self.folder, unit):
             self.release(unit)
             return False
+        # The lock is ours, so its writer is dead, whatever the age of the file.
         for leftover in self.folder.glob(f".{SHARD_NAME.format(unit)}.*.part"):
             leftover.unlink()
         return True
@@ -191,19 +203,20 @@ class UnitClaims:
         return _lock_path(self.folder, unit)
 
     def release(self, unit: int) -> None:
-        """Let go of a unit; its lock file goes too once the unit is done."""
+        """Release a unit; if it is done, its lock file is removed."""
         if is_done(self.folder, unit):
+            # Removed while it is still locked. A process that opens it now finds the unit done and lets go.
             self._path(unit).unlink(missing_ok=True)
         os.close(self._held.pop(unit))
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all units."""
         for unit in list(self._held):
             self.release(unit)
 
 
 def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
-    """Write the manifest from what the units left, once; `DataError` when too many images were bad in all."""
+    """Write the manifest from the records of all units, once. `DataError` when too many images were unreadable."""
     with open(job.folder / _MERGING, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = job.folder / MANIFEST
@@ -211,6 +224,7 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
             manifest = Manifest.parse(read_bytes(path), str(path))
             _tidy(job.folder, source.units)
             return manifest
+        # Every process computes the same manifest from the same marks, so it does not matter which one writes it.
         parts = [_read_done(job.folder, unit) for unit in range(source.units)]
         bad = [each for part in parts for each in part.bad]
         shards = tuple(part.shard for part in parts if part.shard)
@@ -220,6 +234,7 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
             raise DataError(too_many(job, len(bad), images, bad[-1] if bad else None))
         channels, height, width = next(part.shape for part in parts if part.shape)
         count_C, sum_C, square_C = np.sum([part.sums for part in parts if part.shard], axis=0)
+        # Sums of all units give the exact mean and deviation without a second pass over the shards.
         mean_C = sum_C / count_C
         manifest = Manifest(
             count=count,
@@ -247,7 +262,7 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
 
 
 def _tidy(folder: Path, units: int) -> None:
-    """Remove what only an encoding that is under way needs, also what a process that was killed left of it."""
+    """Remove the files that only a running encoding needs, those of killed processes included."""
     for unit in range(units):
         _done_path(folder, unit).unlink(missing_ok=True)
         _lock_path(folder, unit).unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Images to latent shards: many processes, one unit of work a shard, each done once.
+"""Encodes images into latent shards with many processes; a unit of work is one shard, and each is encoded once.
 
 Processes share only the folder of the shards (`encode_locks.py`). A latent depends on its image and the seed, not on
-the process that encoded it. Within a process only the codec is waited for: a pool of threads reads images, one thread
+the process that encodes it. Within a process the codec is the bottleneck: a pool of threads reads images, one thread
 stacks them and one writes shards, each a batch ahead of or behind the codec.
 
 Letters: B images of a batch, C channels of a latent, S image size.
@@ -35,7 +35,7 @@ from fine_dist.data.unit_writer import UnitWriter
 
 @dataclass(frozen=True)
 class Encoded:
-    """What this process did: its images, its seconds, and of those the seconds in which the codec waited for images."""
+    """The result of one process: images that it encoded, seconds, and seconds in which the codec waited for images."""
 
     manifest: Manifest
     images: int
@@ -44,13 +44,18 @@ class Encoded:
 
 
 def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool = False) -> Encoded:
-    """Encode all images of `source` into `job.folder`, together with whatever processes do the same.
+    """Encode all images of `source` into `job.folder`, together with all processes that do the same.
 
-    Returns when everything is encoded and the manifest is written. `DataError`: the folder holds other latents; too
-    many images cannot be read.
+    It returns when everything is encoded and the manifest is written.
 
     Args:
-        progress: Show how far all of them are.
+        source: The images.
+        codec: Makes latents of them.
+        job: How to encode.
+        progress: Whether to show the progress of all processes together.
+
+    Raises:
+        DataError: The folder holds latents of other settings, or too many images cannot be read.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     agree(job.folder, {**job.settings, "fingerprint": source.fingerprint})
@@ -76,14 +81,15 @@ def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool 
 # --- one process's share -------------------------------------------------------------------------------------------
 
 Result = tuple[int, ImageItem | None, Any]
-"""A unit, one of its images, and the array (or what is wrong with it). No image: the unit ends here."""
+"""(unit, one of its images, the image's array or what is wrong with it). No image marks the end of the unit."""
 
 
 def _decoded(
     pool: ThreadPoolExecutor, source: ImageSource, claims: UnitClaims, job: EncodeJob
 ) -> Generator[Result, None, None]:
-    """The images of the units that fall to this process, in order, read ahead by the pool's threads."""
+    """The images of the units that this process claims, in order, read ahead by the pool's threads."""
     ahead: deque[tuple[int, ImageItem | None, Future[Any] | None]] = deque()
+    # A batch with the codec, one stacked and one being read, and a few for threads that finish out of order.
     most = 3 * job.batch + 2 * job.workers
 
     def oldest() -> Result:
@@ -110,7 +116,7 @@ def _decoded(
 
 
 def _read(item: ImageItem) -> np.ndarray | BadInput:
-    """An image, or the entry of the manifest that says why it could not be read."""
+    """The array of an image, or the manifest's entry that says why it could not be read."""
     try:
         return item.read()
     except Exception as error:  # decoders raise whatever they like; the manifest lists it
@@ -150,7 +156,7 @@ def _encode_unit(
     threads: _Threads,
     tell: Callable[[int], None] | None,
 ) -> _UnitResult:
-    """Encode one unit, up to where it ends, into its shard, and mark it as done. tell: takes how many images are."""
+    """Encode one unit into its shard and mark it as done. `tell` is called with the number of images so far."""
     part, bad = _UnitResult(), list[BadInput]()
     shard = UnitWriter(threads.write, job, first[0])
     batches = _stacked(chain([first], rest), threads.stack, job, bad)
@@ -167,10 +173,12 @@ def _encode_unit(
                 tell(shard.images)
         info = shard.close()
     except BaseException:
+        # The unit stays open for another process: nothing of it was marked as done.
         shard.abandon()
         raise
     rows = tuple(tuple(row) for row in shard.sums.tolist())
     done = UnitDone(shard=info, bad=tuple(bad), largest_label=shard.largest, shape=shard.shape, sums=rows)
+    # Last, after the shard is on disk under its name.
     mark_done(job.folder, shard.unit, done)
     part.images, part.bad, part.last_bad = shard.images, len(bad), bad[-1] if bad else None
     return part
@@ -179,7 +187,10 @@ def _encode_unit(
 def _stacked(
     results: Iterator[Result], stack: ThreadPoolExecutor, job: EncodeJob, bad: list[BadInput]
 ) -> Iterator[tuple[Future[list[torch.Tensor]], list[int]]]:
-    """The batches of one unit with their labels, the next in the making while the codec has one. bad: gets the rest."""
+    """The batches of one unit with their labels; the next one is stacked while the codec works on one.
+
+    Images that could not be read are appended to `bad`.
+    """
     ready: tuple[Future[list[torch.Tensor]], list[int]] | None = None
     first, ended = True, False
     while not ended:
@@ -205,7 +216,7 @@ def _stacked(
 
 
 def _pixels(images: list[np.ndarray], flips: bool) -> list[torch.Tensor]:
-    """A batch as the codec takes it, float32 [B, C, S, S] in [-1, 1]; with `flips` its mirror image too."""
+    """A batch as the codec takes it, float32 [B, C, S, S] in [-1, 1]; with `flips` followed by its mirror image."""
     batch = torch.from_numpy(np.stack(images))
     x = batch.float().div_(127.5).sub_(1) if batch.dtype == torch.uint8 else batch
     return [x, x.flip(-1)] if flips else [x]
@@ -218,9 +229,12 @@ EVERY_S = 60.0
 
 
 class EncodeProgress:
-    """Images encoded by all processes that share a folder, as this one sees them.
+    """A progress bar of all processes that share a folder.
 
-    total: images in all; None where only the number of shards is known, which are then counted instead.
+    Args:
+        folder: The folder.
+        total: Number of images. None: unknown, and shards are counted instead.
+        units: Number of shards.
     """
 
     def __init__(self, folder: Path, total: int | None, units: int) -> None:
@@ -254,12 +268,12 @@ class EncodeProgress:
             print(self.line(count, now - self._started), flush=True)
 
     def line(self, count: int, seconds: float) -> str:
-        """What a log says: how many of how many, rate, time left."""
+        """The line for a log: images done and in all, rate, and time left."""
         rate = (count - self._first) / max(seconds, 1e-9)
         left = tqdm.format_interval((self.total - count) / rate) if rate else "unknown"
         return f"encode: {self._folder}: {count:,} of {self.total:,}{self.unit}, {rate:.3g}/s, {left} left"
 
     def close(self) -> None:
-        """Leave the terminal to others."""
+        """Remove the progress bar."""
         self._bar.refresh()
         self._bar.close()

@@ -1,4 +1,4 @@
-"""The stage `encode`: from its settings to shards, and what is printed of shards that are there."""
+"""The stage `encode`: from its settings to shards; also the reports about existing shards."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
 
 
 def run(config: EncodeConfig) -> Path:
-    """Encode all splits of a config, together with any other process that runs it; returns the folder of the splits.
+    """Encode all splits of a config, together with all processes that run the same; returns the folder of the splits.
 
-    Interrupted? The same call resumes; it does nothing when every split is complete.
+    An interrupted encoding is resumed by the same call. When every split is complete, nothing is done.
 
     Raises:
-        DataError: the splits have different classes; a split's folder holds latents made with other settings; too
-            many images cannot be read.
+        DataError: The splits have different classes, a split's folder holds latents of other settings, or too many
+            images cannot be read.
     """
     splits = _splits(config)
     _check_classes(config, splits)
@@ -67,9 +67,12 @@ def _splits(config: EncodeConfig) -> tuple[str, ...]:
 
 
 def _check_classes(config: EncodeConfig, splits: tuple[str, ...]) -> None:
-    """`DataError` when a label would be one class in one split and another class in the next.
+    """Refuse splits in which one label stands for different classes.
 
-    Splits that are encoded by separate commands are compared as well, through the manifests beside this one's folder.
+    Splits that separate commands encode are compared as well, through the manifests in `out`.
+
+    Raises:
+        DataError: The class names of two splits differ.
     """
     names = {f"{split} ({config.source_of(split)})": _class_names(config, split) for split in splits}
     for path in sorted(config.folder().glob(f"*/{MANIFEST}")):
@@ -141,6 +144,7 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
         codec = Autoencoder(
             expand_path(config.vae), subfolder=config.vae_subfolder, device=_device(config), precision=config.precision
         )
+        # One blank image finds a wrong size or autoencoder now, not after the first thousand images were read.
         codec.shape((3, config.image_size, config.image_size))
     if config.kind == "moments" and codec.encode(torch.zeros(1, 3, config.image_size, config.image_size))[1] is None:
         raise ConfigError(f"kind: {codec.name} has no moments; legal with it: sample")
@@ -170,7 +174,7 @@ def _device(config: EncodeConfig) -> str:
 
 
 def dry_run(config: EncodeConfig) -> list[str]:
-    """The resolved config, and what an encoding would make; a source that is not there (yet) is only named."""
+    """The resolved config, and the number of samples and shards of each split; a missing source is only named."""
     lines = [dump_yaml(config)]
     for split in _splits(config):
         try:
@@ -185,7 +189,7 @@ def dry_run(config: EncodeConfig) -> list[str]:
 
 
 def show(summary: Summary) -> list[str]:
-    """A summary of shards, in lines."""
+    """The lines that describe a summary of shards."""
     manifest, counts = summary.manifest, summary.histogram
     shape = "x".join(str(n) for n in manifest.latent_shape)
     payload = manifest.count * 2 * (2 if manifest.dtype == "float32" else 1)
@@ -214,7 +218,15 @@ def show(summary: Summary) -> list[str]:
 
 
 def verified(config: EncodeConfig, where: str) -> list[str]:
-    """Check shards byte by byte (none named: those of `out`): a line for each. `DataError` lists what is wrong."""
+    """Verify shards byte by byte; returns a line for each set.
+
+    Args:
+        config: Gives the folders of the splits.
+        where: Folder of the shards; empty: all splits in `out`.
+
+    Raises:
+        DataError: Something is wrong; the message lists the problems.
+    """
     lines = []
     for place in [where] if where else [str(config.folder() / split) for split in _splits(config)]:
         manifest, problems = verify(place)

@@ -1,6 +1,6 @@
-"""Images to encode: class folders, webdataset image shards, the embedded digits; cut into units of one shard each.
+"""Sources of images to encode, class folders and webdataset shards, divided into units of one shard each.
 
-Arrays are uint8 [3, S, S] (S the image size), or float32 in [-1, 1] for the digits.
+Shapes: images are uint8 [3, S, S] with S the image size; those of `small_images.py` have one channel.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ORDER = 0x696D61676573
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One image of a unit: where it comes from, its label, and how to read it (`read` may raise anything)."""
+    """One image of a unit: its origin, its label, and a function that reads it (and may raise any exception)."""
 
     source: str
     label: int
@@ -56,7 +56,7 @@ class ImageItem:
 
 
 class ImageSource(Protocol):
-    """Images in units: the items of a unit are always the same, in the same order, in any process."""
+    """Images in units. A unit has the same images in the same order in every process."""
 
     @property
     def units(self) -> int:
@@ -64,15 +64,15 @@ class ImageSource(Protocol):
 
     @property
     def count(self) -> int | None:
-        """Images in all, where known beforehand."""
+        """Number of images, where it is known beforehand."""
 
     @property
     def num_classes(self) -> int | None:
-        """Classes, where known beforehand."""
+        """Number of classes, where it is known beforehand."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Their names, where known."""
+        """Names of the classes in the order of labels, where they are known."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -80,21 +80,24 @@ class ImageSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the list of images does."""
+        """A hash of the list of images."""
 
     def items(self, unit: int) -> Iterator[ImageItem]:
         """The images of a unit."""
 
 
 def center_crop(image: Image.Image, size: int, background: Color = WHITE) -> np.ndarray:
-    """An image's central square, size x size: uint8 [3, size, size].
+    """The central square of an image, resized: uint8 [3, size, size].
 
-    The arithmetic of ADM (arXiv 2105.05233), which FIDs in the literature rest on: halve with a box filter while the
-    shorter side is at least twice the size, then make the shorter side `size` bicubically, then cut out the middle.
-    Transparent parts show the background. An image is turned upright first, as its EXIF orientation says. Raises
-    `ValueError` for pixel values whose white level is unknown.
+    The arithmetic is that of ADM (arXiv 2105.05233), on which FIDs in the literature are based: halve with a box filter
+    while the shorter side is at least twice the size, resize the shorter side to `size` bicubically, and crop the
+    center. Before that the image is rotated as its EXIF orientation says, and transparent parts get the background.
+
+    Raises:
+        ValueError: Pixel values have an unknown white level.
     """
     image = to_rgb(ImageOps.exif_transpose(image), background)
+    # Bicubic alone would skip pixels when it shrinks an image by more than half, which aliases.
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
@@ -106,6 +109,7 @@ def center_crop(image: Image.Image, size: int, background: Color = WHITE) -> np.
 
 def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
     """An image in 8-bit RGB: 16-bit values are scaled down, transparent parts are composited onto the background."""
+    # Pillow's `convert` clips 16-bit values at 255, which makes most of such an image white.
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_8_bit(image)
     bands = image.getbands()
@@ -132,6 +136,7 @@ def read_image(file: BinaryIO | Path, size: int, background: Color) -> np.ndarra
     """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
     if isinstance(file, Path):
         check_regular(file)
+    # Only these decoders: others, such as PostScript's, run external programs.
     with Image.open(file, formats=[*FORMATS]) as image:
         return center_crop(image, size, background)
 
@@ -193,6 +198,7 @@ class FolderImages:
                 + ", ".join(SUFFIXES)
                 + (f"; {describe_left_out(self.left_out)}" if others else "")
             )
+        # Sorted names, then a seeded order: listings of folders come in another order on every file system.
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]
         self.files = [files[i] for i in order]
         self.count = len(self.files)
@@ -228,6 +234,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 def _part_of(files: list[tuple[str, int]], part: str, fraction: float) -> list[tuple[str, int]]:
     """Every n-th image of a class is held out, the last where there are fewer than n but more than one."""
+    # By rank in the sorted names and not at random, so that adding a class leaves the split of the others as it is.
     every = max(2, round(1 / fraction))
     last = len(files) - 1 if 1 < len(files) < every else -1
     held_out = {number for number in range(len(files)) if number % every == every - 1 or number == last}
@@ -235,9 +242,15 @@ def _part_of(files: list[tuple[str, int]], part: str, fraction: float) -> list[t
 
 
 class TarImages:
-    """webdataset image shards (`KEY.jpg`, `KEY.cls`), each of which becomes one latent shard, in its order.
+    """webdataset image shards (`KEY.jpg`, `KEY.cls`), each of which becomes one latent shard, in the same order.
 
-    pattern: paths or URLs of .tar files, with braces. num_classes: None takes the largest label of all.
+    Args:
+        pattern: Paths or URLs of .tar files, with braces.
+        image_size: Side of the square crop, in pixels.
+        data: Retries and time limits of remote reads.
+        num_classes: Number of classes. None: the largest label plus one.
+        limit: Maximum number of images.
+        background: Color under transparent parts.
     """
 
     def __init__(
@@ -278,6 +291,8 @@ class TarImages:
         broken: list[str] = []
 
         def stop(error: Exception) -> bool:
+            # webdataset's handler decides whether to continue; False ends
+            # the shard, and the error becomes an entry of the manifest.
             broken.append(str(error).partition(" @ ")[0])
             return False
 
@@ -306,9 +321,10 @@ class TarImages:
 
 
 class ChosenClasses:
-    """Some classes of another source, in the order given: the first becomes label 0. Units keep their number.
+    """Some classes of another source; the first one given becomes label 0. The number of units stays.
 
-    `DataError` for a class that the source says it does not have, for one named twice, and for no images at all.
+    Raises:
+        DataError: The source lacks a class, a class is given twice, or there are no images.
     """
 
     def __init__(self, source: ImageSource, classes: Sequence[int]) -> None:

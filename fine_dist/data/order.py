@@ -1,8 +1,8 @@
-"""Which sample is where in an endless sequence of global batches: a pure function of (seed, step, position).
+"""The order of samples in an endless sequence of global batches: a pure function of (seed, step, position).
 
-The shards of an epoch, in a seeded order, make one line of N samples. It is cut into C equal spans, one for each
+The shards of an epoch, in a seeded order, form one sequence of N samples. It is cut into C equal spans, one for each
 canonical stream; a global batch takes B/C samples from every stream. Within a stream, windows of whole shards are
-shuffled. Nothing here knows of processes or workers, so neither can change the order, and the step is all the state.
+shuffled. The order does not depend on processes or workers, and the step is the whole state.
 
 An epoch's tail is carried: where N is not a multiple of B, the last batch of an epoch is filled with the beginning of
 the next. Stream s has read floor((e N + s) / C) samples when epoch e begins; over the C streams this adds up to e N
@@ -25,7 +25,10 @@ _SHARDS, _CUT, _WINDOW = 1, 2, 3
 class ShuffleWindow:
     """Samples of one stream that are shuffled together.
 
-    `start` is the number j of the first; `shard` and `index` (int64 [n]) say which records they are, in order.
+    Attributes:
+        start: Number j of the first.
+        shard, index: int64 [n]: the shard of each sample and its number there, in shuffled order.
+        shards: Shards that the window covers.
     """
 
     epoch: int
@@ -42,16 +45,21 @@ class ShuffleWindow:
 class Order:
     """The order of samples.
 
-    counts: samples of each shard (at least one sample in all).
-    streams: at most so many canonical streams; as many are used as there are shards and as divide the batch.
-    window: samples that are shuffled together, rounded up to whole shards.
+    Args:
+        counts: Number of samples of each shard; at least one sample in all.
+        seed: Seed of the order.
+        global_batch: B, the samples of a step over all processes.
+        streams: Maximum number of canonical streams; the number in use also divides B and is at most that of shards.
+        window: Samples that are shuffled together, rounded up to whole shards.
     """
 
     def __init__(self, counts: list[int], *, seed: int, global_batch: int, streams: int, window: int) -> None:
         self.counts = np.asarray(counts, np.int64)
         self.total = int(self.counts.sum())
         self.seed, self.global_batch, self.window = seed, global_batch, window
+        # A stream without a shard of its own would share one with its neighbor and read it a second time.
         limit = min(streams, int((self.counts > 0).sum()), global_batch)
+        # B / C samples from each stream must be a whole number.
         self.streams = max(c for c in range(1, limit + 1) if global_batch % c == 0)
         self.per_stream = global_batch // self.streams
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
@@ -59,11 +67,11 @@ class Order:
         self._windows: dict[int, list[ShuffleWindow]] = {}
 
     def epoch(self, step: int) -> int:
-        """Epochs that are complete when this step begins."""
+        """Number of epochs that are complete when this step begins."""
         return step * self.global_batch // self.total
 
     def take(self, stream: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples start .. start + count of a stream: shard and index in the shard, int64 [count] each."""
+        """Samples start .. start + count - 1 of a stream: (shard, index in the shard), int64 [count] each."""
         shards, indices = [], []
         while count > 0:
             window = self.window_at(stream, start)
@@ -80,19 +88,24 @@ class Order:
         for window in kept:
             if window.start <= j < window.stop:
                 return window
+        # The inverse of floor((e N + s) / C) <= j: the last epoch e in which stream s has begun at or before j.
         epoch = (j * self.streams + self.streams - 1 - stream) // self.total
         begin, pieces_of_windows = self._plan(stream, epoch)
+        # Windows of an epoch are not stored, only where each begins; any one can be made from its number.
         number = int(np.searchsorted([start for start, _ in pieces_of_windows], j - begin, side="right")) - 1
         start, pieces = pieces_of_windows[number]
         window = self._shuffled(stream, epoch, number, begin + start, pieces)
+        # Two are kept, because a batch may end one window and begin the next.
         self._windows[stream] = [*kept[-1:], window]
         return window
 
     def _plan(self, stream: int, epoch: int) -> tuple[int, list[tuple[int, list[tuple[int, int, int]]]]]:
-        """How a stream's span of an epoch is cut: its first j, and for each window its offset and (shard, from, to)."""
+        """The windows of a stream's span of an epoch: its first j, and for each window (offset, [(shard, from,
+        to)])."""
         known = self._plans.get(stream)
         if known and known[0] == epoch:
             return known[1], known[2]
+        # Integer arithmetic throughout: with floats the spans of large epochs would overlap or leave samples out.
         begins_C = (epoch * self.total + np.arange(self.streams)) // self.streams
         lengths_C = ((epoch + 1) * self.total + np.arange(self.streams)) // self.streams - begins_C
         low = int(lengths_C[:stream].sum())
@@ -107,6 +120,7 @@ class Order:
                 break
             if start >= stop:
                 continue
+            # Windows are whole shards, so that a shard is opened once an epoch, however small the window.
             if held >= self.window:
                 windows.append((start - low, []))
                 held = 0
@@ -116,10 +130,11 @@ class Order:
         return int(begins_C[stream]), windows
 
     def _epoch_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards of an epoch in order [S], and where each begins in the line of samples [S + 1]."""
+        """The shards of an epoch in order [S], and the offset of each in the epoch's sequence of samples [S + 1]."""
         if epoch not in self._epochs:
             line_S = self._rng(_SHARDS, epoch).permutation(len(self.counts))
             edges_S = np.concatenate([[0], np.cumsum(self.counts[line_S])])
+            # Streams are at most one epoch apart.
             while len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
             self._epochs[epoch] = (line_S, edges_S)
@@ -146,4 +161,5 @@ class Order:
         )
 
     def _rng(self, *words: int) -> np.random.Generator:
+        # A generator for each purpose and place, so that no draw depends on which others were made before.
         return np.random.default_rng([self.seed, *words])

@@ -1,4 +1,4 @@
-"""Reading records out of many shards: one positioned read a sample, straight to its place in the batch, then checks.
+"""Reads records out of many shards: one positioned read for each sample, directly into the batch, and then checks.
 
 Letters: B rows of a read, S shards.
 """
@@ -31,9 +31,13 @@ _SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "th
 
 @dataclass
 class Rows:
-    """Records of a read: what they hold, and what is wrong with which row (its numbers are void).
+    """The records of one read.
 
-    stored: [B, ...] as in the shards, unscaled. labels: int64 [B]. scale, shift: those that were asked for.
+    Attributes:
+        stored: [B, ...] in the shards' dtype, unscaled.
+        labels: int64 [B].
+        scale, shift: Scale and shift that `latents` applies.
+        faults: What is wrong with damaged rows, by row; the numbers of such a row are meaningless.
     """
 
     stored: torch.Tensor
@@ -68,14 +72,17 @@ class ShardSet:
         _allow_open_files()
 
     def keep(self, live: set[int], ahead: list[int]) -> None:
-        """Close all shards but these; begin to bring those that are needed soon (and remote ones needed now)."""
+        """Close all shards but these, and open those in `ahead` in the background (with remote ones in `live`)."""
         with self._lock:
+            # Files are closed by reference counting: a read that is under way in another thread holds its `Shard`.
             wanted = live.union(ahead)
             for number in [n for n in self._shards if n not in wanted]:
                 del self._shards[number]
             for number in [*(live if self.remote else ()), *ahead]:
                 if number not in self._shards:
                     self._fetchers = self._fetchers or ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shards")
+                    # In the background: a window's first read would otherwise
+                    # wait for the network, once for each of its shards.
                     self._fetchers.submit(self.shard(number).ready)
 
     def shard(self, number: int) -> Shard:
@@ -86,14 +93,17 @@ class ShardSet:
         return self._shards[number]
 
     def read(self, shard_B: np.ndarray, index_B: np.ndarray, *, scaled: bool = False) -> Rows:
-        """The records at (shard, index) as they are stored, with the faults of those that are damaged.
+        """Read records.
 
         Args:
-            scaled: whether `latents` of the result applies the manifest's scale and shift.
+            shard_B: int64, number of each record's shard.
+            index_B: int64, number of each record in its shard.
+            scaled: Whether `latents` of the result applies the manifest's scale and shift.
         """
         numbers = shard_B.tolist()
         with self._lock:
             shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
+        # A list and not a generator: every shard must be opened, also behind one that is not regular.
         regular = all([shard.ready().regular for shard in shards.values()])
         # a shard of fewer samples than the manifest says has an index and a fault: nothing in it is read by number
         sound = [shard.fault is None and shard.index and not shard.index.faults for shard in shards.values()]
@@ -122,9 +132,10 @@ class ShardSet:
         rows: Rows,
         first: int,
     ) -> None:
-        """Read records of shards in which all have one size: payloads to where they belong, heads into scratch memory.
+        """Read records of regular shards: payloads into `stored_N`, heads into a buffer of this thread.
 
-        A chunk is read and checked while the processor's cache holds it. first: the row of `rows` that comes first.
+        A chunk of records is read and checked while it is in the processor's cache. `first` is the row of `rows` that
+        the first record becomes.
         """
         layout, count = self._layout, len(index_N)
         files, offsets = [shards[number].fd for number in shard_N.tolist()], (index_N * layout.stride).tolist()
@@ -134,12 +145,17 @@ class ShardSet:
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
             try:
+                # One system call a record scatters its head into scratch memory and its payload into the batch, so
+                # payloads are never copied. `map` keeps the loop in C; Python's lock is released inside each read.
                 sizes += map(os.preadv, files[part], zip(heads, payloads_NP[part]), offsets[part])
             except OSError:
+                # The fast path stopped somewhere inside this chunk: its records are read again, one error at a time.
                 del sizes[start:]
                 sizes += map(_try_to_read, files[part], zip(heads, payloads_NP[part]), offsets[part])
+            # Taken while the heads are in the cache; the scratch memory is overwritten by the next chunk.
             marks.append(layout.marks(heads_NH[: count - start]))
             finite = finite and all_finite(stored_N[part])
+        # Checked together, because NumPy's cost per call would dominate for 64 records.
         good_N, labels_N = layout.check(np.concatenate(marks), self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
         rows.labels[first : first + count] = labels_N
@@ -175,7 +191,7 @@ class ShardSet:
                 rows.faults[row] = NOT_FINITE
 
     def _explain(self, shard: Shard, index: int) -> str:
-        """What is wrong with a record that the check refused."""
+        """The reason why the check refused a record."""
         layout = self._layout
         record = os.pread(shard.fd, layout.size, index * layout.stride)
         return layout.explain(record, shard.key(index), self.manifest.num_classes)
@@ -202,6 +218,7 @@ class ShardSet:
 
     def _scratch_for(self, count: int) -> tuple[np.ndarray, list[memoryview]]:
         """This thread's scratch memory for the heads of so many records, and a view of each."""
+        # Thread-local: worker threads read at the same time.
         kept: dict[Any, Any] = self._scratch.__dict__
         if count not in kept:
             heads_NH = self._layout.heads(count)
@@ -209,11 +226,16 @@ class ShardSet:
         return kept[count]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:
-        """Count a damaged sample, or a whole damaged shard, once. `DataError` above `max_bad_fraction`."""
+        """Count a damaged sample, or all samples of a damaged shard, once.
+
+        Raises:
+            DataError: More than `max_bad_fraction` of all samples are damaged.
+        """
         info = self.manifest.shards[shard]
         with self._lock:
             holder = self.shard(shard)
             whole = holder.fault is not None
+            # A set, since the same damaged sample comes again every epoch and counts once.
             mark = (shard, -1 if whole else index)
             if mark not in self._counted:
                 self._counted.add(mark)
@@ -226,14 +248,14 @@ class ShardSet:
             )
 
     def close(self) -> None:
-        """Close every shard and stop bringing more."""
+        """Close all shards and stop opening others in the background."""
         if self._fetchers:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._shards.clear()
 
 
 def _try_to_read(file: int, views: tuple[Any, ...], offset: int) -> int:
-    """Bytes read; none where the device fails."""
+    """Number of bytes read; 0 when the read fails."""
     try:
         return os.preadv(file, views, offset)
     except OSError:
@@ -241,7 +263,7 @@ def _try_to_read(file: int, views: tuple[Any, ...], offset: int) -> int:
 
 
 def _allow_open_files() -> None:
-    """As many open files as the system lets this process have; windows of many streams need hundreds."""
+    """Raise the soft limit of open files, to 4096 if the system allows it: windows of many streams need hundreds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096 and (hard == resource.RLIM_INFINITY or hard > soft):
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if hard == resource.RLIM_INFINITY else min(4096, hard), hard))

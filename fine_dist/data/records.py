@@ -1,8 +1,8 @@
-"""One sample inside a shard: `KEY.cls` then `KEY.latent.npy`, and what can be wrong with it.
+"""The bytes of one sample in a shard (`KEY.cls`, then `KEY.latent.npy`), and how they are checked.
 
-Every record of a shard that this package writes has the same size, so that record i begins at `i * layout.stride` and
-one positioned read brings its head (label and headers) and, to another place, its payload. Each read is checked against
-the layout, many records at once.
+All records of a shard that this package writes have the same size: record i begins at byte `i * layout.stride`. One
+positioned read brings its head (tar headers and label) and, into another buffer, its payload (the numbers). The heads
+of many records are compared with the layout at once.
 
 Shapes: N records, H bytes of a record's head, K bytes of a key.
 """
@@ -54,23 +54,29 @@ def tar_writer(stream: io.IOBase) -> wds.TarWriter:
 
 
 class Layout:
-    """Where everything lies in a record that holds one latent of this shape and dtype.
+    """The byte offsets of a record that holds one latent of some shape and dtype.
 
-    `stride`:  bytes from one record to the next.
-    `head`:    bytes before the payload (H).
-    `size`:    bytes of a record that matter: head and payload.
+    Attributes:
+        stride: Bytes from the beginning of one record to the next.
+        head: Bytes before the payload (H).
+        size: Bytes of head and payload, without the padding behind them.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        # Little-endian on every machine: shards are read in place, without a swap of bytes.
         self.shape, self.dtype = tuple(shape), np.dtype(dtype).newbyteorder("<")
         stream = io.BytesIO()
         with tar_writer(stream) as tar:
             latent = npy_bytes(np.zeros(self.shape, self.dtype))
             tar.write({"__key__": record_key(shard_prefix(0), 0), LABEL: b"0", LATENT: latent})
+        # A record is written by the same writer as the shards and taken as the pattern. If
+        # another version of webdataset wrote other headers, the pattern would follow it.
         record = stream.getvalue()
         payload = int(np.prod(self.shape)) * self.dtype.itemsize
         self.head = 3 * BLOCK + len(latent) - payload
         self.size = self.head + payload
+        # Two headers and the label's content, one block each; then
+        # the .npy file, filled up to whole blocks as tar requires.
         self.stride = 3 * BLOCK + -(-len(latent) // BLOCK) * BLOCK
         self._npy = latent[: len(latent) - payload]
         # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the size, what tar
@@ -78,6 +84,10 @@ class Layout:
         want = np.zeros(-(-self.head // 8) * 8, np.uint8)
         want[: self.head] = np.frombuffer(record[: self.head], np.uint8)
         mask = np.zeros_like(want)
+        # The byte ranges are fields of tar's ustar header (POSIX.1-1988): name 0..100, size
+        # 124..136, checksum 148..156, type 156, magic and version 257..265, prefix 345. The
+        # label's size and both checksums vary with label and key and are left out. The
+        # latent's size is compared, because a wrong one would shift all that follows.
         for start, stop in (
             (_KEY, _KEY + len(LABEL) + 2),
             (156, 157),
@@ -92,33 +102,41 @@ class Layout:
             (_LATENT + BLOCK, self.head),
         ):
             mask[start:stop] = 255
+        # `mask` marks bytes that must be equal. Keys and label are needed as well, but are compared by their meaning.
         needed = mask.copy()
         for start, length in ((0, _KEY), (BLOCK, LABEL_DIGITS), (_LATENT, _KEY)):
             needed[start : start + length] = 255
+        # Only the words that hold a needed byte are gathered, 35 of the 208 of a
+        # head: less to compare, and less to keep until the whole batch is compared.
         self._words = np.flatnonzero(needed.view(np.uint64))
         self._mask = mask.view(np.uint64)[self._words]
         self._want = want.view(np.uint64)[self._words] & self._mask
+        # Where the label and the latent's key are found among the gathered words,
+        # in bytes. Each range begins at a multiple of 8 because BLOCK is one.
         self._label_at, self._latent_at = (8 * int(np.searchsorted(self._words, at // 8)) for at in (BLOCK, _LATENT))
         self._texts = np.empty((0, KEY_DIGITS), np.uint8)
 
     def heads(self, count: int) -> np.ndarray:
-        """Scratch memory for the heads of so many records: uint8 [count, H]."""
+        """A buffer for the heads of `count` records: uint8 [count, H]."""
         return np.zeros((count, self.head), np.uint8)
 
     def marks(self, heads_NH: np.ndarray) -> np.ndarray:
-        """What `check` looks at, out of the heads of records: uint64 [N, W]."""
+        """The words of the heads that `check` compares: uint64 [N, W]."""
         return heads_NH.view(np.uint64).take(self._words, axis=1)
 
     def check(self, marks_NW: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Which records are what they should be, and their labels.
+        """Compare records with this layout and read their labels.
 
-        marks_NW:    uint64, `marks` of the records.
-        prefixes_NP: uint8, the key prefix of each record's shard.
-        index_N:     int64, each record's number in its shard.
+        Args:
+            marks_NW: uint64, `marks` of the records.
+            prefixes_NP: uint8, the key prefix of each record's shard.
+            index_N: int64, each record's number in its shard.
 
-        Returns (good bool [N], labels int64 [N]); a bad record's label is meaningless.
+        Returns:
+            (good, labels): bool [N] and int64 [N]; the label of a record that is not good is meaningless.
         """
         same_NW = (marks_NW & self._mask) == self._want
+        # The usual case, all good, costs one reduction; rows are told apart only where something is wrong.
         good_N = np.ones(len(marks_NW), bool) if same_NW.all() else same_NW.all(1)
         bytes_NM = marks_NW.view(np.uint8)
         keys_NK = np.concatenate([prefixes_NP, self._digits(index_N)], 1)
@@ -135,11 +153,13 @@ class Layout:
         if most >= len(self._texts):
             numbers = np.arange(max(1024, 2 * most))
             tens = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
+            # A table of the digits of all numbers so far: formatting
+            # each key anew would take longer than reading the records.
             self._texts = (numbers[:, None] // tens % 10 + ord("0")).astype(np.uint8)
         return self._texts[index_N]
 
     def explain(self, raw: bytes, key: str, num_classes: int) -> str:
-        """What is wrong with a record of `size` bytes that is not good."""
+        """The reason why a record of `size` bytes is not good, as one sentence."""
         for at, ending in ((0, LABEL), (_LATENT, LATENT)):
             name = raw[at : at + 100].split(b"\0")[0].decode("utf-8", "replace")
             if name != f"{key}.{ending}":
@@ -169,7 +189,8 @@ def all_finite(numbers: np.ndarray) -> bool:
 
 
 def _labels(text_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number that each row of ASCII digits, then zeros, spells, int64 [N]; and whether it does, bool [N]."""
+    """The numbers in rows of ASCII digits that are padded with zero bytes, int64 [N], and which rows are valid, bool
+    [N]."""
     text_CN = np.ascontiguousarray(text_NC.T)  # operations run along rows, many records at once
     values_CN = text_CN - np.uint8(ord("0"))  # what is no digit becomes 10 or more
     leading_CN = values_CN < 10
@@ -180,6 +201,7 @@ def _labels(text_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if not text_CN[place:].any():
             break
         digit_N = leading_CN[place]
+        # Behind the first byte that is no digit only zeros may follow, as tar's padding: `12\0x` is no label.
         good_N &= digit_N | (text_CN[place] == 0)
         labels_N = np.where(digit_N, labels_N * 10 + values_CN[place], labels_N)
     return labels_N, good_N

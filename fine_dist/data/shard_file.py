@@ -1,4 +1,4 @@
-"""One shard as a reader holds it: opened when it is first needed, checked then, closed when nobody reads it."""
+"""One open shard of a reader: it is opened and checked when it is first read, and closed when no read uses it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ Indexes = dict[str, tuple[tuple[int, int, int], ShardIndex]]
 
 
 class Shard:
-    """One shard, opened when it is first needed.
+    """One shard, which is opened when it is first read.
 
-    `fault`: why none of it can be used. `index`: where its samples are, when they are not at regular places.
-    `regular`: usable, and all its records have one size.
+    Attributes:
+        fault: Why the whole shard cannot be used; None: it can.
+        index: Offsets of its samples, for a tar of another program; None: all records have one size.
+        regular: Whether it can be used and all its records have one size.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class Shard:
         self._opened = False
 
     def ready(self) -> Shard:
-        """Open the shard, once; threads that come later wait. `DataError` when a remote one cannot be had."""
+        """Open the shard, once; other threads wait meanwhile. `DataError` when a remote shard cannot be copied."""
+        # Checked without the lock first: once it is open, which is nearly always, no thread waits for another.
         if not self._opened:
             with self._lock:
                 if not self._opened:
@@ -61,6 +64,7 @@ class Shard:
             raise DataError(
                 f"{self.url}: too many open files; raise the limit (ulimit -n) or lower data.window or data.streams"
             ) from None
+        # Of the open file, not of its name: a file that is replaced meanwhile cannot mix with this one.
         size = os.fstat(self.fd).st_size
         if self._config.verify != "none" and size != self.info.bytes:
             return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
@@ -73,11 +77,13 @@ class Shard:
         return self._find(size)
 
     def _count_regular(self, size: int) -> str | None:
-        """Whether a shard of records of one size ends where the manifest says: a block of zeros ends a tar."""
+        """What is wrong with the number of records, or None. A tar ends with a block of zeros."""
         count, stride = self.info.count, layout_of(self._manifest.stored_shape, self._manifest.dtype).stride
         room = size // stride
         if room < count:
             return f"the manifest says {count} samples; it has {room}"
+        # The file's size and two reads replace a walk over all headers:
+        # they tell too few, too many, and records of another size.
         if size >= count * stride + BLOCK and any(os.pread(self.fd, BLOCK, count * stride)):
             return f"the manifest says {count} samples; it has more, or records of another size"
         if count and not any(os.pread(self.fd, BLOCK, (count - 1) * stride)):
@@ -85,8 +91,9 @@ class Shard:
         return None
 
     def _find(self, size: int) -> str | None:
-        """Look for the samples of a tar that another program wrote; one that was walked before is not walked again."""
+        """Index the samples of a tar that another program wrote; the index of an unchanged file is used again."""
         stat = os.fstat(self.fd)
+        # A file that was replaced by one of the same size still has another time or inode.
         version = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         known = self._indexes.get(self.info.name)
         if known and known[0] == version:
@@ -111,6 +118,7 @@ class Shard:
         """The key of a sample."""
         if self.index is None:
             return record_key(self.info.key_prefix or "", number)
+        # Walked once more, because an error message is rare and the keys of a large data set are gigabytes.
         if not self.index.keys:
             self.index = self._walk(os.fstat(self.fd).st_size)
         return self.index.keys[number]

@@ -45,13 +45,13 @@ class _Model(BaseModel):
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
 MAX_NUMBERS = 2**26
-"""Numbers of one latent, at most: 4 x 4096 x 4096."""
+"""Maximum number of values of one latent: 4 x 4096 x 4096."""
 _SMALLEST = 4 * BLOCK
-"""Bytes that a sample takes in a tar at least: two headers and a block of content for each."""
+"""Minimum bytes of a sample in a tar: two headers and a block of content for each."""
 
 
 _MANY = 10**6
-"""Samples of one shard beyond which a count is held against the bytes before so many are put in order in memory."""
+"""Samples of one shard beyond which its count is compared with its size, before an order of so many is made."""
 
 
 class ShardInfo(_Model):
@@ -66,18 +66,18 @@ class ShardInfo(_Model):
     sha256: str
     """Of the file."""
     key_prefix: str | None = Field(None, pattern=r"^[!-~]{7,9}$")
-    """What its keys begin with when all its records have one size; none: written by another program."""
+    """Prefix of its keys when all its records have one size. None: the shard was written by another program."""
 
 
 class BadInput(_Model):
-    """An input that could not be encoded and is not in the shards."""
+    """An image that could not be encoded and is therefore not in the shards."""
 
     source: str
     error: str
 
 
 class Manifest(_Model):
-    """What a set of shards holds. `latent_shape` is (channels, height, width) of what the stream gives."""
+    """The content of a set of shards, as manifest.json."""
 
     format: Literal["fine_dist/latents/1"] = "fine_dist/latents/1"
     count: int = Field(ge=0)
@@ -101,7 +101,7 @@ class Manifest(_Model):
     class_names: tuple[str, ...] = ()
     """Names of the classes, in the order of labels, where known."""
     flips: bool = False
-    """Every image is there twice: itself, then its mirror image."""
+    """Whether every image was encoded twice: itself, then its mirror image."""
     codec: str = "identity"
     """What made the latents: `identity`, or the autoencoder's name."""
     source: str = ""
@@ -111,7 +111,7 @@ class Manifest(_Model):
     shards: tuple[ShardInfo, ...]
     bad: tuple[BadInput, ...] = ()
     left_out: tuple[str, ...] = ()
-    """Files among the images that are none, by name: the first of them."""
+    """Names of files in the source that are no images; the first of them."""
     num_left_out: int = Field(0, ge=0)
     """How many there are."""
 
@@ -123,21 +123,23 @@ class Manifest(_Model):
 
     @property
     def hash(self) -> str:
-        """sha256 over the content: what must be the same when a run is resumed."""
+        """sha256 of the content; a run is resumed only with the same."""
         parts = [
             self.latent_shape,
             self.kind,
             self.dtype,
             self.scaling_factor,
             self.num_classes,
+            # Content, not names or folders: the same shards moved elsewhere still continue the same run.
             [(s.count, s.sha256) for s in self.shards],
         ]
+        # Left out where it is 0, so that a manifest without the key has the same hash.
         if self.shift_factor:
             parts.append(self.shift_factor)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder/manifest.json` in one step."""
+        """Write `folder/manifest.json` atomically."""
         return write_atomic(Path(folder) / MANIFEST, self.model_dump_json(indent=1))
 
     @classmethod
@@ -163,6 +165,7 @@ class Manifest(_Model):
         for shard in manifest.shards:
             if shard.count > _MANY and shard.count * _SMALLEST > shard.bytes:
                 raise DataError(f"{where}: {shard.name}: {shard.count} samples cannot be in {shard.bytes} bytes")
+            # A name with a slash could lead to any file of the machine.
             if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
                 raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
@@ -171,11 +174,16 @@ class Manifest(_Model):
 
 
 def check_classes(one: str, first: tuple[str, ...], two: str, second: tuple[str, ...]) -> None:
-    """`DataError` when two sets of latents, both with class names, do not mean the same class by the same label.
+    """Refuse two sets of latents in which one label stands for different classes.
 
     Args:
-        one, two: what the sets are called in the message.
-        first, second: their class names in the order of labels; sets without names are not compared.
+        one: Name of the first set for the message.
+        first: Its class names in the order of labels. Sets without names are not compared.
+        two: Name of the second set.
+        second: Its class names.
+
+    Raises:
+        DataError: The names differ.
     """
     if not first or not second or first == second:
         return
@@ -191,14 +199,16 @@ def check_classes(one: str, first: tuple[str, ...], two: str, second: tuple[str,
 
 
 class ShardWriter:
-    """Writes one shard; it appears under its name only when it is complete.
+    """Writes one shard, which gets its final name only when it is complete.
 
-    with ShardWriter(folder, number=3, shape=(4, 32, 32)) as shard:
-        shard.add(latent, label)          # [C, H, W] array, int
-    shard.info                            # ShardInfo, once closed
+        with ShardWriter(folder, number=3, shape=(4, 32, 32)) as shard:
+            shard.add(latent, label)          # [C, H, W] array, int
+        shard.info                            # ShardInfo, once closed
 
-    An exception inside the `with` leaves nothing behind. `DataError` for a latent of another shape or one that is not
-    finite in the stored dtype.
+    When the `with` block raises, the unfinished file is removed.
+
+    Raises:
+        DataError: A latent has another shape, or is not finite in the stored dtype.
     """
 
     def __init__(self, folder: str | Path, number: int, shape: tuple[int, ...], dtype: str = "float16") -> None:
@@ -220,6 +230,7 @@ class ShardWriter:
             raise DataError(f"{self.path}: {key}: latent of shape {tuple(latent.shape)}, not {self.layout.shape}")
         if not 0 <= label < 10**LABEL_DIGITS:
             raise DataError(f"{self.path}: {key}: label {label} is not in 0 .. {10**LABEL_DIGITS - 1}")
+        # A float16 overflow gives Inf, which the next line names with its key; NumPy's warning would not.
         with np.errstate(over="ignore"):
             stored = np.asarray(latent).astype(self.layout.dtype)
         if not np.isfinite(stored).all():
@@ -229,9 +240,10 @@ class ShardWriter:
         return key
 
     def close(self) -> ShardInfo:
-        """Finish the file and give it its name."""
+        """Finish the file and rename it to its final name."""
         self._tar.close()
         self._stream.flush()
+        # Before the rename: once the shard has its name, its marks say that it is done.
         os.fsync(self._stream.fileno())
         os.replace(self._part, self.path)
         self._stream.close()
@@ -245,7 +257,7 @@ class ShardWriter:
         return self.info
 
     def abandon(self) -> None:
-        """Drop the unfinished file."""
+        """Remove the unfinished file."""
         self._part.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a full disk, perhaps; there is nothing left to lose
             self._tar.close()
@@ -262,7 +274,7 @@ class ShardWriter:
 
 
 class _Hashing(io.BufferedWriter):
-    """A file that is written in order and knows its size and sha256."""
+    """A file that is written sequentially and keeps count of its size and sha256."""
 
     def __init__(self, file: io.FileIO) -> None:
         super().__init__(file, 1 << 20)
@@ -270,6 +282,8 @@ class _Hashing(io.BufferedWriter):
         self.size = 0
 
     def write(self, data: Any) -> int:
+        # Hashed while it is written: reading 100 GB again for their
+        # hashes would take as long as encoding on some disks.
         self.sha256.update(data)
         self.size += len(data)
         return super().write(data)
@@ -285,10 +299,16 @@ def write_shards(
     dtype: str = "float16",
     **fields: Any,
 ) -> Manifest:
-    """Write arrays as shards with their manifest: latents [N, C, H, W] unscaled, labels [N] integers.
+    """Write arrays as shards with their manifest, for small data sets and tests; use `encode` for large ones.
 
-    `fields` go to the manifest (`scaling_factor`, `codec`, `class_names`, ...). For small data sets and tests; `encode`
-    is the way for large ones.
+    Args:
+        folder: Folder of the shards.
+        latents: [N, C, H, W], unscaled.
+        labels: Integers [N].
+        num_classes: Number of classes.
+        shard_samples: Samples of a shard.
+        dtype: Data type of the stored numbers.
+        fields: Further fields of the manifest (`scaling_factor`, `codec`, `class_names`, ...).
     """
     shape = tuple(latents.shape[1:])
     infos = []

@@ -1,4 +1,4 @@
-"""Small data sets of gray images that are read whole: scikit-learn's digits, and IDX files (MNIST's format).
+"""Small data sets of gray images that are read into memory: scikit-learn's digits, and IDX files (MNIST's format).
 
 The digits need no download (1,797 images of 8x8, ten classes). Debian's package dataset-fashion-mnist puts 70,000
 Fashion-MNIST images on a machine as IDX files: two zero bytes, the type of the numbers (8: unsigned bytes), how many
@@ -95,7 +95,16 @@ class IdxImages:
 
 
 def read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
-    """An IDX file of unsigned bytes, gzipped or not: uint8, of so many axes. `DataError` with what is wrong."""
+    """Read an IDX file of unsigned bytes, gzipped or not.
+
+    Args:
+        folder: Folder of the file.
+        name: Its name, without `.gz`.
+        axes: Number of dimensions that it must have.
+
+    Raises:
+        DataError: The file is missing or damaged, or holds something else.
+    """
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise DataError(f"source: {folder} has no {name} or {name}.gz; for Fashion-MNIST: {PACKAGE}")
@@ -105,6 +114,7 @@ def read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"source: {path} cannot be read: {error}") from None
     head = 4 + 4 * axes
+    # The header is compared before anything is allocated by its numbers.
     if len(content) < head or content[:4] != bytes([0, 0, _BYTES, axes]):
         raise DataError(f"source: {path} is no IDX file of unsigned bytes with {axes} axes")
     shape = struct.unpack(f">{axes}I", content[4:head])

@@ -45,19 +45,24 @@ def local_path(url: str) -> str:
 
 
 MAX_SHARDS = 1_000_000
-"""Names that a brace pattern may stand for; a data set of a billion latents has as many shards of a thousand."""
+"""Maximum number of names that a brace pattern stands for: shards of a thousand latents for a data set of a billion."""
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern such as `data-{000..127}.tar` stands for. `DataError` when they are too many.
+    """The names that a pattern such as `data-{000..127}.tar` stands for.
 
-    They are counted first: `{0..999999999}` alone would fill the memory.
+    They are counted before they are made, because `{0..999999999}` alone would fill the memory.
+
+    Raises:
+        DataError: There are more than `MAX_SHARDS`.
     """
     most = 1
     for first, last, step in re.findall(r"(\d+)\.\.(\d+)(?:\.\.-?(\d+))?", pattern):
         if max(len(first), len(last)) > 18:
             most = MAX_SHARDS + 1
             break
+        # An upper bound is enough: it is computed from the text,
+        # while expanding needs the memory that is to be protected.
         most *= abs(int(last) - int(first)) // max(1, int(step or 1)) + 1
     # a group of alternatives multiplies by their number, and groups inside each other by no more than all commas do
     most *= math.prod(group.count(",") + 1 for group in re.findall(r"\{[^{}]*,[^{}]*", pattern))
@@ -70,11 +75,17 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
-    """The manifest of a set of shards, and the folder or URL in front of their names.
+    """Read the manifest of a set of shards.
 
     Args:
-        where: A folder or URL with a manifest.json in it, that file itself, or a brace pattern of some of its
-            shards.
+        where: A folder or URL with a manifest.json, that file itself, or a brace pattern of some of its shards.
+        config: Retries and time limits of remote reads.
+
+    Returns:
+        The manifest, of the chosen shards, and the folder or URL of the shards.
+
+    Raises:
+        DataError: There is no valid manifest, or it does not list a chosen shard.
     """
     name = where.rsplit("/", 1)[-1]
     base = where.rstrip("/")
@@ -123,7 +134,7 @@ def _no_manifest(base: str) -> str:
 
 
 def read_bytes(url: str, config: DataConfig) -> bytes:
-    """A small remote file as bytes, with the same retries as a shard."""
+    """The content of a small remote file, read with the same retries as a shard."""
     with tempfile.TemporaryFile() as stream:
         copy(url, stream, config)
         stream.seek(0)
@@ -131,9 +142,11 @@ def read_bytes(url: str, config: DataConfig) -> bytes:
 
 
 def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
-    """A file descriptor of a shard's bytes, wherever it is; the caller closes it.
+    """Open a local or remote shard; returns a file descriptor, which the caller closes.
 
-    `FileNotFoundError` when it is absent; `DataError` when a remote one cannot be had after all attempts.
+    Raises:
+        FileNotFoundError: There is no such shard.
+        DataError: A remote shard could not be copied in any attempt.
     """
     if not is_remote(url):
         return descriptor_of(url)
@@ -147,12 +160,14 @@ def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
 
     if config.cache_dir:
         cache = Cache(expand_path(config.cache_dir), config.cache_bytes)
+        # By content: two data sets whose shards have the same names share a cache without mixing.
         name = f"{info.sha256[:16]}-{info.name}"
         fd = cache.open(name, info.bytes, lambda stream: copy(url, stream, config, size, check))
         if fd is not None:
             return fd
     with tempfile.TemporaryFile(prefix="fine_dist-") as stream:
         copy(url, stream, config, size, check)
+        # The file has no name; it lives as long as this descriptor, and the system removes it with the process.
         return os.dup(stream.fileno())
 
 
@@ -165,11 +180,16 @@ def copy(
 ) -> None:
     """Copy a remote file into an open one, with `config.retries` further attempts after the first.
 
-    `FileNotFoundError` when the server says that it is not there; `DataError` when every attempt failed.
-
     Args:
-        size: Bytes it must have.
-        check: Says what is wrong with the copy.
+        url: The remote file.
+        to: File to write into, from its beginning.
+        config: Retries and time limits.
+        size: Size in bytes that the copy must have. None: any.
+        check: Returns what is wrong with the copy, or None.
+
+    Raises:
+        FileNotFoundError: The server says that the file does not exist.
+        DataError: All attempts failed.
     """
     pause, problem = _FIRST_PAUSE_S, ""
     for attempt in range(1 + config.retries):
@@ -186,6 +206,7 @@ def copy(
             if _is_absent(url):
                 raise FileNotFoundError(f"{url}: the server says that it is not there") from None
             continue
+        # An earlier attempt may have left more bytes than this one wrote.
         to.truncate(got)
         wrong = f"{got} bytes came, not {size}" if size is not None and got != size else check and check(to)
         if not wrong:
@@ -213,6 +234,7 @@ def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
             size += len(piece)
     except BaseException:
         if process is not None:
+            # curl or aws would go on downloading after nobody reads the pipe.
             process.kill()
             stream.ignore_errors = True
         stream.close()
@@ -226,7 +248,7 @@ _CURL = {6: "the host name is not known", 7: "the host refuses the connection", 
 
 
 def _in_words(error: Exception) -> str:
-    """The reason of a failed read in one line; a pipe's error has its whole command and the exit code."""
+    """The reason of a failed read in one line. The error of a pipe holds its whole command and the exit code."""
     text = str(error).strip() or type(error).__name__
     code = re.search(r"exit (\d+) \(", text)
     if code is None:
@@ -237,17 +259,18 @@ def _in_words(error: Exception) -> str:
 
 
 def _piece(stream: Any, is_pipe: bool, timeout_s: float) -> bytes:
-    """The next bytes, as they come; an opener that is not a pipe keeps time by itself."""
+    """The next bytes that are available. Openers that are no pipes have time limits of their own."""
     if not is_pipe:
         return stream.read(_PIECE)
     fd = stream.stream.fileno()
+    # A pipe has no timeout of its own, and a server may stop sending without closing the connection.
     if not select.select([fd], [], [], timeout_s)[0]:
         raise TimeoutError(f"no byte for {timeout_s:g} s")
     return os.read(fd, _PIECE)
 
 
 def _is_absent(url: str) -> bool:
-    """Whether an http server answers that there is no such file (the opener does not say why it failed)."""
+    """Whether an http server says that there is no such file; the opener's error does not tell."""
     if not url.startswith(("http://", "https://")):
         return False
     try:

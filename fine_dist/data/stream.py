@@ -7,7 +7,7 @@
 The order of samples depends on (shards, seed, global batch, streams, window) and on nothing else (`order.py`). A
 process reads only the positions of the global batch that are its own: rank r of W has r B/W .. (r + 1) B/W.
 
-B samples of a batch.
+Letters: B samples of this process in a batch.
 """
 
 from __future__ import annotations
@@ -34,14 +34,25 @@ _PLAN_SAMPLES = 8192
 
 
 class LatentStream:
-    """The latents of a set of shards, in a seeded order that no number of processes or workers changes.
+    """The latents of a set of shards, in a seeded order that does not depend on the number of processes or workers.
 
-    `.manifest`  what the shards hold.
-    `.waited_s`  seconds the consumer has waited for batches.
-    `.bad`       samples that were damaged and skipped (by this process; each counted once).
+    Args:
+        config: Where the shards are, and how they are streamed.
+        seed: Seed of the order, and of the noise of stored moments.
+        global_batch: Samples of a step over all processes.
+        rank: Number of this process.
+        world_size: Number of processes.
+        shards: Folder, URL or pattern of the shards. None: `config.shards`.
+        expect: Architecture that the latents must fit. None: any latents are accepted.
 
-    `DataError`: no shards; they do not fit `expect`; the batch does not divide by the world size; too many damaged
-    samples (raised by `batches`).
+    Attributes:
+        manifest: What the shards hold.
+        waited_s: Seconds that the consumer has waited for batches.
+        bad: Number of damaged samples that this process has skipped; each is counted once.
+
+    Raises:
+        DataError: There are no shards, they do not fit `expect`, the batch cannot be divided over the processes, or
+            (from `batches`) too many samples are damaged.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class LatentStream:
         )
         self._seed, self._workers = seed, config.workers
         share = global_batch // world_size
+        # Contiguous positions, so that a rank touches as few streams, and opens as few shards, as possible.
         self._low, self._high = rank * share, (rank + 1) * share
         self._positions = torch.arange(self._low, self._high)
         self._lock = threading.Lock()
@@ -90,11 +102,11 @@ class LatentStream:
 
     @property
     def streams(self) -> int:
-        """Canonical streams in use: the most that the config allows, that have a shard each and divide the batch."""
+        """Number of canonical streams in use (see `Order`)."""
         return self._order.streams
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from `start_step` on, without end. Starting anywhere costs the same."""
+        """An endless iterator of batches from `start_step` on. Starting at a late step costs no more than at step 0."""
         plans = self._plans(start_step)
         if not self._workers:
             for plan in plans:
@@ -107,6 +119,7 @@ class LatentStream:
         try:
             for plan in plans:
                 ahead.append(self._pool.submit(self._read, *plan))
+                # Two batches a worker: one is read while the other waits, which hides the variance of single reads.
                 if len(ahead) <= 2 * self._workers:
                     continue
                 started = time.perf_counter()
@@ -115,10 +128,11 @@ class LatentStream:
                 yield batch
         finally:
             for future in ahead:
+                # The caller has stopped in the middle of a step; reads that have not begun are not wanted any more.
                 future.cancel()
 
     def close(self) -> None:
-        """Stop reading ahead and close all shards. The stream gives nothing after this."""
+        """Stop reading ahead and close all shards; the stream cannot be used afterwards."""
         self._closed = True
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -147,6 +161,7 @@ class LatentStream:
         shards, indices, ahead = [], [], []
         live: set[int] = set()
         with self._lock:
+            # Only the streams that hold this rank's positions: B / C consecutive positions belong to each.
             for stream in range(self._low // per, -(-self._high // per)):
                 start = step * per
                 shard, index = self._order.take(stream, start, num_steps * per)
@@ -156,6 +171,7 @@ class LatentStream:
                 last = self._order.window_at(stream, start + num_steps * per - 1)
                 live.update(np.unique(shard).tolist(), last.shards)
                 ahead.append((stream, last.stop))
+            # The next windows are planned now, so that their shards are opened before the step that needs them.
             following = [self._order.window_at(stream, j).shards for stream, j in ahead]
         self._set.keep(live, [shard for shards_of in following for shard in shards_of])
         return np.concatenate(shards, 1), np.concatenate(indices, 1)
@@ -171,6 +187,7 @@ class LatentStream:
         if self.manifest.kind == "moments":
             # a sample of scaled moments is the scaled sample; the shift moves its mean alone
             moments = as_float(stored, scale)
+            # `(mean - shift) * scale` for the mean and `std * scale` for the standard deviation.
             moments[:, : self.manifest.latent_shape[0]] -= shift * scale
             stored, scale, shift = draw_moments(moments, self._seed, step, self._low), 1.0, 0.0
         labels = torch.from_numpy(rows.labels)
@@ -203,7 +220,11 @@ class LatentStream:
 
 
 def check_fit(manifest: Manifest, arch: Arch, where: str) -> None:
-    """`DataError` when a model of this shape cannot be trained on these shards."""
+    """Refuse shards that a model of this shape cannot be trained on.
+
+    Raises:
+        DataError: Latent shapes differ, or there are more classes than the model has.
+    """
     if manifest.latent_shape != arch.latent_shape:
         raise DataError(
             f"{where}: latents are {_by(manifest.latent_shape)}, but the model takes {_by(arch.latent_shape)}; "
@@ -221,13 +242,17 @@ def _by(shape: tuple[int, ...]) -> str:
 
 
 def read_all(shards: str, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """All latents of a small set of shards, in the order of the manifest: for held-out sets.
-
-    Returns (latents float32 [N, C, H, W] multiplied by the scaling factor, labels int64 [N]). Moments give their mean.
-    `DataError` for any damaged sample.
+    """Read all latents of a small set of shards into memory, in the order of the manifest.
 
     Args:
-        limit: At most so many samples: a random subset, the same every time, because shards may be sorted by class.
+        shards: Folder, URL or pattern of the shards.
+        limit: Maximum number of samples. A fixed random subset is taken, because shards may be sorted by class.
+
+    Returns:
+        (latents, labels): float32 [N, C, H, W], scaled as the manifest says (of moments, the means), and int64 [N].
+
+    Raises:
+        DataError: A sample is damaged.
     """
     shard_set = ShardSet(shards, DataConfig())
     manifest = shard_set.manifest

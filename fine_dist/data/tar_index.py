@@ -1,7 +1,6 @@
-"""What is in a tar of samples, found by walking its headers: for shards that another program wrote, and for checking.
+"""An index of the samples in a tar, made by reading its headers: for shards of other programs, and for verification.
 
-Nothing is extracted and nothing is unpickled: an entry is a name, a place and a size, and a latent is accepted only
-with the exact dtype and shape that the manifest promises.
+Nothing is extracted or unpickled. A latent is accepted only with the exact dtype and shape that the manifest states.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fine_dist.data.records import BLOCK, LABEL, LABEL_DIGITS, LATENT
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")
 """Endings that some readers unpickle; a sample with such an entry is refused."""
 _MAX_HEADER = 1 << 12
-"""A longer `.npy` header, or label, is nothing that belongs in a shard."""
+"""Maximum bytes of a `.npy` header or a label."""
 
 
 class TarError(Exception):
@@ -51,16 +50,18 @@ class ShardIndex:
 
 
 def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
-    """The files of a tar (ustar, pax or GNU) of `size` bytes. `TarError` when it is damaged or ends too early."""
+    """The files in a tar (ustar, pax or GNU format) of `size` bytes. `TarError` when it is damaged or truncated."""
     at = 0
     override: dict[str, str] = {}
     while at + BLOCK <= size:
         stream.seek(at)
         header = stream.read(BLOCK)
+        # A block of zeros ends an archive; what follows is padding and is not looked at.
         if header.count(0) == BLOCK:
             return
         if len(header) < BLOCK or not _checksum_is_right(header):
             raise TarError(f"no tar header at byte {at}: truncated or damaged")
+        # A pax header overrides fields of the entry that follows, such as sizes above 8 GiB.
         length = int(override.pop("size", 0)) or _number(header[124:136])
         if length < 0:
             raise TarError(f"the size of the entry at byte {at} is damaged")
@@ -71,6 +72,7 @@ def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
         at = begin + -(-length // BLOCK) * BLOCK
         if begin + length > size:
             raise TarError(f"truncated: {name} ends at byte {begin + length}, the file at {size}")
+        # GNU's way to store a name of more than 100 bytes: its content is the name of the next entry.
         if kind == b"L":
             override["path"] = stream.read(length).rstrip(b"\0").decode("utf-8", "replace")
         elif kind == b"x":
@@ -87,9 +89,17 @@ def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
 def index_tar(
     stream: BinaryIO, size: int, shape: tuple[int, ...] | None, dtype: str | None, num_classes: int | None
 ) -> ShardIndex:
-    """Find the samples of a tar and check each. `TarError` when the tar itself is damaged.
+    """Find the samples of a tar and check each.
 
-    shape, dtype: what each latent must be; None: what the first is. num_classes: labels are below it; None: any.
+    Args:
+        stream: The tar, open for reading.
+        size: Its size in bytes.
+        shape: Shape of every latent. None, with `dtype` None: that of the first.
+        dtype: Data type of every latent.
+        num_classes: Number of classes, above every label. None: any label is accepted.
+
+    Raises:
+        TarError: The tar itself is damaged.
     """
     offsets: list[int] = []
     labels: list[int] = []
@@ -124,18 +134,22 @@ def latent_type(stream: BinaryIO, size: int) -> tuple[tuple[int, ...], str] | No
 
 
 def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str, TarEntry]]]]:
-    """Neighbouring entries of one key, as webdataset groups them: key, then (extension, entry) pairs."""
+    """Adjacent entries of one key, grouped as webdataset does: the key and its (extension, entry) pairs."""
     key: str | None = None
     entries: list[tuple[str, TarEntry]] = []
     for entry in walk(stream, size):
         folder, _, base = entry.name.rpartition("/")
         stem, dot, extension = base.partition(".")
+        # Names without an extension, such as `README`, are no samples; webdataset
+        # skips them too. One that leads outside is kept for `_check` to refuse.
         if not dot or not stem:
             if ".." in entry.name.split("/"):
                 stem, extension = base, ""
             else:
                 continue
         this = f"{folder}/{stem}" if folder else stem
+        # The same extension again under one key is the next sample
+        # with a duplicate key, and no further part of this one.
         repeated = any(extension.lower() == known for known, _ in entries)
         if key is not None and (this != key or repeated):
             yield key, entries
@@ -191,7 +205,7 @@ def _label(stream: BinaryIO, entry: TarEntry, num_classes: int | None) -> tuple[
 def _npy_header(
     start: bytes, stream: BinaryIO, entry: TarEntry, headers: dict[bytes, tuple[tuple[int, ...], str] | str]
 ) -> tuple[tuple[tuple[int, ...], str] | str, int]:
-    """Shape and dtype of a `.npy`, or what is wrong with it; and the length of its header."""
+    """(shape and dtype of a `.npy` file, or what is wrong with it; the length of its header in bytes)."""
     if start[:6] != b"\x93NUMPY" or len(start) < 12:
         return "the latent is not a .npy file", 0
     wide = start[6] >= 2
@@ -200,6 +214,7 @@ def _npy_header(
         return "the latent's .npy header is damaged", 0
     stream.seek(entry.offset + (12 if wide else 10))
     header = stream.read(length - (12 if wide else 10))
+    # A header is parsed once for each of its contents: nearly all samples of a shard share one.
     if header not in headers:
         headers[header] = _parse_npy(header)
     return headers[header], length
@@ -207,11 +222,13 @@ def _npy_header(
 
 def _parse_npy(header: bytes) -> tuple[tuple[int, ...], str] | str:
     try:
+        # Evaluates literals only. A hostile header can at worst be refused.
         fields = ast.literal_eval(header.decode("latin1").strip())
         descr, shape, fortran = fields["descr"], tuple(int(n) for n in fields["shape"]), fields["fortran_order"]
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, LookupError, TypeError, OverflowError, RecursionError, MemoryError):
         return "the latent's .npy header is damaged"
+    # Bounded before anything of this shape is allocated.
     if not all(0 <= side < 2**16 for side in shape) or len(shape) > 8 or dtype.itemsize > 64:
         return f"the latent's .npy header says {shown(shape)}, which is no latent's shape"
     if dtype.hasobject:
@@ -234,6 +251,7 @@ def _checksum_is_right(header: bytes) -> bool:
 
 
 def _number(octal: bytes) -> int:
+    # GNU's base-256 form, for numbers that do not fit into the octal field.
     if octal[:1] in (b"\x80", b"\xff"):
         return int.from_bytes(octal[1:], "big")
     try:

@@ -1,4 +1,4 @@
-"""One unit's latents on their way from the codec into a shard, written by a thread while the codec goes on.
+"""Writes the latents of one unit into a shard, in a thread, while the codec encodes the next batch.
 
 Letters: B images of a batch, C channels, H height and W width of a latent.
 """
@@ -15,19 +15,21 @@ from fine_dist.data.encode_locks import EncodeJob
 from fine_dist.data.shards import ShardInfo, ShardWriter
 
 _NOISE = 0x656E636F6465
-"""Keeps the noise of sampled latents apart from other uses of the seed."""
+"""Random stream of the noise of sampled latents, different from other uses of the seed."""
 _BEHIND = 2
-"""Batches that may wait to be written; then the codec waits."""
+"""Maximum number of batches that wait to be written; beyond it the codec waits."""
 EncodedBatch = tuple[torch.Tensor, torch.Tensor | None]
 """Mean and standard deviation (None: there is none) of a batch, float32 [B, C, H, W]."""
 
 
 class UnitWriter:
-    """Writes the shard of a unit.
+    """Writes the shard of a unit. An error of the thread, such as a full disk, is raised by the next `add` or `close`.
 
-    `images` counts those handed in; once closed, `shape` is that of the latents, `largest` the largest label, and
-    `sums` the number of values, their sum and their sum of squares for each channel of the latents (of the mean, for
-    moments). An error of the thread (a full disk, a latent that is not finite) is raised by the next `add` or `close`.
+    Attributes:
+        images: Number of images added so far.
+        shape: Shape of a stored latent, once closed.
+        largest: Largest label, once closed.
+        sums: Number of values, their sum and their sum of squares, [3, C], once closed (of the means, for moments).
     """
 
     def __init__(self, thread: ThreadPoolExecutor, job: EncodeJob, unit: int) -> None:
@@ -39,8 +41,9 @@ class UnitWriter:
         self._behind: deque[Future[None]] = deque()
 
     def add(self, sides: list[EncodedBatch], labels: list[int]) -> None:
-        """Append a batch: what the codec says of the images, and of their mirror images where there are any."""
+        """Append a batch: the codec's results for the images, and for their mirror images where `flips` is set."""
         while len(self._behind) >= _BEHIND:
+            # Bounded: a codec that is faster than the disk would otherwise fill the memory with latents.
             self._behind.popleft().result()
         self._behind.append(self._thread.submit(self._write, sides, labels, self.images))
         self.images += len(labels)
@@ -63,6 +66,7 @@ class UnitWriter:
     def _write(self, sides: list[EncodedBatch], labels: list[int], first: int) -> None:
         latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
         for (mean, _), stored in zip(sides, latents):
+            # Statistics of what is stored, in fp64: sums over millions of latents lose digits in less.
             values = stored[:, : mean.shape[1]].astype(np.float64)
             count = np.full(values.shape[1], values.size / values.shape[1])
             found = np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))])
@@ -75,7 +79,8 @@ class UnitWriter:
                 self._writer.add(side[row], label)
 
     def _latents(self, mean: torch.Tensor, std: torch.Tensor | None, side: int, first: int) -> np.ndarray:
-        """What is stored of a batch: the moments, or mean + std * noise, seeded by (seed, side, image, unit)."""
+        """The stored array of a batch: the moments, or mean + std * noise with noise seeded by (seed, side, image,
+        unit)."""
         if std is None:
             return mean.numpy()
         if self._job.kind == "moments":

@@ -77,8 +77,8 @@ def test_resuming_at_a_thousand_shards_is_ready_in_seconds(tmp_path):
     make(tmp_path, [2] * 1000)
     started = time.perf_counter()
     (batch,) = take(stream(tmp_path, global_batch=64, streams=64, window=8), 1, start=28)
-    # 28 x 64 is 90% of the epoch; measured 0.1 s, of which the bar leaves seconds
-    assert time.perf_counter() - started < 2 and batch.epoch == 0
+    # 28 x 64 is 90% of the epoch; measured: 0.1 s on a quiet machine
+    assert time.perf_counter() - started < 5 and batch.epoch == 0
 
 
 def test_an_epoch_s_tail_shares_a_batch_with_the_next_epoch_s_head(shards):
