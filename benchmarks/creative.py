@@ -19,9 +19,9 @@ from fine_dist.creative.encoders import TextEncoder
 from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.tiny import make_model, make_tokenizer
 from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens, per_row
-from fine_dist.engine.dist import World
 from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.settings import OptimConfig
+from fine_dist.engine.world import World
 
 TOKEN, START, MAX_COSINE, PACK = "<CreTok>", "creative", 0.5, 8
 OPTIM = OptimConfig(lr=1e-2, clip_norm=None)

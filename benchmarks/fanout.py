@@ -145,7 +145,7 @@ def _pack(
 ) -> PackRun:
     """A pack on the digits, four jobs of a seed as in a family, in chunks as the planner has them."""
     from fine_dist.artifacts.targets import descend
-    from fine_dist.engine.dist import World
+    from fine_dist.engine.world import World
     from fine_dist.family.pack_job import PackJob
     from fine_dist.family.pack_loop import PackRun
     from fine_dist.family.pack_model import PackedDiT

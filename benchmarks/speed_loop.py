@@ -47,11 +47,11 @@ def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -
     """A real run on streamed shards: what is not forward, backward or optimiser, waiting for data, and saving."""
     from fine_dist.data.stream import LatentStream
     from fine_dist.diffusion.objective import Objective
-    from fine_dist.engine.dist import World
     from fine_dist.engine.loop import Run
     from fine_dist.engine.program import Program
     from fine_dist.engine.run_dir import RunDir
     from fine_dist.engine.stopping import Stopper
+    from fine_dist.engine.world import World
     from fine_dist.model.flops import train_flops
 
     clock = LoopClock(device)

@@ -102,10 +102,10 @@ class Bench:
         """A training step, as the loop takes it."""
         from fine_dist.diffusion.objective import Objective
         from fine_dist.engine.compiling import prepare_model
-        from fine_dist.engine.dist import World
         from fine_dist.engine.ema import Ema
         from fine_dist.engine.optimizer import precision as autocast
         from fine_dist.engine.plain_backend import PlainBackend
+        from fine_dist.engine.world import World
         from fine_dist.model.flops import model_cost
 
         model = self.model(kind)

@@ -33,10 +33,10 @@ from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.saving import save_token
 from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.world import World
 from fine_dist.launchers.state_table import StateTable
 
 log = logging.getLogger(__name__)

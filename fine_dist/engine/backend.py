@@ -18,7 +18,8 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import World, gather_objects
+from fine_dist.engine.dist import gather_objects
+from fine_dist.engine.world import World
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fine_dist.engine.backend import Backend
-from fine_dist.engine.dist import World
 from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.world import World
 
 
 def make_backend(

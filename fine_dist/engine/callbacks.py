@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.engine.backend import Backend
-from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.program import Program
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Budget, Stopper
+from fine_dist.engine.world import World
 
 PREVIEW_S, PREVIEW_FRACTION = 60.0, 0.1
 """What previews may take: so many seconds, or this fraction of the training time so far where that is more."""

@@ -26,10 +26,11 @@ from fine_dist.core.errors import CheckpointError, DamagedStateError
 from fine_dist.core.files import remove_tree, sync_folder, write_atomic
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
-from fine_dist.engine.dist import World, barrier, broadcast_object
+from fine_dist.engine.dist import barrier, broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.host_copy import copy_to_host, host_buffer
 from fine_dist.engine.run_dir import flat
+from fine_dist.engine.world import World
 
 log = logging.getLogger(__name__)
 

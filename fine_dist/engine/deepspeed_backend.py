@@ -20,9 +20,10 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.deepspeed_json import deepspeed_json
-from fine_dist.engine.dist import World, join_alone
+from fine_dist.engine.dist import join_alone
 from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.world import World
 
 
 class DeepSpeedBackend(ShardedBackend):

@@ -1,29 +1,26 @@
-"""Which process this is, and among which others, as torchrun, DeepSpeed's launcher, SLURM or Ray say.
+"""The world of this process: its device, the process group that it joins, and collectives.
 
-`world()` reads that once a process and, when there are several, joins them into a process group: NCCL for tensors on a
-GPU, gloo for tensors in host memory. In a world of one, the collectives below do nothing at all.
-
-torch is imported inside functions, because commands read this file before they print `--help`.
+`world()` reads the environment once a process and, when there are several processes, joins them into a process group:
+NCCL for tensors on a GPU, gloo for tensors in host memory. In a world of one, the collectives below do nothing at all.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fine_dist.core.errors import ConfigError, LaunchError, ReportedElsewhere
-from fine_dist.core.processes import derived_port, number_in, rank_words, seconds_in
-
-if TYPE_CHECKING:
-    import torch
-    from torch.distributed import PrefixStore
+from fine_dist.core.processes import rank_words, seconds_in
+from fine_dist.engine.world import World, read_environment
 
 COLLECTIVE_TIMEOUT_S = 1800
 """Seconds that a collective may wait (rank 0 evaluates meanwhile); `engine.heartbeat` notices a dead rank much
@@ -31,63 +28,7 @@ sooner."""
 GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
 """Environment variable that a launcher sets to 1 for a job that asked for GPUs: its processes never run on the CPU."""
 
-
-@dataclass(frozen=True)
-class World:
-    """This process among the others of one run."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    device: torch.device | None = None
-    master: str | None = None
-    """host:port where the ranks meet; None in a world of one."""
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one rank that writes logs, metrics and artifacts."""
-        return self.rank == 0
-
-
 _current: World | None = None
-
-
-def read_environment(env: Mapping[str, str] = os.environ) -> World:
-    """The world as the launcher describes it, without a device. `LaunchError` when the variables contradict each other.
-
-    RANK, WORLD_SIZE, LOCAL_RANK (torchrun, the deepspeed launcher, Ray Train) come first. SLURM's are read inside an
-    `srun` step only: a batch script also has SLURM_PROCID=0, but it is one process whatever SLURM_NTASKS says.
-    """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = number_in(env, "RANK"), number_in(env, "WORLD_SIZE", least=1)
-        local = number_in(env, "LOCAL_RANK", rank)
-        local_size = number_in(env, "LOCAL_WORLD_SIZE", number_in(env, "LOCAL_SIZE", size, least=1), least=1)
-        master = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
-    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        rank, size = number_in(env, "SLURM_PROCID"), number_in(env, "SLURM_STEP_NUM_TASKS", least=1)
-        local = number_in(env, "SLURM_LOCALID", 0)
-        # SLURM compresses the list, as in `4(x2),3`: the first count is this node's
-        # only where nodes are filled evenly, which is what the launchers ask for.
-        per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
-        local_size = number_in({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
-        host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
-        # Every rank computes the port from the same numbers, so nothing has to be exchanged before the ranks can meet.
-        port = env.get("MASTER_PORT") or derived_port(
-            number_in(env, "SLURM_JOB_ID", 0), number_in(env, "SLURM_STEP_ID", 0)
-        )
-        master = f"{host}:{port}"
-    else:
-        return World()
-    if not 0 <= rank < size:
-        raise LaunchError(f"RANK {rank} is outside WORLD_SIZE {size}; start the processes with torchrun, srun or Ray")
-    return World(rank, size, local, local_size, master=master)
-
-
-def first_host(nodelist: str) -> str:
-    """The first name of SLURM's compressed list: `gpu[03-07,12],cpu1` gives `gpu03`."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
-    return match[1] + (match[2] or "") + match[3] if match else "127.0.0.1"
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
@@ -103,8 +44,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     Raises:
         ConfigError: `cuda` was asked for and no GPU is usable, or the node has fewer GPUs than processes.
     """
-    import torch
-
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and not count:
         raise ConfigError(
@@ -127,8 +66,6 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 def why_no_gpu() -> str:
     """Why torch has no GPU to use here, in its own words where it has some."""
-    import torch
-
     if getattr(torch, "xpu", None) is not None and torch.xpu.is_available():
         return "torch sees an Intel GPU (xpu); GPUs of NVIDIA and AMD are supported"
     if torch.backends.mps.is_available():
@@ -185,7 +122,6 @@ def alone(device: str = "auto") -> World:
 def leave() -> None:
     """Destroy the process group; `world()` may join another."""
     global _current
-    import torch.distributed as dist
 
     _current = None
     if dist.is_available() and dist.is_initialized():
@@ -194,11 +130,8 @@ def leave() -> None:
 
 def join_alone(device: torch.device) -> None:
     """A process group of one, for libraries that need one (DeepSpeed, FSDP2)."""
-    import torch.distributed as dist
-    from torch.distributed import HashStore
-
     if not dist.is_initialized():
-        dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _backend(device: torch.device) -> str:
@@ -212,10 +145,6 @@ def _join(found: World, about: dict[str, str]) -> None:
     The comparison comes first because a group whose ranks disagree about their devices does not fail: it waits for its
     time limit, half an hour.
     """
-    import torch.distributed as dist
-    from torch.distributed import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
     assert found.master is not None
     host, _, port = found.master.rpartition(":")
     # Libraries that read the environment themselves (DeepSpeed, NCCL, diffusers) find the same values.
@@ -230,7 +159,7 @@ def _join(found: World, about: dict[str, str]) -> None:
     try:
         # The store of the group that is made below is used before the group exists; prefixes keep their keys apart.
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-        devices = PrefixStore("devices", store)
+        devices = dist.PrefixStore("devices", store)
         devices.set(str(found.rank), json.dumps(about))
         abouts = [json.loads(devices.get(str(other))) for other in range(size)] if found.is_main else []
         if found.is_main:  # one rank asks for all: 512 ranks that ask each other would be 262,144 requests
@@ -244,7 +173,7 @@ def _join(found: World, about: dict[str, str]) -> None:
             _wait_for_readers(devices, size)
             raise
         assert found.device is not None
-        group = PrefixStore("group", store)
+        group = dist.PrefixStore("group", store)
         dist.init_process_group(_backend(found.device), store=group, rank=rank, world_size=size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
@@ -253,7 +182,7 @@ def _join(found: World, about: dict[str, str]) -> None:
         ) from error
 
 
-def _wait_for_readers(devices: PrefixStore, world_size: int, limit_s: float = 10.0) -> None:
+def _wait_for_readers(devices: dist.PrefixStore, world_size: int, limit_s: float = 10.0) -> None:
     """Wait until every rank has read the list of devices, at most `limit_s`.
 
     Rank 0 serves the store. If it ended at once, slower ranks would report a lost connection instead of the reason.
@@ -265,8 +194,6 @@ def _wait_for_readers(devices: PrefixStore, world_size: int, limit_s: float = 10
 
 def _about_device(found: World, problem: str = "") -> dict[str, str]:
     """What the other ranks have to know of this one's device (JSON values)."""
-    import torch
-
     kind = found.device.type if found.device is not None else "none"
     about = {"host": socket.gethostname(), "kind": kind, "why": problem, "id": ""}
     if kind == "cuda":
@@ -318,8 +245,6 @@ def _refuse_wrong_devices(abouts: list[dict[str, str]], found: World) -> None:
 def barrier(world: World) -> None:
     """Wait for all ranks."""
     if world.world_size > 1:
-        import torch
-
         # A sum in host memory, over gloo: it makes the host wait for the other hosts and leaves the GPUs' queues alone.
         all_reduce_sum(torch.zeros(1), world)
 
@@ -327,8 +252,6 @@ def barrier(world: World) -> None:
 def all_reduce_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Sum over ranks, in place, on the tensor's own device (gloo or NCCL)."""
     if world.world_size > 1:
-        import torch.distributed as dist
-
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
@@ -336,8 +259,6 @@ def all_reduce_sum(tensor: torch.Tensor, world: World) -> torch.Tensor:
 def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
     """Maximum over ranks, in place."""
     if world.world_size > 1:
-        import torch.distributed as dist
-
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
@@ -345,8 +266,6 @@ def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
 def broadcast(tensor: torch.Tensor, world: World, source: int = 0) -> torch.Tensor:
     """Take rank `source`'s values, in place, on the tensor's own device."""
     if world.world_size > 1:
-        import torch.distributed as dist
-
         dist.broadcast(tensor, src=source)
     return tensor
 
@@ -360,8 +279,6 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     """A value (JSON's types) of every rank, in rank order, on every rank. Nothing is pickled."""
     if world.world_size == 1:
         return [value]
-    import torch
-    import torch.distributed as dist
 
     # JSON as bytes, because torch's `all_gather_object` pickles, and unpickling runs code that the sender chose.
     message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

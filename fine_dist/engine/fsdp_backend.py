@@ -22,9 +22,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import World, all_reduce_sum, join_alone
+from fine_dist.engine.dist import all_reduce_sum, join_alone
 from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.world import World
 
 
 class FsdpBackend(ShardedBackend):

@@ -27,7 +27,8 @@ from torch.distributed import TCPStore
 
 from fine_dist.core.errors import EXIT_USER_ERROR, FineDistError, ReportedElsewhere, ResumeLater, TrainingError
 from fine_dist.core.processes import seconds_in
-from fine_dist.engine.dist import World, barrier, broadcast_object
+from fine_dist.engine.dist import barrier, broadcast_object
+from fine_dist.engine.world import World
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from fine_dist.engine.backends import make_backend
 from fine_dist.engine.callbacks import EvaluationCallback, evaluation_model
 from fine_dist.engine.checkpoint import Checkpoints, restore_ema
 from fine_dist.engine.compiling import prepare_model
-from fine_dist.engine.dist import World
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.monitor import Monitor
@@ -36,6 +35,7 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy, PendingStep, reduce_flags
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from fine_dist.model.layers import emulates_bf16
 
 log = logging.getLogger(__name__)

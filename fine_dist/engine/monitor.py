@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from fine_dist.core.files import as_row, open_regular, retried
-from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum
+from fine_dist.engine.dist import all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.world import World
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import World
 from fine_dist.engine.gradient_buckets import GradientBuckets
 from fine_dist.engine.host_copy import copy_to_host
 from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
 from fine_dist.engine.replica_check import broadcast_tensors
 from fine_dist.engine.settings import OptimConfig
+from fine_dist.engine.world import World
 
 
 class PlainBackend(Backend):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.dist import World
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.engine.stopping import Budget
+from fine_dist.engine.world import World
 
 
 class TrainingBatch(Protocol):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from fine_dist.core.errors import ReportedElsewhere, TrainingError
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.settings import LoopConfig
+from fine_dist.engine.world import World
 
 MAX_DRIFT = 1e-4
 """Relative distance of all weights up to which a difference counts as rounding, which adds some 1e-8 an update."""

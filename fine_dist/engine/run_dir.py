@@ -22,7 +22,7 @@ from fine_dist.core.errors import ReportedElsewhere, RunDirError
 from fine_dist.core.files import read_bytes, remove_drafts, write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.locks import is_locked, try_lock
-from fine_dist.engine.dist import World, broadcast_object, read_environment
+from fine_dist.engine.world import World, read_environment
 
 CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
 STOP, STOPPED = "STOP", "STOPPED"
@@ -91,8 +91,11 @@ class RunDir:
             except (RunDirError, OSError) as error:
                 failure = error
         # Rank 0's failure is broadcast before it is raised: other ranks would wait for it in their next collective.
-        if world is not None and world.world_size > 1 and broadcast_object(failure is not None, world) and rank:
-            raise ReportedElsewhere(f"rank 0 could not open the run directory {self.path}")
+        if world is not None and world.world_size > 1:
+            from fine_dist.engine.dist import broadcast_object  # needs torch; `status` reads run directories without it
+
+            if broadcast_object(failure is not None, world) and rank:
+                raise ReportedElsewhere(f"rank 0 could not open the run directory {self.path}")
         if failure:
             raise failure
         return self

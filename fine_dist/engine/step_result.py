@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fine_dist.engine.dist import World, all_reduce_sum
+from fine_dist.engine.dist import all_reduce_sum
+from fine_dist.engine.world import World
 
 
 def reduce_flags(total: Tensor, stop_request: int, world: World, terms: Tensor | None = None) -> Tensor:

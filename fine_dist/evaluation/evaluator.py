@@ -26,7 +26,8 @@ from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.settings import DiffusionConfig, Precision
-from fine_dist.engine.dist import World, all_reduce_sum
+from fine_dist.engine.dist import all_reduce_sum
+from fine_dist.engine.world import World
 from fine_dist.evaluation.comparison import ANY_NETWORK, HELD_OUT_LOSS, NETWORKS, Score, cautions, compare, networks
 from fine_dist.evaluation.features import NAMES
 from fine_dist.evaluation.image_statistics import Collector, Selection, Statistics, measure_path

@@ -18,7 +18,8 @@ from fine_dist.core.files import sha256_of
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
 from fine_dist.data.sources import locate
-from fine_dist.engine.dist import World, broadcast_object
+from fine_dist.engine.dist import broadcast_object
+from fine_dist.engine.world import World
 from fine_dist.evaluation.classifier import classifier_of_shards
 from fine_dist.evaluation.comparison import FRECHET, compare
 from fine_dist.evaluation.feature_network import Features

@@ -19,7 +19,7 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.evaluation.comparison import HELD_OUT_LOSS
 from fine_dist.evaluation.evaluator import Evaluator, record
 from fine_dist.evaluation.settings import EvaluateConfig, QuickConfig

@@ -22,7 +22,7 @@ from fine_dist.diffusion.objective import NoisedBatch
 from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.random_draws import RandomDraws, draw
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.family.index_cache import IndexCache, to_device
 from fine_dist.model.arch import Arch
 

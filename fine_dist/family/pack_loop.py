@@ -23,12 +23,12 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.compiling import compile_or_fall_back, compiles
-from fine_dist.engine.dist import World
 from fine_dist.engine.optimizer import learning_rate, precision, set_arithmetic
 from fine_dist.engine.program import divide_batch, may_skip
 from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy
 from fine_dist.engine.stopping import GO_ON, STOP
+from fine_dist.engine.world import World
 from fine_dist.family.index_cache import to_device
 from fine_dist.family.pack_feed import FeedBatch, Feeds, FeedSource
 from fine_dist.family.pack_job import JobProgress, JobState, PackJob, PackObserver

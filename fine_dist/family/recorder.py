@@ -17,10 +17,10 @@ from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.files import write_atomic
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
-from fine_dist.engine.dist import World
 from fine_dist.engine.monitor import MetricsLog, log_hparams
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import describe_environment
+from fine_dist.engine.world import World
 from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_job import JobProgress
 from fine_dist.family.pack_model import JobView, PackedDiT

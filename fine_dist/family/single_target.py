@@ -11,12 +11,12 @@ from fine_dist.core.errors import TrainingError
 from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import Objective
-from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from fine_dist.family.members import Family, Member
 from fine_dist.family.recorder import save_result, write_identity
 from fine_dist.launchers.state_table import StateTable

@@ -14,10 +14,10 @@ from fine_dist.artifacts.targets import descend, own_tensors
 from fine_dist.core.config import run_dir_of
 from fine_dist.core.errors import DamagedStateError, DataError, LaunchError, ResumeLater
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.run_dir import STOP
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from fine_dist.family.listing import result_of
 from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_job import PackJob

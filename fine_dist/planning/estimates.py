@@ -7,7 +7,7 @@ from typing import Any
 
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.dist import read_environment
+from fine_dist.engine.world import read_environment
 from fine_dist.model.flops import train_flops
 from fine_dist.model.roles import count_by_role
 from fine_dist.planning.devices import DeviceModel, device_for

@@ -22,12 +22,12 @@ from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.backend import Backend
-from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Run
 from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from fine_dist.methods import CONDENSES, build
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT

@@ -25,7 +25,8 @@ from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.samplers import SampledBatch
-from fine_dist.engine.dist import World, all_reduce_max, all_reduce_sum, barrier, world
+from fine_dist.engine.dist import all_reduce_max, all_reduce_sum, barrier, world
+from fine_dist.engine.world import World
 from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, save_png
 from fine_dist.sampling.image_store import ImageStore, LatentStore
 from fine_dist.sampling.renderer import ImageRenderer, class_name_of, make_renderer

@@ -24,8 +24,8 @@ from fine_dist.diffusion.objective import (
 )
 from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine.dist import World
 from fine_dist.engine.program import Program
+from fine_dist.engine.world import World
 from fine_dist.evaluation.training_scores import QuickEvaluation, decoder_of, held_out_evaluator, training_renderer
 from fine_dist.methods.base import Condensation, Method, Weights
 from fine_dist.model.arch import Arch

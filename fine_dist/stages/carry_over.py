@@ -20,7 +20,7 @@ from torch import nn
 
 from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import written_whole
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.methods.base import Condensation, Method
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import of_role

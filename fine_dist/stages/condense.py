@@ -13,7 +13,7 @@ from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inheri
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.methods import build
 from fine_dist.methods.base import Method, Weights
 from fine_dist.model.arch import Arch

@@ -12,7 +12,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.data.sources import locate
 from fine_dist.diffusion.alignment import AlignedModel, RepresentationAlignment
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.evaluation.dino import DinoV2, load_dino
 from fine_dist.model.dit import DiT
 from fine_dist.sampling.image_grid import to_uint8

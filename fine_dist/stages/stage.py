@@ -13,12 +13,12 @@ from torch.utils.tensorboard import SummaryWriter
 from fine_dist.core.config import expand_path
 from fine_dist.data.sources import locate
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.loop import fit
 from fine_dist.engine.monitor import log_hparams
 from fine_dist.engine.program import FitResult
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.world import World
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.stages.blueprint import Stage
 from fine_dist.stages.build import Plan, make_program

@@ -25,7 +25,7 @@ from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
 from fine_dist.artifacts.targets import descend
 from fine_dist.core.errors import ConfigError
 from fine_dist.data.stream import read_all
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.methods import SCRATCH, build, from_manifest, parent_of
 from fine_dist.methods.base import Condensation, Method, Weights
 from fine_dist.model.arch import Arch

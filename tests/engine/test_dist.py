@@ -10,8 +10,8 @@ import pytest
 
 from fine_dist.core.errors import ConfigError, LaunchError
 from fine_dist.engine.deepspeed_json import deepspeed_json
-from fine_dist.engine.dist import first_host, read_environment
 from fine_dist.engine.settings import OptimConfig
+from fine_dist.engine.world import first_host, read_environment
 from tests.engine.toy import engine
 
 TORCHRUN = {

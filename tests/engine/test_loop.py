@@ -21,6 +21,7 @@ from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import was_stopped
 from fine_dist.engine.settings import OptimConfig
+from fine_dist.engine.world import World
 from fine_dist.model.arch import arch
 from fine_dist.model.factors import FactoredDiT
 from tests.engine.toy import ARCH, ToyConfig, ToyStream, engine, toy_fit, toy_model, toy_outcome, toy_program
@@ -167,7 +168,7 @@ def test_a_time_limit_saves_and_asks_to_be_started_again(tmp_path: Path) -> None
     assert (tmp_path / "checkpoints" / "LATEST").exists()
 
 
-def nan_at(step: int, here: dist.World | None = None):
+def nan_at(step: int, here: World | None = None):
     class Bad(ToyStream):
         def batches(self, start_step=0):
             for batch in super().batches(start_step):

@@ -14,11 +14,12 @@ from fine_dist.core.config import Config
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine.dist import World, world
+from fine_dist.engine.dist import world
 from fine_dist.engine.loop import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.world import World
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT

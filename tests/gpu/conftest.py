@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from tests.family.conftest import learngene, shards
 
 __all__ = ["here", "learngene", "shards"]

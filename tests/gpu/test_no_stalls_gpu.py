@@ -14,10 +14,10 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine.dist import World
 from fine_dist.engine.loop import Run
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from tests.engine.toy import ARCH, ToyConfig, engine, toy_program
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]

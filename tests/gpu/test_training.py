@@ -10,8 +10,8 @@ import torch
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.settings import EngineConfig, OptimConfig
+from fine_dist.engine.world import World
 from fine_dist.testing import run_distributed
 from tests.conftest import lively
 from tests.engine.toy import ARCH, Outcome, ToyConfig, ToyStream, engine, toy_fit, toy_model
@@ -42,7 +42,7 @@ def test_gradients_in_full_fp32_are_the_cpus(here: World, kind: str) -> None:
         for device in (torch.device("cpu"), here.device):
             trained = {name for name, p in toy_model(ToyConfig(kind=kind)).named_parameters() if p.requires_grad}
             model = lively(toy_model(ToyConfig(kind=kind))).to(device)
-            batch = next(ToyStream(8, dist.World()).batches()).to(device)
+            batch = next(ToyStream(8, World()).batches()).to(device)
             Objective(DiffusionConfig(), ARCH, seed=0)(model, batch).mean().backward()
             grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
             assert grads.keys() == trained

@@ -28,13 +28,13 @@ from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.samplers import sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine import dist
-from fine_dist.engine.dist import World
 from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.loop import Run
 from fine_dist.engine.program import Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.world import World
 from fine_dist.family.pack_job import PackJob
 from fine_dist.family.pack_loop import PackRun
 from fine_dist.family.pack_model import PackedDiT

@@ -12,7 +12,7 @@ import torch
 
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError
-from fine_dist.engine.dist import World
+from fine_dist.engine.world import World
 from fine_dist.methods.fine import method as fine
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
