@@ -96,6 +96,7 @@ class Objective:
         )
         if ahead:
             self.draws = PrefetchedDraws(self.draws)
+        # A term of weight 0 is left out entirely: a teacher's forward pass costs as much as half a step.
         self.terms = [term for term in terms or (DiffusionLoss(self.process),) if term.weight]
         self._sums: Tensor | None = None
 
@@ -118,6 +119,7 @@ class Objective:
     def sample_noise(self, batch: LatentBatch) -> NoisedBatch:
         """The noised inputs of a batch, on the batch's device; drawn from (seed, step, position) alone."""
         device = batch.latents.device
+        # Drawn on the CPU and copied: a GPU's generator gives other numbers on another model of GPU.
         draws = self.draws(batch.step, batch.positions, pin=device.type == "cuda")
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
         self.process.to(device)
@@ -131,8 +133,10 @@ class Objective:
         if not losses:
             raise ValueError("an objective needs a term whose weight is not 0")
         if len(losses) > 1:
+            # Kept on the device and added up over micro-batches; the loop reads them once a step.
             sums = torch.stack([loss.detach().sum(dtype=torch.float64) for loss in losses])
             self._sums = sums if self._sums is None else self._sums + sums
+        # A weight of exactly 1 multiplies nothing, so a loss of one term has the same bits as without terms.
         weighted = [loss if term.weight == 1 else term.weight * loss for term, loss in zip(self.terms, losses)]
         total = weighted[0]
         for loss in weighted[1:]:
@@ -152,6 +156,7 @@ class DiffusionLoss:
         self.process, self.weight = process, weight
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
+        # The loss is computed in fp32 whatever the model computes in: squares of bf16 differences lose most digits.
         out = output.out.float()
         target = self.process.target(batch.z, batch.t, batch.eps)
         losses = (out[:, : batch.z.shape[1]] - target).square().flatten(1).mean(1)
@@ -186,9 +191,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: NoisedBatch) -> ModelOutput:
+        # Compared by identity: several terms ask for the same batch, and the teacher runs once.
         if self._last is None or self._last[0] is not batch:
             t = batch.t
             if self._processes:
+                # The teacher must see the noise level that it was trained for, whatever its convention of time.
                 t = self._processes[0].time_from(self._processes[1], t)
             inputs = (batch.z_t.to(self.model.patch.weight.dtype), t, batch.y)
             if self.blocks:
@@ -212,6 +219,7 @@ class OutputDistillation:
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
         wanted, out = self.teacher(batch).out.float(), output.out.float()
+        # One of the two may predict a variance and the other not; the noise prediction comes first in both.
         channels = min(wanted.shape[1], out.shape[1])
         return (out[:, :channels] - wanted[:, :channels]).square().flatten(1).mean(1)
 
@@ -221,9 +229,9 @@ class FeatureDistillation:
 
     Args:
         teacher: Gives the features to match.
-        pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`. The student's are already of
-            the teacher's width . An output may hold the features of some pairs only, where a step
-            trains a part of the model; the mean is over those.
+        pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`. The student's are projected
+            to the teacher's width already. An output may hold the features of some pairs only, where a step trains a
+            part of the model; the mean is over those.
         weight: Weight of the term.
     """
 

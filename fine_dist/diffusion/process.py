@@ -103,11 +103,14 @@ class DdpmProcess(Process):
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
+        # Tables are computed in fp64 and stored in fp32: a product
+        # of a thousand factors in fp32 would lose three digits.
         beta = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
         alpha_bar = torch.cumprod(1 - beta, 0)
         if config.zero_terminal_snr:
             alpha_bar = zero_terminal(alpha_bar)
             beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+        # alpha_bar of the step before the first is 1: nothing is noised there.
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         posterior = beta * (1 - previous) / (1 - alpha_bar)
         # The posterior's variance is zero at t = 0; its logarithm is taken at t = 1 there (Improved DDPM, section 3.1).
@@ -122,12 +125,15 @@ class DdpmProcess(Process):
             "loss_weight": self._loss_weights(alpha_bar),
         }
         for name, table in tables.items():
+            # Buffers move with the process to a device; they are not saved, because the config determines them.
             self.register_buffer(name, table.float(), persistent=False)
         self.num_timesteps = config.num_timesteps
 
     def _loss_weights(self, alpha_bar: Tensor) -> Tensor:
         """Min-SNR (arXiv 2303.09556, eq. 5, and section 3.3 for v): min(SNR, gamma) over its own weight."""
         ratio = alpha_bar / (1 - alpha_bar)
+        # With an SNR of zero at the last step, `bounded / ratio` is 0
+        # / 0 for noise prediction; such a schedule needs v prediction.
         bounded = ratio.clamp(max=self.config.min_snr_gamma)
         return bounded / (ratio + 1) if self.prediction == "v" else bounded / ratio
 
@@ -173,6 +179,7 @@ class DdpmProcess(Process):
         channels = z.shape[1]
         if out.shape[1] != 2 * channels:
             return None
+        # Detached: the bound trains the variance alone (Improved DDPM, section 3.1).
         prediction, v = out.detach()[:, :channels], out[:, channels:]
         start = self.clean(z_t, t, prediction)
         mean = self.at("mean_start", t) * start + self.at("mean_noisy", t) * z_t
@@ -183,6 +190,7 @@ class DdpmProcess(Process):
         square = (true_mean - mean).square()
         kl = 0.5 * (log_var - true_log + (true_log - log_var).exp() + square * (-log_var).exp() - 1)
         nll = -discretized_log_likelihood(z, mean, log_var)
+        # Both branches are computed for all samples. Selecting rows first would make the host wait for t.
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
 
@@ -198,6 +206,7 @@ class FlowProcess(Process):
         self.sign = 1.0 if config.direction == "data_to_noise" else -1.0
 
     def times(self, uniform: Sequence[float]) -> Tensor:
+        # Transformed in fp64 on the CPU and rounded once, so that times have the same bits on every device.
         level = torch.tensor(list(uniform), dtype=torch.float64)
         if self.config.time == "logit_normal":
             # The ends of a normal's quantile function are infinite; 2^-53 is the smallest step of a uniform double.
@@ -236,6 +245,7 @@ class FlowProcess(Process):
 
     def noise_of(self, z_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
         s = self._level(t)
+        # At s = 0 there is no noise in z_t, and any value is right; the bound avoids 0 / 0.
         return (z_t - (1 - s) * z) / s.clamp_min(torch.finfo(z_t.dtype).tiny)
 
     def time_from(self, other: Process, t: Tensor) -> Tensor:
@@ -249,6 +259,7 @@ def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
         with torch.autocast(device.type, torch.bfloat16):
             yield
         return
+    # Restored afterwards: the same process trains with another precision.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
@@ -277,5 +288,7 @@ def discretized_log_likelihood(z: Tensor, mean: Tensor, log_var: Tensor) -> Tens
         return torch.special.ndtr(x * precision)
 
     above, below = cdf(z - mean + 1 / 255), cdf(z - mean - 1 / 255)
+    # The outermost bins reach to infinity: pixels are clipped to [-1, 1].
     mass = torch.where(z < -0.999, above, torch.where(z > 0.999, 1 - below, above - below))
+    # A mean far away gives a mass of 0 in fp32, and its logarithm would be -Inf.
     return mass.clamp(min=1e-12).log()

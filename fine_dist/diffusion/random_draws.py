@@ -55,7 +55,10 @@ def draw(
     uniform, dropped = [], []
     noise = torch.empty(len(positions), *shape, pin_memory=pin)
     for position, values in zip(positions.tolist(), noise):
+        # One generator, seeded anew for each position: creating a generator takes longer than drawing with it.
         generator.manual_seed(mix(seed, step, position))
+        # In fp64, because quantile functions of times stretch the rounding of a uniform number. Both are
+        # drawn even where labels are never dropped: the noise behind them must not depend on that setting.
         time, chance = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         uniform.append(time)
         dropped.append(chance < label_drop)
@@ -84,9 +87,11 @@ class PrefetchedDraws:
         # The thread starts with the first call: a forked rank would not inherit one that its parent had started.
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="draws")
         key = positions.numpy().tobytes()
+        # Draws of steps that lie behind are never asked for again, and would stay in memory.
         for stale in [entry for entry in self._ready if entry[0] < step]:
             self._ready.pop(stale).cancel()
         ready = self._ready.pop((step, key), None)
+        # Queued before this step's draws are waited for, so that the thread never idles.
         if (step + 1, key) not in self._ready:
             self._ready[step + 1, key] = self._pool.submit(self._draw, step + 1, positions, pin=pin)
         return self._draw(step, positions, pin=pin) if ready is None else ready.result()
@@ -99,6 +104,7 @@ def image_generator(seed: int, index: int) -> torch.Generator:
     images of a run never share their noise. Hashing to random 32-bit seeds would make 50,000 images share one pair in
     one run out of four.
     """
+    # The seed shifts the whole sequence, so that image i of two seeds has different noise.
     offset = int.from_bytes(hashlib.blake2b(f"fine_dist.sample {seed}".encode(), digest_size=4).digest(), "little")
     x = (index + offset) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3, a bijection
@@ -113,6 +119,7 @@ def mix(*words: int) -> int:
 
     splitmix64's finalizer goes over each word. The lowest bit is given up, because a seed is a signed 64-bit number.
     """
+    # The fractional part of the golden ratio, as in splitmix64; its multiples are spread evenly.
     state = 0x9E3779B97F4A7C15
     for word in words:
         state = (state + 0x9E3779B97F4A7C15 + (word & _MASK)) & _MASK

@@ -124,6 +124,7 @@ def sample_batches(
     indices = torch.arange(len(labels)) if indices is None else indices.cpu()
     _check(labels, indices, arch, config, diffusion)
     config = resolve_scheduler(config, diffusion)
+    # Built and thrown away: it raises for illegal settings here, before the generator is first advanced.
     if diffusion.process == "ddpm":
         build_scheduler(config, diffusion, arch.learn_sigma)
     where = torch.device(device) if device is not None else _device_of(model)
@@ -146,6 +147,7 @@ def _batches(
     try:
         for first in range(start, len(labels), config.batch):
             part = slice(first, first + config.batch)
+            # Set for each batch and restored, because the caller may train between two batches of this generator.
             was_training = isinstance(model, nn.Module) and model.training
             if isinstance(model, nn.Module):
                 model.eval()
@@ -173,6 +175,7 @@ def _sample_batch(
 ) -> Tensor:
     process = make_process(diffusion).to(device)
     generators = [image_generator(seed, int(index)) for index in indices]
+    # A generator for each image, on the CPU: batch size, world size and device do not change the noise.
     z = torch.cat([torch.randn(1, *arch.latent_shape, generator=g) for g in generators]).to(device)  # B,C,H,W
     guided_channels = config.guidance_channels or arch.in_channels
 
@@ -203,6 +206,7 @@ def _solve_ddpm(
     noisy = {"generator": generators} if ancestral else {}
     for step in scheduler.timesteps.tolist():
         out = predict(z, torch.tensor(step))
+        # diffusers' schedulers take the variance channels only where they use them.
         out = out if ancestral and arch.learn_sigma else out[:, : arch.in_channels]
         z = scheduler.step(out, step, z, return_dict=False, **noisy)[0]
     return z
@@ -263,6 +267,7 @@ def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, sca
     if scale == 1.0:
         return model(z, t, labels)
     nulls = torch.full_like(labels, null)
+    # One pass over a doubled batch, as in DiT: half the kernel launches, and weights are read once.
     labelled, free = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([labels, nulls])).chunk(2)
     eps = free[:, :channels] + scale * (labelled[:, :channels] - free[:, :channels])
     return torch.cat([eps, labelled[:, channels:]], dim=1)
@@ -279,6 +284,7 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
         "beta_end": diffusion.beta_end,
         "beta_schedule": "linear",
         "prediction_type": "v_prediction" if diffusion.predicts == "v" else "epsilon",
+        # The sampler must use the schedule that the model was trained with, down to its last step.
         "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
     if config.scheduler == "ddpm":
@@ -286,9 +292,12 @@ def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sig
             raise ConfigError(f"sampler.steps {steps}: ddpm needs at least 2 (the first is T-1, the last is 0)")
         variance = "learned_range" if learn_sigma else "fixed_small"
         ancestral: Any = diffusers.DDPMScheduler(**chain, variance_type=variance, clip_sample=False)
+        # diffusers' own spacings differ from ADM's by a timestep here and there.
         ancestral.set_timesteps(timesteps=space_timesteps(total, [steps])[::-1])
         return ancestral
     if config.scheduler == "ddim":
+        # diffusers takes t - T // steps for the step that follows: where the quotient
+        # is rounded, it denoises to levels at which the next step does not begin.
         if total % steps:
             legal = [n for n in range(1, total + 1) if total % n == 0]
             near = sorted(sorted(legal, key=lambda n: abs(n - steps))[:3])
@@ -327,6 +336,8 @@ def space_timesteps(total: int, counts: Sequence[int]) -> list[int]:
         position = 0.0
         for _ in range(count):
             kept.append(start + round(position))
+            # Summed, not multiplied: ADM's floating-point sum rounds some
+            # positions the other way, and results are compared with it.
             position += stride
         start += length
     return kept

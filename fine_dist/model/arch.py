@@ -1,4 +1,4 @@
-"""Named sizes: `DiT-B/2`, `DiT-L/2-L8`. An `Arch` says everything about a DiT's shape; torch is not imported here."""
+"""The shape of a DiT (`Arch`) and named sizes such as `DiT-B/2` and `DiT-L/2-L8`. Torch is not imported here."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class Arch(Config):
                 raise ValueError(f"name: a name such as DiT-B/2-L6 is needed, not {shown(value['name'])}")
             rest = {key: item for key, item in value.items() if key != "name"}
             value = {**parse_name(value["name"]), **rest}
+        # Before validation, because pydantic would fill in the default of another width.
         if isinstance(value, dict) and "num_heads" not in value and type(value.get("hidden_size")) is int:
             value = {**value, "num_heads": heads_of_width(value["hidden_size"])}
         return value
@@ -173,11 +174,14 @@ def arch(name: str, **fields: Any) -> Arch:
 
 
 def check_size(numbers: int, what: str) -> None:
-    """`ConfigError` when so many float32 numbers cannot lie in this machine's memory: to be asked before they are made.
+    """Refuse to allocate more float32 numbers than this machine's memory holds.
 
     Args:
-        numbers: Such as `arch.count(rank)`, and what training keeps beside it.
-        what: What they are, for the message.
+        numbers: How many are needed, such as `arch.count(rank)`.
+        what: Their name in the message.
+
+    Raises:
+        ConfigError: They do not fit.
     """
     needed, there = 4 * numbers, memory_bytes()
     if needed > there:

@@ -27,7 +27,7 @@ Weights = Literal["ema", "raw"]
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a folder holds. `hash` is the sha256 of its tensor file."""
+    """The content of an artifact's folder. `hash` is the sha256 of its tensor file."""
 
     folder: Path
     kind: str
@@ -51,12 +51,13 @@ def save_artifact(
     """Write a folder atomically and return its manifest.
 
     Args:
-        kind: `learngene`, `model` (a dense DiT) or `target` (what is not its parent's, and the parent's hash).
+        folder: Folder to write; an existing one is replaced.
+        kind: `learngene`, `model` (a dense DiT) or `target` (the tensors that are not its parent's).
         method: The method's config as a mapping, with its `name`.
-        tensors: By state-dict name; written as they are, on the CPU. Of what was trained with an average: the
-            average.
-        raw: The weights themselves of what was trained, where `tensors` has their average.
-        extra: Anything else worth keeping (ancestor, licence, losses); JSON.
+        arch: Architecture.
+        tensors: Tensors by state-dict name, written in their dtype; averages where weights were averaged.
+        raw: The trained weights whose averages are in `tensors`.
+        extra: Further JSON values (ancestor, license, losses).
     """
 
     with whole_folder(folder) as draft:
@@ -74,21 +75,23 @@ def save_artifact(
             "num_numbers": sum(t.numel() for t in tensors.values()),
             "extra": extra or {},
         }
+        # Written last, inside the draft: the manifest holds the hashes of the files before it.
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write tensors; the file's sha256."""
+    """Write tensors to a file; returns its sha256."""
     from safetensors.torch import save_file
 
     with written_whole(path):
+        # safetensors stores memory as it lies; views and transposed tensors have to be copied first.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     return sha256_of(path)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest alone, without reading tensors. `ArtifactError` when it is missing, not ours, or was altered."""
+    """Read the manifest without the tensors. `ArtifactError` when it is missing, of another format, or edited."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {MANIFEST}: not a learngene or model, or one that was never finished")
@@ -122,11 +125,15 @@ _KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dic
 
 
 def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: Weights = "ema") -> Artifact:
-    """Read a folder and check it against its own manifest (sha256). `ArtifactError` says what is wrong with it.
+    """Read an artifact and verify it against its manifest (sha256).
 
     Args:
-        weights: `raw` puts the trained weights themselves in the place of their averages; its hash is then of both
-            files.
+        folder: The artifact's folder.
+        expect_kind: Kind that it must have. None: any.
+        weights: `raw` reads the trained weights in place of their averages; the hash is then of both files.
+
+    Raises:
+        ArtifactError: The folder is missing, damaged, edited, or of another kind.
     """
     folder, manifest = Path(folder), read_manifest(folder)
     if expect_kind and manifest["kind"] != expect_kind:
@@ -148,12 +155,13 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
 
 
 def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
-    """A tensor file and its sha256, which must be as stated."""
+    """Read a tensor file whose sha256 must be `stated`; returns the tensors and the hash."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has a manifest but no {path.name}: copy it whole, or make it again")
+    # Hashed before it is parsed: a damaged file is named as such, and no parser sees it.
     found = sha256_of(path)
     if found != stated:
         raise ArtifactError(
@@ -178,7 +186,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _settings_hash(kind: str, method: dict[str, Any], arch: dict[str, Any]) -> str:
-    """sha256 of what says how tensors are to be read, as it is written: without it an altered number of heads would go
-    unseen. Of the written words, not of what they mean today: a later version knows more settings."""
+    """sha256 of the settings that say how tensors are read: otherwise an edited number of heads would go unnoticed.
+
+    It is of the JSON as written and not of parsed configs, because a later version has more settings.
+    """
     text = json.dumps([kind, method, arch], sort_keys=True)
     return sha256_text(text)

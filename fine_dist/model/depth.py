@@ -1,4 +1,4 @@
-"""Vectors of layers carried over to another depth, such as a target's sigma (FINE, arXiv 2409.19289, table of starts).
+"""Vectors of layers transferred to another depth, such as a target's sigma (FINE, arXiv 2409.19289).
 
 Shapes: L layers of the learngene, N layers of the target, R components, m out features.
 
@@ -10,8 +10,8 @@ its tokens as far as the learngene does, so a layer that stands for a segment mu
 equations depth is time, sigma a function of it, the mean its projection onto functions constant on N equal pieces, and
 a layer one Euler step. It needs layers that change slowly over depth, as those of a jointly condensed learngene do.
 
-`aligned`: a layer is *one* of the learngene's, the nearest in relative depth. For learngenes whose neighbouring layers
-have nothing in common (factors decomposed from an ancestor), where the mean of two layers is no layer at all.
+`aligned`: a layer is *one* of the learngene's, the nearest in relative depth. It is for learngenes whose neighboring
+layers have nothing in common (factors decomposed from an ancestor), where the mean of two layers is meaningless.
 
 `nearest`: the same layers, with residual branches as they are. For learngenes whose stage 1 also ran at these depths
 (`method.depths`), so that the layers of a shallower model already take the steps that it needs.
@@ -75,6 +75,7 @@ def segment_mean(table: Tensor, num_layers: int) -> Tensor:
     That is the least-squares fit of such a function by one that is constant on the N pieces.
     """
     source = len(table)
+    # A matrix [N, L] of overlaps: each row adds up to one, so that a constant table stays as it is.
     lower = torch.arange(num_layers)[:, None] * source / num_layers  # pieces in units of 1/L, [N, 1]
     upper = lower + source / num_layers
     layer = torch.arange(source)[None]
@@ -115,6 +116,7 @@ def segment_share(source: int, num_layers: int) -> Tensor:
     as far overshoots.
     """
     taken = nearest_layers(source, num_layers)
+    # A source layer is shared equally by all target layers that are nearest to it; its shares add up to one.
     distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
     closest = (distance == distance.min(0).values).float()
     share = (closest / closest.sum(0)).sum(1)  # layers that each stands for; below 1: repeated
@@ -123,10 +125,12 @@ def segment_share(source: int, num_layers: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Initial:
-    """How a matrix's vectors begin: `initial(sigma [L, R], N, generator) -> [N, R]`.
+    """A rule for the vectors of a target: `initial(sigma [L, R], N, generator) -> [N, R]`.
 
-    bias:  the same for its biases, `(table [L, m], N) -> [N, m]`.
-    share: what the residual branches are multiplied by, `(L, N) -> [N]`.
+    Attributes:
+        sigma: The rule for sigma.
+        bias: The rule for biases, `(table [L, m], N) -> [N, m]`.
+        share: Factors of the residual branches, `(L, N) -> [N]`.
     """
 
     sigma: Callable[[Tensor, int, Generator], Tensor]
@@ -141,6 +145,7 @@ class Initial:
     ) -> tuple[Tensor, Tensor]:
         """A matrix's sigma [N, R] and biases [N, m] for the target, from the learngene's [L, R] and [L, m]."""
         values, biases = self(sigma, num_layers, generator), self.bias(bias, num_layers)
+        # Only the matrices that write into the residual stream: scaling them scales the layer's step and nothing else.
         if matrix in RESIDUAL:
             share = self.share(len(sigma), num_layers)[:, None].to(sigma)
             values, biases = values * share, biases * share

@@ -29,7 +29,7 @@ TIME_FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class Condition:
-    """What a block is conditioned on: `c` [B, D], time and label embedded; `y` int64 [B], the labels themselves."""
+    """The condition of a block: `c` [B, D], the sum of time and label embedding; `y` int64 [B], the labels."""
 
     c: Tensor
     y: Tensor
@@ -37,14 +37,14 @@ class Condition:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """A model's output and some features of it, for losses that look inside. features: by name, [B, T, D]."""
+    """A model's output [B, C or 2C, H, H], and features [B, T, D] by name for losses that use them."""
 
     out: Tensor
     features: dict[str, Tensor]
 
 
 class Dense(nn.Linear):
-    """A block's ordinary matrix: `(x [..., n], condition) -> [..., m]`. Every matrix of a block is called so."""
+    """An ordinary dense matrix of a block: `(x [..., n], condition) -> [..., m]`, the signature of every matrix."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
 
@@ -52,12 +52,12 @@ class Dense(nn.Linear):
         return F.linear(x, self.weight, self.bias)
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows; with its backward pass if there is one."""
+        """Multiply-adds of a product of `rows` rows; with `backward` those of the backward pass are added."""
         dense = rows * self.out_features * self.in_features
         return dense * (1 + backward + (backward and self.weight.requires_grad))
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """Its weight [m, n] and bias [m]: every matrix that has such a form can say it."""
+        """Weight [m, n] and bias [m]. Other kinds of matrices have this method if they have a dense form."""
         return self.weight, self.bias
 
 
@@ -67,8 +67,10 @@ class DiT(nn.Module):
     The label `arch.num_classes` is the null label of classifier-free guidance. With `arch.learn_sigma` the second half
     of the channels is the variance's interpolation (Improved DDPM, arXiv 2102.09672, eq. 15).
 
-    linear:    makes the blocks' matrices; `Dense` by default.
-    generator: seeds the initialisation; none uses torch's global one.
+    Args:
+        arch: Shape of the model.
+        linear: Makes the blocks' matrices. Default: `Dense`.
+        generator: Random numbers of the initialization. Default: torch's global generator.
     """
 
     def __init__(self, arch: Arch, linear: LinearFactory | None = None, generator: torch.Generator | None = None):
@@ -87,13 +89,15 @@ class DiT(nn.Module):
         self.label = nn.Embedding(arch.num_classes + 1, d)
         self.blocks = nn.ModuleList([Block(arch, layer, linear or dense) for layer in range(arch.num_layers)])
         self.final = FinalLayer(d, p * p * arch.out_channels)
+        # Not saved: it is a function of the architecture, and a model for another grid has another one.
         self.register_buffer("pos", positions_of(arch), persistent=False)
         self.recompute = "none"
         self.active: Sequence[int] | None = None
         self.initialise(generator)
 
     def initialise(self, generator: torch.Generator | None) -> None:
-        """Xavier everywhere, then what the paper sets apart: embedders at std 0.02; modulation and output at zero."""
+        """Initialize as the paper does: Xavier, then embedders with std 0.02, modulation and output layer with
+        zeros."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -101,6 +105,8 @@ class DiT(nn.Module):
         for weight in (self.label.weight, self.time.hidden.weight, self.time.out.weight):
             nn.init.normal_(weight, std=0.02, generator=generator)
         for block in self.blocks:
+            # Zero modulation makes every block the identity at the start (adaLN-zero).
+            # Factored blocks have no such weight; their sigma starts at zero instead.
             adaln = block.get_submodule("adaln")
             if isinstance(adaln, nn.Linear):
                 nn.init.zeros_(adaln.weight)
@@ -114,23 +120,28 @@ class DiT(nn.Module):
         return self.unpatchify(self.final(x, condition.c))
 
     def running(self) -> list[tuple[int, nn.Module]]:
-        """The blocks of this pass with their numbers: all, or in training those of `active` where a method set it."""
+        """(number, block) of the blocks of this pass: all, or during training those in `active` if a method set it."""
+        # Only in training: what is evaluated or sampled is always the whole model.
         layers: Sequence[int] = range(len(self.blocks)) if self.active is None or not self.training else self.active
         return [(layer, self.blocks[layer]) for layer in layers]
 
     def run(self, layer: int, block: nn.Module, *inputs: Any) -> Any:
-        """A block on its inputs, recomputed in the backward pass where `recompute` says so."""
+        """Run a block; where `recompute` says so, its activations are computed again in the backward pass."""
         again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
         if again and torch.is_grad_enabled():
+            # The reentrant form needs an input that requires a gradient,
+            # which the first block of a model with a frozen embedder lacks.
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
     def forward_with_features(self, z: Tensor, t: Tensor, y: Tensor, blocks: Sequence[int]) -> ModelOutput:
-        """The output, and what some blocks and their attention give: `block.I` and `attention.I`, [B, T, D]."""
+        """The output, with the results of some blocks and of their attention, `block.I` and `attention.I` [B, T, D]."""
         x, condition = self.embed(z, t, y)
         features: dict[str, Tensor] = {}
         for layer, block in self.running():
             if layer in blocks:
+                # Features leave a block as results and not through hooks: a
+                # recomputed or compiled block would call a hook twice or never.
                 x, features[f"attention.{layer}"] = self.run(layer, block, x, condition, True)
                 features[f"block.{layer}"] = x
             else:
@@ -138,18 +149,21 @@ class DiT(nn.Module):
         return ModelOutput(self.unpatchify(self.final(x, condition.c)), features)
 
     def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Condition]:
-        """Tokens [B, T, D] and what they are conditioned on."""
+        """Tokens [B, T, D] of latents z, and the condition of the blocks."""
         x = self.patch(self.patchify(z)) + self.pos  #                                                     [B, T, D]
         return x, Condition(self.time(t) + self.label(y), y)
 
     def patchify(self, z: Tensor) -> Tensor:
         b, c, h, _ = z.shape
         p = self.arch.patch_size
+        # The order of the numbers within a patch, (C, p, p), is
+        # that of DiT's convolution, so its weights can be loaded.
         z = z.reshape(b, c, h // p, p, h // p, p)  #                                               [B, C, h, p, w, p]
         return z.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) ** 2, c * p * p)  #                        [B, T, Cpp]
 
     def unpatchify(self, x: Tensor) -> Tensor:
         p, side, c = self.arch.patch_size, self.arch.input_size // self.arch.patch_size, self.arch.out_channels
+        # The final layer's order is (p, p, C): channels last, again as in DiT's weights.
         x = x.reshape(-1, side, side, p, p, c)  #                                                  [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, side * p, side * p)  #                       [B, C, H, H]
 
@@ -176,10 +190,18 @@ class Block(nn.Module):
 def block_forward(
     x: Tensor, c: Tensor, linear: Callable[[str, Tensor], Tensor], num_heads: int
 ) -> tuple[Tensor, Tensor]:
-    """A block as a function of what multiplies by its matrices: `x [B, T, D], c [B, D] -> [B, T, D]`.
+    """A block's forward pass with given products: `x [B, T, D], c [B, D] -> [B, T, D]`.
 
-    With it comes the attention's result before its gate, [B, T, D].
+    Args:
+        x: Tokens.
+        c: Condition.
+        linear: `(matrix, h) -> product`, which multiplies by one of the block's matrices.
+        num_heads: Attention heads.
+
+    Returns:
+        The block's output, and the attention's result before its gate, both [B, T, D].
     """
+    # One matrix for all six vectors, so that it is one product, and one entry of the genes.
     modulation = linear("adaln", F.silu(c)).unsqueeze(1)  #                                               [B, 1, 6 D]
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #                 6 x [B, 1, D]
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
@@ -201,6 +223,7 @@ class TimeEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
         index = torch.arange(half, device=t.device, dtype=torch.float32)
+        # In fp32 also under autocast: in bf16 neighboring timesteps would have the same angle.
         frequency = torch.exp(-math.log(10000) / (half - self.frequency_shift) * index)
         angle = t.float()[:, None] * frequency  #                                                          [B, 128]
         wave = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.hidden.weight.dtype)  #                [B, 256]
@@ -223,8 +246,15 @@ class FinalLayer(nn.Module):
 
 
 def labels_from_null(null: Tensor, num_classes: int, generator: torch.Generator | None = None) -> nn.Embedding:
-    """A label embedder of other classes [C + 1, D]: the null label [D] of a trained one, plus a small draw that tells
-    the classes apart."""
+    """A label embedder [C + 1, D] for other classes.
+
+    Every class starts from the null label of a trained model, plus noise (std 0.02) that distinguishes the classes.
+
+    Args:
+        null: Embedding of the null label, [D].
+        num_classes: C.
+        generator: Random numbers of the noise. Default: torch's global generator.
+    """
     label = nn.Embedding(num_classes + 1, len(null))
     with torch.no_grad():
         label.weight.normal_(std=0.02, generator=generator).add_(null)
@@ -246,6 +276,7 @@ def position_table(d: int, side: int, trained_side: int | None = None) -> Tensor
         trained_side: Side of the grid that the weights were trained for, if another: positions are rescaled to its
             range, so that a model meets familiar ones (DiffFit, arXiv 2304.06648: half the index for twice the side).
     """
+    # In fp64, then rounded once: the table has the same bits on every platform.
     frequency = 1.0 / 10000 ** (torch.arange(d // 4, dtype=torch.float64) / (d // 4))
     index = torch.arange(side, dtype=torch.float64) * ((trained_side or side) / side)
     angle = index[:, None] * frequency  #                                                              [side, D/4]

@@ -33,6 +33,8 @@ def multiply_adds(
     since sigma's gradient is elementwise.
     """
     if path == "composed":
+        # Backward pass: `dense` for the input's gradient. If anything in W trains, also
+        # `dense` for W's gradient, then `make` for sigma's and once more for those of U and V.
         make, dense = m * n * r, rows * m * n
         if not backward:
             return make + dense
@@ -64,16 +66,19 @@ class Genes(nn.Module):
         self.V = nn.Parameter(spread_columns(n, rank, generator))
 
     def forward(self, x: Tensor, sigma: Tensor, bias: Tensor | None = None) -> Tensor:
+        # A sigma for each sample has no common W to compose.
         if sigma.dim() > 1 or self.choose(x.numel() // x.shape[-1], sigma) == "factored":
             return factored_product(x, self.U, self.V, sigma, bias)
         return F.linear(x, self.compose(sigma), bias)
 
     def compose(self, sigma: Tensor) -> Tensor:
         """`U diag(sigma) V^T` [m, n]."""
+        # sigma scales U's columns first, [m, R]: cheaper than a
+        # diagonal matrix, and the gradient of sigma is a sum over them.
         return (self.U * sigma) @ self.V.T
 
     def choose(self, rows: int, sigma: Tensor, backward: bool | None = None) -> str:
-        """The path for so many rows, as things train now. backward: none takes what autograd is set to."""
+        """The cheaper path for a number of rows, given what trains now. `backward` None: as autograd is set."""
         if self.path != "auto":
             return self.path
         # Under ZeRO-3 a gathered parameter has its full shape only inside forward, which is where this is asked.
@@ -90,7 +95,7 @@ class Genes(nn.Module):
         return self.U.shape[0], self.V.shape[0], self.U.shape[1]
 
     def training_of(self, sigma: Tensor) -> dict[str, bool]:
-        """What trains, in `multiply_adds`' words."""
+        """What trains, as arguments of `multiply_adds`."""
         return {"train_factors": self.U.requires_grad, "train_scalers": sigma.requires_grad}
 
 
@@ -101,10 +106,12 @@ def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tenso
     never forms their gradients and sums sigma's in fp32: in bf16 a sum over thousands of tokens would lose the small
     updates that stage 2 consists of. A compiler derives the same backward pass from the plain form by itself.
     """
+    # The own backward pass returns no gradients for U, V and bias, so it may only be used where none of them trains.
     frozen = not (u.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     dtype = compute_dtype(x)
     if frozen and sigma.requires_grad and sigma.dtype == torch.float32 and not torch.compiler.is_compiling():
         per_sample = sigma.dim() > 1
+        # One form for both cases: J jobs (or samples) with S rows each; a common sigma is a single job.
         rows = sigma.reshape(-1, sigma.shape[-1]) if per_sample else sigma[None]  #                          [J, R]
         stacked = x.reshape(len(rows), -1, x.shape[-1])  #                                                   [J, S, n]
         biases = torch.zeros_like(u[:, 0]) if bias is None else bias
@@ -119,7 +126,7 @@ def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tenso
 
 
 class FactoredLinear(nn.Module):
-    """One layer's matrix: its own sigma [R] and bias [m]; U and V stay with the root.
+    """The matrix of one layer, with its own sigma [R] and bias [m]; U and V belong to the model's root.
 
     The genes are held in a tuple, which registers nothing: they appear once in `state_dict` and are partitioned once
     under ZeRO-3, whose hooks gather them because they are *called*.
@@ -129,6 +136,7 @@ class FactoredLinear(nn.Module):
 
     def __init__(self, genes: Genes, m: int, rank: int):
         super().__init__()
+        # A module that is assigned as an attribute would be registered once more for every layer and matrix.
         self._genes = (genes,)
         self.sigma = nn.Parameter(torch.zeros(rank))
         self.bias = nn.Parameter(torch.zeros(m))
@@ -138,13 +146,13 @@ class FactoredLinear(nn.Module):
         return y
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows, on the path it would take; with its backward pass if there is one."""
+        """Multiply-adds of a product of `rows` rows on the cheaper path; `backward` adds those of the backward pass."""
         [genes] = self._genes
         path = genes.choose(rows, self.sigma, backward)
         return multiply_adds(path, rows, *genes.shape, **genes.training_of(self.sigma), backward=backward)
 
     def kept_numbers(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's."""
+        """Numbers that are kept for the backward pass beyond those of a dense product."""
         [genes] = self._genes
         return 2 * rows * genes.shape[2] * (genes.choose(rows, self.sigma, True) == "factored")
 
@@ -177,12 +185,18 @@ class SharedForm:
 class FactoredDiT(DiT):
     """A DiT whose blocks are composed from shared genes and each layer's own scalers.
 
-    rank: R, the same for all matrices. path: which compute path, `auto` by count.
+    Args:
+        arch: Shape of the model.
+        rank: R, the same for all matrices.
+        generator: Random numbers of the initialization. Default: torch's global generator.
+        path: How products are computed; `auto` takes the path with fewer multiply-adds.
     """
 
     def __init__(self, arch: Arch, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
+        # On the meta device nothing is allocated; plans and estimates build models there that fit no machine.
         if torch.get_default_device().type == "cpu":
             check_size(arch.count(rank), f"{arch.name} of rank {rank:,}")
+        # Made before the blocks, which hold references to them, and registered after `nn.Module.__init__` below.
         genes = nn.ModuleDict({matrix: Genes(*arch.matrix(matrix), rank, generator, path) for matrix in MATRICES})
 
         def factored(matrix: str, layer: int) -> nn.Module:
@@ -225,7 +239,7 @@ class FactoredDiT(DiT):
         return state
 
     def shared_form(self) -> SharedForm | None:
-        """What a pack needs of this model; none when anything but sigma and the label embedder trains."""
+        """The form that a pack needs. None when anything besides sigma and the label embedder trains."""
         known = roles(self)
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         if any(known[name] != "scaler" and p is not self.label.weight for name, p in trained.items()):
@@ -243,7 +257,7 @@ class FactoredDiT(DiT):
         )
 
     def paths(self, batch: int) -> dict[str, str]:
-        """The compute path each matrix takes at this batch, as things train now (for logs and `--dry-run`)."""
+        """The compute path of each matrix at this batch, given what trains now; for logs and `--dry-run`."""
         return {m: self.factor(m).choose(self.arch.rows(m, batch), self.sigma(m, 0)) for m in MATRICES}
 
 
@@ -256,19 +270,23 @@ def sigma_std(m: int, n: int, rank: int) -> float:
 
 
 def line_in_depth(num_layers: int, rank: int, std: float, generator: torch.Generator | None) -> Tensor:
-    """Where sigma starts in stage 1, [L, R]: on a line in depth between two random vectors of variance std^2.
+    """Initial sigma of stage 1, [L, R]: a line in depth between two random vectors of variance std^2.
 
     *Choice*: the paper finds learned sigma close to linear in depth, and a target's sigma is interpolated over depth;
     layers drawn independently have no depth to interpolate over, and training does not give them one.
     """
     ends = torch.randn(2, rank, generator=generator) * std
     t = torch.linspace(0, 1, num_layers, device=ends.device)[:, None]
+    # Divided by the norm of the weights: without that the variance in the middle would be half of that at the ends.
     return ((1 - t) * ends[0] + t * ends[1]) / ((1 - t) ** 2 + t**2).sqrt()
 
 
 def spread_columns(rows: int, rank: int, generator: torch.Generator | None) -> Tensor:
-    """[rows, rank] with orthonormal columns. Beyond `rank = rows` it is an overcomplete dictionary: orthogonal rows,
-    scaled so that columns keep a mean square norm of one."""
+    """A random matrix [rows, rank] with orthonormal columns.
+
+    For rank > rows it is an overcomplete dictionary: its rows are orthogonal, and scaled so that the mean square norm
+    of the columns is one.
+    """
     matrix = torch.empty(rows, rank)
     nn.init.orthogonal_(matrix, generator=generator)
     return matrix * math.sqrt(max(rank / rows, 1.0))

@@ -1,7 +1,7 @@
 """Arithmetic of a DiT, counted from its architecture: multiply-adds and model FLOPs.
 
 A multiply-add is two FLOPs. Papers' "GFLOPs" of a DiT are multiply-adds; MFU here counts both operations on both sides.
-What is counted: matrix products and attention; what is not: norms, activations, the optimiser (under 1%).
+Matrix products and attention are counted; norms, activations and the optimizer (under 1%) are not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def factored_macs(arch: Arch, rank: int, matrices: tuple[str, ...] = MATRICES) -
 
 def attention_macs(arch: Arch) -> int:
     """Multiply-adds of scores and weighted sums, all layers, one sample."""
+    # Two products, q k^T and the weighted sum of v, each T x T x D over all heads.
     return arch.num_layers * 2 * arch.num_tokens**2 * arch.hidden_size
 
 
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Of one sample, in a batch of the size that was asked for; and of the model."""
+    """The cost of one sample, in a batch of a given size, and the size of the model."""
 
     forward: float
     """FLOPs of a forward pass without a backward pass."""
@@ -75,7 +76,8 @@ class ModelCost:
 
 
 def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
-    """The cost of a DiT of whatever matrices, on any device (meta as well)."""
+    """The cost of a DiT with any kind of matrices, on any device (the meta device as well)."""
+    # Distillation wraps the model that trains; the wrapper's projections are not counted.
     owner: Any = getattr(model, "student", model)
     arch = owner.arch
     forward = training = kept = 0

@@ -1,4 +1,4 @@
-"""Operations inside a DiT's block, in plain torch, and the one product with a backward pass of its own.
+"""Operations inside a DiT's block, in plain torch, and the factored product with a custom backward pass.
 
 Shapes: N or B samples, T tokens, D width, A heads of d = D / A features, J jobs (or samples) with a sigma of their own,
 S rows of a job, R rank, m out features, n in features.
@@ -22,6 +22,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
     LayerNorm has no affine parameters of its own; under autocast it is computed in fp32.
     """
+    # One fused operation: scale, product and sum in one pass over
+    # the activations, and one tensor fewer for the backward pass.
     return torch.addcmul(shift.to(x.dtype), F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale.to(x.dtype))
 
 
@@ -54,8 +56,10 @@ class FactoredProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
         thin = x.to(dtype) if v is None else x.to(dtype) @ v  #                                            [J, S, R]
+        # `thin` has R instead of n features a row; x itself is needed for gradients of U and V only, which are frozen.
         ctx.save_for_backward(thin, sigma, u, *([] if v is None else [v]))
         scaled = (thin * sigma[:, None]).to(dtype)
+        # The bias is added inside the product. `expand` repeats U for every job without copying it.
         return torch.baddbmm(bias[:, None].to(dtype), scaled, u.T.expand(len(sigma), *u.T.shape))  #       [J, S, m]
 
     @staticmethod
@@ -63,6 +67,7 @@ class FactoredProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         thin, sigma, u, *v = ctx.saved_tensors
         back = g.to(thin.dtype) @ u  #                                                                     [J, S, R]
+        # Summed over thousands of rows: in bf16 terms below 1/256 of the sum so far would vanish.
         g_sigma = (back * thin).sum(1, dtype=torch.float32)
         g_x = None
         if ctx.needs_input_grad[0]:
@@ -74,6 +79,7 @@ class FactoredProduct(torch.autograd.Function):
 def compute_dtype(like: Tensor) -> torch.dtype:
     """The dtype in which products of this tensor are computed: autocast's where it is on, else the tensor's own."""
     kind = like.device.type
+    # A custom function is outside of autocast, so it asks for the dtype that an ordinary product would use.
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
 
 

@@ -1,8 +1,8 @@
-"""What the parameters of a model are for, as the modules that own them declare it.
+"""Roles of a model's parameters, declared by the modules that own them.
 
-A module class says `roles = {"U": "gene", ...}` for parameters of its own; what no module declares belongs to the
-shell: the embedders and the final layer; inside a module that says `below = "scaler"` it has that role instead, which
-is for modules of other libraries. Nothing is told by a parameter's name.
+A module class declares `roles = {"U": "gene", ...}` for its own parameters. A parameter without a declaration belongs
+to the shell (embedders and final layer), or, inside a module with `below = "scaler"`, has that role; this is for
+modules of other libraries. Names of parameters are never parsed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ def roles(model: nn.Module) -> dict[str, Role]:
     below: dict[str, Role] = {}
     for prefix, module in model.named_modules():
         kind: Any = type(module)
+        # `named_modules` lists a parent before its children, so the parent's entry is there.
         parent = prefix.rpartition(".")[0]
         below[prefix] = getattr(kind, "below", below.get(parent, "shell"))
         declared: dict[str, Role] = getattr(kind, "roles", {})
+        # Not recursive: each parameter is declared by the module that owns it.
         for name, _ in module.named_parameters(recurse=False):
             found[f"{prefix}.{name}" if prefix else name] = declared.get(name, below[prefix])
     return found
@@ -38,7 +40,7 @@ def of_role(model: nn.Module, *wanted: Role) -> dict[str, Tensor]:
 
 
 def train_only(model: M, *wanted: Role) -> M:
-    """Freeze every parameter but those of these roles; the model."""
+    """Freeze all parameters except those of some roles; returns the model."""
     known = roles(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(known[name] in wanted)
@@ -46,7 +48,7 @@ def train_only(model: M, *wanted: Role) -> M:
 
 
 def count_by_role(model: nn.Module) -> dict[Role, int]:
-    """Numbers of each role that occurs."""
+    """How many numbers the parameters of each role hold."""
     known = roles(model)
     counts: dict[Role, int] = {}
     for name, parameter in model.named_parameters():
