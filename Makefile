@@ -6,17 +6,27 @@ STAMP  := $(VENV)/.installed
 # Three test files at once, since many wait for clusters and jobs; each test process computes on one thread.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs chaos fuzz slurm-cluster ray-cluster clean
+.PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs constraints chaos fuzz slurm-cluster ray-cluster clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
-install: $(STAMP)  ## make .venv and install, pinned by constraints.txt
+install: $(STAMP)  ## make .venv and install the versions that constraints/ has for its Python
 
-$(STAMP): setup.cfg pyproject.toml constraints.txt
+$(STAMP): setup.cfg pyproject.toml $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c $$($(BIN)/python constraints/choose.py) -e '.[dev]'
 	touch $(STAMP)
+
+TESTED := \# Tested together; made by `make constraints`. CUDA libraries are left out: each build of torch names its own.
+
+# what a file pins already stays unless it no longer fits; UPGRADE=--upgrade takes the newest of everything
+constraints:  ## resolve the versions of each supported Python anew, with uv
+	for v in 3.10 3.11 3.12 3.13; do \
+	  uv pip compile -q $(UPGRADE) pyproject.toml --extra dev --extra docs --python-version $$v --no-header \
+	    --no-annotate --python-platform x86_64-manylinux_2_28 -o constraints/py$$(echo $$v | tr -d .).txt || exit 1; \
+	done
+	sed -i -E -e '/^(nvidia-|triton=|cuda-|setuptools=)/d' -e '1i $(TESTED)' constraints/py*.txt
 
 demo: install  ## the whole method on the embedded data set (about 5 minutes on 2 cores)
 	$(BIN)/python -m fine_dist demo
