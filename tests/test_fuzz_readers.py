@@ -131,13 +131,13 @@ def test_a_terminals_markup_and_binary_in_a_run_directory_break_no_table(place, 
     ask(copy, digit_shards, name)
 
 
-def test_a_tensorboard_that_is_a_file_is_one_line(place, digit_shards, tmp_path):
+def test_a_checkpoints_folder_that_is_a_file_is_one_line(place, digit_shards, tmp_path):
     shutil.copytree(place, tmp_path / "copy")
     run = tmp_path / "copy" / "c"
-    shutil.rmtree(run / "tensorboard")
-    (run / "tensorboard").write_text("")
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").write_text("")
     argv = ["condense", *ARCH, *FAST, *data(digit_shards), "--steps", "6", "--run-dir", str(run), "--launcher", "here"]
-    assert "tensorboard" in answered(lambda: fine_dist(argv))
+    assert "checkpoints" in answered(lambda: fine_dist(argv))
 
 
 # --- files that are named by flags ----------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ OWNERS = {
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
     "submitit": ("launchers/",),
+    "wandb": ("fine_dist/engine/trackers.py",),
+    "mlflow": ("fine_dist/engine/trackers.py",),
     "webdataset": ("fine_dist/data/",),
     "diffusers": ("fine_dist/artifacts/", "fine_dist/diffusion/", "fine_dist/data/codecs.py", "fine_dist/creative/"),
 }

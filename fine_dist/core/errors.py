@@ -81,6 +81,8 @@ EXTRAS = {
     "deepspeed": "deepspeed",
     "peft": "peft",
     "transformers": "eval",
+    "wandb": "wandb",
+    "mlflow": "mlflow",
 }
 """Optional libraries, and the extra of this package that installs each."""
 

@@ -35,6 +35,7 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy, PendingStep, reduce_flags
 from fine_dist.engine.stopping import Stopper
+from fine_dist.engine.trackers import check_installed
 from fine_dist.engine.world import World
 from fine_dist.model.layers import emulates_bf16
 
@@ -114,6 +115,7 @@ class Run:
         self.seed, self.step_generator = seed, torch.Generator()
         self.device = world.device or torch.device("cpu")
         self.micro_batch, self.accumulation = divide_batch(global_batch, engine.micro_batch, world.world_size)
+        check_installed(engine.tracker)
         if engine.threads:
             torch.set_num_threads(engine.threads)
         if engine.keep_freed_memory and self.device.type == "cpu":
@@ -138,6 +140,7 @@ class Run:
             flops_per_sample=program.flops_per_sample,
             peak=self.peak_flops(),
             log_every=engine.log_every,
+            trackers=engine.tracker,
         )
         self.evaluation = EvaluationCallback(
             second_model, program, engine, steps, self.device, self.backend, self.ema, self.monitor, stopper
@@ -190,6 +193,7 @@ class Run:
         # its weights: whatever fails later can be done again from it.
         result = self.result(step)
         self.finished(result)
+        self.monitor.finish(step, self.program.hparams, result.losses)
         self.evaluation.preview(step, self.seconds)
         return result
 

@@ -1,4 +1,4 @@
-"""Logs of a run that rank 0 writes while it trains: metrics.jsonl, TensorBoard and a progress bar.
+"""Logs of a run that rank 0 writes while it trains: metrics.jsonl, its trackers and a progress bar.
 
 Every number is a mean over the steps since the last row, and losses are means over the samples of *all* ranks. The sums
 of an unfinished row are part of a checkpoint, so a resumed run writes the rows that an uninterrupted run writes.
@@ -6,7 +6,6 @@ of an unfinished row are part of a checkpoint, so a resumed run writes the rows 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -14,7 +13,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from fine_dist.core.files import as_row, open_regular, retried
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum
-from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.run_dir import CONFIG, METRICS, RunDir
+from fine_dist.engine.trackers import TrackedRun, Trackers
 from fine_dist.engine.world import World
 
 log = logging.getLogger(__name__)
@@ -43,23 +43,21 @@ class MetricSums:
 
 
 class MetricsLog:
-    """The numbers of one run: rows of metrics.jsonl and TensorBoard's scalars, of the same names.
+    """The numbers of one run: rows of metrics.jsonl, and the same in its trackers under `train/NAME`.
 
     Args:
-        metrics: The file of rows; those after `step` are cut off.
-        tensorboard: The folder of events; those after `step` are hidden, so that no step shows twice.
-        step: Updates that are done.
+        run: The run; rows after its step are cut off, and hidden in TensorBoard, so that no step shows twice.
+        trackers: As `engine.tracker` gives them.
     """
 
-    def __init__(self, metrics: Path, tensorboard: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
-
+    def __init__(self, run: TrackedRun, trackers: Sequence[str]) -> None:
+        metrics = run.folder / METRICS
         # Rows behind the checkpoint describe updates that are lost and will be made again, perhaps with other numbers.
-        self.rows = keep_rows(metrics, step)
+        self.rows = keep_rows(metrics, run.step)
         # Line-buffered and appended: a row is on its way to the disk when it is
         # written, and a reader never sees half of one unless the machine dies.
         self._file = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
-        self.board = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
+        self.trackers = Trackers(run, trackers)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row; numbers that are None are left out."""
@@ -68,12 +66,7 @@ class MetricsLog:
         # Shared file systems fail now and then for a moment, and a run of days should outlive that.
         retried(lambda: self._file.write(line))
         self.rows.append(row)
-        try:
-            for key, value in row.items():
-                if key != "step":
-                    self.board.add_scalar(f"train/{key}", value, step)
-        except OSError as error:  # a picture of the numbers is no reason to end a run: metrics.jsonl has them
-            log.warning("TensorBoard's events cannot be written (%s); the numbers are in metrics.jsonl", error)
+        self.trackers.scalars(step, {f"train/{key}": value for key, value in row.items() if key != "step"})
 
     def has(self, step: int, key: str) -> bool:
         """Whether there is a row of `step` with `key`."""
@@ -82,26 +75,7 @@ class MetricsLog:
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        with contextlib.suppress(OSError):  # as in `write`
-            self.board.close()
-
-
-def log_hparams(board: Any, settings: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
-    """Add a run to TensorBoard's table of hyperparameters.
-
-    Args:
-        board: A SummaryWriter of the run's own folder.
-        settings: The run's settings, by name; those that are no numbers, texts or flags are left out.
-        metrics: Final numbers by tag.
-    """
-    from torch.utils.tensorboard.summary import hparams
-
-    plain = {key: value for key, value in settings.items() if isinstance(value, (int, float, str, bool))}
-    # `SummaryWriter.add_hparams` would open a second writer in a subfolder, and the run would show twice.
-    for summary in hparams(plain, dict(metrics)):
-        board.file_writer.add_summary(summary)
-    for name, value in metrics.items():
-        board.add_scalar(name, value, step)
+        self.trackers.close()
 
 
 class Monitor:
@@ -113,6 +87,7 @@ class Monitor:
         flops_per_sample: Forward and backward pass of one sample, in FLOPs.
         peak: FLOP/s of one accelerator; None: unknown, and MFU is left out.
         log_every: Steps between two rows.
+        trackers: Where the run is shown, as `engine.tracker` gives them.
     """
 
     def __init__(
@@ -127,7 +102,9 @@ class Monitor:
         flops_per_sample: float,
         peak: float | None,
         log_every: int,
+        trackers: Sequence[str] = (),
     ) -> None:
+        self.trackers = tuple(trackers)
         self.run_dir, self.world, self.title, self.steps = run_dir, world, title, steps
         self.global_batch, self.tokens_per_sample = global_batch, tokens_per_sample
         self.flops_per_sample, self.peak, self.log_every = flops_per_sample, peak, log_every
@@ -155,7 +132,9 @@ class Monitor:
             return
         from tqdm import tqdm
 
-        self._log = MetricsLog(self.run_dir.metrics, self.run_dir.tensorboard, step)
+        config = self.run_dir.path / CONFIG
+        text = config.read_text(encoding="utf-8") if config.exists() else ""
+        self._log = MetricsLog(TrackedRun(self.run_dir.path, step, text), self.trackers)
         verb = f"continues at step {step} in" if step else "writes to"
         folder = os.path.relpath(self.run_dir.path)
         folder = str(self.run_dir.path) if folder.startswith("..") else folder
@@ -253,27 +232,29 @@ class Monitor:
         self.scalars(step, row)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Write numbers as one row of metrics.jsonl and as TensorBoard scalars."""
+        """Write numbers as one row of metrics.jsonl, which trackers show as well."""
         if self._log is not None:
             self._log.write(step, values)
 
     def images(self, step: int, images: dict[str, Tensor]) -> None:
-        """Write images, [3, H, W] or [1, H, W] in 0..1."""
+        """Show images, [3, H, W] or [1, H, W] in 0..1."""
         if self._log is not None:
-            for name, image in images.items():
-                self._log.board.add_image(name, image, step)
+            self._log.trackers.images(step, images)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
-        """Write histograms of tensors of any shape."""
+        """Show histograms of tensors of any shape."""
         if self._log is not None:
-            for name, value in values.items():
-                self._log.board.add_histogram(name, value, step)
+            self._log.trackers.histograms(step, values)
 
     def texts(self, step: int, values: dict[str, str]) -> None:
-        """Write texts (Markdown)."""
+        """Show texts (Markdown)."""
         if self._log is not None:
-            for name, value in values.items():
-                self._log.board.add_text(name, value, step)
+            self._log.trackers.texts(step, values)
+
+    def finish(self, step: int, settings: Mapping[str, Any], losses: Mapping[str, float]) -> None:
+        """Add the finished run to the trackers' tables of runs (`Trackers.finish`)."""
+        if self._log is not None and settings:
+            self._log.trackers.finish(step, settings, losses)
 
     def warn(self, message: str) -> None:
         """Log a warning, on rank 0."""

@@ -59,6 +59,8 @@ class Program:
     """(model with averaged weights) -> named tensors to show as histograms."""
     texts: Callable[[nn.Module], dict[str, str]] | None = None
     """(model with averaged weights) -> named texts, such as the words nearest to an embedding."""
+    hparams: dict[str, Any] = field(default_factory=dict)
+    """Settings by name, for the trackers' tables of runs."""
     evaluate_first: bool = False
     """Whether it is also evaluated before the first step."""
     before_step: Callable[[int, torch.Generator], None] | None = None

@@ -24,7 +24,7 @@ from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.locks import is_locked, try_lock
 from fine_dist.engine.world import World, read_environment
 
-CONFIG, IDENTITY, DONE = "config.yaml", "identity.json", "DONE.json"
+CONFIG, IDENTITY, DONE, METRICS = "config.yaml", "identity.json", "DONE.json", "metrics.jsonl"
 STOP, STOPPED = "STOP", "STOPPED"
 """The file that a user leaves to stop a run for good, and its name once the run has seen it."""
 
@@ -65,8 +65,7 @@ class RunDir:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self.tensorboard = self.path / "tensorboard"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / METRICS
         self._lock: str | None = None
         self._kind, self._new = "", False
         self._identity: dict[str, Any] = {}
@@ -126,10 +125,9 @@ class RunDir:
         """Make the directory this run's once its first step has worked: write config, identity and environment."""
         if self._lock is None:
             return
-        for folder in (self.checkpoints, self.tensorboard):
-            if folder.exists() and not folder.is_dir():
-                raise RunDirError(f"{folder} is a file, and a folder is needed there; move it away")
-            folder.mkdir(exist_ok=True)
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise RunDirError(f"{self.checkpoints} is a file, and a folder is needed there; move it away")
+        self.checkpoints.mkdir(exist_ok=True)
         # Not before the first step has worked: a mistyped setting
         # must not overwrite the config of the run that is there.
         write_atomic(self.path / CONFIG, f"# kind: {self._kind}\n{dump_yaml(config)}")
@@ -169,8 +167,7 @@ class RunDir:
         if self._new:  # a start that failed before its first step leaves no files
             with contextlib.suppress(OSError):  # another process has written there meanwhile
                 Path(self._lock).unlink()
-                for folder in (self.checkpoints, self.tensorboard):
-                    folder.rmdir()
+                self.checkpoints.rmdir()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
         # The lock file stays: removing it would let a process that has it open lock a file that nobody else can find.

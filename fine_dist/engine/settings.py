@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fine_dist.core.config import Config, PathKey
+from fine_dist.engine.trackers import Names
 
 BUCKET_BYTES = 25 * 2**20
 """Bytes of gradients that the plain backend sends at once: enough for full bandwidth, and few enough that the last
@@ -94,7 +95,10 @@ class LoopConfig(Config):
     keep_checkpoints: int = Field(2, ge=1, le=1_000_000)
     """Number of newest checkpoints that are kept (a pack keeps two)."""
     log_every: int = Field(50, ge=1, le=1_000_000_000)
-    """Steps between two rows in metrics.jsonl and TensorBoard."""
+    """Steps between two rows in metrics.jsonl and in the trackers."""
+    tracker: Names = ("tensorboard",)
+    """Where curves and pictures of a run are shown, one or several: `tensorboard` (files in the run directory),
+    `wandb`, `mlflow`, or `none`. A tracker that fails never ends a run; metrics.jsonl is always written."""
     eval_every: int = Field(1000, ge=1, le=1_000_000_000)
     """Steps between two measurements of the held-out loss."""
     on_bad_loss: Literal["stop", "skip"] = "stop"
@@ -119,5 +123,5 @@ class EngineConfig(LoopConfig):
     """Bound the decay of update t by (1 + t) / (10 + t), so that a short run's average has left its initial weights
     behind. Without it the decay is constant, as in DiT."""
     preview_every: int = Field(5000, ge=1, le=1_000_000_000)
-    """Steps between two previews in TensorBoard: images from the averaged weights, and the method's tables over
+    """Steps between two previews in the trackers: images from the averaged weights, and the method's tables over
     depth."""

@@ -22,6 +22,7 @@ from fine_dist.core.json_files import as_record, read_json
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import check_fit, read_all
+from fine_dist.engine.trackers import check_installed
 from fine_dist.family.config import DomainConfig, InitConfig
 from fine_dist.family.listing import baselines, result_of
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
@@ -29,7 +30,7 @@ from fine_dist.launchers.spec import Capacity, check_name
 from fine_dist.methods import build, from_manifest, parent_of
 from fine_dist.methods.base import Method, Parent
 from fine_dist.model.arch import Arch
-from fine_dist.stages.blueprint import check_labels, fit_arch
+from fine_dist.stages.blueprint import check_labels, fit_arch, hparams
 
 CPU_MEMORY = 4 * 2**30
 """Bytes for a pack's activations on a CPU unless the config says."""
@@ -198,6 +199,7 @@ class Family:
 
     def check(self) -> None:
         """Everything that can be wrong before a target trains; nothing is written."""
+        check_installed(self.config.engine.tracker)
         seen: set[Any] = set()
         for member in self.members:
             method = self.method(member)
@@ -241,6 +243,14 @@ class Family:
         if config.optim.depends_on_steps:  # the rate of every step depends on how many there will be
             found["steps"] = config.steps
         return found
+
+    def hparams(self, member: Member) -> dict[str, Any]:
+        """Its settings for the trackers' tables of runs."""
+        config, method = self.config, self.method(member).config
+        return {
+            **hparams("init", method, self.arch(member), config, seed=member.seed, lr=member.lr),
+            **{"domain": member.domain, **dict(member.variant)},
+        }
 
     def key(self, member: Member) -> str:
         """A hash of its identity."""

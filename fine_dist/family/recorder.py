@@ -1,4 +1,4 @@
-"""What becomes of a target, written down: its identity, rows, TensorBoard, artifact, DONE.json and state."""
+"""What becomes of a target, written down: its identity, rows, trackers, artifact, DONE.json and state."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tqdm import tqdm
 from fine_dist.artifacts.targets import save_target
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.files import write_atomic
+from fine_dist.core.yaml_files import to_yaml
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
-from fine_dist.engine.monitor import MetricsLog, log_hparams
+from fine_dist.engine.monitor import MetricsLog
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import describe_environment
+from fine_dist.engine.trackers import TrackedRun
 from fine_dist.engine.world import World
 from fine_dist.family.members import Family, Member, expand
 from fine_dist.family.pack_job import JobProgress
@@ -69,7 +71,9 @@ class TargetRecorder:
             return
         for index, (member, p) in enumerate(zip(self.members, progress)):
             write_identity(self.family, member)
-            self._logs[index] = MetricsLog(member.folder / "metrics.jsonl", member.folder / "tensorboard", p.step)
+            settings = to_yaml(self.family.identity(member))
+            run = TrackedRun(member.folder, p.step, settings)
+            self._logs[index] = MetricsLog(run, self.family.config.engine.tracker)
             rows = [row for row in self._logs[index].rows if "loss" in row]
             if rows:
                 self._first[index], self._last[index] = rows[0]["loss"], rows[-1]["loss"]
@@ -82,7 +86,7 @@ class TargetRecorder:
         self._bar = tqdm(total=total, initial=done, desc="init", unit="step", **quiet)
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
-        """A row of a target's metrics.jsonl and TensorBoard."""
+        """A row of a target's metrics.jsonl and trackers."""
         self._first.setdefault(job, values["loss"])
         self._last[job] = values["loss"]
         self._logs[job].write(step, values)
@@ -103,8 +107,15 @@ class TargetRecorder:
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._drawn = time.monotonic()
             everyone = expand(self.family.config.model_copy(update={"only": ()}))
-            beside = self.family.beside
-            draw_family(run_dir_of(self.family.config), everyone, younger_than_s=DRAW_EVERY_S, beside=beside)
+            # while it runs in TensorBoard alone: others take seconds to open
+            trackers = [name for name in self.family.config.engine.tracker if name == "tensorboard"]
+            draw_family(
+                run_dir_of(self.family.config),
+                everyone,
+                younger_than_s=DRAW_EVERY_S,
+                beside=self.family.beside,
+                trackers=trackers,
+            )
 
     def ended(self, job: int, progress: JobProgress) -> None:
         """Measure a target that is done and write its artifact; say why one has failed."""
@@ -130,9 +141,8 @@ class TargetRecorder:
         save_result(
             self.family, member, {**self.own[job], **scalers}, self.names[job], facts, flops_per_sample=self.flops[job]
         )
-        settings = {"depth": member.depth, "domain": member.domain, "lr": member.lr, "seed": member.seed}
-        final = {"init/final_held_out_loss": facts.get("held_out_loss", facts["loss"])}
-        log_hparams(log.board, settings | dict(member.variant), final, progress.step)
+        losses = {"loss": facts["loss"], **measured}
+        log.trackers.finish(progress.step, self.family.hparams(member), losses)
         self._logs.pop(job).close()
         self.table.finish(member.name, "done")
 

@@ -35,8 +35,7 @@ def train_single_target(
     run_dir = RunDir(member.folder)
     if world.is_main:
         write_identity(family, member)
-    for folder in (run_dir.checkpoints, run_dir.tensorboard):
-        folder.mkdir(parents=True, exist_ok=True)
+    run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
     program = _program(family, member, descent, world)
     flops = family.method(member).cost(descent.model, config.batch).training
     # Stage 2 is short, and what it saves are the weights themselves: no average, no pictures.
@@ -81,6 +80,7 @@ def _program(family: Family, member: Member, descent: Descent, world: World) -> 
         held_out=held_out,
         histograms=histograms_of(family.method(member)),
         before_step=family.method(member).before_step(descent.model),
+        hparams=family.hparams(member),
         evaluate_first=True,
         flops_per_sample=train_flops(arch),
         tokens_per_sample=arch.num_tokens,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
+from fine_dist.engine.trackers import TrackedRun, Trackers
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.family.members import Member
 from fine_dist.launchers.state_table import StateTable
@@ -187,8 +188,9 @@ def draw_family(
     members: Sequence[Member],
     younger_than_s: float = 0.0,
     beside: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    trackers: Sequence[str] = ("tensorboard",),
 ) -> Path | None:
-    """Loss against depth for the whole family: `family.png`, and the same picture in TensorBoard. None without losses.
+    """Loss against depth for the whole family: `family.png`, and the same picture in trackers. None without losses.
 
     Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
     newest training loss.
@@ -196,15 +198,16 @@ def draw_family(
     Args:
         younger_than_s: Leave a picture that another pack has drawn so recently alone.
         beside: `baselines`: what has one depth is a level line, what has several a dashed curve.
+        trackers: The trackers that show it.
     """
     path = run_dir / "family.png"
     if younger_than_s and path.exists() and time.time() - path.stat().st_mtime < younger_than_s:
         return path
     import numpy as np
+    import torch
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-    from torch.utils.tensorboard import SummaryWriter
 
     lines: dict[str, dict[int, list[float]]] = {}
     open_points: list[tuple[int, float]] = []
@@ -239,8 +242,9 @@ def draw_family(
     axes.legend(fontsize="small")
     canvas.draw()
     figure.savefig(path, dpi=120)
-    picture = np.asarray(canvas.buffer_rgba())[:, :, :3]
-    # A writer of its own each time: the packs of a family run in several processes and share this folder.
-    with SummaryWriter(str(run_dir / "tensorboard")) as board:
-        board.add_image("family/loss_against_depth", picture, steps, dataformats="HWC")
+    picture = torch.from_numpy(np.array(canvas.buffer_rgba())[:, :, :3]).permute(2, 0, 1) / 255
+    # Trackers of its own each time: the packs of a family run in several processes and share this folder.
+    shown = Trackers(TrackedRun(run_dir), trackers)
+    shown.images(steps, {"family/loss_against_depth": picture})
+    shown.close()
     return path

@@ -84,7 +84,8 @@ def run_family(family: Family, inside: bool) -> Path:
         others = expand(family.config.model_copy(update={"only": ()}))
         others.sort(key=lambda member: member.name in started)
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
-            draw_family(folder, others, beside=family.beside)  # the last pack to end draws the whole family
+            # the last pack to end draws the whole family
+            draw_family(folder, others, beside=family.beside, trackers=family.config.engine.tracker)
     if refused:
         raise refused[0]
     return folder

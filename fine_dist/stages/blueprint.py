@@ -15,7 +15,7 @@ from fine_dist.data.reader import ShardSet
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
-from fine_dist.methods.base import Method, Weights
+from fine_dist.methods.base import Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.stages.settings import StageConfig
 
@@ -97,6 +97,19 @@ class Stage(ABC, Generic[C]):
         }
         shards.close()
         return {**found, "steps": config.steps} if config.optim.depends_on_steps else found
+
+
+def hparams(stage: str, method: MethodConfig, arch: Arch, config: Any, *, seed: int, lr: float) -> dict[str, Any]:
+    """The settings of a run that trackers show in a table of runs, under the same names in every stage.
+
+    Args:
+        config: Settings with `batch`, `steps` and `engine`.
+    """
+    return {
+        **{"stage": stage, "method": method.name, "architecture": arch.name, "depth": arch.num_layers},
+        **{"batch": config.batch, "steps": config.steps, "seed": seed, "lr": lr, "precision": config.engine.precision},
+        **{f"method.{key}": value for key, value in method.model_dump(mode="json", exclude={"name"}).items()},
+    }
 
 
 def fit_arch(arch: Arch, data: DataConfig) -> Arch:

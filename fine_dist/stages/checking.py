@@ -14,6 +14,7 @@ from fine_dist.diffusion.samplers import build_scheduler, resolve_scheduler
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.trackers import check_installed
 from fine_dist.model.arch import Arch
 from fine_dist.stages.blueprint import Stage
 from fine_dist.stages.build import check_held_out
@@ -31,6 +32,7 @@ def check_settings(config: StageConfig, world_size: int, arch: Arch | None = Non
     Raises:
         ConfigError: The first thing that is wrong.
     """
+    check_installed(config.engine.tracker)
     micro, accumulation = divide_batch(config.batch, config.engine.micro_batch, world_size)
     if config.engine.backend == "deepspeed":
         deepspeed_json(config.optim, config.engine, world_size, micro, accumulation)

@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from fine_dist.core.config import expand_path
 from fine_dist.data.sources import locate
 from fine_dist.engine import dist
 from fine_dist.engine.loop import fit
-from fine_dist.engine.monitor import log_hparams
 from fine_dist.engine.program import FitResult
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.world import World
 from fine_dist.model.artifact import load_artifact, save_artifact
-from fine_dist.stages.blueprint import Stage
+from fine_dist.stages.blueprint import Stage, hparams
 from fine_dist.stages.build import Plan, make_program
 from fine_dist.stages.checking import check_settings
 from fine_dist.stages.repa import with_alignment
@@ -51,6 +49,7 @@ def train_stage(stage: Stage[Any], build: Callable[[World], Plan]) -> Path:
             return folder
         plan = with_alignment(config, build(world), world)
         program = make_program(config, plan, world, identity)
+        program.hparams = hparams(kind, plan.method.config, plan.arch, config, seed=config.seed, lr=config.optim.lr)
         flops = plan.training_flops(config.batch)
         if world.is_main:
             print("\n".join(plan.condensation.lines), end="\n" if plan.condensation.lines else "")
@@ -62,7 +61,6 @@ def train_stage(stage: Stage[Any], build: Callable[[World], Plan]) -> Path:
             if not world.is_main:
                 return
             manifest = write_artifact(config, plan, result, artifact, folder)
-            write_hparams(config, plan, result, kind, run_dir.tensorboard)
             cost = RunCost.of(
                 steps=result.step,
                 batch=config.batch,
@@ -122,18 +120,6 @@ def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str
             **plan.condensation.report,
         },
     )
-
-
-def write_hparams(config: StageConfig, plan: Plan, result: FitResult, stage: str, folder: Path) -> None:
-    """The run as a row of TensorBoard's table of hyperparameters."""
-    settings: dict[str, Any] = {"method": plan.method.config.name, "architecture": plan.arch.name}
-    settings |= {"depth": plan.arch.num_layers, "batch": config.batch, "steps": config.steps, "seed": config.seed}
-    settings |= {"lr": config.optim.lr, "precision": config.engine.precision}
-    own = plan.method.config.model_dump(mode="json", exclude={"name"})
-    settings |= {f"method.{key}": value for key, value in own.items()}
-    measured = [key for key in result.losses if not key.startswith(("raw_", "loss"))] or ["loss"]
-    with SummaryWriter(str(folder)) as board:
-        log_hparams(board, settings, {f"{stage}/final_{key}": result.losses[key] for key in measured}, result.step)
 
 
 def used(config: StageConfig, plan: Plan) -> dict[str, Any]:

@@ -88,9 +88,9 @@ def inherit(short: StudyRun, run: StudyRun) -> None:
     half = run.run_dir.with_name(f".{run.run_dir.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    for name in ("checkpoints", "tensorboard"):
-        shutil.copytree(short.run_dir / name, half / name)
-    shutil.copy(short.run_dir / "metrics.jsonl", half)
+    shutil.copytree(short.run_dir / "checkpoints", half / "checkpoints")
+    for path in (short.run_dir / "metrics.jsonl", *short.run_dir.glob("events.out.tfevents.*")):
+        shutil.copy(path, half)
     half.rename(run.run_dir)
 
 

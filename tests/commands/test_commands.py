@@ -78,7 +78,7 @@ def test_condense_writes_a_learngene_that_names_its_making(condensed):
     artifact = load_artifact(condensed / "learngene", "learngene")
     assert artifact.method["name"] == "fine" and artifact.extra["steps"] == 6
     assert {"genes.qkv.U", "blocks.2.adaln.sigma", "final.linear.weight"} <= set(artifact.tensors)
-    for name in ("config.yaml", "environment.json", "metrics.jsonl", "DONE.json", "checkpoints", "tensorboard"):
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "DONE.json", "checkpoints"):
         assert (condensed / name).exists(), name
     rows = [json.loads(line) for line in (condensed / "metrics.jsonl").read_text().splitlines()]
     assert any("held_out_loss" in row for row in rows) and any("loss" in row for row in rows)
@@ -95,7 +95,7 @@ def test_the_saved_config_reloads_equal(condensed):
 def test_tensorboard_has_the_curves_the_sigmas_and_the_samples(condensed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(condensed / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    events = EventAccumulator(str(condensed), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
     tags = events.Tags()
     for word in ("loss", "lr", "images_per_s", "held_out_loss"):

@@ -47,7 +47,7 @@ def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
     newest = CheckpointReader(folder / "checkpoints" / "step_00000030")
     assert torch.equal(newest.whole("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
     assert losses(folder)[-1] < losses(folder)[0]
-    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    board = EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/held_out_cosine", "train/norm_clip_l", "train/norm_clip_g"} <= set(
         board.Tags()["scalars"]
     )

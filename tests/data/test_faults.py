@@ -341,5 +341,5 @@ def test_a_training_run_counts_the_damaged_samples_in_tensorboard_and_its_metric
         "num_heads: 2, patch_size: 2, in_channels: 1, input_size: 4, num_classes: 10, learn_sigma: false}\n"
     )
     assert train.main(["--config", str(config), *flags, "--launcher", "here"]) == 0
-    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    board = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.value for event in board.Scalars("train/damaged_samples")][-1] == 1

@@ -219,7 +219,7 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
     assert [row["loss"] for row in fitted.rows if "loss" in row] == unseen.losses
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     tags = events.Tags()
     assert tags["images"] == ["samples"] and tags["histograms"] == ["sigma/qkv"]

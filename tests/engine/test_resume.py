@@ -80,7 +80,7 @@ def test_metrics_and_tensorboard_of_a_resumed_run_have_every_step_once(tmp_path:
     assert steps == list(range(1, 10))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 10))
 

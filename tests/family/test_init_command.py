@@ -145,12 +145,12 @@ def test_the_list_shows_sizes_losses_and_the_storage_of_the_family(family):
 
 def test_tensorboard_has_a_run_a_target_with_its_hyperparameters_and_the_familys_figure(family):
     for name in NAMES:
-        events = EventAccumulator(str(family / name / "tensorboard"))
+        events = EventAccumulator(str(family / name))
         events.Reload()
         assert len(events.Scalars("train/loss")) == STEPS
-        assert events.Scalars("init/final_held_out_loss")[0].value > 0
+        assert events.Scalars("final/held_out_loss")[0].value > 0
         assert "_hparams_/session_start_info" in events.summary_metadata
-    figure = EventAccumulator(str(family / "tensorboard"))
+    figure = EventAccumulator(str(family))
     figure.Reload()
     assert figure.Tags()["images"] == ["family/loss_against_depth"]
     assert (family / "family.png").stat().st_size > 1000

@@ -21,7 +21,7 @@ def train(shards, run, *more: str) -> list[str]:
 def board(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
     return events
 
@@ -77,7 +77,7 @@ def test_quick_scores_change_nothing_that_is_trained(quick, plain):
 def test_settings_and_scores_are_a_row_of_tensorboards_table(plain):
     events = board(plain)
     assert "_hparams_/session_start_info" in events.summary_metadata
-    assert "train/final_held_out_loss" in events.Tags()["scalars"]
+    assert "final/held_out_loss" in events.Tags()["scalars"]
 
 
 @pytest.mark.parametrize(("more", "words"), [

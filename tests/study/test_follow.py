@@ -83,11 +83,11 @@ def test_how_jobs_are_launched_does_not_make_another_run(tmp_path):
 def test_a_longer_run_inherits_checkpoints_and_rows_but_no_end(tmp_path):
     graph = graph_of(tmp_path, ("short", (), False), ("long", ("short",), False))
     short, long = graph.runs
-    for name in ("checkpoints", "tensorboard"):
-        (short.run_dir / name).mkdir(parents=True)
+    (short.run_dir / "checkpoints").mkdir(parents=True)
+    (short.run_dir / "events.out.tfevents.1.host").touch()
     (short.run_dir / "checkpoints" / "step-5").write_text("weights")
     (short.run_dir / "metrics.jsonl").write_text("{}\n")
     (short.run_dir / "DONE.json").write_text("{}")
     inherit(short, long)
     found = sorted(p.relative_to(long.run_dir).as_posix() for p in long.run_dir.rglob("*"))
-    assert found == ["checkpoints", "checkpoints/step-5", "metrics.jsonl", "tensorboard"]
+    assert found == ["checkpoints", "checkpoints/step-5", "events.out.tfevents.1.host", "metrics.jsonl"]
