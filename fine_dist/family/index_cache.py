@@ -1,4 +1,4 @@
-"""Lists of row numbers as tensors on a device, so that a step of a pack never waits for a copy from the host."""
+"""A cache of row numbers as device tensors, so that a step of a pack never waits for a copy from the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MOST = 256
-"""Lists that are kept; which jobs and feeds a step takes changes only when a job ends."""
+"""Maximum number of cached lists; the jobs and feeds of a step change only when a job ends."""
 
 
 class IndexCache:
@@ -34,10 +34,11 @@ class IndexCache:
     def take(self, x: Tensor, rows: Sequence[int]) -> Tensor:
         """Some rows of x, in that order: a view where they are consecutive."""
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            # A view keeps the memory format and costs no kernel; most steps take all rows.
             return x if len(rows) == len(x) else x.narrow(0, rows[0], len(rows))
         return x.index_select(0, self.tensor(rows, x.device))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on a device; on a GPU by a copy that nobody waits for."""
+    """A host tensor on a device; the host does not wait for a copy to a GPU."""
     return x.to(device) if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""A family of targets: its grid as named tasks, what is checked before anything is queued, and the packs it becomes."""
+"""A family of targets: its grid as named members, the checks before anything is queued, and its division into packs."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Member:
 
     @property
     def point(self) -> dict[str, Any]:
-        """Its place in the grid, as JSON values."""
+        """Its coordinates in the grid, as JSON values."""
         place = {"name": self.name, "depth": self.depth, "domain": self.domain, "seed": self.seed, "lr": self.lr}
         return {**place, "variant": dict(self.variant)}
 
 
 def expand(config: InitConfig) -> list[Member]:
-    """The grid as named targets, deepest axis first: `L4-s0-lr0.01-linear`. `ConfigError` for an impossible grid."""
+    """The members of the grid, named like `L4-s0-lr0.01-linear`. `ConfigError` when the grid is impossible."""
     domains = config.domains or {"data": DomainConfig(data=config.data, labels=config.labels)}
     rates = config.lrs or (config.optim.lr,)
     for depth in config.depths:
@@ -67,6 +67,7 @@ def expand(config: InitConfig) -> list[Member]:
     for rate in rates:
         if not rate > 0:
             raise ConfigError(f"lrs: {rate} is no learning rate; give numbers above 0")
+    # Counted before it is made: a slip in a config may ask for a million targets.
     size = len(config.depths) * len(domains) * len(config.seeds) * len(rates)
     for values in config.variants.values():
         size *= len(values)
@@ -102,7 +103,7 @@ def _named(name: str) -> str:
 
 
 class Family:
-    """A config with its parent read and checked: what can be said of every target before it is built."""
+    """A config with its parent: everything that is known of the targets before they are built."""
 
     def __init__(self, config: InitConfig):
         self.config = config
@@ -112,16 +113,16 @@ class Family:
 
     @cached_property
     def parent(self) -> Parent | None:
-        """Read and checked against its hash; `ArtifactError` for one that is damaged or was never finished."""
+        """The parent, read and verified by its hash. `ArtifactError` when it is damaged or incomplete."""
         return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
 
     @cached_property
     def beside(self) -> dict[str, list[tuple[int, float]]]:
-        """What is drawn beside its targets' losses; read once. `ArtifactError` for a baseline that holds no model."""
+        """The baselines for the figure of the targets' losses, read once. `ArtifactError` when one holds no model."""
         return baselines(self.parent, self.config.baselines)
 
     def parent_with_samples(self, member: Member) -> Parent | None:
-        """The parent, and as many samples of the target's data as its method looks at."""
+        """The parent with the samples of the target's data that its method needs (`Traits.samples`)."""
         wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
         if self.parent is None or not wanted or not shards:
             return self.parent
@@ -131,7 +132,7 @@ class Family:
         return replace(self.parent, samples=(latents, labels))
 
     def method(self, member: Member) -> Method[Any]:
-        """The method of one target, with what it varies. `ConfigError` for a variant that the method does not have."""
+        """The method of a target with its variant. `ConfigError` when the method has no such variant."""
         if member.variant not in self._methods:
             if self.config.method is not None:
                 method = build(self.config.method)
@@ -167,7 +168,7 @@ class Family:
         return member.domain_config.labels == "new"
 
     def check_data(self, member: Member) -> None:
-        """`DataError` when the target's data set is not there, is damaged or does not fit it."""
+        """Check the target's data set. `DataError` when it is missing or damaged, or does not fit the target."""
         arch = self.arch(member)
         for where, manifest in self.manifests(member):
             check_fit(manifest, arch, where)
@@ -183,7 +184,7 @@ class Family:
             )
 
     def manifests(self, member: Member) -> list[tuple[str, Manifest]]:
-        """What the data set's shards hold: those that are trained on first, then the held-out ones if any."""
+        """(path, manifest) of the target's training shards, then of its held-out shards if there are any."""
         data = member.domain_config.data
         if not data.shards:
             key = f"domains.{member.domain}.data.shards" if self.config.domains else "data.shards"
@@ -198,7 +199,7 @@ class Family:
         return self._read[member.domain]
 
     def check(self) -> None:
-        """Everything that can be wrong before a target trains; nothing is written."""
+        """Check everything that can be wrong before a target trains; nothing is written."""
         check_installed(self.config.engine.tracker)
         seen: set[Any] = set()
         for member in self.members:
@@ -206,6 +207,7 @@ class Family:
             if self.parent is not None and method.traits.parents != ("none",):
                 parent = self.parent.artifact
                 check_parent_process(diffusion_of(parent.extra), self.config.diffusion, str(parent.folder))
+            # Data and method are the same for all depths, seeds and rates; a family of thousands is checked in seconds.
             if (member.variant, member.domain) not in seen:
                 seen.add((member.variant, member.domain))
                 self.check_data(member)
@@ -223,7 +225,7 @@ class Family:
     # --- one target's identity --------------------------------------------------------------------------------------
 
     def identity(self, member: Member) -> dict[str, Any]:
-        """Everything that decides a target's trajectory, as JSON values; where things lie is no part of it."""
+        """Everything that determines a target's trajectory, as JSON values; paths are not part of it."""
         config = self.config
         data = member.domain_config.data
         found = {
@@ -240,6 +242,7 @@ class Family:
             "diffusion": config.diffusion.model_dump(mode="json"),
             "precision": config.engine.precision,
         }
+        # Otherwise more steps continue the same run, and the number is no part of its identity.
         if config.optim.depends_on_steps:  # the rate of every step depends on how many there will be
             found["steps"] = config.steps
         return found
@@ -257,14 +260,14 @@ class Family:
         return sha256_text(json.dumps(self.identity(member), sort_keys=True))
 
     def done(self, member: Member) -> bool:
-        """Whether nothing is left to do: its artifact is there, and it was trained for as many steps as are wanted."""
+        """Whether a target is done: its artifact exists and was trained for the requested number of steps."""
         result = result_of(member.folder)
         return result is not None and (
             result["steps"] >= self.config.steps or result["steps"] == 0 or bool(result.get("reason"))
         )
 
     def check_folder(self, member: Member) -> None:
-        """`RunDirError` when the target's folder was written for another target, naming what differs."""
+        """Check that a target's folder was not written for another target. `RunDirError` names what differs."""
         path = member.folder / "target.json"
         if not path.is_file():
             return
@@ -283,17 +286,18 @@ class Family:
 
     @property
     def may_pack(self) -> bool:
-        """Whether the settings leave packing open: what a pack does not offer goes through the loop."""
+        """Whether the settings allow packs; what packs do not offer is trained by the engine's loop."""
         return self.config.engine.backend == "plain"
 
     def shapes(self) -> list[Shape]:
-        """What the planner needs to know of all targets. One that trains by itself is a group of its own."""
+        """The planner's description of all targets. A target that cannot be packed forms its own group."""
         return [self._shape_of(member) for member in self.members]
 
     def _shape_of(self, member: Member) -> Shape:
         arch = self._shape(member)
         rank = self._rank(member)
         bf16 = self.config.engine.precision == "bf16"
+        # New labels put a data set in a group of its own, because the jobs' label tables have its number of classes.
         group = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
         if rank is None:
             group = json.dumps(["single", member.name])
@@ -305,7 +309,7 @@ class Family:
         return {}
 
     def _rank(self, member: Member) -> int | None:
-        """Components of the factors that targets like this one share; none where they train by themselves."""
+        """Rank of the factors that targets like this one share. None when they cannot be packed."""
         if not self.may_pack:
             return None
         key = (member.variant, member.domain)
@@ -318,7 +322,7 @@ class Family:
         return self._ranks[key]
 
     def packs(self, capacity: Capacity | None = None) -> list[Pack]:
-        """The packs of this family. capacity: the machines they will run on; none: this process alone."""
+        """The packs of this family for the machines of `capacity` (None: for this process alone)."""
         config = self.config
         cpu, memory = pack_memory(config, capacity)
         workers = 1 if capacity is None else config.pack.workers or config.launch.max_parallel or capacity.workers
@@ -333,10 +337,11 @@ class Family:
 
 
 def pack_memory(config: InitConfig, capacity: Capacity | None) -> tuple[bool, int]:
-    """(whether packs run on a CPU, bytes for a pack's activations), there, or in this process."""
+    """(whether packs run on a CPU, bytes for a pack's activations) on those machines, or in this process."""
     if capacity is not None:
         cpu = capacity.cpu or config.engine.device == "cpu"
         known = None if cpu else capacity.accelerator_bytes
+        # A fifth is left for the allocator's fragments, the factors and the CUDA context.
         free = int(0.8 * known) if known else CPU_MEMORY
     else:
         cpu = config.engine.device == "cpu" or not torch.cuda.is_available()

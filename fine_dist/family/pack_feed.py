@@ -1,4 +1,4 @@
-"""What the jobs of a pack are trained on: jobs of one data set, seed and step share a feed, read and drawn once.
+"""The training data of a pack: jobs with the same data set, seed and step share a feed, which is read and drawn once.
 
 Shapes: F feeds, B samples of a job on this process, C channels, H latent side.
 """
@@ -29,7 +29,7 @@ from fine_dist.model.arch import Arch
 
 @dataclass(frozen=True)
 class FeedSource:
-    """Where a feed comes from: one data set in the order of one seed, from a step on."""
+    """The origin of a feed: a data set, in the order of a seed, from a step on."""
 
     domain: str
     data: DataConfig
@@ -47,11 +47,11 @@ class FeedBatch:
     """Feed -> its row in the tensors."""
 
     def select(self, cache: IndexCache, rows: Sequence[int]) -> FeedBatch:
-        """Some rows, in that order (one a job); what `rows` maps is not kept."""
+        """Some rows in a given order, one for each job; the result has no `rows`."""
         return FeedBatch(NoisedBatch(*(cache.take(x, rows) for x in _tensors(self.noised))), {})
 
     def flat(self, part: slice = slice(None)) -> NoisedBatch:
-        """A part of every row's samples, behind one another: every tensor is [F b, ...]."""
+        """A part of every row's samples, concatenated: every tensor is [F b, ...]."""
         return NoisedBatch(*(x[:, part].flatten(0, 1) for x in _tensors(self.noised)))
 
 
@@ -72,13 +72,14 @@ class Feeds:
     ) -> None:
         self.sources, self.device = list(sources), world.device or torch.device("cpu")
         self.process = make_process(diffusion).to(self.device)
+        # A process of its own, which stays in host memory: `self.process` moves to the device.
         times = make_process(diffusion).times
         self._draws = [
             partial(draw, s.seed, shape=arch.latent_shape, times=times, label_drop=diffusion.label_drop)
             for s in self.sources
         ]
         self.bad: dict[int, str] = {}
-        """Feed -> why it cannot be read any more."""
+        """Why a feed cannot be read any more, by feed."""
         self._cache = IndexCache()
         self._streams: list[LatentStream | None] = []
         self._batches: list[Iterator[Any]] = []
@@ -99,19 +100,21 @@ class Feeds:
                 continue
             self._streams.append(stream)
             self._batches.append(stream.batches(source.step))
+        # One thread: streams and their iterators may not be advanced from two.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeds") if self.device.type == "cuda" else None
         self._next: tuple[tuple[int, ...], Future[FeedBatch | None]] | None = None
 
     def next(self, wanted: Sequence[int]) -> FeedBatch | None:
-        """One more step of these feeds, on the device; none when all of them are bad.
+        """The next step of these feeds, on the device; None when all of them are bad.
 
-        A feed that is left out once must not be asked for again: its place would be lost.
+        A feed that was left out once must not be requested again, because its position is lost.
         """
         names = tuple(sorted(set(wanted)))
         if self._pool is None:
             return self._make(names)
         planned, future = self._next or ((), None)
         batch = future.result() if future is not None else self._make(names)
+        # A job that ended in between: its feed was prefetched and is left out of this step.
         if planned != names and batch is not None:
             kept = [name for name in names if name in batch.rows]
             rows = [batch.rows[name] for name in kept]
@@ -119,6 +122,7 @@ class Feeds:
                 FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(kept)}) if rows else None
             )
         good = tuple(name for name in names if name not in self.bad)
+        # Submitted before the caller computes, so that reading and computing overlap.
         self._next = (good, self._pool.submit(self._make, good))
         return batch
 
@@ -148,6 +152,7 @@ class Feeds:
 
     def _latents(self, batches: list[Batch]) -> Tensor:
         """float32 [F, B, C, H, H]. Where all feeds store one dtype and scale, their stored bytes are what is copied."""
+        # float16 is half the bytes to copy; the conversion runs on the device.
         kinds = {(batch.stored.dtype, batch.scale) for batch in batches}
         if len(kinds) == 1:
             return as_float(self._stacked([batch.stored for batch in batches]), batches[0].scale)
@@ -157,7 +162,7 @@ class Feeds:
         return to_device(torch.stack(parts), self.device)
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading and close all streams."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         for stream in self._streams:

@@ -1,4 +1,4 @@
-"""One job of a pack: what decides its trajectory, how far it has come, and who is told."""
+"""One job of a pack: its settings, its progress, and the observer of its events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class PackJob:
 
 @dataclass
 class JobProgress:
-    """How far a job has come: part of a checkpoint."""
+    """The progress of a job, which is part of a checkpoint."""
 
     step: int = 0
     """Steps whose numbers have been read."""
@@ -45,19 +45,22 @@ class JobProgress:
     """Steps that were skipped because a loss or gradient was not finite."""
 
     def stopped_improving(self, loss: float, rule: EarlyStop | None) -> bool:
-        """Take in the loss of this step; whether the rule ends the job after it."""
+        """Add the loss of this step; returns whether the rule ends the job after it."""
         if rule is None:
             return False
         size, recent = rule.window, self.recent
         recent.append(loss)
+        # Only the last two windows are ever compared, and the list is part of every saved state.
         del recent[: -2 * size]
+        # Once in a window and not in every step: neighboring means
+        # overlap, and noise would trigger one of them sooner or later.
         if len(recent) < 2 * size or self.step % size:
             return False
         return sum(recent[size:]) > sum(recent[:size]) * (1 - rule.min_gain)
 
 
 class PackObserver(Protocol):
-    """Who is told what happens to jobs, on rank 0 only. A job is named by its index."""
+    """Receives the events of jobs, on rank 0 only. A job is named by its index."""
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         """Means over the steps since the last row."""

@@ -1,7 +1,7 @@
-"""The loop over a pack: one program, and for every job its own rate, length, early stop, clipping and end.
+"""The training loop of a pack; every job has its own learning rate, length, early stop, clipping and end.
 
-A job leaves the pack when it is done, has stopped improving, or has failed; the others never notice. The state of all
-jobs is one small file, so killing the process and starting the same command again continues from the last checkpoint.
+A job leaves the pack when it is done, has stopped improving, or has failed; the others are not affected. The state of
+all jobs is one small file, from which the same command continues after the process was killed.
 
 Shapes: J jobs, B samples of a job on this process, F feeds.
 """
@@ -58,13 +58,19 @@ class PackRun:
     jobs are updated, and on a GPU the host reads losses one step late, while the next step is computed.
 
     Args:
-        pack: J jobs' parameters and forward pass.
-        jobs: In the pack's order; their steps, rates, seeds and data sets may differ.
+        pack: Parameters and forward pass of J jobs.
+        jobs: The jobs in the pack's order; their steps, rates, seeds and data sets may differ.
         batch: Samples of one job in a step, over all processes.
-        chunk: Jobs that go through the model at once; fewer cost less memory, more cost less time on small batches.
-        states: Folder of all packs' states, and this pack's name in it. Default: nothing is kept.
-        stop_request: Asked before every update with the seconds that a step and a save take: go on, save, or save and
-            return (`engine.stopping`).
+        optim: Settings of AdamW and the schedule; each job has its own learning rate.
+        diffusion: The process that the jobs are trained for.
+        engine: Settings of the loop.
+        observer: Is told what happens to the jobs, on rank 0.
+        world: This process among the others.
+        chunk: Jobs that go through the model at once; fewer take less memory, more are faster on small batches.
+        stop: Rule that ends jobs early. None: none ends early.
+        states: Folder of all packs' states, and this pack's name in it. None: nothing is saved.
+        stop_request: Called before every update with the seconds that a step and a save take; returns a request of
+            `engine.stopping`.
     """
 
     def __init__(
@@ -107,22 +113,25 @@ class PackRun:
         set_arithmetic(engine)
         if compiles(engine, self.device):
             compile_or_fall_back(list(pack.blocks))
+        # Before resuming: every rank starts from rank 0's bits,
+        # and the state on disk then replaces the same rows on all.
         self._broadcast_start()
         self._resume()
 
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def train(self) -> bool:
-        """Train every job to its end. False when a request to stop came first; the state is saved then."""
+        """Train all jobs. False when a stop was requested before their end; their state is saved then."""
         for _ in self.steps():
             pass
         return not self.active()
 
     def steps(self) -> Iterator[int]:
-        """Train step by step: yields how many steps were taken, until no job is left or a stop was asked for."""
+        """Train step by step: yields the number of steps so far, until no job is left or a stop was requested."""
         feeds, feed_of = self._feeds()
         taken, step_s = 0, 0.0
         for j in self.active():
+            # Measured before the first step only; a resumed job has that row in its log.
             if self.progress[j].step == 0:
                 self._evaluate(j)
         self._read_at = time.perf_counter()
@@ -132,6 +141,7 @@ class PackRun:
                 batch = feeds.next([feed_of[j] for j in active])
                 losses = self._gradients(batch, {j: feed_of[j] for j in active})
                 request = self._read_pending(feeds, feed_of)  # the step before, while the device computes this one
+                # On a GPU one more step is already queued when the request is read.
                 step_s_needed = 2 * step_s if self.reads_late else step_s
                 self.pending = self._update(losses, active, feeds, step_s_needed + self._save_s)
                 taken += 1
@@ -159,36 +169,45 @@ class PackRun:
         A job is updated where its loss and its gradient's norm are finite; the device decides that by itself.
         """
         ranks = self.world.world_size
+        # One flag for each feed and each rank in one message: ranks must
+        # agree in the same step on what is lost and who asks to stop.
         flags = torch.zeros(len(feeds.sources) + ranks)
         flags[list(feeds.bad)] = 1.0
         flags[len(feeds.sources) + self.world.rank] = float(self.stop_request(seconds))
+        # Divided first, so that the sum over ranks is the mean.
         numbers = torch.cat([losses / ranks, to_device(flags, self.device)])
         if ranks > 1:
             dist.all_reduce_sum(numbers, self.world)
             for p in self.optimizer.parameters:
+                # A rank whose feeds are all lost has no gradient, but must take part in the collective.
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce_sum(p.grad, self.world).div_(ranks)
         running = [j for j in jobs if self.progress[j].state == "running"]
         rates = {j: learning_rate(self.optim[j], self._taken(j), self.jobs[j].steps) for j in running}
         norms = self.optimizer.norms()
+        # A row for every job of the pack: shapes never change, so no kernel is chosen or compiled anew when a job ends.
         table = to_device(
             torch.tensor([[float(j in rates), rates.get(j, 0.0)] for j in range(len(self.jobs))], dtype=torch.float64),
             self.device,
         )
         mean = numbers[: len(self.jobs)]
+        # The device decides by itself; the host learns of it one step later.
         update = (table[:, 0] > 0) & mean.isfinite() & norms.isfinite()
         self.optimizer.step(update, table[:, 1])
         copied = AsyncHostCopy(torch.cat([mean, norms, numbers[len(self.jobs) :]]).double())
         return PendingPackStep(running, rates, copied)
 
     def _taken(self, j: int) -> int:
-        """Steps of a job that are queued or done."""
+        """Number of steps of a job that are done or queued on the device."""
+        # The pending step counts, because it is queued and cannot be taken back.
         return self.progress[j].step + (self.pending is not None and j in self.pending.jobs)
 
     def _must_read(self, taken: int) -> bool:
         """Whether the step's numbers are needed before the next one starts: something depends on its result."""
         if not self.reads_late or self._first_step or taken % self.engine.checkpoint_every == 0:
             return True
+        # Whatever needs a job's weights as they are after that very
+        # step (its end, a measurement, an early stop) forces a read.
         steps = {(j, self._taken(j)) for j in self.active()}
         window = self.early.window if self.early else 0
         return any(
@@ -207,9 +226,11 @@ class PackRun:
         lost, requests = rest[: len(feeds.sources)], rest[len(feeds.sources) :]
         for feed, flag in enumerate(lost):
             if flag >= 1:
+                # Flagged by some rank: all ranks end the jobs of this feed in the same step.
                 feeds.bad.setdefault(feed, "another process could not read its data")
         now = time.perf_counter()
         seconds, self._read_at = now - self._read_at, now
+        # Depth is what a job's time is proportional to at one width.
         layers = sum(self.pack.depths[j] for j in pending.jobs)
         for j in sorted(pending.jobs):
             if feed_of[j] in feeds.bad:
@@ -249,10 +270,13 @@ class PackRun:
                         self._backward(batch.select(self.pack.index, [rows[j] for j in part]), part),
                     )
                 return losses
+            # Gradients of this attempt are forgotten, and the whole step is
+            # computed again with smaller chunks: no partial sum may count twice.
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             if len(part) == 1:
+                # Even alone it does not fit: its loss becomes NaN, which ends it on all ranks.
                 self._no_memory.add(part[0])
             self.chunk = max(1, len(part) // 2)
             if self.device.type == "cuda":
@@ -267,18 +291,21 @@ class PackRun:
             with precision(self.engine, self.device):
                 out = self.pack(PackInputs(noised.z_t[:, part], noised.t[:, part], noised.y[:, part]), jobs)
             losses = self._objective.losses(batch.flat(part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
+            # The same expression as the engine's loop where there is one micro-batch, so that the bits are the same.
             means = losses.mean(1) if self.micro_batch == samples else losses.sum(1) / samples  #               [J']
+            # A sum over jobs: each job's parameters see the gradient of its own mean only.
             means.sum().backward()
             total += means.detach()
         return total
 
     def _feeds(self) -> tuple[Feeds, dict[int, int]]:
-        """Feeds of the active jobs, and which of them each job sees."""
+        """Feeds of the active jobs, and the feed of each job."""
         sources: list[FeedSource] = []
         feed_of: dict[int, int] = {}
         for j in self.active():
             job = self.jobs[j]
             source = FeedSource(job.domain, job.data, job.seed, self.progress[j].step, job.num_classes)
+            # Compared by value: jobs that differ in learning rate or depth alone see the same samples and draws.
             if source not in sources:
                 sources.append(source)
             feed_of[j] = sources.index(source)
@@ -333,7 +360,7 @@ class PackRun:
     # --- the state on disk ------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write the state of all jobs as one file, whole or not at all. No step may be pending."""
+        """Write the state of all jobs as one file, atomically. No step may be pending."""
         if self.states is None:
             return
         drift = replica_check.check(self.pack, self.world, self.engine, "at a checkpoint")
@@ -343,6 +370,7 @@ class PackRun:
             log.warning("%s", drift)
         begun = time.perf_counter()
         folder, name = self.states
+        # The only wait of a save besides copying the states: no step is pending, so nothing is queued behind it.
         updates = self.optimizer.updates.tolist()
         states = {
             job.name: (job.key, self.optimizer.state(j), {**asdict(p), "updates": int(updates[j])})
@@ -353,7 +381,7 @@ class PackRun:
 
     @torch.no_grad()
     def _broadcast_start(self) -> None:
-        """Rank 0's start for every rank: processors of different kinds round differently."""
+        """Send rank 0's initial values to all ranks, because processors of different kinds round differently."""
         if self.world.world_size == 1:
             return
         replica_check.broadcast(self.pack, self.world)
@@ -364,7 +392,7 @@ class PackRun:
                 bias.copy_(theirs.view_as(bias))
 
     def _resume(self) -> None:
-        """Continue from the furthest saved state of every job, in whichever pack it was saved."""
+        """Restore the furthest saved state of every job, whichever pack has saved it."""
         if self.states is None:
             return
         found = read_states(*self.states, {job.name: job.key for job in self.jobs})
@@ -382,5 +410,6 @@ class PackRun:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that host or accelerator memory is used up."""
+    # torch raises plain RuntimeErrors from its CPU allocator; their words are all there is.
     words = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(w in str(error) for w in words)

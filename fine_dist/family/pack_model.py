@@ -1,10 +1,9 @@
-"""Many sigma-initializations as one program: U and V once, every sample uses its own job's sigma.
+"""Trains the sigma of many targets as one model: U and V are shared, and every sample uses its own job's sigma.
 
-A pack is J targets of one width that share their frozen genes. Their batches lie behind one another, deepest job
-first, so the jobs that are still deep enough at a layer are a prefix of the batch, and the others leave through a
-slice. Nothing couples two jobs: a row of a product, a layer's normalization and a sample's attention belong to one
-sample, and every sum over samples is a sum within one job. A job's trajectory is therefore its solo run's, up to
-rounding.
+A pack is J targets of one width that share their frozen genes. Their batches are concatenated, deepest job first, so
+the jobs that have a given layer are a prefix of the batch, and the samples of the others are cut off by a slice. Jobs
+are independent: a row of a product, a layer's normalization and a sample's attention belong to one sample, and every
+sum over samples is a sum within one job. A job's trajectory therefore equals that of its own run, up to rounding.
 
 Shapes: J jobs, B samples a job, N = J B, T tokens, S = B T rows of a job, D width, K = 5 matrices, L layers of the
 deepest job, R rank, m out and n in features, C classes.
@@ -29,12 +28,12 @@ from fine_dist.model.factors import SharedForm, cheaper_path
 from fine_dist.model.layers import FactoredProduct, attention, compute_dtype, gated_add, modulate
 
 _KEPT_SELECTIONS = 64
-"""Selections of jobs whose biases are kept stacked."""
+"""Maximum number of selections of jobs whose stacked biases are cached."""
 
 
 @dataclass(frozen=True)
 class PackInputs:
-    """What J jobs see in a step, a row a job: z noised latents [J, B, C, H, H], t times [J, B], y labels [J, B]."""
+    """The inputs of J jobs: z noised latents [J, B, C, H, H], t times [J, B], y labels [J, B]."""
 
     z: Tensor
     t: Tensor
@@ -44,7 +43,7 @@ class PackInputs:
 class PackedBlock(nn.Module):
     """A DiT block of J jobs: `model.dit.block_forward` with `W_j = U diag(sigma_j) V^T` in every matrix.
 
-    It owns nothing: factors, biases and sigma are its inputs, so all layers and all selections of jobs share one
+    It has no parameters: factors, biases and sigma are inputs, so all layers and all selections of jobs share one
     compiled function.
     """
 
@@ -61,20 +60,32 @@ class PackedBlock(nn.Module):
         factors: Sequence[tuple[Tensor, Tensor]],
         composed: Sequence[bool],
     ) -> Tensor:
-        """x [N, T, D] -> [N, T, D] in fp32; gate: adaLN's input times its V, [N, R].
+        """Run the block on the samples of J jobs.
 
-        sigma [J, R] fp32; biases [J, m] and factors (u [m, R], v [n, R]) in the products' dtype; composed: whether W is
-        made; all in the order of `MATRICES`.
+        Args:
+            x: Tokens, fp32 [N, T, D].
+            gate: adaLN's input times its V, [N, R].
+            sigma: fp32 [J, R] of each matrix, in the order of `MATRICES`, as are the following.
+            biases: [J, m], in the products' dtype.
+            factors: (u [m, R], v [n, R]), in the products' dtype.
+            composed: Whether W is computed.
+
+        Returns:
+            Tokens, fp32 [N, T, D].
         """
+        # Tensors come as lists in the order of MATRICES and not in a
+        # dictionary: what torch.compile traces is then plain tensors.
         known = {name: index for index, name in enumerate(MATRICES)}
 
         def product(name: str, h: Tensor, has_v: bool = True) -> Tensor:
             i, jobs = known[name], len(sigma[0])
+            # Samples of a job lie behind one another, so one axis for jobs and one for rows is a view.
             rows = h.reshape(jobs, -1, h.shape[-1])  #                                                    [J, S, n]
             u, v = factors[i]
             y = packed_product(rows, sigma[i], biases[i], u, v if has_v else None, composed[i])
             return y.reshape(*h.shape[:-1], -1)
 
+        # `gate` has been multiplied by V already, which is the same product at every layer.
         modulation = product("adaln", gate, has_v=False).to(x.dtype).unsqueeze(1)  #                       [N, 1, 6 D]
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #               6 x [N, 1, D]
         attended = attention(product("qkv", modulate(x, shift_a, scale_a)), self.num_heads)  #               [N, T, D]
@@ -88,8 +99,11 @@ def packed_product(x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor 
     dtype = u.dtype
     if composed:
         assert v is not None
+        # J weights at once. Composing pays where a job has more rows than its own weight costs to make.
         weight = (u * sigma[:, None]).to(dtype) @ v.T  #                                                     [J, m, n]
         return torch.baddbmm(bias[:, None], x.to(dtype), weight.transpose(1, 2))
+    # The function with its own backward pass keeps half as much.
+    # A compiler traces the plain form below and finds the same.
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         product: Tensor = FactoredProduct.apply(x, sigma, bias, u, v, dtype)
         return product
@@ -100,14 +114,17 @@ def packed_product(x: Tensor, sigma: Tensor, bias: Tensor, u: Tensor, v: Tensor 
 class PackedDiT(nn.Module):
     """J targets of one width and any depths, in shared form, as one module.
 
-    forms: the targets, as `Method.pack` gives them; equal factors and equal shells, except label embedders that train.
-           They are read one at a time and not kept: an iterator costs one model's memory.
+    `sigma [J, L K R]` trains (beyond a shallower job's depth its row is zero and stays so), and, when the jobs train
+    their label embedders, `labels [J, C+1, D]`. Jobs keep the order in which they are given; during the forward pass
+    they are sorted by depth.
 
-    Trained are `sigma [J, L K R]` (a shallower job's rows beyond its depth are zero, and stay so) and, when the jobs
-    train their label embedders, `labels [J, C+1, D]`. Jobs keep the order in which they are given; inside, they are
-    sorted by depth. `ArtifactError` when two jobs cannot share a pack.
+    Args:
+        forms: The targets, as `Method.pack` gives them, with equal factors and shells (except label embedders that
+            train). They are read one at a time and not kept, so an iterator costs the memory of one model.
+        recompute: Blocks whose activations are computed again in the backward pass: `none`, `blocks` or `every_other`.
 
-    recompute: `none`, `blocks` or `every_other`: whose activations are computed again in the backward pass.
+    Raises:
+        ArtifactError: Two targets cannot share a pack.
     """
 
     def __init__(self, forms: Iterable[SharedForm], recompute: str = "none"):
@@ -120,6 +137,7 @@ class PackedDiT(nn.Module):
         for form in forms:
             if not depths:
                 self._adopt(form)
+            # By hash: comparing tensors would need the factors of every target in memory at once.
             elif shared_identity(form) != self.identity:
                 raise ArtifactError(
                     f"a target of {form.arch.num_layers} layers does not share the pack's genes; plan it separately"
@@ -131,6 +149,8 @@ class PackedDiT(nn.Module):
             if form.labels is not None:
                 tables.append(form.labels[1])
         self.depths, self.recompute = tuple(depths), recompute
+        # One parameter [J, L K R] for all jobs, so that the optimizer's kernels do not
+        # depend on their number. Padding gets no gradient, because no layer reads it.
         width = max(len(s) for s in sigmas)
         self.sigma = nn.Parameter(torch.stack([F.pad(s, (0, width - len(s))) for s in sigmas]))
         self.labels = nn.Parameter(torch.stack(tables)) if tables else None
@@ -145,14 +165,15 @@ class PackedDiT(nn.Module):
         return self.get_buffer(f"U_{matrix}"), self.get_buffer(f"V_{matrix}")
 
     def trained(self) -> list[Tensor]:
-        """What stage 2 trains, each with a row a job."""
+        """The parameters that stage 2 trains; row j of each belongs to job j."""
         return [self.sigma] if self.labels is None else [self.sigma, self.labels]
 
     def _adopt(self, form: SharedForm) -> None:
-        """Take what all jobs share from the first."""
+        """Take what all jobs share from the first target."""
         self.identity = shared_identity(form)
         self.arch, self.rank = form.arch, form.rank
         self._label_name = form.labels[0] if form.labels else ""
+        # A DiT is built for its embedders and final layer; its one block is thrown away.
         shell = DiT(form.arch.with_depth(1))
         shell.blocks = nn.ModuleList()
         shell.load_state_dict(form.shell)
@@ -171,18 +192,20 @@ class PackedDiT(nn.Module):
             jobs: Indices into the pack. None: all jobs.
         """
         named = list(range(len(self.depths))) if jobs is None else list(jobs)
+        # Stable: jobs of one depth keep the caller's order, and with it the order of their sums.
         order = sorted(range(len(named)), key=lambda i: -self.depths[named[i]])
         if order == list(range(len(order))):
             return self._forward_sorted(inputs, named)
         in_order = PackInputs(*(self.index.take(x, order) for x in (inputs.z, inputs.t, inputs.y)))
         out = self._forward_sorted(in_order, [named[i] for i in order])
+        # The inverse permutation, which gives the outputs back in the caller's order.
         return self.index.take(out, sorted(range(len(order)), key=lambda i: order[i]))
 
     def _forward_sorted(self, inputs: PackInputs, jobs: list[int]) -> Tensor:
-        """The same of jobs that come deepest first.
+        """The outputs of jobs that are sorted by depth, deepest first.
 
-        The layer loop runs to the deepest job's last layer. `alive` counts the jobs that have such a layer: they are a
-        prefix, so a job that has reached its depth leaves by a slice at the end, and nothing is masked.
+        The layer loop runs to the deepest job's last layer. `alive` is the number of jobs that have the layer: they are
+        a prefix of the batch, so the samples of the others are cut off by a slice, and nothing is masked.
         """
         batch = inputs.t.shape[1]
         x, c = self._embed(inputs, jobs)  #                                                       [N, T, D], [N, D]
@@ -199,6 +222,8 @@ class PackedDiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             for layer in range(self.depths[jobs[0]]):
+                # Jobs come deepest first, so those that have this layer are the first `deep` of them. The others'
+                # samples are cut off the end of the batch: no mask, no wasted product, and the rest stays contiguous.
                 deep = sum(self.depths[j] > layer for j in jobs)
                 if deep < alive:
                     x, done = x.split([deep * batch, (alive - deep) * batch])
@@ -211,6 +236,7 @@ class PackedDiT(nn.Module):
                     x = checkpoint(block, *given, use_reentrant=False)
                 else:
                     x = block(*given)  #                                                                 [N, T, D]
+        # Shallow jobs left first, so reversed they follow the deepest ones: the order of the batch at the beginning.
         x = torch.cat([x, *reversed(finished)]) if finished else x
         output: Tensor = self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
         return output
@@ -222,25 +248,29 @@ class PackedDiT(nn.Module):
         if self.labels is None:
             return x, c + self.shell.label(inputs.y.flatten())
         table = self.index.take(self.labels, jobs)  #                                                   [J', C+1, D]
+        # The jobs' label tables are one long table, in which job j's labels begin at j (C + 1).
         first = torch.arange(len(jobs), device=inputs.y.device)[:, None] * table.shape[1]
         return x, c + F.embedding((inputs.y + first).flatten(), table.flatten(0, 1))
 
     def _composed(self, rows: int) -> tuple[bool, ...]:
-        """Of each matrix, whether W is made for so many rows of a job. adaLN's product with V is made once for all."""
+        """For each matrix, whether composing W is cheaper for this many rows of a job; never for adaLN (see `gate`)."""
         how = {"train_factors": False, "train_scalers": True, "backward": torch.is_grad_enabled()}
         sides = {name: (*self.arch.matrix(name), self.rank) for name in MATRICES}
         return tuple(n != "adaln" and cheaper_path(rows, *size, **how) == "composed" for n, size in sides.items())
 
     def _factors_in(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         """The frozen factors in the products' dtype, in the order of `MATRICES`; cast once."""
+        # The factors are frozen, so casting them in every step would be
+        # a copy for nothing. `.to(device)` of the pack makes new ones.
         if dtype not in self._cast or self._cast[dtype][0][0].device != self.sigma.device:
             self._cast[dtype] = [(u.to(dtype), v.to(dtype)) for u, v in map(self.factors, MATRICES)]
         return self._cast[dtype]
 
     def _stacked_biases(self, jobs: list[int], dtype: torch.dtype) -> list[list[Tensor]]:
-        """Per layer, the biases [J', m] of the jobs that reach it; made once for each selection of jobs."""
+        """For each layer, the biases [J', m] of the jobs that have it; cached for each selection of jobs."""
         key = (tuple(jobs), dtype)
         if key not in self._stacked:
+            # Selections change only when a job ends; the bound is for packs that lose hundreds of jobs one by one.
             if len(self._stacked) >= _KEPT_SELECTIONS:
                 self._stacked.clear()
             deep = [[j for j in jobs if self.depths[j] > layer] for layer in range(self.depths[jobs[0]])]
@@ -251,20 +281,21 @@ class PackedDiT(nn.Module):
         return self._stacked[key]
 
     def fixed(self, job: int) -> list[Tensor]:
-        """A job's own tensors that do not train: its biases, one after another."""
+        """The tensors of a job that do not train: its biases, layer by layer."""
         return [bias for layer in self._biases[job] for bias in layer.values()]
 
     # --- one job ----------------------------------------------------------------------------------------------------
 
     def fingerprint(self, job: int) -> str:
-        """A hash of all that is a job's own, as it is now: jobs of equal hash are one model."""
+        """A hash of a job's current tensors; jobs of equal hash are the same model."""
         digest = hashlib.sha256(str(self.depths[job]).encode())
+        # Bits, not values: only models that give the same bits may share a measured loss.
         for tensor in [*(p[job] for p in self.trained()), *self.fixed(job)]:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def scalers(self, job: int) -> dict[str, Tensor]:
-        """What a job trained, by the names of its own model's state dict (copies, on the CPU)."""
+        """The trained tensors of a job by the names of its own model's state dict (copies, on the CPU)."""
         rows = self.sigma[job].detach().cpu().unflatten(0, (-1, len(MATRICES), self.rank))
         state = {
             self._names[job](layer, matrix): rows[layer, k].clone()
@@ -277,7 +308,7 @@ class PackedDiT(nn.Module):
 
 
 class JobView(nn.Module):
-    """One job of a pack as a model of its own, `(z, t, y) -> out`, for measuring it."""
+    """One job of a pack as a separate model, `(z, t, y) -> out`, for evaluation."""
 
     def __init__(self, pack: PackedDiT, job: int):
         super().__init__()
@@ -289,7 +320,7 @@ class JobView(nn.Module):
 
 
 def shared_identity(form: SharedForm) -> str:
-    """A hash of what jobs of one pack share: factors, shell, and whether labels train."""
+    """A hash of what the jobs of one pack must have in common: factors, shell, and whether labels train."""
     own = form.labels[0] if form.labels else None
     digest = hashlib.sha256(f"{form.arch.with_depth(1)} {form.rank} {own}".encode())
     shared = {f"{side}.{matrix}": x for matrix, pair in form.factors.items() for side, x in zip("UV", pair)}

@@ -1,4 +1,4 @@
-"""AdamW and gradient clipping for many jobs at once: elementwise on stacked parameters, a learning rate a job.
+"""AdamW and gradient clipping for many jobs at once, elementwise on stacked parameters, with a learning rate per job.
 
 Shapes: J jobs; every parameter is [J, ...], row j belonging to job j; N numbers of one row.
 """
@@ -14,13 +14,16 @@ from fine_dist.engine.settings import OptimConfig
 
 
 class PackedAdamW:
-    """`torch.optim.AdamW` after `clip_grad_norm_`, for every job by itself.
+    """`torch.optim.AdamW` after `clip_grad_norm_`, separately for every job.
 
-    A job's rows see the operations of its solo optimizer, in the same order: decay, moments, bias correction with the
-    job's own number of updates, step with the job's own rate. Which jobs are updated is decided by a mask on the
-    device, so nothing waits for a number, and the number of kernels does not depend on the number of jobs.
+    The operations on a job's rows are those of its own optimizer, in the same order: decay, moments, bias correction
+    with the job's number of updates, a step with the job's rate. A mask on the device decides which jobs are updated,
+    so the host never waits, and the number of kernels does not depend on the number of jobs.
 
-    parameters: leaf tensors [J, ...].
+    Args:
+        parameters: Leaf tensors [J, ...].
+        jobs: J.
+        config: Settings of AdamW; the learning rates are given to `step`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], jobs: int, config: OptimConfig):
@@ -30,7 +33,7 @@ class PackedAdamW:
         self.second = [torch.zeros_like(self._rows(p)) for p in self.parameters]
         device = self.parameters[0].device
         self.updates = torch.zeros(jobs, dtype=torch.float64, device=device)
-        """Updates that each job has had, [J]."""
+        """Number of updates of each job, [J]."""
         self._norms = torch.zeros(jobs, device=device)
 
     def _rows(self, tensor: Tensor) -> Tensor:
@@ -43,7 +46,7 @@ class PackedAdamW:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """The norm of every job's gradient, float32 [J]; what the next `step` clips by."""
+        """The gradient norm of every job, float32 [J]; the next `step` clips by it."""
         squares = [self._rows(p.grad).square().sum(1) for p in self.parameters if p.grad is not None]
         self._norms = torch.stack(squares).sum(0).sqrt() if squares else torch.zeros_like(self._norms)
         return self._norms
@@ -59,25 +62,31 @@ class PackedAdamW:
         """
         beta1, beta2 = self.config.betas
         keep = update[:, None]  #                                                                               [J, 1]
+        # Counted on the device, because the mask that decides is there.
         self.updates += update
         # bias corrections in fp64, as torch.optim computes them on the host
         size = (rates / (1 - beta1**self.updates)).float()[:, None]
         correction = (1 - beta2**self.updates).sqrt().float()[:, None]
         decay = (1 - update * rates * self.config.weight_decay).float()[:, None]
         weight = ((1 - beta1) * update).float()[:, None]
+        # A job that is not updated multiplies its moments by 1 and adds 0, which leaves every bit as it is.
         shrink = torch.where(keep, beta2, 1.0)
         scale = None
         if self.config.clip_norm is not None:
+            # As `clip_grad_norm_` does it, the tiny term included.
             scale = (self.config.clip_norm / (self._norms + 1e-6)).clamp(max=1.0)[:, None]
         for p, first, second in zip(self.parameters, self.first, self.second):
             if p.grad is None:
                 continue
             value, grad = self._rows(p), self._rows(p.grad)
+            # `where` and no product with the mask: 0 times NaN is NaN,
+            # and a bad gradient must not touch the job's moments.
             grad = torch.where(keep, grad if scale is None else grad * scale, 0.0)
             if self.config.weight_decay:
                 value.mul_(decay)
             first.lerp_(grad, weight)
             second.mul_(shrink).addcmul_(grad, grad, value=1 - beta2)
+            # The order of operations is that of torch's AdamW, so that a job alone and in a pack agree to rounding.
             change = size * (first / (second.sqrt() / correction).add_(self.config.eps))
             value.sub_(torch.where(keep, change, 0.0))
 
@@ -90,9 +99,9 @@ class PackedAdamW:
 
     @torch.no_grad()
     def restore(self, job: int, state: dict[str, Tensor], updates: int) -> None:
-        """Put back what `state` gave, and how often the job was updated.
+        """Restore what `state` returned, and the job's number of updates.
 
-        A shallower pack has shorter rows: what a longer row holds beyond a job's own depth is zero.
+        Packs of another depth have rows of another length; beyond a job's own depth a row is zero.
         """
         self.updates[job] = updates
         parts = {"value": [self._rows(p) for p in self.parameters], "first": self.first, "second": self.second}

@@ -1,8 +1,7 @@
-"""The state of a pack's jobs on disk: two safetensors files a pack, any job of which any other pack can go on with.
+"""The state of a pack's jobs on disk: two safetensors files for each pack, from which any other pack can resume a job.
 
-A save replaces the older of the two, so whatever befalls one file the state before it is there. Every job's tensors
-carry a hash of their own: a pack looks at those of its own jobs and at nothing else, sets a damaged file aside by name,
-and goes on from the next best.
+A save replaces the older of the two files, so the newer one stays intact. Every job's tensors have their own hash. A
+pack reads the states of its own jobs only, renames a damaged file, and resumes from the next best state.
 """
 
 from __future__ import annotations
@@ -36,9 +35,11 @@ JobState = tuple[str, dict[str, Tensor], dict[str, Any]]
 
 
 def write_states(folder: Path, pack: str, states: Mapping[str, JobState]) -> Path:
-    """Write the states of a pack's jobs, by name, over the older of its two files; that file."""
+    """Write the states of a pack's jobs, by name, over the older of its two files; returns that file."""
+    # The older of two files is replaced, so the newer one is whole whatever interrupts this save.
     path = min((folder / f"{pack}.{side}{SUFFIX}" for side in "ab"), key=_age)
     tensors = {f"{name}/{part}": x.contiguous() for name, (_, parts, _) in states.items() for part, x in parts.items()}
+    # A hash for each job and none for the file: a flipped bit costs one job its newest state and no other job anything.
     about = {name: {"key": key, "values": values, "sha256": digest(t)} for name, (key, t, values) in states.items()}
     with whole_file(path) as draft:
         save_file(tensors, draft, metadata={"format": FORMAT, "jobs": json.dumps(about)})
@@ -55,7 +56,7 @@ def _age(path: Path) -> float:
 def read_states(
     folder: Path, pack: str, keys: Mapping[str, str]
 ) -> dict[str, tuple[dict[str, Tensor], dict[str, Any]]]:
-    """The furthest whole state of every named job that any pack in `folder` has saved: (tensors, values).
+    """The furthest intact state of every named job that any pack in `folder` has saved: (tensors, values).
 
     Args:
         folder: Folder of the state files of a family's packs. One that cannot be read is renamed to `NAME.damaged`,
@@ -68,6 +69,8 @@ def read_states(
         CheckpointError: A job of this name was saved for other settings.
     """
     offers: dict[str, list[tuple[int, Path, dict[str, Any]]]] = {name: [] for name in keys}
+    # All packs' files: after a change of `max_jobs` or of the grid
+    # a job may be in another pack than the one that saved it.
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         for name, about in _jobs_in(path).items():
             if name not in keys:
@@ -80,6 +83,7 @@ def read_states(
             offers[name].append((about["values"]["step"], path, about))
     found = {}
     for name, offered in offers.items():
+        # The furthest state first; one that is damaged gives way to the next.
         for _, path, about in sorted(offered, key=lambda offer: -offer[0]):
             tensors = _read(path, name)
             if tensors is not None and digest(tensors) == about["sha256"]:
@@ -128,14 +132,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def set_aside(path: Path, why: str) -> None:
-    """Keep a damaged file under another name, and say so."""
+    """Rename a damaged file and log a warning."""
     with contextlib.suppress(FileNotFoundError):  # another pack has just done the same
         os.replace(path, path.with_name(path.name + DAMAGED))
         log.warning("%s is damaged (%s); set aside as %s%s", path.name, why, path.name, DAMAGED)
 
 
 class SavedJob(Record):
-    """What a pack's state says of one of its jobs, beside its tensors."""
+    """The JSON values of one job in a pack's state."""
 
     key: str
     """Hash of the settings and the parent that it belongs to."""
@@ -177,6 +181,7 @@ def _jobs_in(path: Path) -> dict[str, Any]:
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
+            # Only this job's tensors are read: the file is mapped, and a pack of hundreds of jobs may be gigabytes.
             parts = [key for key in file.keys() if key.rpartition("/")[0] == name]  # noqa: SIM118 - not a dict
             return {key.rpartition("/")[2]: file.get_tensor(key) for key in parts}
     except (OSError, SafetensorError):

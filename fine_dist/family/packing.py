@@ -1,4 +1,4 @@
-"""Which jobs share a pack, and how many of them go through the model at once. No torch: `--dry-run` shows the plan.
+"""Plans which jobs share a pack, and how many go through the model at once. Torch is not imported, for `--dry-run`.
 
 Shapes: J jobs, B samples a job, T tokens, D width, R rank, L layers.
 """
@@ -41,7 +41,7 @@ class PackConfig(Config):
 
 @dataclass(frozen=True)
 class Shape:
-    """What the planner must know of a job."""
+    """The properties of a job that the planner uses."""
 
     name: str
     arch: Arch
@@ -56,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Pack:
-    """Some jobs, deepest first, and how many of them go through the model at once."""
+    """Jobs that train together, deepest first, and how many go through the model at once."""
 
     jobs: tuple[str, ...]
     chunk: int
@@ -80,13 +80,20 @@ larger chunk runs no faster and only takes memory."""
 
 
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
-    """Packs, the longest first, that keep `workers` workers equally busy.
+    """Divide jobs into packs that keep `workers` workers equally busy.
 
-    Jobs of one group are dealt out longest first, each to the pack with the least to do (LPT).
+    Jobs of one group are assigned longest first, each to the pack with the least work (LPT).
 
     Args:
+        jobs: The jobs.
+        config: How to pack.
+        workers: Number of workers.
+        batch: Samples of a job that a process takes in a step.
         memory: Bytes for activations.
-        cpu: Chunks are also kept within the cache.
+        cpu: Whether they run on a CPU, where chunks are kept within the cache.
+
+    Returns:
+        The packs, longest first.
     """
     packs: list[Pack] = []
     groups: dict[str, list[Shape]] = {}
@@ -95,24 +102,30 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
     total = sum(_work(s) for s in jobs)
     for group in groups.values():
         work = sum(_work(s) for s in group)
+        # As many packs as the group's share of the work is worth of
+        # the workers, but never more jobs in one than `max_jobs`.
         count = max(math.ceil(len(group) / config.max_jobs), round(workers * work / total), 1)
         for members in _deal(group, min(count, len(group)), config.max_jobs):
+            # Deepest first, as a pack computes them; by name among equals, so that the plan is the same every time.
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             chunk = min(chunk, len(members))
             shares_no_data = len({s.feed for s in members}) == len(members)
+            # One job at a time and nothing in common: stepping them in
+            # turn would only push each other's data out of the cache.
             sequential = config.chunk is None and chunk == 1 < len(members) and shares_no_data
             packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), sequential))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
 
 
 def _deal(jobs: Sequence[Shape], count: int, most: int) -> list[list[Shape]]:
-    """`count` parts of at most `most` jobs: longest first, each to the part with the least work, the first of equals.
+    """Divide jobs into `count` parts of at most `most` jobs: longest first, each to the part with the least work.
 
-    J jobs are dealt in J log(count): a full part leaves the heap.
+    The heap holds the parts that are not full, so J jobs take J log(count) operations.
     """
     parts: list[list[Shape]] = [[] for _ in range(count)]
     not_full = [(0, index) for index in range(count)]
+    # Longest first (LPT): its makespan is at most 4/3 of the best one (Graham 1969).
     for shape in sorted(jobs, key=lambda s: (-_work(s), s.name)):
         work, index = heapq.heappop(not_full)
         parts[index].append(shape)
@@ -126,16 +139,21 @@ def _work(shape: Shape) -> int:
 
 
 def chunk_size(deepest: Shape, jobs: int, batch: int, memory: int, *, cpu: bool) -> int:
-    """Jobs at once: what fits into memory and fills a GPU, or stays in a CPU's cache; one at least."""
+    """Number of jobs that go through the model at once: as memory holds and a GPU, or a CPU's cache, gains from; >=
+    1."""
     fits = memory // max(1, batch * deepest.sample_bytes)
+    # Numbers of one activation of one job; the cache and the device are compared with it.
     one = batch * deepest.arch.num_tokens * deepest.arch.hidden_size
     return max(1, min(jobs, fits, CACHE_NUMBERS // one if cpu else math.ceil(GPU_NUMBERS / one)))
 
 
 def sample_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
-    """Bytes that one sample keeps for the backward pass of a step that trains scalers alone.
+    """Bytes that are kept of one sample for the backward pass of a step that trains scalers alone.
 
-    bf16: products and what they keep take two bytes a number; the residual stream and its norms stay in fp32.
+    Args:
+        arch: Architecture.
+        rank: R.
+        bf16: Whether products are in bf16; the residual stream and its norms are fp32 in any case.
     """
     d, t = arch.hidden_size, arch.num_tokens
     size = 2 if bf16 else 4

@@ -1,4 +1,4 @@
-"""What becomes of a target, written down: its identity, rows, trackers, artifact, DONE.json and state."""
+"""Writes the files of targets: identity, metrics, trackers, artifact, DONE.json, and the row of the state table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DRAW_EVERY_S = 60.0
 
 
 class TargetRecorder:
-    """The observer of a pack: writes every target's rows, measures it, and saves it when it ends.
+    """The observer of a pack: writes every target's metrics, evaluates it, and saves it when it ends.
 
     Args:
         own: For each target, the tensors that are not its parent's, as they were before training.
@@ -66,7 +66,7 @@ class TargetRecorder:
         self._drawn = time.monotonic()
 
     def start(self, progress: Sequence[JobProgress]) -> None:
-        """Open the bar, and cut the logs back to where the targets continue."""
+        """Open the progress bar and the logs; log rows behind the step at which a target continues are removed."""
         if not self.world.is_main:
             return
         for index, (member, p) in enumerate(zip(self.members, progress)):
@@ -87,18 +87,19 @@ class TargetRecorder:
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         """A row of a target's metrics.jsonl and trackers."""
+        # The first row of all starts: a resumed target reads it from its log.
         self._first.setdefault(job, values["loss"])
         self._last[job] = values["loss"]
         self._logs[job].write(step, values)
 
     def evaluate(self, job: int, step: int) -> None:
-        """Measure the held-out loss on the way."""
+        """Log the held-out loss of a target during its training."""
         measured = self._measure(job)
         if measured:
             self._logs[job].write(step, measured)
 
     def after_step(self, progress: Sequence[JobProgress]) -> None:
-        """The bar, and now and then the family's figure."""
+        """Update the progress bar, and from time to time the family's figure."""
         if self._bar is not None:
             losses = [v for v in self._last.values() if math.isfinite(v)]
             if losses:
@@ -118,7 +119,7 @@ class TargetRecorder:
             )
 
     def ended(self, job: int, progress: JobProgress) -> None:
-        """Measure a target that is done and write its artifact; say why one has failed."""
+        """Evaluate a target that is done and write its artifact; record why a target has failed."""
         member = self.members[job]
         if progress.state == "failed":
             self.table.finish(member.name, "failed", progress.reason)
@@ -154,6 +155,8 @@ class TargetRecorder:
         if where not in self._held_out:
             questions = read_all(expand_path(data.held_out), data.held_out_samples)
             self._held_out[where] = HeldOutLoss(*questions, self.family.config.diffusion)
+        # Measured once for all jobs of the same data and weights,
+        # which is every seed of one depth before its first step.
         key = (*where, self.packed.fingerprint(job))
         if key not in self._measured:
             view: nn.Module = JobView(self.packed, job)
@@ -169,7 +172,7 @@ class TargetRecorder:
 
 
 def write_identity(family: Family, member: Member) -> None:
-    """A target's folder, and what decides its trajectory in it."""
+    """Make a target's folder and write its identity (`target.json`) into it."""
     member.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(member.folder / "target.json", json.dumps(family.identity(member), indent=1) + "\n")
     environment = member.folder.parent / "environment.json"
@@ -213,7 +216,7 @@ def save_result(
 def finish_target(
     family: Family, member: Member, facts: Mapping[str, Any], manifest: Mapping[str, Any], flops_per_sample: float = 0.0
 ) -> None:
-    """Write a target's DONE.json: it is not run again. manifest: of its artifact."""
+    """Write a target's DONE.json, after which it is not run again; `manifest` is that of its artifact."""
     cost = RunCost.of(
         steps=facts["steps"],
         batch=family.config.batch,

@@ -1,4 +1,4 @@
-"""A partly trained target that shares no frozen genes with others: the engine's own loop, with all it can do."""
+"""Trains a target that cannot be packed, because it shares no frozen genes with others, with the engine's loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fine_dist.stages.previews import histograms_of
 def train_single_target(
     family: Family, member: Member, descent: Descent, table: StateTable, world: World, stopper: Stopper
 ) -> None:
-    """Train what trains of one target, in its own folder; marked in the table when its loss goes astray."""
+    """Train one target in its own folder and record its end in the state table; a bad loss marks it as failed."""
     config = family.config
     if descent.trains == "all":
         descent.model.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Running the targets of a pack: build them, train them together or each by itself, in this process."""
+"""Trains the targets of a family in this process: builds them and trains them in packs or one by one."""
 
 from __future__ import annotations
 
@@ -35,21 +35,28 @@ from fine_dist.model.factors import SharedForm
 
 @dataclass
 class InitializedTarget:
-    """A target that waits for its training."""
+    """A target that is initialized and not yet trained."""
 
     member: Member
     descent: Descent
     form: SharedForm | None
-    """What a pack needs of it; none: it trains by itself."""
+    """Its shared form for a pack. None: it is trained alone."""
 
 
 def run_family(family: Family, inside: bool) -> Path:
-    """Train the targets (`only` those named) that are not done, in this process; the family's folder.
+    """Train the targets of a family that are not done (with `only`, the named ones), in this process.
 
-    A target that fails is marked in the state table and does not stop the others. Raises `ResumeLater` when stopped.
+    A target that fails is marked in the state table and does not stop the others.
 
     Args:
-        inside: This process is a worker of a job, which holds the rows of the state table already.
+        family: The family.
+        inside: Whether this process is a worker of a job, which has claimed the tasks already.
+
+    Returns:
+        The family's folder.
+
+    Raises:
+        ResumeLater: A stop was requested; the state is saved.
     """
     world = pack_world(family.config)
     folder = run_dir_of(family.config)
@@ -67,6 +74,7 @@ def run_family(family: Family, inside: bool) -> Path:
     refused: list[DamagedStateError] = []
     try:
         if not inside:
+            # Starting the family again withdraws an earlier request to stop.
             (folder / STOP).unlink(missing_ok=True)
         for pack in family.packs():
             if claim is not None:
@@ -74,6 +82,7 @@ def run_family(family: Family, inside: bool) -> Path:
             try:
                 run_pack(family, pack, table, world)
             except DamagedStateError as error:
+                # One pack's damaged states do not keep the other packs from training; the error is raised at the end.
                 refused.append(error)
     finally:
         if claim is not None:
@@ -156,7 +165,7 @@ class FamilyRequests:
         self.folder = folder
 
     def take_request(self, word: str) -> bool:
-        """Whether the word was given; SAVE is taken away."""
+        """Whether the file is there; SAVE is removed."""
         if word == STOP:
             return (self.folder / word).exists()
         try:
@@ -167,7 +176,7 @@ class FamilyRequests:
 
 
 def sharing(waiting: list[InitializedTarget]) -> Iterator[list[InitializedTarget]]:
-    """Targets that share their genes, together."""
+    """Groups of targets that share their genes."""
     groups: dict[str, list[InitializedTarget]] = {}
     for built in waiting:
         assert built.form is not None
@@ -180,6 +189,7 @@ def _train_packed(
 ) -> None:
     config = family.config
     members = [built.member for built in group]
+    # A generator: the forms are read one at a time, so only one model's weights are in memory beside the pack's.
     packed = PackedDiT((built.form for built in group if built.form), config.engine.activation_checkpointing)
     packed.to(world.device)
     # A pack that died without a word most likely wanted more memory than there is; one that was stopped did not.
@@ -206,6 +216,7 @@ def _train_packed(
         engine=config.engine,
         observer=recorder,
         world=world,
+        # Halved for every death: the next attempt takes half the memory.
         chunk=max(1, pack.chunk >> deaths),
         stop=config.stop,
         states=(run_dir_of(config) / "packs", members[0].name if pack.sequential else pack.name),
@@ -236,7 +247,7 @@ def _job(family: Family, member: Member) -> PackJob:
 
 
 def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: StateTable) -> None:
-    """A method that leaves nothing for stage 2: the target as it is."""
+    """Save a target whose method leaves nothing to train in stage 2."""
     write_identity(family, member)
     manifest = save_artifact(
         member.folder / "model",

@@ -1,8 +1,8 @@
-"""What the rows and columns of a DiT's tensors stand for, so that a rule over widths treats alike what must fit.
+"""The meaning of rows and columns of a DiT's tensors, so that rules over widths keep tensors consistent.
 
-An axis is `(groups, space)`: so many stretches, each over the same space. A block's qkv has rows `(3, "heads")` (q, k
-and v, head by head) and columns `(1, "stream")`; whoever keeps some units of a space keeps the same ones wherever the
-space occurs, and what is left is again a network.
+An axis is `(groups, space)`: a number of stretches, each over the same space. A block's qkv has rows `(3, "heads")` (q,
+k and v, head by head) and columns `(1, "stream")`. A rule that keeps some units of a space keeps the same ones wherever
+the space occurs, so the result is again a network.
 
 Spaces: `stream` the tokens' D, `condition` the conditioning vector's D, `time` the time embedder's hidden D, `heads`
 attention's D (A heads of D / A), `hidden` the MLP's 4 D. No axis (`None`): patches, sinusoids, classes, output.
@@ -54,5 +54,5 @@ def axes_of(name: str) -> tuple[Axis | None, ...]:
 
 
 def size_of(arch: Arch, space: str) -> int:
-    """Units of a space."""
+    """Number of units of a space."""
     return arch.hidden_size * (4 if space == "hidden" else 1)

@@ -1,11 +1,11 @@
-"""What a method is: a rule that turns shared genes and a layer's own scalers into that layer's weights.
+"""The interface of a method: a rule that turns shared genes and a layer's own scalers into that layer's weights.
 
-Settings (`MethodConfig`) lie in modules without torch, because every command's `--help` shows them; the code of a
-method is a `Method` in a file of its own, or in a folder with the layers it owns. `methods/__init__.py` lists both.
-Whatever the rest of the package needs to know of a method it asks here: what a target may come from, what stage 1
-trains and on which loss, what trains next, how the result becomes an ordinary model, what it costs, what can be drawn.
-The defaults are those of a baseline that condenses nothing. Three defaults import torch late, because the modules of
-settings import this one.
+Settings (`MethodConfig`) are in modules without torch, because every command's `--help` shows them. The code of a
+method is a `Method` in one file, or in a folder with the layers that it owns. `methods/__init__.py` lists both.
+The rest of the package learns everything about a method from this interface: what a target may come from, what stage 1
+trains and on which loss, what trains next, how the result becomes an ordinary model, its cost, and its tables. The
+defaults are those of a baseline without stage 1. Three defaults import torch late, because modules of settings import
+this one.
 """
 
 from __future__ import annotations
@@ -30,66 +30,66 @@ if TYPE_CHECKING:
 
 
 class MethodConfig(Config):
-    """Settings every method has."""
+    """Settings that every method has."""
 
     name: str
-    """Which method."""
+    """Name of the method."""
 
 
 M = TypeVar("M", bound=MethodConfig)
 
 Varies = Literal["depth", "width", "classes", "resolution"]
 ALWAYS = ("patch_size", "in_channels", "learn_sigma")
-"""What a target shares with its parent whatever the method."""
+"""Fields of the architecture in which a target equals its parent with every method."""
 RESOLUTION = ("input_size", "position_grid")
 WIDTH = ("hidden_size", "num_heads")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How much each term of stage 1's loss counts; 0 leaves it out."""
+    """Weights of the terms of stage 1's loss; a term of weight 0 is not computed."""
 
     diffusion: float = 1.0
     output: float = 0.0
     """Mean squared difference to the teacher's full output."""
     features: float = 0.0
-    """The same of its blocks' features, for the pairs that the condensation names."""
+    """Mean squared difference to the teacher's features, for the pairs that the condensation names."""
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a method can do, said before anything is built."""
+    """The abilities of a method, known before anything is built."""
 
     parents: tuple[Literal["none", "learngene", "model"], ...] = ("none",)
-    """What a target may come from."""
+    """Kinds of parents that a target may be made from."""
     varies: frozenset[Varies] = frozenset({"depth", "width", "classes"})
-    """In what a target may differ from its parent."""
+    """Properties in which a target may differ from its parent."""
     condenses: bool = False
     """Whether it has a stage 1."""
     ancestor: Literal["no", "may", "must"] = "no"
-    """Whether stage 1 starts from, or imitates, a trained model."""
+    """Whether stage 1 starts from or imitates a trained model: never, if one is given, or always."""
     same_shape: bool = False
-    """Whether that model must have the very shape of what stage 1 trains (else: its latent shape and classes)."""
+    """Whether that model must have the same architecture as what stage 1 trains, or only its latents and classes."""
     carries_over: bool = False
     """Whether stage 1 starts from the weights of that model's blocks (`Method.carry_over`)."""
     loss: Weights = Weights()
-    """Weights of the terms of stage 1's loss, unless the user sets them. Where a model is given to a method that can do
-    without, stage 1 imitates its output as well, with weight 1."""
+    """Default weights of stage 1's loss. A method whose ancestor is optional also imitates the output of a given one,
+    with weight 1."""
     dense: bool = True
-    """Whether the product is an ordinary DiT; else it saves and loads as itself."""
+    """Whether the result is an ordinary DiT; otherwise it is saved and loaded as the method's own module."""
     samples: int = 0
-    """Samples of the target's data that `descend` looks at, where there are data."""
+    """Number of samples of the target's data that `descend` uses, if data are given."""
 
 
 @dataclass(frozen=True)
 class Parent:
-    """What a target comes from: its artifact, and a module of its own method with these tensors in it."""
+    """The parent of a target: its artifact, and a module of its method with the artifact's tensors."""
 
     artifact: Artifact
     module: nn.Module
     samples: tuple[Tensor, Tensor] | None = None
-    """Latents [N, C, H, H] of the target's data and labels [N] that the parent knows (the null label where its classes
-    are others), for a method that looks at some (`Traits.samples`)."""
+    """Latents [N, C, H, H] of the target's data and labels [N] (null labels if the classes differ from the parent's),
+    for a method that uses samples (`Traits.samples`)."""
 
     @property
     def arch(self) -> Arch:
@@ -100,11 +100,13 @@ class Parent:
 class Condensation:
     """What stage 1 trains.
 
-    module:      trained as a whole; `(z, t, y) -> output`, or an `ModelOutput` with features.
-    pairs:       (feature of `module`, feature of the teacher) for the features' term.
-    before_step: called on every rank before each step with the step and a generator seeded by (seed, step).
-    report:      what is worth keeping of how it began (JSON), and `lines`, the same to be printed.
-    prefix:      where what is kept lies in `module`, as a prefix of state-dict names; empty: all of it.
+    Attributes:
+        module: All of it trains; `(z, t, y) -> output`, or a `ModelOutput` with features.
+        pairs: (feature of `module`, feature of the teacher) for the term `features`.
+        before_step: Called on every rank before each step with the step and a generator seeded by (seed, step).
+        report: Facts about the initialization for the manifest (JSON).
+        lines: The same facts as lines to print.
+        prefix: Prefix of the state-dict names of the part that is kept; empty: all of `module`.
     """
 
     module: nn.Module
@@ -115,15 +117,17 @@ class Condensation:
     prefix: str = ""
 
     def product(self, module: nn.Module) -> nn.Module:
-        """What is kept of a (copy of the) trained module."""
+        """The part of a trained module, or of a copy of it, that is kept."""
         return module.get_submodule(self.prefix.rstrip(".")) if self.prefix else module
 
 
 @dataclass
 class Descent:
-    """A target before any training of its own, and what trains next.
+    """An initialized target that is not trained yet.
 
-    trains: `nothing` (it is ready), `some` (its parameters with `requires_grad`) or `all`.
+    Attributes:
+        model: The target.
+        trains: What stage 2 trains: `nothing`, `some` (parameters with `requires_grad`) or `all`.
     """
 
     model: nn.Module
@@ -131,9 +135,13 @@ class Descent:
 
 
 class Method(ABC, Generic[M]):
-    """One way to initialise targets.
+    """A method that initializes targets.
 
-    Config: its settings.  label: what tables call it.  paper: where it comes from.  summary: one line for lists.
+    Attributes:
+        Config: Class of its settings.
+        label: Name in tables.
+        paper: Its source.
+        summary: One line for lists of methods.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -141,7 +149,7 @@ class Method(ABC, Generic[M]):
     paper: ClassVar[str]
     summary: ClassVar[str]
     tables_of: ClassVar[str] = ""
-    """What the tables of `tables` show, as a title: a method that draws none has none."""
+    """Title of the figures of `tables`; empty for a method without tables."""
 
     def __init__(self, config: M):
         self.config = config
@@ -150,11 +158,15 @@ class Method(ABC, Generic[M]):
 
     @property
     def traits(self) -> Traits:
-        """By these settings."""
+        """The abilities of the method with these settings."""
         return Traits()
 
     def check(self, parent: Artifact | None, target: Arch) -> None:
-        """`ArtifactError` with the reason when no target of this shape can come from this parent. Builds nothing."""
+        """Check that a target of this architecture can be made from this parent, without building anything.
+
+        Raises:
+            ArtifactError: It cannot; the message says why.
+        """
         name, kinds = self.config.name, self.traits.parents
         if parent is None:
             if "none" not in kinds:
@@ -163,6 +175,7 @@ class Method(ABC, Generic[M]):
         if parent.kind not in kinds:
             raise ArtifactError(f"{parent.folder} is a {parent.kind}, and method {name} takes: {', '.join(kinds)}")
         self.check_parent(parent)
+        # All differences are collected, so that one message names everything that has to change.
         differs = [f for f in ALWAYS if _differ(target, parent.arch, f)]
         differs += (
             [] if "resolution" in self.traits.varies else [f for f in RESOLUTION if _differ(target, parent.arch, f)]
@@ -180,7 +193,7 @@ class Method(ABC, Generic[M]):
             raise ArtifactError(f"{parent.folder}: {said}; with method {name} a target may differ in {free} alone")
 
     def check_parent(self, parent: Artifact) -> None:
-        """`ArtifactError` when the parent was made by a method that this one cannot go on from."""
+        """Check that this method accepts the parent's method. `ArtifactError` when it does not."""
         if parent.kind == "learngene" and parent.method.get("name") not in self.from_methods:
             made = parent.method.get("name")
             raise ArtifactError(f"{parent.folder} is a learngene of method {made}, and method {self.config.name} "
@@ -192,15 +205,15 @@ class Method(ABC, Generic[M]):
 
     @property
     def from_methods(self) -> tuple[str, ...]:
-        """Methods whose learngenes this one takes."""
+        """Names of the methods whose learngenes this method accepts."""
         return (self.config.name,)
 
     def variants(self) -> dict[str, tuple[str, ...]]:
-        """Axes that a family's grid may add: a setting's name -> its legal values."""
+        """Settings that a family's grid may vary, with their legal values."""
         return {}
 
     def vary(self, axis: str, value: str) -> Method[Any]:
-        """The same method with one setting changed. `ConfigError` for an axis or value that it does not have."""
+        """The same method with one setting changed. `ConfigError` when it has no such axis or value."""
         axes = self.variants()
         if axis not in axes:
             has = nearest(axis, axes) if axes else "it has none"
@@ -210,18 +223,21 @@ class Method(ABC, Generic[M]):
         return type(self)(self.config.model_validate({**self.config.model_dump(), axis: value}))
 
     def shape_of(self, target: Arch, parent: Arch) -> Arch:
-        """The target's shape with what the method settles of it beyond what is asked for."""
+        """The target's architecture with the fields that the method determines."""
         return target
 
     def smallest(self, target: Arch) -> Arch:
-        """The least target of the same sort, to be built where its sort alone matters."""
+        """The smallest target of the same kind, for checks that build one."""
         return target.with_depth(1) if "depth" in self.traits.varies else target
 
     # --- stages 1 and 2 ---------------------------------------------------------------------------------------------
 
     def auxiliary(self, arch: Arch) -> Arch:
-        """The shape of what stage 1 trains and keeps, where a config names `arch`: a method may set the depth itself,
-        whatever the ancestor's is. `ConfigError` for a shape that it cannot condense."""
+        """The architecture that stage 1 trains for the `arch` of a config; some methods have their own depth.
+
+        Raises:
+            ConfigError: The method cannot condense this architecture.
+        """
         return arch
 
     def given(self, ancestor: Arch | None, arch: Arch) -> Method[M]:
@@ -234,16 +250,15 @@ class Method(ABC, Generic[M]):
         return self
 
     def condense(self, arch: Arch, ancestor: DiT | None, generator: torch.Generator) -> Condensation:
-        """What stage 1 trains for this architecture (`auxiliary` of it), built and begun. Only for methods that
-        condense."""
+        """The initialized modules of stage 1 for this architecture. `ConfigError` for a method without stage 1."""
         raise ConfigError(f"method.name: {self.config.name} has no stage 1; train it directly with fine_dist.train")
 
     def carry_over(
         self, module: nn.Module, ancestor: DiT, generator: torch.Generator, device: torch.device
     ) -> dict[str, Any]:
-        """Set stage 1's start from the weights of an ancestor's blocks, where `traits.carries_over`.
+        """Initialize stage 1 from the weights of an ancestor's blocks, for methods with `traits.carries_over`.
 
-        It may take long, so it is called on one rank, once in the life of a run directory.
+        It may take long, so it is called on one rank and once for a run directory.
 
         Args:
             module: What `condense` has made, in host memory.
@@ -252,49 +267,49 @@ class Method(ABC, Generic[M]):
             device: Where large products are computed.
 
         Returns:
-            What the learngene's manifest keeps of it (JSON).
+            Facts for the learngene's manifest (JSON).
         """
         return {}
 
     def blueprint(self, arch: Arch) -> nn.Module:
-        """A module of stage 1's shape (`auxiliary`), for counting: it may be made on the meta device, and its values do
-        not matter."""
+        """A module with the architecture of stage 1, for counting; it may be on the meta device."""
         import torch
 
         return self.condense(arch, None, torch.Generator()).module
 
     @abstractmethod
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        """A target that `check` has let pass, before any training of its own."""
+        """Initialize a target that `check` has accepted."""
 
     def before_step(self, model: nn.Module) -> Callable[[int, torch.Generator], None] | None:
-        """Called on every rank before each step that trains a target, with a generator seeded by (seed, step)."""
+        """A hook that is called on every rank before each step of stage 2 with (step, generator seeded by both)."""
         return None
 
     # --- what becomes of it -----------------------------------------------------------------------------------------
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
-        """A module of whatever values that a learngene's or an unmerged target's tensors load into."""
+        """A module into which the tensors of a learngene or of an unmerged target are loaded; its values do not
+        matter."""
         from fine_dist.model.dit import DiT
 
         return DiT(arch)
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state dict of an ordinary dense DiT of the same function, the same bits every time."""
+        """The state dict of the ordinary dense DiT that computes the same function, bit-identical in every call."""
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def pack(self, model: nn.Module) -> SharedForm | None:
-        """The target as a pack takes it, where its genes are frozen and shared; none where it trains by itself."""
+        """The shared form of a target with frozen genes, for a pack. None when it cannot be packed."""
         return None
 
     def cost(self, model: nn.Module, batch: int = 1) -> ModelCost:
-        """FLOPs and kept numbers of a step as things train now, and numbers stored and trained."""
+        """FLOPs and kept numbers of a step, given what trains now, and numbers stored and trained."""
         from fine_dist.model.flops import model_cost
 
         return model_cost(model, batch)
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is worth drawing over depth: [L, R] tables by name."""
+        """Tables [L, R] over depth by name, for figures and TensorBoard."""
         return {}
 
 
@@ -303,7 +318,7 @@ def _differ(a: Arch, b: Arch, field_name: str) -> bool:
 
 
 def needed(parent: Parent | None) -> Parent:
-    """The parent of a method that must have one; `check` has said so before."""
+    """The parent of a method that requires one; `check` has refused its absence before."""
     if parent is None:
         raise ArtifactError("this method starts from a parent; give its folder")
     return parent

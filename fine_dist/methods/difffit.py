@@ -46,6 +46,7 @@ class DiffFit(Method[DiffFitConfig]):
     def shape_of(self, target: Arch, parent: Arch) -> Arch:
         if target.input_size == parent.input_size:
             return target.model_copy(update={"position_grid": parent.position_grid})
+        # A parent may itself have been adapted: its weights know the grid that they were first trained for.
         trained = parent.position_grid or parent.input_size // parent.patch_size
         return target.model_copy(update={"position_grid": trained})
 

@@ -84,7 +84,9 @@ def resize(tensor: Tensor, dim: int, groups: int, size: int, keep: float) -> Ten
     parts = tensor.double().movedim(dim, -1).unflatten(-1, (groups, -1))  #                            [..., g, d1]
     old = parts.shape[-1]
     kept = min(max(1, round(keep * old)), size)
+    # A DCT by a matrix product: an axis is resized once, and torch has no fast transform of this kind.
     spectrum = parts @ cosines(old)[:kept].T  #                                                         [..., g, K]
+    # The factor keeps values, not norms: with orthonormal transforms of two sizes a constant would change.
     made = spectrum @ cosines(size)[:kept] * math.sqrt(size / old)  #                                  [..., g, d2]
     resampled: Tensor = made.flatten(-2).movedim(-1, dim).to(tensor.dtype).contiguous()
     return resampled

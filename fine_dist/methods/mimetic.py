@@ -44,6 +44,7 @@ class Mimetic(Method[MimeticConfig]):
         for block in model.blocks:
             qkv, o = block.get_parameter("qkv.weight"), block.get_parameter("o.weight")
             q, k, v = qkv.chunk(3)
+            # Rows of a head are consecutive in q and k.
             for rows in torch.arange(target.hidden_size).chunk(target.num_heads):
                 wanted = self.wanted(target.hidden_size, self.config.alpha_qk, self.config.beta_qk, generator)
                 left, right = halves(wanted, len(rows))

@@ -150,6 +150,7 @@ def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[in
     blocks = list(whole.blocks)
 
     def loss_of(layers: tuple[int, ...]) -> float:
+        # Blocks are taken out and put back instead of copied: a hundred candidates of a large model would not fit.
         whole.blocks = nn.ModuleList(blocks[layer] for layer in layers)
         try:
             return loss(model)["held_out_loss"]
@@ -238,6 +239,7 @@ class LayerChoice(DiT):
 
     def draw(self, step: int, generator: torch.Generator) -> None:
         """Draw the Gumbel noise of this step, the same on every rank."""
+        # Away from 0 and 1, where the double logarithm is infinite.
         uniform = torch.rand(self.noise.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
         self.noise.copy_(-(-uniform.log()).log())
 
@@ -248,11 +250,14 @@ class LayerChoice(DiT):
             return self.masks[logits.argmax(1)].flatten()
         soft = F.softmax((logits + self.noise) / self.temperature, 1)
         hard = F.one_hot(soft.argmax(1), len(self.masks)).to(soft)
+        # The value is the hard choice, the gradient that of the softmax (straight-through estimator).
         return ((hard + (soft - soft.detach())) @ self.masks).flatten()
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x, condition = self.embed(z, t, y)
         for layer, (block, gate) in enumerate(zip(self.blocks, self.gates())):
+            # A block's step is the difference that it makes, so a gate of 0 skips
+            # it exactly. It is still computed, for the gradient of the gate.
             x = x + gate * (self.run(layer, block, x, condition) - x)  #                                   [B, T, D]
         return self.unpatchify(self.final(x, condition.c))
 

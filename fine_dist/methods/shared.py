@@ -1,7 +1,7 @@
 """A DiT whose layers share whole matrices: one for several layers, or a line through two for all of them.
 
-The genes lie at the root, once; a layer holds its genes in a tuple, which registers nothing, and *calls* them, which is
-when ZeRO-3 gathers them. What every such matrix can also say is the dense one that it stands for (`dense`).
+The genes are registered once, at the root. A layer holds its genes in a tuple, which registers nothing, and *calls*
+them, which is when ZeRO-3 gathers them. Every such matrix also has a dense form (`dense`).
 
 Shapes: m out features, n in features, L layers.
 """
@@ -22,12 +22,13 @@ from fine_dist.model.roles import of_role
 
 
 class OfGenes(nn.Module):
-    """One layer's matrix, which has nothing of its own: it calls shared genes with what tells this layer apart."""
+    """The matrix of one layer without parameters of its own: it calls shared genes with the layer's place."""
 
     place: Tensor | None
 
     def __init__(self, genes: nn.Module, place: float | None = None):
         super().__init__()
+        # In a tuple: an attribute would register the genes once more for every layer.
         self._genes = (genes,)
         # A tensor, not a float: compiled blocks take it as an input, where a float would compile every layer again.
         self.register_buffer("place", None if place is None else torch.tensor(place), persistent=False)
@@ -55,7 +56,7 @@ class OfGenes(nn.Module):
 
 
 class SharedBlocks(Method[M]):
-    """What TLEG and SWS have in common: genes that a whole model shares, distilled from an ancestor's output alone."""
+    """Base of TLEG and SWS: genes that all layers share, distilled from an ancestor's output alone."""
 
     @property
     def traits(self) -> Traits:
@@ -81,8 +82,11 @@ class SharedBlocks(Method[M]):
 class SharedDiT(DiT):
     """A DiT whose root owns genes that the matrices of its blocks use.
 
-    genes:  by matrix; appear in the state dict as `genes.MATRIX...`.
-    linear: makes a layer's matrix of them.
+    Args:
+        arch: Architecture.
+        genes: Genes by matrix; in the state dict they are `genes.MATRIX...`.
+        linear: Makes a layer's matrix from them.
+        generator: Random numbers of the initialization.
     """
 
     def __init__(
@@ -102,10 +106,12 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 def expanded(
     model: nn.Module, num_layers: int, dense: Callable[[str, int], tuple[Tensor, Tensor]]
 ) -> dict[str, Tensor]:
-    """The state dict of a dense DiT of so many layers: what is outside the model's blocks, and block matrices as given.
+    """The state dict of a dense DiT with the model's shell and given block matrices.
 
     Args:
-        dense: (matrix, layer) -> its weight [m, n] and bias [m].
+        model: Gives everything outside the blocks.
+        num_layers: Number of blocks.
+        dense: (matrix, layer) -> weight [m, n] and bias [m].
     """
     state = {name: p.clone() for name, p in of_role(model, "shell").items()}
     for layer in range(num_layers):

@@ -91,6 +91,7 @@ class SpectralDense(nn.Module):
     @torch.no_grad()
     def take(self, weight: Tensor, bias: Tensor) -> None:
         """Become this matrix [m, n]."""
+        # In fp64, so that U diag(S) V^T gives the parent's weights back to fp32's rounding.
         u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         for own, value in ((self.U, u), (self.S, s), (self.V, vt.T), (self.bias, bias)):
             own.copy_(value)

@@ -75,6 +75,8 @@ class WeightSelection(Method[WeightSelectionConfig]):
         span = large // axis.groups
         if axis.space == "heads":
             size, kept = source.hidden_size // source.num_heads, target.hidden_size // target.num_heads
+            # Whole heads first, then units within each: units of
+            # different heads mixed into one would attend to nothing.
             heads = uniform(source.num_heads, target.num_heads)
             one = (heads[:, None] * size + uniform(size, kept)).flatten()
         else:

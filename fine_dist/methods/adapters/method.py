@@ -48,6 +48,7 @@ class Adapters(Method[M]):
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         model = DiT(target, generator=generator)
         model.load_state_dict(needed(parent).module.state_dict())
+        # peft draws from torch's global generator; a seed from ours makes its draws part of the target's.
         seed = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
         return Descent(train_only(self.adapted(model, seed, fresh=True), "scaler"), "some")
 
@@ -59,6 +60,7 @@ class Adapters(Method[M]):
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         config = self.settings(fresh)
+        # The caller's own global random state stays as it is.
         with torch.random.fork_rng(devices=[]), _plain_butterflies():
             torch.manual_seed(seed)
             tuner = adapt(model, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], config, self.macs)

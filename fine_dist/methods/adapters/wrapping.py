@@ -35,6 +35,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.tuned = tuned
         self._macs = macs
+        # Hooks rename on the way out and in, so that peft's own layout never reaches a file.
         self.register_state_dict_post_hook(_to_parents_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_to_pefts_names)  # type: ignore[no-untyped-call]
 
@@ -48,6 +49,7 @@ class Adapted(nn.Module):
 
     def merged(self) -> Dense:
         """peft's own merge, on a copy."""
+        # peft merges in place, and the model may go on training.
         tuned: Any = copy.deepcopy(self.tuned)
         tuned.merge()
         merged: Dense = tuned.base_layer
@@ -64,6 +66,7 @@ def adapt(model: DiT, tuner: type[Any], config: Any, macs: AdapterMacs) -> Any:
 
     Whatever peft draws, it draws from torch's global generator: seed that first.
     """
+    # peft replaces modules in place; what it has wrapped is no `Dense` any more and is found by that.
     made = tuner(model, config, "default")
     for block in model.blocks:
         for matrix in MATRICES:

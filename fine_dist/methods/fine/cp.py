@@ -62,11 +62,14 @@ def decompose(
     history = [best[0]]
     for _ in range(sweeps):
         _, u, v, sigma = best
+        # `weights @ v` [L, m, R] and the sum over layers replace the Khatri-Rao product, which would have L n rows.
         u, _ = unit(solve_side(torch.einsum("lik,lk->ik", weights @ v, sigma), v, sigma))
         across = weights.mT @ u  #                                                                         [L, n, R]
         v, _ = unit(solve_side(torch.einsum("ljk,lk->jk", across, sigma), u, sigma))
+        # `across` is reused: sigma's right-hand side needs the same product.
         found = measured(weights, u, v, across)
         gain = best[0] - found[0]
+        # Rounding can make a sweep worse near the optimum; the better of the two is kept.
         best = min(found, best, key=lambda fit: fit[0])
         history.append(best[0])
         if gain < tolerance:
@@ -91,6 +94,7 @@ def measured(weights: Tensor, u: Tensor, v: Tensor, across: Tensor) -> tuple[flo
     sigma = _solve(grams, right.T).T
     norm = weights.norm().double().clamp_min(1e-30)
     own = (gram(sigma) * grams).sum() - 2 * (sigma.double() * right.double()).sum()
+    # Below zero only by rounding.
     error = float((1 + own / norm.square()).clamp_min(0).sqrt())
     if error < _TRUSTED:
         error = float((weights - compose(u, v, sigma)).norm() / norm)
@@ -103,6 +107,7 @@ def directions(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
     stack = weights.double()
     sides = []
     for equation in ("lij,lkj->ik", "lij,lik->jk"):
+        # Eigenvectors of the Gram matrix are the singular vectors of the unfolded stack, at m x m instead of m x L n.
         value, vector = torch.linalg.eigh(torch.einsum(equation, stack, stack))
         sides.append((value.flip(0), vector.flip(1)))
     return sides
@@ -133,6 +138,7 @@ def jennrich(
     try:
         vectors = torch.linalg.eig(torch.linalg.solve(b.T, a.T).T).eigenvectors
         # a complex pair spans what its real and imaginary parts do
+        # Factors are real; eigenvectors come in complex pairs where two components cannot be told apart.
         x, _ = unit(torch.where(_upper_of_pair(vectors), vectors.imag, vectors.real))
         rows = torch.linalg.solve(x, small).transpose(0, 1)  # [K, L, K]
     except torch.linalg.LinAlgError:  # singular: the stack is not of this form
@@ -189,6 +195,7 @@ def gram(factor: Tensor) -> Tensor:
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     """`matrix^-1 right` with a ridge of 1e-7 of the mean diagonal: overcomplete factors make it singular."""
     ridge = 1e-7 * matrix.diagonal().mean().clamp_min(1e-30)
+    # Gram matrices are positive definite with the ridge, so Cholesky serves, at half of LU's cost.
     factor = torch.linalg.cholesky(matrix + ridge * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device))
     return torch.cholesky_solve(right.double(), factor).float()
 

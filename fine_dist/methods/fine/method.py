@@ -103,6 +103,7 @@ class Fine(FactoredTargets[FineConfig]):
         errors: dict[str, list[float]] = {}
         for matrix in MATRICES:
             begun = time.monotonic()
+            # One matrix type at a time: only one stack and its products are in memory.
             stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in depth]).to(device)
             fit = decompose(
                 stack,
@@ -172,6 +173,7 @@ def at_several_depths(module: DiT, depths: Sequence[int]) -> Callable[[int, torc
 
     def before_step(step: int, generator: torch.Generator) -> None:
         module.active = None
+        # Every other step at full depth: the learngene must stay a good model at its own depth as well.
         if step % 2:
             depth = depths[int(torch.randint(len(depths), (1,), generator=generator))]
             module.active = nearest_layers(len(module.blocks), depth).tolist()

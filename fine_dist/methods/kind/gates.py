@@ -25,11 +25,12 @@ GATED = ("qkv", "o", "in", "out")
 
 
 class Gate(nn.Module):
-    """`y [B] -> g [B, R]`: which tailors a sample uses, 1 or 0.
+    """`y [B] -> g [B, R]`: 1 for the tailors that a sample uses, 0 for the others.
 
-    group: fp32 [C + 1], the group of each label, a whole number (an artifact's tensors are floating-point); -1 uses no
-           tailors, as the null label does.
-    opens: [groups + 1, R] fp32, the tailors of each group; its last row, where -1 points, is zero.
+    Attributes:
+        group: Group of each label, fp32 [C + 1] with integer values (tensors of artifacts are floating-point); -1 uses
+            no tailors, as the null label does.
+        opens: Tailors of each group, fp32 [groups + 1, R]; its last row, which -1 selects, is zero.
     """
 
     group: Tensor
@@ -75,6 +76,7 @@ class GatedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(m))
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        # Two products: learngenes have one sigma for all samples, tailors a gated one for each sample.
         y = factored_product(x, self.U, self.V, self.sigma, self.bias)  #                                   [B, T, m]
         if not self.tailor_sigma.numel():
             return y
@@ -82,12 +84,12 @@ class GatedLinear(nn.Module):
         return y + factored_product(x, self.tailor_U, self.tailor_V, self.tailor_sigma * gate, None)
 
     def dense(self, group: int = -1) -> tuple[Tensor, Tensor]:
-        """The weight [m, n] and bias [m] that samples of a group's classes meet; -1: those that use no tailors."""
+        """The weight [m, n] and bias [m] for samples of a group's classes; -1: for samples without tailors."""
         scaled = self.tailor_U * (self.tailor_sigma * self._gate[0].opens[group])
         return (self.U * self.sigma) @ self.V.T + scaled @ self.tailor_V.T, self.bias
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows through all components there are; with its backward pass if there is one."""
+        """Multiply-adds of a product of `rows` rows through all components; `backward` adds the backward pass."""
         sides = self.U.shape[0] + self.V.shape[0]
         total = 0
         for u, count in ((self.U, len(self.sigma)), (self.tailor_U, len(self.tailor_sigma))):
@@ -95,14 +97,20 @@ class GatedLinear(nn.Module):
         return total
 
     def kept_numbers(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's: its thin ones, before and after sigma."""
+        """Numbers kept for the backward pass beyond a dense product's: thin products before and after sigma."""
         return 2 * rows * (len(self.sigma) + len(self.tailor_sigma))
 
 
 class GatedDiT(DiT):
     """A DiT whose token matrices are components behind a gate.
 
-    learngenes: G of every matrix. tailors: of each group. table: the group of each label, [C + 1], -1 for none.
+    Args:
+        arch: Architecture.
+        learngenes: G, the number of learngene components of every matrix.
+        tailors: Number of tailors of each group.
+        groups: Number of groups.
+        table: Group of each label, [C + 1]; -1 for none.
+        generator: Random numbers of the initialization.
     """
 
     def __init__(
@@ -124,7 +132,7 @@ class GatedDiT(DiT):
         self.gate = gate
 
     def gated(self) -> list[tuple[int, str, GatedLinear]]:
-        """(layer, matrix, module) of everything behind the gate."""
+        """(layer, matrix, module) of all gated matrices."""
         found: list[tuple[int, str, Any]] = []
         for layer, block in enumerate(self.blocks):
             found += [(layer, matrix, block.get_submodule(matrix)) for matrix in GATED]
@@ -138,9 +146,10 @@ class GatedDiT(DiT):
 
     @torch.no_grad()
     def keep(self, groups: Sequence[int]) -> GatedDiT:
-        """The same model without the tailors of all other groups, whose classes then use learngenes alone."""
+        """The same model with the tailors of some groups; classes of the others then use learngenes alone."""
         learngenes, tailors, _ = self.sizes
         table = [groups.index(group) if group in groups else -1 for group in self.gate.table]
+        # Tailors of a group are consecutive columns, so a group is kept by a range of columns.
         kept = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("gate.")}
         for layer, matrix, _ in self.gated():
@@ -153,10 +162,10 @@ class GatedDiT(DiT):
 
     @torch.no_grad()
     def merge(self, group: int = -1) -> dict[str, Tensor]:
-        """The state dict of the ordinary DiT of one group's classes: the same function for their labels alone.
+        """The state dict of an ordinary DiT that computes the same function for the classes of one group.
 
         Args:
-            group: -1 is learngenes alone, the function of the null label.
+            group: Number of the group. -1: learngenes alone, the function of the null label.
         """
         state = {name: p.clone() for name, p in of_role(self, "shell", "bias", "weight").items()}
         for layer, matrix, module in self.gated():
@@ -170,7 +179,7 @@ class GatedDiT(DiT):
 
 
 def opens(groups: int, tailors: int) -> Tensor:
-    """Which tailors each group opens, [groups + 1, groups x tailors]: its own; the last row none."""
+    """The tailors of each group, [groups + 1, groups x tailors]: its own; the last row opens none."""
     table = torch.zeros(groups + 1, groups * tailors)
     table[:groups] = torch.eye(groups).repeat_interleave(tailors, 1)
     return table
@@ -178,4 +187,5 @@ def opens(groups: int, tailors: int) -> Tensor:
 
 def neighbours(num_classes: int, groups: int) -> list[int]:
     """The group of each label [C + 1] where classes that follow each other form near-equal groups; the null's is -1."""
+    # Integer division spreads the remainder over the groups.
     return [label * groups // num_classes for label in range(num_classes)] + [-1]

@@ -40,6 +40,7 @@ class Widen(nn.Module):
         if self.M is None:
             return tensor
         parts = tensor.movedim(dim, -1).unflatten(-1, (groups, -1))  #                                 [..., g, d1]
+        # `[I; M]` is never formed: the first d1 entries are copied, only the new ones are computed.
         return torch.cat([parts, parts @ self.M.T], -1).flatten(-2).movedim(-1, dim)
 
     def multiply_adds(self, others: int, groups: int) -> int:
@@ -66,6 +67,7 @@ class SourceWeights(nn.Module):
         """The weight [m, n] and bias [m] mixed for the target's layer, an int64 scalar."""
         if self.depth is None:
             return self.weight[0], None if self.bias is None else self.bias[0]
+        # `index_select` with a tensor: an int index would be a constant of the compiled block, another for every layer.
         mix = self.depth.index_select(0, layer.view(1))[0]  #                                                  [L1]
         return torch.tensordot(mix, self.weight, 1), None if self.bias is None else torch.tensordot(mix, self.bias, 1)
 
@@ -88,6 +90,7 @@ class Grown(nn.Module):
         # A tensor, not an int: compiled blocks take it as an input, where an int would compile every layer again.
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
         self._axes = axes
+        # In tuples, which register nothing: operators and source weights belong to the root, once.
         self._source, self._widen = (source,), (widen,)
 
     def grow(self) -> tuple[Tensor, Tensor | None]:

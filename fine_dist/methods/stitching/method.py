@@ -99,6 +99,7 @@ class Stitching(Method[S]):
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         source = needed(parent)
+        # A copy, because one parent makes many targets.
         pool: Any = copy.deepcopy(source.module)
         if source.artifact.kind == "model":
             return Descent(pool.only(self.chosen(target)).requires_grad_(True))

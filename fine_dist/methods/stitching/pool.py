@@ -128,6 +128,7 @@ class Pool(nn.Module):
         for layer in firsts:
             x = front.run(layer, front.blocks[layer], x, condition)  #                                   [B, T, D_a]
         x = self.stitches[self.stitch_key(self.route)](x)  #                                             [B, T, D_b]
+        # The back anchor's blocks were trained on its own embeddings, which the front's cannot replace: widths differ.
         condition = Condition(back.time(t) + back.label(y), y)
         for layer in lasts:
             x = back.run(layer, back.blocks[layer], x, condition)
@@ -144,6 +145,7 @@ class Pool(nn.Module):
         for index, anchor in enumerate(pool.anchors):
             blocks = segments.get(id(anchor))
             if blocks is None:
+                # A placeholder, so that the names of all remaining parameters stay as they are.
                 pool.anchors[index] = nn.Identity()
                 continue
             for layer in set(range(self.arch.num_layers)) - set(blocks):
@@ -215,6 +217,7 @@ def drawn(pool: Pool, routes: Sequence[Route]) -> Callable[[int, torch.Generator
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """The map of tokens x [N, D_a] to y [N, D_b] of least squared error: weight [D_b, D_a], bias [D_b], in fp64."""
+    # A column of ones makes the bias part of the same solution.
     ones = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(ones, y.double(), driver="gelsd").solution  # minimal norm, whatever the rank
     return solution[:-1].T, solution[-1]

@@ -70,6 +70,7 @@ class Snnet(Stitching[SnnetConfig]):
             y = torch.randint(arch.num_classes, (len(z),), generator=generator)
         else:
             z, y = parent.samples
+        # The parent's process: stitches must fit the activations that its anchors were trained to give.
         process = make_process(DiffusionConfig.model_validate(parent.artifact.extra.get("diffusion") or {}))
         t = process.random_times(len(z), generator)
         return process.add_noise(z, t, torch.randn(z.shape, generator=generator)), t, y

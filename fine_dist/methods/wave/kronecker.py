@@ -30,6 +30,7 @@ def kron_sum(scaler: Tensor, templates: Tensor, order: Order) -> Tensor:
     w = templates.shape[1]
     k = len(templates)
     # One product over templates, [a b, K] x [K, w w]; the order says how the four axes are laid out.
+    # `torch.kron` for each template would make K matrices of full size and add them up.
     tiles = (scaler.reshape(k, a * b).T @ templates.reshape(k, w * w)).reshape(a, b, w, w)
     axes = (0, 2, 1, 3) if order == "scaler_template" else (2, 0, 3, 1)
     return tiles.permute(*axes).reshape(a * w, b * w)
@@ -46,6 +47,8 @@ class Templates(nn.Module):
     def __init__(self, count: int, side: int, order: Order, generator: torch.Generator | None = None):
         super().__init__()
         self.order: Order = order
+        # Orthonormal, so that the variance of W depends on the
+        # number of templates alone and no two templates start alike.
         self.T = nn.Parameter(spread_columns(side * side, count, generator).T.reshape(count, side, side).contiguous())
 
     def forward(self, x: Tensor, scaler: Tensor, bias: Tensor) -> Tensor:

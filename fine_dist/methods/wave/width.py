@@ -24,6 +24,7 @@ LONG_ROWS, LONG_COLUMNS = {"in": 4}, {"out": 4}
 
 def uniform(source: int, target: int, chunks: int = 1) -> Tensor:
     """Which of `source` units each of `target` takes, in each of some chunks of so many: int64 [chunks x target]."""
+    # In integers: repeats and gaps are spread evenly, and equal widths give the identity.
     one = torch.arange(target) * source // target
     return torch.cat([one + chunk * source for chunk in range(chunks)])
 
@@ -31,6 +32,7 @@ def uniform(source: int, target: int, chunks: int = 1) -> Tensor:
 def fan_in(source: int, target: int) -> Tensor:
     """What the inputs taken by `uniform` are multiplied by, [target]."""
     index = uniform(source, target)
+    # A feature that is repeated k times is summed k times by the next matrix, so each copy counts 1/k.
     often = torch.bincount(index, minlength=source)[index].float()
     scale: Tensor = max(1.0, source / target) ** 0.5 / often
     return scale
@@ -84,6 +86,7 @@ class Widening:
             "time.hidden.bias": lambda t: t[rows],
             "time.out.weight": lambda t: t[rows][:, rows] * inputs,
             "time.out.bias": lambda t: t[rows],
+            # An embedding's rows are classes; only its columns are features.
             "label.weight": lambda t: t[:, rows],
             "final.adaln.weight": lambda t: t[pairs][:, rows] * inputs,
             "final.adaln.bias": lambda t: t[pairs],
