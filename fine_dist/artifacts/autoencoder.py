@@ -1,4 +1,4 @@
-"""Images from latents, by diffusers' `AutoencoderKL`.
+"""Images from latents, by an autoencoder of diffusers.
 
 Shapes: B images, C latent channels, h, w latent sides, H, W pixels.
 """
@@ -11,21 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, DataError
+from fine_dist.data.batch import by_channel
+from fine_dist.data.codecs import load_autoencoder, scales_itself, scaling_of
+from fine_dist.data.shards import Channels
 from fine_dist.diffusion.samplers import SampledBatch
 
 
 class Decoder:
-    """Decodes latents with a VAE: `decode(latents [B, C, h, w]) -> uint8 [B, 3, H, W]` on the CPU.
+    """Decodes latents with a VAE of any class: `decode(latents [B, C, h, w]) -> uint8 [B, 3, H, W]` on the CPU.
 
     Args:
         name: A folder (the VAE's own, or a pipeline's with a `vae` in it) or a hub name.
-        scaling_factor: Of the codec that made the training latents (their manifest says it). A VAE with another one is
-            an error, because its images would have a wrong contrast.
+        scaling_factor: By which the training latents were multiplied (their manifest says it). A VAE with another one
+            is an error, because its images would have a wrong contrast; one for each channel may have been measured
+            over the data, and is undone.
+        shift_factor: What was subtracted from them before; None where it is not known.
         device: Where it decodes.
         precision: `fp32` or `bf16`.
         batch: Latents decoded at once.
@@ -38,7 +42,8 @@ class Decoder:
         self,
         name: str | Path,
         *,
-        scaling_factor: float | None = None,
+        scaling_factor: Channels | None = None,
+        shift_factor: Channels | None = None,
         device: torch.device | str = "cpu",
         precision: str = "fp32",
         batch: int = 16,
@@ -48,38 +53,58 @@ class Decoder:
         name = expand_path(str(name))
         within = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         try:
-            vae: Any = AutoencoderKL.from_pretrained(
-                str(name), subfolder=within, use_safetensors=True, torch_dtype=self.dtype
-            )
-        except (OSError, ValueError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise ArtifactError(f"vae {name}: no AutoencoderKL can be loaded from there: {first}") from None
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
-        self.channels = int(vae.config.latent_channels)
-        check_scaling(str(name), self.scaling_factor, scaling_factor)
+            vae: Any = load_autoencoder(name, subfolder=within, dtype=self.dtype)
+        except DataError as error:
+            raise ArtifactError(str(error)) from None
+        self.scale, self.shift = scaling_of(vae)
+        check_scaling(str(name), (self.scale, self.shift), (scaling_factor, shift_factor))
+        if isinstance(scaling_factor, tuple):
+            self.scale, self.shift = scaling_factor, shift_factor or 0.0
+        self.channels: int | None = getattr(vae.config, "latent_channels", None)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
+        self._from_zero = scales_itself(vae)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """`DataError` for latents of other channels than the VAE's."""
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise DataError(f"latents are {list(latents.shape)}; the VAE decodes [B, {self.channels}, h, w]")
+        """`DataError` for latents of other channels than the VAE's, or of a size that it does not decode."""
+        if latents.ndim != 4 or latents.shape[1] != (self.channels or latents.shape[1]):
+            raise DataError(f"latents are {list(latents.shape)}; the VAE decodes [B, {self.channels or 'C'}, h, w]")
+        scale, shift = by_channel(self.scale, self.device), by_channel(self.shift, self.device)
         parts = []
         for z in latents.split(self.batch):
-            z = (z.to(self.device, torch.float32) / self.scaling_factor + self.shift).to(self.dtype)
-            pixels = self.vae.decode(z).sample.float()
-            parts.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu())
+            z = (z.to(self.device, torch.float32) / scale + shift).to(self.dtype)
+            try:
+                pixels = self.vae.decode(z).sample.float()
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                first = str(error).strip().partition("\n")[0]
+                raise DataError(f"latents are {list(latents.shape)}, which the VAE does not decode: {first}") from None
+            pixels = pixels * 255 if self._from_zero else (pixels + 1) * 127.5
+            parts.append(pixels.round().clamp(0, 255).to(torch.uint8).cpu())
         return torch.cat(parts)
 
 
-def check_scaling(name: str, found: float, wanted: float | None) -> None:
-    """`ArtifactError` when a VAE's scaling factor is not that of the latents."""
-    if wanted is not None and abs(found - wanted) > 1e-6 * abs(wanted):
-        raise ArtifactError(
-            f"vae {name}: its scaling_factor is {found:g}, and the latents that the model was trained on were "
-            f"scaled by {wanted:g}: it is not the VAE that encoded them"
-        )
+def check_scaling(name: str, found: tuple[Channels, Channels], wanted: tuple[Channels | None, Channels | None]) -> None:
+    """`ArtifactError` when a VAE's (scale, shift) is not that of the latents.
+
+    Args:
+        name: What the VAE is called.
+        found: Its own.
+        wanted: Those of the latents; None where nothing tells. A scale for each channel passes: it may be measured.
+    """
+    if isinstance(wanted[0], tuple):
+        return
+    words = (("scaling_factor", "scaled by"), ("shift_factor", "shifted by"))
+    for (key, did), own, theirs in zip(words, found, wanted):
+        if theirs is None or isinstance(theirs, tuple):
+            continue
+        if isinstance(own, tuple) or abs(own - theirs) > 1e-6 * max(abs(theirs), abs(own)):
+            said = "one for each channel" if isinstance(own, tuple) else f"{own:g}" if own else "none"
+            raise ArtifactError(
+                f"vae {name}: its {key} is {said}, and the latents that the model was trained on were {did} "
+                f"{theirs:g}: it is not the VAE that encoded them"
+            )
 
 
 def decoded(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:

@@ -35,6 +35,8 @@ from fine_dist.artifacts.layouts import read_json
 from fine_dist.artifacts.scheduler_config import scheduler_of
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import whole_folder, written_whole
+from fine_dist.data.codecs import scaling_of
+from fine_dist.data.shards import Channels
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 
@@ -65,7 +67,8 @@ def write_diffusers(
     *,
     diffusion: DiffusionConfig = _DIT_CHAIN,
     vae: str | Path | None = None,
-    scaling_factor: float | None = None,
+    scaling_factor: Channels | None = None,
+    shift_factor: Channels | None = None,
     class_names: tuple[str, ...] = (),
     clip: float | None = None,
     card: ModelCard = _EMPTY_CARD,
@@ -79,6 +82,7 @@ def write_diffusers(
         diffusion: The process; it decides the scheduler and the kind of pipeline.
         vae: A folder or hub name of an `AutoencoderKL`. Default: no whole pipeline, which needs one.
         scaling_factor: Of the codec that made the training latents; a VAE with another one is an error.
+        shift_factor: Likewise; None where nothing says.
         class_names: Names by label, all or none.
         clip: `SamplerConfig.clip`; a DDIM scheduler clamps predicted latents, too.
         card: What the model card says.
@@ -104,7 +108,7 @@ def write_diffusers(
         scheduler = scheduler_of(diffusion, clip)
         scheduler.save_pretrained(draft / "scheduler")
         if vae is not None:
-            _copy_vae(vae, draft / "vae", arch, scaling_factor)
+            _copy_vae(vae, draft / "vae", arch, (scaling_factor, shift_factor), diffusion)
             _write_json(draft / "model_index.json", _index(arch, diffusion, type(scheduler).__name__, class_names))
             if diffusion.process == "flow":
                 shutil.copyfile(flow_pipeline.__file__, draft / "pipeline.py")
@@ -195,7 +199,9 @@ def _transformer(folder: Path) -> Any:
     return diffusers.DiTTransformer2DModel.from_pretrained(str(folder), use_safetensors=True)
 
 
-def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | None) -> None:
+def _copy_vae(
+    name: str | Path, to: Path, arch: Arch, scaling: tuple[Channels | None, Channels | None], diffusion: DiffusionConfig
+) -> None:
     try:
         vae = diffusers.AutoencoderKL.from_pretrained(str(name), use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -205,7 +211,14 @@ def _copy_vae(name: str | Path, to: Path, arch: Arch, scaling_factor: float | No
         raise ArtifactError(
             f"vae {name}: its latents have {vae.config.latent_channels} channels, not {arch.in_channels}"
         )
-    check_scaling(str(name), float(vae.config.scaling_factor), scaling_factor)
+    own = scaling_of(vae)
+    check_scaling(str(name), own, scaling)
+    if isinstance(scaling[0] or own[0], tuple) or (diffusion.process == "ddpm" and own[1]):
+        what = "a scale for each channel" if isinstance(scaling[0] or own[0], tuple) else f"a shift of {own[1]:g}"
+        raise ConfigError(
+            f"vae {name}: the model's latents have {what}, which the exported pipeline would not undo; leave --vae out "
+            "and decode with fine_dist (fine-dist sample --vae)"
+        )
     with written_whole(to):
         vae.save_pretrained(str(to), safe_serialization=True)
 

@@ -244,8 +244,13 @@ def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A dense DiT's tensors under `DiTTransformer2DModel`'s names; float32, embedders repeated for each block.
 
     Raises:
-        ConfigError: The model's positions are rescaled, which that layout cannot say.
+        ConfigError: The model's latents are not square, or its positions are rescaled, which that layout cannot say.
     """
+    if not isinstance(arch.input_size, int):
+        raise ConfigError(
+            f"the model's latents are {' x '.join(map(str, arch.input_size))} (input_size), and diffusers' "
+            "DiTTransformer2DModel has square ones only; legal here: DiT's layout (--to dit), or --to fine_dist"
+        )
     if arch.position_grid not in (None, arch.input_size // arch.patch_size):
         raise ConfigError(
             f"the model's positions are rescaled to a grid of {arch.position_grid} patches (position_grid), which a "

@@ -36,7 +36,7 @@ from fine_dist.artifacts.unwrap import Unwrapped, unwrap
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import sha256_of, whole_file, written_whole
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.model.arch import Arch, parse_name
+from fine_dist.model.arch import Arch, Sides, both, parse_name, sides
 from fine_dist.model.dit import positions_of
 
 _OUTSIDE = {
@@ -180,7 +180,7 @@ def _arch_of(
             num_heads=heads_of(width, hints.num_heads, _named_heads(arguments), where),
             patch_size=side,
             in_channels=channels,
-            input_size=_input_size(shapes.get(_POSITION), side, hints, where),
+            input_size=_input_size(state.get(_POSITION), side, hints, where),
             num_classes=num_classes,
             learn_sigma=out_channels == 2 * channels,
             frequency_shift=hints.frequency_shift or 0,
@@ -197,19 +197,41 @@ def _named_heads(arguments: Mapping[str, Any]) -> int | None:
         return None
 
 
-def _input_size(positions: tuple[int, ...] | None, patch: int, hints: HintsConfig, where: str) -> int:
-    if positions is None:
+def _input_size(table: Tensor | None, patch: int, hints: HintsConfig, where: str) -> Sides:
+    """Sides of the latent: as the hints say, or of the grid that the position table is for."""
+    if table is None:
         if hints.input_size is None:
             raise ArtifactError(
                 f"{where} has no position table ({_POSITION}); give the side of a latent with --hints.input-size"
             )
         return hints.input_size
-    side = math.isqrt(positions[-2]) if len(positions) == 3 else 0
-    if not side or side * side != positions[-2]:
-        raise ArtifactError(f"{where}: {_POSITION} is {list(positions)}, and a square table [1, T, D] is needed")
-    if hints.input_size not in (None, side * patch):
-        raise ArtifactError(f"{where}: input_size {hints.input_size}: its position table is for {side * patch}")
-    return side * patch
+    tokens = table.shape[-2] if table.ndim == 3 else 0
+    side = math.isqrt(tokens)
+    grid = _grid_of(table[0].float()) if tokens else None
+    if side * side == tokens and (grid is None or grid[1] == 1):  # no sine-cosine table: the check that follows says so
+        grid = (side, side)
+    if not tokens or grid is None:
+        raise ArtifactError(
+            f"{where}: {_POSITION} is {list(table.shape)}, and a table [1, T, D] of a whole grid is needed"
+        )
+    if hints.input_size is not None:
+        height, width = both(hints.input_size)
+        if height * width != tokens * patch * patch:
+            found = " x ".join(str(patch * n) for n in grid)
+            raise ArtifactError(f"{where}: input_size {hints.input_size}: its position table is for {found}")
+        return hints.input_size
+    return sides(patch * grid[0], patch * grid[1])
+
+
+def _grid_of(table: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of a sine-cosine table [T, D]; None where it is of no grid.
+
+    The second half of D encodes the row: it is the same along a row's tokens.
+    """
+    tokens, width = table.shape
+    row = table[:, width // 2 :]
+    columns = int(((row - row[0]).abs().amax(1) < 1e-5).int().cumprod(0).sum())
+    return (tokens // columns, columns) if tokens % columns == 0 else None
 
 
 def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
@@ -222,16 +244,24 @@ def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
         return arch
     shapes = [arch]
     if arch.num_tokens > 1 and table.shape[1:] == positions_of(arch).shape:
-        # the first frequency is 1, so the second patch of a row holds the sine of the step between two positions
-        step = math.asin(max(-1.0, min(1.0, float(table[0, 1, 0]))))
-        side = arch.input_size // arch.patch_size
-        if 0 < round(side * step) != side:
-            shapes.append(arch.model_copy(update={"position_grid": round(side * step)}))
+        # The first frequency is 1, so the second patch of a row, and of a column, holds the sine of the step between
+        # two positions: the first half of D encodes the column, the second half the row.
+        _, columns = arch.grid
+        trained = (_trained(table[0, ::columns, table.shape[2] // 2]), _trained(table[0, :columns, 0]))
+        if all(trained) and trained != arch.grid:
+            shapes.append(arch.model_copy(update={"position_grid": sides(*trained)}))
     gaps = [_gap(table[0], positions_of(shape)) for shape in shapes]
     if min(gaps) <= max(1e-5, torch.finfo(table.dtype).eps / 2):
         return shapes[gaps.index(min(gaps))]
     says = f"differs from that by up to {gaps[0]:.3g}" if math.isfinite(gaps[0]) else f"is {list(table.shape)}"
     raise ArtifactError(f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it {says}); it cannot be kept")
+
+
+def _trained(sines: Tensor) -> int:
+    """Side of the grid that a side's positions were rescaled from, by the sines of its positions."""
+    if len(sines) == 1:
+        return 1
+    return round(len(sines) * math.asin(max(-1.0, min(1.0, float(sines[1])))))
 
 
 def _gap(table: Tensor, ours: Tensor) -> float:
@@ -281,7 +311,7 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
 
 
 def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """A forward pass with tensors under the original's names: `z [B, C, H, H], t [B], y [B] -> [B, C or 2C, H, H]`.
+    """A forward pass with tensors under the original's names: `z [B, C, H, W], t [B], y [B] -> [B, C or 2C, H, W]`.
 
     It shares no code with `fine_dist.model`, so that a mistake in the names or in an order shows.
     """
@@ -312,6 +342,5 @@ def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tenso
         x = x + gate_m[:, None] * linear(at(_BLOCK["out"]), h)
     shift, scale = linear(_OUTSIDE["final.adaln"], F.silu(c)).split(d, dim=1)
     x = linear(_OUTSIDE["final.linear"], normal(x, shift, scale))  #                                     [B, T, ppC]
-    side = math.isqrt(tokens)
-    x = x.reshape(b, side, side, p, p, -1)
-    return torch.einsum("bhwpqc->bchpwq", x).reshape(b, -1, side * p, side * p)
+    x = x.reshape(b, z.shape[2] // p, z.shape[3] // p, p, p, -1)
+    return torch.einsum("bhwpqc->bchpwq", x).reshape(b, -1, *z.shape[2:])

@@ -15,7 +15,7 @@ LIMIT = 1e-4
 """Largest difference of outputs in fp32, for outputs of size about 1; products sum in another order elsewhere."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`."""
+"""`(z [B, C, H, W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`."""
 
 
 class ExportComparison:

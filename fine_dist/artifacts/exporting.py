@@ -109,6 +109,7 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
         diffusion=facts.diffusion or DiffusionConfig(),
         vae=vae,
         scaling_factor=facts.scaling_factor,
+        shift_factor=facts.shift_factor,
         class_names=facts.class_names,
         clip=facts.sampler.get("clip"),
         card=card_of(about),

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from fine_dist.artifacts.settings import SamplerOverrides
 from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.data.shards import Channels
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 
 _MODELS_OWN = ("guidance", "guidance_channels", "clip")
@@ -30,14 +31,16 @@ class ModelFacts:
         diffusion: The process it was trained for; None where nothing says.
         sampler: Settings of a sampler by name, those that its manifest has.
         codec: `identity` for images themselves, a name for an autoencoder's latents, None where nothing says.
-        scaling_factor: Of the autoencoder.
+        scaling_factor: What the model's latents were multiplied by, for all channels or each; None where nothing says.
+        shift_factor: What was subtracted from them before.
         class_names: Names by label; empty where nothing says.
     """
 
     diffusion: DiffusionConfig | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
     codec: str | None = None
-    scaling_factor: float | None = None
+    scaling_factor: Channels | None = None
+    shift_factor: Channels | None = None
     class_names: tuple[str, ...] = ()
 
     def pictures(self, channels: int) -> bool:
@@ -55,8 +58,9 @@ def model_facts_of(about: dict[str, Any]) -> ModelFacts:
     name, own = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODELS_OWN}
     try:
         SamplerConfig.model_validate(own)
-        scale = codec.get("scaling_factor")
-        scaling_factor = None if scale is None or name == "identity" else float(scale)
+        scaling_factor, shift_factor = (
+            None if name == "identity" else _channels(codec.get(key)) for key in ("scaling_factor", "shift_factor")
+        )
     except (ValidationError, TypeError, ValueError) as error:
         raise ArtifactError(f"{about.get('folder', 'manifest')}: sampler or codec is damaged: {_line(error)}") from None
     return ModelFacts(
@@ -64,8 +68,16 @@ def model_facts_of(about: dict[str, Any]) -> ModelFacts:
         sampler=own,
         codec=name,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
         class_names=tuple(map(str, names)),
     )
+
+
+def _channels(value: Any) -> Channels | None:
+    """A number, or one for each channel, as JSON has it."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(float, value))
+    return None if value is None else float(value)
 
 
 def diffusion_of(about: dict[str, Any]) -> DiffusionConfig | None:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from fine_dist.core.config import Config
 from fine_dist.diffusion.settings import MAX_TIMESTEPS, Precision, SamplerConfig, SchedulerName, check_interval
+from fine_dist.model.arch import SidesKey
 
 
 class HintsConfig(Config):
@@ -17,8 +18,8 @@ class HintsConfig(Config):
     """Attention heads of a state dict, which does not say them. Default: by width for DiT's sizes S, B, L and XL."""
     num_classes: int | None = Field(None, ge=1, le=10_000_000)
     """Classes without the null label. Default: one less than the label table has rows."""
-    input_size: int | None = Field(None, ge=1, le=65_536)
-    """Side of a latent. Default: from the position table or the config, where there is one."""
+    input_size: SidesKey | None = None
+    """Side of a latent, or its height and width. Default: from the position table or the config, where there is one."""
     frequency_shift: int | None = Field(None, ge=0, le=1)
     """Time frequencies: 0 as in DiT, 1 as in models trained in diffusers. Default: by where the folder comes from."""
     process: Literal["ddpm", "sit", "repa"] | None = None

@@ -83,6 +83,8 @@ class Summary:
     def scaled_std(self) -> float:
         """Standard deviation of the scaled latents that a model is trained on; near 1 if the scaling factor is
         right."""
+        if self.manifest.channel_scale:
+            return float(np.sqrt(np.square(self.channel_std * self.manifest.channel_scale).mean()))
         return self.std * self.manifest.scaling_factor
 
     @property
@@ -90,6 +92,7 @@ class Summary:
         """Sentences about what looks wrong: scaling factors, and classes without samples."""
         found = []
         factor = self.manifest.scaling_factor
+        unscaled = factor == 1 and not self.manifest.channel_scale and self.manifest.codec != "identity"
         if factor != 1 and 0.5 < self.std < 2 and not 0.5 < self.scaled_std < 2:
             found.append(
                 f"the stored latents have standard deviation {self.std:.3g}, and {self.scaled_std:.3g} scaled by "
@@ -100,7 +103,7 @@ class Summary:
                 f"scaled by {factor:g}, the latents have standard deviation {self.scaled_std:.3g}, far from 1: "
                 "is this the factor of their VAE?"
             )
-        elif factor == 1 and self.manifest.codec != "identity" and not 0.4 < self.std < 2.5:
+        elif unscaled and not 0.4 < self.std < 2.5:
             found.append(
                 f"the scaling factor is 1 but the latents have standard deviation {self.std:.3g}: "
                 f"it seems not to be applied at all (a factor near {1 / max(self.std, 1e-9):.3g} would give 1)"

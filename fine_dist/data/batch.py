@@ -10,10 +10,12 @@ Letters: B samples of a batch, C channels, H height, W width.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+
+from fine_dist.data.shards import Channels
 
 _NOISE = 0x6D6F6D656E7473
 """Random stream of the noise of moments, different from every other use of (seed, step, position)."""
@@ -25,7 +27,7 @@ class Batch:
 
     Attributes:
         stored: [B, C, H, W] in the shards' dtype, unscaled; for moments, the sampled and scaled latents in float32.
-        scale, shift: latents are `(stored - shift) * scale`.
+        scale, shift: latents are `(stored - shift) * scale`, for all channels alike or each its own.
         labels: int64 [B].
         positions: int64 [B], positions in the global batch; all randomness of a sample is seeded by (seed, step,
             position).
@@ -34,10 +36,10 @@ class Batch:
     step: int
     epoch: int
     stored: torch.Tensor
-    scale: float
+    scale: Channels
     labels: torch.Tensor
     positions: torch.Tensor
-    shift: float = 0.0
+    shift: Channels = 0.0
 
     @cached_property
     def latents(self) -> torch.Tensor:
@@ -61,13 +63,24 @@ class Batch:
         return replace(self, stored=self.stored[rows], labels=self.labels[rows], positions=self.positions[rows])
 
 
-def as_float(stored: torch.Tensor, scale: float, shift: float = 0.0) -> torch.Tensor:
-    """`(stored - shift) * scale` in float32, for any float dtype and device; may return `stored` itself."""
+def as_float(stored: torch.Tensor, scale: Channels, shift: Channels = 0.0) -> torch.Tensor:
+    """`(stored - shift) * scale` in float32, for any float dtype and device; may return `stored` itself.
+
+    stored: [..., C, H, W].
+    """
+    if isinstance(scale, tuple) or isinstance(shift, tuple):
+        return (stored.float() - by_channel(shift, stored.device)).mul_(by_channel(scale, stored.device))
     if shift:
         return (stored.float() - shift).mul_(scale)
     if scale == 1:
         return stored.float()
     return stored.float().mul_(scale) if stored.dtype != torch.float32 else stored * scale
+
+
+@lru_cache(maxsize=64)
+def by_channel(values: Channels, device: torch.device) -> torch.Tensor:
+    """Numbers of channels as float32 [C, 1, 1] ([1, 1, 1] for one number), kept on the device."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Codecs that turn images into latents: the identity (pixels), or an autoencoder of diffusers.
 
-Letters: B images of a batch, C channels of a latent, S image size.
+Letters: B images of a batch, C channels of a latent, H, W height and width of an image.
 """
 
 from __future__ import annotations
@@ -10,26 +10,32 @@ from typing import Any, Protocol
 import torch
 
 from fine_dist.core.errors import DataError
+from fine_dist.data.shards import Channels
 
 
 class Codec(Protocol):
-    """Turns images into latents; the stream later gives `(latent - shift_factor) * scaling_factor`."""
+    """Turns images into latents; the stream later gives `(latent - shift_factor) * scaling_factor`.
+
+    Both are one number for all channels, or one for each.
+    """
 
     name: str
-    scaling_factor: float
-    shift_factor: float
+    scaling_factor: Channels
+    shift_factor: Channels
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Shape of the latent of an image [C, S, S]."""
+        """Shape of the latent of an image [C, H, W]."""
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mean and standard deviation (None: the codec is deterministic) of float32 images [B, C, S, S] in [-1, 1]."""
+        """Mean and standard deviation (None: the codec is deterministic) of float32 images [B, C, H, W] in [-1, 1]."""
 
 
 class Identity:
     """Pixels are the latents."""
 
-    name, scaling_factor, shift_factor = "identity", 1.0, 0.0
+    name = "identity"
+    scaling_factor: Channels = 1.0
+    shift_factor: Channels = 0.0
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         channels, height, width = image_shape
@@ -62,8 +68,28 @@ def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) ->
     )
 
 
+def scaling_of(vae: Any) -> tuple[Channels, Channels]:
+    """(scale, shift) by which a pipeline of diffusers uses this autoencoder's latents: `(latent - shift) * scale`.
+
+    With `latents_mean` and `latents_std` in its config, each channel has its own.
+    """
+    if scales_itself(vae):
+        return 1.0, 0.0
+    scale = float(getattr(vae.config, "scaling_factor", None) or 1.0)
+    mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean and std:
+        return tuple(scale / float(value) for value in std), tuple(map(float, mean))
+    return scale, float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+
+def scales_itself(vae: Any) -> bool:
+    """Whether encoding and decoding apply the config's scale and statistics themselves, and images are 0 to 1, not -1
+    to 1: representation autoencoders (RAE, arXiv 2510.11690)."""
+    return type(vae).__name__ == "AutoencoderRAE"
+
+
 class Autoencoder:
-    """An image autoencoder of diffusers: AutoencoderKL, AutoencoderDC and others that encode [B, C, S, S].
+    """An image autoencoder of diffusers: AutoencoderKL, AutoencoderDC and others that encode [B, C, H, W].
 
     Channels and down-sampling are the autoencoder's own: 4 x 32 x 32 of 256 pixels for Stable Diffusion's, 16 channels
     for SD3's, 32 x 8 x 8 for DC-AE f32.
@@ -75,8 +101,7 @@ class Autoencoder:
         vae = load_autoencoder(name, subfolder=subfolder, dtype=self.dtype)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
         self.name = name
-        self.scaling_factor = float(getattr(vae.config, "scaling_factor", None) or 1.0)
-        self.shift_factor = float(getattr(vae.config, "shift_factor", None) or 0.0)
+        self.scaling_factor, self.shift_factor = scaling_of(vae)
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Shape of the latent of an image; a blank image is encoded, because autoencoders name their factors
@@ -87,19 +112,20 @@ class Autoencoder:
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise DataError(f"vae: {self.name} does not encode images {list(image_shape)}: {reason}") from None
-        size, side = int(image_shape[-1]), int(latent.shape[-1])
-        factor = round(size / side)
-        if latent.ndim != 4 or side * factor != size:
-            raise DataError(
-                f"image_size: {size} pixels give latents of {side}: the autoencoder down-samples by {factor}; use a "
-                f"multiple of {factor}, such as {side * factor}"
-            )
+        for size, side in zip(image_shape[1:], latent.shape[2:]):
+            factor = round(size / side)
+            if latent.ndim != 4 or side * factor != size:
+                raise DataError(
+                    f"image_size: {size} pixels give latents of {side}: the autoencoder down-samples by {factor}; use "
+                    f"a multiple of {factor}, such as {side * factor}"
+                )
         channels, height, width = latent.shape[1:]
         return int(channels), int(height), int(width)
 
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        found = self.vae.encode(images.to(self.device, self.dtype))
+        images = images.to(self.device, self.dtype)
+        found = self.vae.encode((images + 1) / 2 if scales_itself(self.vae) else images)
         # KL autoencoders return a distribution, deterministic ones a `latent` or `latents`, by class.
         if hasattr(found, "latent_dist"):
             return found.latent_dist.mean.float().cpu(), found.latent_dist.std.float().cpu()

@@ -49,6 +49,9 @@ class EncodeJob:
     batch: int = 32
     workers: int = 4
     max_bad_fraction: float = 0.001
+    normalize_channels: bool = False
+    scaled_like: Path | None = None
+    """Shards whose scaling is taken over, in place of the codec's: those that models are trained on."""
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
@@ -236,15 +239,15 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
         count_C, sum_C, square_C = np.sum([part.sums for part in parts if part.shard], axis=0)
         # Sums of all units give the exact mean and deviation without a second pass over the shards.
         mean_C = sum_C / count_C
+        std_C = np.sqrt(np.maximum(square_C / count_C - mean_C**2, 0))
         manifest = Manifest(
             count=count,
             latent_shape=(channels // 2 if job.kind == "moments" else channels, height, width),
             kind=job.kind,
             dtype=job.dtype,
-            scaling_factor=codec.scaling_factor,
-            shift_factor=codec.shift_factor,
+            **_scaling(job, codec, mean_C, std_C),
             channel_mean=tuple(mean_C.tolist()),
-            channel_std=tuple(np.sqrt(np.maximum(square_C / count_C - mean_C**2, 0)).tolist()),
+            channel_std=tuple(std_C.tolist()),
             num_classes=source.num_classes or 1 + max(part.largest_label for part in parts),
             class_names=source.class_names,
             flips=job.flips,
@@ -259,6 +262,23 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
         manifest.save(job.folder)
         _tidy(job.folder, source.units)
         return manifest
+
+
+def _scaling(job: EncodeJob, codec: Codec, mean_C: np.ndarray, std_C: np.ndarray) -> dict[str, Any]:
+    """The manifest's fields that say how the stream scales latents."""
+    scale, shift = codec.scaling_factor, codec.shift_factor
+    if job.scaled_like is not None:
+        path = job.scaled_like / MANIFEST
+        train = Manifest.parse(read_bytes(path), str(path))
+        scale, shift = train.scale, train.shift
+    elif job.normalize_channels:
+        if not std_C.all():
+            raise DataError(f"normalize_channels: channel {int(std_C.argmin())} has the same value everywhere")
+        scale, shift = tuple((1 / std_C).tolist()), tuple(mean_C.tolist())
+    if isinstance(scale, tuple) or isinstance(shift, tuple):
+        both = (np.broadcast_to(each, len(mean_C)).tolist() for each in (scale, shift))
+        return dict(zip(("channel_scale", "channel_shift"), map(tuple, both)))
+    return {"scaling_factor": scale, "shift_factor": shift}
 
 
 def _tidy(folder: Path, units: int) -> None:

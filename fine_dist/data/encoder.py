@@ -4,7 +4,7 @@ Processes share only the folder of the shards (`encode_locks.py`). A latent depe
 the process that encodes it. Within a process the codec is the bottleneck: a pool of threads reads images, one thread
 stacks them and one writes shards, each a batch ahead of or behind the codec.
 
-Letters: B images of a batch, C channels of a latent, S image size.
+Letters: B images of a batch, C channels of a latent, H, W height and width of an image.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def _stacked(
 
 
 def _pixels(images: list[np.ndarray], flips: bool) -> list[torch.Tensor]:
-    """A batch as the codec takes it, float32 [B, C, S, S] in [-1, 1]; with `flips` followed by its mirror image."""
+    """A batch as the codec takes it, float32 [B, C, H, W] in [-1, 1]; with `flips` followed by its mirror image."""
     batch = torch.from_numpy(np.stack(images))
     x = batch.float().div_(127.5).sub_(1) if batch.dtype == torch.uint8 else batch
     return [x, x.flip(-1)] if flips else [x]

@@ -26,6 +26,7 @@ from fine_dist.data.images import (
 from fine_dist.data.settings import IDX, DataConfig, EncodeConfig
 from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
+from fine_dist.model.arch import both
 
 
 def run(config: EncodeConfig) -> Path:
@@ -134,10 +135,18 @@ def _job(config: EncodeConfig, split: str, folder: Path) -> EncodeJob:
         batch=config.batch,
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
+        normalize_channels=config.normalize_channels,
+        scaled_like=config.folder() / SPLITS[0] if config.normalize_channels and split != SPLITS[0] else None,
     )
 
 
 def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
+    job = _job(config, split, folder)
+    if job.scaled_like is not None and not (job.scaled_like / MANIFEST).exists():
+        raise ConfigError(
+            f"normalize_channels: split {split} is scaled by the statistics of {job.scaled_like}, which is not there; "
+            f"encode the split {SPLITS[0]} first"
+        )
     source = _source(config, split)
     codec: Codec = Identity()
     if config.codec == "vae":
@@ -145,12 +154,12 @@ def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
             expand_path(config.vae), subfolder=config.vae_subfolder, device=_device(config), precision=config.precision
         )
         # One blank image finds a wrong size or autoencoder now, not after the first thousand images were read.
-        codec.shape((3, config.image_size, config.image_size))
-    if config.kind == "moments" and codec.encode(torch.zeros(1, 3, config.image_size, config.image_size))[1] is None:
+        codec.shape((3, *both(config.image_size)))
+    if config.kind == "moments" and codec.encode(torch.zeros(1, 3, *both(config.image_size)))[1] is None:
         raise ConfigError(f"kind: {codec.name} has no moments; legal with it: sample")
     if config.scaling_factor:
         codec.scaling_factor = config.scaling_factor
-    done = encode(source, codec, _job(config, split, folder), progress=rank_here()[0] == 0)
+    done = encode(source, codec, job, progress=rank_here()[0] == 0)
     rate = done.images / max(done.seconds, 1e-9)
     print(
         f"encode: {folder}: {done.manifest.count} samples in {len(done.manifest.shards)} shards, "
@@ -203,7 +212,8 @@ def show(summary: Summary) -> list[str]:
         f"({payload / 1e9:.3g} GB of numbers)",
         f"samples     {manifest.count:,}" + (" (each image and its mirror image)" if manifest.flips else ""),
         f"latents     {shape} {manifest.dtype}, kind {manifest.kind}, codec {manifest.codec}",
-        f"scaling     {manifest.scaling_factor:g}"
+        "scaling     "
+        + ("each channel by its own statistics" if manifest.channel_scale else f"{manifest.scaling_factor:g}")
         + (f", shift {manifest.shift_factor:g}" if manifest.shift_factor else ""),
         f"mean, std   {summary.mean:.4g}, {summary.std:.4g} stored; std {summary.scaled_std:.4g} scaled",
         "by channel  " + ", ".join(f"{m:.3g} ± {s:.3g}" for m, s in zip(summary.channel_mean, summary.channel_std)),

@@ -1,6 +1,6 @@
 """Sources of images to encode, class folders and webdataset shards, divided into units of one shard each.
 
-Shapes: images are uint8 [3, S, S] with S the image size; those of `small_images.py` have one channel.
+Shapes: images are uint8 [3, H, W], the image size; those of `small_images.py` have one channel.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fine_dist.core.files import check_regular
 from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy, expand_braces, is_remote, local_path
+from fine_dist.model.arch import Sides, both
 
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
@@ -86,24 +87,26 @@ class ImageSource(Protocol):
         """The images of a unit."""
 
 
-def center_crop(image: Image.Image, size: int, background: Color = WHITE) -> np.ndarray:
-    """The central square of an image, resized: uint8 [3, size, size].
+def center_crop(image: Image.Image, size: Sides, background: Color = WHITE) -> np.ndarray:
+    """The central part of an image, resized to a height and width or to a square: uint8 [3, H, W].
 
     The arithmetic is that of ADM (arXiv 2105.05233), on which FIDs in the literature are based: halve with a box filter
-    while the shorter side is at least twice the size, resize the shorter side to `size` bicubically, and crop the
-    center. Before that the image is rotated as its EXIF orientation says, and transparent parts get the background.
+    while both sides are at least twice what is wanted, resize bicubically until one fits and the other is no smaller,
+    and crop the center. Before that the image is rotated as its EXIF orientation says, and transparent parts get the
+    background.
 
     Raises:
         ValueError: Pixel values have an unknown white level.
     """
     image = to_rgb(ImageOps.exif_transpose(image), background)
+    height, width = both(size)
     # Bicubic alone would skip pixels when it shrinks an image by more than half, which aliases.
-    while min(image.size) >= 2 * size:
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(height / image.height, width / image.width)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))  # [S, S, 3]
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)))  # [H, W, 3]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
@@ -132,7 +135,7 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return gray
 
 
-def read_image(file: BinaryIO | Path, size: int, background: Color) -> np.ndarray:
+def read_image(file: BinaryIO | Path, size: Sides, background: Color) -> np.ndarray:
     """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
     if isinstance(file, Path):
         check_regular(file)
@@ -151,7 +154,7 @@ class FolderImages:
 
     Args:
         root: folder of class folders.
-        image_size: side of the square crop, in pixels.
+        image_size: side of the square crop in pixels, or its height and width.
         per_unit: images of a unit, which becomes a shard.
         seed: seed of the order.
         limit: number of images, at most.
@@ -167,7 +170,7 @@ class FolderImages:
         self,
         root: str,
         *,
-        image_size: int,
+        image_size: Sides,
         per_unit: int,
         seed: int,
         limit: int | None = None,
@@ -257,7 +260,7 @@ class TarImages:
         self,
         pattern: str,
         *,
-        image_size: int,
+        image_size: Sides,
         data: DataConfig,
         num_classes: int | None,
         limit: int | None = None,

@@ -20,6 +20,7 @@ from fine_dist.data.batch import as_float
 from fine_dist.data.records import PREFIX_BYTES, all_finite, layout_of
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shard_file import Indexes, Shard
+from fine_dist.data.shards import Channels
 from fine_dist.data.sources import is_remote, locate
 
 _CHUNK = 64
@@ -42,8 +43,8 @@ class Rows:
 
     stored: torch.Tensor
     labels: np.ndarray
-    scale: float
-    shift: float = 0.0
+    scale: Channels
+    shift: Channels = 0.0
     faults: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -113,7 +114,7 @@ class ShardSet:
         rows = Rows(
             torch.from_numpy(stored),
             np.empty(len(numbers), np.int64),
-            *((self.manifest.scaling_factor, self.manifest.shift_factor) if scaled else (1.0, 0.0)),
+            *(self.manifest.stored_scaling if scaled else (1.0, 0.0)),
         )
         if regular:
             self._read_regular(shards, shard_B, index_B, stored, rows, 0)

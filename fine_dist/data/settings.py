@@ -10,6 +10,7 @@ from pydantic import Field
 from fine_dist.core.config import Config, PathKey, Seed, expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.settings import LaunchConfig
+from fine_dist.model.arch import SidesKey
 
 
 class DataConfig(Config):
@@ -83,12 +84,16 @@ class EncodeConfig(Config):
     kind: Literal["sample", "moments"] = "sample"
     """Store one sample of each latent, or its mean and standard deviation, from which a new sample is drawn at every
     reading (twice the size)."""
-    image_size: int = Field(256, ge=1, le=2**14)
-    """Side of the square that is cropped from the center of each image, in pixels."""
+    image_size: SidesKey = 256
+    """Side of the square that is cropped from the center of each image, in pixels, or the height and width of a
+    rectangle."""
     flips: bool = False
     """Also encode the mirror image of every image, as a further sample."""
     scaling_factor: float | None = Field(None, gt=0)
     """Factor by which the stream multiplies latents. Default: the autoencoder's own (identity: 1)."""
+    normalize_channels: bool = False
+    """Let the stream subtract each channel's mean and divide by its standard deviation, as measured over the split
+    train, in place of the autoencoder's factor and shift (as LightningDiT does, arXiv 2501.01423)."""
     num_classes: int | None = Field(None, ge=1)
     """Number of classes of webdataset image shards. Default: the largest label plus one."""
     shard_samples: int = Field(1024, ge=1, le=10**9)
@@ -143,6 +148,8 @@ class EncodeConfig(Config):
             made["classes"] = list(self.classes)
         if self.held_out_fraction is not None:
             made["held_out_fraction"] = self.held_out_fraction
+        if self.normalize_channels:
+            made["normalize_channels"] = True
         return {**made, "source": self.source_of(split), "split": split}
 
     def source_of(self, split: str) -> str:

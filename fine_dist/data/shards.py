@@ -15,10 +15,10 @@ import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fine_dist.core.config import shown
 from fine_dist.core.errors import DataError
@@ -44,6 +44,9 @@ class _Model(BaseModel):
 
 
 Side = Annotated[int, Field(ge=1, le=2**16)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Channels: TypeAlias = float | tuple[float, ...]
+"""A number for all channels, or one for each."""
 MAX_NUMBERS = 2**26
 """Maximum number of values of one latent: 4 x 4096 x 4096."""
 _SMALLEST = 4 * BLOCK
@@ -92,6 +95,10 @@ class Manifest(_Model):
     """Factor of the stream: it gives `(stored - shift_factor) * scaling_factor`; shards hold the codec's own output."""
     shift_factor: float = Field(0.0, allow_inf_nan=False)
     """Shift of the stream, before the factor."""
+    channel_scale: tuple[PositiveFloat, ...] = ()
+    """Factor of each channel, in place of the one factor; with it goes `channel_shift`."""
+    channel_shift: tuple[FiniteFloat, ...] = ()
+    """Shift of each channel, in place of the one shift."""
     channel_mean: tuple[float, ...] = ()
     """Mean of each channel of the stored latents, where it was measured while encoding."""
     channel_std: tuple[float, ...] = ()
@@ -116,6 +123,24 @@ class Manifest(_Model):
     """How many there are."""
 
     @property
+    def scale(self) -> Channels:
+        """What the stream multiplies latents by."""
+        return self.channel_scale or self.scaling_factor
+
+    @property
+    def shift(self) -> Channels:
+        """What the stream subtracts before."""
+        return self.channel_shift or self.shift_factor
+
+    @property
+    def stored_scaling(self) -> tuple[Channels, Channels]:
+        """Scale and shift of the stored numbers. Where channels have their own, the deviations of moments are scaled
+        like the means, and not shifted."""
+        if self.kind == "moments" and self.channel_scale:
+            return 2 * self.channel_scale, (*self.channel_shift, *(0.0 for _ in self.channel_shift))
+        return self.scale, self.shift
+
+    @property
     def stored_shape(self) -> tuple[int, int, int]:
         """Shape of the array in a shard."""
         channels, height, width = self.latent_shape
@@ -136,6 +161,8 @@ class Manifest(_Model):
         # Left out where it is 0, so that a manifest without the key has the same hash.
         if self.shift_factor:
             parts.append(self.shift_factor)
+        if self.channel_scale:
+            parts += list(self.channel_scale + self.channel_shift)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> Path:
@@ -168,6 +195,12 @@ class Manifest(_Model):
             # A name with a slash could lead to any file of the machine.
             if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
                 raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
+        lengths = {len(manifest.channel_scale), len(manifest.channel_shift)}
+        if len(lengths) > 1 or not lengths <= {0, manifest.latent_shape[0]}:
+            raise DataError(
+                f"{where}: channel_scale and channel_shift have {len(manifest.channel_scale)} and "
+                f"{len(manifest.channel_shift)} numbers, and latents {manifest.latent_shape[0]} channels"
+            )
         if len({shard.name for shard in manifest.shards}) != len(manifest.shards):
             raise DataError(f"{where}: a shard is listed twice")
         return manifest

@@ -186,9 +186,12 @@ class LatentStream:
         stored, scale, shift = rows.stored, rows.scale, rows.shift
         if self.manifest.kind == "moments":
             # a sample of scaled moments is the scaled sample; the shift moves its mean alone
-            moments = as_float(stored, scale)
-            # `(mean - shift) * scale` for the mean and `std * scale` for the standard deviation.
-            moments[:, : self.manifest.latent_shape[0]] -= shift * scale
+            if isinstance(scale, tuple) or isinstance(shift, tuple):
+                moments = as_float(stored, scale, shift)
+            else:
+                moments = as_float(stored, scale)
+                # `(mean - shift) * scale` for the mean and `std * scale` for the standard deviation.
+                moments[:, : self.manifest.latent_shape[0]] -= shift * scale
             stored, scale, shift = draw_moments(moments, self._seed, step, self._low), 1.0, 0.0
         labels = torch.from_numpy(rows.labels)
         return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions, shift)

@@ -140,7 +140,8 @@ class References:
         if self._decoder is None:
             self._decoder = Decoder(
                 self.config.vae,
-                scaling_factor=manifest.scaling_factor,
+                scaling_factor=manifest.scale,
+                shift_factor=manifest.shift,
                 device=self.world.device or "cpu",
                 precision=self.config.vae_precision,
             )

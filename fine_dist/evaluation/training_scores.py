@@ -56,7 +56,8 @@ def decoder_of(vae: str | None, manifest: Manifest, world: World) -> Decoder | N
         raise ConfigError("vae: the shards hold pictures, not latents; leave it out")
     if not world.is_main:
         return None
-    return Decoder(vae, scaling_factor=manifest.scaling_factor, device=world.device or "cpu")
+    device = world.device or "cpu"
+    return Decoder(vae, scaling_factor=manifest.scale, shift_factor=manifest.shift, device=device)
 
 
 class QuickEvaluation:

@@ -151,11 +151,11 @@ class Feeds:
         return FeedBatch(NoisedBatch(z, z_t, eps, t, self._stacked(labels)), rows)
 
     def _latents(self, batches: list[Batch]) -> Tensor:
-        """float32 [F, B, C, H, H]. Where all feeds store one dtype and scale, their stored bytes are what is copied."""
+        """float32 [F, B, C, H, W]. Where all feeds store one dtype and scale, their stored bytes are what is copied."""
         # float16 is half the bytes to copy; the conversion runs on the device.
-        kinds = {(batch.stored.dtype, batch.scale) for batch in batches}
+        kinds = {(batch.stored.dtype, batch.scale, batch.shift) for batch in batches}
         if len(kinds) == 1:
-            return as_float(self._stacked([batch.stored for batch in batches]), batches[0].scale)
+            return as_float(self._stacked([batch.stored for batch in batches]), batches[0].scale, batches[0].shift)
         return self._stacked([batch.latents for batch in batches])
 
     def _stacked(self, parts: list[Tensor]) -> Tensor:

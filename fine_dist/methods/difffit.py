@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent, Traits, needed
 from fine_dist.methods.settings import DiffFitConfig
-from fine_dist.model.arch import Arch
+from fine_dist.model.arch import Arch, sides
 from fine_dist.model.depth import RESIDUAL
 from fine_dist.model.dit import Condition, Dense, DiT
 from fine_dist.model.roles import Role, train_only
@@ -47,7 +47,7 @@ class DiffFit(Method[DiffFitConfig]):
         if target.input_size == parent.input_size:
             return target.model_copy(update={"position_grid": parent.position_grid})
         # A parent may itself have been adapted: its weights know the grid that they were first trained for.
-        trained = parent.position_grid or parent.input_size // parent.patch_size
+        trained = parent.position_grid or sides(*parent.grid)
         return target.model_copy(update={"position_grid": trained})
 
     def variants(self) -> dict[str, tuple[str, ...]]:

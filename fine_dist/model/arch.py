@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from fine_dist.core.config import Config, Depth, shown, validate
 from fine_dist.core.errors import ConfigError, nearest
@@ -24,6 +24,32 @@ SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
+Sides: TypeAlias = int | tuple[int, int]
+"""Height and width, or one number where they are equal: what is square has one name, one form on disk and one hash."""
+
+
+def sides(height: int, width: int) -> Sides:
+    """Height and width as settings and files hold them: one number for a square."""
+    return height if height == width else (height, width)
+
+
+def both(value: Sides) -> tuple[int, int]:
+    """(height, width) of either form."""
+    return (value, value) if isinstance(value, int) else value
+
+
+def _read_sides(value: Any) -> Any:
+    """A number, or a list of one or two, as `sides` has it; None as it is. `ValueError` for anything else."""
+    if value is None:
+        return None
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(found) not in (1, 2) or any(type(side) is not int or not 1 <= side <= 2**16 for side in found):
+        raise ValueError(f"one whole number from 1 to {2**16} is needed, or two: height and width")
+    return sides(found[0], found[-1])
+
+
+SidesKey = Annotated[Sides, BeforeValidator(_read_sides)]
+"""The type of a setting that is one side of a square, or height and width."""
 _NAME = re.compile(r"^DiT-(?P<size>[A-Za-z]+)/(?P<patch>\d+)(?:-L(?P<depth>\d+))?$")
 
 
@@ -42,17 +68,18 @@ class Arch(Config):
     """Side of a patch, in pixels of the latent; 2 is DiT's usual choice."""
     in_channels: int = Field(4, ge=1, le=2**16)
     """Channels of a latent: 4 for the usual autoencoders, 1 for grayscale digits."""
-    input_size: int = Field(32, ge=1, le=2**16)
-    """Side of a latent, in its pixels; a multiple of the patch. 32 stands for images of 256 pixels."""
+    input_size: SidesKey = 32
+    """Side of a latent, in its pixels, or its height and width; multiples of the patch. 32 stands for images of 256
+    pixels."""
     num_classes: int = Field(1000, ge=1, le=10**8)
     """Number of classes; the null label of classifier-free guidance comes on top."""
     learn_sigma: bool = True
     """Predict the variance beside the noise, which doubles the output channels (Improved DDPM)."""
     frequency_shift: int = Field(0, ge=0, le=1)
     """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
-    position_grid: int | None = Field(None, ge=1, le=2**16)
-    """Side, in patches, of the grid whose positions the weights were trained for, where it is not the latent's own: the
-    positions of the latent's grid are rescaled to its range. Default: the latent's own grid."""
+    position_grid: SidesKey | None = None
+    """Side (or height and width), in patches, of the grid whose positions the weights were trained for, where it is not
+    the latent's own: the positions of the latent's grid are rescaled to its range. Default: the latent's own grid."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,13 +105,19 @@ class Arch(Config):
             )
         if self.hidden_size % 4:
             raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4 (2-d sin-cos position table)")
-        if self.input_size % self.patch_size:
+        if any(side % self.patch_size for side in both(self.input_size)):
             raise ValueError(f"patch_size {self.patch_size} does not divide input_size {self.input_size}")
         return self
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = both(self.input_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
-        return (self.input_size // self.patch_size) ** 2
+        return math.prod(self.grid)
 
     @property
     def out_channels(self) -> int:
@@ -92,7 +125,7 @@ class Arch(Config):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        return (self.in_channels, self.input_size, self.input_size)
+        return (self.in_channels, *both(self.input_size))
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT, Peebles and Xie, arXiv 2212.09748), written from the paper.
 
-Shapes: B batch, C latent channels, H latent height = width, p patch side, T tokens = (H/p)^2, D width, A heads.
+Shapes: B batch, C latent channels, H, W latent height and width, p patch side, T tokens = H/p W/p, D width, A heads.
 A block's five matrices are reached by name (`arch.MATRICES`); a factory makes them, so that the dense model and every
 factored one share all of this file.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fine_dist.model.arch import MATRICES, Arch, check_size
+from fine_dist.model.arch import MATRICES, Arch, Sides, both, check_size
 from fine_dist.model.layers import attention, gated_add, modulate
 from fine_dist.model.roles import Role
 
@@ -62,7 +62,7 @@ class Dense(nn.Linear):
 
 
 class DiT(nn.Module):
-    """`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`.
+    """`(z [B, C, H, W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`.
 
     The label `arch.num_classes` is the null label of classifier-free guidance. With `arch.learn_sigma` the second half
     of the channels is the variance's interpolation (Improved DDPM, arXiv 2102.09672, eq. 15).
@@ -154,18 +154,18 @@ class DiT(nn.Module):
         return x, Condition(self.time(t) + self.label(y), y)
 
     def patchify(self, z: Tensor) -> Tensor:
-        b, c, h, _ = z.shape
+        b, c, h, w = z.shape
         p = self.arch.patch_size
         # The order of the numbers within a patch, (C, p, p), is
         # that of DiT's convolution, so its weights can be loaded.
-        z = z.reshape(b, c, h // p, p, h // p, p)  #                                               [B, C, h, p, w, p]
-        return z.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) ** 2, c * p * p)  #                        [B, T, Cpp]
+        z = z.reshape(b, c, h // p, p, w // p, p)  #                                               [B, C, h, p, w, p]
+        return z.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)  #                  [B, T, Cpp]
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        p, side, c = self.arch.patch_size, self.arch.input_size // self.arch.patch_size, self.arch.out_channels
+        p, (rows, columns), c = self.arch.patch_size, self.arch.grid, self.arch.out_channels
         # The final layer's order is (p, p, C): channels last, again as in DiT's weights.
-        x = x.reshape(-1, side, side, p, p, c)  #                                                  [B, h, w, p, p, C]
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, side * p, side * p)  #                       [B, C, H, H]
+        x = x.reshape(-1, rows, columns, p, p, c)  #                                               [B, h, w, p, p, C]
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, rows * p, columns * p)  #                    [B, C, H, W]
 
 
 class Block(nn.Module):
@@ -264,23 +264,26 @@ def labels_from_null(null: Tensor, num_classes: int, generator: torch.Generator 
 
 def positions_of(arch: Arch) -> Tensor:
     """The position table of a model of this shape, [T, D] float32."""
-    return position_table(arch.hidden_size, arch.input_size // arch.patch_size, arch.position_grid)
+    return position_table(arch.hidden_size, arch.grid, arch.position_grid)
 
 
-def position_table(d: int, side: int, trained_side: int | None = None) -> Tensor:
+def position_table(d: int, grid: Sides, trained_grid: Sides | None = None) -> Tensor:
     """Fixed 2-d sin-cos table [T, D], float32: the first half of D encodes the column, the second the row.
 
     Args:
         d: Width D.
-        side: Side of the grid, in patches.
-        trained_side: Side of the grid that the weights were trained for, if another: positions are rescaled to its
-            range, so that a model meets familiar ones (DiffFit, arXiv 2304.06648: half the index for twice the side).
+        grid: Rows and columns of patches, or the side of a square grid.
+        trained_grid: The grid that the weights were trained for, if another: positions are rescaled to its range, so
+            that a model meets familiar ones (DiffFit, arXiv 2304.06648: half the index for twice the side).
     """
     # In fp64, then rounded once: the table has the same bits on every platform.
     frequency = 1.0 / 10000 ** (torch.arange(d // 4, dtype=torch.float64) / (d // 4))
-    index = torch.arange(side, dtype=torch.float64) * ((trained_side or side) / side)
-    angle = index[:, None] * frequency  #                                                              [side, D/4]
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  #                                              [side, D/2]
-    column = axis[None, :, :].expand(side, side, -1)
-    row = axis[:, None, :].expand(side, side, -1)
-    return torch.cat([column, row], dim=2).reshape(side * side, d).float()
+    axes = []
+    for side, trained in zip(both(grid), both(trained_grid or grid)):
+        index = torch.arange(side, dtype=torch.float64) * (trained / side)
+        angle = index[:, None] * frequency  #                                                          [side, D/4]
+        axes.append(torch.cat([angle.sin(), angle.cos()], dim=1))  #                                   [side, D/2]
+    rows, columns = both(grid)
+    column = axes[1][None, :, :].expand(rows, columns, -1)
+    row = axes[0][:, None, :].expand(rows, columns, -1)
+    return torch.cat([column, row], dim=2).reshape(rows * columns, d).float()

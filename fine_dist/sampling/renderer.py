@@ -150,10 +150,11 @@ def make_renderer(config: SamplingSettings, path: str, device: torch.device | No
         decoder = Decoder(
             config.vae,
             scaling_factor=facts.scaling_factor,
+            shift_factor=facts.shift_factor,
             device=device or "cpu",
             precision=config.vae_precision,
         )
-        if decoder.channels != model.arch.in_channels:
+        if decoder.channels not in (None, model.arch.in_channels):
             raise ConfigError(
                 f"vae: {config.vae} decodes latents of {decoder.channels} channels, and the model of {path} makes "
                 f"{model.arch.in_channels}"

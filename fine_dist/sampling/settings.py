@@ -22,7 +22,7 @@ class SamplingSettings(Config):
     """What all commands share that sample images from models."""
 
     vae: PathKey | None = None
-    """Folder or hub name of the `AutoencoderKL` that decodes latents. Default: latents are shown as they are."""
+    """Folder or hub name of the autoencoder that decodes latents. Default: latents are shown as they are."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder; bf16 is faster on a GPU and changes pixels by a level or two."""
     seed: Seed = 0

@@ -16,7 +16,7 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.methods.base import Method, MethodConfig, Weights
-from fine_dist.model.arch import Arch
+from fine_dist.model.arch import Arch, sides
 from fine_dist.stages.settings import StageConfig
 
 BOUND = ("precision", "on_bad_loss", "ema_decay", "ema_warmup")
@@ -124,8 +124,8 @@ def fit_arch(arch: Arch, data: DataConfig) -> Arch:
         manifest, _ = locate(expand_path(data.shards), data)
     except DataError:
         return arch  # the run itself says what is wrong with them
-    channels, side, _ = manifest.latent_shape
-    known = {"in_channels": channels, "input_size": side, "num_classes": manifest.num_classes}
+    channels, height, width = manifest.latent_shape
+    known = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
     given = {key: getattr(arch, key) for key in arch.model_fields_set}
     return validate(Arch, {**given, **{key: known[key] for key in unset}}, "arch of the shards")
 

@@ -67,7 +67,13 @@ class LatentEncoder:
         if manifest.codec != "identity":
             if not config.vae:
                 raise ConfigError("loss.repa: the encoder sees images; give what decodes the latents with --vae FOLDER")
-            self.decoder = Decoder(config.vae, scaling_factor=manifest.scaling_factor, device=device, precision="bf16")
+            self.decoder = Decoder(
+                config.vae,
+                scaling_factor=manifest.scale,
+                shift_factor=manifest.shift,
+                device=device,
+                precision="bf16",
+            )
 
     def __call__(self, latents: Tensor) -> Tensor:
         images = self.decoder.decode(latents) if self.decoder else to_uint8(latents.clamp(-1, 1))

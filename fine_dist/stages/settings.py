@@ -80,7 +80,7 @@ class StageConfig(Config):
     sampler: SamplerConfig = SamplerConfig()
     """How previews in TensorBoard and quick evaluations are sampled."""
     vae: PathKey | None = None
-    """Folder or hub name of the `AutoencoderKL` that decodes those pictures, and what a quick evaluation draws."""
+    """Folder or hub name of the autoencoder that decodes those pictures, and what a quick evaluation draws."""
     quick: QuickConfig = QuickConfig()
     """Scores of samples while the model trains."""
     launch: LaunchConfig = LaunchConfig()

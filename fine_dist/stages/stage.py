@@ -128,7 +128,7 @@ def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
     found: dict[str, Any] = {
         "diffusion": config.diffusion.model_dump(),
         "sampler": config.sampler.model_dump(),
-        "codec": {"name": manifest.codec, "scaling_factor": manifest.scaling_factor},
+        "codec": {"name": manifest.codec, "scaling_factor": manifest.scale, "shift_factor": manifest.shift},
     }
     if len(manifest.class_names) == plan.arch.num_classes:
         found["class_names"] = list(manifest.class_names)

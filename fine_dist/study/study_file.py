@@ -245,14 +245,14 @@ def _shape(file: StudyFile) -> dict[str, Any]:
     from fine_dist.artifacts.locate import HintsConfig, facts_of
     from fine_dist.data.settings import DataConfig
     from fine_dist.data.sources import locate
-    from fine_dist.model.arch import Arch
+    from fine_dist.model.arch import Arch, sides
 
     assert file.data is not None
     if file.ancestor != "train":
         return dict(facts_of(file.ancestor, HintsConfig()).arch.model_dump())
     manifest, _ = locate(file.data.shards, DataConfig())
-    channels, size, _ = manifest.latent_shape
-    own = {"in_channels": channels, "input_size": size, "num_classes": manifest.num_classes}
+    channels, height, width = manifest.latent_shape
+    own = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
     return dict(validate(Arch, {**own, **file.arch}, "arch").model_dump())
 
 

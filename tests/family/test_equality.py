@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -56,6 +58,22 @@ def test_a_pack_under_flow_matching_trains_each_job_as_it_would_alone(learngene,
     run, recorder = packed(learngene, FAMILY[:3], shards / "train", 20, **how)
     assert run.train()
     assert_equals_solo(run, recorder, learngene, shards / "train", FAMILY[:3], 20, **how)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"scaling_factor": 2.0, "shift_factor": 0.5}, {"channel_scale": [2.0], "channel_shift": [0.5]}],
+    ids=["one", "by channel"],
+)
+def test_a_pack_shifts_and_scales_latents_as_a_run_alone_does(learngene, shards, scaling, tmp_path):
+    shutil.copytree(shards / "train", tmp_path / "train")
+    manifest = tmp_path / "train" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **scaling}))
+    run, recorder = packed(learngene, FAMILY[:2], tmp_path / "train", 5)
+    assert run.train()
+    for j, point in enumerate(FAMILY[:2]):
+        losses, _ = solo(learngene, point, tmp_path / "train", 5)
+        assert recorder.losses[j] == pytest.approx(losses, rel=LOSS)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError
 from fine_dist.model.arch import MATRICES, Arch, arch
 from fine_dist.model.dit import DiT, position_table
@@ -28,8 +29,9 @@ def test_a_block_has_18_d_squared_weights_and_15_d_biases():
     assert sum(n for name, n in sizes.items() if name.endswith("bias")) == 15 * 32
 
 
-def test_forward_equals_a_naive_transformer_written_with_loops(generator):
-    a = tiny_arch(num_layers=2, in_channels=3, input_size=4, learn_sigma=True)
+@pytest.mark.parametrize("size", [4, (4, 8), (6, 2)], ids=str)
+def test_forward_equals_a_naive_transformer_written_with_loops(size, generator):
+    a = tiny_arch(num_layers=2, in_channels=3, input_size=size, learn_sigma=True)
     model = lively(DiT(a))
     z, t, y = inputs(a, batch=2)
     # float32 sums in another order: 1e-4 is ten times the difference seen.
@@ -39,13 +41,13 @@ def test_forward_equals_a_naive_transformer_written_with_loops(generator):
 def naive_forward(model, z, t, y):
     """DiT image by image, token by token and head by head, from the paper's figure 3."""
     a, p = model.arch, model.arch.patch_size
-    side, d, heads = a.input_size // p, a.hidden_size, a.num_heads
+    (_, height, width), d, heads = a.latent_shape, a.hidden_size, a.num_heads
     images = []
     for image, step, label in zip(z, t, y):
         tokens = [
             model.patch(image[:, r * p : r * p + p, c * p : c * p + p].reshape(-1)) + position(r, c, d)
-            for r in range(side)
-            for c in range(side)
+            for r in range(height // p)
+            for c in range(width // p)
         ]
         x = torch.stack(tokens)
         angles = [float(step) * 10000 ** (-i / 128) for i in range(128)]
@@ -69,9 +71,9 @@ def naive_forward(model, z, t, y):
             x = x + gate_m * linear["out"](h)
         shift, scale = model.final.adaln(c).split(d)
         patches = model.final.linear(normal(x) * (1 + scale) + shift)
-        out = torch.zeros(a.out_channels, a.input_size, a.input_size)
+        out = torch.zeros(a.out_channels, height, width)
         for index, patch in enumerate(patches):
-            r, col = divmod(index, side)
+            r, col = divmod(index, width // p)
             out[:, r * p : r * p + p, col * p : col * p + p] = patch.reshape(p, p, a.out_channels).permute(2, 0, 1)
         images.append(out)
     return torch.stack(images)
@@ -99,6 +101,39 @@ def test_patches_go_back_where_they_came_from():
     z = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     patches = model.patchify(z).reshape(2, 16, 3, 2, 2).permute(0, 1, 3, 4, 2).reshape(2, 16, 12)
     torch.testing.assert_close(model.unpatchify(patches), z, atol=0, rtol=0)
+
+
+def test_height_and_width_that_are_equal_are_one_number_in_every_file():
+    """The form on disk, and with it the identity of a run, is that of a square."""
+    square = tiny_arch(input_size=8)
+    assert tiny_arch(input_size=[8, 8]) == square and square.model_dump()["input_size"] == 8
+    oblong = tiny_arch(input_size=[8, 12], position_grid=[4, 4])
+    assert (oblong.grid, oblong.num_tokens, oblong.latent_shape) == ((4, 6), 24, (1, 8, 12))
+    assert oblong.position_grid == 4
+    assert Arch.model_validate_json(oblong.model_dump_json()) == oblong
+
+
+def test_positions_are_rescaled_along_each_side_by_its_own_factor():
+    table = position_table(32, (4, 9), (2, 3)).view(4, 9, 32)
+    own = position_table(32, (2, 3)).view(2, 3, 32)
+    torch.testing.assert_close(table[::2, ::3], own)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ([8, 9], "patch_size 2 does not divide input_size (8, 9)"),
+        (0, "one whole number from 1 to 65536 is needed, or two: height and width"),
+        ([8, 8, 8], "height and width"),
+        ("8x8", "height and width"),
+        ([8, True], "height and width"),
+    ],
+    ids=str,
+)
+def test_impossible_sides_are_one_line(size, words):
+    with pytest.raises(ConfigError) as error:
+        validate(Arch, {"input_size": size}, "arch")
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_fresh_model_predicts_zero_and_is_the_same_for_the_same_seed():
