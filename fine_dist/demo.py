@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -18,11 +17,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, PathKey, dump_yaml
 from fine_dist.core.errors import guard
 from fine_dist.core.limits import num_cores
-from fine_dist.study import outline, results_of
 from fine_dist.study.config import StudyConfig, load_study
-
-if TYPE_CHECKING:
-    from fine_dist.study.report.results import Results
 
 STUDY = "configs/study/digits_demo.yaml"
 
@@ -64,78 +59,13 @@ def study_of(config: DemoConfig) -> StudyConfig:
 
 def run(config: DemoConfig, launcher: str = "auto") -> Path:
     """Run everything that is not done yet, print what came out, and write the report; returns its page."""
-    # drawing and tables need matplotlib and rich, which `--help` does not
-    from rich.console import Console
-
-    from fine_dist.study.report import write_report
-    from fine_dist.study.report.claims import HELD, MISSING, verdicts
-    from fine_dist.study.report.posters import save_poster
-    from fine_dist.study.report.render import print_table
-    from fine_dist.study.report.tables import rows
+    from fine_dist.study.report.headline import show
+    from fine_dist.study.running import results_of
 
     begun = time.perf_counter()
     study = study_of(config)
     results = results_of(study, launcher)
-    page = write_report(study.root / "report", results, echo=False)
-    picture = save_poster("samples", results, study.root / "report" / "samples.png")
-    console = Console()
-    for line in headline(results):
-        console.print(line, highlight=False, markup=False)
-    print_table(rows(results).without("FLOPs", "Fréchet distance", "seconds"), console)
-    outcomes = [verdict.plain for verdict in verdicts(results) if verdict.plain != MISSING]
-    console.print(f"picture: {picture}", soft_wrap=True)
-    spent, held = time.perf_counter() - begun, outcomes.count(HELD)
-    console.print(
-        f"report:  {page} ({spent:.0f} s; {held} of {len(outcomes)} published claims hold here)",
-        soft_wrap=True,
-        highlight=False,
-    )
-    return page
-
-
-def headline(results: Results) -> list[str]:
-    """What a reader should take away, in four sentences computed from the measurements of one depth."""
-    from fine_dist.study.report.results import number, ratio
-    from fine_dist.study.report.worth import end_curve, steps_to_reach
-
-    main, baseline = results.main, results.baseline
-    targets = [t for t in results.targets if results.ends(baseline, t)]
-    target = targets[len(targets) // 2]
-    start = results.mean(main, target, 0)
-    if start is None:
-        return []
-    ours, theirs = results.name_of(main), results.name_of(baseline)
-    steps = results.init_steps(main, target)
-    trained = max(m.trained for m in results.at(main, target, 0))
-    lines = [
-        f"{target} layers: {ours} after {steps:,} steps of {trained:,} scalers: loss {number(start.mean)}"
-        + _accuracy(results, main, target, 0)
-        + "."
-    ]
-    untrained = results.mean(f"{main}:untrained", target, 0)
-    if untrained is not None:
-        shown = _accuracy(results, f"{main}:untrained", target, 0)
-        lines.insert(0, f"{target} layers: {ours} without any training: loss {number(untrained.mean)}{shown}.")
-    curve = end_curve(results, baseline, target)
-    reached = steps_to_reach(curve, start.mean)
-    last = curve.steps[-1]
-    if reached is None:
-        need = f"does not reach that loss in {last:,} steps ({number(curve.losses[-1])}"
-    else:
-        times = ratio(round(reached / steps, 1))
-        need = f"needs {reached:,.0f} steps of the whole model for that loss, {times} times as many (after {last:,}: "
-        need += number(curve.losses[-1])
-    lines.append(f"{theirs[0].upper()}{theirs[1:]} {need}{_accuracy(results, baseline, target, last)}).")
-    n = results.budget or 0
-    losses = [(mean.mean, s) for s in results.series if ":" not in s and (mean := results.mean(s, target, n))]
-    best, winner = min(losses)
-    lines.append(f"Best after {n:,} training steps: {results.name_of(winner)} ({number(best)}).")
-    return lines
-
-
-def _accuracy(results: Results, series: str, target: int, step: int) -> str:
-    mean = results.mean(series, target, step, "accuracy")
-    return f", {mean.mean:.0%} of its digits are recognized" if mean else ""
+    return show(results, study.root / "report", time.perf_counter() - begun)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -144,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         call = parse(DemoConfig, argv, "fine-dist demo")
         if call.dry_run:
+            from fine_dist.study.running import outline
+
             print("\n".join([*outline(study_of(call.config)), dump_yaml(call.config).rstrip()]))
             print("dry run: nothing was done")
             return 0

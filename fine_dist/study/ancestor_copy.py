@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fine_dist.artifacts.exporting import export
+from fine_dist.artifacts.load import load_model
 from fine_dist.core.config import Config
 from fine_dist.core.settings import LaunchConfig
 
@@ -24,9 +26,6 @@ class AncestorCopyConfig(Config):
 
 def run(config: AncestorCopyConfig) -> Path:
     """Copy the model unless it is there already; returns its folder."""
-    from fine_dist.artifacts.exporting import export
-    from fine_dist.artifacts.load import load_model
-
     out = Path(config.run_dir) / "model"
     if not out.exists():
         model, about = load_model(config.source)

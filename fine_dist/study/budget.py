@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
+import torch
+
 from fine_dist.core.config import validate
+from fine_dist.model.arch import Arch
+from fine_dist.model.dit import DiT
 from fine_dist.planning.devices import ASSUMED_TFLOPS
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig
@@ -86,8 +91,6 @@ def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate
 def run_flops(study: StudyConfig, graph: Graph, run: StudyRun, counted: dict[str, float]) -> float:
     """FLOPs of one run: stage 1 as its method counts them, otherwise those of a dense model. A run that continues a
     shorter one counts its own part."""
-    from fine_dist.model.arch import Arch
-
     if run.module in (settings.MODULES["encode"], settings.COPY_MODULE):
         return 0.0
     steps = run.steps - (graph[run.grows].steps if run.grows else 0)
@@ -106,8 +109,6 @@ def measuring_hours(study: StudyConfig, gflops: float = CORE_GFLOPS) -> float:
 
     The held-out loss is taken as if each of 1,000 images were noised at 10 timesteps.
     """
-    from fine_dist.model.arch import Arch
-
     arch = validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
     forward = settings.step_flops(arch) / 3
     models = sum(max(1, len(e.train)) + 1 for e in study.rows) * len(study.depths) * len(study.seeds)
@@ -119,13 +120,6 @@ def measuring_hours(study: StudyConfig, gflops: float = CORE_GFLOPS) -> float:
 
 def measured_gflops(seconds: float = 1.5) -> float:
     """GFLOP/s of one core of this machine on forward and backward passes of a small model."""
-    import time
-
-    import torch
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.dit import DiT
-
     arch = Arch(hidden_size=128, num_layers=2, num_heads=4, patch_size=2, in_channels=4, input_size=16, num_classes=10)
     model, threads = DiT(arch), torch.get_num_threads()
     z, t, y = torch.randn(16, 4, 16, 16), torch.full((16,), 500), torch.zeros(16, dtype=torch.long)

@@ -5,22 +5,25 @@ from __future__ import annotations
 import platform
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fine_dist.artifacts.load import find_artifact, load_model
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import read_rows
+from fine_dist.data.stream import read_all
 from fine_dist.engine.run_cost import RunCost
-from fine_dist.engine.run_dir import RunDir
+from fine_dist.engine.run_dir import RunDir, describe_environment
+from fine_dist.model.artifact import Artifact, load_artifact
+from fine_dist.sampling.image_grid import tile_images
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
+from fine_dist.study.graph import Graph, StudyRun
 from fine_dist.study.measuring import DISTANCES, UNTRAINED, Measuring, has_untrained, measure_ahead
 from fine_dist.study.report.results import Ancestor, Picture, Results
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.study.graph import Graph, StudyRun
 
 MIN_ACCURACY = 0.9
 """Held-out accuracy of a classifier below which its features are not trusted."""
@@ -100,9 +103,6 @@ class _Collector:
         return (found[0], self._artifact(found[0])) if found else None
 
     def _artifact(self, run: StudyRun) -> Artifact:
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.artifact import load_artifact
-
         if run.name not in self._artifacts:
             self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
         return self._artifacts[run.name]
@@ -117,8 +117,6 @@ class _Collector:
         return cost, ancestors
 
     def _ancestor(self, results: Results, entry: StudyEntry) -> None:
-        from fine_dist.artifacts.load import load_model
-
         study = self.study
         parents = [parent for seed in study.seeds if (parent := self._parent(entry, seed))]
         if not parents:
@@ -154,8 +152,6 @@ class _Collector:
 
     def _target(self, results: Results, entry: StudyEntry, depth: int, seed: int) -> None:
         """All states of one target: untrained, initialized, trained."""
-        from fine_dist.artifacts.load import load_model
-
         shared, ancestors = self._shared(entry, seed)
         before, common = RunCost(), {"method": entry.name, "target": depth, "seed": seed}
         paid = {
@@ -219,8 +215,6 @@ class _Collector:
         ends: list[dict[str, Any]], sampled: bool,
     ) -> None:  # fmt: skip
         """The curves of a target's runs of stage 3, and the measurements of the models they ended with."""
-        from fine_dist.artifacts.load import load_model
-
         runs = self.graph.train(entry, depth, seed)
         if not runs:
             return
@@ -263,10 +257,6 @@ class _Collector:
 
 def real_images(study: StudyConfig) -> Picture:
     """Held-out real images in the order of the sample grids: the labels in turn."""
-    import torch
-
-    from fine_dist.data.stream import read_all
-
     images, labels = read_all(study.shards_of(next(iter(study.data))).held_out)
     classes = labels.unique()
     each = max(1, study.pictures // len(classes))
@@ -277,10 +267,6 @@ def real_images(study: StudyConfig) -> Picture:
 
 def _grid(study: StudyConfig, images: Tensor) -> Tensor:
     """Images [N, C, H, H] as one picture. Small ones are enlarged here, because a viewer would blur across the gaps."""
-    import torch.nn.functional as F
-
-    from fine_dist.sampling.image_grid import tile_images
-
     low, high = (1.0, -1.0) if study.invert_colors else (-1.0, 1.0)
     shown = images[:, : 3 if images.shape[1] >= 3 else 1].float()
     if shown.shape[-1] < SMALL:
@@ -324,8 +310,6 @@ def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:
 
 def machine() -> dict[str, Any]:
     """The machine and the versions, for the report's last section."""
-    from fine_dist.engine.run_dir import describe_environment
-
     facts = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in facts.pop("versions").items())
     return {"processor": platform.machine(), **{k: v for k, v in facts.items() if k != "host"}, "versions": versions}

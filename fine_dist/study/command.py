@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,14 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(argv: list[str] | None) -> int:
-    import sys
-
     words = list(sys.argv[1:] if argv is None else argv)
     if "--template" in words:  # before the settings are read: there are none yet
         return _write_template(words)
     call = parse(StudyFile, argv, "fine-dist study", options=_options)
     # planning a study builds its models on the meta device: torch is needed from here on
-    from fine_dist.study import describe, run_studies
     from fine_dist.study.budget import measured_gflops
-    from fine_dist.study.study_file import studies_of
+    from fine_dist.study.running import describe, run_studies
+    from fine_dist.study.short_form import studies_of
 
     options: Any = call.options
     file: StudyFile = call.config

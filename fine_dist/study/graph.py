@@ -10,7 +10,9 @@ from typing import Any
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import ConfigError, RunDirError
+from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import read_json
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
 from fine_dist.study.report.results import steps_of
@@ -43,8 +45,6 @@ class StudyRun:
 
     def stamp(self, done: bool) -> None:
         """Record in the run's directory which config it was started with, and whether it succeeded."""
-        from fine_dist.core.files import write_atomic
-
         write_atomic(self.run_dir / _STAMP, json.dumps({"key": self.key, "done": done}) + "\n")
 
     @property
@@ -61,8 +61,6 @@ class StudyRun:
 
     def _succeeded(self) -> bool:
         """Its worker's own record, for when the process that submitted it ended earlier."""
-        from fine_dist.launchers.state_table import StateTable
-
         row = StateTable(self.run_dir.parent).get(self.name)
         return row is not None and row.state == "done"
 

@@ -12,21 +12,37 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from tqdm import tqdm
+
+from fine_dist.artifacts.load import find_artifact
+from fine_dist.artifacts.model_facts import SamplerOverrides
 from fine_dist.core.errors import RunDirError, TrainingError
 from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.limits import num_cores
+from fine_dist.core.processes import die_with_parent
 from fine_dist.data.settings import DataConfig
+from fine_dist.data.sources import locate
+from fine_dist.diffusion.samplers import sample
+from fine_dist.diffusion.settings import DiffusionConfig
+from fine_dist.engine import dist
+from fine_dist.engine.allocator import keep_freed_memory
+from fine_dist.engine.dist import pick_device
+from fine_dist.evaluation.classifier import classifier_of_shards, load_classifier
+from fine_dist.evaluation.evaluator import Evaluator
+from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import load_artifact, read_manifest
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry, merged
-
-if TYPE_CHECKING:
-    from fine_dist.diffusion.settings import DiffusionConfig
-    from fine_dist.evaluation.evaluator import Evaluator
-    from fine_dist.study.graph import Graph
+from fine_dist.study.graph import Graph
 
 
 class Measure(Record):
@@ -70,11 +86,6 @@ class Measuring:
 
     def on(self, data: str) -> Evaluator:
         """The evaluator of a data set: that of `python -m fine_dist.evaluate`, so that the numbers are the same."""
-        from fine_dist.artifacts.model_facts import SamplerOverrides
-        from fine_dist.engine import dist
-        from fine_dist.evaluation.evaluator import Evaluator
-        from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
-
         if data not in self._evaluators:
             shards = self.study.shards_of(data)
             config = EvaluateConfig(
@@ -97,8 +108,6 @@ class Measuring:
     @property
     def floor(self) -> tuple[float, int] | None:
         """Fréchet distance of held-out real images to the training data, and their number; None without features."""
-        from fine_dist.data.sources import locate
-
         data = next(iter(self.study.data))
         floor = self.on(data).references.floors().get("fd_classifier")
         manifest, _ = locate(self.study.shards_of(data).held_out, DataConfig())
@@ -106,16 +115,11 @@ class Measuring:
 
     def held_out_count(self, entry: StudyEntry) -> int:
         """Number of samples behind the held-out loss of an entry's targets."""
-        from fine_dist.data.sources import locate
-
         shards = self.study.shards_of(settings.data_of(self.study, "train", entry))
         return locate(shards.held_out, DataConfig())[0].count
 
     def parent(self, entry: StudyEntry, seed: int) -> MeasuredModel | None:
         """The parent of an entry's targets, measured on the data it was trained on; None where there is none."""
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.artifact import read_manifest
-
         found = self.graph.parent_of(entry, seed)
         if found is None:
             return None
@@ -145,9 +149,6 @@ class Measuring:
 
     def numbers(self, model: MeasuredModel) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.artifact import read_manifest
-
         manifest, evaluator = read_manifest(find_artifact(model.folder)), self.on(model.data)
         data = evaluator.config.data.model_dump(mode="json")
 
@@ -170,9 +171,6 @@ class Measuring:
         The variant is "" where step 0 is the target as the method makes it, and UNTRAINED where step 0 is the end of
         stage 2. Variants of the method itself (`StudyEntry.untrained`) have their held-out loss alone.
         """
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.artifact import read_manifest
-
         if not has_untrained(entry):
             return {}
         evaluator, parent = self.of(entry), self.graph.parent_of(entry, seed)
@@ -200,17 +198,11 @@ class Measuring:
 
     def diffusion_of(self, entry: StudyEntry) -> DiffusionConfig:
         """The diffusion process that an entry's targets are trained for."""
-        from fine_dist.diffusion.settings import DiffusionConfig
-
         stage = merged(self.study.stages["train"], entry.settings)
         return DiffusionConfig.model_validate(stage.get("diffusion", {}))
 
     def samples(self, entry: StudyEntry, model: Any) -> Any:
         """The latents [N, C, H, H] of an entry's sample grid, drawn from a model in memory: the same noise for all."""
-        import torch
-
-        from fine_dist.diffusion.samplers import sample
-
         labels = torch.arange(self.study.pictures) % model.arch.num_classes
         sampler = self.study.sampler.model_copy(update={"guidance": self.study.sample_guidance})
         return sample(
@@ -225,9 +217,6 @@ class Measuring:
 
     def _method(self, entry: StudyEntry, seed: int) -> dict[str, Any]:
         """Settings of the method that makes the targets: of the learngene, where the entry condenses its own."""
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.artifact import read_manifest
-
         parent = self.graph.parent_of(entry, seed)
         if parent is None or not entry.condense:
             return entry.method
@@ -235,10 +224,6 @@ class Measuring:
 
     def untrained_model(self, entry: StudyEntry, depth: int, seed: int, variant: tuple[str, str] | None = None) -> Any:
         """An entry's target before any training, as a model."""
-        from fine_dist.artifacts.load import find_artifact
-        from fine_dist.model.arch import Arch
-        from fine_dist.model.artifact import load_artifact
-
         parent = self.graph.parent_of(entry, seed)
         method = settings.method_of(self._method(entry, seed))
         method = method.vary(*variant) if variant else method
@@ -268,8 +253,6 @@ def has_untrained(entry: StudyEntry) -> bool:
 
 def classifier_of(study: StudyConfig) -> tuple[str | None, float | None]:
     """Folder and held-out accuracy of the classifier behind the Fréchet distance; trained once where asked for."""
-    from fine_dist.evaluation.classifier import classifier_of_shards, load_classifier
-
     if study.features is None:
         return None, None
     if study.features != "classifier":
@@ -284,8 +267,6 @@ def check_features(study: StudyConfig) -> None:
     Raises:
         ArtifactError: The folder holds no classifier.
     """
-    from fine_dist.evaluation.classifier import load_classifier
-
     if study.features not in (None, "classifier"):
         load_classifier(study.features)
 
@@ -302,15 +283,6 @@ def measure_ahead(measuring: Measuring) -> None:
     Raises:
         TrainingError: A process was killed.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-    from multiprocessing import get_context
-
-    import torch
-    from tqdm import tqdm
-
-    from fine_dist.engine.dist import pick_device
-
     study = measuring.study
     processes = min(study.launch.max_parallel or 1, num_cores())
     if processes < 2 or pick_device("auto").type != "cpu":
@@ -338,11 +310,6 @@ _worker: Measuring
 
 
 def _begin(graph: Graph, threads: int, parent: int) -> None:
-    import torch
-
-    from fine_dist.core.processes import die_with_parent
-    from fine_dist.engine.allocator import keep_freed_memory
-
     global _worker
     die_with_parent(parent)
     # Ctrl-C reaches the whole process group. The parent reports it; here it just ends the process.

@@ -5,16 +5,21 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import last_row
 from fine_dist.core.processes import stop_on_signals
+from fine_dist.launchers.code_snapshot import code_root, snapshot
+from fine_dist.launchers.launcher import Job, Launcher
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.registry import get_launcher
+from fine_dist.launchers.state_table import StateTable, Submissions
+from fine_dist.launchers.worker import import_module, inside
 from fine_dist.study import settings
-
-if TYPE_CHECKING:
-    from fine_dist.launchers.launcher import Job, Launcher
-    from fine_dist.study.graph import Graph, StudyRun
+from fine_dist.study.graph import Graph, StudyRun
 
 LOG_LINES = 8
 """Lines of a failed run's log that its error shows."""
@@ -30,20 +35,15 @@ def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ())
     Args:
         launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
     """
-    from fine_dist.launchers.worker import inside
-
     with RunBars(len(graph.runs)) as bars, stop_on_signals():
         if launcher == "here" or inside():
             return _follow_here(graph, bars, optional)
-        from fine_dist.launchers.registry import get_launcher
 
         with get_launcher(launcher, graph.study.launch) as runner:
             return _Queue(graph, runner, bars).run(optional)
 
 
 def _follow_here(graph: Graph, bars: RunBars, optional: Collection[str]) -> dict[str, str]:
-    from fine_dist.launchers.worker import import_module
-
     failed: dict[str, str] = {}
     for run in _in_order(graph):
         if not run.done:
@@ -98,8 +98,6 @@ class _Queue:
     """The runs that wait, those that run, and the outcome of the others."""
 
     def __init__(self, graph: Graph, runner: Launcher, bars: RunBars) -> None:
-        from fine_dist.launchers.state_table import StateTable, Submissions
-
         self.graph, self.runner, self.bars = graph, runner, bars
         self.waiting = list(graph.runs)
         self.running: dict[str, Job] = {}
@@ -116,8 +114,6 @@ class _Queue:
 
     def _code(self) -> str | None:
         """The code that jobs run: a snapshot where they may start later than now."""
-        from fine_dist.launchers.code_snapshot import code_root, snapshot
-
         if self.runner.on_this_machine:
             return None
         module = self.graph.runs[0].module
@@ -173,8 +169,6 @@ class _Queue:
 
     def _width(self, run: StudyRun) -> int:
         """How many runs of this kind go at once."""
-        from fine_dist.launchers.prepare import make_spec
-
         most = self.graph.study.launch.max_parallel
         if most is None and run.module not in self._widths:
             spec = make_spec(run.module, run.config, run.name, write=False)
@@ -182,8 +176,6 @@ class _Queue:
         return most or self._widths[run.module]
 
     def _submit(self, run: StudyRun) -> None:
-        from fine_dist.launchers.prepare import make_spec
-
         self.table.add([run.name], {run.name: str(run.run_dir)})
         self.table.update(run.name, state="pending", reason=None)
         _prepare(self.graph, run)
@@ -211,15 +203,6 @@ class RunBars:
     """One progress bar per running job, read from its metrics.jsonl: step, loss, rate and time left."""
 
     def __init__(self, count: int) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         self.progress = Progress(
             TextColumn("{task.description:18}"), BarColumn(28), MofNCompleteColumn(),
             TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),

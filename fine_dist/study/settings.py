@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from fine_dist.artifacts.load import load_unmerged
+from fine_dist.artifacts.targets import descend
 from fine_dist.core.config import Config, validate
+from fine_dist.data.settings import EncodeConfig
+from fine_dist.family.listing import result_of
+from fine_dist.family.members import expand
+from fine_dist.methods import from_manifest, parent_of
+from fine_dist.methods.base import Method
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import Artifact
+from fine_dist.model.flops import forward_macs
+from fine_dist.stages.condense import CondenseStage
+from fine_dist.stages.settings import CondenseConfig
+from fine_dist.study.ancestor_copy import AncestorCopyConfig
 from fine_dist.study.config import StudyConfig, StudyEntry, StudyStage, merged
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fine_dist.methods.base import Method
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.artifact import Artifact
 
 MODULES = {stage: f"fine_dist.{stage}" for stage in ("encode", "condense", "init", "train")}
 COPY_MODULE = "fine_dist.study.ancestor_copy"
@@ -57,16 +65,12 @@ def _needs(study: StudyConfig) -> dict[str, Any]:
 
 def encode_config(study: StudyConfig, name: str) -> Config:
     """The config that makes a data set."""
-    from fine_dist.data.settings import EncodeConfig
-
     values = {**study.data[name], "out": str(study.root / name), "launch": _needs(study)}
     return validate(EncodeConfig, values, f"data.{name}")
 
 
 def copy_config(study: StudyConfig, entry: StudyEntry) -> Config:
     """The config that copies an existing model into the study."""
-    from fine_dist.study.ancestor_copy import AncestorCopyConfig
-
     values = {"source": entry.source, "run_dir": str(study.root / entry.name), "launch": _needs(study)}
     return validate(AncestorCopyConfig, values, f"entries.{entry.name}")
 
@@ -100,8 +104,6 @@ def train_settings(
 
 def target_folder(config: Any, depth: int) -> Path:
     """Where an init run puts the target of a depth."""
-    from fine_dist.family.members import expand
-
     return Path(config.run_dir) / next(member.name for member in expand(config) if member.depth == depth)
 
 
@@ -112,9 +114,6 @@ def finished(module: str, config: Any) -> bool | None:
     """Whether a run's directory holds its product; None for a stage whose directory does not tell."""
     folder = Path(config.run_dir)
     if module == MODULES["init"]:
-        from fine_dist.family.listing import result_of
-        from fine_dist.family.members import expand
-
         return all(result_of(member.folder) is not None for member in expand(config))
     if module in (MODULES["condense"], MODULES["train"]):
         return (folder / "DONE.json").is_file()
@@ -126,8 +125,6 @@ def finished(module: str, config: Any) -> bool | None:
 
 def method_of(settings: dict[str, Any]) -> Method[Any]:
     """The method of an entry's settings."""
-    from fine_dist.methods import from_manifest
-
     return from_manifest(settings)
 
 
@@ -139,26 +136,17 @@ def label_of(entry: StudyEntry) -> str:
 
 def untrained(method: Method[Any], parent: Artifact | None, arch: Arch, seed: int) -> Any:
     """A target of this shape before any training, as a model that can be measured."""
-    from fine_dist.artifacts.targets import descend
-    from fine_dist.methods import parent_of
-
     return descend(method, parent_of(parent) if parent else None, arch, seed).model
 
 
 def depth_tables(folder: Path) -> dict[str, Tensor]:
     """Tables [L, R] over depth of a learngene or target by name; empty where its method has none."""
-    from fine_dist.artifacts.load import load_unmerged
-
     method, model = load_unmerged(folder)
     return method.tables(model)
 
 
 def stage_1_flops(config: Config) -> float | None:
     """FLOPs of one training sample of stage 1, its teacher's forward pass included; None for another stage."""
-    from fine_dist.model.flops import forward_macs
-    from fine_dist.stages.condense import CondenseStage
-    from fine_dist.stages.settings import CondenseConfig
-
     if not isinstance(config, CondenseConfig):
         return None
     plan = CondenseStage(config).blueprint()
@@ -168,6 +156,4 @@ def stage_1_flops(config: Config) -> float | None:
 
 def step_flops(arch: Arch) -> float:
     """FLOPs of one training sample of a dense model, forward and backward."""
-    from fine_dist.model.flops import forward_macs
-
     return 6.0 * forward_macs(arch)

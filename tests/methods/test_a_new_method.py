@@ -97,7 +97,8 @@ from fine_dist.encode import EncodeConfig, run as encode
 from fine_dist.condense import CondenseConfig, run as condense
 from fine_dist.init import InitConfig, run as init
 from fine_dist.train import TrainConfig, run as train
-from fine_dist.study import StudyConfig, run_study
+from fine_dist.study.config import StudyConfig
+from fine_dist.study.running import run_study
 from fine_dist.artifacts.load import load_model
 from fine_dist.model.artifact import load_artifact
 

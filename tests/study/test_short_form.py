@@ -11,7 +11,8 @@ from fine_dist.data.encoding import EncodeConfig
 from fine_dist.data.encoding import run as encode
 from fine_dist.study.command import main
 from fine_dist.study.report.results import read_results
-from fine_dist.study.study_file import StudyFile, hours_of, load_studies, seconds_of, studies_of, template
+from fine_dist.study.short_form import hours_of, load_studies, studies_of
+from fine_dist.study.study_file import StudyFile, seconds_of, template
 
 ARCH = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4, "learn_sigma": False}
 

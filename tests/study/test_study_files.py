@@ -18,7 +18,7 @@ from fine_dist.study.graph import plan
 from fine_dist.study.report.__main__ import main as fill_in
 from fine_dist.study.report.results import read_results
 from fine_dist.study.report.tables import storage_of
-from fine_dist.study.study_file import load_studies
+from fine_dist.study.short_form import load_studies
 from tests.conftest import lively, tiny_arch
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "benchmark"

@@ -11,12 +11,12 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.engine import dist
 from fine_dist.evaluation.evaluator import Evaluator
 from fine_dist.evaluation.settings import EvaluateConfig
-from fine_dist.study import run_study
 from fine_dist.study.budget import tuning_estimate
 from fine_dist.study.config import load_study
 from fine_dist.study.graph import plan
 from fine_dist.study.report.render import markdown
 from fine_dist.study.report.results import read_results
+from fine_dist.study.running import run_study
 from fine_dist.study.tune import FILE, Trial, choose, extended, given, trials, tune_study, with_choices
 from tests.study.studies import DIGITS, FINE, SCRATCH, SMALL
 

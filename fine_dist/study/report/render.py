@@ -1,8 +1,13 @@
-"""Tables and verdicts as a page (jinja2), in a terminal (rich) and as Markdown; the renderer escapes every text."""
+"""The report on disk, and its tables and verdicts as a page (jinja2), in a terminal (rich) and as Markdown.
+
+The renderer of the page escapes every text.
+"""
 
 from __future__ import annotations
 
 import base64
+import json
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +29,41 @@ _CLASSES = {HELD: "yes", FAILED: "no", NOISE: "noise", MISSING: "missing"}
 _MARKS = {HELD: "[green]✓[/]", FAILED: "[red]✗[/]", NOISE: "[yellow]~[/]", MISSING: "[dim]–[/]"}
 _SECTION_TABLES = {"rows": "rows", "saved": "saved", "break_even": "break_even", "storage": "storage", "costs": "costs",
                    "tuning": "tuning"}  # fmt: skip
+
+
+def write_report(
+    folder: str | Path, results: Results, *, echo: bool = True, console: Console | None = None, claims: bool = True
+) -> Path:
+    """Write `results.json`, `report.html` and `pictures/*.png` into a folder.
+
+    Args:
+        folder: Where they go.
+        results: The results.
+        echo: Whether to print the table as well.
+        console: Where to print; None: stdout.
+        claims: Whether the verdicts are printed.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder = Path(folder)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for i, picture in enumerate(results.pictures):
+        parts = [picture.series if picture.method else "real" if picture.target is None else "parent"]
+        parts += [f"L{picture.target}"] if picture.target is not None else []
+        parts += [f"step{picture.step}"] if picture.step is not None else []
+        picture.file = f"pictures/{i:02d}-{'-'.join(parts).replace(':', '-')}.png"
+        (folder / picture.file).write_bytes(picture_png(picture, width=1))
+    data = results.model_dump(mode="json")
+    data["verdicts"] = [verdict.as_json() for verdict in verdicts(results)]
+    (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    if echo:
+        print_report(results, console, claims)
+    return folder / "report.html"
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from fine_dist.core.config import Config
@@ -380,8 +381,6 @@ def read_results(folder: str | Path) -> Results:
     Raises:
         ArtifactError: The folder holds no report, or one that cannot be read.
     """
-    from PIL import Image
-
     folder = Path(folder)
     try:
         file, remedy = folder / "results.json", "run the study's command again"

@@ -13,11 +13,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.study.report import write_report
 from fine_dist.study.report.__main__ import fill
 from fine_dist.study.report.claims import linearity, verdicts
 from fine_dist.study.report.posters import save_poster
-from fine_dist.study.report.render import markdown
+from fine_dist.study.report.render import markdown, write_report
 from fine_dist.study.report.results import (
     Ancestor,
     Picture,

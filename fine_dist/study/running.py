@@ -1,0 +1,138 @@
+"""Run a study, from its table to its report.
+
+    study = load_study("configs/study/digits_demo.yaml", seeds=[0, 1, 2])
+    page = run_study(study, launcher="auto")
+
+The same call again resumes: it runs only what is not done.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fine_dist.core.files import write_atomic
+from fine_dist.study.budget import CORE_GFLOPS, estimate, tuning_estimate
+from fine_dist.study.collect_results import collect_results
+from fine_dist.study.config import StudyConfig
+from fine_dist.study.graph import Graph, plan
+from fine_dist.study.measuring import check_features
+from fine_dist.study.report.claims import verdicts
+from fine_dist.study.report.render import markdown, page, write_report
+from fine_dist.study.report.results import Results
+from fine_dist.study.scheduler import follow
+from fine_dist.study.tune import tune_study
+
+
+def run_study(study: StudyConfig, launcher: str = "auto", echo: bool = True) -> Path:
+    """Run everything that is not done yet, measure it and write the report.
+
+    Args:
+        study: The study.
+        launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process).
+        echo: Whether the report's table is printed as well.
+
+    Returns:
+        The path of the report's page.
+
+    Raises:
+        TrainingError: Some runs failed; it names them, with the ends of their logs, after all others have ended.
+    """
+    return write_report(study.root / "report", results_of(study, launcher), echo=echo)
+
+
+def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
+    """Run everything that is not done yet, tuning first, and measure it. Raises as `run_study` does."""
+    check_features(study)
+    tuned, tried = tune_study(study, launcher)
+    graph = plan(tuned)
+    follow(graph, launcher)
+    results = collect_results(graph)
+    results.tuning = tried
+    return results
+
+
+def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: bool = True) -> dict[str, Results]:
+    """Run several studies, and write the report of each and one of all beside them. Raises as `run_study` does."""
+    for study in studies.values():
+        plan(study)  # what cannot be planned is refused before anything runs
+    results = {name: results_of(study, launcher) for name, study in studies.items()}
+    root = next(iter(studies.values())).root.parent
+    pages = [write_report(studies[name].root / "report", part, echo=echo) for name, part in results.items()]
+    found = {
+        "rows": [row for name, part in results.items() for row in rows_of(name, part)],
+        "verdicts": {name: [verdict.as_json() for verdict in verdicts(part)] for name, part in results.items()},
+    }
+    write_atomic(root / "results.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_atomic(root / "results.md", "\n".join(markdown(part) for part in results.values()))
+    write_atomic(root / "report.html", page(*results.values()))
+    print(f"report: {pages[0] if len(pages) == 1 else root / 'report.html'}", flush=True)
+    return results
+
+
+def rows_of(part: str, results: Results) -> list[dict[str, Any]]:
+    """One row per method, target, seed and length of training: its quality and everything it has cost.
+
+    `flops` counts everything behind the model, ancestors' training and teachers' forward passes included; `own_flops`
+    counts its own stages alone. `steps` are training steps after initialization.
+    """
+    found = []
+    for m in results.measurements:
+        if m.stage != "train" or m.step not in results.reported_steps(m.series, m.target):
+            continue
+        found.append(
+            {
+                "part": part,
+                "method": m.method,
+                "display_name": results.name_of(m.series),
+                "target": m.target,
+                "seed": m.seed,
+                "steps": m.step,
+                "published": m.series not in results.unpublished,
+                "held_out_loss": m.held_out_loss,
+                "fd_classifier": m.fd_classifier,
+                "accuracy": m.accuracy,
+                "stored": m.stored,
+                "trained": m.trained,
+                "flops": m.flops + m.flops_condense,
+                "own_flops": m.flops,
+                "flops_ancestor": m.flops_ancestor,
+                "steps_init": m.steps_init,
+                "steps_before": m.steps_condense,
+                "samples": m.samples + m.samples_condense,
+                "seconds": m.seconds + m.seconds_condense,
+            }
+        )
+    return found
+
+
+def describe(studies: dict[str, StudyConfig], gflops: float | None = None, runs: bool = True) -> list[str]:
+    """Every run of every study, and estimates of what they take.
+
+    Args:
+        studies: The studies.
+        gflops: Measured GFLOP/s of a core; None: assumed.
+        runs: Whether the runs are listed.
+    """
+    rate, lines = gflops or CORE_GFLOPS, []
+    for name, study in studies.items():
+        steps = ", ".join(f"{symbol} = {value:,}" for symbol, value in study.steps.items())
+        lines.append(f"{name}: {study.title}; {steps} steps")
+        graph = plan(study)
+        lines += outline(study, graph) if runs else []
+        tuning = tuning_estimate(study, rate)
+        lines += [tuning.line(f"{name}, tuning")] if tuning else []
+        lines.append(estimate(study, graph, rate).line(name))
+    return lines
+
+
+def outline(study: StudyConfig, graph: Graph | None = None) -> list[str]:
+    """One line per run: name, module, steps and the runs it needs."""
+    runs = (graph or plan(study)).runs
+    width = max(len(run.name) for run in runs)
+    return [
+        f"{run.name:{width}} {run.module:20} {run.steps:5} steps after {', '.join(run.after) or 'nothing'}"
+        + (" (done)" if run.done else "")
+        for run in runs
+    ]
