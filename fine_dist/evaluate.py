@@ -9,6 +9,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.callable_module import make_callable
 from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
+from fine_dist.core.files import check_writable
 from fine_dist.evaluation.settings import EvaluateConfig
 
 
@@ -26,9 +27,10 @@ def run(config: EvaluateConfig) -> Path:
         torch.set_num_threads(config.engine.threads)
     world = dist.world(config.engine.device)
     evaluator = Evaluator(config, world)
+    folder = Path(expand_path(config.run_dir))
+    check_writable(folder)
     rows = [evaluator(path) for path in config.models]
     floors = evaluator.references.floors()
-    folder = Path(expand_path(config.run_dir))
     if not world.is_main:
         return folder
     path = record(folder, evaluator.protocol(), rows, floors)

@@ -129,15 +129,16 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():
             return EXIT_BROKEN_PIPE
-        if error.errno in (errno.ESTALE, errno.EIO, errno.ETIMEDOUT):  # of a file server, after several attempts
+        if error.errno in _STORAGE_FAILS or (error.filename and error.errno in _SERVER_GONE):
             where = f" at {error.filename}" if error.filename else ""
             _say(f"stopped: the storage failed{where} ({error.strerror}); the same command continues")
             return EXIT_RESUME
-        # Other errors of the system are faults of this program, and their traceback is what a report of a bug needs.
-        if error.errno not in _REMEDIES and not isinstance(error, NotAFile):
+        remedy = "a regular file is needed there" if isinstance(error, NotAFile) else _REMEDIES.get(error.errno or 0)
+        # Errors that concern no file are faults of this program, and their traceback is what a report of a bug needs.
+        if remedy is None and not error.filename:
             raise
         where = f": {error.filename}" if error.filename else ""
-        remedy = _REMEDIES.get(error.errno or 0, "a regular file is needed there")
+        remedy = remedy or "look after the file system there; FINE_DIST_TRACEBACK=1 shows where this was met"
         _say(f"error: {error.strerror}{where} ({remedy})")
         if isinstance(error, _OutputFull):
             _to_nowhere(sys.stdout)
@@ -210,9 +211,13 @@ def _to_nowhere(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+_STORAGE_FAILS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EBUSY)
+"""Errors of a file server that have stayed through several attempts."""
+_SERVER_GONE = (errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+"""The same, where the error is a file's: sockets know them too."""
 _REMEDIES = {
-    errno.EACCES: "choose a place you may write to, or change its permissions",
-    errno.EPERM: "choose a place you may write to, or change its permissions",
+    errno.EACCES: "choose a place you may read and write, or have its owner change its permissions",
+    errno.EPERM: "choose a place you may read and write, or have its owner change its permissions",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.ENOSPC: "free some space; what was saved before is intact, and the same command continues",
     errno.EDQUOT: "the quota is used up; what was saved before is intact, and the same command continues",
@@ -220,6 +225,8 @@ _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "a file is needed there, and it is a folder",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "this machine has too many files open",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "links there lead in a circle",
 }

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -155,6 +156,13 @@ def remove_tree(folder: str | Path) -> bool:
         log.warning("%s could not be removed (%s); it is left for the next time", folder, error.strerror)
         return False
     return True
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make a folder, and write to it once: whoever may not is told before hours of work, and not after them."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 @contextlib.contextmanager

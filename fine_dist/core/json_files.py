@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fine_dist.core.config import shown
-from fine_dist.core.errors import FineDistError
-from fine_dist.core.files import read_bytes
+from fine_dist.core.errors import FineDistError, NotAFile
+from fine_dist.core.files import read_bytes, retried
 
 MAX_JSON_BYTES = 256 * 2**20
 """Maximum size of a JSON file that is read; the rows of a fan-out of a million tasks are smaller."""
@@ -42,13 +42,15 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
 
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It cannot be read: the right to do so is missing, or the storage fails.
     """
     try:
         # A limit, because a file that is none of ours may be as large as the disk.
-        content = read_bytes(path, MAX_JSON_BYTES + 1)
-    except FileNotFoundError:
-        raise
+        content = retried(lambda: read_bytes(path, MAX_JSON_BYTES + 1))
     except OSError as wrong:
+        # What may not be read, or not now, is not damaged, and its remedy is often to delete it.
+        if not isinstance(wrong, (NotAFile, IsADirectoryError, NotADirectoryError)):
+            raise
         raise error(f"{path}: {wrong.strerror}; {remedy}") from None
     if len(content) > MAX_JSON_BYTES:
         raise error(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: it is none of ours; {remedy}")

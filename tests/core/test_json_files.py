@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 from pydantic import Field
 
-from fine_dist.core.errors import DataError
+from fine_dist.core import files, json_files
+from fine_dist.core.errors import DataError, RunDirError, guard
 from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, read_json, read_record
 
 
@@ -66,3 +68,16 @@ def test_values_inside_another_file_are_checked_alike():
     assert as_record(dict[str, int], {"a": 1}, "here", DataError, "again") == {"a": 1}
     with pytest.raises(DataError, match=r"here is damaged: a: .*integer.* \(got 'x'\); again"):
         as_record(dict[str, int], {"a": "x"}, "here", DataError, "again")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ENOTCONN])
+def test_what_cannot_be_read_is_not_called_damaged_nor_to_be_deleted(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+
+    def failing(path, most):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(json_files, "read_bytes", failing)
+    code = guard(lambda: read_json(tmp_path / "DONE.json", RunDirError, "delete it"))
+    said = capsys.readouterr().err
+    assert code == (2 if number == errno.EACCES else 75) and os.strerror(number) in said and "delete" not in said
