@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from fine_dist.core.errors import RunDirError, guard
+from fine_dist.core.files import umask
 from fine_dist.core.resources import SHIPPED, resource
 
 SITE = "slurm/site.sh"
@@ -27,13 +29,19 @@ def run(folder: Path) -> list[Path]:
             if not file.is_file() or "__pycache__" in file.parts or target.exists() or f"{top}/{file.name}" == SITE:
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
+            _copy(file, target)
             written.append(target)
     site = folder / SITE
     if not site.exists():
-        shutil.copy(resource("slurm/site.example.sh"), site)
+        _copy(resource("slurm/site.example.sh"), site)
         written.append(site)
     return written
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file with the mode that the umask gives a new one, since an installed package is often its owner's."""
+    shutil.copyfile(file, target)
+    os.chmod(target, (0o777 if file.stat().st_mode & 0o111 else 0o666) & ~umask())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,17 +54,18 @@ class MetricsLog:
         metrics = run.folder / METRICS
         # Rows behind the checkpoint describe updates that are lost and will be made again, perhaps with other numbers.
         self.rows = keep_rows(metrics, run.step)
-        # Line-buffered and appended: a row is on its way to the disk when it is
-        # written, and a reader never sees half of one unless the machine dies.
-        self._file = open(metrics, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in `close`
+        # Appended without a buffer: a row is on its way to the disk when it is written, a reader never sees half of
+        # one unless the machine dies, and what failed is not in a buffer that the next row would flush once more.
+        self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self.trackers = Trackers(run, trackers)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a row; numbers that are None are left out."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
-        line = json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n"
-        # Shared file systems fail now and then for a moment, and a run of days should outlive that.
-        retried(lambda: self._file.write(line))
+        line = (json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n").encode()
+        while line:
+            # Shared file systems fail now and then for a moment, and a run of days should outlive that.
+            line = line[retried(lambda: self._file.write(line)) :]  # noqa: B023 - it is called at once
         self.rows.append(row)
         self.trackers.scalars(step, {f"train/{key}": value for key, value in row.items() if key != "step"})
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 from pydantic import BeforeValidator
 
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import write_atomic
+from fine_dist.core.files import retried, write_atomic
 from fine_dist.core.json_files import read_json
 from fine_dist.core.yaml_files import parse_yaml
 
@@ -94,38 +94,64 @@ class TensorBoardTracker:
     def __init__(self, run: TrackedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes two seconds, on rank 0 alone
 
-        self.board = SummaryWriter(str(run.folder), purge_step=run.step + 1 if run.step else None)
+        _silence_writer_threads()
+        self.folder = str(run.folder)
+        self.board = SummaryWriter(self.folder, purge_step=run.step + 1 if run.step else None)
         if run.config:
             self.board.add_text("config", f"```yaml\n{run.config}\n```", run.step)
             self.board.add_custom_scalars(LAYOUT)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self._add("add_scalar", name, value, step)
 
     def images(self, step: int, images: Mapping[str, Tensor]) -> None:
         for name, image in images.items():
-            self.board.add_image(name, image, step)
+            self._add("add_image", name, image, step)
 
     def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.board.add_histogram(name, value, step)
+            self._add("add_histogram", name, value, step)
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
         for name, value in values.items():
-            self.board.add_text(name, value, step)
+            self._add("add_text", name, value, step)
 
     def hparams(self, step: int, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         # `SummaryWriter.add_hparams` would open a second writer in a subfolder, and the run would show twice.
+        self.scalars(step, final)  # first, since whatever fails is then met by a method that tries again
         writer: Any = self.board.file_writer
         for summary in hparams(dict(settings), dict(final)):
             writer.add_summary(summary)
-        self.scalars(step, final)
 
     def close(self) -> None:
         self.board.close()
+
+    def _add(self, method: str, *values: Any) -> None:
+        """Write an event; after a failure of the storage to a new file, because a writer that failed is dead."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        try:
+            getattr(self.board, method)(*values)
+        except OSError:
+            self.board = retried(lambda: SummaryWriter(self.folder))
+            getattr(self.board, method)(*values)
+
+
+def _silence_writer_threads() -> None:
+    """Keep the traceback of TensorBoard's writing thread off stderr: its error is raised in the main thread as well."""
+    before = threading.excepthook
+    if getattr(before, "silences_writers", False):
+        return
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread":
+            before(args)
+
+    hook.silences_writers = True  # type: ignore[attr-defined]
+    threading.excepthook = hook
 
 
 class WandbTracker:

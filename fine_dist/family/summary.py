@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import threading
@@ -14,12 +15,15 @@ from tqdm import tqdm
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
+from fine_dist.core.files import whole_file
 from fine_dist.engine.trackers import TrackedRun, Trackers
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.family.members import Member
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import read_manifest
+
+log = logging.getLogger(__name__)
 
 COUNTS = (1, 10, 100)
 """Numbers of models, each as large as the family's largest, that storage is told for."""
@@ -241,7 +245,11 @@ def draw_family(
     axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
     axes.legend(fontsize="small")
     canvas.draw()
-    figure.savefig(path, dpi=120)
+    try:
+        with whole_file(path, ".tmp.png") as draft:
+            figure.savefig(draft, dpi=120)
+    except OSError as error:  # a figure is no reason to end the training of a family
+        log.warning("%s cannot be written (%s)", path, error)
     picture = torch.from_numpy(np.array(canvas.buffer_rgba())[:, :, :3]).permute(2, 0, 1) / 255
     # Trackers of its own each time: the packs of a family run in several processes and share this folder.
     shown = Trackers(TrackedRun(run_dir), trackers)

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ ARCH = Arch(
 )  # fmt: skip
 STRIKES = ("kill one rank", "kill all ranks", "SIGTERM", "stopped longer than the watch")
 BETWEEN = ("newest state cut short", "stolen lock", "full disk")
+STEPS = 240
+"""So many that fifteen faults strike before the last of them."""
 PATIENCE_S = 90.0
 """A start that has neither ended nor progressed by then hangs, which is what this looks for."""
 
@@ -51,7 +53,7 @@ def condense_config(root: Path, shards: Path) -> CondenseConfig:
         {
             "run_dir": str(root / "condense"),
             "arch": ARCH,
-            "steps": 60,
+            "steps": STEPS,
             "batch": 8,
             "data": {"shards": str(shards / "train")},
             "engine": {
@@ -64,8 +66,8 @@ def condense_config(root: Path, shards: Path) -> CondenseConfig:
 
 def family_config(root: Path, shards: Path) -> InitConfig:
     return InitConfig(
-        run_dir=str(root / "family"), parent=str(root / "condense" / "learngene"), depths=(1, 2, 3), steps=60, batch=8,
-        data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=1e-2),
+        run_dir=str(root / "family"), parent=str(root / "condense" / "learngene"), depths=(1, 2, 3), steps=STEPS,
+        batch=8, data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=1e-2),
         engine=LoopConfig(device="cpu", checkpoint_every=3, log_every=5, threads=1),
     )  # fmt: skip
 
@@ -112,16 +114,20 @@ class Chaos:
     def run(self, faults: int) -> None:
         """Strike `faults` times, then let it end."""
         for _ in range(faults):
-            fault = self.dice.choice(STRIKES + BETWEEN)
+            fault, unfinished = self.dice.choice(STRIKES + BETWEEN), not self._finished()
             if fault in STRIKES:
                 self._strike(fault)
             else:
                 getattr(self, "_" + fault.replace(" ", "_"))()
-            self.night.struck[fault] += 1
+            self.night.struck[fault if unfinished else "any of them, at a finished run"] += 1
         for _ in range(4):  # a start may still find what the last fault left
             if self._start(None) == "done":
                 return
         raise AssertionError(f"{self.stage} did not end after the faults")
+
+    def _finished(self) -> bool:
+        targets = ["."] if self.stage == "condense" else ["L1-s0-lr0.01", "L2-s0-lr0.01", "L3-s0-lr0.01"]
+        return all((self.folder / name / "DONE.json").exists() for name in targets)
 
     def _ranks(self, room: int | None = None) -> Ranks:
         self.night.starts += 1
@@ -266,7 +272,7 @@ def main() -> int:
                     found = night(seed, options.faults, folder, root / "data", calm)
                 except AssertionError as error:
                     found = Night(differing=[f"did not end: {error}"])
-                row = {"seed": seed, "seconds": round(time.monotonic() - begun), **asdict(found)}
+                row = {"seed": seed, "seconds": round(time.monotonic() - begun), **vars(found)}
                 with options.record.open("a") as record:
                     record.write(json.dumps(row) + "\n")
                 print(row, file=sys.stderr, flush=True)

@@ -15,4 +15,4 @@ def test_condense_and_a_family_under_thirty_random_faults_end_as_a_calm_run(tmp_
     found = night(3, 30, tmp_path / "night", digit_shards, calm)
     assert not found.differing and not found.hung
     assert sum(found.struck.values()) == 30
-    assert found.struck.keys() == {*STRIKES, *BETWEEN}  # this seed strikes every fault at least once
+    assert found.struck.keys() >= {*STRIKES, *BETWEEN}  # this seed strikes every fault at least once

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.__main__ import main as fine_dist
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.launchers.state_table import StateTable
 from tests.commands.conftest import ARCH, FAST, command, data
@@ -111,3 +112,28 @@ def test_an_evaluation_that_could_not_be_written_is_refused_before_it_measures(t
     assert command(argv) == 2
     said = capsys.readouterr()
     assert "Not a directory" in said.err and "held-out" not in said.out
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to a group that it is not in")
+def test_all_that_is_written_in_a_groups_folder_is_the_groups(digit_shards, tmp_path):
+    group = tmp_path / "group"
+    group.mkdir()
+    os.chown(group, -1, 65534)
+    group.chmod(0o2775)
+    before = os.umask(0o002)
+    try:
+        shards, parent = data(digit_shards), ["--parent", str(group / "c")]
+        family = ["init", *ENGINE, *shards, *parent, "--depths", "2", "--run-dir", str(group / "i")]
+        assert command(["condense", *ARCH, *FAST, *shards, "--run-dir", str(group / "c")]) == 0
+        assert command([*family, "--engine.time-limit-min", "0.00001"]) == 75  # leaves the state of a pack
+        assert command([*family, "--engine.backend", "fsdp2", "--run-dir", str(group / "i2")]) == 0
+        for to, name in (("diffusers", "x"), ("dit", "x.pt"), ("fine_dist", "y")):
+            assert command(["export", "--model", str(group / "c"), "--to", to, "--out", str(group / name)]) == 0
+        assert fine_dist(["init-project", str(group / "project")]) == 0
+    finally:
+        os.umask(before)
+    made = [path for path in group.rglob("*") if not path.is_symlink()]
+    assert {"learngene", "step_00000004", "packs", "x", "x.pt", "condense.sh"} <= {path.name for path in made}
+    assert [path for path in made if path.stat().st_gid != 65534] == []
+    assert [path for path in made if path.is_dir() and path.stat().st_mode & 0o7777 != 0o2775] == []
+    assert [path for path in made if path.is_file() and path.stat().st_mode & 0o666 != 0o664] == []

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from fine_dist.core import files
 from fine_dist.core.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.ema import Ema
+from fine_dist.engine.monitor import MetricsLog
 from fine_dist.engine.optimizer import learning_rate
 from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import was_stopped
 from fine_dist.engine.settings import OptimConfig
+from fine_dist.engine.trackers import TrackedRun
 from fine_dist.engine.world import World
 from fine_dist.model.arch import arch
 from fine_dist.model.factors import FactoredDiT
@@ -224,6 +229,29 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
     tags = events.Tags()
     assert tags["images"] == ["samples"] and tags["histograms"] == ["sigma/qkv"]
     assert {"train/loss", "train/lr", "train/images_per_s", "train/mfu", "train/held_out_loss"} <= set(tags["scalars"])
+
+
+def test_a_row_that_fails_for_a_moment_is_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    log = MetricsLog(TrackedRun(tmp_path), ())
+    file, calls = log._file, []
+
+    class Flaky:
+        def write(self, data: bytes) -> int:
+            calls.append(data)
+            if len(calls) == 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return file.write(data[:7])  # and a short write is gone on with
+
+        def close(self) -> None:
+            file.close()
+
+    log._file = Flaky()
+    log.write(1, {"loss": 0.5})
+    log.write(2, {"loss": 0.25})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}]
 
 
 def test_rows_hold_speed_mfu_memory_and_waiting(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
@@ -9,15 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
+from fine_dist.core import files
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError, guard
-from fine_dist.engine import trackers
+from fine_dist.engine import dist, trackers
 from fine_dist.engine.settings import LoopConfig
-from fine_dist.engine.trackers import TrackedRun, Trackers, check_installed
+from fine_dist.engine.trackers import TensorBoardTracker, TrackedRun, Trackers, check_installed
+from tests.engine.toy import ToyConfig, engine, toy_fit, toy_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"stage": "train", "lr": 0.1, "method.scope": None}
@@ -162,3 +169,46 @@ def test_a_tracker_of_another_package_that_fails_is_left_out_and_the_run_ends_we
     assert done.stderr.count("tracker broken failed") == 1 and "the server has gone" in done.stderr
     assert len((tmp_path / "run" / "shown").read_text().splitlines()) == 2  # nothing after it failed
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))  # the other tracker was not disturbed
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ESTALE, errno.EIO])
+def test_events_that_cannot_be_written_are_one_warning_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: Any, number: int
+) -> None:
+    def failing(self: Any, name: Any, content: bytes, mode: str) -> None:
+        raise OSError(number, os.strerror(number), str(name))
+
+    monkeypatch.setattr(LocalFileSystem, "_write", failing)
+    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    config = ToyConfig(steps=8, engine=engine(eval_every=2, preview_every=2))
+    looks = {
+        "previews": lambda model, step, budget: {"samples": torch.zeros(1, 8, 8)},
+        "histograms": lambda model: {"sigma/qkv": torch.arange(4.0)},
+    }
+    fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.alone("cpu"), **looks))
+    assert fitted.step == 8 and [row["step"] for row in fitted.rows if "loss" in row] == list(range(1, 9))
+    warnings = [record.getMessage() for record in caplog.records if "tensorboard" in record.getMessage()]
+    assert len(warnings) == 1 and os.strerror(number) in warnings[0] and "metrics.jsonl" in warnings[0]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_events_go_on_in_a_new_file_when_the_storage_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    write, state = LocalFileSystem._write, {"fails": False}
+
+    def failing(self: Any, name: Any, content: bytes, mode: str) -> None:
+        if state["fails"]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(name))
+        write(self, name, content, mode)
+
+    monkeypatch.setattr(LocalFileSystem, "_write", failing)
+    tracker = TensorBoardTracker(TrackedRun(tmp_path, step=10))
+    for step in range(11, 17):
+        tracker.scalars(step, {"loss": float(step)})
+        state["fails"] = step == 13
+        with contextlib.suppress(OSError):
+            tracker.board.flush()
+        state["fails"] = False
+    tracker.close()
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in seen.Scalars("loss")] == [11, 12, 14, 15, 16]
