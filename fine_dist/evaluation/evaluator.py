@@ -131,6 +131,7 @@ class Evaluator:
                 process measures its share.
             precision: Arithmetic of the model.
         """
+        # Models of different processes need different times and noise; models of one process share the inputs.
         key = diffusion.model_dump_json()
         if key not in self._held_out:
             latents, labels = read_all(expand_path(str(self.config.data.held_out)), self.held_out_samples)
@@ -140,6 +141,7 @@ class Evaluator:
             model.to(self.device).eval(), self.device, _BATCH, rank, size, precision
         )
         if not alone:
+            # In fp64: sums of ranks then add up to the sum of one process in all digits that are shown.
             total, count = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64), self.world).tolist()
         return float(total / count)
 
@@ -153,6 +155,7 @@ class Evaluator:
             )
         count = self.config.samples
         rank, size = (0, 1) if alone else (self.world.rank, self.world.world_size)
+        # Balanced classes, and an image's class and noise depend on its number alone, whichever process draws it.
         labels, mine = torch.arange(count) % renderer.model.arch.num_classes, torch.arange(rank, count, size)
         collectors = {
             name: Collector(self.references.network(name), count, self._selection, source=renderer.where)

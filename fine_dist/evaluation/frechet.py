@@ -46,14 +46,17 @@ def frechet_from(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -
         )
     if not all(torch.isfinite(x).all() for x in (mean_a, cov_a, mean_b, cov_b)):
         raise DataError("a mean or covariance has NaN or infinite entries")
+    # Read before the conversion to fp64, which would hide that the numbers were rounded to fp32 once.
     exact = tuple(torch.finfo(cov.dtype).eps for cov in (cov_a, cov_b))
     mean_a, cov_a, mean_b, cov_b = (x.detach().cpu().double() for x in (mean_a, cov_a, mean_b, cov_b))
+    # Symmetric but for rounding; eigensolvers read one triangle only.
     cov_a, cov_b = (cov_a + cov_a.T) / 2, (cov_b + cov_b.T) / 2
     gap = mean_a - mean_b
     traces = float(cov_a.trace() + cov_b.trace())
     cross = _quick(cov_a, cov_b, traces)
     if cross is None:
         cross = float(torch.linalg.svdvals(_root(cov_a, exact[0]).T @ _root(cov_b, exact[1])).sum())
+    # Two equal sets differ by rounding, which may be negative.
     return max(0.0, float(gap @ gap) + traces - 2 * cross)
 
 
@@ -73,6 +76,7 @@ def _quick(cov_a: Tensor, cov_b: Tensor, traces: float) -> float | None:
     if values[0] <= 0:  # S_2 has as many negative eigenvalues (Sylvester): singular, or none of ours
         return None
     roots = values.sqrt()
+    # Each eigenvalue is off by eps times the largest at most; a root near zero magnifies that by 1 / (2 root).
     error = torch.finfo(values.dtype).eps * largest * float((0.5 / roots).sum())
     return float(roots.sum()) if error <= _ACCURACY * traces else None
 
@@ -80,6 +84,7 @@ def _quick(cov_a: Tensor, cov_b: Tensor, traces: float) -> float | None:
 def _root(cov: Tensor, exact: float) -> Tensor:
     """R [F, F] with R Rᵀ = cov. exact: the relative precision in which `cov` was stored."""
     values, vectors = torch.linalg.eigh(cov)
+    # More negative than the stored precision explains is a file that holds something else than a covariance.
     floor = max(float(values.abs().max()) * len(values) * exact, 1e-12)
     if values.min() < -floor:
         raise DataError(

@@ -87,6 +87,7 @@ class Selection:
         """Which of Inception Score's parts of `IS_SPLIT` images each image belongs to, [count] int64."""
         if self.consecutive or count <= IS_SPLIT:
             return torch.arange(count) // IS_SPLIT
+        # The inverse of the permutation: image order[i] belongs to part i // IS_SPLIT.
         return torch.empty(count, dtype=torch.int64).scatter_(0, self._order(count), torch.arange(count) // IS_SPLIT)
 
     def _order(self, count: int) -> Tensor:
@@ -107,6 +108,7 @@ class Collector:
         self.spatial: Moments | None = None
         self.classes: ClassSums | None = None
         chosen = selection.subset(num_images)
+        # Computed for the whole set in every process, so that no process has to know which images another one has.
         self._part = selection.parts(num_images)
         # row of an image in the table of kept features; -1 for those that are not kept
         self._row = torch.full((num_images,), -1).scatter_(0, chosen, torch.arange(len(chosen)))
@@ -140,6 +142,7 @@ class Collector:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return self
+        # A collective must be called by all processes or by none, so they first agree on what there is to reduce.
         sides = torch.zeros(2, dtype=torch.int64)
         if self.spatial is not None:
             sides[0] = len(self.spatial.mean)
@@ -165,6 +168,7 @@ class Collector:
 
     def result(self) -> Statistics:
         """The statistics. `DataError` for fewer than 2 images, or other than were announced."""
+        # A process that died in between, or an image that was added twice, would shift every score a little.
         if self.pooled.count != self.num_images:
             raise DataError(f"{self.source}: {self.pooled.count} images were measured, and {self.num_images} announced")
         return Statistics(

@@ -99,6 +99,7 @@ class Mixed(nn.Module):
         elif self.pool == "max":
             outs.append(self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)))
         else:
+            # TensorFlow's average pools divide by the number of pixels that lie inside the image.
             outs.append(self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)))
         return torch.cat(outs, dim=1)
 
@@ -197,6 +198,7 @@ class Inception(nn.Module):
     def forward(self, images: Tensor) -> Extracted:
         """Pooled, spatial and class features; `images` as in `Features.__call__`, of any size."""
         x = as_rgb(images).to(self.fc.weight.device)
+        # TensorFlow's own scaling: 0..255 becomes -1 .. 0.992.
         x = (resize_as_tensorflow_1(x.float(), SIDE) - 128) / 128  #                                  [N, 3, 299, 299]
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
@@ -216,6 +218,7 @@ def resize_as_tensorflow_1(x: Tensor, side: int) -> Tensor:
     """
     for axis in (2, 3):
         size = x.shape[axis]
+        # In fp32, as TensorFlow computes it: fp64 gives another neighbor for some pixels.
         at = torch.arange(side, dtype=torch.float32) * (size / side)
         low = at.floor().long().clamp(max=size - 1)
         high = (low + 1).clamp(max=size - 1)
@@ -243,6 +246,8 @@ def from_state(state: dict[str, Any], where: str, identity: str) -> Inception:
     """The network with these tensors, frozen."""
     model = Inception()
     check_tensors(model, state, where, "FID's Inception (2015-12-05)")
+    # The published file also holds counters of batch normalization that
+    # this network has no use for; `check_tensors` has compared the rest.
     model.load_state_dict(state, strict=False)
     model.identity = identity
     return model.requires_grad_(False).eval()

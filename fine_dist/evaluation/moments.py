@@ -37,6 +37,7 @@ class Moments:
             rows = (~torch.isfinite(x).all(dim=1)).nonzero().flatten()
             raise DataError(f"features of {len(rows)} of {len(x)} samples are NaN or infinite (first: {int(rows[0])})")
         mean = x.mean(dim=0) if len(x) else x.new_zeros(x.shape[1])
+        # About the mean of this batch: sums of squares about zero lose all digits where the mean is far from it.
         centred = x - mean
         return cls(len(x), mean, centred.T @ centred)
 
@@ -52,6 +53,8 @@ class Moments:
         if other.count:
             gap = other.mean - self.mean
             self.scatter = self.scatter + other.scatter
+            # What the two means' distance adds to the joint scatter
+            # (Chan, Golub and LeVeque, eq. 2.1b), without another pass.
             self.scatter.addr_(gap, gap, alpha=self.count * other.count / total)
             self.mean = self.mean + gap * (other.count / total)
             self.count = total
@@ -71,6 +74,7 @@ class Moments:
         sums = torch.cat([self.mean * self.count, self.mean.new_tensor([self.count])]).to(device)
         dist.all_reduce(sums)
         total = int(sums[-1].item())
+        # Every process now has the same mean, about which scatters may simply be added.
         mean = (sums[:-1] / max(total, 1)).cpu()
         gap = self.mean - mean
         scatter = (self.scatter + torch.outer(gap, gap) * self.count).to(device)

@@ -38,6 +38,7 @@ class ClassSums:
 
     def update(self, logits: Tensor, part: Tensor) -> None:
         """Add logits [N, K] of images that belong to these parts [N]."""
+        # In fp64 on the CPU, so that the sums do not depend on the device or on how images were divided into batches.
         log_p = logits.detach().cpu().double().log_softmax(dim=1)
         if not torch.isfinite(log_p).all():
             raise DataError("logits of an image are NaN or infinite")
@@ -62,6 +63,7 @@ class ClassSums:
             raise DataError("an Inception Score needs at least one image")
         count, entropy, classes = self.count[used], self.entropy[used], self.classes[used]
         mean = classes / count[:, None]
+        # `xlogy` is 0 for a class that no image has, where `p * log p` would be NaN.
         scores = (entropy / count - torch.special.xlogy(mean, mean).sum(dim=1)).exp()
         return float(scores.mean()), float(scores.std(correction=0))
 
@@ -85,6 +87,7 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, block: int
             raise DataError(f"{name} features are {list(x.shape)}; both must be [samples, {real.shape[-1]}]")
         if len(x) <= neighbours:
             raise DataError(f"{len(x)} {name} samples have no {neighbours}rd neighbour; take more than {neighbours}")
+    # Distances do not change, but their expansion |a|^2 - 2 ab + |b|^2 cancels less about the mean.
     centre = real.float().mean(dim=0)
     real, fake = (x.float() - centre for x in (real, fake))
     radius_real, radius_fake = _radii(real, neighbours, block), _radii(fake, neighbours, block)
@@ -104,12 +107,14 @@ def _radii(x: Tensor, neighbours: int, block: int) -> Tensor:
     for start in range(0, len(x), block):
         rows = torch.arange(start, min(start + block, len(x)), device=x.device)
         far = _squared_distances(x[rows], x)
+        # A sample is not its own neighbor.
         far[rows - start, rows] = torch.inf
         radii.append(far.topk(neighbours, dim=1, largest=False).values.max(dim=1).values)
     return torch.cat(radii)
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    # One matrix product instead of a difference for each pair: [block, N] and not [block, N, F] numbers.
     far = torch.addmm(b.square().sum(dim=1)[None, :], a, b.T, alpha=-2)
     return far.add_(a.square().sum(dim=1)[:, None]).clamp_(min=0)
 
@@ -140,11 +145,13 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
     """The unbiased estimate of the squared MMD between x [N, F] and y [M, F] with the kernel (x·y / F + 1)³."""
     n, m = len(x), len(y)
     (xx, same_x), (yy, same_y), (xy, _) = _kernel_sums(x, x), _kernel_sums(y, y), _kernel_sums(x, y)
+    # Unbiased: pairs of a sample with itself are left out of both sums within a set, and may make the result negative.
     return (xx - same_x) / (n * (n - 1)) + (yy - same_y) / (m * (m - 1)) - 2 * xy / (n * m)
 
 
 def _kernel_sums(x: Tensor, y: Tensor) -> tuple[float, float]:
     """The sum of the kernel over all pairs, and over the pairs (i, i)."""
+    # The cubic kernel by two multiplications; `pow` is many times slower.
     linear = torch.addmm(x.new_ones((), dtype=torch.float32), x.float(), y.float().T, alpha=1 / x.shape[1])
     kernel = linear.square().mul_(linear)
     return float(kernel.sum(dtype=torch.float64)), float(kernel.diagonal().sum(dtype=torch.float64))

@@ -47,6 +47,7 @@ class ArrayStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"count": count, "shape": list(self.shape), **json.loads(json.dumps(identity))}
         try:
+            # Exactly one process writes the file; all others compare with it.
             write_new(self.folder / _ABOUT, json.dumps(about, indent=1) + "\n")
         except FileExistsError:
             self._agree(about)
@@ -80,6 +81,7 @@ class ArrayStore:
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Tensor:
         """Numbers int64 of the arrays that no process has written, of process `rank`'s share: rank, rank + W, ..."""
+        # Read from the file at each call: other processes may have written since.
         done = np.frombuffer(os.pread(self._done, self.count, 0), np.uint8)
         mine = np.arange(rank, self.count, world_size)
         return torch.from_numpy(mine[done[mine] == 0])
@@ -94,6 +96,7 @@ class ArrayStore:
         numbers = indices.tolist()
         # The mark is written after the data have reached the disk: a crash in between loses marks, never marked data.
         for number, row in zip(numbers, rows):
+            # Positioned writes: processes share the file without sharing a file position.
             os.pwrite(self._rows, row.tobytes(), number * self._bytes)
         os.fdatasync(self._rows)
         for number in numbers:
