@@ -15,8 +15,9 @@ from fine_dist.data.settings import EncodeConfig
 def run(config: EncodeConfig) -> Path:
     """Encode the images of a config, in this process; returns the folder of the splits."""
     from fine_dist.data.encoding import run as encode
+    from fine_dist.evaluation.dino import load_dino
 
-    return encode(config)
+    return encode(config, load_dino)
 
 
 def result_lines(config: EncodeConfig) -> list[str]:

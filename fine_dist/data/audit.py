@@ -54,7 +54,7 @@ def verify(where: str) -> tuple[Manifest, list[str]]:
             continue
         for start in range(0, info.count, _PIECE):
             index_N = np.arange(start, min(start + _PIECE, info.count))
-            rows = shard_set.read(np.full(len(index_N), number), index_N)
+            rows = shard_set.read(np.full(len(index_N), number), index_N, tokens=manifest.tokens is not None)
             for row, text in rows.faults.items():
                 if int(index_N[row]) not in found.faults:
                     problems.append(f"{info.name}: {shard.key(int(index_N[row]))}: {text}")

@@ -31,6 +31,7 @@ class Batch:
         labels: int64 [B].
         positions: int64 [B], positions in the global batch; all randomness of a sample is seeded by (seed, step,
             position).
+        tokens: [B, E, h, w], an image encoder's tokens of the clean images, where the stream reads them.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Batch:
     labels: torch.Tensor
     positions: torch.Tensor
     shift: Channels = 0.0
+    tokens: torch.Tensor | None = None
 
     @cached_property
     def latents(self) -> torch.Tensor:
@@ -55,12 +57,15 @@ class Batch:
             return self
         # only a copy from page-locked memory runs while the host continues
         stored, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.stored, self.labels))
-        return replace(self, stored=stored, labels=labels)
+        tokens = None if self.tokens is None else self.tokens.pin_memory().to(device, non_blocking=True)
+        return replace(self, stored=stored, labels=labels, tokens=tokens)
 
     def part(self, start: int, size: int) -> Batch:
         """A micro-batch: `size` samples from `start` on."""
         rows = slice(start, start + size)
-        return replace(self, stored=self.stored[rows], labels=self.labels[rows], positions=self.positions[rows])
+        stored, labels, positions = self.stored[rows], self.labels[rows], self.positions[rows]
+        tokens = None if self.tokens is None else self.tokens[rows]
+        return replace(self, stored=stored, labels=labels, positions=positions, tokens=tokens)
 
 
 def as_float(stored: torch.Tensor, scale: Channels, shift: Channels = 0.0) -> torch.Tensor:

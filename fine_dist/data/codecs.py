@@ -30,6 +30,19 @@ class Codec(Protocol):
         """Mean and standard deviation (None: the codec is deterministic) of float32 images [B, C, H, W] in [-1, 1]."""
 
 
+class TokenEncoder(Protocol):
+    """An image encoder whose tokens are stored beside the latents."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def identity(self) -> str:
+        """sha256 of its weights."""
+
+    def grid_tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, E, h, w] of float32 images [B, C, H, W] in [-1, 1], C being 1 or 3."""
+
+
 class Identity:
     """Pixels are the latents."""
 

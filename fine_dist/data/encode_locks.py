@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import name_new, open_draft, read_bytes, remove_drafts, write_atomic
 from fine_dist.core.json_files import read_json
-from fine_dist.data.codecs import Codec
+from fine_dist.data.codecs import Codec, TokenEncoder
 from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (
     MANIFEST,
@@ -29,6 +29,7 @@ from fine_dist.data.shards import (
     BadInput,
     Manifest,
     ShardInfo,
+    TokenInfo,
 )
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
@@ -52,6 +53,9 @@ class EncodeJob:
     normalize_channels: bool = False
     scaled_like: Path | None = None
     """Shards whose scaling is taken over, in place of the codec's: those that models are trained on."""
+    tokens: TokenEncoder | None = None
+    """Image encoder whose tokens are stored as well."""
+    tokens_dtype: Literal["float16", "float32"] = "float16"
 
 
 def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
@@ -112,6 +116,8 @@ class UnitDone(BaseModel):
     largest_label: int
     shape: tuple[int, ...] | None
     """Shape of a stored latent."""
+    tokens_shape: tuple[int, int, int] | None = None
+    """Shape of the stored tokens."""
     sums: tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...]]
     """Number of values, their sum and their sum of squares, each by channel."""
 
@@ -246,6 +252,7 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
             kind=job.kind,
             dtype=job.dtype,
             **_scaling(job, codec, mean_C, std_C),
+            tokens=_tokens(job, [part.tokens_shape for part in parts if part.tokens_shape]),
             channel_mean=tuple(mean_C.tolist()),
             channel_std=tuple(std_C.tolist()),
             num_classes=source.num_classes or 1 + max(part.largest_label for part in parts),
@@ -262,6 +269,13 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
         manifest.save(job.folder)
         _tidy(job.folder, source.units)
         return manifest
+
+
+def _tokens(job: EncodeJob, shapes: list[tuple[int, int, int]]) -> TokenInfo | None:
+    """The manifest's entry about the image encoder's tokens."""
+    if job.tokens is None:
+        return None
+    return TokenInfo(encoder=job.tokens.name, sha256=job.tokens.identity, shape=shapes[0], dtype=job.tokens_dtype)
 
 
 def _scaling(job: EncodeJob, codec: Codec, mean_C: np.ndarray, std_C: np.ndarray) -> dict[str, Any]:

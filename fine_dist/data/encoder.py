@@ -168,7 +168,9 @@ def _encode_unit(
             part.waited_s += time.perf_counter() - started
             if not found:
                 break
-            shard.add([codec.encode(pixels) for pixels in sides], found[1])
+            # Of a mirror image the mirror image's own tokens: they never belong to the other side.
+            tokens = [job.tokens.grid_tokens(pixels).cpu().numpy() for pixels in sides] if job.tokens else None
+            shard.add([codec.encode(pixels) for pixels in sides], found[1], tokens)
             if tell:
                 tell(shard.images)
         info = shard.close()
@@ -177,7 +179,14 @@ def _encode_unit(
         shard.abandon()
         raise
     rows = tuple(tuple(row) for row in shard.sums.tolist())
-    done = UnitDone(shard=info, bad=tuple(bad), largest_label=shard.largest, shape=shard.shape, sums=rows)
+    done = UnitDone(
+        shard=info,
+        bad=tuple(bad),
+        largest_label=shard.largest,
+        shape=shard.shape,
+        tokens_shape=shard.tokens_shape,
+        sums=rows,
+    )
     # Last, after the shard is on disk under its name.
     mark_done(job.folder, shard.unit, done)
     part.images, part.bad, part.last_bad = shard.images, len(bad), bad[-1] if bad else None

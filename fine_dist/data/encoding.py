@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.core.processes import rank_here
 from fine_dist.data.audit import Summary, verify
-from fine_dist.data.codecs import Autoencoder, Codec, Identity
+from fine_dist.data.codecs import Autoencoder, Codec, Identity, TokenEncoder
 from fine_dist.data.encode_locks import EncodeJob, finished
 from fine_dist.data.encoder import encode
 from fine_dist.data.images import (
@@ -28,8 +31,16 @@ from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
 from fine_dist.model.arch import both
 
+LoadEncoder = Callable[[str, str], TokenEncoder]
+"""Loads the image encoder in a folder onto a device."""
 
-def run(config: EncodeConfig) -> Path:
+
+def no_encoder(folder: str, device: str) -> TokenEncoder:
+    """The loader where none is given."""
+    raise ConfigError(f"repa_encoder: {folder} is loaded by the command `fine-dist encode` alone")
+
+
+def run(config: EncodeConfig, load_encoder: LoadEncoder = no_encoder) -> Path:
     """Encode all splits of a config, together with all processes that run the same; returns the folder of the splits.
 
     An interrupted encoding is resumed by the same call. When every split is complete, nothing is done.
@@ -49,7 +60,7 @@ def run(config: EncodeConfig) -> Path:
                 + _left_out(manifest)
             )
             continue
-        _encode(config, split, folder)
+        _encode(config, split, folder, load_encoder)
     return config.folder()
 
 
@@ -136,12 +147,16 @@ def _job(config: EncodeConfig, split: str, folder: Path) -> EncodeJob:
         workers=config.workers,
         max_bad_fraction=config.max_bad_fraction,
         normalize_channels=config.normalize_channels,
+        tokens_dtype=config.repa_dtype,
         scaled_like=config.folder() / SPLITS[0] if config.normalize_channels and split != SPLITS[0] else None,
     )
 
 
-def _encode(config: EncodeConfig, split: str, folder: Path) -> None:
-    job = _job(config, split, folder)
+def _encode(config: EncodeConfig, split: str, folder: Path, load_encoder: LoadEncoder) -> None:
+    tokens = None
+    if config.repa_encoder and config.stores_tokens(split):
+        tokens = load_encoder(expand_path(config.repa_encoder), _device(config))
+    job = replace(_job(config, split, folder), tokens=tokens)
     if job.scaled_like is not None and not (job.scaled_like / MANIFEST).exists():
         raise ConfigError(
             f"normalize_channels: split {split} is scaled by the statistics of {job.scaled_like}, which is not there; "
@@ -207,11 +222,17 @@ def show(summary: Summary) -> list[str]:
     named = list(enumerate(manifest.class_names or map(str, range(len(counts)))))
     step = max(1, -(-len(named) // 20))
     widest = max(1, int(counts.max()))
+    tokens = []
+    if manifest.tokens:
+        side = "x".join(map(str, manifest.tokens.shape))
+        payload += manifest.count * math.prod(manifest.tokens.shape) * (4 if manifest.tokens.dtype == "float32" else 2)
+        tokens = [f"tokens      {side} {manifest.tokens.dtype} of {manifest.tokens.encoder} for loss.repa"]
     lines = [
         f"shards      {summary.base}: {len(manifest.shards)} tars, {summary.bytes / 1e9:.3g} GB "
         f"({payload / 1e9:.3g} GB of numbers)",
         f"samples     {manifest.count:,}" + (" (each image and its mirror image)" if manifest.flips else ""),
         f"latents     {shape} {manifest.dtype}, kind {manifest.kind}, codec {manifest.codec}",
+        *tokens,
         "scaling     "
         + ("each channel by its own statistics" if manifest.channel_scale else f"{manifest.scaling_factor:g}")
         + (f", shift {manifest.shift_factor:g}" if manifest.shift_factor else ""),

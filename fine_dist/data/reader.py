@@ -17,7 +17,7 @@ import torch
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.batch import as_float
-from fine_dist.data.records import PREFIX_BYTES, all_finite, layout_of
+from fine_dist.data.records import PREFIX_BYTES, TOKENS, all_finite
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shard_file import Indexes, Shard
 from fine_dist.data.shards import Channels
@@ -39,6 +39,7 @@ class Rows:
         labels: int64 [B].
         scale, shift: Scale and shift that `latents` applies.
         faults: What is wrong with damaged rows, by row; the numbers of such a row are meaningless.
+        tokens: [B, E, h, w], where they were asked for.
     """
 
     stored: torch.Tensor
@@ -46,6 +47,7 @@ class Rows:
     scale: Channels
     shift: Channels = 0.0
     faults: dict[int, str] = field(default_factory=dict)
+    tokens: torch.Tensor | None = None
 
     @property
     def latents(self) -> torch.Tensor:
@@ -61,7 +63,7 @@ class ShardSet:
         self.remote = is_remote(self.base)
         self.bad = 0
         self._config = config
-        self._layout = layout_of(self.manifest.stored_shape, self.manifest.dtype)
+        self._layout = self.manifest.layout
         self._shards: dict[int, Shard] = {}
         self._indexes: Indexes = {}
         prefixes = [(info.key_prefix or "")[:PREFIX_BYTES].ljust(PREFIX_BYTES) for info in self.manifest.shards]
@@ -93,13 +95,14 @@ class ShardSet:
             self._shards[number] = Shard(f"{self.base}/{info.name}", info, self.manifest, self._config, self._indexes)
         return self._shards[number]
 
-    def read(self, shard_B: np.ndarray, index_B: np.ndarray, *, scaled: bool = False) -> Rows:
+    def read(self, shard_B: np.ndarray, index_B: np.ndarray, *, scaled: bool = False, tokens: bool = False) -> Rows:
         """Read records.
 
         Args:
             shard_B: int64, number of each record's shard.
             index_B: int64, number of each record in its shard.
             scaled: Whether `latents` of the result applies the manifest's scale and shift.
+            tokens: Whether the image encoder's tokens are read as well, which the manifest must have.
         """
         numbers = shard_B.tolist()
         with self._lock:
@@ -122,7 +125,33 @@ class ShardSet:
             self._read_indexed(shards, shard_B, index_B, stored, rows)
         else:
             self._read_any(shards, shard_B, index_B, stored, rows)
+        if tokens:
+            self._read_tokens(shards, shard_B, index_B, rows)
         return rows
+
+    def _read_tokens(self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, rows: Rows) -> None:
+        """Read the tokens that lie behind the latents; damage to them is damage of the sample."""
+        layout = self._layout.tokens
+        assert layout is not None
+        tokens_B = np.empty((len(index_B), *layout.shape), layout.dtype)
+        heads_BH = np.zeros((len(index_B), layout.head), np.uint8)
+        payloads_BP = tokens_B.reshape(len(index_B), -1).view(np.uint8)
+        files = [shards[number].fd for number in shard_B.tolist()]
+        offsets = (index_B * self._layout.stride + layout.at).tolist()
+        sizes = list(map(_try_to_read, files, zip(heads_BH, payloads_BP), offsets))
+        good_B = layout.check(heads_BH, self._layout.keys(self._prefixes_SP[shard_B], index_B))
+        rows.tokens = torch.from_numpy(tokens_B)
+        if min(sizes) == layout.size and good_B.all() and all_finite(tokens_B):
+            return
+        for row, number in enumerate(shard_B.tolist()):
+            if row in rows.faults:
+                continue
+            if not shards[number].regular or (sizes[row] == layout.size and not good_B[row]):
+                rows.faults[row] = f"its image's tokens are not where the manifest says: {TOKENS} is missing or damaged"
+            elif sizes[row] < layout.size:
+                rows.faults[row] = _SHORT
+            elif not all_finite(tokens_B[row]):
+                rows.faults[row] = "its image's tokens have NaN or Inf"
 
     def _read_regular(
         self,

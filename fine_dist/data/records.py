@@ -24,6 +24,9 @@ PREFIX_BYTES = 7
 LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
+TOKENS = "tokens.npy"
+"""A third entry, where an image encoder's tokens are stored beside the latents. webdataset writes entries in the order
+of their names, so that it lies behind the latent, and a reader of latents alone reads as without it."""
 _KEY = PREFIX_BYTES + KEY_DIGITS
 _WORDS = {2: (np.uint16, np.int16, 0x7C00), 4: (np.uint32, np.int32, 0x7F800000)}
 """By bytes of a float: words of its size, and the bits of +Inf, the first pattern that is no number."""
@@ -60,9 +63,10 @@ class Layout:
         stride: Bytes from the beginning of one record to the next.
         head: Bytes before the payload (H).
         size: Bytes of head and payload, without the padding behind them.
+        tokens: Where the image encoder's tokens lie; None in shards without them.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: str, tokens: tuple[tuple[int, ...], str] | None = None) -> None:
         # Little-endian on every machine: shards are read in place, without a swap of bytes.
         self.shape, self.dtype = tuple(shape), np.dtype(dtype).newbyteorder("<")
         stream = io.BytesIO()
@@ -78,6 +82,8 @@ class Layout:
         # Two headers and the label's content, one block each; then
         # the .npy file, filled up to whole blocks as tar requires.
         self.stride = 3 * BLOCK + -(-len(latent) // BLOCK) * BLOCK
+        self.tokens = TokenLayout(self.stride, *tokens) if tokens else None
+        self.stride += self.tokens.length if self.tokens else 0
         self._npy = latent[: len(latent) - payload]
         # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the size, what tar
         # calls the types, and the whole .npy header. Keys and the label differ and are looked at apart.
@@ -139,13 +145,17 @@ class Layout:
         # The usual case, all good, costs one reduction; rows are told apart only where something is wrong.
         good_N = np.ones(len(marks_NW), bool) if same_NW.all() else same_NW.all(1)
         bytes_NM = marks_NW.view(np.uint8)
-        keys_NK = np.concatenate([prefixes_NP, self._digits(index_N)], 1)
+        keys_NK = self.keys(prefixes_NP, index_N)
         for at in (0, self._latent_at):
             same_NK = bytes_NM[:, at : at + _KEY] == keys_NK
             if not same_NK.all():
                 good_N &= same_NK.all(1)
         labels_N, is_label_N = _labels(bytes_NM[:, self._label_at : self._label_at + LABEL_DIGITS])
         return good_N & is_label_N, labels_N
+
+    def keys(self, prefixes_NP: np.ndarray, index_N: np.ndarray) -> np.ndarray:
+        """Keys of records as text: uint8 [N, K]."""
+        return np.concatenate([prefixes_NP, self._digits(index_N)], 1)
 
     def _digits(self, index_N: np.ndarray) -> np.ndarray:
         """The numbers of records as text: uint8 [N, KEY_DIGITS]."""
@@ -207,7 +217,38 @@ def _labels(text_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return labels_N, good_N
 
 
+class TokenLayout:
+    """The byte offsets of the entry `KEY.tokens.npy` of a record.
+
+    Attributes:
+        at: Byte of the record at which the entry's header begins.
+        head: Bytes before the payload (H).
+        size: Bytes of head and payload.
+        length: Bytes of the whole entry, in blocks.
+    """
+
+    def __init__(self, at: int, shape: tuple[int, ...], dtype: str) -> None:
+        self.at, self.shape, self.dtype = at, tuple(shape), np.dtype(dtype).newbyteorder("<")
+        stream = io.BytesIO()
+        with tar_writer(stream) as tar:
+            entry = npy_bytes(np.zeros(self.shape, self.dtype))
+            tar.write({"__key__": record_key(shard_prefix(0), 0), TOKENS: entry})
+        payload = int(np.prod(self.shape)) * self.dtype.itemsize
+        self.size = BLOCK + len(entry)
+        self.head = self.size - payload
+        self.length = BLOCK + -(-len(entry) // BLOCK) * BLOCK
+        self._want = np.frombuffer(stream.getvalue()[: self.head], np.uint8)
+        # The same fields as of the latent's header: the end of the name, the size, type, magic, prefix, .npy header.
+        ranges = ((_KEY, _KEY + len(TOKENS) + 2), (124, 136), (156, 157), (257, 265), (345, 346), (BLOCK, self.head))
+        self._fields = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+
+    def check(self, heads_NH: np.ndarray, keys_NK: np.ndarray) -> np.ndarray:
+        """Whether the heads uint8 [N, H] of this entry are those of the records with these keys: bool [N]."""
+        same_N = (heads_NH[:, self._fields] == self._want[self._fields]).all(1)
+        return same_N & (heads_NH[:, :_KEY] == keys_NK).all(1)
+
+
 @lru_cache(maxsize=16)
-def layout_of(shape: tuple[int, ...], dtype: str) -> Layout:
-    """The layout of records with latents of this shape and dtype."""
-    return Layout(shape, dtype)
+def layout_of(shape: tuple[int, ...], dtype: str, tokens: tuple[tuple[int, ...], str] | None = None) -> Layout:
+    """The layout of records with latents, and tokens where there are any, of these shapes and dtypes."""
+    return Layout(shape, dtype, tokens)

@@ -89,6 +89,11 @@ class EncodeConfig(Config):
     rectangle."""
     flips: bool = False
     """Also encode the mirror image of every image, as a further sample."""
+    repa_encoder: PathKey | None = None
+    """Local transformers folder of a DINOv2 whose patch tokens of every image are stored beside its latent, in all
+    splits but held_out, for `loss.repa` to align with. Default: none are stored."""
+    repa_dtype: Literal["float16", "float32"] = "float16"
+    """Data type of those tokens. A DINOv2-B/14's take 384 KiB an image in float16, an SD latent of 256 pixels 8 KiB."""
     scaling_factor: float | None = Field(None, gt=0)
     """Factor by which the stream multiplies latents. Default: the autoencoder's own (identity: 1)."""
     normalize_channels: bool = False
@@ -150,7 +155,13 @@ class EncodeConfig(Config):
             made["held_out_fraction"] = self.held_out_fraction
         if self.normalize_channels:
             made["normalize_channels"] = True
+        if self.stores_tokens(split):
+            made |= {"repa_encoder": self.repa_encoder, "repa_dtype": self.repa_dtype}
         return {**made, "source": self.source_of(split), "split": split}
+
+    def stores_tokens(self, split: str) -> bool:
+        """Whether an image encoder's tokens are stored in a split; held-out latents are measured without them."""
+        return self.repa_encoder is not None and split != "held_out"
 
     def source_of(self, split: str) -> str:
         """The source of a split's images."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import sha256_of
-from fine_dist.data.records import BLOCK, layout_of, record_key
+from fine_dist.data.records import BLOCK, record_key
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.sources import open_shard
@@ -78,7 +78,7 @@ class Shard:
 
     def _count_regular(self, size: int) -> str | None:
         """What is wrong with the number of records, or None. A tar ends with a block of zeros."""
-        count, stride = self.info.count, layout_of(self._manifest.stored_shape, self._manifest.dtype).stride
+        count, stride = self.info.count, self._manifest.layout.stride
         room = size // stride
         if room < count:
             return f"the manifest says {count} samples; it has {room}"

@@ -28,6 +28,8 @@ from fine_dist.data.records import (
     LABEL,
     LABEL_DIGITS,
     LATENT,
+    TOKENS,
+    Layout,
     layout_of,
     npy_bytes,
     record_key,
@@ -72,6 +74,19 @@ class ShardInfo(_Model):
     """Prefix of its keys when all its records have one size. None: the shard was written by another program."""
 
 
+class TokenInfo(_Model):
+    """An image encoder's tokens that lie beside the latents, for `loss.repa`."""
+
+    encoder: str
+    """Name of the encoder."""
+    sha256: str
+    """Of its weights."""
+    shape: tuple[Side, Side, Side]
+    """Width E of a token, rows and columns of tokens."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the stored numbers."""
+
+
 class BadInput(_Model):
     """An image that could not be encoded and is therefore not in the shards."""
 
@@ -103,6 +118,8 @@ class Manifest(_Model):
     """Mean of each channel of the stored latents, where it was measured while encoding."""
     channel_std: tuple[float, ...] = ()
     """Standard deviation of each channel of the stored latents (of the mean, for moments)."""
+    tokens: TokenInfo | None = None
+    """Tokens of an image encoder beside the latents; None: there are none."""
     num_classes: int = Field(ge=1, le=10**7)
     """Labels are 0 .. num_classes - 1."""
     class_names: tuple[str, ...] = ()
@@ -139,6 +156,12 @@ class Manifest(_Model):
         if self.kind == "moments" and self.channel_scale:
             return 2 * self.channel_scale, (*self.channel_shift, *(0.0 for _ in self.channel_shift))
         return self.scale, self.shift
+
+    @property
+    def layout(self) -> Layout:
+        """The bytes of a record in shards that this package wrote."""
+        tokens = (self.tokens.shape, self.tokens.dtype) if self.tokens else None
+        return layout_of(self.stored_shape, self.dtype, tokens)
 
     @property
     def stored_shape(self) -> tuple[int, int, int]:
@@ -195,6 +218,8 @@ class Manifest(_Model):
             # A name with a slash could lead to any file of the machine.
             if os.path.basename(shard.name) != shard.name or shard.name in ("", ".", ".."):
                 raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
+        if manifest.tokens and math.prod(manifest.tokens.shape) > MAX_NUMBERS:
+            raise DataError(f"{where}: tokens.shape: more than {MAX_NUMBERS:,} numbers a sample")
         lengths = {len(manifest.channel_scale), len(manifest.channel_shift)}
         if len(lengths) > 1 or not lengths <= {0, manifest.latent_shape[0]}:
             raise DataError(
@@ -244,10 +269,17 @@ class ShardWriter:
         DataError: A latent has another shape, or is not finite in the stored dtype.
     """
 
-    def __init__(self, folder: str | Path, number: int, shape: tuple[int, ...], dtype: str = "float16") -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        number: int,
+        shape: tuple[int, ...],
+        dtype: str = "float16",
+        tokens: tuple[tuple[int, ...], str] | None = None,
+    ) -> None:
         self.path = Path(folder) / SHARD_NAME.format(number)
         self.prefix = shard_prefix(number)
-        self.layout = layout_of(tuple(shape), dtype)
+        self.layout = layout_of(tuple(shape), dtype, tokens)
         self.count = 0
         self.info: ShardInfo | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,21 +288,38 @@ class ShardWriter:
         self._stream = _Hashing(draft)
         self._tar = tar_writer(self._stream)
 
-    def add(self, latent: np.ndarray, label: int) -> str:
-        """Append a sample and return its key."""
+    def add(self, latent: np.ndarray, label: int, tokens: np.ndarray | None = None) -> str:
+        """Append a sample and return its key.
+
+        Args:
+            latent: [C, H, W].
+            label: Its class.
+            tokens: [E, h, w] of the image, in a shard that holds them.
+        """
         key = record_key(self.prefix, self.count)
         if tuple(latent.shape) != self.layout.shape:
             raise DataError(f"{self.path}: {key}: latent of shape {tuple(latent.shape)}, not {self.layout.shape}")
         if not 0 <= label < 10**LABEL_DIGITS:
             raise DataError(f"{self.path}: {key}: label {label} is not in 0 .. {10**LABEL_DIGITS - 1}")
-        # A float16 overflow gives Inf, which the next line names with its key; NumPy's warning would not.
-        with np.errstate(over="ignore"):
-            stored = np.asarray(latent).astype(self.layout.dtype)
-        if not np.isfinite(stored).all():
-            raise DataError(f"{self.path}: {key}: the latent has NaN or Inf as {self.layout.dtype}")
-        self._tar.write({"__key__": key, LABEL: str(int(label)).encode(), LATENT: npy_bytes(stored)})
+        entries = {LATENT: self._stored(key, "latent", latent, self.layout.dtype)}
+        if self.layout.tokens is not None:
+            if tokens is None or tuple(tokens.shape) != self.layout.tokens.shape:
+                found = None if tokens is None else tuple(tokens.shape)
+                raise DataError(f"{self.path}: {key}: tokens of shape {found}, not {self.layout.tokens.shape}")
+            entries[TOKENS] = self._stored(key, "image's tokens", tokens, self.layout.tokens.dtype)
+        self._tar.write({"__key__": key, LABEL: str(int(label)).encode(), **entries})
         self.count += 1
         return key
+
+    def _stored(self, key: str, what: str, numbers: np.ndarray, dtype: np.dtype) -> bytes:
+        """Numbers as the bytes of their entry. `DataError` when they are not finite in the stored dtype."""
+        # A float16 overflow gives Inf, which the next line names with its key; NumPy's warning would not.
+        with np.errstate(over="ignore"):
+            stored = np.asarray(numbers).astype(dtype)
+        if not np.isfinite(stored).all():
+            plural = "have" if what.endswith("tokens") else "has"
+            raise DataError(f"{self.path}: {key}: the {what} {plural} NaN or Inf as {dtype}")
+        return npy_bytes(stored)
 
     def close(self) -> ShardInfo:
         """Finish the file and rename it to its final name."""

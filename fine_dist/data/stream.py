@@ -44,6 +44,7 @@ class LatentStream:
         world_size: Number of processes.
         shards: Folder, URL or pattern of the shards. None: `config.shards`.
         expect: Architecture that the latents must fit. None: any latents are accepted.
+        tokens: Whether batches have the image encoder's tokens that lie beside the latents.
 
     Attributes:
         manifest: What the shards hold.
@@ -51,8 +52,8 @@ class LatentStream:
         bad: Number of damaged samples that this process has skipped; each is counted once.
 
     Raises:
-        DataError: There are no shards, they do not fit `expect`, the batch cannot be divided over the processes, or
-            (from `batches`) too many samples are damaged.
+        DataError: There are no shards, they do not fit `expect` or have no tokens, the batch cannot be divided over the
+            processes, or (from `batches`) too many samples are damaged.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class LatentStream:
         world_size: int = 1,
         shards: str | None = None,
         expect: Arch | None = None,
+        tokens: bool = False,
     ) -> None:
         where = shards or config.shards
         if not where:
@@ -79,6 +81,9 @@ class LatentStream:
         self.manifest: Manifest = self._set.manifest
         if expect is not None:
             check_fit(self.manifest, expect, where)
+        if tokens and self.manifest.tokens is None:
+            raise DataError(f"{where}: it holds no tokens of an image encoder; encode again with --repa-encoder FOLDER")
+        self._tokens = tokens
         self._order = Order(
             [shard.count for shard in self.manifest.shards],
             seed=seed,
@@ -179,7 +184,7 @@ class LatentStream:
     # --- reading ---------------------------------------------------------------------------------------------------
 
     def _read(self, step: int, shard: np.ndarray, index: np.ndarray) -> Batch:
-        rows = self._set.read(shard, index, scaled=True)
+        rows = self._set.read(shard, index, scaled=True, tokens=self._tokens)
         for row, fault in rows.faults.items():
             self._set.count_bad(int(shard[row]), int(index[row]), fault)
             self._replace(step, row, rows)
@@ -194,7 +199,7 @@ class LatentStream:
                 moments[:, : self.manifest.latent_shape[0]] -= shift * scale
             stored, scale, shift = draw_moments(moments, self._seed, step, self._low), 1.0, 0.0
         labels = torch.from_numpy(rows.labels)
-        return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions, shift)
+        return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions, shift, rows.tokens)
 
     def _replace(self, step: int, row: int, rows: Rows) -> None:
         """Put the stream's next good sample into a damaged one's place: the same on every world size, with no state."""
@@ -202,9 +207,11 @@ class LatentStream:
         stream, k = divmod(position, self._order.per_stream)
         j = step * self._order.per_stream + k
         for shard, index in self._candidates(stream, j):
-            found = self._set.read(shard, index, scaled=True)
+            found = self._set.read(shard, index, scaled=True, tokens=self._tokens)
             if not found.faults:
                 rows.stored[row], rows.labels[row] = found.stored[0], found.labels[0]
+                if rows.tokens is not None and found.tokens is not None:
+                    rows.tokens[row] = found.tokens[0]
                 return
             self._set.count_bad(int(shard[0]), int(index[0]), found.faults[0])
         raise DataError(f"{self._set.base}: no sample of canonical stream {stream} can be read: {rows.faults[row]}")

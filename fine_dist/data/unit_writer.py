@@ -28,6 +28,7 @@ class UnitWriter:
     Attributes:
         images: Number of images added so far.
         shape: Shape of a stored latent, once closed.
+        tokens_shape: Shape of the image encoder's tokens, once closed; None without them.
         largest: Largest label, once closed.
         sums: Number of values, their sum and their sum of squares, [3, C], once closed (of the means, for moments).
     """
@@ -35,17 +36,24 @@ class UnitWriter:
     def __init__(self, thread: ThreadPoolExecutor, job: EncodeJob, unit: int) -> None:
         self.unit, self.images, self.largest = unit, 0, -1
         self.shape: tuple[int, ...] | None = None
+        self.tokens_shape: tuple[int, int, int] | None = None
         self.sums = np.zeros((3, 0))
         self._thread, self._job = thread, job
         self._writer: ShardWriter | None = None
         self._behind: deque[Future[None]] = deque()
 
-    def add(self, sides: list[EncodedBatch], labels: list[int]) -> None:
-        """Append a batch: the codec's results for the images, and for their mirror images where `flips` is set."""
+    def add(self, sides: list[EncodedBatch], labels: list[int], tokens: list[np.ndarray] | None = None) -> None:
+        """Append a batch: the codec's results for the images, and for their mirror images where `flips` is set.
+
+        Args:
+            sides: Of the images and of their mirror images.
+            labels: Classes of the images.
+            tokens: [B, E, h, w] of both, where an image encoder's tokens are stored.
+        """
         while len(self._behind) >= _BEHIND:
             # Bounded: a codec that is faster than the disk would otherwise fill the memory with latents.
             self._behind.popleft().result()
-        self._behind.append(self._thread.submit(self._write, sides, labels, self.images))
+        self._behind.append(self._thread.submit(self._write, sides, labels, tokens, self.images))
         self.images += len(labels)
         self.largest = max(self.largest, *labels)
 
@@ -63,7 +71,7 @@ class UnitWriter:
         if self._writer:
             self._writer.abandon()
 
-    def _write(self, sides: list[EncodedBatch], labels: list[int], first: int) -> None:
+    def _write(self, sides: list[EncodedBatch], labels: list[int], tokens: list[np.ndarray] | None, first: int) -> None:
         latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
         for (mean, _), stored in zip(sides, latents):
             # Statistics of what is stored, in fp64: sums over millions of latents lose digits in less.
@@ -72,11 +80,15 @@ class UnitWriter:
             found = np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))])
             self.sums = self.sums + found if self.sums.size else found
         for row, label in enumerate(labels):
-            for side in latents:
+            for number, side in enumerate(latents):
+                beside = tokens[number][row] if tokens else None
                 if self._writer is None:
                     self.shape = side[row].shape
-                    self._writer = ShardWriter(self._job.folder, self.unit, side[row].shape, self._job.dtype)
-                self._writer.add(side[row], label)
+                    if beside is not None:
+                        self.tokens_shape = beside.shape
+                    extra = (beside.shape, self._job.tokens_dtype) if beside is not None else None
+                    self._writer = ShardWriter(self._job.folder, self.unit, side[row].shape, self._job.dtype, extra)
+                self._writer.add(side[row], label, beside)
 
     def _latents(self, mean: torch.Tensor, std: torch.Tensor | None, side: int, first: int) -> np.ndarray:
         """The stored array of a batch: the moments, or mean + std * noise with noise seeded by (seed, side, image,

@@ -2,12 +2,12 @@
 
 A projector maps the tokens of one block to the encoder's width. It trains with the model and is dropped afterwards.
 
-Shapes: B batch, T the model's tokens, S the encoder's tokens, D the model's width, E the encoder's width.
+Shapes: B batch, T the model's tokens, h, w the encoder's rows and columns of tokens, D the model's width,
+E the encoder's width.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -78,27 +78,27 @@ class RepresentationAlignment:
     The paper's term is the negative cosine, of the same gradient; this one is 0 where they agree.
 
     Args:
-        encode: Clean latents [B, C, H, H] -> tokens [B, S, E], without gradients.
+        encode: Clean latents [B, C, H, W] -> tokens [B, E, h, w], without gradients. None: batches have the tokens.
         weight: Weight of the term; the paper's is 0.5.
+        grid: Rows and columns of the model's tokens.
     """
 
     name = "repa"
 
-    def __init__(self, encode: Callable[[Tensor], Tensor], weight: float) -> None:
-        self.encode, self.weight = encode, weight
+    def __init__(self, encode: Callable[[Tensor], Tensor] | None, weight: float, grid: tuple[int, int]) -> None:
+        self.encode, self.weight, self.grid = encode, weight, grid
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
         ours = output.features[FEATURE].float()
         with torch.no_grad():
-            theirs = resize_tokens(self.encode(batch.z).to(ours.device).float(), ours.shape[1])
+            found = self.encode(batch.z) if self.encode is not None else batch.tokens
+            assert found is not None, "the stream reads no tokens"
+            theirs = resize_tokens(found.to(ours.device).float(), self.grid)
         return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean(1)
 
 
-def resize_tokens(tokens: Tensor, count: int) -> Tensor:
-    """A square grid of tokens [B, S, E] as [B, count, E], bilinearly; unchanged where S is count."""
-    if tokens.shape[1] == count:
-        return tokens
-    side, wanted = math.isqrt(tokens.shape[1]), math.isqrt(count)
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  #                                         [B, E, s, s]
-    grid = F.interpolate(grid, (wanted, wanted), mode="bilinear", antialias=True, align_corners=False)
-    return grid.flatten(2).transpose(1, 2)
+def resize_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A grid of tokens [B, E, h, w] as the tokens [B, T, E] of another grid, bilinearly; the same where it is."""
+    if tokens.shape[2:] != grid:
+        tokens = F.interpolate(tokens, grid, mode="bilinear", antialias=True, align_corners=False)
+    return tokens.flatten(2).transpose(1, 2)

@@ -50,6 +50,8 @@ class NoisedBatch:
     """Times as the model sees them: int64 timesteps under ddpm, float32 under flow."""
     y: Tensor
     """Labels; the null label where they were dropped."""
+    tokens: Tensor | None = None
+    """An image encoder's tokens of the clean images [B, E, h, w], where the stream reads them."""
 
 
 class LossTerm(Protocol):
@@ -124,7 +126,8 @@ class Objective:
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
         self.process.to(device)
         z_t = self.process.add_noise(batch.latents, t, eps)
-        return NoisedBatch(batch.latents, z_t, eps, t, torch.where(drop, self.null, batch.labels))
+        labels = torch.where(drop, self.null, batch.labels)
+        return NoisedBatch(batch.latents, z_t, eps, t, labels, getattr(batch, "tokens", None))
 
     def losses(self, batch: NoisedBatch, out: Tensor | ModelOutput) -> Tensor:
         """The weighted sum of all terms, [B]."""

@@ -6,6 +6,7 @@ deviation, and the class token of the last, normalised layer is what counts.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,27 @@ class DinoV2(nn.Module):
         return Extracted(self._hidden(images)[:, 0])
 
     @torch.no_grad()
-    def tokens(self, images: Tensor) -> Tensor:
-        """The normalized patch tokens [N, S, E] of images, without the class token; REPA aligns with them."""
-        return self._hidden(images)[:, 1:]
+    def grid_tokens(self, images: Tensor) -> Tensor:
+        """The normalized patch tokens [N, E, h, w] of images, without the class token; REPA aligns with them.
+
+        A square image has the tokens of 224 x 224 pixels, another one about as many, in its own shape.
+        """
+        patch = int(self.model.config.patch_size)
+        stretch = math.sqrt(images.shape[2] / images.shape[3])
+        grid = tuple(max(1, round(SIDE // patch * factor)) for factor in (stretch, 1 / stretch))
+        tokens = self._hidden(images, (patch * grid[0], patch * grid[1]))[:, 1:]
+        return tokens.transpose(1, 2).unflatten(2, grid)
 
     def token_flops(self) -> float:
         """FLOPs of one image's forward pass, the attention's own products left out (about a tenth)."""
         tokens = (SIDE // int(self.model.config.patch_size)) ** 2 + 1
         return 2.0 * tokens * sum(p.numel() for p in self.model.encoder.parameters())
 
-    def _hidden(self, images: Tensor) -> Tensor:
+    def _hidden(self, images: Tensor, size: tuple[int, int] = (SIDE, SIDE)) -> Tensor:
         """The last normalized layer [N, 1 + S, E] float32."""
         mean = self.get_buffer("mean")
         x = as_rgb(images).to(mean.device).float() / 255
-        x = F.interpolate(x, (SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         found = self.model(pixel_values=(x - mean) / self.get_buffer("std"))
         return found.last_hidden_state.float()
 

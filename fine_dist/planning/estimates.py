@@ -11,9 +11,10 @@ from fine_dist.engine.world import read_environment
 from fine_dist.model.flops import train_flops
 from fine_dist.model.roles import count_by_role
 from fine_dist.planning.devices import DeviceModel, device_for
-from fine_dist.planning.memory import Memory, estimate
+from fine_dist.planning.memory import Memory, Projector, estimate
 from fine_dist.stages.blueprint import Blueprint, Stage
 from fine_dist.stages.condense import CondenseStage
+from fine_dist.stages.repa import encoder_facts
 from fine_dist.stages.settings import CondenseConfig, StageConfig, TrainConfig
 from fine_dist.stages.train import TrainStage
 
@@ -36,8 +37,14 @@ class StageEstimate:
         """Samples that a process computes at once."""
         return self.config.engine.micro_batch or max(1, self.config.batch // world_size)
 
+    def projector(self) -> Projector | None:
+        """REPA's projector and image encoder, where the loss has that term."""
+        if not self.config.loss.repa:
+            return None
+        return Projector(self.config.loss.repa_width, *encoder_facts(self.config))
+
     def memory(self, world_size: int) -> Memory:
-        """The memory of one process, with that of its teacher."""
+        """The memory of one process, with that of its teacher and of REPA's encoder and projector."""
         micro, plan = self.micro_batch(world_size), self.plan
         cost = plan.method.cost(plan.model, micro)
         return estimate(
@@ -49,13 +56,15 @@ class StageEstimate:
             num_trained=cost.trained,
             kept=cost.kept,
             teacher=plan.teacher.count() if plan.teacher else 0,
+            projector=self.projector(),
         )
 
     def disk_bytes(self) -> int:
         """Disk space of checkpoints and results. A checkpoint holds the trained numbers, two moments and the EMA in
         fp32, and while one is written there is one more than are kept."""
-        cost = self.plan.method.cost(self.plan.model)
-        return 4 * cost.trained * 4 * (self.config.engine.keep_checkpoints + 1) + 8 * cost.stored
+        cost, projector = self.plan.method.cost(self.plan.model), self.projector()
+        trained = cost.trained + (projector.numbers(self.plan.arch) if projector else 0)
+        return 4 * trained * 4 * (self.config.engine.keep_checkpoints + 1) + 8 * cost.stored
 
     def step_flops(self) -> float:
         """FLOPs of an update, all processes together."""

@@ -31,6 +31,8 @@ class Memory:
     """Rank 0's copy of the model with the EMA's weights, for held-out losses and previews."""
     teacher: float = 0.0
     """The frozen model that distillation imitates."""
+    encoder: float = 0.0
+    """The frozen image encoder that REPA aligns with, where it runs at every step."""
     host: float = 0.0
     """The copy of the state that a checkpoint is written from, and offloaded state."""
 
@@ -45,6 +47,33 @@ class Memory:
         return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
 
 
+@dataclass(frozen=True)
+class Projector:
+    """What REPA adds to a model: an MLP of three layers from the model's width to the image encoder's, and the encoder.
+
+    Args:
+        hidden: Width of its two hidden layers.
+        width: Width E of the encoder's tokens.
+        encoder_bytes: The encoder's weights; 0 where the shards hold its tokens.
+    """
+
+    hidden: int
+    width: int
+    encoder_bytes: int = 0
+
+    def numbers(self, arch: Arch) -> int:
+        """Its parameters, all of which train."""
+        d, h, e = arch.hidden_size, self.hidden, self.width
+        return d * h + h + h * h + h + h * e + e
+
+    def activation_bytes(self, arch: Arch, engine: EngineConfig, micro_batch: int) -> int:
+        """Bytes that its backward pass keeps: inputs of the layers and of the activations, and its output in fp32, with
+        the tokens that it is compared with."""
+        size = 2 if engine.precision == "bf16" else 4
+        per_token = (arch.hidden_size + 4 * self.hidden + self.width) * size + 2 * 4 * self.width
+        return micro_batch * arch.num_tokens * per_token
+
+
 def estimate(
     arch: Arch,
     engine: EngineConfig,
@@ -55,6 +84,7 @@ def estimate(
     num_trained: int,
     kept: float = 0.0,
     teacher: int = 0,
+    projector: Projector | None = None,
     shows: bool = True,
 ) -> Memory:
     """The memory of one process; of rank 0, which needs most.
@@ -65,11 +95,13 @@ def estimate(
         kept: Numbers that a sample's backward pass keeps beyond those of a dense model's
             (`model.flops.ModelCost.kept`).
         teacher: Numbers in a frozen model that is asked at every step, held in the compute precision.
+        projector: REPA's, with the image encoder before it; None without REPA.
         shows: Whether held-out losses or pictures are made, which takes a second model.
     """
     sharded = engine.backend != "plain"
     stage = {"plain": 0, "deepspeed": engine.deepspeed.stage, "fsdp2": 3}[engine.backend]
-    params, trained = 4.0 * num_params, 4.0 * num_trained
+    beside = projector.numbers(arch) if projector else 0
+    params, trained = 4.0 * (num_params + beside), 4.0 * (num_trained + beside)
     share = trained / world_size if stage >= 1 else trained
     kept_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
     weights_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_params
@@ -87,10 +119,12 @@ def estimate(
         weights=0.0 if weights_on_host else weights,
         **({key: 0.0 for key in state} if kept_on_host else state),
         gradients=0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained),
-        activations=float(activation_bytes(arch, engine, micro_batch, kept)),
+        activations=float(activation_bytes(arch, engine, micro_batch, kept))
+        + (projector.activation_bytes(arch, engine, micro_batch) if projector else 0),
         buffers=buffers,
         second_model=params * (shows or sharded),
         teacher=teacher * (2.0 if engine.precision == "bf16" else 4.0),
+        encoder=float(projector.encoder_bytes) if projector else 0.0,
         host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
     )
 

@@ -55,6 +55,8 @@ class Plan:
     """Further terms of the loss, beside those of `weights`."""
     extra_flops: float = 0.0
     """FLOPs of a sample's step for what they compute."""
+    reads_tokens: bool = False
+    """Whether a term needs the image encoder's tokens that the shards hold."""
     teacher: DiT | None = None
     """Frozen, whatever its depth and width; asked at every step where a term wants it."""
     teacher_process: DiffusionConfig | None = None
@@ -84,6 +86,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         rank=world.rank,
         world_size=world.world_size,
         expect=plan.arch,
+        tokens=plan.reads_tokens,
     )
     kept = plan.condensation.product
     decoder = decoder_of(config.vae, stream.manifest, world)

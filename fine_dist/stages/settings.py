@@ -38,10 +38,11 @@ class LossConfig(Config):
     features: float | None = Field(None, ge=0)
     """Mean squared difference to features of the ancestor's blocks, where the method names some."""
     repa: float = Field(0.0, ge=0)
-    """Weight of REPA's alignment with an image encoder (arXiv 2410.06940), whose paper uses 0.5; 0 leaves it out. It
-    runs the encoder at every step, and the VAE before it where latents are not images."""
-    repa_encoder: str | None = None
-    """Local transformers folder of the DINOv2 whose tokens are aligned with; REPA needs it."""
+    """Weight of REPA's alignment with an image encoder (arXiv 2410.06940), whose paper uses 0.5; 0 leaves it out. The
+    encoder's tokens are those in the shards (`encode --repa-encoder`), or those of `repa_encoder`."""
+    repa_encoder: PathKey | None = None
+    """Local transformers folder of the DINOv2 whose tokens are aligned with. It runs at every step, and the VAE before
+    it where latents are not images. Default: the tokens that the shards hold."""
     repa_block: int | None = Field(None, ge=1, le=MAX_DEPTH)
     """Number of the block, counted from 1, whose output is aligned. Default: the one at 8/28 of the depth, as in the
     paper."""
@@ -50,7 +51,8 @@ class LossConfig(Config):
 
     def repa_identity(self) -> dict[str, Any]:
         """What of REPA changes a run, wherever the encoder lies; JSON."""
-        return self.model_dump(include={"repa", "repa_block", "repa_width"})
+        found = self.model_dump(include={"repa", "repa_block", "repa_width"})
+        return found if self.repa_encoder else {**found, "repa_tokens": "of the shards"}
 
 
 class StageConfig(Config):
