@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import read_artifact
+from fine_dist.artifacts.reading import read_artifact
 from fine_dist.artifacts.targets import descend, own_tensors, save_target
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError, DataError

@@ -11,6 +11,7 @@ from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.files import check_writable
 from fine_dist.evaluation.settings import EvaluateConfig
+from fine_dist.launchers.entry import launch
 
 
 def run(config: EvaluateConfig) -> Path:
@@ -58,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0
-        from fine_dist.launchers.entry import launch
 
         return launch("fine_dist.evaluate", call.config, call.launcher)
 

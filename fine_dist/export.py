@@ -56,7 +56,7 @@ def run(config: ExportConfig) -> Path:
 def plan(config: ExportConfig) -> str:
     """What a dry run says: what would be written, and uploaded, under which licence."""
     from fine_dist.artifacts.hub import check_repository
-    from fine_dist.artifacts.locate import facts_of, licence_of
+    from fine_dist.artifacts.reading import facts_of, licence_of
 
     if not config.model or not config.out:
         raise ConfigError("export needs --model FOLDER and --out FOLDER")

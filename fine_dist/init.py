@@ -19,6 +19,10 @@ from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.core.help import table
 from fine_dist.family.config import InitConfig
+from fine_dist.launchers.entry import check, launch
+from fine_dist.launchers.launcher import Launcher
+from fine_dist.launchers.prepare import make_spec
+from fine_dist.launchers.registry import pick
 from fine_dist.launchers.spec import Capacity, Task
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.launchers.worker import inside
@@ -97,10 +101,6 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
 
 def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
     """The machines that the family's packs would run on; none where this process does it all."""
-    from fine_dist.launchers.launcher import Launcher
-    from fine_dist.launchers.prepare import make_spec
-    from fine_dist.launchers.registry import pick
-
     place = pick(launcher, config.launch)
     if inside() or not issubclass(place, Launcher) or not place.on_this_machine:
         return None  # a cluster is not asked by a dry run
@@ -111,8 +111,6 @@ def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
     """A bar over the whole family while other processes train it."""
     from fine_dist.family.members import expand
-    from fine_dist.launchers.launcher import Launcher
-    from fine_dist.launchers.registry import pick
 
     # A bar follows jobs of this machine; those of a cluster may run long after this command has ended.
     if inside() or not issubclass(place := pick(launcher, config.launch), Launcher) or place.detached:
@@ -145,7 +143,6 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         nonlocal config
-        from fine_dist.launchers.entry import launch
 
         call = parse(InitConfig, argv, "fine-dist init", notes=_methods, options=options)
         if call.options.list:
@@ -154,8 +151,6 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(list_family(Path(call.options.list))))
             return 0
         if call.dry_run:
-            from fine_dist.launchers.entry import check
-
             check("fine_dist.init", call.config, call.launcher)
             print("\n".join(dry_run(call.config, capacity_of(call.config, call.launcher))))
             return 0

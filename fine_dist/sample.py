@@ -8,6 +8,7 @@ from pathlib import Path
 from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml
 from fine_dist.core.errors import guard
+from fine_dist.launchers.entry import launch
 from fine_dist.sampling.settings import SampleConfig
 
 
@@ -32,7 +33,6 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print(dump_yaml(call.config) + "\ndry run: nothing was done")
             return 0
-        from fine_dist.launchers.entry import launch
 
         return launch("fine_dist.sample", call.config, call.launcher)
 

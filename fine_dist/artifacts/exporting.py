@@ -15,8 +15,8 @@ from fine_dist.artifacts.dit_pt import write_dit
 from fine_dist.artifacts.export_check import ExportComparison
 from fine_dist.artifacts.imported import UNKNOWN_LICENCE
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import inherited_facts, licence_of
 from fine_dist.artifacts.model_facts import diffusion_of, model_facts_of
+from fine_dist.artifacts.reading import inherited_facts, licence_of
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import write_atomic
 from fine_dist.diffusion.settings import DiffusionConfig

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fine_dist.artifacts.locate import facts_of, find_artifact, is_foreign, read_artifact
+from torch import nn
+
+from fine_dist.artifacts.locate import find_artifact, is_foreign
+from fine_dist.artifacts.reading import facts_of, read_artifact
 from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.artifacts.targets import load_target, load_target_module, merged
 from fine_dist.methods import from_manifest, parent_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fine_dist.methods.base import Method
-    from fine_dist.model.artifact import Weights
-    from fine_dist.model.dit import DiT
-
-
-__all__ = ["find_artifact", "load_model", "load_unmerged"]
+from fine_dist.methods.base import Method
+from fine_dist.model.artifact import Weights
+from fine_dist.model.dit import DiT
 
 
 def load_model(

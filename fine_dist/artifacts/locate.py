@@ -1,45 +1,17 @@
-"""Find and read a model: an artifact, a run directory, DiT's `.pt`, a diffusers folder, or a name on the hub.
-
-Each is read as an `Artifact`. Of another project's model, `extra["imported"]` says where it came from.
-
-Commands import this module for their settings, and their `--help` answers within a second: the readers, which need
-torch, are imported in the functions that read.
-"""
+"""Where a model lies and whose layout it has, told by its path and without torch; `reading.py` reads the model."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fine_dist.artifacts.layouts import SUFFIXES, is_diffusers_folder
-from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError
-from fine_dist.methods import SCRATCH
-from fine_dist.model.arch import Arch
-
-if TYPE_CHECKING:
-    from fine_dist.artifacts.imported import ImportedModel
-    from fine_dist.model.artifact import Artifact, Weights
 
 ARTIFACT_FOLDERS = ("model", "target", "learngene")
 """Folders of a run directory that hold an artifact, in order of preference."""
-INHERITED_FACTS = ("licence", "sampler", "codec", "class_names", "diffusion")
-"""Keys of a manifest that whatever is made from its artifact inherits, unless it has its own."""
-
-
 _FOLDERS = ("runs", "models", "data", "checkpoints", "output", "outputs")
 """Folders that people keep models in: a path that begins so is a path that does not exist yet, not a hub name."""
-
-
-class SourceFacts(NamedTuple):
-    """What a source says of itself without its tensors: kind, shape, sha256 of its tensors, and a manifest's extra."""
-
-    kind: str
-    arch: Arch
-    hash: str
-    extra: dict[str, Any]
 
 
 def find_artifact(path: str | Path) -> Path:
@@ -76,104 +48,6 @@ def exists_locally(source: str | Path) -> bool:
     return Path(expand_path(str(source))).exists()
 
 
-def read_artifact(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> Artifact:
-    """Read a source with its tensors; of a target, those that are its own. `ArtifactError` when it cannot be read.
-
-    Args:
-        source: A path or a name on the hub.
-        hints: What another project's file does not say.
-        weights: Of a checkpoint that holds both, the averaged weights (`ema`) or the trained ones (`raw`).
-    """
-    from fine_dist.model.artifact import load_artifact
-
-    if not is_foreign(source):
-        return load_artifact(find_artifact(source), weights=weights)
-    return _read_foreign(str(source), hints, weights)
-
-
-def facts_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> SourceFacts:
-    """What a source is. Another project's file is read whole the first time, and its facts are cached."""
-    from fine_dist.model.artifact import TENSORS, read_manifest
-
-    if is_foreign(source):
-        path = Path(expand_path(str(source)))
-        return _facts(str(source), hints.model_dump_json(), path.stat().st_mtime_ns if path.exists() else 0)
-    manifest = read_manifest(find_artifact(source))
-    extra = manifest["extra"]
-    arch = Arch.model_validate(manifest["arch"])
-    return SourceFacts(manifest["kind"], arch, str(manifest["sha256"][TENSORS]), extra)
-
-
-def hash_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> str:
-    """The sha256 of a source's tensors, which identifies it wherever it lies."""
-    return facts_of(source, hints).hash
-
-
-def inherited_facts(extra: dict[str, Any]) -> dict[str, Any]:
-    """What is inherited from a parent's manifest. A licence may be written beside an ancestor of its own."""
-    found = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
-    licence = licence_of(extra)
-    return {**found, "licence": licence} if licence else found
-
-
-def licence_of(extra: dict[str, Any]) -> str | None:
-    """The licence that a manifest names, of its weights or of those they were made from."""
-    return extra.get("licence") or (extra.get("ancestor") or {}).get("licence")
-
-
-@lru_cache(maxsize=8)
-def _facts(source: str, hints: str, stamp: int) -> SourceFacts:
-    """What a foreign model's files say of it, cached by all arguments.
-
-    Args:
-        stamp: When the file was last written, so that another file of the name is another entry of the cache.
-    """
-    found = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
-    return SourceFacts(found.kind, found.arch, found.hash, found.extra)
-
-
 def _own(folder: Path) -> Path | None:
     candidates = (folder, *(folder / name for name in ARTIFACT_FOLDERS))
     return next((candidate for candidate in candidates if (candidate / "manifest.json").is_file()), None)
-
-
-def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> ImportedModel:
-    """Another project's model: a tensor file in DiT's layout, a diffusers folder, or a name on the hub.
-
-    `ArtifactError` in one line when it is none of these, damaged, another model's, or cannot be downloaded.
-    """
-    from fine_dist.artifacts.diffusers_folder import read_diffusers
-    from fine_dist.artifacts.dit_pt import read_dit
-
-    path = Path(expand_path(str(source)))
-    if path.is_dir():
-        if is_diffusers_folder(path):
-            return read_diffusers(path, hints)
-        raise ArtifactError(
-            f"{path} holds no model: neither a manifest.json of this project's nor diffusers' model_index.json or "
-            "config.json"
-        )
-    if path.exists() or path.suffix in SUFFIXES:
-        return read_dit(path, hints, weights)
-    if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
-        raise ArtifactError(f"{source}: no such file or folder, and a name on the hub looks like OWNER/MODEL")
-    return read_diffusers(str(source), hints)
-
-
-def _read_foreign(source: str, hints: HintsConfig, weights: Weights) -> Artifact:
-    from fine_dist.artifacts.imported import UNKNOWN_LICENCE
-    from fine_dist.model.artifact import Artifact
-
-    found = import_model(source, hints, weights)
-    extra: dict[str, Any] = {
-        "imported": {**found.provenance(), "hints": hints.model_dump(), "notes": list(found.notes)},
-        "diffusion": found.diffusion.model_dump(),
-    }
-    if found.licence != UNKNOWN_LICENCE:
-        extra["licence"] = found.licence
-    if found.class_names:
-        extra["class_names"] = list(found.class_names)
-    if found.scaling_factor is not None:
-        extra["codec"] = {"name": "vae", "scaling_factor": found.scaling_factor}
-    method = SCRATCH.model_dump(mode="json")
-    return Artifact(Path(source), "model", method, found.arch, found.state, extra, found.sha256)

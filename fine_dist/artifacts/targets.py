@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, inherited_facts, is_foreign, read_artifact
+import torch
+from torch import Tensor, nn
+
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
+from fine_dist.artifacts.reading import inherited_facts, read_artifact
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check, from_manifest, parent_of
 from fine_dist.methods.base import Descent, Method, Parent
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from fine_dist.model.arch import Arch
-    from fine_dist.model.artifact import Artifact
-    from fine_dist.model.dit import DiT
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import MANIFEST, Artifact, load_artifact, save_artifact
+from fine_dist.model.dit import DiT, labels_from_null
 
 
 def descend(
@@ -42,10 +42,6 @@ def descend(
     Raises:
         ArtifactError: The method makes no such target of this parent.
     """
-    import torch
-
-    from fine_dist.model.dit import DiT, labels_from_null
-
     generator = torch.Generator().manual_seed(seed)
     parent, same = check_target(method, parent, target, new_labels=new_labels)
     descent = method.descend(parent, same, generator)
@@ -76,8 +72,6 @@ def check_target(
 
 def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:
     """Tensors of a target that are not, bit for bit, its parent's of the same name (copies, on the CPU)."""
-    import torch
-
     theirs = parent.artifact.tensors if parent else {}
     return {
         name: tensor.detach().cpu().clone()
@@ -107,8 +101,6 @@ def save_target(
         names: Names of all its tensors.
         facts: How it was made (seed, losses, steps, learning rate, seconds); JSON.
     """
-    from fine_dist.model.artifact import save_artifact
-
     extra: dict[str, Any] = {"inherited": sorted(set(names) - own.keys())}
     if parent is not None:
         place = parent.artifact.folder.absolute()
@@ -150,8 +142,6 @@ def load_target_module(
     path: str | Path, learngene: str | Path | None = None
 ) -> tuple[Method[Any], nn.Module, Artifact]:
     """A target as its own method's module, with that method and the artifact; as `load_target`."""
-    from fine_dist.model.artifact import MANIFEST, load_artifact
-
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
         folder = next((folder / name for name in ARTIFACT_FOLDERS if (folder / name / MANIFEST).is_file()), folder)
@@ -165,8 +155,6 @@ def load_target_module(
 
 def merged(method: Method[Any], model: nn.Module) -> DiT:
     """The ordinary dense DiT of the same function; of a method whose product is none, the product itself."""
-    from fine_dist.model.dit import DiT
-
     if not method.traits.dense:
         return model  # type: ignore[return-value]
     dense = DiT(model.arch)  # type: ignore[arg-type]
@@ -192,8 +180,6 @@ def _assembled(artifact: Artifact, parent: Parent | None) -> nn.Module:
 
 
 def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
-    from fine_dist.model.artifact import MANIFEST, load_artifact
-
     named = artifact.extra.get("parent")
     if named is None:
         return None

@@ -14,6 +14,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import ConfigError, LaunchError, guard
 from fine_dist.creative.config import CreativeConfig, check_folder, expand, is_single_run, packs
+from fine_dist.launchers.entry import launch
 from fine_dist.launchers.spec import Task
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.launchers.worker import inside
@@ -98,7 +99,6 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             print("\n".join(dry_run(call.config)))
             return 0
-        from fine_dist.launchers.entry import launch
 
         return launch("fine_dist.creative.command", call.config, call.launcher)
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
@@ -57,8 +59,6 @@ def save_token(
         facts: What else the manifest says (JSON): encoders, templates, steps, cosines.
         control: The row trained on shuffled targets, as `rows`.
     """
-    from safetensors.torch import save_file
-
     with whole_folder(folder) as draft:
         whole = _whole(rows)
         for name, row in zip(FILES, whole.values()):
@@ -103,9 +103,6 @@ class TokenManifest(Record):
 
 def read_token(folder: str | Path) -> SavedToken:
     """Read what `save_token` wrote, or the `token/` of a run directory. `ArtifactError` when it is not whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and (folder / "token" / MANIFEST).is_file():
         folder = folder / "token"

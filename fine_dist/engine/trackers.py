@@ -350,7 +350,8 @@ def _listed(value: Any) -> Any:
     return [name for name in value if name not in ("none", None)] if isinstance(value, (list, tuple)) else value
 
 
-_LEGAL: Any = cast(Any, Literal)[(*_CLASSES, *_OTHERS, "none")]
+_NAMES = (*_CLASSES, *_OTHERS, "none")
+_LEGAL: Any = cast(Any, Literal)[_NAMES]
 Names: Any = Annotated[cast(Any, tuple)[_LEGAL, ...], BeforeValidator(_listed)]
 """Annotation of the setting: one name or several."""
 

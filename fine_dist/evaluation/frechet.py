@@ -18,6 +18,7 @@ forgiven follows the dtype they came in.
 from __future__ import annotations
 
 import torch
+from scipy.linalg.lapack import dsygst
 from torch import Tensor
 
 from fine_dist.core.errors import DataError
@@ -62,8 +63,6 @@ def frechet_from(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -
 
 def _quick(cov_a: Tensor, cov_b: Tensor, traces: float) -> float | None:
     """tr (S_1 S_2)^½ by a Cholesky factor and eigenvalues; none where that would not be exact."""
-    from scipy.linalg.lapack import dsygst
-
     factor, failed = torch.linalg.cholesky_ex(cov_a)
     if failed:
         return None

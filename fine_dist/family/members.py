@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fine_dist.artifacts.locate import read_artifact
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
+from fine_dist.artifacts.reading import read_artifact
 from fine_dist.artifacts.targets import check_target, descend
 from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError, DataError, RunDirError, nearest

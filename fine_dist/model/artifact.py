@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fine_dist.core.config import shown, validate
@@ -82,8 +84,6 @@ def save_artifact(
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors to a file; returns its sha256."""
-    from safetensors.torch import save_file
-
     with written_whole(path):
         # safetensors stores memory as it lies; views and transposed tensors have to be copied first.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
@@ -156,9 +156,6 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
 
 def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
     """Read a tensor file whose sha256 must be `stated`; returns the tensors and the hash."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise ArtifactError(f"{path.parent} has a manifest but no {path.name}: copy it whole, or make it again")
     # Hashed before it is parsed: a damaged file is named as such, and no parser sees it.

@@ -7,12 +7,11 @@ Matrix products and attention are counted; norms, activations and the optimizer 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from fine_dist.model.arch import MATRICES, Arch
-
-if TYPE_CHECKING:
-    pass
 
 
 def block_macs(arch: Arch, matrices: tuple[str, ...] = MATRICES) -> int:
@@ -53,10 +52,6 @@ def train_flops(arch: Arch) -> float:
     *model* trains, and a cheaper path shows as more of it.
     """
     return 6.0 * forward_macs(arch)
-
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import exists_locally, facts_of, hash_of, inherited_facts, is_hub_name, licence_of
+from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
+from fine_dist.artifacts.reading import facts_of, hash_of, inherited_facts, licence_of
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.world import World

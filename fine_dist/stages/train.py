@@ -11,17 +11,9 @@ import torch
 from torch import nn
 
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import (
-    exists_locally,
-    facts_of,
-    find_artifact,
-    hash_of,
-    inherited_facts,
-    is_foreign,
-    is_hub_name,
-    read_artifact,
-)
+from fine_dist.artifacts.locate import exists_locally, find_artifact, is_foreign, is_hub_name
 from fine_dist.artifacts.model_facts import check_parent_process, diffusion_of
+from fine_dist.artifacts.reading import facts_of, hash_of, inherited_facts, read_artifact
 from fine_dist.artifacts.targets import descend
 from fine_dist.core.errors import ConfigError
 from fine_dist.data.stream import read_all

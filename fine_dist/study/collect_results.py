@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fine_dist.artifacts.load import find_artifact, load_model
+from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import find_artifact
 from fine_dist.core.errors import RunDirError
 from fine_dist.core.files import read_rows
 from fine_dist.data.stream import read_all

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from fine_dist.artifacts.load import find_artifact
+from fine_dist.artifacts.locate import find_artifact
 from fine_dist.artifacts.model_facts import SamplerOverrides
 from fine_dist.core.errors import RunDirError, TrainingError
 from fine_dist.core.files import write_atomic

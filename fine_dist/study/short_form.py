@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fine_dist.artifacts.locate import facts_of
+from fine_dist.artifacts.reading import facts_of
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.yaml_files import load_yaml, parse_word

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fine_dist.artifacts.card import ModelCard
 from fine_dist.artifacts.diffusers_export import load_pipeline, set_frequencies, write_diffusers
-from fine_dist.artifacts.locate import import_model
+from fine_dist.artifacts.reading import import_model
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.diffusion.samplers import image_generator, sample

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fine_dist.artifacts.dit_pt import read_dit, to_dit, write_dit
-from fine_dist.artifacts.locate import import_model
+from fine_dist.artifacts.reading import import_model
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.model.arch import Arch

@@ -9,7 +9,7 @@ from fine_dist.artifacts.card import ModelCard
 from fine_dist.artifacts.diffusers_export import write_diffusers
 from fine_dist.artifacts.dit_pt import write_dit
 from fine_dist.artifacts.load import load_model
-from fine_dist.artifacts.locate import facts_of, hash_of
+from fine_dist.artifacts.reading import facts_of, hash_of
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.model.artifact import load_artifact, read_manifest
 from fine_dist.model.dit import DiT

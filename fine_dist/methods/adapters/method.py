@@ -33,13 +33,20 @@ TARGETS = r"blocks\.\d+\.(qkv|o|in|out)"
 class Adapters(Method[M]):
     """What the five have in common."""
 
+    peft_config: ClassVar[str]
+    """Class of peft's config."""
+
     @property
     def traits(self) -> Traits:
         return Traits(parents=("model",), varies=frozenset())
 
     @abstractmethod
-    def settings(self, fresh: bool) -> Any:
-        """peft's config. fresh: the adapter begins on its parent's weights; else its values are loaded afterwards."""
+    def options(self, fresh: bool) -> dict[str, Any]:
+        """Fields of peft's config.
+
+        Args:
+            fresh: Whether the adapter begins on its parent's weights; else its values are loaded afterwards.
+        """
 
     @abstractmethod
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
@@ -57,9 +64,12 @@ class Adapters(Method[M]):
 
     def adapted(self, model: DiT, seed: int, fresh: bool) -> DiT:
         """The same model with adapters in it; `seed` decides their draws."""
+        import peft  # an optional package; every other method does without
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-        config = self.settings(fresh)
+        config = getattr(peft, self.peft_config)(target_modules=TARGETS, **self.options(fresh))
+        if self.peft_config == "VeraConfig":
+            config.save_projection = False  # peft would save the shared matrices once a layer; `share` saves them once
         # The caller's own global random state stays as it is.
         with torch.random.fork_rng(devices=[]), _plain_butterflies():
             torch.manual_seed(seed)
@@ -113,12 +123,10 @@ class Lora(_ThinProducts[LoraConfig]):
     label: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "LoRA, arXiv 2106.09685"
     summary: ClassVar[str] = "transfer: low-rank updates train"
+    peft_config: ClassVar[str] = "LoraConfig"
 
-    def settings(self, fresh: bool) -> Any:
-        import peft
-
-        alpha: Any = self.config.alpha
-        return peft.LoraConfig(r=self.config.rank, lora_alpha=alpha, target_modules=TARGETS)
+    def options(self, fresh: bool) -> dict[str, Any]:
+        return {"r": self.config.rank, "lora_alpha": self.config.alpha}
 
 
 class Pissa(_ThinProducts[PissaConfig]):
@@ -128,13 +136,11 @@ class Pissa(_ThinProducts[PissaConfig]):
     label: ClassVar[str] = "PiSSA"
     paper: ClassVar[str] = "PiSSA, arXiv 2404.02948"
     summary: ClassVar[str] = "transfer: principal components train"
+    peft_config: ClassVar[str] = "LoraConfig"
 
-    def settings(self, fresh: bool) -> Any:
-        import peft
-
+    def options(self, fresh: bool) -> dict[str, Any]:
         rank = self.config.rank
-        initial: Any = "pissa" if fresh else True
-        return peft.LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=initial, target_modules=TARGETS)
+        return {"r": rank, "lora_alpha": rank, "init_lora_weights": "pissa" if fresh else True}
 
 
 # --- rotations ---------------------------------------------------------------------------------------------------
@@ -147,11 +153,10 @@ class Oft(Adapters[OftConfig]):
     label: ClassVar[str] = "OFT"
     paper: ClassVar[str] = "OFT, arXiv 2306.07280"
     summary: ClassVar[str] = "transfer: block rotations train"
+    peft_config: ClassVar[str] = "OFTConfig"
 
-    def settings(self, fresh: bool) -> Any:
-        import peft
-
-        return peft.OFTConfig(r=0, oft_block_size=self.config.block, target_modules=TARGETS)
+    def options(self, fresh: bool) -> dict[str, Any]:
+        return {"r": 0, "oft_block_size": self.config.block}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
         # rotating rows, and three products of every block for the five terms of the transform's series
@@ -166,13 +171,10 @@ class Boft(Adapters[BoftConfig]):
     label: ClassVar[str] = "BOFT"
     paper: ClassVar[str] = "BOFT, arXiv 2311.06243"
     summary: ClassVar[str] = "transfer: butterfly rotations train"
+    peft_config: ClassVar[str] = "BOFTConfig"
 
-    def settings(self, fresh: bool) -> Any:
-        import peft
-
-        return peft.BOFTConfig(
-            boft_block_size=self.config.block, boft_n_butterfly_factor=1, target_modules=TARGETS, init_weights=True
-        )
+    def options(self, fresh: bool) -> dict[str, Any]:
+        return {"boft_block_size": self.config.block, "boft_n_butterfly_factor": 1, "init_weights": True}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
         # peft rotates rows by a dense n x n matrix. Three n x n products make it, each with a constant (a permutation,
@@ -190,18 +192,11 @@ class Vera(Adapters[VeraConfig]):
     label: ClassVar[str] = "VeRA"
     paper: ClassVar[str] = "VeRA, arXiv 2310.11454"
     summary: ClassVar[str] = "transfer: scales of shared random projections train"
+    peft_config: ClassVar[str] = "VeraConfig"
 
-    def settings(self, fresh: bool) -> Any:
-        import peft
-
-        config = peft.VeraConfig(
-            r=self.config.rank,
-            d_initial=self.config.d_initial,
-            projection_prng_key=self.config.projection_seed,
-            target_modules=TARGETS,
-        )
-        config.save_projection = False  # peft would save the shared matrices once a layer; `share` saves them once
-        return config
+    def options(self, fresh: bool) -> dict[str, Any]:
+        own = self.config
+        return {"r": own.rank, "d_initial": own.d_initial, "projection_prng_key": own.projection_seed}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
         return rows * self.config.rank * (m + n) * (2 if backward else 1)
