@@ -168,6 +168,9 @@ def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
         keys = dict.fromkeys(key for model in inner for key in model.model_fields)
         hint = f"; legal keys: {', '.join(keys)}" if keys else ""
         return parts, f"{path}: a mapping of keys to values is needed (got {got}){hint}"
+    if item["type"] == "too_short":
+        least = item["ctx"]["min_length"]
+        return parts, f"{path}: give {least} value{'s' if least > 1 else ''} or more (got {got})"
     message = item["msg"].removeprefix("Value error, ")
     return parts, f"{path}: {message[0].lower() + message[1:]} (got {got})" if path else message
 

@@ -128,3 +128,10 @@ def _show_warning(
         logging.getLogger("fine_dist").warning(message)
     else:
         logging.getLogger("py.warnings").warning("%s: %s (%s, line %d)", category.__name__, message, filename, lineno)
+
+
+def duration(seconds: float) -> str:
+    """A length of time in a unit that suits it: `50 s`, `12 min`, `3.5 h`, `140 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

@@ -189,8 +189,9 @@ class Method(ABC, Generic[M]):
             said = ", ".join(
                 f"{f} is {getattr(parent.arch, f)} in the parent, {getattr(target, f)} in the target" for f in differs
             )
-            free = ", ".join(sorted(self.traits.varies)) or "nothing"
-            raise ArtifactError(f"{parent.folder}: {said}; with method {name} a target may differ in {free} alone")
+            free = ", ".join(sorted(self.traits.varies))
+            legal = f"may differ in {free} alone" if free else "has its parent's shape"
+            raise ArtifactError(f"{parent.folder}: {said}; with method {name} a target {legal}")
 
     def check_parent(self, parent: Artifact) -> None:
         """Check that this method accepts the parent's method. `ArtifactError` when it does not."""

@@ -14,6 +14,7 @@ from fine_dist.artifacts.autoencoder import Decoder, decoded
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import ModelFacts, model_facts_of, resolve_sampling
 from fine_dist.core.errors import ConfigError
+from fine_dist.core.logs import duration
 from fine_dist.diffusion.process import arithmetic, make_process
 from fine_dist.diffusion.samplers import SampledBatch, resolve_scheduler, sample_batches
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
@@ -124,13 +125,7 @@ class ImageRenderer:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begun
         total = seconds * flops / (2.0 * forward_macs(self.model.arch) * batch)
-        return f"{text}, about {_duration(total)} in this process alone"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+        return f"{text}, about {duration(total)} in this process alone"
 
 
 def make_renderer(config: SamplingSettings, path: str, device: torch.device | None) -> ImageRenderer:

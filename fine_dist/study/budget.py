@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from fine_dist.core.config import validate
+from fine_dist.core.logs import duration
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
-from fine_dist.planning.devices import ASSUMED_TFLOPS
+from fine_dist.planning.devices import ASSUMED_TFLOPS, CORE_GFLOPS
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig
 from fine_dist.study.graph import Graph, StudyRun, plan
 from fine_dist.study.tune import trials
 
-CORE_GFLOPS = 40.0
-"""Assumed speed of one CPU core: 60 ms for a step of 64 samples through 8 layers of width 64 with 16 tokens."""
 OVERHEAD_S = 2.0
 """Seconds of a run on a CPU besides its steps: it starts, measures and saves."""
 
@@ -34,13 +33,17 @@ class Estimate:
     """Hours with `launch.max_parallel` runs at once (None: as many as are ready), and at least those of the longest
     chain of runs that need each other."""
     accelerators: bool
+    gflops: float
+    """GFLOP/s of one CPU core, assumed or measured, where a study asks for no accelerators."""
 
     def line(self, what: str) -> str:
         unit = "GPU-hours" if self.accelerators else "core-hours"
-        rate = f"{ASSUMED_TFLOPS:g} TFLOP/s an accelerator" if self.accelerators else f"{CORE_GFLOPS:g} GFLOP/s a core"
+        rate = (
+            f"{ASSUMED_TFLOPS:g} TFLOP/s an accelerator" if self.accelerators else f"{self.gflops:.3g} GFLOP/s a core"
+        )
         return (
-            f"{what}: {self.runs} runs, {self.flops:.3g} FLOPs, {self.hours:.3g} hours, {self.machine_hours:.3g} "
-            f"{unit} (assuming {rate}; encoding and measuring not counted)"
+            f"{what}: {self.runs} runs, {self.flops:.3g} FLOPs, {duration(self.hours * 3600)}, "
+            f"{self.machine_hours:.3g} {unit} (at {rate}; encoding and measuring not counted)"
         )
 
 
@@ -77,6 +80,7 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
         machine_hours=total * workers,
         hours=max(least, total / wide) if wide else least,
         accelerators=accelerators,
+        gflops=gflops,
     )
 
 

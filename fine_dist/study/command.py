@@ -10,6 +10,7 @@ from typing import Any
 from fine_dist.core.arguments import parse
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.core.files import write_atomic
+from fine_dist.core.logs import duration
 from fine_dist.study.study_file import StudyFile, template
 
 
@@ -38,17 +39,23 @@ def _run(argv: list[str] | None) -> int:
     # planning a study builds its models on the meta device: torch is needed from here on
     from fine_dist.study.budget import measured_gflops
     from fine_dist.study.running import describe, run_studies
-    from fine_dist.study.short_form import studies_of
+    from fine_dist.study.short_form import hours_of, keep_plan, plans_steps, studies_of
 
     options: Any = call.options
     file: StudyFile = call.config
     gflops = measured_gflops() if file.data and not file.launch.gpus else None
     studies = studies_of(file, options.config or "FILE", options.set, options.quick, gflops)
+    planned = []
+    if plans_steps(file, options.set):
+        whole = duration(3600 * hours_of(studies["study"], gflops))
+        planned = [f"study: {whole} in all by estimate, with measuring and reserve, for a budget of {file.budget}"]
     if call.dry_run:
-        print("\n".join([*describe(studies, gflops), "dry run: nothing was done"]))
+        print("\n".join([*describe(studies, gflops), *planned, "dry run: nothing was done"]))
         return 0
+    if planned:
+        keep_plan(studies["study"], file)
     if file.data:
-        print("\n".join(describe(studies, gflops, runs=False)), flush=True)
+        print("\n".join([*describe(studies, gflops, runs=False), *planned]), flush=True)
     run_studies(studies, call.launcher, echo=not options.no_tables)
     return 0
 

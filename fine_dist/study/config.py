@@ -120,7 +120,7 @@ class StudyConfig(Config):
     `python -m fine_dist.encode`, which then writes RUN_DIR/NAME."""
     stages: dict[str, dict[str, Any]]
     """Settings of `condense`, `init` and `train` that all entries share."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
     """Seeds of the whole chain, stage 1 included. An ordering needs three or more."""
     depths: tuple[int, ...] = Field(min_length=1)
     """Layers of the targets."""

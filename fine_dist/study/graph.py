@@ -243,7 +243,29 @@ def plan(study: StudyConfig) -> Graph:
             if entry.init:
                 graph.init(entry, seed)
         _trains(graph, seed, [entry for entry in study.used if entry.parent or entry.condense])
+    for entry in study.used:
+        _check_depths(graph, entry)
     return graph
+
+
+def _check_depths(graph: Graph, entry: StudyEntry) -> None:
+    """Ask the method of an entry whether it can make all its depths, where the shape of its parent is known by now."""
+    study, depths = graph.study, graph.study.depths_of(entry)
+    if not entry.train and not entry.init:
+        return  # it has no targets
+    if entry.parent and study.entry(entry.parent).source:
+        return  # it may still be on its way here; `init` and `train` check it
+    made = graph.parent_of(entry, study.seeds[0])
+    arch = made[0].config.arch if made else None
+    if made is None or arch is None:
+        return
+    owner = study.entry(entry.parent) if entry.parent else entry
+    if owner.condense:
+        if owner is entry:
+            shape = settings.method_of(entry.method).auxiliary(arch)
+            settings.check_depths(entry, depths, shape, trained=False)
+        return
+    settings.check_depths(entry, depths, arch, trained=True)
 
 
 def _trains(graph: Graph, seed: int, entries: list[StudyEntry]) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.core.files import write_atomic
-from fine_dist.study.budget import CORE_GFLOPS, estimate, tuning_estimate
+from fine_dist.planning.devices import CORE_GFLOPS
+from fine_dist.study.budget import estimate, tuning_estimate
 from fine_dist.study.collect_results import collect_results
 from fine_dist.study.config import StudyConfig
 from fine_dist.study.graph import Graph, plan

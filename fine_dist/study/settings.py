@@ -6,15 +6,17 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fine_dist.artifacts.load import load_unmerged
 from fine_dist.artifacts.targets import descend
 from fine_dist.core.config import Config, validate
+from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.data.settings import EncodeConfig
 from fine_dist.family.listing import result_of
 from fine_dist.family.members import expand
-from fine_dist.methods import from_manifest, parent_of
+from fine_dist.methods import SCRATCH, check, from_manifest, parent_of
 from fine_dist.methods.base import Method
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import Artifact
@@ -126,6 +128,33 @@ def finished(module: str, config: Any) -> bool | None:
 def method_of(settings: dict[str, Any]) -> Method[Any]:
     """The method of an entry's settings."""
     return from_manifest(settings)
+
+
+def check_depths(entry: StudyEntry, depths: tuple[int, ...], parent: Arch, trained: bool) -> None:
+    """Refuse depths that an entry's targets cannot have, before anything is run.
+
+    Args:
+        entry: The entry.
+        depths: Layers of its targets.
+        parent: Shape of what they come from.
+        trained: Whether that is an ordinary trained model, and not a learngene.
+
+    Raises:
+        ConfigError: The method cannot make a target of one of these depths.
+    """
+    method, where = method_of(entry.method), f"entries.{entry.name}"
+    if not trained:
+        if "depth" not in method.traits.varies and set(depths) != {parent.num_layers}:
+            raise ConfigError(f"{where}: method {method.config.name} keeps the {parent.num_layers} layers of its "
+                              f"learngene, and depths are {list(depths)}; leave one of them out")  # fmt: skip
+        return
+    weights = {"blocks.0.qkv.weight": torch.empty(0)}  # what tells an ordinary model apart; its values do not matter
+    stands = Artifact(Path("the ancestor"), "model", SCRATCH.model_dump(), parent, weights, {}, "")
+    for depth in depths:
+        try:
+            check(method, stands, method.shape_of(parent.with_depth(depth), parent))
+        except ArtifactError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def label_of(entry: StudyEntry) -> str:

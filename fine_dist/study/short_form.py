@@ -5,19 +5,26 @@ The short form is written out to the full one: methods become entries (`recipes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from fine_dist.artifacts.reading import facts_of
 from fine_dist.core.config import validate
-from fine_dist.core.errors import ConfigError
+from fine_dist.core.errors import ConfigError, RunDirError
+from fine_dist.core.files import write_atomic
+from fine_dist.core.json_files import Record, read_record
+from fine_dist.core.logs import duration
 from fine_dist.core.yaml_files import load_yaml, parse_word
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import locate
-from fine_dist.methods import from_manifest
+from fine_dist.methods import SCRATCH, from_manifest
 from fine_dist.model.arch import Arch, sides
-from fine_dist.study.budget import CORE_GFLOPS, estimate, measuring_hours, tuning_estimate
+from fine_dist.planning.devices import CORE_GFLOPS
+from fine_dist.study.budget import estimate, measuring_hours, tuning_estimate
 from fine_dist.study.config import StudyConfig, merged
 from fine_dist.study.study_file import StudyFile, recipes, seconds_of
 
@@ -27,6 +34,17 @@ MIN_STEPS = 20
 """Least N that a budget may come to."""
 SAFETY = 0.85
 """Share of a budget that is planned; the rest is for encoding, start-up and the report."""
+PLAN = "planned.json"
+"""File in a study's folder with the steps that its budget came to: a later start takes them from there."""
+
+
+class PlannedSteps(Record):
+    """planned.json of a study in its short form."""
+
+    asked: dict[str, Any]
+    """What the steps were planned for; other settings, such as more methods, leave them as they are."""
+    steps: int = Field(ge=1)
+    """N, from which all lengths follow."""
 
 
 def studies_of(
@@ -58,9 +76,38 @@ def studies_of(
             values = merged(values, {key: value for key, value in change.items() if key != "run_dir"})
         values |= {"run_dir": str(Path(root) / name), "command": command}
         studies[name] = validate(StudyConfig, values, f"{source}, part {name}")
-    if file.data and not any("steps" in change for change in [*given, file.study]):
-        studies = {name: fitted(study, seconds_of(file.budget) / 3600, gflops) for name, study in studies.items()}
+    if plans_steps(file, changes):
+        studies = {name: _planned(study, file, gflops) for name, study in studies.items()}
     return studies
+
+
+def _planned(study: StudyConfig, file: StudyFile, gflops: float | None) -> StudyConfig:
+    """The study with the steps that were planned when it first ran, else with those that its budget comes to now.
+
+    The measured speed of a machine differs from one start to the next, and with other steps nothing would be resumed.
+    """
+    try:
+        earlier = read_record(PlannedSteps, study.root / PLAN, RunDirError, "delete it, to plan the steps anew")
+    except FileNotFoundError:
+        earlier = None
+    if earlier and earlier.asked == _asked(file):
+        return _with_steps(study, earlier.steps)
+    return fitted(study, seconds_of(file.budget) / 3600, gflops)
+
+
+def plans_steps(file: StudyFile, changes: Sequence[str]) -> bool:
+    """Whether the steps follow from a budget: in the short form, unless they are set."""
+    return file.data is not None and not any("steps" in change for change in [*map(_change, changes), file.study])
+
+
+def keep_plan(study: StudyConfig, file: StudyFile) -> None:
+    """Write down the steps that a budget came to, for `_planned`."""
+    plan = {"asked": _asked(file), "steps": study.steps["N"]}
+    write_atomic(study.root / PLAN, json.dumps(plan, indent=1) + "\n")
+
+
+def _asked(file: StudyFile) -> dict[str, Any]:
+    return file.model_dump(mode="json", include={"data", "ancestor", "arch", "batch", "budget"})
 
 
 def load_studies(path: str | Path, changes: Sequence[str] = (), quick: bool = False) -> dict[str, StudyConfig]:
@@ -88,7 +135,7 @@ def written_out(file: StudyFile) -> dict[str, Any]:
     if any(_uses_ancestor(entry) for entry in entries):
         ancestor = {"name": ANCESTOR, "shown": False}
         ancestor |= (
-            {"method": {"name": file.methods[-1]}, "train": ["A"], "depths": [max(file.depths)]}
+            {"method": {"name": SCRATCH.name}, "train": ["A"], "depths": [max(file.depths)]}
             if own_ancestor
             else {"source": file.ancestor}
         )
@@ -170,8 +217,8 @@ def fitted(study: StudyConfig, hours: float, gflops: float | None = None) -> Stu
     needed = hours_of(_with_steps(study, low), gflops)
     if needed > hours:
         raise ConfigError(
-            f"budget: {hours:.3g} h is too little: this study takes {needed:.3g} h even with N = {low} steps. Give "
-            "more time, fewer methods, depths or seeds, or a smaller arch"
+            f"budget: {duration(hours * 3600)} is too little: this study takes {duration(needed * 3600)} even with N = "
+            f"{low} steps. Give more time, fewer methods, depths or seeds, or a smaller arch"
         )
     while high < 10**6 and hours_of(_with_steps(study, 2 * high), gflops) <= hours:
         high *= 2

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from fine_dist.core.config import Config
+from fine_dist.core.config import Config, Depth, Seed
 from fine_dist.core.errors import nearest
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.methods import METHODS
+from fine_dist.methods import METHODS, SCRATCH
 
 
 class StudyData(Config):
@@ -40,18 +40,19 @@ class StudyFile(Config):
     arch: dict[str, Any] = Field(default_factory=lambda: {"name": "DiT-S/2"})
     """Shape of the models, such as {name: DiT-S/2}. Its input size, channels and classes are those of the data. Only
     used where the ancestor is trained."""
-    depths: tuple[int, ...] = (4, 6, 8)
+    depths: tuple[Depth, ...] = Field((4, 6, 8), min_length=1)
     """Layers of the models that you want. The ancestor is trained with the largest."""
     methods: tuple[str, ...] = ()
     """Methods to compare, by name. The first is what the report is about. The last, usually training from scratch, is
     the baseline. Needed by the short form."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
     """Seeds of the whole chain. An ordering needs three or more; one is enough for a first look."""
     batch: int = Field(64, ge=1)
     """Samples per training step, the same for every method and stage."""
     budget: str = "2h"
     """Time of the whole study on the machine that runs it, such as 30m, 2h or 1.5d. Steps and tuning are planned to
-    fit; the estimate is printed first."""
+    fit, as if nothing else ran there; the estimate is printed first. Steps are planned once for a run directory: more
+    methods, depths or seeds keep them, and the study then takes longer."""
     launch: LaunchConfig = LaunchConfig(retries=0)
     """What one job needs, and how many run at once (`max_parallel`)."""
     study: dict[str, Any] = Field(default_factory=dict)
@@ -78,6 +79,13 @@ class StudyFile(Config):
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _with_unit(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)):
+            raise ValueError(f"{value} has no unit; write such as {value:g}m or {value:g}h")
+        return value
+
     @model_validator(mode="after")
     def _one_form(self) -> StudyFile:
         if bool(self.parts) == bool(self.data):
@@ -92,6 +100,10 @@ class StudyFile(Config):
             for name in self.methods:
                 if name not in recipes() and name not in METHODS:
                     raise ValueError(f"methods: {name!r} is unknown; {nearest(name, [*recipes(), *METHODS])}")
+            if SCRATCH.name in self.methods[:-1]:
+                raise ValueError(f"methods: put {SCRATCH.name} last, so that it is what the others are compared with")
+            if self.data.shards == self.data.held_out:
+                raise ValueError(f"data: held_out is {self.data.held_out}, the shards that are trained on; give others")
         return self
 
 

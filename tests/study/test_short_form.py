@@ -11,7 +11,7 @@ from fine_dist.data.encoding import EncodeConfig
 from fine_dist.data.encoding import run as encode
 from fine_dist.study.command import main
 from fine_dist.study.report.results import read_results
-from fine_dist.study.short_form import hours_of, load_studies, studies_of
+from fine_dist.study.short_form import hours_of, keep_plan, load_studies, studies_of
 from fine_dist.study.study_file import StudyFile, seconds_of, template
 
 ARCH = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "patch_size": 4, "learn_sigma": False}
@@ -48,12 +48,39 @@ def test_the_shape_comes_from_the_data_and_the_steps_from_the_budget(shards):
         ({"budget": "3s"}, "is too little: this study takes .* Give more time, fewer methods"),
         ({"methods": ["fine"]}, "give two or more different methods"),
         ({"methods": ["fine", "sratch"]}, "'sratch' is unknown; did you mean 'scratch'"),
+        ({"methods": ["scratch", "fine"]}, "put scratch last, so that it is what the others are compared with"),
+        ({"methods": ["fine", "lora", "scratch"]}, "entries.lora: .* num_layers is 2 in the parent, 1 in the target"),
+        ({"methods": ["fine", "kind", "scratch"]}, "entries.kind: .* is a model, and method kind takes: learngene"),
+        ({"budget": 2}, "budget: 2 has no unit; write such as 2m or 2h"),
+        ({"depths": []}, "depths: give 1 value or more"),
+        ({"depths": [0, 2]}, "depths.0: input should be greater than or equal to 1"),
+        ({"seeds": []}, "seeds: give 1 value or more"),
         ({"data": None}, "short form.*full form.*--template"),
     ],
 )
 def test_what_is_wrong_with_a_short_form_is_said(shards, changes, message):
     with pytest.raises(ConfigError, match=message):
         studies_of(validate(StudyFile, short(shards, **changes)), "my.yaml")
+
+
+def test_what_is_trained_on_is_not_measured_on(shards):
+    with pytest.raises(ConfigError, match="the shards that are trained on"):
+        validate(StudyFile, short({**shards, "held_out": shards["shards"]}))
+
+
+def test_steps_are_planned_once_so_that_the_same_command_resumes_at_another_measured_speed(shards, tmp_path):
+    def planned(gflops, **changes):
+        file = validate(StudyFile, short(shards, run_dir=str(tmp_path), budget="6m", **changes))
+        return file, studies_of(file, "mine.yaml", gflops=gflops)["study"]
+
+    file, first = planned(40.0)
+    faster = planned(60.0)[1]
+    assert faster.steps["N"] > first.steps["N"]  # nothing is kept yet
+    keep_plan(first, file)
+    assert planned(60.0)[1] == first
+    assert planned(60.0, seeds=[0, 1], depths=[1])[1].steps == first.steps  # what is there already stays
+    assert planned(60.0, batch=16)[1].steps != first.steps
+    assert studies_of(file, "mine.yaml", ["steps.N=7"])["study"].steps["N"] == 7
 
 
 def test_times_are_read_with_their_units():
