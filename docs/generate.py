@@ -30,6 +30,7 @@ ROOMS = [
     "family",
     "study",
     "creative",
+    "testing",
 ]
 COMMANDS = ["encode", "condense", "init", "train", "sample", "evaluate", "export", "creative", "demo"]
 

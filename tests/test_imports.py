@@ -39,7 +39,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = len(FLOORS)
 TOOLS = {"testing": LEVEL["planning"]}
-"""Flat files that are no commands: the test tool for several processes."""
+"""A room that nothing imports: tools for tests."""
 OWNERS = {
     "peft": ("fine_dist/methods/",),
     "deepspeed": ("fine_dist/engine/",),
@@ -94,7 +94,7 @@ def level(path: Path) -> int:
 
 def test_every_room_has_a_level():
     rooms = {path.parts[1] for path in FILES if len(path.parts) > 2 and path.parts[0] == "fine_dist"}
-    assert rooms <= LEVEL.keys(), f"give {rooms - LEVEL.keys()} a level"
+    assert rooms <= LEVEL.keys() | TOOLS, f"give {rooms - LEVEL.keys()} a level"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

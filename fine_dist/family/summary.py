@@ -227,7 +227,7 @@ def draw_family(
         steps += (now or {}).get("step", 0)
     if not lines and not open_points:
         return None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for label, points in sorted(lines.items()):
@@ -243,7 +243,7 @@ def draw_family(
             axes.plot(*zip(*sorted(others)), linestyle="--", marker="x", color="gray", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)  # beside the curves, not over them
     canvas.draw()
     try:
         with whole_file(path, ".tmp.png") as draft:

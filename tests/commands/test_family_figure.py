@@ -52,8 +52,10 @@ def test_the_axis_of_depth_has_whole_numbers_and_a_line_a_baseline(learngene, tm
     table.draw_family(tmp_path, family.members, beside={"its parent": [(3, 0.4)], "scratch": [(2, 0.6), (3, 0.5)]})
     axes = drawn[0].axes[0]
     assert all(tick == int(tick) for tick in axes.get_xticks())
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    [legend] = drawn[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
     assert "its parent (3 layers)" in labels and "scratch" in labels
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())  # no curve lies under it
 
 
 def test_a_baseline_that_is_no_model_is_refused_before_anything_trains(learngene, digit_shards, tmp_path, capsys):

@@ -96,7 +96,7 @@ def test_ranks_that_asked_for_nothing_meet_on_the_cpu() -> None:
 
 
 def test_the_servers_of_tests_leave_deepspeed_to_the_ranks_where_there_is_a_gpu(monkeypatch) -> None:
-    from fine_dist.testing import preloaded
+    from fine_dist.testing.ranks import preloaded
 
     gpus(monkeypatch, 1)
     assert not [name for name in preloaded() if "deepspeed" in name]  # it would be bound to the CPU for all ranks

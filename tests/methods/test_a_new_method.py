@@ -199,6 +199,34 @@ print(type(build(config.method)).__module__, "repeat" in METHODS)
     assert "repeat" in done.stdout and "Blocks of a shallow model, repeated." in done.stdout, done.stderr
 
 
+CONTRACT = """
+import toys
+from fine_dist.testing import MethodContract
+
+class TestRepeat(MethodContract):
+    name = "repeat"
+    depths = (2, 6)
+
+def test_a_merge_that_loses_weights_is_found(monkeypatch):
+    right = toys.Repeat.merge
+    monkeypatch.setattr(toys.Repeat, "merge", lambda self, model: {k: v * 0 for k, v in right(self, model).items()})
+    try:
+        TestRepeat().test_merging_gives_an_ordinary_model_with_the_same_outputs()
+    except AssertionError as error:
+        assert "L2" in str(error)
+    else:
+        raise RuntimeError("nothing was found")
+"""
+
+
+def test_the_contract_is_run_by_the_tests_of_another_package(tmp_path: Path) -> None:
+    env = {**installed(tmp_path, "repeat = toys:Repeat"), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "test_theirs.py").write_text(CONTRACT)
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_theirs.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-3000:]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [("fine = toys:Repeat", "a method of that name exists"), ("repeat = toys:TOYS_PATH", "no attribute")],

@@ -8,7 +8,7 @@ import torch
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check
 from tests.conftest import lively, tiny_arch
-from tests.methods.making import artifact_for, condensed, parent_for, save, tiny
+from tests.methods.making import artifact_for, condensed, parent_for, saved, tiny
 
 
 def origins(model, ancestor):
@@ -53,6 +53,6 @@ def test_a_learngene_or_a_model_that_is_no_ordinary_one_is_refused(tmp_path):
         ArtifactError, match=r"is a learngene, and method heur_lg takes: model; methods that could: .*fine"
     ):
         check(tiny("heur_lg"), artifact_for("fine"), tiny_arch())
-    gated = save(tmp_path / "gated", "model", tiny("kind"), lively(condensed(tiny("kind"))[1]))
+    gated = saved(tmp_path / "gated", "model", tiny("kind"), lively(condensed(tiny("kind"))[1]))
     with pytest.raises(ArtifactError, match="is a model of method kind and no ordinary DiT"):
         check(tiny("heur_lg"), gated, tiny_arch())

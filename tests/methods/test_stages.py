@@ -15,7 +15,7 @@ from fine_dist.model.artifact import load_artifact
 from fine_dist.stages.condense import run as condense
 from fine_dist.stages.settings import CondenseConfig
 from tests.conftest import tiny_arch
-from tests.methods.making import TINY, artifact_for, save, tiny, trained
+from tests.methods.making import TINY, artifact_for, saved, tiny, trained
 
 ENGINE = {"threads": 1, "device": "cpu"}
 
@@ -29,7 +29,7 @@ def settings(name, run_dir, digit_shards, **more):
 
 
 def test_tleg_is_distilled_from_an_ancestor_of_another_depth_and_width_and_gives_ready_targets(tmp_path, digit_shards):
-    save(tmp_path / "ancestor", "model", tiny("scratch"), trained(tiny_arch(num_layers=5, hidden_size=48)))
+    saved(tmp_path / "ancestor", "model", tiny("scratch"), trained(tiny_arch(num_layers=5, hidden_size=48)))
     method = {"name": "tleg", **TINY["tleg"]}
     run_dir = tmp_path / "condense"
     condense(settings("condense", run_dir, digit_shards, method=method, ancestor=str(tmp_path / "ancestor")))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fine_dist.study.report.canvas import FAINT, GRID, INK, Mark, figure_of, svg_of, tag
+from fine_dist.study.report.canvas import FAINT, GRID, INK, Mark, figure_of, key_below, svg_of, tag
 from fine_dist.study.report.claims import linearity
 from fine_dist.study.report.results import Mean, Results, number, ratio, short
 from fine_dist.study.report.tables import storage_of
@@ -264,8 +264,8 @@ def storage_svg(results: Results) -> str | None:
     counts = np.arange(0, 11)
     with figure_of(1, 9.4, 3.0) as (figure, [axis]):
         axis.plot(counts, counts * found[0].own, color=FAINT, lw=1.4, ls=(0, (4, 3)))
-        axis.annotate("dense models", (counts[-1], counts[-1] * found[0].own), (-4, -14), textcoords="offset points",
-                      ha="right", color=FAINT, size=9)  # fmt: skip
+        axis.annotate("dense models", (counts[-3], counts[-3] * found[0].own), (8, -6), textcoords="offset points",
+                      ha="left", va="top", color=FAINT, size=9)  # fmt: skip
         marks = []
         for kept in found[1:]:
             index, color = results.series.index(kept.series), color_of(kept.series, results)
@@ -345,6 +345,8 @@ def tables_svg(results: Results) -> str | None:
         for column, (matrix, table) in enumerate(tables.items()):
             _components(axes[column], matrix, table, first=column == 0)
             _principal(axes[len(tables) + column], matrix, results, first=column == 0)
+        if len(results.tables) > 1:  # which learngene or target each curve is of
+            key_below(figure, axes[len(tables) : len(tables) + 1])
         return svg_of(figure, "tables", "Numbers of each layer over depth, by matrix")
 
 
@@ -386,8 +388,6 @@ def _principal(axis: Any, matrix: str, results: Results, first: bool) -> None:
         shade = _mix(color_of(results.main, results), 0.35 + 0.5 * i / max(1, len(others) - 1))
         axis.plot(at, projected, color=shade, lw=1.2, marker="o", ms=2.6, zorder=2, label=name)
     axis.set_title(f"r = {fit.correlation:.2f}", size=9, weight="normal", color=FAINT)
-    if first:
-        axis.legend(fontsize=7, loc="lower right", handlelength=1.0, labelspacing=0.2, borderaxespad=0.1)
 
 
 def _mix(color: str, weight: float) -> tuple[float, ...]:

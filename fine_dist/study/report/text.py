@@ -105,12 +105,10 @@ def floor(results: Results) -> str:
         return ""
     count = f"{results.fd_floor_samples:,} " if results.fd_floor_samples else ""
     sentence = f"The dashed line is the distance of {count}held-out real images to the training data."
+    why = "models are trained on the very images that they are compared with"
     if results.fd_floor_samples and results.fd_samples and results.fd_floor_samples < results.fd_samples:
-        sentence += (
-            f" It is no lower bound: a distance estimated from fewer images is larger, and models have "
-            f"{results.fd_samples:,}. Models are also trained on the very images that they are compared with."
-        )
-    return sentence
+        why = f"a distance estimated from fewer images is larger, and models have {results.fd_samples:,}; also, {why}"
+    return f"{sentence} It is no lower bound: {why}."
 
 
 def depths(results: Results) -> str:

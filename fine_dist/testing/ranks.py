@@ -120,7 +120,7 @@ def preloaded() -> list[str]:
     DeepSpeed chooses its accelerator when it is imported. Where there is a GPU, each rank imports it by itself, for the
     device that its test names.
     """
-    modules = ["torch.utils.tensorboard", "fine_dist.engine.loop"]
+    modules = ["torch.utils.tensorboard", "fine_dist.engine.loop", "fine_dist.testing"]
     return modules if torch.cuda.is_available() else [*modules, "deepspeed", "fine_dist.engine.deepspeed_backend"]
 
 

@@ -1,0 +1,17 @@
+"""Test tools: real ranks on one machine, and the contract that every method keeps, for this project and for others."""
+
+from fine_dist.testing.contract import MethodContract, condensed, inputs, lively, moved, saved, tiny_arch, trained
+from fine_dist.testing.ranks import Ranks, run_distributed
+
+__all__ = [
+    "MethodContract",
+    "Ranks",
+    "condensed",
+    "inputs",
+    "lively",
+    "moved",
+    "run_distributed",
+    "saved",
+    "tiny_arch",
+    "trained",
+]

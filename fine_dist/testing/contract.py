@@ -1,0 +1,390 @@
+"""The contract of methods: what the stages, packs, exports and studies rely on, whatever a method's rule is.
+
+The author of a method subclasses `MethodContract` in a test file, and pytest runs its checks on a tiny model:
+
+    from fine_dist.testing import MethodContract
+
+    class TestMyMethod(MethodContract):
+        name = "my_method"
+        settings = {"rank": 8}
+
+Without pytest, `TestMyMethod.check()` runs them all. Failures are `AssertionError`. This project's own methods are
+tested by the same class.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fine_dist.artifacts.targets import descend as make_target
+from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
+from fine_dist.core.config import validate
+from fine_dist.core.errors import ArtifactError
+from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
+from fine_dist.diffusion.process import make_process
+from fine_dist.diffusion.samplers import sample
+from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.methods import CONDENSES, METHODS, SCRATCH, build, check, from_manifest, parent_of
+from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent
+from fine_dist.model.arch import Arch
+from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
+from fine_dist.model.dit import DiT, FinalLayer
+
+PROCESSES = (DiffusionConfig(), DiffusionConfig(process="flow", time="logit_normal", time_shift=2.0))
+"""Diffusion processes that a target has to train and be sampled under."""
+TOLERANCE = 1e-5
+"""Of outputs near 1: two orders of summation in float32."""
+
+
+def tiny_arch(**fields: Any) -> Arch:
+    """A DiT small enough for a test: width 32, 4 layers, 4 heads, 16 tokens of a 1x8x8 latent, 10 classes."""
+    tiny = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "patch_size": 2, "in_channels": 1, "input_size": 8}
+    return validate(Arch, {**tiny, "num_classes": 10, "learn_sigma": False, **fields})
+
+
+def lively(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
+    """Every parameter drawn anew, so that nothing is zero and every path matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=std, generator=generator)
+    return model
+
+
+def inputs(arch: Arch, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(z [B, C, H, H], t [B], y [B]) for a forward pass."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(batch, *arch.latent_shape, generator=generator)
+    t = torch.randint(0, 1000, (batch,), generator=generator)
+    y = torch.randint(0, arch.num_classes + 1, (batch,), generator=generator)
+    return z, t, y
+
+
+def trained(arch: Arch, seed: int = 0) -> DiT:
+    """An ordinary model that has moved from its beginning."""
+    return lively(DiT(arch), seed, std=0.15)  # type: ignore[return-value]
+
+
+def moved(descent: Descent) -> nn.Module:
+    """A target as after some steps: what trains beside frozen parts has moved a little, anything else is drawn anew."""
+    if descent.trains != "some":
+        return lively(descent.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in descent.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return descent.model
+
+
+def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> tuple[Condensation, nn.Module]:
+    """(condensation, what is kept of it) of a method, at its beginning."""
+    traits, arch = method.traits, method.auxiliary(arch or tiny_arch())
+    ancestor = trained(arch if traits.same_shape else tiny_arch(num_layers=5)) if traits.ancestor != "no" else None
+    condensation = method.condense(arch, ancestor, torch.Generator().manual_seed(seed))
+    if traits.carries_over:
+        assert ancestor is not None, "a method that carries over weights takes an ancestor"
+        generator = torch.Generator().manual_seed(seed)
+        method.carry_over(condensation.module, ancestor, generator, torch.device("cpu"))
+    return condensation, condensation.product(condensation.module)
+
+
+def saved(folder: Path, kind: str, method: Method[Any], module: nn.Module) -> Artifact:
+    """A learngene or model written to disk and read again."""
+    arch: Any = module.arch
+    settings = method.config.model_dump(mode="json")
+    save_artifact(folder, kind=kind, method=settings, arch=arch, tensors=module.state_dict())
+    return load_artifact(folder)
+
+
+class Noise:
+    """A batch of noise with every label."""
+
+    def __init__(self, step: int, arch: Arch) -> None:
+        generator = torch.Generator().manual_seed(step)
+        self.step, self.labels = step, torch.arange(arch.num_classes)
+        self.latents = torch.randn(arch.num_classes, *arch.latent_shape, generator=generator)
+        self.positions = torch.arange(arch.num_classes)
+
+
+class MethodContract:
+    """What every method keeps. Subclass it and set `name`; the rest has defaults that suit most methods."""
+
+    name: ClassVar[str]
+    """The method's name, as in `method.name`."""
+    settings: ClassVar[Mapping[str, Any]] = {}
+    """Settings that suit a model of width 32 with 4 layers."""
+    depths: ClassVar[Sequence[int]] = (1, 2, 4, 6)
+    """Depths of targets, for a method whose targets may differ in depth from the parent's 4 layers."""
+    width: ClassVar[int] = 64
+    """Width of another target, for a method whose targets may differ in width from the parent's 32."""
+    wide_depth: ClassVar[int] = 3
+    """Depth of that target, where the depth may differ as well."""
+    learngene: ClassVar[MethodConfig] = CONDENSES
+    """What condenses the parent's learngene, for a method that takes learngenes and does not condense itself."""
+
+    @classmethod
+    def check(cls) -> None:
+        """Run every check; the first that fails raises `AssertionError`."""
+        for attribute in dir(cls):
+            if attribute.startswith("test_"):
+                getattr(cls(), attribute)()
+
+    # --- the case: a method with its parent and its targets ---------------------------------------------------------
+
+    @classmethod
+    def method(cls) -> Method[Any]:
+        """The method with the case's settings."""
+        return build(validate(METHODS[cls.name].Config, {"name": cls.name, **cls.settings}))
+
+    @classmethod
+    def artifact(cls) -> Artifact | None:
+        """What targets come from: a learngene, an ordinary model, or nothing."""
+        return _artifact_of(cls)
+
+    @classmethod
+    def parent(cls) -> Parent | None:
+        """The same with its module."""
+        artifact = cls.artifact()
+        return parent_of(artifact) if artifact else None
+
+    @classmethod
+    def targets(cls) -> dict[str, Arch]:
+        """Shapes of targets that the method says it can make, by what is different in them."""
+        traits = cls.method().traits
+        found = {f"L{d}": tiny_arch(num_layers=d) for d in cls.depths if "depth" in traits.varies or d == 4}
+        if "width" in traits.varies:
+            depth = cls.wide_depth if "depth" in traits.varies else 4
+            found["wider"] = tiny_arch(num_layers=depth, hidden_size=cls.width)
+        if "classes" in traits.varies and traits.parents != ("none",):
+            found["classes"] = tiny_arch(num_classes=7)
+        return found
+
+    @classmethod
+    def descent(cls, kind: str, seed: int = 0) -> Descent:
+        """One target at its beginning, by the way that every stage takes."""
+        return make_target(cls.method(), cls.parent(), cls.targets()[kind], seed)
+
+    @classmethod
+    def last(cls) -> str:
+        """The target that is least like its parent."""
+        return list(cls.targets())[-1]
+
+    # --- targets ----------------------------------------------------------------------------------------------------
+
+    def test_a_target_has_the_shape_asked_for_and_is_the_same_for_the_same_seed(self) -> None:
+        """The shape is the one asked for, outputs are finite, and the seed decides every number."""
+        for kind, arch in self.targets().items():
+            one, two = (self.descent(kind).model for _ in range(2))
+            assert one.arch == arch, kind
+            if self.method().traits.dense:
+                blocks: Any = one.blocks
+                assert len(blocks) == arch.num_layers, kind
+            out = one(*inputs(arch))
+            assert out.shape == (3, *arch.latent_shape) and out.isfinite().all(), kind
+            for (key, left), right in zip(one.state_dict().items(), two.state_dict().values()):
+                assert torch.equal(left, right), f"{kind}: {key} differs between two targets of one seed"
+
+    def test_merging_gives_an_ordinary_model_with_the_same_outputs(self) -> None:
+        """`merge` gives the names, shapes and outputs of a dense DiT, and the same bits every time."""
+        method = self.method()
+        for kind in self.targets():
+            model = moved(self.descent(kind))
+            if not method.traits.dense:
+                assert merged(method, model) is model, "a product that is no dense DiT is itself"
+                continue
+            same_outputs(merged(method, model), model, kind)  # loading is strict
+            again = method.merge(model)
+            assert all(torch.equal(tensor, again[key]) for key, tensor in method.merge(model).items()), kind
+
+    def test_one_step_moves_only_what_may_move(self) -> None:
+        """Parameters that do not train keep their bits, and something trains."""
+        descent = self.descent(self.last())
+        model: Any = descent.model
+        if descent.trains == "all":
+            model.requires_grad_(True)
+        with torch.no_grad():
+            for inner in model.modules():
+                if isinstance(inner, FinalLayer) and isinstance(inner.linear, nn.Linear):
+                    inner.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
+        before = copy.deepcopy(model.state_dict())
+        may = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert descent.trains != "some" or 0 < len(may) < len(list(model.parameters()))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+        (model(*inputs(model.arch)) - 1).square().mean().backward()
+        optimizer.step()
+        changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+        assert changed and changed <= may, f"{sorted(changed - may)[:5]} moved without training"
+
+    def test_a_target_has_a_finite_loss_and_a_gradient_and_can_be_sampled_under_every_process(self) -> None:
+        """DDPM and flow matching."""
+        for process in PROCESSES:
+            descent = self.descent(self.last())
+            model: Any = lively(descent.model)
+            if descent.trains in ("all", "nothing"):
+                model.requires_grad_(True)
+            losses = Objective(process, model.arch, seed=0)(model, Noise(0, model.arch))
+            losses.mean().backward()
+            assert losses.isfinite().all(), process.process
+            assert any(p.grad is not None and p.grad.any() for p in model.parameters()), process.process
+            steps = SamplerConfig(steps=2)
+            labels = torch.tensor([1])
+            images = sample(model, labels=labels, arch=model.arch, config=steps, diffusion=process, seed=0)
+            assert images.isfinite().all(), process.process
+
+    def test_a_target_loads_into_its_methods_module_and_costs_what_is_in_it(self) -> None:
+        """`module` takes the target's tensors; `cost` counts its numbers; `tables` have a row for each layer."""
+        method, model = self.method(), self.descent(self.last()).model
+        arch: Any = model.arch
+        state = model.state_dict()
+        empty = method.module(arch, state)
+        empty.load_state_dict(state)
+        same_outputs(empty, model, "module")  # by another compute path, maybe
+        cost = method.cost(model, 2)
+        assert cost.stored == sum(p.numel() for p in model.parameters())
+        assert cost.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert 0 < cost.forward < cost.training
+        tables = method.tables(model)
+        assert all(table.shape[0] == arch.num_layers and table.dim() == 2 for table in tables.values())
+        assert bool(tables) <= bool(method.tables_of), "tables need a title: tables_of"
+
+    def test_a_target_comes_back_from_disk_with_the_same_outputs(self) -> None:
+        """A target is written without its parent's tensors, and read again with them."""
+        method, descent, parent = self.method(), self.descent(self.last()), self.parent()
+        model: Any = moved(descent)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name) / "target"
+            if descent.trains == "nothing":
+                back = parent_of(saved(folder, "model", method, model)).module
+            else:
+                settings = method.config.model_dump(mode="json")
+                own, names = own_tensors(model, parent), list(model.state_dict())
+                facts = {"seed": 0}
+                save_target(folder, method=settings, parent=parent, arch=model.arch, own=own, names=names, facts=facts)
+                back, _ = load_target(folder)
+            same_outputs(back, model, "read again")
+
+    # --- stage 1 ----------------------------------------------------------------------------------------------------
+
+    def test_stage_1_begins_the_same_for_the_same_seed_and_as_its_blueprint_says(self) -> None:
+        """The seed decides every number; `blueprint` has the shapes of what is trained."""
+        method = self.method()
+        if not method.traits.condenses:
+            return
+        (_, one), (whole, two) = condensed(method), condensed(method)
+        state = one.state_dict()
+        assert all(torch.equal(tensor, state[key]) for key, tensor in two.state_dict().items())
+        with torch.device("meta"):
+            plan = method.blueprint(method.auxiliary(tiny_arch()))
+        shapes = {key: p.shape for key, p in whole.module.named_parameters()}
+        assert {key: p.shape for key, p in plan.named_parameters()} == shapes
+        assert method.cost(plan, 2).stored == sum(p.numel() for p in whole.module.parameters())
+
+    def test_every_number_of_stage_1_meets_its_loss(self) -> None:
+        """No parameter of stage 1 is without a gradient, over a few steps and under every process."""
+        method = self.method()
+        if not method.traits.condenses:
+            return
+        for process in PROCESSES:
+            condensation, _ = condensed(method)
+            module = lively(condensation.module)
+            weights, arch = method.traits.loss, tiny_arch()
+            blocks = [int(theirs.rpartition(".")[2]) for _, theirs in condensation.pairs]
+            teacher = Teacher(trained(tiny_arch(num_layers=5)), blocks)
+            terms = [
+                DiffusionLoss(make_process(process), weights.diffusion),
+                OutputDistillation(teacher, weights.output),
+                FeatureDistillation(teacher, condensation.pairs, weights.features),
+            ]
+            objective = Objective(process, arch, seed=0, terms=terms)
+            for step in range(4):  # a path that is drawn for a step leaves others alone
+                if condensation.before_step:
+                    condensation.before_step(step, torch.Generator().manual_seed(step))
+                objective(module, Noise(step, arch)).mean().backward()
+            silent = [key for key, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+            assert not silent, f"no gradient reaches {silent[:5]}"
+
+    def test_a_learngene_comes_back_from_disk_and_is_a_model_itself(self) -> None:
+        """A learngene reads back bit by bit, and merges into a model of its own depth."""
+        method = self.method()
+        if not method.traits.condenses:
+            return
+        with tempfile.TemporaryDirectory() as name:
+            artifact = saved(Path(name) / "learngene", "learngene", method, lively(condensed(method)[1], std=0.15))
+            module = parent_of(artifact).module
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, artifact.tensors[key]), key
+        same_outputs(merged(method, module), module, "learngene")
+        assert method.cost(module).stored == sum(p.numel() for p in module.parameters())
+        assert all(table.shape[0] == artifact.arch.num_layers for table in method.tables(module).values())
+
+    # --- what is said and refused -----------------------------------------------------------------------------------
+
+    def test_settings_survive_the_manifest(self) -> None:
+        """An artifact's manifest holds the settings; lists and reports have a label, a line and a source."""
+        config = self.method().config
+        assert from_manifest(config.model_dump(mode="json")).config == config
+        method = METHODS[self.name]
+        assert method.summary and method.paper and method.label
+
+    def test_a_target_that_a_method_does_not_claim_is_refused_with_the_reason(self) -> None:
+        """A target that differs in what `traits.varies` does not name is an error that says so; so is no parent."""
+        method, artifact = self.method(), self.artifact()
+        if artifact is None:
+            return
+        others = {
+            "depth": {"num_layers": 9},
+            "width": {"hidden_size": 48},
+            "classes": {"num_classes": 12},
+            None: {"in_channels": 4},
+        }
+        for freedom, fields in others.items():
+            if freedom not in method.traits.varies:
+                target = tiny_arch(**{"num_layers": 4, **fields})
+                [(field, value)] = fields.items()
+                said = rf"{field} is .* in the parent, {value} in the target"
+                refused(functools.partial(check, method, artifact, target), said)
+        if "none" not in method.traits.parents:
+            refused(lambda: check(method, None, tiny_arch()), "starts from a ")
+
+
+def same_outputs(one: nn.Module, other: nn.Module, what: str) -> None:
+    """Two models give the same outputs for the same inputs, up to rounding."""
+    arch: Any = other.arch
+    batch = inputs(arch)
+    torch.testing.assert_close(one(*batch), other(*batch), atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m: f"{what}: {m}")
+
+
+def refused(call: Callable[[], object], pattern: str) -> None:
+    """The call raises an `ArtifactError` whose message has the pattern."""
+    try:
+        call()
+    except ArtifactError as error:
+        assert re.search(pattern, str(error)), f"{pattern!r} is not in: {error}"
+    else:
+        raise AssertionError(f"nothing was refused; an error with {pattern!r} is due")
+
+
+@functools.cache
+def _artifact_of(case: type[MethodContract]) -> Artifact | None:
+    method, folder = case.method(), Path(_folder().name) / f"{case.name}-{id(case)}"
+    kinds = method.traits.parents
+    if "learngene" in kinds:
+        condenses = method.traits.condenses and case.name in method.from_methods
+        maker = method if condenses else build(case.learngene)
+        return saved(folder, "learngene", maker, lively(condensed(maker)[1], std=0.15))
+    return saved(folder, "model", build(SCRATCH), trained(tiny_arch())) if "model" in kinds else None
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="methods-")
