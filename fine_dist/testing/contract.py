@@ -29,7 +29,14 @@ from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ArtifactError
-from fine_dist.diffusion.objective import DiffusionLoss, FeatureDistillation, Objective, OutputDistillation, Teacher
+from fine_dist.diffusion.objective import (
+    DiffusionLoss,
+    FeatureDistillation,
+    LossTerm,
+    Objective,
+    OutputDistillation,
+    Teacher,
+)
 from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.samplers import sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
@@ -149,7 +156,7 @@ class MethodContract:
     @classmethod
     def artifact(cls) -> Artifact | None:
         """What targets come from: a learngene, an ordinary model, or nothing."""
-        return _artifact_of(cls)
+        return _artifact_of(cls)  # type: ignore[arg-type]  # classes are hashable, whatever mypy thinks
 
     @classmethod
     def parent(cls) -> Parent | None:
@@ -300,7 +307,7 @@ class MethodContract:
             weights, arch = method.traits.loss, tiny_arch()
             blocks = [int(theirs.rpartition(".")[2]) for _, theirs in condensation.pairs]
             teacher = Teacher(trained(tiny_arch(num_layers=5)), blocks)
-            terms = [
+            terms: list[LossTerm] = [
                 DiffusionLoss(make_process(process), weights.diffusion),
                 OutputDistillation(teacher, weights.output),
                 FeatureDistillation(teacher, condensation.pairs, weights.features),
