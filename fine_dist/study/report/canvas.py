@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
+from colorsys import hsv_to_rgb
 from contextlib import contextmanager
 from html import escape
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from fine_dist.study.report.results import Picture
+from fine_dist.study.report.results import Picture, Results
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _STYLE: dict[Any, Any] = {
@@ -47,6 +48,10 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "legend.frameon": False,
 }
+# colors of Okabe and Ito, which people with any color vision can tell apart; yellow, too pale on white, is left out
+_MAIN, _BASELINE = "#0072b2", "#d55e00"
+_OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8c6d31")
+_MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 
 
 class Mark(NamedTuple):
@@ -57,6 +62,28 @@ class Mark(NamedTuple):
     y: float
     series: int
     text: str
+
+
+def color_of(series: str, results: Results) -> str:
+    """The color of a series, the same in every figure."""
+    given = {results.main: _MAIN, results.baseline: _BASELINE, **results.colors}
+    others = [s for s in results.series if s not in given]
+    if series in given or series not in others:
+        return given.get(series, _MAIN)
+    place = others.index(series)
+    if place < len(_OTHERS):
+        return _OTHERS[place]
+    # hues a golden section apart stay distinct for as long as possible
+    shades = hsv_to_rgb(place * 0.618034 % 1, 0.75, 0.8 if place % 2 else 0.6)
+    return "#" + "".join(f"{round(255 * shade):02x}" for shade in shades)
+
+
+def marker_of(series: str, results: Results) -> str:
+    """The marker of a series, the same in every figure; it tells series apart where their colors are much alike."""
+    if series in (results.main, results.baseline):
+        return "o"
+    others = [s for s in results.series if s not in (results.main, results.baseline)]
+    return _MARKERS[others.index(series) % len(_MARKERS)] if series in others else "o"
 
 
 @contextmanager

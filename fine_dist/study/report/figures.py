@@ -3,37 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from colorsys import hsv_to_rgb
 from typing import Any
 
 import numpy as np
 
-from fine_dist.study.report.canvas import FAINT, GRID, INK, Mark, figure_of, key_below, svg_of, tag
+from fine_dist.study.report.canvas import (
+    FAINT,
+    GRID,
+    INK,
+    Mark,
+    color_of,
+    figure_of,
+    key_below,
+    marker_of,
+    svg_of,
+    tag,
+)  # fmt: skip
 from fine_dist.study.report.claims import linearity
 from fine_dist.study.report.results import Mean, Results, number, ratio, short
+from fine_dist.study.report.saved_figure import saved_svg
 from fine_dist.study.report.tables import storage_of
 from fine_dist.study.report.worth import MODELS, break_even, end_curve
 
-_MAIN, _BASELINE = "#0b7285", "#e8590c"
-_OTHERS = ("#7048e8", "#5c940d", "#a61e4d", "#1864ab", "#b08900", "#868e96")
 WIDEST = 8.2
 """Training curves are drawn up to so many times N; a longer run is in the figure of lengths."""
 _LONG = 3
 """Points from which a series is drawn as a line; fewer are drawn as points."""
-
-
-def color_of(series: str, results: Results) -> str:
-    """The color of a series, the same in every figure."""
-    given = {results.main: _MAIN, results.baseline: _BASELINE, **results.colors}
-    others = [s for s in results.series if s not in given]
-    if series in given or series not in others:
-        return given.get(series, _MAIN)
-    place = others.index(series)
-    if place < len(_OTHERS):
-        return _OTHERS[place]
-    # hues a golden section apart stay distinct for as long as possible
-    shades = hsv_to_rgb(place * 0.618034 % 1, 0.75, 0.8 if place % 2 else 0.6)
-    return "#" + "".join(f"{round(255 * shade):02x}" for shade in shades)
 
 
 def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float, Mean]], where: str) -> list[Mark]:
@@ -52,9 +47,10 @@ def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float,
     index, color = results.series.index(series), color_of(series, results)
     xs = [x for x, _ in points]
     means, spreads = (np.array([getattr(mean, key) for _, mean in points]) for key in ("mean", "spread"))
-    look = {"lw": 2.2 if series in (results.main, results.baseline) else 1.4, "ms": 3.2, "marker": "o"}
+    strong = series in (results.main, results.baseline)
+    look: dict[str, Any] = {"lw": 2.2 if strong else 1.4, "ms": 4.2, "marker": marker_of(series, results)}
     if len(points) < _LONG:
-        look |= {"lw": 0, "ms": 5.5}
+        look |= {"lw": 0, "ms": 6}
     tag(axis.plot(xs, means, color=color, label=results.name_of(series), **look)[0], index)
     if spreads.any():
         if len(points) < _LONG:
@@ -160,7 +156,10 @@ def _map_targets(results: Results) -> list[int]:
 
 def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:
     """Draw loss against length of training on logarithmic steps."""
-    marks = []
+    marks, lengths = (
+        [],
+        sorted({step for s in results.series for t in targets for step in end_curve(results, s, t).steps}),
+    )
     for axis, target in zip(axes, targets):
         axis.set_xscale("log")
         for series in reversed([s for s in results.series if ":" not in s]):
@@ -170,7 +169,8 @@ def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Ma
             marks += draw(results, axis, series, points, f"{target} layers, trained for {{x}} steps: {{mean}}")
         axis.set_title(f"{target} layers")
         axis.grid()
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axis.minorticks_off()
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])  # the lengths that were run, and no others
         axis.set_xlabel("training steps after initialization")
     axes[0].set_ylabel("held-out loss at the end")
     return marks
@@ -198,7 +198,8 @@ def break_even_panels(axes: list[Any], results: Results) -> list[Mark]:
                 continue
             index = results.series.index(line.series)
             totals = [line.total(int(n)) for n in counts]
-            style = {"color": color_of(line.series, results), "label": results.name_of(line.series)}
+            style = {"color": color_of(line.series, results), "label": results.name_of(line.series),
+                     "marker": marker_of(line.series, results), "markevery": 6, "ms": 4.2}  # fmt: skip
             tag(axis.plot(counts, totals, lw=2.2 if line.series == results.main else 1.5, **style)[0], index)
             name = results.name_of(line.series)
             for n in (1, 3, 10, 30, 100):
@@ -211,7 +212,8 @@ def break_even_panels(axes: list[Any], results: Results) -> list[Mark]:
         axis.grid()
         axis.set_xlabel("models made")
         axis.set_title("free public ancestor" if free else "every stage paid for")
-    axes[0].set_ylabel("total FLOPs")
+    quality = f"\nto reach {results.name_of(results.baseline)} after {found.steps:,} steps" if found else ""
+    axes[0].set_ylabel(f"total FLOPs{quality}")
     return marks
 
 
@@ -398,6 +400,7 @@ def _mix(color: str, weight: float) -> tuple[float, ...]:
 FIGURES: dict[str, Callable[[Results], str | None]] = {
     "curves": curves_svg,
     "map": map_svg,
+    "saved": saved_svg,
     "break_even": break_even_svg,
     "depths": depths_svg,
     "costs": costs_svg,

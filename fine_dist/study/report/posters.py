@@ -10,6 +10,7 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.study.report.canvas import FAINT, INK, key_below, new_figure, pixels_of, style
 from fine_dist.study.report.figures import break_even_panels, curve_panels, curve_targets, map_panels
 from fine_dist.study.report.results import Picture, Results, number
+from fine_dist.study.report.saved_figure import saved_height, saved_lengths, saved_panels
 from fine_dist.study.report.worth import break_even, end_curve
 
 
@@ -56,6 +57,13 @@ def _map(results: Results) -> Any:
     axes = list(figure.subplots(1, len(targets), squeeze=False).flat)
     map_panels(axes, results, targets)
     key_below(figure, axes)
+    return figure
+
+
+def _saved(results: Results) -> Any:
+    lengths = _some(saved_lengths(results), "saved: the baseline was trained for fewer than two lengths")
+    figure = new_figure(2.0 + 3.2 * len(lengths), saved_height(results))
+    saved_panels(list(figure.subplots(1, len(lengths), squeeze=False).flat), results)
     return figure
 
 
@@ -149,6 +157,7 @@ def _some(targets: list[int], message: str) -> list[int]:
 POSTERS: dict[str, Callable[[Results], Any]] = {
     "curves": _curves,
     "map": _map,
+    "saved": _saved,
     "break_even": _break_even,
     "samples": _samples,
 }

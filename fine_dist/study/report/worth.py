@@ -135,12 +135,20 @@ class BreakEven:
 
 
 def break_even(results: Results, steps: int | None = None) -> BreakEven | None:
-    """Total costs at the baseline's loss after `steps` steps (None: its longest run); None where nothing reaches it."""
+    """Total costs at the baseline's loss after `steps` steps; None where no other series reaches it.
+
+    Without `steps` it is the longest run of the baseline whose loss another series reaches.
+    """
+    if steps is None:
+        for length in sorted(common_lengths(results), reverse=True):
+            found = break_even(results, length)
+            if found is not None:
+                return found
+        return None
     targets = [t for t in results.targets if results.ends(results.baseline, t)]
     if not targets:
         return None
-    longest = steps or min(results.ends(results.baseline, t)[-1] for t in targets)
-    means = {t: results.mean(results.baseline, t, longest) for t in targets}
+    means = {t: results.mean(results.baseline, t, steps) for t in targets}
     losses = {t: mean.mean for t, mean in means.items() if mean is not None}
     lines, missed = [], []
     for series in results.series:
@@ -156,7 +164,8 @@ def break_even(results: Results, steps: int | None = None) -> BreakEven | None:
         if ancestor:
             lines.append(TotalCost(series, True, mean_steps, shared - ancestor, own))
     costed = all(line.own > 0 or line.shared > 0 for line in lines)
-    return BreakEven(longest, losses, lines, missed) if costed and len(lines) > 1 else None
+    others = {line.series for line in lines} - {results.baseline}
+    return BreakEven(steps, losses, lines, missed) if costed and others else None
 
 
 def _cost(results: Results, series: str, target: int, loss: float) -> tuple[float, float, float, float] | None:
@@ -172,6 +181,12 @@ def _cost(results: Results, series: str, target: int, loss: float) -> tuple[floa
     before = initialized.flops if initialized else 0.0
     own = before + (end.flops - before) * steps / max(1, end.step)
     return steps, end.flops_condense, end.flops_ancestor, own
+
+
+def common_lengths(results: Results) -> set[int]:
+    """Training lengths of the baseline at every depth at which it was trained."""
+    ends = [set(results.ends(results.baseline, t)) for t in results.targets if results.ends(results.baseline, t)]
+    return set.intersection(*ends) if ends else set()
 
 
 def cheapest(found: BreakEven, free: bool) -> list[tuple[int, int, TotalCost]]:
@@ -215,9 +230,8 @@ def recommendation(results: Results) -> list[str]:
     """What to use for how many models, with the figures behind it, at each quality that the baseline's runs define."""
     if not results.baseline or not results.targets:
         return []
-    lengths = sorted(set.intersection(*(set(results.ends(results.baseline, t)) for t in results.targets)))
-    lines = []
-    for length in [n for n in lengths if n in {lengths[-1], results.budget}]:
+    best, lines = break_even(results), []
+    for length in sorted(common_lengths(results) & {results.budget, best.steps if best else None}):
         found = break_even(results, length)
         if found is None:
             continue

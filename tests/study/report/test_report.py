@@ -14,9 +14,10 @@ from rich.console import Console
 
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.study.report.__main__ import fill
+from fine_dist.study.report.canvas import color_of, marker_of
 from fine_dist.study.report.claims import linearity, verdicts
 from fine_dist.study.report.posters import save_poster
-from fine_dist.study.report.render import markdown, write_report
+from fine_dist.study.report.render import markdown, page, write_report
 from fine_dist.study.report.results import (
     Ancestor,
     Picture,
@@ -243,7 +244,7 @@ def full_page(tmp_path, made: Results | None = None) -> str:
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     html = full_page(tmp_path)
     assert not re.findall(r'<(?:link|iframe)|<script src|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
-    assert html.count("<svg") == 5 and "data:image/png;base64," in html
+    assert html.count("<svg") == 6 and "data:image/png;base64," in html
 
 
 def test_pictures_on_one_page_do_not_share_ids(tmp_path):
@@ -327,7 +328,7 @@ def test_costs_and_storage_have_columns_and_figures(tmp_path):
     made = with_costs()
     assert {"FLOPs", "stored"} <= set(rows(made).heads)
     html = full_page(tmp_path, made)
-    assert html.count("<svg") == 7 and "Quality against cost" in html and "Storage" in html
+    assert html.count("<svg") == 8 and "Quality against cost" in html and "Storage" in html
     assert [short(x) for x in (134660, 1.5e9, 12.0)] == ["135 K", "1.5 G", "12"]
     kept = {row.series: [cell.text for cell in row.cells] for row in storage(made).rows}
     assert kept["ours"][1:5] == ["1,000", "50", "1,050", "1,150"] and kept[""][1:4] == ["0", "4,000", "4,000"]
@@ -417,7 +418,7 @@ def test_break_even_counts_shared_cost_once_and_a_free_ancestor_not_at_all():
 def test_a_loss_that_nothing_reaches_is_said():
     made = lengths()
     for m in made.measurements:
-        m.held_out_loss += 0.05 * (m.method == "ours")
+        m.held_out_loss += 0.5 * (m.method == "ours")
     assert break_even(made) is None and TABLES["break_even"](made).rows == []
 
 
@@ -426,3 +427,33 @@ def test_a_documents_table_is_replaced_between_its_comments():
     assert fill(text, "x", "new\n") == text.replace("old", "new")
     with pytest.raises(ArtifactError, match="no place for the y table"):
         fill(text, "y", "new")
+
+
+def test_break_even_falls_back_to_the_best_quality_that_another_series_reaches():
+    """Scratch after 3N is better than everything here, so that totals are those of its loss after N."""
+    made = results(plain_3n=0.05)
+    for row in made.measurements:
+        row.flops = 1e9 * (row.step + 1)
+    found = break_even(made)
+    assert found.steps == N and {line.series for line in found.lines} == {"ours", "plain"}
+    assert break_even(made, 3 * N) is None
+    assert f"after {N} steps" in "\n".join(recommendation(made))
+
+
+def test_what_each_start_saves_is_a_figure_with_a_bar_for_each_series_and_length(tmp_path):
+    made = results()
+    section = re.search(r'<svg [^>]*aria-label="Steps of training from scratch that each start saves".*?</svg>',
+                        page(made), re.S)[0]  # fmt: skip
+    lines = {line.target: line for line in saved_steps(made)}
+    for target, line in lines.items():
+        for length in line.saved:
+            assert f"Ours, after {length:,} steps, {target} layers: {line.text(length)}".replace(">", "&gt;") in section
+    assert save_poster("saved", made, tmp_path / "saved.png").is_file()
+
+
+def test_series_are_told_apart_by_colors_and_markers_alike():
+    made = results()
+    for i in range(12):
+        made.add(method=f"m{i}", target=2, seed=0, stage="train", step=N, held_out_loss=0.1)
+    looks = {(color_of(s, made), marker_of(s, made)) for s in made.series}
+    assert len(looks) == len(made.series) and len({color_of(s, made) for s in made.series[:8]}) == 8
