@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -17,6 +18,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, PathKey, dump_yaml
 from fine_dist.core.errors import guard
 from fine_dist.core.limits import num_cores
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.study.config import StudyConfig, load_study
 
 STUDY = "configs/study/digits_demo.yaml"
@@ -39,16 +41,28 @@ class DemoConfig(Config):
     """Images that are sampled from each model for its Fréchet distance and its accuracy."""
     controls: bool = True
     """Whether to train the control as well: models that inherit the ancestor's embedders and final layer alone."""
+    diffusion: DiffusionConfig = DiffusionConfig()
+    """The process that all models are trained for, such as `--diffusion.process flow`. Its images are sampled by the
+    process's own deterministic solver."""
     parallel: int = Field(min(2, num_cores()), ge=1, le=4096)
     """Jobs that run at the same time, each on one CPU thread."""
 
 
 def study_of(config: DemoConfig) -> StudyConfig:
     """The demo's study with the demo's settings."""
+    changes: dict[str, Any] = {}
+    words = f" --seeds {config.seeds}" if config.seeds > 1 else ""
+    own = config.diffusion.model_dump(exclude_defaults=True)
+    if own:
+        stage, sampler = {"diffusion": own}, {"scheduler": "auto"}
+        with_pictures = {**stage, "sampler": sampler}
+        changes = {"sampler": sampler, "stages": {"condense": with_pictures, "init": stage, "train": with_pictures}}
+        words += "".join(f" --diffusion.{key.replace('_', '-')} {value}" for key, value in own.items())
     return load_study(
         config.study or STUDY,
         run_dir=config.run_dir,
-        command=f"python -m fine_dist demo{f' --seeds {config.seeds}' if config.seeds > 1 else ''}",
+        command=f"python -m fine_dist demo{words}",
+        **changes,
         seeds=list(range(config.seeds)),
         steps=config.steps,
         samples=config.samples,

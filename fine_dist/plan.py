@@ -80,7 +80,8 @@ def _add_scale(own: FlagParser) -> None:
     add = own.add_argument
     add("--scale", metavar="P", nargs="+", type=int, help="predict what a step takes on so many processes (several may "
         "be given), for a stage that trains one model")  # fmt: skip
-    add("--zero", metavar="STAGE", nargs="+", type=int, default=asked.stages, help="stages of ZeRO (default: 0 1 2 3)")
+    add("--zero", metavar="STAGE", nargs="+", type=lambda word: int(word) if word.isdecimal() else word,
+        default=asked.stages, help="stages of ZeRO, and fsdp2 (default: 0 1 2 3 fsdp2)")  # fmt: skip
     add("--hold", choices=("process", "batch"), default=asked.hold,
         help="what stays as in the config: a process's share of the batch (default), or the whole batch")  # fmt: skip
     add("--per-node", metavar="N", type=int, default=asked.per_node, help="processes of a node (default: 8)")

@@ -60,6 +60,19 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
     assert models == {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
 
 
+def test_the_demo_runs_under_either_process():
+    """Every run of it is trained for the process that is asked for, and drawn by a solver of that process."""
+    from fine_dist.demo import DemoConfig, study_of
+    from fine_dist.study.graph import plan
+
+    assert study_of(DemoConfig()).stages["train"].get("diffusion") is None
+    study = study_of(DemoConfig(diffusion={"process": "flow"}))
+    assert "--diffusion.process flow" in study.command and study.sampler.scheduler == "auto"
+    trained = [run.config for run in plan(study).runs if run.module != "fine_dist.encode"]
+    assert len(trained) > 5 and {config.diffusion.process for config in trained} == {"flow"}
+    assert {config.sampler.scheduler for config in trained if hasattr(config, "sampler")} == {"auto"}
+
+
 def check_costs(run: Path) -> None:
     """Every cost of a measurement is what the runs recorded: steps x batch x the FLOPs of each stage."""
     results = read_results(run / "report")

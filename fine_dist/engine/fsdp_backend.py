@@ -57,9 +57,15 @@ class FsdpBackend(ShardedBackend):
         # One dimension: all ranks form one group of shards. Replicas
         # of groups (HSDP) would give a value several owners.
         mesh = init_device_mesh(world.device.type, (world.world_size,))
-        # No parameter dtype here: autocast decides what products compute
-        # in, and gathered weights stay fp32 as in the other backends.
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if engine.reduce_dtype == "bf16" else None)
+        # Autocast decides what products compute in. Gathered weights are fp32 as in the other backends, or are rounded
+        # to bf16 before they travel, as autocast would round them behind. Gradients of bf16 weights would be summed in
+        # bf16 unless a type is named. Inputs are left alone: a time of 0 to 1 has too few bits in bf16.
+        reduced = torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if engine.gather_dtype == "bf16" else None,
+            reduce_dtype=reduced,
+            cast_forward_inputs=False,
+        )
         model.to(world.device)
         # Blocks first, then the root. A wrapped block is left out of its parent's
         # group, so that what remains for the root is the shared genes and the shell.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fine_dist.core.config import Config, PathKey
 from fine_dist.engine.trackers import Names
@@ -85,6 +85,9 @@ class LoopConfig(Config):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients travel between processes. `bf16` halves the traffic, for a slow network, and rounds the
     gradient of each process to 8 bits before they are summed."""
+    gather_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which fsdp2 gathers weights. `bf16` halves the traffic and the memory of gathered weights; the shards
+    that the optimizer updates stay fp32. It needs precision bf16, whose products round the weights to bf16 anyway."""
     deterministic: bool = False
     """Choose algorithms that give the same bits in every run, on a GPU some 10% slower. With it a resumed run is
     bit-identical on a GPU too, on the same number of the same devices; on a CPU it always is."""
@@ -112,6 +115,14 @@ class LoopConfig(Config):
     """CPU threads of a process. None leaves the choice to torch."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one accelerator in TFLOP/s, for MFU. None takes it from a table of accelerators, or measures a CPU's."""
+
+    @model_validator(mode="after")
+    def _gathers_what_it_computes_in(self) -> LoopConfig:
+        if self.gather_dtype == "bf16" and (self.backend, self.precision) != ("fsdp2", "bf16"):
+            raise ValueError(
+                f"gather_dtype bf16 needs backend fsdp2 and precision bf16, not {self.backend} and {self.precision}"
+            )
+        return self
 
 
 class EngineConfig(LoopConfig):

@@ -11,7 +11,7 @@ from fine_dist.engine.world import read_environment
 from fine_dist.model.flops import train_flops
 from fine_dist.model.roles import count_by_role
 from fine_dist.planning.devices import DeviceModel, device_for
-from fine_dist.planning.memory import Memory, Projector, estimate
+from fine_dist.planning.memory import Memory, Projector, estimate, groups_of
 from fine_dist.stages.blueprint import Blueprint, Stage
 from fine_dist.stages.condense import CondenseStage
 from fine_dist.stages.repa import encoder_facts
@@ -57,6 +57,7 @@ class StageEstimate:
             kept=cost.kept,
             teacher=plan.teacher.count() if plan.teacher else 0,
             projector=self.projector(),
+            groups=groups_of(plan.model),
         )
 
     def disk_bytes(self) -> int:

@@ -7,11 +7,15 @@ over processes where ZeRO shards it. Not counted: the allocator's slack, the CUD
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from fine_dist.core.limits import GIB
 from fine_dist.engine.deepspeed_json import BUCKET, LIVE
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.arch import Arch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,46 @@ class Memory:
         rows = [(key.replace("_", " "), value) for key, value in asdict(self).items() if key != "host"]
         rows += [("total", self.total), ("host memory", self.host)]
         return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What fsdp2 gathers together: the parameters of each block, and those of the root.
+
+    Args:
+        num_blocks: Number of blocks.
+        in_blocks: Numbers in all blocks.
+        at_root: Numbers outside them: embedders, the final layer, genes that blocks share.
+        trained_blocks: Number of blocks in which something trains.
+        trained_root: Whether something trains at the root.
+    """
+
+    num_blocks: int
+    in_blocks: int
+    at_root: int = 0
+    trained_blocks: int = 0
+    trained_root: bool = True
+
+
+def groups_of(model: nn.Module) -> Groups:
+    """The groups of a model, on any device."""
+    blocks = list(getattr(model, "blocks", ()))
+    inside = {p for block in blocks for p in block.parameters()}
+    outside = [p for p in model.parameters() if p not in inside]
+    return Groups(
+        len(blocks),
+        sum(p.numel() for p in inside),
+        sum(p.numel() for p in outside),
+        sum(any(p.requires_grad for p in block.parameters()) for block in blocks),
+        any(p.requires_grad for p in outside),
+    )
+
+
+def gathered_bytes(groups: Groups, engine: EngineConfig) -> float:
+    """Bytes of fsdp2's buffers: the root's weights for the whole pass, a block's and the next one's, and the gradients
+    of the root and a block before they are divided."""
+    size, block = (2 if engine.gather_dtype == "bf16" else 4), groups.in_blocks / max(1, groups.num_blocks)
+    return size * (groups.at_root + 2 * block) + size * (groups.at_root + block)
 
 
 @dataclass(frozen=True)
@@ -85,6 +129,7 @@ def estimate(
     kept: float = 0.0,
     teacher: int = 0,
     projector: Projector | None = None,
+    groups: Groups | None = None,
     shows: bool = True,
 ) -> Memory:
     """The memory of one process; of rank 0, which needs most.
@@ -96,6 +141,7 @@ def estimate(
             (`model.flops.ModelCost.kept`).
         teacher: Numbers in a frozen model that is asked at every step, held in the compute precision.
         projector: REPA's, with the image encoder before it; None without REPA.
+        groups: How fsdp2 groups the parameters; None: all of them lie in the blocks.
         shows: Whether held-out losses or pictures are made, which takes a second model.
     """
     sharded = engine.backend != "plain"
@@ -108,7 +154,7 @@ def estimate(
     state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
     weights = params / (world_size if stage == 3 else 1)
     if engine.backend == "fsdp2":
-        buffers = 3 * params / arch.num_layers  # a block's weights, the next one's, and a block's gradients
+        buffers = gathered_bytes(groups or Groups(arch.num_layers, num_params), engine)
     elif stage == 3:
         buffers = min(params, 4.0 * LIVE) + 2 * 4.0 * BUCKET  # gathered weights; gradients in, and their sums out
     elif sharded:

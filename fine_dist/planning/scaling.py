@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from fine_dist.engine.program import divide_batch
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.planning import step_timing
-from fine_dist.planning.estimates import stage_of
-from fine_dist.planning.scaling_model import Network, Parts, Prediction, ScalingRequest, predict
+from fine_dist.planning.estimates import StageEstimate, stage_of
+from fine_dist.planning.memory import estimate, groups_of
+from fine_dist.planning.scaling_model import FSDP2, Network, Parts, Prediction, ScalingRequest, Sharding, predict
 from fine_dist.stages.blueprint import Blueprint
 from fine_dist.stages.settings import CondenseConfig, StageConfig
 
@@ -77,18 +78,49 @@ def answer(
     models = _models(settings, plan)
     parts, measured = _measured(settings, models, max(micro for micro, _ in divided.values()), file)
     threads = torch.get_num_threads() if asked.cores else 1
-    series: dict[str, list[Prediction]] = {f"{label}, ZeRO-{s}": [] for label in models for s in asked.stages}
+    series: dict[str, list[Prediction]] = {f"{label}, {_name(s)}": [] for label in models for s in asked.stages}
+    gathered = 0.5 if settings.engine.gather_dtype == "bf16" else 1.0
     for processes in asked.processes:
         network, slowdown = (network_of or (lambda p: _stated(asked, p, threads)))(processes)
         for label in models:
             for zero in asked.stages:
                 made = predict(
                     parts[label], zero, network, processes, *divided[processes],
-                    overlap=asked.overlap, slowdown=slowdown,
+                    overlap=asked.overlap, slowdown=slowdown, gathered=gathered,
                 )  # fmt: skip
-                series[f"{label}, ZeRO-{zero}"].append(made)
+                needed = _memory(settings, plan, label, zero, processes, divided[processes][0])
+                series[f"{label}, {_name(zero)}"].append(replace(made, memory_bytes=needed))
     words = _words(asked, plan.arch.name, parts, measured, network_of is not None)
     return ScalingPrediction(series, parts, measured, words)
+
+
+def _name(sharding: Sharding) -> str:
+    """A series in words."""
+    return "FSDP2" if sharding == FSDP2 else f"ZeRO-{sharding}"
+
+
+def _memory(config: StageConfig, plan: Blueprint, label: str, sharding: Sharding, processes: int, micro: int) -> float:
+    """Memory in bytes of a process that trains the stage's model, or its ancestor."""
+    backend = "fsdp2" if sharding == FSDP2 else "deepspeed" if sharding else "plain"
+    zero = config.engine.deepspeed.model_copy(update={"stage": sharding if backend == "deepspeed" else 1})
+    gather = config.engine.gather_dtype if sharding == FSDP2 else "fp32"
+    changes = {"backend": backend, "deepspeed": zero, "micro_batch": micro, "gather_dtype": gather}
+    engine = config.engine.model_copy(update=changes)
+    if label != ANCESTOR:
+        return StageEstimate(config.model_copy(update={"engine": engine}), plan).memory(processes).total
+    of = plan.teacher or plan.arch
+    with torch.device("meta"):
+        groups = groups_of(DiT(of))
+    numbers = of.count()
+    return estimate(
+        of,
+        engine,
+        micro_batch=micro,
+        world_size=processes,
+        num_params=numbers,
+        num_trained=numbers,
+        groups=groups,
+    ).total
 
 
 def _stated(asked: ScalingRequest, processes: int, threads: int) -> tuple[Network, float]:
@@ -136,6 +168,8 @@ def _words(asked: ScalingRequest, name: str, parts: dict[str, Parts], measured: 
     held = "a process's share of the batch" if asked.hold == "process" else "the whole batch"
     hides = f"{asked.overlap:.0%} of a pass's time"
     found = [f"{name}; parts {measured}", stated, f"held fixed: {held}; communication may hide behind {hides}"]
+    if FSDP2 in asked.stages:
+        found.append("engine.compile: by default on a GPU with the plain backend alone; true: with ZeRO and FSDP2 too")
     if asked.cores:
         found.append(f"{min(asked.per_node, max(asked.processes))} processes of a node share {asked.cores} cores")
     counts = {label: each.trained for label, each in parts.items()}

@@ -19,6 +19,9 @@ What is sent is what the engine sends, counted in `tests/planning/test_scale.py`
     ZeRO-3          an all-gather of n for every micro-batch, again in the backward pass of what was not kept (more than
                     `LIVE` numbers are not), and a reduce-scatter of n; tensors of at most `PERSISTENT` numbers are
                     gathered once instead, after the update
+    FSDP2           for every micro-batch an all-gather of the root's parameters and of each block's, again of each
+                    block's in the backward pass, frozen ones too (in bf16: half the bytes), and a reduce-scatter of n,
+                    a message for each block and the root
 """
 
 from __future__ import annotations
@@ -26,17 +29,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.deepspeed_json import BUCKET, LIVE
 from fine_dist.engine.settings import BUCKET_BYTES
+from fine_dist.planning.memory import Groups
 
 Collective = Literal["all_reduce", "all_gather", "reduce_scatter"]
 HOPS: dict[Collective, int] = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 """Passes around the ring of each collective."""
-STAGES = (0, 1, 2, 3)
-"""ZeRO stages; 0 is the plain backend."""
+Sharding: TypeAlias = int | str
+"""A stage of ZeRO, 0 being the plain backend, or `fsdp2`."""
+FSDP2 = "fsdp2"
+STAGES: tuple[Sharding, ...] = (0, 1, 2, 3, FSDP2)
 SIZE = 4
 """Bytes of each number sent: gradients and weights are fp32 in every precision."""
 
@@ -73,6 +79,8 @@ class Parts:
     small: int = 0
     """Numbers of them in tensors of at most `PERSISTENT`."""
     small_tensors: int = 0
+    groups: Groups | None = None
+    """What fsdp2 gathers together; None (a file of an earlier version): all that trains, in one group."""
 
 
 def counts(trained: Sequence[Any]) -> tuple[int, int, int, int]:
@@ -129,7 +137,7 @@ class Prediction:
     """One step of P processes; a step's batch is P * micro * accumulation."""
 
     processes: int
-    stage: int
+    stage: Sharding
     micro: int
     accumulation: int
     compute_s: float
@@ -140,6 +148,8 @@ class Prediction:
     """Bytes that a process sends in a step (it receives as many)."""
     alone_s: float
     """Time of a single process's step over the same number of samples."""
+    memory_bytes: float = 0.0
+    """Memory of a process; 0 where it was not asked for."""
 
     @property
     def step_s(self) -> float:
@@ -160,8 +170,22 @@ class Prediction:
         return self.alone_s / self.step_s
 
 
-def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) -> list[Message]:
-    """The messages of the engine in a step (see the head of this file), without those of a few bytes."""
+def messages(
+    stage: Sharding, parts: Parts, accumulation: int, grouped: bool = True, gathered: float = 1.0
+) -> list[Message]:
+    """The messages of the engine in a step (see the head of this file), without those of a few bytes.
+
+    Args:
+        grouped: Whether messages of one bucket share their latency.
+        gathered: Bytes of a gathered number, over `SIZE`: 0.5 where fsdp2 gathers bf16.
+    """
+    if stage == FSDP2:
+        groups, k = parts.groups or Groups(1, parts.trained, 0, 1, False), accumulation
+        inside = Message("all_gather", k * gathered * groups.in_blocks, k * groups.num_blocks, "forward")
+        root = Message("all_gather", k * gathered * groups.at_root, k * (groups.at_root > 0), "forward")
+        times = groups.trained_blocks + groups.trained_root
+        summed = Message("reduce_scatter", k * parts.trained, k * times, "backward")
+        return [message for message in (inside, root, inside._replace(behind="backward"), summed) if message.numbers]
     n, buckets = parts.trained, max(1, math.ceil(parts.trained / BUCKET))
     if stage == 0:
         return [Message("all_reduce", n, max(1, math.ceil(SIZE * n / BUCKET_BYTES)), "backward")]
@@ -181,14 +205,15 @@ def messages(stage: int, parts: Parts, accumulation: int, grouped: bool = True) 
 
 
 def predict(
-    parts: Parts, stage: int, network: Network, processes: int, micro: int, accumulation: int = 1, *,
-    overlap: float = 0.0, slowdown: float = 1.0,
+    parts: Parts, stage: Sharding, network: Network, processes: int, micro: int, accumulation: int = 1, *,
+    overlap: float = 0.0, slowdown: float = 1.0, gathered: float = 1.0,
 ) -> Prediction:  # fmt: skip
     """One step of `processes`, of which each takes `accumulation` micro-batches of `micro` samples.
 
     Args:
         overlap: Share (0 to 1) of a pass's seconds that communication may run beside.
         slowdown: How much slower a process computes while the others of its node do.
+        gathered: As of `messages`.
     """
     if stage not in STAGES:
         raise ConfigError(f"ZeRO stage {stage}: legal: {', '.join(map(str, STAGES))}")
@@ -200,7 +225,7 @@ def predict(
     if processes > 1:
         # and the loop's own few words, in which ranks agree on the loss
         words = Message("all_reduce", 4.0 * (1 + processes), 1)
-        for message in [*messages(stage, parts, accumulation, network.grouped), words]:
+        for message in [*messages(stage, parts, accumulation, network.grouped, gathered), words]:
             seconds = ring_s(message, network, processes)
             total += seconds
             sent += HOPS[message.kind] * (processes - 1) / processes * SIZE * message.numbers
@@ -228,7 +253,7 @@ class ScalingRequest:
     """What is predicted, and what is stated of the machines."""
 
     processes: tuple[int, ...]
-    stages: tuple[int, ...] = STAGES
+    stages: tuple[Sharding, ...] = STAGES
     hold: str = "process"
     per_node: int = 8
     gigabytes_per_s: tuple[float, float] = (150.0, 25.0)

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentF
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.files import whole_file
+from fine_dist.core.limits import GIB
 from fine_dist.planning.scaling_model import Prediction
 
 Series = Mapping[str, Sequence[Prediction]]
@@ -27,14 +28,14 @@ def lines(series: Series) -> list[str]:
     """A table: a block for each number of processes, a line for each label."""
     width = max(map(len, series))
     head = f"{'processes':>9}  {'':{width}}  {'batch':>6}  {'step ms':>9}  {'compute':>9}  {'communication':>13}  "
-    found = [head + f"{'hidden':>7}  {'sent MB':>8}  {'images/s':>9}  efficiency"]
+    found = [head + f"{'hidden':>7}  {'sent MB':>8}  {'GiB':>7}  {'images/s':>9}  efficiency"]
     for place in range(len(next(iter(series.values())))):
         for label, made in series.items():
             p = made[place]
             found.append(
                 f"{p.processes:9,}  {label:{width}}  {p.batch:6,}  {1e3 * p.step_s:9,.1f}  "
                 f"{1e3 * p.compute_s:9,.1f}  {1e3 * p.communication_s:13,.2f}  {1e3 * p.hidden_s:7,.2f}  "
-                f"{p.sent_bytes / 1e6:8,.1f}  {p.images_per_s:9,.1f}  {p.efficiency:9.1%}"
+                f"{p.sent_bytes / 1e6:8,.1f}  {p.memory_bytes / GIB:7,.2f}  {p.images_per_s:9,.1f}  {p.efficiency:9.1%}"
             )
         found.append("")
     return found[:-1]

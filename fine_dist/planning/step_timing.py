@@ -20,10 +20,11 @@ from fine_dist.core.json_files import read_json
 from fine_dist.data.batch import Batch
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
-from fine_dist.engine.compiling import prepare_model
+from fine_dist.engine.compiling import compiles, prepare_model
 from fine_dist.engine.optimizer import adamw, precision, trainable
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.model.arch import Arch
+from fine_dist.planning.memory import Groups, groups_of
 from fine_dist.planning.scaling_model import Affine, Parts, counts
 
 SLICE = 1 << 24
@@ -56,10 +57,22 @@ def measure(
     forward, backward = (_line({b: median(pair[i] for pair in found) for b, found in seconds.items()}) for i in (0, 1))
     model.zero_grad(set_to_none=True)
     named = trainable(model)
-    trained, *others = counts(list(named.values()))
+    trained, tensors, small, small_tensors = counts(list(named.values()))
     per_number, fixed = _per_number(min(SLICE, trained), optim, device)
     words = f"passes at {' and '.join(map(str, sizes))} samples, {ROUNDS} rounds, on {device.type}"
-    return Parts(forward, backward, per_number * trained, fixed * trained, trained, *others), words
+    parts = Parts(
+        forward,
+        backward,
+        per_number * trained,
+        fixed * trained,
+        trained,
+        tensors,
+        small,
+        small_tensors,
+        groups_of(model),
+    )
+    compiled = "compiled" if compiles(engine, device) else "not compiled"
+    return parts, f"{words}, {compiled}"
 
 
 def _line(seconds: dict[int, float]) -> Affine:
@@ -139,7 +152,8 @@ def read(path: str) -> tuple[dict[str, Parts], str]:
         found = {}
         for name, values in content["parts"].items():
             passes = {key: Affine(**values[key]) for key in ("forward", "backward")}
-            found[str(name)] = Parts(**{**values, **passes})
+            groups = Groups(**values["groups"]) if values.get("groups") else None
+            found[str(name)] = Parts(**{**values, **passes, "groups": groups})
         return found, str(content["measured"])
     except OSError as error:
         raise ConfigError(f"--parts {path}: {error.strerror}") from None

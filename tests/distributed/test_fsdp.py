@@ -110,3 +110,66 @@ def test_a_parameter_without_dimensions_is_refused_by_its_name() -> None:
     ):
         make_backend(model, ToyConfig().optim, fsdp(), dist.alone("cpu"), 1, 1)
     dist.leave()
+
+
+def gathered(folder: str, configs: dict[str, str]) -> tuple[dict[str, Outcome], set[torch.dtype]]:
+    """Runs of one start of the processes, and the dtypes in which weights travelled."""
+    seen: set[torch.dtype] = set()
+
+    def counting(inner: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.update(x.dtype for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.numel() > 64)
+            return inner(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather_into_tensor", "all_gather_single"):  # the second is newer torch's name
+        if hasattr(torch.distributed, name):
+            setattr(torch.distributed, name, counting(getattr(torch.distributed, name)))
+    return several(folder, configs), seen
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_gathered_in_bf16_follow_bf16s_curve_and_are_kept_in_fp32(tmp_path: Path, world_size: int) -> None:
+    shared = {"steps": 6, "global_batch": 12}
+    engines = {"plain": engine(precision="bf16"), "half": fsdp(precision="bf16", gather_dtype="bf16", micro_batch=3)}
+    for kind in ("dense", "joint"):
+        config = {name: ToyConfig(kind=kind, engine=chosen, **shared) for name, chosen in engines.items()}
+        plain = toy_outcome(tmp_path / f"{kind} plain", config["plain"])
+        texts = {"half": config["half"].model_dump_json()}
+        found, dtypes = run_distributed(gathered, world_size, str(tmp_path / kind), texts)[0]
+        # bf16 keeps 8 bits: embeddings and biases, which autocast leaves in fp32, are rounded as well
+        assert found["half"].losses == pytest.approx(plain.losses, rel=2e-2)
+        assert all(weight.dtype == torch.float32 for weight in found["half"].weights.values())
+        rounded = [torch.equal(w, w.bfloat16().float()) for w in found["half"].weights.values() if w.numel() > 1]
+        assert not any(rounded)  # the shards that AdamW updates keep all their bits
+        assert world_size == 1 or dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("choice", [{"backend": "plain", "precision": "bf16"}, {"backend": "fsdp2"}])
+def test_gathering_in_bf16_needs_fsdp2_and_bf16(choice: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="gather_dtype bf16 needs backend fsdp2 and precision bf16"):
+        engine(gather_dtype="bf16", **choice)
+
+
+def compiled(folder: str, config: str) -> tuple[Outcome, int]:
+    """A run, and how often a compiled block was made."""
+    from fine_dist.engine import compiling
+
+    made: list[Any] = []
+    inner = compiling.compile_or_fall_back
+
+    def counting(blocks: list[torch.nn.Module]) -> None:
+        inner(blocks, backend="eager")
+        made.extend(blocks)
+
+    compiling.compile_or_fall_back = counting
+    return toy_outcome(folder, ToyConfig.model_validate_json(config)), len(made)
+
+
+def test_blocks_are_compiled_under_fsdp2_where_that_is_asked_for(tmp_path: Path) -> None:
+    plain = toy_outcome(tmp_path / "plain", ToyConfig(steps=3, global_batch=12))
+    for choice, blocks in ((True, 2), (None, 0)):
+        config = ToyConfig(steps=3, global_batch=12, engine=fsdp(compile=choice)).model_dump_json()
+        found, count = run_distributed(compiled, 2, str(tmp_path / str(choice)), config)[0]
+        assert count == blocks and found.losses == pytest.approx(plain.losses, rel=1e-6)

@@ -11,6 +11,7 @@ import torch
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.deepspeed_json import LIVE
 from fine_dist.plan import main
+from fine_dist.planning.memory import Groups, groups_of
 from fine_dist.planning.scaling import shares
 from fine_dist.planning.scaling_model import (
     SIZE,
@@ -77,6 +78,22 @@ def test_zero_3_gathers_again_only_what_it_may_not_keep():
     assert sum(m.numbers for m in messages(3, large, 1) if m.kind == "all_gather") == 2 * large.trained - LIVE
 
 
+def test_fsdp2_gathers_blocks_twice_and_the_root_once_and_bf16_halves_that_alone():
+    # three blocks of 1,000 numbers, of which 60 train each, and 500 trained ones at the root
+    groups = Groups(3, 3000, 500, 3, True)
+    parts = Parts(**{**vars(PARTS), "trained": 680, "groups": groups})
+    found = messages("fsdp2", parts, accumulation=2)
+    gathers = [m for m in found if m.kind == "all_gather"]
+    assert sum(m.numbers for m in gathers) == 2 * (3000 + 500 + 3000) and sum(m.times for m in gathers) == 2 * 7
+    [summed] = [m for m in found if m.kind == "reduce_scatter"]
+    assert (summed.numbers, summed.times) == (2 * 680, 2 * 4)
+    half = messages("fsdp2", parts, accumulation=2, gathered=0.5)
+    assert sum(m.numbers for m in half if m.kind == "all_gather") == 2 * 6500 / 2 and half[-1] == summed
+    whole = predict(parts, "fsdp2", Network(SLOW, SLOW), 8, 1)
+    assert whole.sent_bytes == pytest.approx(7 / 8 * SIZE * (6500 + 680) + 2 * 7 / 8 * SIZE * 4 * 9)
+    assert whole.compute_s < predict(parts, 0, Network(SLOW, SLOW), 8, 1).compute_s  # the optimizer is divided
+
+
 def test_a_share_of_the_batch_or_the_batch_is_held():
     assert shares(64, None, 8, (8, 512), "process") == {8: (8, 1), 512: (8, 1)}
     assert shares(64, 4, 8, (8, 16), "batch") == {8: (4, 2), 16: (4, 1)}
@@ -87,13 +104,13 @@ def test_a_share_of_the_batch_or_the_batch_is_held():
 # --- what the engine really sends ------------------------------------------------------------------------------------
 
 
-def sent(stages: list[int]) -> dict[int, dict[str, list[int]]]:
+def sent(stages: list[Any]) -> dict[Any, dict[str, list[int]]]:
     """{stage: {collective: [calls, numbers]}} of one step, counted where torch is asked for it."""
     import torch.distributed as td
 
     counted: dict[str, list[int]] = {}
 
-    def counting(name: str) -> Any:
+    def counting(name: str, known_as: str) -> Any:
         inner = getattr(td, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -101,15 +118,18 @@ def sent(stages: list[int]) -> dict[int, dict[str, list[int]]]:
             tensors = [value for value in given.values() if torch.is_tensor(value)]
             size = max(tensor.numel() for tensor in tensors)  # the whole: an all-gather's result
             if size > 2:  # but for norms
-                calls = counted.setdefault(name, [0, 0])
+                calls = counted.setdefault(known_as, [0, 0])
                 calls[0] += 1
                 calls[1] += size
             return inner(*args, **kwargs)
 
         return call
 
-    for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
-        setattr(td, name, counting(name))
+    # FSDP2 asks newer torch for the same under other names
+    newer = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+    for name in ("all_reduce", *newer.values(), *newer):
+        if hasattr(td, name):
+            setattr(td, name, counting(name, newer.get(name, name)))
     from fine_dist.engine import dist
     from fine_dist.engine.backends import make_backend
     from tests.engine.toy import ToyConfig, ToyStream, engine, toy_model
@@ -117,7 +137,10 @@ def sent(stages: list[int]) -> dict[int, dict[str, list[int]]]:
     world, found = dist.world("cpu"), {}
     for stage in stages:
         config = ToyConfig(kind="joint", global_batch=8)
-        settings = engine(backend="deepspeed", deepspeed={"stage": stage}) if stage else engine()
+        settings = engine()
+        if stage:
+            zero = {"backend": "deepspeed", "deepspeed": {"stage": stage}}
+            settings = engine(**({"backend": "fsdp2"} if stage == "fsdp2" else zero))
         model = toy_model(config)
         backend = make_backend(model, config.optim, settings, world, 2, 2)
         from fine_dist.diffusion.objective import Objective
@@ -140,14 +163,15 @@ def sent(stages: list[int]) -> dict[int, dict[str, list[int]]]:
 def test_the_model_sends_what_the_engine_sends():
     from tests.engine.toy import ToyConfig, toy_model
 
-    trained = [p for p in toy_model(ToyConfig(kind="joint")).parameters() if p.requires_grad]
-    parts = Parts(Affine(0, 0), Affine(0, 0), 0, 0, *counts(trained))
+    model = toy_model(ToyConfig(kind="joint"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    parts = Parts(Affine(0, 0), Affine(0, 0), 0, 0, *counts(trained), groups_of(model))
     names = {
         "all_reduce": "all_reduce",
         "all_gather": "all_gather_into_tensor",
         "reduce_scatter": "reduce_scatter_tensor",
     }
-    counted = run_distributed(sent, 2, [0, 1, 2, 3], timeout_s=300)[0]
+    counted = run_distributed(sent, 2, [0, 1, 2, 3, "fsdp2"], timeout_s=300)[0]
     for stage, found in counted.items():
         expected: dict[str, list[float]] = {}
         for message in messages(stage, parts, accumulation=2, grouped=False):
@@ -182,8 +206,10 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
     assert 0 < ours["trained"] < theirs["trained"]
     assert all(parts["forward"]["sample"] > 0 and parts["per_number_s"] > 0 for parts in (ours, theirs))
     made = first["predictions"]
-    assert len(made) == 2 * 4 * 2 and [p["processes"] for p in made[:2]] == [8, 64]
+    assert len(made) == 2 * 5 * 2 and [p["processes"] for p in made[:2]] == [8, 64]
     assert all(p["micro"] == 2 and p["step_s"] > p["compute_s"] for p in made)
+    dense = {p["stage"]: p["memory_bytes"] for p in made if p["label"].startswith("its") and p["processes"] == 64}
+    assert dense["fsdp2"] < dense[1] < dense[0]  # weights, gradients and moments are divided; then moments alone
     kept = tmp_path / "parts.json"
     kept.write_text(json.dumps(first))
     picture = tmp_path / "curve.svg"
@@ -208,7 +234,8 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
     [
         (["--scale", "0"], "--scale: 0; give 1 or more"),
         (["--scale", "8", "8"], "a number of processes stands there twice"),
-        (["--scale", "8", "--zero", "4"], "--zero: 4; legal: 0, 1, 2, 3"),
+        (["--scale", "8", "--zero", "4"], "--zero: 4; legal: 0, 1, 2, 3, fsdp2"),
+        (["--scale", "8", "--zero", "fsdp3"], "--zero: fsdp3; legal: 0, 1, 2, 3, fsdp2"),
         (["--scale", "8", "--bandwidth", "0", "25"], "--bandwidth: 0; give two numbers above 0"),
         (["--scale", "8", "--latency", "-1", "2"], "--latency: -1"),
         (["--scale", "8", "--overlap", "1.5"], "--overlap: 1.5; give a share"),
