@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# Three test files at once, since many wait for clusters and jobs; each test process computes on one thread.
+# Three test files at once, since many wait for clusters and jobs; each test process computes on one thread. The longest
+# files begin first (tests/conftest.py): xdist would begin with the files that have most tests.
 TESTS  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+AT_ONCE := --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-all lint check format benchmark methods gpu-check docs constraints chaos fuzz slurm-cluster ray-cluster clean
 
@@ -32,7 +34,7 @@ demo: install  ## the whole method on the embedded data set (about 5 minutes on 
 	$(BIN)/python -m fine_dist demo
 
 test: install  ## the test suite, clusters where this machine has them
-	$(TESTS) -n 3 --dist loadfile -m "not slow and not benchmark"
+	$(TESTS) -n 3 $(AT_ONCE) -m "not slow and not benchmark"
 
 test-all: install  ## the slow tests as well: the demo over three seeds
 	$(TESTS) -m "not benchmark"
@@ -42,8 +44,8 @@ lint: install  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy fine_dist
 
-check: lint  ## lint, and the fast tests
-	$(TESTS) -n 2 --dist loadfile -m "not slow and not cluster and not benchmark and not distributed"
+check: lint  ## lint, and the tests that take seconds
+	$(TESTS) -n 2 $(AT_ONCE) -m "not slow and not long and not cluster and not benchmark and not distributed"
 
 docs: install  ## the docs as a site, in build/site
 	$(BIN)/python -m pip install -q -e '.[docs]'

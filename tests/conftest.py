@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 __all__ = ["DIGITS", "inputs", "lively", "tiny_arch"]
+
+
+def in_process(main: Callable[[list[str]], int], argv: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """A command as a user types it, in this process: a process of its own takes seconds to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    words = [str(word) for word in argv]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
@@ -34,13 +51,77 @@ def generator() -> torch.Generator:
 
 
 DIGITS = {"in_channels": 1, "input_size": 8, "num_classes": 10, "learn_sigma": False}
+SharedFolder = Callable[[str, Callable[[Path], None]], Path]
+"""`shared_folder(name, make)`: a folder that `make` has filled."""
 
 
 @pytest.fixture(scope="session")
-def digit_shards(tmp_path_factory):
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> SharedFolder:
+    """Folders that are made once for all processes of `pytest -n`, by whichever needs them first. Read only."""
+    # xdist gives each of its processes a folder of its own inside that of the whole run.
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / "shared" / name, root / "shared" / f"{name}.done"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(root / "shared" / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for the one that makes it
+            if not done.exists():
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def digit_shards(shared_folder: SharedFolder) -> Path:
     """The embedded digits as shards: a folder with `train` and `held_out`. Read only."""
     from fine_dist import encode
 
-    out = tmp_path_factory.mktemp("digits")
-    encode.run(encode.EncodeConfig(source="digits", out=str(out)))
-    return out
+    return shared_folder("digits", lambda folder: encode.run(encode.EncodeConfig(source="digits", out=str(folder))))
+
+
+LONG_FILES = (
+    "tests/cluster/test_ray.py",
+    "tests/cluster/test_slurm_faults.py",
+    "tests/cluster/test_slurm.py",
+    "tests/test_demo.py",
+    "tests/study/test_study_files.py",
+    "tests/distributed/test_zero.py",
+    "tests/chaos/test_chaos.py",
+    "tests/family/test_init_command.py",
+    "tests/distributed/test_launchers.py",
+    "tests/distributed/test_faults.py",
+    "tests/cluster/test_slurm_site.py",
+    "tests/family/test_jobs_of_a_pack.py",
+    "tests/commands/test_more_steps.py",
+    "tests/methods/test_a_new_method.py",
+    "tests/methods/test_contract.py",
+    "tests/engine/test_resume.py",
+    "tests/engine/test_memory.py",
+    "tests/engine/test_disk.py",
+    "tests/launchers/test_local.py",
+    "tests/launchers/test_capacity.py",
+    "tests/commands/test_another_user.py",
+    "tests/commands/test_going_on.py",
+    "tests/data/test_interrupted.py",
+    "tests/data/test_faults.py",
+    "tests/test_fuzz.py",
+    "tests/test_fuzz_readers.py",
+    "tests/test_readme.py",
+    "tests/test_wheel.py",
+)
+"""Files that take longest, in the order in which they begin. `pytest -n 3 --dist loadfile` assigns whole files: one of
+two minutes that begins last would leave the other processes idle. Their tests have the marker `long`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, and mark their tests. The order within a file stays."""
+    root = Path(__file__).resolve().parents[1]
+    rank = {root / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+    for item in items:
+        if item.path in rank:
+            item.add_marker("long")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fine_dist.__main__ import main as fine_dist
 from fine_dist.artifacts.dit_pt import write_dit
 from fine_dist.data.shards import write_shards
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
+from tests.conftest import in_process
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,12 +37,12 @@ def blocks(heading: str) -> list[str]:
     return [line.partition("  #")[0].strip() for line in text.splitlines() if line.strip()]
 
 
-def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def run(line: str) -> tuple[int, str]:
+    """A command line of README: its exit code and what it said."""
     words = shlex.split(line)
-    if words[0] == "fine-dist":
-        words = [sys.executable, "-m", "fine_dist", *words[1:]]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    return subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=240)
+    assert words[0] == "fine-dist"
+    done = in_process(fine_dist, words[1:])
+    return done.returncode, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.distributed
-def test_the_recipe_from_a_public_checkpoint_runs_as_printed(folder):
+def test_the_recipe_from_a_public_checkpoint_runs_as_printed(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     said = {}
     for line in blocks("From a public checkpoint to small models"):
         for there, here in SMALL.items():
@@ -91,20 +91,19 @@ def test_the_recipe_from_a_public_checkpoint_runs_as_printed(folder):
             line += " --steps 3 --batch 8"
         if command == "sample":
             line += " --sampler.steps 4 --per-class 1"
-        done = run(line, folder)
-        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        assert "Traceback" not in done.stderr
-        said[command] = done.stdout + done.stderr
+        code, said[command] = run(line)
+        assert code == 0 and "Traceback" not in said[command], f"{line}\n{said[command]}"
     assert list(said) == ["condense", "init", "sample", "export"]
     assert "decomposed" in said["condense"] and "runs/condense" in said["condense"]
     assert "L2-s0-lr0.01" in said["init"] and "L4-s0-lr0.01" in said["init"]
     assert (folder / "runs" / "samples" / "compare.png").is_file() and (folder / "models" / "l14").is_dir()
 
 
-@pytest.mark.distributed
-def test_a_width_without_known_heads_is_answered_with_the_flag(folder):
-    done = run("fine-dist condense --ancestor tiny.pt --data.shards data/imagenet256/train --dry-run", folder)
-    assert done.returncode == 2 and "--hints.num-heads" in done.stderr, done.stderr
+def test_a_width_without_known_heads_is_answered_with_the_flag(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    line = "fine-dist condense --ancestor tiny.pt --data.shards data/imagenet256/train --dry-run"
+    code, said = run(line)
+    assert code == 2 and "--hints.num-heads" in said, said
 
 
 def test_readme_is_short_and_names_only_commands_and_files_that_are_there():

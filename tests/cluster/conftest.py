@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import SharedFolder
+
 ROOT = Path(__file__).resolve().parents[2]
 ARRAY_LIMIT = 33
 """Largest array of the cluster under test, so that 50 tasks need two."""
@@ -155,11 +157,10 @@ def condense_config(digit_shards: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def undisturbed_run(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed_run(condense_config: Path, shared_folder: SharedFolder) -> Path:
     """What `condense_config` gives when nothing happens."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    here("fine_dist.condense", "--config", condense_config, "--run-dir", run_dir)
-    return run_dir
+    command = ("fine_dist.condense", "--config", condense_config, "--run-dir")
+    return shared_folder("undisturbed", lambda folder: here(*command, folder / "run")) / "run"
 
 
 @pytest.fixture(scope="session")
@@ -182,11 +183,10 @@ def family_config(undisturbed_run: Path, digit_shards: Path, tmp_path_factory: p
 
 
 @pytest.fixture(scope="session")
-def family_digests(family_config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def family_digests(family_config: Path, shared_folder: SharedFolder) -> dict[str, str]:
     """Digest of every target when one process trains them all."""
-    run_dir = tmp_path_factory.mktemp("family") / "run"
-    here("fine_dist.init", "--config", family_config, "--run-dir", run_dir)
-    return targets(run_dir)
+    command = ("fine_dist.init", "--config", family_config, "--run-dir")
+    return targets(shared_folder("family", lambda folder: here(*command, folder / "run")) / "run")
 
 
 def targets(run_dir: Path) -> dict[str, str]:
@@ -215,24 +215,19 @@ ZERO2 = ("--steps", "20", "--engine.backend", "deepspeed", "--engine.deepspeed.s
 
 
 @pytest.fixture(scope="session")
-def torchrun_losses(condense_config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+def torchrun_losses(condense_config: Path, shared_folder: SharedFolder) -> list[float]:
     """Losses of a ZeRO-2 condense by torchrun's two processes, update by update."""
-    run_dir = tmp_path_factory.mktemp("torchrun") / "run"
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-    ]
-    words += ["--rdzv-endpoint=127.0.0.1:0", "-m", "fine_dist.condense", "--config", str(condense_config)]
-    done = subprocess.run(
-        [*words, "--run-dir", str(run_dir), *ZERO2], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return losses(run_dir)
+
+    def make(folder: Path) -> None:
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+        words += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m", "fine_dist.condense"]
+        done = subprocess.run(
+            [*words, "--config", str(condense_config), "--run-dir", str(folder / "run"), *ZERO2], cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return losses(shared_folder("torchrun", make) / "run")
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.condense import main as condense_here
 from fine_dist.core.errors import EXIT_RESUME
 from fine_dist.core.processes import free_port
 from fine_dist.data.shards import write_shards
@@ -63,7 +64,7 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
 
 
 def test_torchrun_and_the_deepspeed_launcher_train_as_one_process_does(tmp_path: Path) -> None:
-    finish(run([sys.executable, "-m", *condense(tmp_path, "single", "--launcher", "here")]))
+    assert condense_here(condense(tmp_path, "single", "--launcher", "here")[1:]) == 0
     zero = ("--engine.backend", "deepspeed", "--engine.deepspeed.stage")
     finish(run(torchrun(2, condense(tmp_path, "torchrun", *zero, "3"))))
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
@@ -89,5 +90,5 @@ def test_a_signal_to_a_job_under_torchrun_is_resumed_by_the_same_command(tmp_pat
     assert job.returncode == EXIT_RESUME, output
     saved = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text()[5:])
     assert saved < 400
-    finish(run([sys.executable, "-m", *words, "--launcher", "here"]))  # and in one process this time
+    assert condense_here([*words[1:], "--launcher", "here"]) == 0  # and in one process this time
     assert len(losses(tmp_path / "run")) == 400

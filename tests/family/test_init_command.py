@@ -1,4 +1,8 @@
-"""The command as a user runs it: processes, folders, a kill, and what is there afterwards."""
+"""The command as a user runs it: folders, a kill, and what is there afterwards.
+
+What need not be a process of its own runs in this one (`call`); what is killed or signalled, or leaves a process group
+behind, does (`apart`).
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,7 @@ from fine_dist.init import main as init
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
+from tests.conftest import in_process
 from tests.family.tools import largest_difference, sigma_of, solo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +51,7 @@ def words(learngene, shards, run_dir, *more: str) -> list[str]:
         "data.shards": shards / "train",
         "data.held-out": shards / "held_out",
         "engine.device": "cpu",
+        "engine.threads": 1,
         "engine.log-every": 1,
         "engine.checkpoint-every": 2,
         "engine.eval-every": 5,
@@ -57,9 +63,15 @@ def words(learngene, shards, run_dir, *more: str) -> list[str]:
     return [*base, *[w for key, value in flags.items() for w in (f"--{key}", str(value))], "--depths", "2", "3", *more]
 
 
-def call(command: list[str], **how) -> subprocess.CompletedProcess[str]:
+def call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command in this process."""
+    return in_process(init, command[3:])
+
+
+def apart(command: list[str]) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False, **how)
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def rows_of(folder: Path, key: str = "loss") -> list[dict]:
@@ -171,8 +183,7 @@ def test_running_it_again_trains_nothing_and_a_grown_grid_only_what_is_new(famil
 def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(family, learngene, shards, tmp_path):
     run_dir = tmp_path / "killed"
     command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = apart(command)
     until = time.monotonic() + 120
     log = run_dir / NAMES[0] / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 4):
@@ -195,8 +206,7 @@ def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(famil
 def test_a_signal_saves_and_asks_to_be_started_again(learngene, shards, tmp_path):
     run_dir = tmp_path / "stopped"
     command = words(learngene, shards, run_dir, "--launcher", "here", "--steps", "100000")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = apart(command)
     until = time.monotonic() + 120
     log = run_dir / NAMES[0] / "metrics.jsonl"
     while not (log.exists() and len(log.read_text().splitlines()) >= 3):
@@ -245,8 +255,9 @@ def test_targets_that_cannot_share_a_pack_train_in_the_engines_loop_to_the_same_
     family, learngene, shards, tmp_path
 ):
     run_dir = tmp_path / "alone"
-    done = call(words(learngene, shards, run_dir, "--launcher", "here", "--engine.backend", "fsdp2", "--depths", "2"))
-    assert done.returncode == 0, done.stderr
+    done = apart(words(learngene, shards, run_dir, "--launcher", "here", "--engine.backend", "fsdp2", "--depths", "2"))
+    _, said = done.communicate(timeout=240)
+    assert done.returncode == 0, said
     ours, theirs = (load_artifact(place / NAMES[0] / "target").tensors for place in (run_dir, family))
     assert largest_difference(ours, theirs) < 1e-4
     assert list((run_dir / NAMES[0] / "checkpoints").glob("step_*"))
