@@ -10,10 +10,12 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fine_dist.core.files import read_rows
 from fine_dist.testing import inputs, lively, tiny_arch
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that they start.
@@ -33,6 +35,16 @@ def in_process(main: Callable[[list[str]], int], argv: Sequence[object]) -> subp
         except SystemExit as stop:
             code = int(stop.code or 0)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def logged_rows(run_dir: Path, key: str = "loss") -> list[dict[str, Any]]:
+    """Rows of a run's metrics.jsonl that have a key."""
+    return [row for row in read_rows(run_dir / "metrics.jsonl") if key in row]
+
+
+def logged_losses(run_dir: Path) -> list[float]:
+    """Training losses that a run has logged."""
+    return [row["loss"] for row in logged_rows(run_dir)]
 
 
 @pytest.fixture(autouse=True)

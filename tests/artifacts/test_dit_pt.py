@@ -145,7 +145,7 @@ def test_a_table_without_a_null_label_is_told_and_cannot_be_guided(tmp_path, mod
     assert read_dit(tmp_path / "other.pt", HintsConfig(num_heads=4)).arch.num_classes == 9
 
 
-def test_licences_are_data(tmp_path, model):
+def test_licences_of_published_models_are_data(tmp_path, model):
     state = to_dit(model.arch, model.state_dict())
     published = saved(tmp_path, state, "DiT-XL-2-256x256.pt")
     assert import_model(published, HintsConfig(num_heads=4)).licence == "cc-by-nc-4.0"

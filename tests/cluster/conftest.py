@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SharedFolder
+from tests.conftest import SharedFolder, logged_losses
 
 ROOT = Path(__file__).resolve().parents[2]
 ARRAY_LIMIT = 33
@@ -232,8 +232,7 @@ def torchrun_losses(condense_config: Path, shared_folder: SharedFolder) -> list[
 
 def losses(run_dir: Path) -> list[float]:
     """The loss of every update that a run has logged, to five decimals."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [round(row["loss"], 5) for row in rows if "loss" in row]
+    return [round(loss, 5) for loss in logged_losses(run_dir)]
 
 
 def digest(run_dir: Path) -> str:

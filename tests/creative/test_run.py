@@ -21,14 +21,10 @@ from fine_dist.launchers.code_snapshot import code_files
 from fine_dist.launchers.prepare import make_specs
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.launchers.worker import run_job
+from tests.conftest import logged_losses
 from tests.creative.conftest import TOKEN, tiny_config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "creative"
-
-
-def losses(folder: Path) -> list[float]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
 
 
 def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
@@ -46,7 +42,7 @@ def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
     assert done["losses"]["held_out_cosine"] == pytest.approx(facts["cosines"]["the learned token"]["mean"], abs=1e-5)
     newest = CheckpointReader(folder / "checkpoints" / "step_00000030")
     assert torch.equal(newest.whole("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
-    assert losses(folder)[-1] < losses(folder)[0]
+    assert logged_losses(folder)[-1] < logged_losses(folder)[0]
     board = EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/held_out_cosine", "train/norm_clip_l", "train/norm_clip_g"} <= set(
         board.Tags()["scalars"]
@@ -79,7 +75,10 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypatch
     again = read_token(creative.run(stopped))
     for key, row in whole.rows.items():
         assert torch.equal(again.rows[key], row) and torch.equal(again.control[key], whole.control[key])
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 8
+    assert (
+        logged_losses(tmp_path / "stopped") == logged_losses(tmp_path / "whole")
+        and len(logged_losses(tmp_path / "whole")) == 8
+    )
 
 
 def test_a_token_is_not_saved_when_the_encoder_has_not_stayed_as_it_was(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from fine_dist.core.processes import free_port
 from fine_dist.data.shards import write_shards
 from fine_dist.data.small_images import digits
 from fine_dist.model.artifact import load_artifact
+from tests.conftest import logged_losses
 
 pytestmark = pytest.mark.distributed
 
@@ -52,11 +53,6 @@ def torchrun(ranks: int, words: list[str]) -> list[str]:
     return [str(BIN / "torchrun"), "--nproc-per-node", str(ranks), "--master-port", str(free_port()), "-m", *words]
 
 
-def losses(run_dir: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     output, _ = process.communicate(timeout=150)
     assert process.returncode == code, output
@@ -70,7 +66,7 @@ def test_torchrun_and_the_deepspeed_launcher_train_as_one_process_does(tmp_path:
     launcher = [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()), "--module"]
     finish(run([*launcher, *condense(tmp_path, "deepspeed", *zero, "2")]))
     for name in ("torchrun", "deepspeed"):
-        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "single"), rel=1e-4)
+        assert logged_losses(tmp_path / name) == pytest.approx(logged_losses(tmp_path / "single"), rel=1e-4)
         artifact = load_artifact(tmp_path / name / "learngene", "learngene")
         assert artifact.tensors.keys() == load_artifact(tmp_path / "single" / "learngene").tensors.keys()
 
@@ -91,4 +87,4 @@ def test_a_signal_to_a_job_under_torchrun_is_resumed_by_the_same_command(tmp_pat
     saved = int((tmp_path / "run" / "checkpoints" / "LATEST").read_text()[5:])
     assert saved < 400
     assert condense_here([*words[1:], "--launcher", "here"]) == 0  # and in one process this time
-    assert len(losses(tmp_path / "run")) == 400
+    assert len(logged_losses(tmp_path / "run")) == 400

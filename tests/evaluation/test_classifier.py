@@ -140,7 +140,7 @@ def test_a_manifest_that_does_not_fit_is_an_error(tmp_path, trained, key, value)
         load_classifier(folder)
 
 
-def test_networks_by_name(tmp_path, trained):
+def test_a_feature_network_is_loaded_by_its_name_and_another_name_is_refused(tmp_path, trained):
     folder = save_classifier(tmp_path, trained[0])
     assert load_features("classifier", folder).identity == trained[0].classifier.identity
     with pytest.raises(ConfigError, match="did you mean 'inception'"):

@@ -37,7 +37,7 @@ from fine_dist.init import main as init
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
-from tests.conftest import in_process
+from tests.conftest import in_process, logged_rows
 from tests.family.tools import largest_difference, sigma_of, solo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,11 +74,6 @@ def apart(command: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def rows_of(folder: Path, key: str = "loss") -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
-
-
 @pytest.fixture(scope="module")
 def family(learngene, shards, tmp_path_factory) -> Path:
     """Four targets, trained by the local pool."""
@@ -96,14 +91,14 @@ def test_every_target_is_what_its_solo_run_would_have_made(family, learngene, sh
         point = (int(name[1]), int(name[4]), 0.01)
         losses, model = solo(learngene, point, shards / "train", STEPS)
         saved = load_artifact(family / name / "target", "target")
-        assert [row["loss"] for row in rows_of(family / name)] == pytest.approx(losses, rel=1e-5)
+        assert [row["loss"] for row in logged_rows(family / name)] == pytest.approx(losses, rel=1e-5)
         trained = sigma_of(model)
         assert largest_difference({key: saved.tensors[key] for key in trained}, trained) < 1e-4
 
 
 def test_the_held_out_loss_is_known_before_the_first_step_on_the_way_and_at_the_end(family):
     for name in NAMES:
-        looks = {row["step"]: row["held_out_loss"] for row in rows_of(family / name, "held_out_loss")}
+        looks = {row["step"]: row["held_out_loss"] for row in logged_rows(family / name, "held_out_loss")}
         assert list(looks) == [0, 5, 10, STEPS]
         assert looks[STEPS] == json.loads((family / name / "DONE.json").read_text())["held_out_loss"] < looks[0]
 
@@ -200,7 +195,7 @@ def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(famil
     for name in NAMES:
         ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        assert rows_of(run_dir / name) == rows_of(whole / name)
+        assert logged_rows(run_dir / name) == logged_rows(whole / name)
 
 
 def test_a_signal_saves_and_asks_to_be_started_again(learngene, shards, tmp_path):
@@ -245,7 +240,7 @@ def test_more_steps_go_on_from_where_a_target_ended(family, learngene, shards, t
     shutil.copytree(family, grown)
     more = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here", "--steps", str(STEPS + 4)))
     assert more.returncode == 0, more.stderr
-    rows = rows_of(grown / NAMES[0])
+    rows = logged_rows(grown / NAMES[0])
     assert [row["step"] for row in rows] == list(range(1, STEPS + 5))
     losses, _ = solo(learngene, (2, 0, 0.01), shards / "train", STEPS + 4)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
@@ -308,7 +303,7 @@ def test_a_pack_over_two_processes_ends_as_a_pack_in_one(family, learngene, shar
     for name in ("L2-s0-lr0.01", "L3-s0-lr0.01"):
         ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, family))
         assert largest_difference(ours, theirs) < 1e-4
-        assert len(rows_of(run_dir / name)) == STEPS
+        assert len(logged_rows(run_dir / name)) == STEPS
 
 
 def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learngene, shards, tmp_path):
@@ -350,11 +345,11 @@ def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_we
     with pytest.raises(ResumeLater, match="the state of 1 targets is saved"):
         run_pack(family, pack, table, dist.alone("cpu"))
     stop.unlink()
-    assert [len(rows_of(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
+    assert [len(logged_rows(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
     run_pack(family, pack, table, dist.alone("cpu"))
     for name in pack.jobs:
         losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
-        assert [row["loss"] for row in rows_of(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
+        assert [row["loss"] for row in logged_rows(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
     assert {row.state for row in table.rows()} == {"done"}
 
 
@@ -373,4 +368,4 @@ def test_targets_whose_states_are_all_damaged_are_refused_in_one_line_after_the_
     assert {row.name: row.state for row in StateTable(run_dir).rows()} == {NAMES[0]: "done", NAMES[2]: "failed"}
     state.with_name(state.name + ".damaged").unlink()
     assert init(command) == 0
-    assert [row["step"] for row in rows_of(run_dir / NAMES[2])] == [1, 2, 3, 4]
+    assert [row["step"] for row in logged_rows(run_dir / NAMES[2])] == [1, 2, 3, 4]

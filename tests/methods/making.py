@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from fine_dist.artifacts.targets import load_target_module, own_tensors, save_target
 from fine_dist.core.config import validate
-from fine_dist.methods import METHODS, build
+from fine_dist.methods import METHODS, build, parent_of
 from fine_dist.methods.base import Method, Parent
 from fine_dist.methods.fine.config import FineConfig
-from fine_dist.model.artifact import Artifact
-from fine_dist.testing import MethodContract, condensed, moved, saved, trained
+from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
+from fine_dist.model.dit import DiT
+from fine_dist.testing import MethodContract, condensed, lively, moved, saved, tiny_arch, trained
 
 TINY: dict[str, dict[str, Any]] = {
     # settings for a width of 32 and few layers, where a paper's own suit large models
@@ -48,4 +53,55 @@ def parent_for(name: str) -> Parent | None:
     return CASES[name].parent()
 
 
-__all__ = ["CASES", "TINY", "artifact_for", "condensed", "moved", "parent_for", "saved", "tiny", "trained"]
+
+def method_of(name: str, **settings: Any) -> Method[Any]:
+    return build(METHODS[name].Config(name=name, **settings))
+
+
+def model_parent(folder: Path, std: float = 0.2, **fields: Any) -> Parent:
+    """A trained-looking dense model on disk, read again."""
+    model = lively(DiT(tiny_arch(**fields)), std=std)
+    save_artifact(folder, kind="model", method={"name": "scratch"}, arch=model.arch, tensors=model.state_dict())
+    return parent_of(load_artifact(folder))
+
+
+def nudge(model: torch.nn.Module, std: float = 0.05, seed: int = 5) -> torch.nn.Module:
+    """Moves what trains a little, as some steps would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+def saved_and_read(folder: Path, method: Method[Any], model: torch.nn.Module, parent: Parent | None):
+    """A target through its artifact: the module that comes back, and the names it took from its parent."""
+    own = own_tensors(model, parent)
+    settings = method.config.model_dump(mode="json")
+    save_target(
+        folder,
+        method=settings,
+        parent=parent,
+        arch=model.arch,
+        own=own,
+        names=list(model.state_dict()),
+        facts={},
+    )
+    _, back, artifact = load_target_module(folder)
+    return back, artifact.extra["inherited"]
+
+
+def num_trained(model: torch.nn.Module) -> int:
+    """Number of values that train."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def dense(method: Method[Any], model: torch.nn.Module) -> DiT:
+    """The merged model; loading is strict, so names and shapes are a dense DiT's."""
+    merged = DiT(model.arch)
+    merged.load_state_dict(method.merge(model))
+    return merged
+
+
+__all__ = ["CASES", "TINY", "artifact_for", "condensed", "dense", "method_of", "model_parent", "moved", "nudge", "num_trained", "parent_for", "saved", "saved_and_read", "tiny", "trained"]

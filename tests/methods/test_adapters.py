@@ -13,7 +13,7 @@ from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import count_by_role
 from tests.conftest import inputs
-from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.making import dense, method_of, model_parent, nudge, num_trained, saved_and_read
 
 NAMES = ("lora", "pissa", "oft", "boft", "vera")
 D = 32
@@ -52,7 +52,7 @@ def test_only_adapters_train_by_their_papers_formula(name, parent):
         "boft": lambda m, n: n * 4 + m,
         "vera": lambda m, n: 256 + m,
     }[name]
-    assert trained(model) == count_by_role(model)["scaler"] == 2 * sum(formula(m, n) for m, n in sides)
+    assert num_trained(model) == count_by_role(model)["scaler"] == 2 * sum(formula(m, n) for m, n in sides)
     nudge(model)
     model(*inputs(model.arch)).square().mean().backward()
     assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} == {
@@ -130,7 +130,7 @@ def test_costs_count_frozen_weights_and_adapters(parent):
     for name in NAMES:
         method, model = target(name, parent)
         cost = method.cost(model, 4)
-        assert cost.trained == trained(model) and cost.training > 2 * cost.forward - 1
+        assert cost.trained == num_trained(model) and cost.training > 2 * cost.forward - 1
     rows, layers = 4 * 256, 2
     with torch.device("meta"):
         model = method_of("lora").adapted(DiT(shape), 0, fresh=False)

@@ -14,7 +14,7 @@ from fine_dist.methods.difffit import ScaledDense
 from fine_dist.model.arch import arch as named
 from fine_dist.model.dit import DiT
 from tests.conftest import inputs, tiny_arch
-from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.making import dense, method_of, model_parent, nudge, num_trained, saved_and_read
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,9 @@ def test_counts_are_the_formulas(name):
         descent = method_of("difffit").descend(_standing_for(parent_numbers), shape, torch.Generator())
     assert sum(p.numel() for p in model.parameters()) == shape.count() + layers // 2 * 2 * d
     biases = 15 * d * layers + 3 * d + 4 * shape.out_channels
-    assert trained(descent.model) == biases + 201 * d + layers // 2 * 2 * d
+    assert num_trained(descent.model) == biases + 201 * d + layers // 2 * 2 * d
     cost = method_of("difffit").cost(descent.model, 4)
-    assert cost.trained == trained(descent.model)
+    assert cost.trained == num_trained(descent.model)
     assert cost.training < 0.7 * method_of("scratch").cost(parent_numbers, 4).training  # no gradients of weights
     if name == "DiT-XL/2":  # the paper's "0.12%" of 675M lies at about 250 classes; 200 give 0.11%
         assert cost.trained / named("DiT-XL/2").count() == pytest.approx(0.0012, abs=0.0002)
@@ -157,7 +157,7 @@ def test_a_larger_target_trains_merges_and_comes_back(parent, tmp_path):
     method, shape, model = larger(parent)
     batch = inputs(shape)
     model(*batch).square().mean().backward()
-    assert trained(model) == trained(target(parent)[1])
+    assert num_trained(model) == num_trained(target(parent)[1])
     nudge(model)
     back, _ = saved_and_read(tmp_path / "t", method, model, parent)
     with torch.no_grad():

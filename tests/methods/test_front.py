@@ -12,7 +12,7 @@ import torch
 
 from fine_dist.methods.front import cosines, resize
 from tests.conftest import inputs, tiny_arch
-from tests.methods.tools import method_of, model_parent
+from tests.methods.making import method_of, model_parent
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from fine_dist.methods.stitching.pool import Imitating, Pool, Route, all_routes,
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import Condition, DiT
 from tests.conftest import inputs, lively, tiny_arch
-from tests.methods.tools import method_of, saved_and_read, trained
+from tests.methods.making import method_of, num_trained, saved_and_read
 
 TEACHER = tiny_arch(num_layers=12, hidden_size=48)
 ARCH = tiny_arch(num_layers=3)
@@ -207,7 +207,7 @@ def test_costs_are_those_of_anchors_and_of_what_is_stitched(stitched):
         own, alone = method.deploy(pool, str(anchor))
         want, got = dense.cost(alone.anchors[anchor], 2), own.cost(alone, 2)
         assert got.forward == pytest.approx(want.forward) and got.training == pytest.approx(want.training)
-        assert (got.stored, got.trained) == (want.stored, trained(alone))
+        assert (got.stored, got.trained) == (want.stored, num_trained(alone))
     own, alone = method.deploy(pool, "0.2-1.2")
     narrow, wide = (dense.cost(DiT(a), 2).forward for a in method.archs(ARCH)[:2])
     assert narrow < own.cost(alone, 2).forward < narrow + wide

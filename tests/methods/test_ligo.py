@@ -12,7 +12,7 @@ from fine_dist.methods.ligo.growth import SPACES, GrownDiT, Widen, size_of, stac
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.arch import arch as named
 from tests.conftest import inputs, tiny_arch
-from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.making import dense, method_of, model_parent, nudge, num_trained, saved_and_read
 
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 2}
 LARGE = {"hidden_size": 24, "num_heads": 3, "num_layers": 5}
@@ -137,7 +137,7 @@ def test_counts_are_the_formulas_from_b_to_l(parent):
     assert sum(p.numel() for p in model.parameters()) == small.count() + spaces + 5 * 24 * 12
     method, tiny = target(parent)
     cost = method.cost(tiny, 3)
-    assert cost.trained == trained(tiny) == count_operators(tiny.arch, 16, 2)
+    assert cost.trained == num_trained(tiny) == count_operators(tiny.arch, 16, 2)
     merged = method_of("scratch").cost(dense(method, tiny), 3)
     assert cost.forward > merged.forward and cost.training > merged.training  # growing is paid for at every step
 

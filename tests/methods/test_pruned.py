@@ -17,7 +17,7 @@ from fine_dist.methods import check
 from fine_dist.methods.pruned import LayerChoice, best_layers, group_sizes
 from fine_dist.model.dit import DiT
 from tests.conftest import inputs, tiny_arch
-from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.making import dense, method_of, model_parent, nudge, num_trained, saved_and_read
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_the_learned_choice_trains_masks_and_low_rank_updates_alone(parent):
     _, model = pruned(parent, 4, choose="learned", groups=2, rank=2)
     assert isinstance(model, LayerChoice) and len(model.blocks) == 6 and model.arch.num_layers == 4
     sides = sum(sum(model.arch.matrix(matrix)) for matrix in ("qkv", "o", "in", "out", "adaln"))
-    assert trained(model) == 2 * 3 + 6 * 2 * sides  # logits of C(3, 2) masks in 2 groups, and r (m + n) a matrix
+    assert num_trained(model) == 2 * 3 + 6 * 2 * sides  # logits of C(3, 2) masks in 2 groups, and r (m + n) a matrix
 
 
 def test_exactly_as_many_layers_as_asked_take_their_step_and_the_mask_has_a_gradient(parent):

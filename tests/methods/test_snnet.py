@@ -12,7 +12,7 @@ from fine_dist.methods import check, parent_of
 from fine_dist.methods.stitching.pool import all_routes, least_squares, trace
 from fine_dist.model.artifact import load_artifact, save_artifact
 from tests.conftest import inputs, lively, tiny_arch
-from tests.methods.tools import method_of, saved_and_read
+from tests.methods.making import method_of, saved_and_read
 
 ARCH = tiny_arch(num_layers=3)
 

@@ -18,7 +18,7 @@ from fine_dist.model.dit import DiT
 from fine_dist.stages.settings import TrainConfig
 from fine_dist.stages.train import TrainStage
 from tests.conftest import inputs, lively, tiny_arch
-from tests.methods.tools import method_of
+from tests.methods.making import method_of
 
 CLASSES = 4
 SMALL = {"hidden_size": 16, "num_heads": 2, "num_layers": 2, "num_classes": CLASSES}

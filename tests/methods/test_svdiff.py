@@ -10,7 +10,7 @@ from fine_dist.methods.svdiff import SpectralDense
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.arch import arch as named
 from tests.conftest import inputs
-from tests.methods.tools import dense, method_of, model_parent, nudge, saved_and_read, trained
+from tests.methods.making import dense, method_of, model_parent, nudge, num_trained, saved_and_read
 
 
 @pytest.fixture(scope="module")
@@ -78,4 +78,4 @@ def test_a_target_comes_back_whole_and_counts_are_the_formulas(parent, target, t
     # U and V of the five matrices: (3 + 1) + (1 + 1) + (4 + 1) + (1 + 4) + (6 + 1) D^2; S and delta: 2 x 5 D
     extra = layers * ((23 - 18) * d * d + 10 * d)
     assert sum(p.numel() for p in big.parameters()) == shape.count() + extra
-    assert trained(model) == 2 * 5 * 32
+    assert num_trained(model) == 2 * 5 * 32

@@ -247,7 +247,7 @@ def test_any_number_of_timesteps_is_spaced_as_adm_spaces_it(count):
     assert kept[0] == 0 and kept[-1] == 999 and len(set(kept)) == count and kept == sorted(kept)
 
 
-def test_known_spacings():
+def test_respaced_timesteps_are_those_of_the_published_sampler():
     """What the published sampler prints for 4, and for 250 (a stride of 999 / 249, summed up)."""
     assert space_timesteps(1000, [4]) == [0, 333, 666, 999]
     kept = space_timesteps(1000, [250])

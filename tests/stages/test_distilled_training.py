@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from fine_dist.core.config import validate
@@ -11,7 +9,7 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.model.artifact import load_artifact
 from fine_dist.stages.settings import TrainConfig
 from fine_dist.stages.train import TrainStage, run
-from tests.conftest import tiny_arch
+from tests.conftest import logged_losses, tiny_arch
 from tests.stages.test_ancestor import MIDGET, ancestor
 
 
@@ -22,16 +20,11 @@ def settings(shards, run_dir, **more) -> TrainConfig:
     return validate(TrainConfig, {**base, **more})
 
 
-def losses(run_dir) -> list[float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def test_a_model_from_scratch_learns_to_give_its_ancestors_output(digit_shards, tmp_path):
     old = ancestor(tmp_path / "a", num_layers=2)
     config = settings(digit_shards, tmp_path / "t", ancestor=str(old), loss={"diffusion": 0})
     model = load_artifact(run(config))
-    found = losses(tmp_path / "t")
+    found = logged_losses(tmp_path / "t")
     assert sum(found[-5:]) < 0.8 * sum(found[:5])  # the mean squared difference to the ancestor alone
     assert model.extra["taught_by"]["hash"] == load_artifact(old).hash
     plain = settings(digit_shards, tmp_path / "p")
