@@ -53,7 +53,6 @@ def parent_for(name: str) -> Parent | None:
     return CASES[name].parent()
 
 
-
 def method_of(name: str, **settings: Any) -> Method[Any]:
     return build(METHODS[name].Config(name=name, **settings))
 
@@ -104,4 +103,20 @@ def dense(method: Method[Any], model: torch.nn.Module) -> DiT:
     return merged
 
 
-__all__ = ["CASES", "TINY", "artifact_for", "condensed", "dense", "method_of", "model_parent", "moved", "nudge", "num_trained", "parent_for", "saved", "saved_and_read", "tiny", "trained"]
+__all__ = [
+    "CASES",
+    "TINY",
+    "artifact_for",
+    "condensed",
+    "dense",
+    "method_of",
+    "model_parent",
+    "moved",
+    "nudge",
+    "num_trained",
+    "parent_for",
+    "saved",
+    "saved_and_read",
+    "tiny",
+    "trained",
+]
