@@ -152,6 +152,7 @@ def _arch_of(
 ) -> tuple[Arch, bool]:
     """The architecture that the shapes determine, and whether the label table has a null label."""
     layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    # A damaged or hostile file could name block 10^9, and the list of expected names would fill the memory.
     if layers and max(layers) > 10_000:
         raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
     num_layers = max(layers, default=-1) + 1
@@ -166,6 +167,7 @@ def _arch_of(
     if out_channels not in (channels, 2 * channels):
         raise ArtifactError(f"{where}: {out_channels} channels come out and {channels} go in; a DiT has C or 2C")
     rows = read_int(shapes[_LABEL], 0, _LABEL, where, 2)
+    # A model trained without label dropout has no null row, and only its saved arguments tell it from one class fewer.
     if arguments.get("num_classes") == rows and hints.num_classes is None:
         hints = hints.model_copy(update={"num_classes": rows})
     num_classes = hints.num_classes or rows - 1
@@ -297,12 +299,14 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
         raise ConfigError(
             "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
         )
+    # The draft gets its name after the check alone, so that a file in place is one whose forward pass agreed.
     with whole_file(path, path.suffix) as draft:
         with written_whole(draft):
             if path.suffix == ".pt":
                 torch.save(to_dit(arch, state), draft)
             else:
                 save_file(to_dit(arch, state), draft)
+        # From the file, not from memory: a wrong dtype, order or name is what this check is for.
         written = read_tensor_file(draft)
         error = ExportComparison(arch, state).confirm(
             lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
@@ -327,6 +331,7 @@ def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tenso
     p, blocks = kernel.shape[-1], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     x = F.conv2d(z, kernel, state["x_embedder.proj.bias"], stride=p).flatten(2).transpose(1, 2)  #         [B, T, D]
     x = x + state[_POSITION]
+    # Cosines first and divided by 128, as the published weights expect; diffusers divides by 127 (`frequency_shift` 1).
     angle = t.float()[:, None] * 10000.0 ** -(torch.arange(128) / 128)
     wave = torch.cat([angle.cos(), angle.sin()], dim=1)
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", wave))) + state[_LABEL][y]
@@ -335,6 +340,7 @@ def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tenso
         at: Callable[[str], str] = f"blocks.{i}.{{}}".format
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(at(_BLOCK["adaln"]), F.silu(c)).split(d, dim=1)
         h = linear(at(_BLOCK["qkv"]), normal(x, shift_a, scale_a))
+        # Written out rather than with fused attention, so that it is a second opinion on the head layout as well.
         q, k, v = (part.reshape(b, tokens, num_heads, -1).transpose(1, 2) for part in h.split(d, dim=2))
         weights = (q @ k.transpose(2, 3) / math.sqrt(d // num_heads)).softmax(dim=-1)
         x = x + gate_a[:, None] * linear(at(_BLOCK["o"]), (weights @ v).transpose(1, 2).reshape(b, tokens, d))

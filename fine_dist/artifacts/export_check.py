@@ -26,12 +26,15 @@ class ExportComparison:
         self.arch = arch
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(batch, *arch.latent_shape, generator=generator)
+        # Not from 0, where all frequencies give the same sine and cosine and a mistake in them would not show.
         t = torch.linspace(17, 983, batch).long()
         y = torch.linspace(0, arch.num_classes, batch).long()  # the last is the null label
         self.inputs = (z, t, y)
         with torch.device("meta"):
             model = DiT(arch)
+        # Built without memory and given the tensors themselves: a DiT-XL would else be held twice.
         model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()}, assign=True)
+        # A buffer outside the state dict, which the meta device left without values.
         model.pos = positions_of(arch)
         self.ours = model.eval()(*self.inputs)
 
@@ -43,6 +46,7 @@ class ExportComparison:
     def confirm(self, other: Forward, where: str) -> float:
         """`error`, and `ArtifactError` when it is above `LIMIT`."""
         error = self.error(other)
+        # Written so that a NaN counts as an error; `error > LIMIT` would let it pass.
         if not error <= LIMIT:
             raise ArtifactError(
                 f"{where}: what was written does not compute what the model does: outputs differ by {error:.3g}, and "

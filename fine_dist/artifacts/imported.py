@@ -111,6 +111,7 @@ def check_tensor(name: str, tensor: Tensor, where: str) -> None:
 
 def checked_state(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[str, Tensor]:
     """The state in float32, every tensor finite and of the shape the architecture has. `ArtifactError` if not."""
+    # Shapes are all that is needed here, and they cost no memory on the meta device.
     with torch.device("meta"):
         wanted = DiT(arch).state_dict()
     check_keys(wanted, state, where, arch.name)
@@ -124,6 +125,7 @@ def checked_state(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[s
             )
         check_tensor(name, tensor, where)
         tensor = tensor.detach().to(torch.float32).contiguous()
+        # A diverged model loads and trains without an error, so it is refused where its file is still known.
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} has NaN or infinite entries; the checkpoint is damaged or diverged")
         done[name] = tensor

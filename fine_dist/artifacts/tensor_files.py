@@ -43,6 +43,7 @@ def read_tensor_file(path: Path) -> dict[str, Any]:
 
 
 def _read_pt(path: Path) -> Any:
+    # Allowed within this block only; a global allowance would apply to whatever the user's own program loads later.
     with torch.serialization.safe_globals([argparse.Namespace]):
         for mapped in (True, False):  # files of torch before 1.6 cannot be mapped
             try:
@@ -65,6 +66,8 @@ def _read_pt(path: Path) -> Any:
                 TypeError,
                 NotImplementedError,
             ) as error:
+                # Mapping is tried first because a checkpoint with optimizer states is several
+                # times the model's size, and only the pages of the weights are then read.
                 if mapped and "mmap" in str(error):
                     continue
                 raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
@@ -87,6 +90,7 @@ def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
     if not isinstance(pieces, dict) or not all(isinstance(name, str) for name in pieces.values()):
         raise ArtifactError(f"{file}: weight_map must map names of tensors to names of files: the file is damaged")
     names = sorted(set(pieces.values()))
+    # An index is data from outside: a name such as ../../x must not make this read other files.
     if not names or any(Path(name).name != name for name in names):
         raise ArtifactError(f"{file} names no files, or files outside its folder: {names[:5]}")
     tensors: dict[str, Tensor] = {}
@@ -120,6 +124,7 @@ def fetch(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except HFValidationError:
         raise ArtifactError(f"{name!r} is neither a file or folder here nor the name of a model on the hub") from None
+    # The cause matters less to a user than what to do without a network, which is most clusters' compute nodes.
     except Exception as error:  # the hub's client raises what its transport raises
         raise ArtifactError(
             f"{name}: no such file or folder here, and the hub cannot be reached or has no such model "

@@ -71,6 +71,7 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     plain = [candidate for candidate in found if not candidate.is_average]
     if weights == "raw" and not plain:
         raise ArtifactError(f"{path} holds averaged weights only ({_names(averages)}); leave weights at ema")
+    # The average first: published figures were sampled with it.
     choice = (plain if weights == "raw" else averages or plain)[0]
     named = choice.tensors
     state = {name[len(choice.prefix) :]: tensor for name, tensor in named.items() if name.startswith(choice.prefix)}
@@ -85,6 +86,7 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     if choice.prefix:
         result.notes.append(f"the prefix {choice.prefix!r} was taken off every name")
     left = sorted(name for name in named if not name.startswith(choice.prefix))
+    # Tensors of the other candidates were not dropped but not chosen, which the note above says already.
     left = [name for name in left if not any(name.startswith(c.prefix) for c in found if c.tensors is named)]
     if left:
         result.notes.append(f"dropped, as no part of the model: {_few(left)}")
@@ -97,6 +99,7 @@ def _candidates(content: Mapping[Any, Any], path: tuple[str, ...]) -> list[_Cand
     tensors = {
         _plain(key): value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
     }
+    # One mapping may hold several models (ema_pytorch stores both), so every patch embedder is a candidate of its own.
     prefixes = sorted(name[: -len(ANCHOR)] for name in tensors if name.endswith(ANCHOR))
     found = [_Candidate(path, prefix, tensors) for prefix in prefixes]
     if len(path) < _DEPTH:
@@ -109,6 +112,7 @@ def _candidates(content: Mapping[Any, Any], path: tuple[str, ...]) -> list[_Cand
 def _plain(name: str) -> str:
     """A name without the words of wrappers; `module` comes off the front only, where it is DataParallel's or DDP's."""
     words = [word for word in name.split(".") if word not in WRAPPERS]
+    # Behind the front, `module` may be the name of a model's own part.
     while len(words) > 1 and words[0] == "module":
         words = words[1:]
     return ".".join(words)

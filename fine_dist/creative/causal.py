@@ -57,6 +57,7 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
     x = tokens + text.embeddings.position_embedding.weight[first : first + size]  # [N, S, D]
     mask = None
     if first:
+        # `is_causal` aligns the triangle with the first key, and with P cached keys the first query is at position P.
         mask = torch.ones(size, first + size, dtype=torch.bool, device=x.device).tril(first)
     for index, layer in enumerate(text.encoder.layers):
         attention = layer.self_attn
@@ -70,6 +71,7 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
         if first:
             # both [N, H, P + S, K]
             k, v = (
+                # Expanded, which copies nothing: the cached part is one prompt's, and all N prompts share it.
                 torch.cat([old.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=2)
                 for old, new in zip(before.layers[index], (k, v))
             )

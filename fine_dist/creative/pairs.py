@@ -187,5 +187,6 @@ class PairStream:
 
     def _draw(self, seed: int, step: int) -> Tensor:
         """Pairs [b] of this rank: every rank draws the whole batch (a few numbers) and takes its own positions."""
+        # A counter-based generator gives step 10,000 without drawing the steps before it, so a restart costs nothing.
         draw = np.random.Generator(np.random.Philox(key=[seed, _DRAW], counter=[0, 0, 0, step]))
         return torch.from_numpy(draw.integers(self.num_pairs, size=self.global_batch)[self._own])

@@ -66,6 +66,7 @@ class EncoderPrompts:
         self.prompt_of = torch.from_numpy(table).to(device)  # [R, Q, O]
         self.targets, self.target_of = self._targets(specs, pairs)
 
+    # Copies of the module, such as that for evaluation, share it: encoders are frozen and far larger than the rows.
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPrompts:
         return self
 
@@ -90,8 +91,10 @@ class EncoderPrompts:
 
     def embed(self, rows: Tensor, prompts: Tensor) -> Tensor:
         """Unit vectors [U, E], fp32, of adaptive prompts [U], each with its own row [U, D]."""
+        # `where` and not an assignment in place: the gradient must reach the rows through every place of the token.
         x = torch.where(self.is_token[prompts], rows[:, None].to(self.embedded.dtype), self.embedded[prompts])
         hidden = causal.run(self.encoder.model, x, self.before)  # [U, S, D]
+        # In fp32: near 1 the cosines of bf16 are 0.004 apart, and the loss is what is missing to 1.
         return F.normalize(causal.pool(self.encoder.model, hidden, self.ends[prompts]).float(), dim=1)
 
 
@@ -157,6 +160,8 @@ class Tokens(nn.Module):
         for prompts_of_encoder in self.prompts_by_encoder:
             layers = prompts_of_encoder.encoder.model.text_model.encoder.layers
             numbers = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+            # One prompt for all pairs is encoded once a step and not
+            # once a sample, so its cost is divided by the batch.
             fixed = len(self.specs) if all(len(p.unique()) == 1 for p in prompts_of_encoder.prompt_of) else 0
             prompts = fixed / batch if fixed else 2 * len(self.specs)
             positions += max(1, round(prompts * prompts_of_encoder.ids.shape[1]))

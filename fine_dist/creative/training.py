@@ -99,6 +99,8 @@ def train_pack(config: CreativeConfig, members: Sequence[TokenRun], place: Path,
             claim=lambda: run_dir.claim(_own(config, members)) if world.is_main else None,
         )
         if world.is_main:
+            # A token is a row for one particular encoder; an in-place
+            # change would make it useless without a sign of it.
             if {encoder.key: encoder.hash() for encoder in encoders} != program.identity["encoders"]:
                 raise TrainingError("an encoder's weights changed while a token trained on it; nothing was saved")
             for index in range(len(members)):

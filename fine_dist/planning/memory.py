@@ -148,6 +148,7 @@ def estimate(
     stage = {"plain": 0, "deepspeed": engine.deepspeed.stage, "fsdp2": 3}[engine.backend]
     beside = projector.numbers(arch) if projector else 0
     params, trained = 4.0 * (num_params + beside), 4.0 * (num_trained + beside)
+    # Optimizer states exist for what trains alone, however large the frozen rest is.
     share = trained / world_size if stage >= 1 else trained
     kept_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
     weights_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_params
@@ -156,6 +157,8 @@ def estimate(
     if engine.backend == "fsdp2":
         buffers = gathered_bytes(groups or Groups(arch.num_layers, num_params), engine)
     elif stage == 3:
+        # ZeRO-3 frees gathered weights only beyond LIVE numbers, so
+        # a smaller model is held whole for the length of a step.
         buffers = min(params, 4.0 * LIVE) + 2 * 4.0 * BUCKET  # gathered weights; gradients in, and their sums out
     elif sharded:
         buffers = 2 * min(trained, 4.0 * BUCKET)
@@ -168,9 +171,11 @@ def estimate(
         activations=float(activation_bytes(arch, engine, micro_batch, kept))
         + (projector.activation_bytes(arch, engine, micro_batch) if projector else 0),
         buffers=buffers,
+        # A sharded run without pictures still needs it: the weights are gathered into it to be saved.
         second_model=params * (shows or sharded),
         teacher=teacher * (2.0 if engine.precision == "bf16" else 4.0),
         encoder=float(projector.encoder_bytes) if projector else 0.0,
+        # Checkpoints are written by a thread from a copy, so that training goes on; the copy lives on the host.
         host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
     )
 
@@ -190,8 +195,11 @@ def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, kept: f
     casts = 2 * 18 * d * d * arch.num_layers if engine.precision == "bf16" else 0
     layers = arch.num_layers
     if engine.activation_checkpointing == "blocks":
+        # Only one block's activations live at a time; of the others
+        # the fp32 input remains, from which they are recomputed.
         return casts // arch.num_layers + micro_batch * (block + arch.num_layers * tokens * d * 4)
     if engine.activation_checkpointing == "every_other":
+        # Half of the blocks keep their activations, and one of the others has them while it is recomputed.
         layers = arch.num_layers // 2 + 1
         return casts + micro_batch * (layers * block + (arch.num_layers - layers) * tokens * d * 4)
     return casts + micro_batch * layers * block

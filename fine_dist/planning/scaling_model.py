@@ -118,6 +118,8 @@ class Network:
             return self.measured[kind]
         if processes <= self.per_node:
             return self.inside
+        # All hops of a ring go in step, so each lasts as long as
+        # its slowest, even where one hop in eight leaves the node.
         bandwidth = min(self.inside.bytes_per_s, self.between.bytes_per_s)
         return Link(bandwidth, max(self.inside.latency_s, self.between.latency_s))
 
@@ -190,6 +192,7 @@ def messages(
     if stage == 0:
         return [Message("all_reduce", n, max(1, math.ceil(SIZE * n / BUCKET_BYTES)), "backward")]
     if stage in (1, 2):
+        # ZeRO-2 keeps only its share of the gradients between micro-batches, so it must reduce each one's at once.
         times = accumulation if stage == 2 else 1
         return [Message("all_reduce", n * times, buckets * times, "backward"), Message("all_gather", n, 1)]
     found = [Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward")]
@@ -198,6 +201,7 @@ def messages(
     if large := n - parts.small:
         gathers = max(1, math.ceil(large / BUCKET)) if grouped else parts.tensors - parts.small_tensors
         found.append(Message("all_gather", large * accumulation, gathers * accumulation, "forward"))
+        # What stays within LIVE is still gathered from the forward pass and needs no second gathering.
         if again := max(0, large - LIVE):
             share = max(1, round(gathers * again / large))
             found.append(Message("all_gather", again * accumulation, share * accumulation, "backward"))
@@ -231,6 +235,7 @@ def predict(
             sent += HOPS[message.kind] * (processes - 1) / processes * SIZE * message.numbers
             if message.behind:
                 hideable[message.behind] += seconds
+    # Communication hides only behind its own pass, and never behind more of it than there is.
     hidden = sum(min(hideable[name], overlap * slowdown * passes[name]) for name in passes)
     return Prediction(processes, stage, micro, accumulation, compute, total, hidden, sent, alone)
 

@@ -66,6 +66,7 @@ class Plan:
         """FLOPs of one sample's step: forward and backward pass as things train, and a teacher's forward pass."""
         module = self.condensation.module
         # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
+        # REPA wraps the model; its projector is counted in extra_flops, so here the model inside counts alone.
         module = getattr(module, "student", module) if self.terms else module
         own = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
         return (
@@ -133,6 +134,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         take_terms=objective.take_terms if objective.term_names else None,
         stream=stream,
         identity=identity,
+        # The numbers are for the log, which rank 0 writes; the others wait at the next reduction.
         held_out=scores if world.is_main and (evaluator or quick) else None,
         previews=lambda model, step, budget: preview(renderer(model), step, budget),
         histograms=lambda model: histograms(kept(model)),
@@ -165,6 +167,7 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
         blocks = sorted({int(theirs.rpartition(".")[2]) for _, theirs in pairs}) if weights.features else []
         model = plan.teacher.to(world.device)
         processes = (plan.teacher_process, config.diffusion) if plan.teacher_process else None
+        # A frozen model needs no fp32 copy of its weights: nothing is ever added to them.
         teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks, processes)
         if weights.output:
             terms.append(OutputDistillation(teacher, weights.output))

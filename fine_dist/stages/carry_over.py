@@ -52,12 +52,15 @@ def begin_from(
     facts: dict[str, Any] = {}
     if method.traits.carries_over:
         if world.is_main and not (run_dir / START).exists():
+            # A checkpoint overwrites every weight, so a start computed now would only delay the resumption by minutes.
             if any((run_dir / "checkpoints").glob("step_*")):
                 log.info("ancestor: its weights are not carried over again, the run continues from a checkpoint")
                 return
             facts = method.carry_over(
                 module, ancestor, torch.Generator().manual_seed(seed), world.device or torch.device("cpu")
             )
+            # The other ranks take the file's existence for its
+            # completeness, so it must appear under its name in one move.
             with written_whole(run_dir / START):
                 tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
                 save_file(tensors, run_dir / START, {"facts": json.dumps(facts)})
@@ -87,6 +90,7 @@ def _words(shell: bool, blocks: str) -> str:
 def _read(run_dir: Path, module: nn.Module, world: World) -> dict[str, Any]:
     """Load the start that rank 0 has written, or is about to write, into the module; what was kept of it."""
     begun = time.monotonic()
+    # Polled: no notification of a new file reaches another node through a network file system.
     while not (run_dir / START).exists():
         if any((run_dir / "checkpoints").glob("step_*")):
             return {}  # rank 0 does not make one: the weights come from a checkpoint

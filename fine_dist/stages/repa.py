@@ -50,6 +50,7 @@ def with_alignment(config: StageConfig, plan: Plan, world: World) -> Plan:
             "cannot be aligned; use 0"
         )
     depth = len(module.blocks)
+    # Block 8 of DiT-XL's 28 is the paper's; other depths align at the same share of their depth.
     block = loss.repa_block or max(1, round(depth * 8 / 28))
     if block > depth:
         raise ConfigError(f"loss.repa_block {block}: the model has {depth} blocks; legal: 1..{depth}")

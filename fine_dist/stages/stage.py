@@ -42,6 +42,8 @@ def train_stage(stage: Stage[Any], build: Callable[[World], Plan]) -> Path:
     identity = stage.identity()
     with RunDir(folder.parent).open(kind, identity, world) as run_dir:
         done = run_dir.done
+        # Before anything is built: a study calls every stage again,
+        # and one that is done must cost no more than reading a file.
         if done is not None and done.get("steps", 0) >= config.steps:
             if world.is_main:
                 load_artifact(folder, artifact)
@@ -87,6 +89,8 @@ def train_stage(stage: Stage[Any], build: Callable[[World], Plan]) -> Path:
             claim=lambda: run_dir.claim(config) if world.is_main else None,
             finished=save,
         )
+        # Readers' threads and memory maps end here: a study run in
+        # one process opens the next stage's shards right after.
         program.stream.close()  # type: ignore[attr-defined]
     return folder
 
@@ -138,6 +142,7 @@ def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
 def raw_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     """What was trained, as it is; empty where the EMA is the same."""
     state = {name: p for name, p in result.model.named_parameters() if name in result.ema and name.startswith(prefix)}
+    # A run without averaging has both the same; storing them twice would double the artifact.
     if all(p.detach().cpu().equal(result.ema[name]) for name, p in state.items()):
         return {}
     return {name.removeprefix(prefix): p.detach() for name, p in state.items()}
@@ -145,5 +150,6 @@ def raw_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
 
 def kept_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     """The state dict of what is kept, with the EMA in place of what was trained."""
+    # The EMA covers what trains and nothing else, so buffers and frozen tensors come from the model.
     state = {**result.model.state_dict(), **result.ema}
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

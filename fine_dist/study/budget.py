@@ -72,6 +72,7 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
             chain[name] = hours[name] + max((longest(before) for before in graph[name].after), default=0.0)
         return chain[name]
 
+    # No number of machines shortens a chain of runs that wait for each other.
     least = max((longest(run.name) for run in graph.runs), default=0.0)
     wide = launch.max_parallel
     return Estimate(
@@ -114,6 +115,7 @@ def measuring_hours(study: StudyConfig, gflops: float = CORE_GFLOPS) -> float:
     The held-out loss is taken as if each of 1,000 images were noised at 10 timesteps.
     """
     arch = validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
+    # A step is a forward pass and a backward pass of twice its cost.
     forward = settings.step_flops(arch) / 3
     models = sum(max(1, len(e.train)) + 1 for e in study.rows) * len(study.depths) * len(study.seeds)
     passes = 10_000 + (study.samples * study.sampler.steps if study.features else 0)
@@ -130,6 +132,7 @@ def measured_gflops(seconds: float = 1.5) -> float:
     torch.set_num_threads(1)
     try:
         output = model(z, t, y)
+        # CPU time, not wall time: a shared machine would look slower than its cores are.
         steps, begun = 0, time.process_time()
         while time.process_time() - begun < seconds:
             output = model(z, t, y)

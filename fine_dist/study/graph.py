@@ -56,11 +56,13 @@ class StudyRun:
             return False
         if not isinstance(stamp, dict) or stamp.get("key") != self.key:
             return False
+        # A stage that writes its own record is believed over the stamp: the product itself may have been deleted since.
         whole = settings.finished(self.module, self.config)
         return bool(stamp.get("done") or self._succeeded()) if whole is None else whole
 
     def _succeeded(self) -> bool:
         """Its worker's own record, for when the process that submitted it ended earlier."""
+        # The process that would have written the stamp may be gone (a login node's session) while its job finished.
         row = StateTable(self.run_dir.parent).get(self.name)
         return row is not None and row.state == "done"
 
@@ -145,6 +147,7 @@ class Graph:
 
     def parent(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path]:
         """An entry as a parent: its learngene, else the model of its longest training at its only depth."""
+        # Entries may name each other as parents; without this list a circle would recurse until Python gives up.
         if entry.name in self._open:
             raise ConfigError(f"entries: {' -> '.join([*self._open, entry.name])} come from each other")
         self._open.append(entry.name)
@@ -202,6 +205,7 @@ class Graph:
         name_of_data = settings.data_of(self.study, stage, entry)
         if self.study.encodes(name_of_data):
             data = self.data(name_of_data)
+            # A need that another need implies is left out, so that the printed graph shows what a run truly waits for.
             after = after if self._comes_after(after, data.name) else (*after, data.name)
         return self._add(StudyRun(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
 
@@ -212,6 +216,7 @@ class Graph:
     def _add(self, run: StudyRun) -> StudyRun:
         """The run, or an earlier one with the same content under another name."""
         content = _content(run.module, run.config, {"launch", "run_dir"})
+        # Rows often share a stage (one ancestor, one learngene), and two seeds may share data; equal content runs once.
         known = self._by_content.get(content)
         if known is not None:
             return known
@@ -237,6 +242,7 @@ def plan(study: StudyConfig) -> Graph:
         for entry in study.used:
             if entry.condense:
                 graph.condense(entry, seed)
+        # Before anything that waits for a parent, so that cores have work while the parents train.
         _trains(graph, seed, [entry for entry in study.used if not entry.parent and not entry.condense])
     for seed in study.seeds:
         for entry in study.used:
@@ -270,6 +276,7 @@ def _check_depths(graph: Graph, entry: StudyEntry) -> None:
 
 def _trains(graph: Graph, seed: int, entries: list[StudyEntry]) -> None:
     """Deepest targets first."""
+    # Deep models take longest, and a long run begun last would leave all other cores idle at the end.
     for depth in sorted({d for e in entries for d in graph.study.depths_of(e)}, reverse=True):
         for entry in entries:
             if depth in graph.study.depths_of(entry):

@@ -239,6 +239,8 @@ class Measuring:
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
             stored = read_record(Measure, file, RunDirError, "delete it, to have it measured again")
+            # The key holds the manifest with the hashes of its tensors,
+            # so a retrained model is measured again without a word.
             if stored.key == digest:
                 return dict(stored.numbers)
         numbers = measure()

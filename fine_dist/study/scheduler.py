@@ -28,7 +28,7 @@ REFRESH_S = 5.0
 
 
 def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ()) -> dict[str, str]:
-    """StudyRun everything that is not done. A run that fails holds up only what comes after it.
+    """Run everything that is not done. A run that fails holds up only what comes after it.
 
     Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
 
@@ -79,12 +79,14 @@ def _in_order(graph: Graph) -> list[StudyRun]:
 def _prepare(graph: Graph, run: StudyRun) -> None:
     if run.grows and not run.run_dir.exists():
         inherit(graph[run.grows], run)
+    # A stamp left by an older configuration must not outlive the run that replaces it, even when that run fails.
     if not settings.finished(run.module, run.config):  # the stage itself refuses a product of another config
         run.stamp(done=False)
 
 
 def inherit(short: StudyRun, run: StudyRun) -> None:
     """Make a run directory with the checkpoints and logs of a finished shorter run, from which the engine resumes."""
+    # Copied under a hidden name and renamed: an interrupted copy must not look like a run directory to resume from.
     half = run.run_dir.with_name(f".{run.run_dir.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -141,7 +143,10 @@ class _Queue:
         if self.runner.detached and time.monotonic() > self._next_refresh:
             self._next_refresh = time.monotonic() + REFRESH_S
             alive = self.runner.alive(self.submissions.all())
+            # A job of an earlier, interrupted call would otherwise be
+            # submitted twice and two jobs would share a run directory.
             self.elsewhere = {name for names in alive.values() for name in names} - self.running.keys()
+            # Such a job may finish the run, so its stamp must be read again once the scheduler has let go of it.
             self._checked -= self.elsewhere
 
     def _start_ready(self) -> None:
@@ -162,6 +167,7 @@ class _Queue:
 
     def _finished(self, run: StudyRun) -> bool:
         """Whether a run that may start was done by an earlier call; the disk is asked once."""
+        # The loop passes ten times a second, and a study on a network file system may have thousands of runs.
         if run.name in self._checked:
             return False
         self._checked.add(run.name)
@@ -170,12 +176,14 @@ class _Queue:
     def _width(self, run: StudyRun) -> int:
         """How many runs of this kind go at once."""
         most = self.graph.study.launch.max_parallel
+        # Asked once a module: on a cluster the answer costs a query to the scheduler.
         if most is None and run.module not in self._widths:
             spec = make_spec(run.module, run.config, run.name, write=False)
             self._widths[run.module] = self.runner.fits(spec)
         return most or self._widths[run.module]
 
     def _submit(self, run: StudyRun) -> None:
+        # Before the submission: a job may start and write its state before `submit` returns.
         self.table.add([run.name], {run.name: str(run.run_dir)})
         self.table.update(run.name, state="pending", reason=None)
         _prepare(self.graph, run)

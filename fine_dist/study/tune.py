@@ -70,6 +70,7 @@ def tune_study(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str
         if not any(more.values()):
             break
         grids = {name: [*grid, *more[name]] for name, grid in grids.items()}
+    # Written with the rest, so that a study that was tuned elsewhere has the same file and the same report.
     chosen |= given(study)
     write_atomic(study.root / FILE, json.dumps(chosen, indent=1) + "\n")
     return with_choices(study, chosen), chosen
@@ -92,6 +93,7 @@ def trials(study: StudyConfig, grids: dict[str, list[Point]] | None = None) -> t
         if entry.name in study.tuned or not grid:
             continue
         depth = depth_of(study, entry)
+        # One depth for all trials: the grid would otherwise be paid once for every depth.
         small = entry.model_copy(update={"depths": (depth,)})
         final = entry.init is not None and entry.init.final
         # stages before the tuned one get their names from the entry itself, whichever row needs them first
@@ -124,6 +126,7 @@ def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
             continue
         low = best[key] == values[0]
         near, next_to_it = (values[0], values[1]) if low else (values[-1], values[-2])
+        # Rates and ranks are searched on a geometric grid, where the next point keeps the ratio.
         value = near * near / next_to_it
         # a whole number stays one, such as a rank
         found.append({**best, key: round(value) if isinstance(near, int) else float(f"{value:.4g}")})
