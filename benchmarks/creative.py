@@ -157,7 +157,7 @@ class Whole:
         return total
 
     def update(self) -> None:
-        """One step of the optimiser."""
+        """One step of the optimizer."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 

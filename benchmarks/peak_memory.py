@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def peak_memory_of(step: Callable[[], float], device: torch.device) -> float:
-    """Bytes that a step (its second: the optimiser has its state) takes beyond what lay there before it."""
+    """Bytes that a step (its second: the optimizer has its state) takes beyond what lay there before it."""
     import torch
 
     step()

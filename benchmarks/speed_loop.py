@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LoopClock:
-    """Seconds spent in forward, backward and optimiser so far, and for each step's start: the time, that sum, and
+    """Seconds spent in forward, backward and optimizer so far, and for each step's start: the time, that sum, and
     whether a checkpoint was being written."""
 
     def __init__(self, device: torch.device) -> None:
@@ -44,7 +44,7 @@ class LoopClock:
 
 
 def loop(arch: Arch, device: torch.device, batch: int, steps: int, bars: bool) -> list[BenchmarkRow]:
-    """A real run on streamed shards: what is not forward, backward or optimiser, waiting for data, and saving."""
+    """A real run on streamed shards: what is not forward, backward or optimizer, waiting for data, and saving."""
     from fine_dist.data.stream import LatentStream
     from fine_dist.diffusion.objective import Objective
     from fine_dist.engine.loop import Run

@@ -44,7 +44,7 @@ class Step:
     width: D, by which a profile tells tokens from other tensors.
     flops: of its forward and backward pass, counted; 0 where nobody asks.
     taken: {"batch": what the parts read at each step}; `ready` is a smaller one, by which `warm` makes ready what a
-           first step makes (the optimiser's state); none: `warm` is an ordinary step.
+           first step makes (the optimizer's state); none: `warm` is an ordinary step.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Bench:
     def times(self, steps: dict[str, Callable[[], float]], within_s: float | None = None) -> dict[str, list[float]]:
         """Figures of every step, taken in turn: `rounds` of them, and fewer (two at least) once the seconds are over.
 
-        Each is made ready before: a first step makes the optimiser's state and compiles what is to be compiled.
+        Each is made ready before: a first step makes the optimizer's state and compiles what is to be compiled.
         """
         for step in steps.values():
             step.warm() if isinstance(step, Step) else step()

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.init`: stage 2, initialise a family of targets from a learngene.
+"""`python -m fine_dist.init`: stage 2, initialize a family of targets from a learngene.
 
 To train the family, or to print its sizes and losses:
 

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.train`: stage 3, train an ordinary dense DiT from an initialised target, or from scratch."""
+"""`python -m fine_dist.train`: stage 3, train an ordinary dense DiT from an initialized target, or from scratch."""
 
 from __future__ import annotations
 

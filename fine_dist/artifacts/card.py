@@ -55,7 +55,7 @@ def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
     words = "\n\n".join([*card.notes, how_to_load])
     front_text = yaml.safe_dump(front, sort_keys=False)
-    return f"---\n{front_text}---\n# {arch.name}, initialised by {card.method}\n\n| | |\n|-|-|\n{table}\n\n{words}\n"
+    return f"---\n{front_text}---\n# {arch.name}, initialized by {card.method}\n\n| | |\n|-|-|\n{table}\n\n{words}\n"
 
 
 def _cell(value: Any) -> str:

@@ -23,7 +23,7 @@ from fine_dist.core.json_files import Record, as_record, read_json
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPTS = "prompts.csv"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's own normalisation, where a folder has no preprocessor_config.json."""
+"""CLIP's own normalization, where a folder has no preprocessor_config.json."""
 _BATCH = 32
 
 
@@ -98,7 +98,7 @@ class Preprocessor(Record):
 
 
 class _Prepare:
-    """CLIP's preparation of an image: the shorter edge bicubic to its size, the middle square, normalised."""
+    """CLIP's preparation of an image: the shorter edge bicubic to its size, the middle square, normalized."""
 
     def __init__(self, clip: Path, size: int) -> None:
         about = Preprocessor()

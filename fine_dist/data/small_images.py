@@ -37,7 +37,7 @@ def digits(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"digits have no split {split!r}; legal: {', '.join(SPLITS)}")
     data = load_digits()
     part = slice(None, NUM_TRAIN) if split == "train" else slice(NUM_TRAIN, None)
-    # grey values are 0..16: the result is exact in float16
+    # gray values are 0..16: the result is exact in float16
     images = (data.images[part] / 8.0 - 1.0).astype(np.float32)[:, None]
     return images, data.target[part].astype(np.int64)
 

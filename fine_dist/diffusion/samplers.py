@@ -18,7 +18,7 @@ sde    SiT's reverse SDE (2401.08740, eq. 8) by Euler-Maruyama, with the diffusi
        (the authors' form "sigma"); the last step takes the mean.
 
 Guidance is `null + scale * (label - null)` on all predicted channels, or on the first `guidance_channels`, and only at
-noise levels within `guidance_interval`. What is not guided, a learned variance included, is the labelled half's. Both
+noise levels within `guidance_interval`. What is not guided, a learned variance included, is the labeled half's. Both
 halves go through the model at once.
 """
 

@@ -1,7 +1,7 @@
 """DINOv2 features (arXiv 2304.07193) through transformers, for the Fréchet DINO distance, FDD (arXiv 2306.04675).
 
-Shapes: N images. They are resized to 224 x 224 bicubically with antialiasing, normalised with ImageNet's mean and
-deviation, and the class token of the last, normalised layer is what counts.
+Shapes: N images. They are resized to 224 x 224 bicubically with antialiasing, normalized with ImageNet's mean and
+deviation, and the class token of the last, normalized layer is what counts.
 """
 
 from __future__ import annotations

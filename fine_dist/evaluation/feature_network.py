@@ -59,7 +59,7 @@ class Features(Protocol):
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] of any images that `to_uint8` takes; grey ones three times over."""
+    """uint8 [N, 3, H, W] of any images that `to_uint8` takes; gray ones three times over."""
     images = to_uint8(images)
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
@@ -72,7 +72,7 @@ def as_signed(images: Tensor) -> Tensor:
 # --- weights from files that a user has; no code in them is run -----------------------------------------------------
 
 _COUNTER = ".num_batches_tracked"
-"""Batch normalisation's counter of training steps, which some files have and no answer depends on."""
+"""Batch normalization's counter of training steps, which some files have and no answer depends on."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

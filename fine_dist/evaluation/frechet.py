@@ -66,7 +66,7 @@ def _quick(cov_a: Tensor, cov_b: Tensor, traces: float) -> float | None:
     factor, failed = torch.linalg.cholesky_ex(cov_a)
     if failed:
         return None
-    # LAPACK's reduction of a generalised eigenproblem gives Lᵀ S_2 L in F³ operations; two products take 4 F³.
+    # LAPACK's reduction of a generalized eigenproblem gives Lᵀ S_2 L in F³ operations; two products take 4 F³.
     product, failed = dsygst(cov_b.numpy().T, factor.numpy(), itype=2, lower=1)
     if failed:
         return None

@@ -39,7 +39,7 @@ Layer = tuple[str, int, Size, int, Size]
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without bias, batch normalization, ReLU."""
 
     def __init__(self, channels: int, out: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
         super().__init__()

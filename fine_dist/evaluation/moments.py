@@ -17,7 +17,7 @@ from fine_dist.core.errors import DataError
 
 @dataclass
 class Moments:
-    """Count, mean [F] and centred sum of outer products [F, F], all float64. Start with `Moments.empty(F)`."""
+    """Count, mean [F] and centered sum of outer products [F, F], all float64. Start with `Moments.empty(F)`."""
 
     count: int
     mean: Tensor

@@ -86,7 +86,7 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, block: int
         if x.ndim != 2 or x.shape[1] != real.shape[1]:
             raise DataError(f"{name} features are {list(x.shape)}; both must be [samples, {real.shape[-1]}]")
         if len(x) <= neighbours:
-            raise DataError(f"{len(x)} {name} samples have no {neighbours}rd neighbour; take more than {neighbours}")
+            raise DataError(f"{len(x)} {name} samples have no {neighbours}rd neighbor; take more than {neighbours}")
     # Distances do not change, but their expansion |a|^2 - 2 ab + |b|^2 cancels less about the mean.
     centre = real.float().mean(dim=0)
     real, fake = (x.float() - centre for x in (real, fake))

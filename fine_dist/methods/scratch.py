@@ -1,4 +1,4 @@
-"""Training from scratch: DiT's own initialisation (arXiv 2212.09748), the baseline of every table."""
+"""Training from scratch: DiT's own initialization (arXiv 2212.09748), the baseline of every table."""
 
 from __future__ import annotations
 

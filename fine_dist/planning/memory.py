@@ -26,7 +26,7 @@ class Memory:
     masters: float
     """ZeRO-1 and 2: a second copy of the process's share of the weights, which its optimizer updates."""
     gradients: float
-    optimiser: float
+    optimizer: float
     ema: float
     activations: float
     buffers: float
@@ -152,7 +152,7 @@ def estimate(
     share = trained / world_size if stage >= 1 else trained
     kept_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
     weights_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_params
-    state = {"masters": share * (stage in (1, 2)), "optimiser": 2 * share, "ema": share}
+    state = {"masters": share * (stage in (1, 2)), "optimizer": 2 * share, "ema": share}
     weights = params / (world_size if stage == 3 else 1)
     if engine.backend == "fsdp2":
         buffers = gathered_bytes(groups or Groups(arch.num_layers, num_params), engine)
@@ -183,7 +183,7 @@ def estimate(
 def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, kept: float = 0.0) -> int:
     """Bytes that the backward pass of one micro-batch keeps.
 
-    A block keeps, per token: its input, two normalised and two modulated copies, q, k, v and attention's result, both
+    A block keeps, per token: its input, two normalized and two modulated copies, q, k, v and attention's result, both
     branches' results, and the MLP's hidden layer before and after its activation: 4 D of norms' work in fp32, the rest
     in the compute precision. Attention's scores are never stored. kept: what a sample keeps beyond that, all layers.
     """

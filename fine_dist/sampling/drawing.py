@@ -167,7 +167,7 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
 def compare(
     config: SampleConfig, renderers: Sequence[ImageRenderer], labels: Tensor, folder: Path, here: World
 ) -> Path:
-    """One labelled grid, a row a model, of the same seeds and classes; returns the picture's path."""
+    """One labeled grid, a row a model, of the same seeds and classes; returns the picture's path."""
     if len(labels) > GRID_IMAGES:
         raise ConfigError(f"compare: {len(labels)} images of each model are too many; {GRID_IMAGES} at most (--count)")
     rows = []

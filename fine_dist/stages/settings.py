@@ -115,18 +115,18 @@ class CondenseConfig(StageConfig):
 
 
 class TrainConfig(StageConfig):
-    """Stage 3: train a dense DiT with all its weights free, a fresh optimiser and a fresh EMA."""
+    """Stage 3: train a dense DiT with all its weights free, a fresh optimizer and a fresh EMA."""
 
     run_dir: PathKey = "runs/train"
     """Where everything is written; the model lands in its `model/`."""
     parent: PathKey | None = None
-    """An initialised target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
+    """An initialized target, a model or a learngene, of ours or another project's (DiT's `.pt`, a folder of diffusers,
     a name on the hub): trained as it is, or what `method` makes a target of."""
     parents: str | None = None
     """Run directory of a family that `fine-dist init` made. One model is trained from each of its targets, as a fan-out
     with a folder of run_dir for each; none trains one model."""
     learngene: PathKey | None = None
-    """Where the learngene of an initialised target lies now, when it has moved."""
+    """Where the learngene of an initialized target lies now, when it has moved."""
     arch: Arch | None = None
     """Architecture; none: that of the parent."""
     method: AnyMethod | None = None

@@ -76,7 +76,7 @@ def test_a_window_shuffles_over_all_its_shards():
     it = order([50] * 8, global_batch=1, streams=1, window=200)
     shard, _ = it.take(0, 0, 200)
     assert len(set(shard.tolist())) == 4
-    # in a random order of 4 shards' samples about 3/4 of all neighbours come from different shards; in file order 3
+    # in a random order of 4 shards' samples about 3/4 of all neighbors come from different shards; in file order 3
     assert (shard[1:] != shard[:-1]).sum() > 100
 
 

@@ -41,7 +41,7 @@ def photos(count: int = 2, side: int = 40) -> torch.Tensor:
 
 
 def test_it_has_the_published_number_of_parameters():
-    """Keras documents 23,817,352 trainable numbers (1000 classes, no scale in its normalisation) and 34,432 others."""
+    """Keras documents 23,817,352 trainable numbers (1000 classes, no scale in its normalization) and 34,432 others."""
     model = Inception()
     scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("bn.weight"))
     further_classes = 8 * (2048 + 1)

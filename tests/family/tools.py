@@ -100,7 +100,7 @@ def solo(
     optim: OptimConfig | None = None,
     diffusion: DiffusionConfig | None = None,
 ) -> tuple[list[float], FactoredDiT]:
-    """One job by itself, written down plainly: torch's own model, optimiser, clipping and schedule."""
+    """One job by itself, written down plainly: torch's own model, optimizer, clipping and schedule."""
     optim = optim or OptimConfig()
     depth, seed, lr = point
     model = target(learngene, depth, seed)

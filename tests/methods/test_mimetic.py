@@ -69,7 +69,7 @@ def test_no_noise_and_full_heads_give_the_identity_itself():
     np.testing.assert_allclose(vo, -0.4 * np.eye(32), atol=1e-6)
 
 
-def test_what_is_not_attention_is_dits_own_initialisation():
+def test_what_is_not_attention_is_dits_own_initialization():
     model, other = made(seed=0), made(seed=1)
     for block in model.blocks:
         bound = (6 / (32 + 128)) ** 0.5  # Xavier's

@@ -44,7 +44,7 @@ def test_a_window_shares_the_mean_of_its_pairs_solutions(learngene):
     z, y = torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(4)), torch.arange(20) % 10
     parent = dataclasses.replace(learngene, samples=(z, y))
     pool = method.descend(parent, ARCH, torch.Generator().manual_seed(7)).model
-    assert sorted(pool.stitches) == ["0_0", "0_1", "1_0", "1_1"]  # two windows of three blocks, two neighbours
+    assert sorted(pool.stitches) == ["0_0", "0_1", "1_0", "1_1"]  # two windows of three blocks, two neighbors
     question = method.questions(ARCH, parent, torch.Generator().manual_seed(7))
     assert torch.equal(question[2], y)
     small, large = (trace(learngene.module.anchors[i], *question) for i in (0, 1))

@@ -74,10 +74,10 @@ def test_training_sigma_alone_moves_sigma_alone():
     model = lively(FactoredDiT(a, 16))
     train_only(model, "scaler")
     before = copy.deepcopy(model.state_dict())
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     z, t, y = inputs(a)
     model(z, t, y).square().mean().backward()
-    optimiser.step()
+    optimizer.step()
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {f"blocks.{i}.{kind}.sigma" for i in range(4) for kind in MATRICES}
 

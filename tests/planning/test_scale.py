@@ -275,7 +275,7 @@ def test_a_run_whose_processes_cost_nothing_to_each_other_is_predicted_to_last_a
     one = {"kernel_s": 0.01, "runs": {"dense 0": run, "dense 1": run}}
     free = {"kernel_s": 0.01, "links": {kind: [1e30, 0.0] for kind in ("all_reduce", "all_gather", "reduce_scatter")}}
     assert prediction(one, free, "dense", 0, 4).step_s == pytest.approx(0.08)
-    # two processes on each core, and an optimiser that four share
+    # two processes on each core, and an optimizer that four share
     shared = prediction(one, {**free, "kernel_s": 0.02}, "dense", 1, 4)
     assert shared.step_s == pytest.approx(2 * (0.08 - 0.01 * 3 / 4))
     # 4 MB around a ring of four at 1 GB/s: six hops of 1 MB

@@ -29,7 +29,7 @@ def tiny(learn_sigma: bool = False) -> Arch:
 
 
 def lively(arch: Arch) -> DiT:
-    """A DiT whose zero-initialised layers are not zero, so that its output depends on everything."""
+    """A DiT whose zero-initialized layers are not zero, so that its output depends on everything."""
     torch.manual_seed(0)
     model = DiT(arch)
     with torch.no_grad():

@@ -5,7 +5,7 @@ The front anchor embeds the tokens; the back anchor's own conditioning and final
 leaves the front after block j enters the back at block k with |j - k| <= 1: for two anchors of L blocks that is 3 L - 2
 stitched routes and the two anchors, 18 for L = 6 and 27 for L = 9.
 
-Shapes: B batch, T tokens, D_a and D_b widths of neighbouring anchors, D_t a teacher's width.
+Shapes: B batch, T tokens, D_a and D_b widths of neighboring anchors, D_t a teacher's width.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class Verdict:
 
     @property
     def plain(self) -> str:
-        """One of held, within noise, did not hold, not measured: the least favourable of its measured comparisons."""
+        """One of held, within noise, did not hold, not measured: the least favorable of its measured comparisons."""
         if self.decided is not None:
             return HELD if self.decided else FAILED
         outcomes = {c.outcome for c in self.comparisons}

@@ -166,7 +166,7 @@ def test_means_and_spreads_are_over_seeds():
     assert mean.spread == pytest.approx(np.std([0.109, 0.11, 0.111], ddof=1))
 
 
-def test_the_end_of_initialisation_stands_at_step_zero():
+def test_the_end_of_initialization_stands_at_step_zero():
     made = results()
     made.add(method="ours", target=2, seed=0, stage="init", step=0, held_out_loss=0.9, steps_init=10)
     assert made.points("ours", 2)[0] == [0.2, 0.2, 0.2]
