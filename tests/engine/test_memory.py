@@ -56,7 +56,7 @@ def test_zero_divides_what_it_shards():
         for stage in (0, 1, 2, 3)
     ]
     full = 4 * 130
-    assert [s.optimiser for s in stages] == [2 * full, 2 * full / 8, 2 * full / 8, 2 * full / 8]
+    assert [s.optimizer for s in stages] == [2 * full, 2 * full / 8, 2 * full / 8, 2 * full / 8]
     assert [s.gradients for s in stages] == [full, full, full / 8, full / 8]
     assert [s.weights for s in stages] == [full, full, full, full / 8]
 

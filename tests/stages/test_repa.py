@@ -174,7 +174,7 @@ def test_projector_and_encoder_are_in_the_estimate_of_memory(dino, token_shards,
     online = memory("--loss.repa", "0.5", "--loss.repa-encoder", str(dino))
     aligned = AlignedModel(DiT(tiny_arch(num_layers=3)), 0, 24)
     numbers = sum(p.numel() for p in aligned.projector.parameters())
-    assert shards.weights - plain.weights == 4 * numbers and shards.optimiser - plain.optimiser == 8 * numbers
+    assert shards.weights - plain.weights == 4 * numbers and shards.optimizer - plain.optimizer == 8 * numbers
     assert shards.encoder == plain.encoder == 0
     assert online.encoder == (dino / "model.safetensors").stat().st_size
     kept = {}
