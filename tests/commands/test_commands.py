@@ -188,7 +188,7 @@ def test_a_dry_run_counts_parameters_memory_and_work(capsys):
     assert fine_dist(["condense", "--arch", "DiT-S/2-L3", "--arch.num-classes", "7", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "DiT-S/2-L3" in out and "num_classes: 7" in out
-    for word in ("gene", "scaler", "TFLOP a step", "optimiser", "GiB", "compute paths"):
+    for word in ("gene", "scaler", "TFLOP a step", "optimizer", "GiB", "compute paths"):
         assert word in out, word
 
 

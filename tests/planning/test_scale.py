@@ -47,7 +47,7 @@ def test_a_collective_takes_as_long_as_its_ring_walked_hop_by_hop(kind, processe
     assert in_parts == pytest.approx(4 * walk(kind, 250 * SIZE, processes, link), rel=1e-12)
 
 
-def test_a_step_is_its_parts_and_only_zero_divides_the_optimiser():
+def test_a_step_is_its_parts_and_only_zero_divides_the_optimizer():
     free = Network(Link(float("inf"), 0.0), Link(float("inf"), 0.0))
     passes = 2 * (0.01 + 0.002 * 4) + 2 * (0.02 + 0.004 * 4)
     plain, sharded = (predict(PARTS, stage, free, 5, 4, 2) for stage in (0, 1))
