@@ -67,8 +67,8 @@ def heads_of(width: int, hint: int | None, named: int | None, where: str) -> int
     found = hint or named or usual
     if found is None:
         raise ArtifactError(
-            f"{where}: a state dict does not say how many heads its attention has, and width {width} is none of DiT's "
-            f"({', '.join(str(size) for size, _, _ in SIZES.values())}); give them with --hints.num-heads"
+            f"{where}: a state dict does not say how many heads its attention has, and width {width} is not one of "
+            f"DiT's ({', '.join(str(size) for size, _, _ in SIZES.values())}); give them with --hints.num-heads"
         )
     if width % found:
         raise ArtifactError(f"{where}: num_heads {found} does not divide the width {width}; see --hints.num-heads")

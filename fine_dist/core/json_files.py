@@ -53,7 +53,7 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
             raise
         raise error(f"{path}: {wrong.strerror}; {remedy}") from None
     if len(content) > MAX_JSON_BYTES:
-        raise error(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: it is none of ours; {remedy}")
+        raise error(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: fine_dist writes none so large; {remedy}")
     return parse_json(content, path, error, remedy)
 
 

@@ -71,13 +71,13 @@ def make_pairs(config: CreativeConfig) -> Pairs:
 
 
 def read_concepts(path: str | None) -> list[str]:
-    """Words, one a line; none: the project's own list. `DataError` for an empty line's worth of words or doubles."""
+    """Words of a file, one a line; the project's list for None. `DataError` for fewer than two words or a repeat."""
     if path is None:
         lines = resources.files("fine_dist.creative").joinpath("concepts.txt").read_text(encoding="utf-8").splitlines()
         return [line.strip() for line in lines if line.strip()]
     words = [line.strip() for line in _read(path).splitlines() if line.strip()]
     if twice := [word for word, count in Counter(words).items() if count > 1]:
-        raise DataError(f"{path}: {twice[0]!r} stands there twice; leave one")
+        raise DataError(f"{path}: {twice[0]!r} occurs twice; remove one of them")
     if len(words) < 2:
         raise DataError(f"{path}: {len(words)} words make no pair; give one word a line, two or more")
     return words
@@ -86,7 +86,7 @@ def read_concepts(path: str | None) -> list[str]:
 def read_pairs(path: str) -> list[Pair]:
     """Pairs of words, two columns split by a comma or a tab, as they stand in the file.
 
-    `DataError` names the line: one column or three, a pair that stands there twice (in either order).
+    `DataError` names the line: one column or three, a pair that occurs twice (in either order).
     """
     lines = _read(path).splitlines()
     delimiter = "\t" if any("\t" in line for line in lines) else ","
@@ -106,8 +106,8 @@ def read_pairs(path: str) -> list[Pair]:
             raise DataError(f"{path}, line {number}: {cells[0]!r} is paired with itself; give two different words")
         if key in seen:
             raise DataError(
-                f"{path}, line {number}: the pair of line {seen[key]} once more; both orders are trained of each pair, "
-                "so leave one"
+                f"{path}, line {number}: repeats the pair of line {seen[key]}; both orders of a pair are trained, so "
+                "remove one of the lines"
             )
         seen[key] = number
         found.append((cells[0], cells[1]))

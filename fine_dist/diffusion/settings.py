@@ -57,7 +57,9 @@ class DiffusionConfig(Config):
     def _fits_together(self) -> DiffusionConfig:
         legal = ("velocity",) if self.process == "flow" else ("noise", "v")
         if self.prediction not in (None, *legal):
-            raise ValueError(f"prediction {self.prediction} is none of process {self.process}'s: {', '.join(legal)}")
+            raise ValueError(
+                f"prediction {self.prediction} does not fit process {self.process}; legal: {', '.join(legal)}"
+            )
         if self.zero_terminal_snr and (self.process, self.prediction) != ("ddpm", "v"):
             raise ValueError("zero_terminal_snr needs process ddpm and prediction v")
         if self.zero_terminal_snr and self.num_timesteps < 2:

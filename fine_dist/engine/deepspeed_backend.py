@@ -63,8 +63,8 @@ class DeepSpeedBackend(ShardedBackend):
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
         # DeepSpeed averages over ranks; the sum over all samples is divided once, here.
         loss = losses.sum() * (self.world.world_size / global_batch)
-        # Whatever made a loss not finite, its gradients are made NaN on every rank: a norm that is not finite is what
-        # DeepSpeed discards a step for, in all stages.
+        # A loss that is infinite has its gradients made NaN as well, on every rank: DeepSpeed discards a step in all
+        # stages when the norm of its gradients is not finite.
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
         # The division by accumulation steps is in `global_batch` already.
         self.engine.backward(loss, scale_wrt_gas=False)
@@ -86,8 +86,8 @@ class DeepSpeedBackend(ShardedBackend):
         return torch.full((), norm, dtype=torch.float64, device=self.world.device)
 
     def _forget_gradients(self) -> None:
-        """Stage 3 updates with what lies in its gradients' buffers, and the next step writes those alone that it uses:
-        any other parameter has to find zeros there, as in every other stage."""
+        """Zero the buffers of stage 3's gradients. Its update reads all of them, and a step writes only those of the
+        parameters that it uses; the others would be updated with an older step's gradients."""
         for buffer in self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
             buffer.zero_()
 

@@ -220,7 +220,7 @@ class Method(ABC, Generic[M]):
             has = nearest(axis, axes) if axes else "it has none"
             raise ConfigError(f"variants: method {self.config.name} has no axis {axis!r}; {has}")
         if value not in axes[axis]:
-            raise ConfigError(f"variants.{axis}: {value!r} is none of them; {nearest(value, axes[axis])}")
+            raise ConfigError(f"variants.{axis}: {value!r} is unknown; {nearest(value, axes[axis])}")
         return type(self)(self.config.model_validate({**self.config.model_dump(), axis: value}))
 
     def shape_of(self, target: Arch, parent: Arch) -> Arch:

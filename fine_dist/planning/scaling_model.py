@@ -275,9 +275,7 @@ class ScalingRequest:
             if low := [value for value in values if value < 1]:
                 raise ConfigError(f"--{flag}: {low[0]}; give 1 or more")
         if len(set(self.processes)) < len(self.processes):
-            raise ConfigError(
-                f"--scale: {' '.join(map(str, self.processes))}: a number of processes stands there twice"
-            )
+            raise ConfigError(f"--scale: {' '.join(map(str, self.processes))}: a number of processes is given twice")
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ConfigError(f"--zero: {unknown[0]}; legal: {', '.join(map(str, STAGES))}")
         for flag, pair, least in (("bandwidth", self.gigabytes_per_s, 1e-9), ("latency", self.microseconds, 0.0)):

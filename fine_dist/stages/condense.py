@@ -58,8 +58,8 @@ class CondenseStage(Stage[CondenseConfig]):
 
     @property
     def shape(self) -> Arch:
-        """Of what is trained and kept: what `arch` says, or else the ancestor's, in the method's own depth if it sets
-        one. `ArtifactError` when neither can be known."""
+        """Shape of the model that is trained and kept: `arch`, or else the ancestor's, in the method's own depth if it
+        sets one. `ArtifactError` when neither can be known."""
         config = self.config
         said = config.arch or (facts_of(config.ancestor, config.hints).arch if config.ancestor else Arch())
         return build(config.method).auxiliary(said)

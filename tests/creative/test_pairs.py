@@ -47,7 +47,7 @@ def test_a_users_pairs_are_taken_as_they_stand(tmp_path, delimiter):
         ("owl,fox\nowl\n", r"line 2: 1 column\(s\)"),
         ("owl,fox,crab\n", r"line 1: 3 column\(s\)"),
         ("owl,\n", r"line 1: 1 column\(s\)"),
-        ("owl,fox\nfox,owl\n", "line 2: the pair of line 1 once more"),
+        ("owl,fox\nfox,owl\n", "line 2: repeats the pair of line 1"),
         ("owl,owl\n", "paired with itself"),
         ("owl,fox\n", "1 pairs, and held_out: 27 leaves none to train on"),
         (b"\xff\xfeowl", "not UTF-8"),
@@ -68,7 +68,7 @@ def test_a_word_list_must_make_enough_pairs(tmp_path):
     with pytest.raises(DataError, match="4 words make 6 pairs, and num_pairs 200 with held_out 27 need 227"):
         make_pairs(CreativeConfig(concepts=str(path)))
     path.write_text("owl\nowl\n")
-    with pytest.raises(DataError, match="'owl' stands there twice"):
+    with pytest.raises(DataError, match="'owl' occurs twice"):
         make_pairs(CreativeConfig(concepts=str(path)))
     with pytest.raises(DataError, match="No such file"):
         make_pairs(CreativeConfig(pairs=str(tmp_path / "nowhere.csv")))

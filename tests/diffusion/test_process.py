@@ -190,8 +190,8 @@ def test_the_held_out_loss_of_a_perfect_model_is_nothing(config):
     ("values", "words"),
     [
         ({"process": "rectified"}, "diffusion.process"),
-        ({"process": "flow", "prediction": "noise"}, "prediction noise is none of process flow's: velocity"),
-        ({"prediction": "velocity"}, "prediction velocity is none of process ddpm's: noise, v"),
+        ({"process": "flow", "prediction": "noise"}, "prediction noise does not fit process flow; legal: velocity"),
+        ({"prediction": "velocity"}, "prediction velocity does not fit process ddpm; legal: noise, v"),
         ({"zero_terminal_snr": True}, "needs process ddpm and prediction v"),
         ({"process": "flow", "weighting": "min_snr"}, "weighting min_snr needs process ddpm"),
         ({"process": "flow", "time_shift": 0}, "time_shift"),

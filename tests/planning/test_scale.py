@@ -233,7 +233,7 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
     ("flags", "words"),
     [
         (["--scale", "0"], "--scale: 0; give 1 or more"),
-        (["--scale", "8", "8"], "a number of processes stands there twice"),
+        (["--scale", "8", "8"], "a number of processes is given twice"),
         (["--scale", "8", "--zero", "4"], "--zero: 4; legal: 0, 1, 2, 3, fsdp2"),
         (["--scale", "8", "--zero", "fsdp3"], "--zero: fsdp3; legal: 0, 1, 2, 3, fsdp2"),
         (["--scale", "8", "--bandwidth", "0", "25"], "--bandwidth: 0; give two numbers above 0"),

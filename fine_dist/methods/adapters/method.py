@@ -93,8 +93,8 @@ class Adapters(Method[M]):
 
 @contextmanager
 def _plain_butterflies() -> Iterator[None]:
-    """peft compiles a CUDA extension for BOFT while it builds a layer, once more for every layer where that fails.
-    One butterfly factor needs none: it is told that there is none."""
+    """Tell peft that BOFT has no CUDA extension. It would compile one while it builds a layer, and again for every
+    layer where that fails; one butterfly factor needs none."""
     from peft.tuners.boft import layer
 
     before = layer._FBD_CUDA

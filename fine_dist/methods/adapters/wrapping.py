@@ -64,7 +64,7 @@ class Adapted(nn.Module):
 def adapt(model: DiT, tuner: type[Any], config: Any, macs: AdapterMacs) -> Any:
     """Put peft's layers around the matrices that `config.target_modules` names; peft's tuner, which may hold more.
 
-    Whatever peft draws, it draws from torch's global generator: seed that first.
+    peft draws from torch's global generator: seed that first.
     """
     # peft replaces modules in place; what it has wrapped is no `Dense` any more and is found by that.
     made = tuner(model, config, "default")

@@ -81,7 +81,8 @@ def stacked(num_layers: int, source: int, noise: float, generator: torch.Generat
 
 
 class Grown(nn.Module):
-    """A linear map whose weight and bias are grown at every use. Whatever it uses belongs to the model's root."""
+    """A linear map whose weight and bias are grown at every use. All tensors that it uses belong to the model's
+    root."""
 
     layer: Tensor
 
