@@ -12,7 +12,7 @@ from fine_dist.artifacts.reading import facts_of, read_artifact
 from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.artifacts.targets import load_target, load_target_module, merged
 from fine_dist.methods import from_manifest, parent_of
-from fine_dist.methods.base import Method
+from fine_dist.methods.base import Method, MethodConfig
 from fine_dist.model.artifact import Weights
 from fine_dist.model.dit import DiT
 
@@ -50,7 +50,7 @@ def load_model(
     return model, {**about, **artifact.extra}
 
 
-def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tuple[Method[Any], nn.Module]:
+def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tuple[Method[MethodConfig], nn.Module]:
     """A learngene or target as its own method's module, and that method; of a dense model, the model."""
     if not is_foreign(path) and facts_of(path).kind == "target":
         return load_target_module(find_artifact(path), learngene)[:2]

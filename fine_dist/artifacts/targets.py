@@ -20,14 +20,14 @@ from fine_dist.artifacts.reading import inherited_facts, read_artifact
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check, from_manifest, parent_of
-from fine_dist.methods.base import Descent, Method, Parent
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
 from fine_dist.model.arch import Arch
-from fine_dist.model.artifact import MANIFEST, Artifact, load_artifact, save_artifact
+from fine_dist.model.artifact import MANIFEST, Artifact, ArtifactManifest, load_artifact, save_artifact
 from fine_dist.model.dit import DiT, labels_from_null
 
 
 def descend(
-    method: Method[Any], parent: Parent | None, target: Arch, seed: int, *, new_labels: bool = False
+    method: Method[MethodConfig], parent: Parent | None, target: Arch, seed: int, *, new_labels: bool = False
 ) -> Descent:
     """The target before stage 2; a function of its arguments alone.
 
@@ -55,7 +55,7 @@ def descend(
 
 
 def check_target(
-    method: Method[Any], parent: Parent | None, target: Arch, *, new_labels: bool = False
+    method: Method[MethodConfig], parent: Parent | None, target: Arch, *, new_labels: bool = False
 ) -> tuple[Parent | None, Arch]:
     """Check a target without building it: the parent the method uses, and the shape it is asked for.
 
@@ -89,7 +89,7 @@ def save_target(
     own: Mapping[str, Tensor],
     names: list[str],
     facts: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> ArtifactManifest:
     """Write a target as an artifact of kind `target`, and return its manifest.
 
     Args:
@@ -140,7 +140,7 @@ def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[
 
 def load_target_module(
     path: str | Path, learngene: str | Path | None = None
-) -> tuple[Method[Any], nn.Module, Artifact]:
+) -> tuple[Method[MethodConfig], nn.Module, Artifact]:
     """A target as its own method's module, with that method and the artifact; as `load_target`."""
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
@@ -153,7 +153,7 @@ def load_target_module(
     return method, _assembled(artifact, parent), artifact
 
 
-def merged(method: Method[Any], model: nn.Module) -> DiT:
+def merged(method: Method[MethodConfig], model: nn.Module) -> DiT:
     """The ordinary dense DiT of the same function; of a method whose product is none, the product itself."""
     if not method.traits.dense:
         return model  # type: ignore[return-value]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from fine_dist.engine.settings import LoopConfig
 from fine_dist.engine.stopping import Budget
 from fine_dist.engine.world import World
 
+B = TypeVar("B", bound="TrainingBatch")
+
 
 class TrainingBatch(Protocol):
     """This rank's part of a global batch: samples in a row, of any kind (`fine_dist.data.batch.Batch`)."""
@@ -21,17 +23,17 @@ class TrainingBatch(Protocol):
     def __len__(self) -> int:
         """Number of samples."""
 
-    def to(self, device: torch.device) -> Any:
+    def to(self: B, device: torch.device) -> B:
         """The same batch on a device."""
 
-    def part(self, start: int, size: int) -> Any:
+    def part(self: B, start: int, size: int) -> B:
         """`size` of its samples, from `start`: a micro-batch."""
 
 
 class Stream(Protocol):
     """An endless stream of batches (`fine_dist.data.stream`)."""
 
-    def batches(self, start_step: int = 0) -> Iterator[Any]:
+    def batches(self, start_step: int = 0) -> Iterator[TrainingBatch]:
         """Batches of this rank, from the one that a step of this number takes."""
 
 

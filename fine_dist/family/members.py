@@ -28,7 +28,7 @@ from fine_dist.family.listing import baselines, result_of
 from fine_dist.family.packing import Pack, Shape, plan, sample_bytes
 from fine_dist.launchers.spec import Capacity, check_name
 from fine_dist.methods import build, from_manifest, parent_of
-from fine_dist.methods.base import Method, Parent
+from fine_dist.methods.base import Method, MethodConfig, Parent
 from fine_dist.model.arch import Arch
 from fine_dist.stages.blueprint import check_labels, fit_arch, hparams
 
@@ -109,7 +109,7 @@ class Family:
         self.config = config
         self.members = expand(config)
         self._read: dict[str, list[tuple[str, Manifest]]] = {}
-        self._methods: dict[tuple[tuple[str, str], ...], Method[Any]] = {}
+        self._methods: dict[tuple[tuple[str, str], ...], Method[MethodConfig]] = {}
 
     @cached_property
     def parent(self) -> Parent | None:
@@ -131,7 +131,7 @@ class Family:
             labels = labels.new_full(labels.shape, self.parent.arch.num_classes)
         return replace(self.parent, samples=(latents, labels))
 
-    def method(self, member: Member) -> Method[Any]:
+    def method(self, member: Member) -> Method[MethodConfig]:
         """The method of a target with its variant. `ConfigError` when the method has no such variant."""
         if member.variant not in self._methods:
             if self.config.method is not None:

@@ -76,7 +76,7 @@ _METHODS: dict[str, tuple[type[MethodConfig], str]] = {
 }
 ENTRY_POINTS = "fine_dist.methods"
 """Entry points by which other packages add methods: `my_method = "my_package.my_method:MyMethod"`."""
-_OTHERS: dict[str, type[Method[Any]]] = {}
+_OTHERS: dict[str, type[Method[MethodConfig]]] = {}
 
 
 def _add_methods_of_other_packages() -> None:
@@ -101,14 +101,14 @@ def described(names: Iterable[str] = tuple(_METHODS)) -> list[tuple[str, str]]:
     return [(name, " ".join((_METHODS[name][0].__doc__ or "").split())) for name in names]
 
 
-class _Registry(Mapping[str, "type[Method[Any]]"]):
+class _Registry(Mapping[str, "type[Method[MethodConfig]]"]):
     """Method classes by name; a class is imported when it is looked up."""
 
-    def __getitem__(self, name: str) -> type[Method[Any]]:
+    def __getitem__(self, name: str) -> type[Method[MethodConfig]]:
         if name in _OTHERS:
             return _OTHERS[name]
         module, _, cls = _METHODS[name][1].partition(":")
-        found: type[Method[Any]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+        found: type[Method[MethodConfig]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
         return found
 
     def __iter__(self) -> Iterator[str]:
@@ -121,7 +121,7 @@ class _Registry(Mapping[str, "type[Method[Any]]"]):
         return name in _METHODS
 
 
-METHODS: Mapping[str, type[Method[Any]]] = _Registry()
+METHODS: Mapping[str, type[Method[MethodConfig]]] = _Registry()
 """Every method's class by its name."""
 CONFIGS: dict[str, type[MethodConfig]] = {name: config for name, (config, _) in _METHODS.items()}
 """Every method's settings by its name, without importing torch."""
@@ -133,12 +133,12 @@ SCRATCH: MethodConfig = ScratchConfig()
 """The method that needs no parent."""
 
 
-def build(config: MethodConfig) -> Method[Any]:
+def build(config: MethodConfig) -> Method[MethodConfig]:
     """The method that these settings are for."""
     return METHODS[config.name](config)
 
 
-def from_manifest(settings: dict[str, Any]) -> Method[Any]:
+def from_manifest(settings: dict[str, Any]) -> Method[MethodConfig]:
     """The method that an artifact's manifest names, with the settings it was made with.
 
     Raises:
@@ -182,7 +182,7 @@ def load_into(module: nn.Module, artifact: Artifact) -> None:
         raise ArtifactError(f"{artifact.folder} does not hold what its manifest says: {reason}") from None
 
 
-def check(method: Method[Any], parent: Artifact | None, target: Arch) -> None:
+def check(method: Method[MethodConfig], parent: Artifact | None, target: Arch) -> None:
     """`Method.check`, whose error also names the methods that could make this target from this parent."""
     try:
         method.check(parent, target)

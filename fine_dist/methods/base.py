@@ -36,7 +36,7 @@ class MethodConfig(Config):
     """Name of the method."""
 
 
-M = TypeVar("M", bound=MethodConfig)
+M = TypeVar("M", bound=MethodConfig, covariant=True)
 
 Varies = Literal["depth", "width", "classes", "resolution"]
 ALWAYS = ("patch_size", "in_channels", "learn_sigma")
@@ -213,7 +213,7 @@ class Method(ABC, Generic[M]):
         """Settings that a family's grid may vary, with their legal values."""
         return {}
 
-    def vary(self, axis: str, value: str) -> Method[Any]:
+    def vary(self, axis: str, value: str) -> Method[MethodConfig]:
         """The same method with one setting changed. `ConfigError` when it has no such axis or value."""
         axes = self.variants()
         if axis not in axes:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,25 @@ from fine_dist.model.arch import Arch
 FORMAT = 1
 TENSORS, RAW, MANIFEST = "tensors.safetensors", "raw.safetensors", "manifest.json"
 Weights = Literal["ema", "raw"]
+
+
+class ArtifactManifest(TypedDict):
+    """`manifest.json` of an artifact."""
+
+    format: int
+    kind: str
+    method: dict[str, Any]
+    """Settings of the method, with its `name`."""
+    arch: dict[str, Any]
+    """Fields of the architecture."""
+    sha256: dict[str, str]
+    """Of each tensor file by its name, and of kind, method and arch together under `settings`."""
+    bytes: int
+    """Size of `tensors.safetensors`."""
+    num_numbers: int
+    """Numbers in `tensors.safetensors`."""
+    extra: dict[str, Any]
+    """Further JSON values."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,7 @@ def save_artifact(
     tensors: Mapping[str, Tensor],
     raw: Mapping[str, Tensor] | None = None,
     extra: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+) -> ArtifactManifest:
     """Write a folder atomically and return its manifest.
 
     Args:
@@ -67,7 +86,7 @@ def save_artifact(
         if raw:
             written[RAW] = _write(draft / RAW, raw)
         shape = arch.model_dump()
-        manifest = {
+        manifest: ArtifactManifest = {
             "format": FORMAT,
             "kind": kind,
             "method": method,
@@ -90,7 +109,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     return sha256_of(path)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: str | Path) -> ArtifactManifest:
     """Read the manifest without the tensors. `ArtifactError` when it is missing, of another format, or edited."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -118,7 +137,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path}: kind, method or arch is not what was written (their sha256 differs): it was edited; "
             "copy the folder again, or make it again"
         )
-    return manifest
+    return cast(ArtifactManifest, manifest)
 
 
 _KEYS = {"kind": str, "method": dict, "arch": dict, "sha256": dict, "extra": dict, "bytes": int}

@@ -33,7 +33,7 @@ class Blueprint:
     """Shape of what the stage keeps."""
     model: nn.Module
     """On the meta device."""
-    method: Method[Any]
+    method: Method[MethodConfig]
     teacher: Arch | None = None
     """A frozen model that is asked at every step."""
 

@@ -27,7 +27,7 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.program import Program
 from fine_dist.engine.world import World
 from fine_dist.evaluation.training_scores import QuickEvaluation, decoder_of, held_out_evaluator, training_renderer
-from fine_dist.methods.base import Condensation, Method, Weights
+from fine_dist.methods.base import Condensation, Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import forward_macs, model_cost, train_flops
@@ -44,7 +44,7 @@ class Plan:
     """The module, and what happens before a step."""
     arch: Arch
     """Shape of what is kept."""
-    method: Method[Any]
+    method: Method[MethodConfig]
     about: dict[str, Any] = field(default_factory=dict)
     """What else is worth keeping in the manifest (JSON)."""
     weights: Weights = Weights()

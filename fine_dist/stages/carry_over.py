@@ -21,7 +21,7 @@ from torch import nn
 from fine_dist.core.errors import TrainingError
 from fine_dist.core.files import written_whole
 from fine_dist.engine.world import World
-from fine_dist.methods.base import Condensation, Method
+from fine_dist.methods.base import Condensation, Method, MethodConfig
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import of_role
 
@@ -34,7 +34,13 @@ WAIT_S = 6 * 3600
 
 
 def begin_from(
-    ancestor: DiT, condensation: Condensation, method: Method[Any], run_dir: Path, seed: int, shell: bool, world: World
+    ancestor: DiT,
+    condensation: Condensation,
+    method: Method[MethodConfig],
+    run_dir: Path,
+    seed: int,
+    shell: bool,
+    world: World,
 ) -> None:
     """Carry an ancestor's weights over into what stage 1 trains, the same on every rank; say what was carried over.
 

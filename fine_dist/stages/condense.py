@@ -16,7 +16,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.world import World
 from fine_dist.methods import build
-from fine_dist.methods.base import Method, Weights
+from fine_dist.methods.base import Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.stages.blueprint import Blueprint, Stage, check_labels
@@ -37,7 +37,7 @@ class CondenseStage(Stage[CondenseConfig]):
         return config.arch or (None if config.ancestor else Arch())
 
     @property
-    def settled(self) -> Method[Any]:
+    def settled(self) -> Method[MethodConfig]:
         """The method, with settings filled in that depend on the ancestor; one that is not there yet is supposed to
         have the shape of stage 1."""
         config, method = self.config, build(self.config.method)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fine_dist.engine.stopping import Budget
-from fine_dist.methods.base import Method
+from fine_dist.methods.base import Method, MethodConfig
 from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, tile_images
 from fine_dist.sampling.renderer import ImageRenderer, class_name_of
 
@@ -32,7 +32,7 @@ class PreviewCallback:
         seed: Seeds the samples' noise.
     """
 
-    def __init__(self, method: Method[Any] | None, seed: int) -> None:
+    def __init__(self, method: Method[MethodConfig] | None, seed: int) -> None:
         self.method, self.seed = method, seed
 
     def __call__(self, renderer: ImageRenderer, step: int, budget: Budget) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class _OutOfTime(Exception):
     """Ends the sampling of a preview; carries the reason."""
 
 
-def sorted_tables(method: Method[Any] | None, model: nn.Module) -> dict[str, Tensor]:
+def sorted_tables(method: Method[MethodConfig] | None, model: nn.Module) -> dict[str, Tensor]:
     """The method's tables [L, R] over depth by `TITLE/NAME`, components sorted by their mean; none without a method."""
     if method is None:
         return {}
@@ -85,6 +85,6 @@ def sorted_tables(method: Method[Any] | None, model: nn.Module) -> dict[str, Ten
     return {f"{method.tables_of}/{name}": table[:, table.mean(0).argsort(descending=True)] for name, table in tables}
 
 
-def histograms_of(method: Method[Any] | None) -> Callable[[nn.Module], dict[str, Tensor]]:
+def histograms_of(method: Method[MethodConfig] | None) -> Callable[[nn.Module], dict[str, Tensor]]:
     """The same tables, for TensorBoard's histograms."""
     return lambda model: sorted_tables(method, model)

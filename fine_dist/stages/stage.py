@@ -17,7 +17,7 @@ from fine_dist.engine.program import FitResult
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.world import World
-from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.artifact import ArtifactManifest, load_artifact, save_artifact
 from fine_dist.stages.blueprint import Stage, hparams
 from fine_dist.stages.build import Plan, make_program
 from fine_dist.stages.checking import check_settings
@@ -104,7 +104,7 @@ def describe_loss(name: str) -> str:
     return {"loss": "training loss", "held_out_loss": "held-out loss"}.get(name, name)
 
 
-def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str, folder: Path) -> dict[str, Any]:
+def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str, folder: Path) -> ArtifactManifest:
     """Write what was trained, with the averages in place of the weights; its manifest."""
     prefix = plan.condensation.prefix
     return save_artifact(

@@ -19,7 +19,7 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.data.stream import read_all
 from fine_dist.engine.world import World
 from fine_dist.methods import SCRATCH, build, from_manifest, parent_of
-from fine_dist.methods.base import Condensation, Method, Weights
+from fine_dist.methods.base import Condensation, Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import read_manifest
 from fine_dist.model.dit import DiT
@@ -93,7 +93,7 @@ def check(config: TrainConfig) -> None:
     check_stage(stage, stage.config.arch)
 
 
-def begin(config: TrainConfig) -> tuple[nn.Module, Method[Any], dict[str, Any]]:
+def begin(config: TrainConfig) -> tuple[nn.Module, Method[MethodConfig], dict[str, Any]]:
     """The model before training, the method it comes from, and what its manifest says of what it comes from."""
     if config.method is None and config.parent:
         model, about = load_model(config.parent, config.learngene, hints=config.hints)

@@ -17,7 +17,7 @@ from fine_dist.data.settings import EncodeConfig
 from fine_dist.family.listing import result_of
 from fine_dist.family.members import expand
 from fine_dist.methods import SCRATCH, check, from_manifest, parent_of
-from fine_dist.methods.base import Method
+from fine_dist.methods.base import Method, MethodConfig
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import Artifact
 from fine_dist.model.flops import forward_macs
@@ -125,7 +125,7 @@ def finished(module: str, config: Any) -> bool | None:
 # --- questions to a method -------------------------------------------------------------------------------------------
 
 
-def method_of(settings: dict[str, Any]) -> Method[Any]:
+def method_of(settings: dict[str, Any]) -> Method[MethodConfig]:
     """The method of an entry's settings."""
     return from_manifest(settings)
 
@@ -163,7 +163,7 @@ def label_of(entry: StudyEntry) -> str:
     return label if entry.shell == "inherited" else f"{label}, scratch shell"
 
 
-def untrained(method: Method[Any], parent: Artifact | None, arch: Arch, seed: int) -> Any:
+def untrained(method: Method[MethodConfig], parent: Artifact | None, arch: Arch, seed: int) -> Any:
     """A target of this shape before any training, as a model that can be measured."""
     return descend(method, parent_of(parent) if parent else None, arch, seed).model
 
