@@ -56,7 +56,7 @@ class SpeedPlan:
 
 def precisions(device: torch.device) -> list[str]:
     """fp32, and bf16 where the device has products of its own in it: emulated ones say nothing of a step."""
-    from fine_dist.model.layers import emulates_bf16
+    from fine_dist.engine.accelerators import emulates_bf16
 
     return ["fp32"] if emulates_bf16(device) else ["fp32", "bf16"]
 

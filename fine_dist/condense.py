@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.arguments import Call, parse
+from fine_dist.core.arguments import Call
 from fine_dist.core.callable_module import make_callable
-from fine_dist.core.config import expand_path
-from fine_dist.core.errors import guard
 from fine_dist.core.help import table
-from fine_dist.engine.run_dir import promise_of
 from fine_dist.launchers import entry
 from fine_dist.methods import CONDENSING, described
 from fine_dist.stages.settings import PRELOAD, CondenseConfig
@@ -54,18 +51,7 @@ def dry_run(call: Call) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    run_dir: Path | None = None
-
-    def body() -> int:
-        nonlocal run_dir
-        call = parse(CondenseConfig, argv, "fine-dist condense", notes=_methods)
-        if call.dry_run:
-            print("\n".join(dry_run(call)))
-            return 0
-        run_dir = Path(expand_path(call.config.run_dir))
-        return entry.launch("fine_dist.condense", call.config, call.launcher)
-
-    return guard(body, lambda: promise_of(run_dir) if run_dir else "")
+    return entry.run_command("fine_dist.condense", CondenseConfig, argv, dry_run, notes=_methods)
 
 
 make_callable(__name__, "condense")

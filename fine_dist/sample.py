@@ -5,10 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.arguments import parse
-from fine_dist.core.config import dump_yaml
-from fine_dist.core.errors import guard
-from fine_dist.launchers.entry import launch
+from fine_dist.launchers import entry
 from fine_dist.sampling.settings import SampleConfig
 
 
@@ -27,16 +24,9 @@ def result_lines(config: SampleConfig) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-
-    def body() -> int:
-        call = parse(SampleConfig, argv, "fine-dist sample")
-        if call.dry_run:
-            print(dump_yaml(call.config) + "\ndry run: nothing was done")
-            return 0
-
-        return launch("fine_dist.sample", call.config, call.launcher)
-
-    return guard(body, "the same command draws what is missing")
+    return entry.run_command(
+        "fine_dist.sample", SampleConfig, argv, entry.plain_dry_run, promise="the same command draws what is missing"
+    )
 
 
 __all__ = ["SampleConfig", "main", "run"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from fine_dist.core.arguments import Call, parse
+from fine_dist.core.arguments import Call
 from fine_dist.core.config import expand_path, run_dir_of
-from fine_dist.core.errors import ConfigError, RunDirError, guard
-from fine_dist.engine.run_dir import RunDir, promise_of
+from fine_dist.core.errors import ConfigError, RunDirError
+from fine_dist.engine.run_dir import RunDir
 from fine_dist.launchers import entry
 from fine_dist.launchers.spec import Task
 from fine_dist.launchers.state_table import StateTable
-from fine_dist.model.arch import arch
 from fine_dist.stages.settings import PRELOAD, TrainConfig
 
 FALLBACK = "DiT-B/2"
@@ -82,24 +81,13 @@ def dry_run(call: Call) -> list[str]:
     plan = stage.blueprint()
     if plan is None:
         lines.append(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")
-        plan = TrainStage(config.model_copy(update={"arch": arch(FALLBACK)})).blueprint()
+        plan = stage.of_shape(FALLBACK).blueprint()
     return [*lines, *estimates.dry_run(stage.config, plan, call.options.device)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
-    run_dir: Path | None = None
-
-    def body() -> int:
-        nonlocal run_dir
-        call = parse(TrainConfig, argv, "fine-dist train")
-        if call.dry_run:
-            print("\n".join(dry_run(call)))
-            return 0
-        run_dir = Path(expand_path(call.config.run_dir))
-        return entry.launch("fine_dist.train", call.config, call.launcher)
-
-    return guard(body, lambda: promise_of(run_dir) if run_dir else "")
+    """The command. Returns its exit code."""
+    return entry.run_command("fine_dist.train", TrainConfig, argv, dry_run)
 
 
 __all__ = ["PRELOAD", "TrainConfig", "main", "run"]

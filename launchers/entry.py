@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from fine_dist.core.config import Config, run_dir_of
-from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater
-from fine_dist.engine.run_dir import STOP, STOPPED, was_stopped
+from fine_dist.core.arguments import Call, parse
+from fine_dist.core.config import Config, dump_yaml, run_dir_of
+from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater, guard
+from fine_dist.engine.run_dir import STOP, STOPPED, promise_of, was_stopped
 from fine_dist.launchers.code_snapshot import code_root, snapshot
 from fine_dist.launchers.launcher import CommandTarget, Job, Launcher
 from fine_dist.launchers.local import Here, run_here
@@ -89,6 +91,43 @@ def _refuse_single_rank(spec: JobSpec) -> None:
             "started (the shell of `srun --pty` is such a process); use `salloc` and --launcher slurm, start "
             f"{spec.world_size} processes with srun or torchrun, or set --launch.processes 1 --launch.nodes 1"
         )
+
+
+def run_command(
+    module: str,
+    kind: type[Config],
+    argv: list[str] | None,
+    dry_run: Callable[[Call], list[str]],
+    promise: str | None = None,
+    notes: Callable[[], list[str]] | None = None,
+) -> int:
+    """The body of a command without flags of its own: parse, then print the dry run, or launch. Returns the exit code.
+
+    Args:
+        module: Importable name of the command's module.
+        kind: Class of its settings.
+        argv: Command line; None: that of the process.
+        dry_run: What `--dry-run` prints.
+        promise: Text for a user who interrupts the command. None: as the run directory says.
+        notes: Further lines of the help.
+    """
+    run_dir: Path | None = None
+
+    def body() -> int:
+        nonlocal run_dir
+        call = parse(kind, argv, f"fine-dist {module.rpartition('.')[2]}", notes=notes)
+        if call.dry_run:
+            print("\n".join(dry_run(call)))
+            return 0
+        run_dir = run_dir_of(call.config)
+        return launch(module, call.config, call.launcher)
+
+    return guard(body, lambda: promise if promise is not None else promise_of(run_dir) if run_dir else "")
+
+
+def plain_dry_run(call: Call) -> list[str]:
+    """The resolved config, for commands that estimate nothing."""
+    return [dump_yaml(call.config), "dry run: nothing was done"]
 
 
 # --- one job ---------------------------------------------------------------------------------------------------------

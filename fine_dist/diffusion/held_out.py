@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fine_dist.core.seeds import mix
 from fine_dist.diffusion.process import arithmetic, make_process
-from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig, Precision
 
 ENOUGH = 10_000

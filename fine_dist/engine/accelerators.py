@@ -111,3 +111,10 @@ def measured_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
         # The best, not the mean: whatever else runs on the machine only ever makes a product slower.
         best = min(best, time.perf_counter() - begun)
     return 2 * n**3 / best
+
+
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are emulated on this device, many times slower than fp32: on a CPU without AVX-512."""
+    if device.type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

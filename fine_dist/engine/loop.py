@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ConfigError, ReportedElsewhere, ResumeLater, TrainingError
-from fine_dist.diffusion.random_draws import mix
+from fine_dist.core.seeds import mix
 from fine_dist.engine import dist, replica_check, stopping
-from fine_dist.engine.accelerators import peak_flops
+from fine_dist.engine.accelerators import emulates_bf16, peak_flops
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.backend import Backend
 from fine_dist.engine.backends import make_backend
@@ -37,7 +37,6 @@ from fine_dist.engine.step_result import AsyncHostCopy, PendingStep, reduce_flag
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.trackers import check_installed
 from fine_dist.engine.world import World
-from fine_dist.model.layers import emulates_bf16
 
 log = logging.getLogger(__name__)
 

@@ -6,21 +6,16 @@ one. A number means nothing without its protocol, so `evaluate.json` says how ea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
-from rich.table import Table
 from torch import nn
 
 from fine_dist.core.config import expand_path
-from fine_dist.core.errors import ConfigError, DataError, nearest
-from fine_dist.core.files import sha256_text, write_atomic
-from fine_dist.core.json_files import Record, read_record
+from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
@@ -259,71 +254,3 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
-
-
-class EvaluateFile(Record):
-    """evaluate.json: what was measured, and how."""
-
-    protocol: dict[str, Any]
-    """What every number depends on; numbers of another protocol are in another file."""
-    floors: dict[str, float] = Field(default_factory=dict)
-    """Metric -> its value for held-out real images."""
-    rows: list[dict[str, Any]]
-    """One for each model."""
-
-
-def record(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
-    """Write rows beside those of the same protocol; the file. Numbers of another protocol are never overwritten."""
-    protocol = json.loads(json.dumps(protocol))
-    key = sha256_text(json.dumps(protocol, sort_keys=True))
-    for path in (folder / "evaluate.json", folder / f"evaluate-{key[:8]}.json"):
-        there = _read(path)
-        if there is None or there.get("protocol") == protocol:
-            break
-    mine = {_key_of(row) for row in rows}
-    before = [row for row in (there or {}).get("rows", ()) if _key_of(row) not in mine]
-    text = json.dumps({"protocol": protocol, "floors": floors, "rows": [*before, *rows]}, indent=1)
-    write_atomic(path, text + "\n")
-    return path
-
-
-def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is of: a model's weights, or a step of a run."""
-    return row.get("model"), row.get("hash"), row.get("step")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_record(EvaluateFile, path, DataError, "move it away, or choose another --run-dir").model_dump()
-    except FileNotFoundError:
-        return None
-
-
-def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """A rich table of rows; a model's name is folded where it is long, never cut."""
-    made = Table()
-    made.add_column("model", overflow="fold", min_width=12)
-    made.add_column("architecture", overflow="fold")
-    made.add_column("method", overflow="fold")
-    loss = any(row[HELD_OUT_LOSS] is not None for row in rows)
-    if loss:
-        made.add_column("held-out loss", justify="right")
-    metrics = list(dict.fromkeys(metric for row in rows for metric in row["scores"]))
-    for metric in metrics:
-        name = next(row["scores"][metric]["name"] for row in rows if metric in row["scores"])
-        made.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        cells = [row["model"], row["arch"] or "-", row["method"]]
-        cells += [_figure(row[HELD_OUT_LOSS])] if loss else []
-        made.add_row(*cells, *(_cell(row["scores"].get(metric)) for metric in metrics))
-    return made
-
-
-def _cell(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    return _figure(score["value"]) + (f" ± {score['spread']:.2g}" if score["spread"] is not None else "")
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

@@ -21,7 +21,8 @@ from fine_dist.data.shards import Manifest
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine.world import World
 from fine_dist.evaluation.comparison import HELD_OUT_LOSS
-from fine_dist.evaluation.evaluator import Evaluator, record
+from fine_dist.evaluation.evaluator import Evaluator
+from fine_dist.evaluation.recording import record
 from fine_dist.evaluation.settings import EvaluateConfig, QuickConfig
 from fine_dist.sampling.renderer import ImageRenderer
 

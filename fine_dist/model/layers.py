@@ -81,10 +81,3 @@ def compute_dtype(like: Tensor) -> torch.dtype:
     kind = like.device.type
     # A custom function is outside of autocast, so it asks for the dtype that an ordinary product would use.
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
-
-
-def emulates_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are emulated on this device, many times slower than fp32: on a CPU without AVX-512."""
-    if device.type != "cpu":
-        return False
-    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -23,7 +23,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
-from fine_dist.diffusion.random_draws import mix
+from fine_dist.core.seeds import mix
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum, barrier, world
 from fine_dist.engine.world import World

@@ -21,6 +21,7 @@ from fine_dist.engine.world import World
 from fine_dist.methods import SCRATCH, build, from_manifest, parent_of
 from fine_dist.methods.base import Condensation, Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch
+from fine_dist.model.arch import arch as named
 from fine_dist.model.artifact import read_manifest
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import of_role
@@ -73,6 +74,10 @@ class TrainStage(Stage[TrainConfig]):
             return None
         with torch.device("meta"):
             return Blueprint(arch, DiT(arch), build(config.method or SCRATCH), self._teacher_arch(arch))
+
+    def of_shape(self, name: str) -> TrainStage:
+        """The same stage of a model of a named shape."""
+        return TrainStage(self.config.model_copy(update={"arch": named(name)}))
 
     def _teacher_arch(self, arch: Arch) -> Arch | None:
         config = self.config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.evaluation.evaluator import table
+from fine_dist.evaluation.recording import table
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 from tests.commands.test_export import latent_model, vae  # noqa: F401 - fixtures

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fine_dist.core.seeds import mix
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import (
     DiffusionLoss,
@@ -19,7 +20,7 @@ from fine_dist.diffusion.objective import (
     Teacher,
 )
 from fine_dist.diffusion.process import make_process
-from fine_dist.diffusion.random_draws import PrefetchedDraws, draw, mix
+from fine_dist.diffusion.random_draws import PrefetchedDraws, draw
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.dit import DiT, ModelOutput
 from tests.conftest import inputs, lively, tiny_arch

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.core.config import Config
+from fine_dist.core.seeds import mix
 from fine_dist.diffusion.objective import Objective
-from fine_dist.diffusion.random_draws import mix
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import world
 from fine_dist.engine.loop import fit

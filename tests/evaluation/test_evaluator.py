@@ -14,7 +14,8 @@ from fine_dist.engine import dist
 from fine_dist.evaluate import run as evaluate
 from fine_dist.evaluation import classifier as classifiers
 from fine_dist.evaluation.classifier import Classifier, Trained, classifier_of_shards, save_classifier
-from fine_dist.evaluation.evaluator import Evaluator, networks_of, record, requested_metrics
+from fine_dist.evaluation.evaluator import Evaluator, networks_of, requested_metrics
+from fine_dist.evaluation.recording import record
 from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
