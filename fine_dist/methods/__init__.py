@@ -8,6 +8,7 @@ torch, is imported when `METHODS[name]` is first asked for it.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -84,11 +85,21 @@ def _add_methods_of_other_packages() -> None:
         where = f"entry point {point.name} = {point.value!r} of {point.dist.name if point.dist else 'a package'}"
         if point.name in _METHODS:
             raise ConfigError(f"{where}: a method of that name exists; rename it, or uninstall the package")
-        found = point.load()
+        found = _class_of(point)
         if not (isinstance(found, type) and issubclass(found, Method)):
             raise ConfigError(f"{where} is no subclass of fine_dist.methods.base.Method")
         _OTHERS[point.name] = found
         _METHODS[point.name] = (found.Config, point.value)
+
+
+def _class_of(point: metadata.EntryPoint) -> Any:
+    """What an entry point names."""
+    # A package that is imported first imports `methods.base`, and so this file, in the middle of its own import: its
+    # class is not there yet. It is imported once more, whole; Python then hands out that module, here and there.
+    spec = getattr(sys.modules.get(point.module), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        del sys.modules[point.module]
+    return point.load()
 
 
 _add_methods_of_other_packages()
