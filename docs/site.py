@@ -58,7 +58,11 @@ def rewritten(path: Path, known: dict[Path, str]) -> str:
             return f"{bang}[{text}]({known[there]}{anchor})"
         return f"{bang}[{text}]({there.name})" if bang else text
 
-    return LINK.sub(link, path.read_text(encoding="utf-8"))
+    text = LINK.sub(link, path.read_text(encoding="utf-8"))
+    # names of flags are not broken at their dashes
+    return (
+        f"{text}\n<style>td:first-child code {{ white-space: nowrap }}</style>\n" if path.name == "options.md" else text
+    )
 
 
 if __name__ == "__main__":

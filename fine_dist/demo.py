@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             print("dry run: nothing was done")
             return 0
         run(call.config, call.launcher)
+        print("next: fine-dist study --template mine.yaml")
         return 0
 
     return guard(body)

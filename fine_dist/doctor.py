@@ -6,6 +6,7 @@ into slurm/site.sh.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import secrets
@@ -31,8 +32,6 @@ class DoctorConfig(Config):
     """Folder that is tested: put it where your runs will lie, on storage that all nodes share."""
     launch: LaunchConfig = LaunchConfig(minutes=5)
     """Resources of the job. Ask for what your jobs will ask for: `--launch.nodes 2 --launch.gpus 1`."""
-    json_output: bool = False
-    """Print the findings as JSON instead of lines."""
 
 
 def run(config: DoctorConfig) -> Path:
@@ -44,17 +43,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 when jobs cannot work."""
 
     def body() -> int:
-        call = parse(DoctorConfig, argv, "fine-dist doctor")
+        call = parse(DoctorConfig, argv, "fine-dist doctor", options=_options)
         config: DoctorConfig = call.config
         if call.dry_run:
             print(dump_yaml(config) + "\ndry run: nothing was done")
             return 0
-        return _doctor(config, call.launcher)
+        return _doctor(config, call.launcher, as_json=call.options.json)
 
     return guard(body)
 
 
-def _doctor(config: DoctorConfig, launcher: str) -> int:
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def _doctor(config: DoctorConfig, launcher: str, as_json: bool) -> int:
     run_dir = run_dir_of(config)
     shutil.rmtree(run_dir / "doctor", ignore_errors=True)  # reports of an earlier look
     os.environ[TOKEN] = token = secrets.token_hex(8)
@@ -65,13 +68,16 @@ def _doctor(config: DoctorConfig, launcher: str) -> int:
         raise LaunchError(f"the job ended with code {code} before any process reported; its logs are in {run_dir}/logs")
     target = pick(launcher, needs)
     found, site = diagnose(reports, needs, token, target.name == "slurm")
-    if config.json_output:
+    stops = any(finding.level == "stop" for finding in found)
+    if as_json:
         print(json.dumps({"findings": [finding._asdict() for finding in found], "site": site}, indent=1))
     else:
         print("\n".join(f"{finding.level:5} {finding.what:12} {finding.text}" for finding in found))
         if site:
             print("\nput into slurm/site.sh (copy slurm/site.example.sh):\n" + "\n".join(f"  {line}" for line in site))
-    return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
+        if not stops:
+            print("next: fine-dist plan --config CONFIG.yaml --launcher " + target.name)
+    return EXIT_USER_ERROR if stops else 0
 
 
 __all__ = ["PRELOAD", "DoctorConfig", "main", "run"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 from pathlib import Path
 
+from fine_dist.core.arguments import FlagParser
 from fine_dist.core.errors import RunDirError, guard
 from fine_dist.core.files import umask
 from fine_dist.core.resources import SHIPPED, resource
@@ -46,11 +46,13 @@ def _copy(file: Path, target: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
-    parser = argparse.ArgumentParser(prog="fine-dist init-project", description=__doc__, allow_abbrev=False)
+    parser = FlagParser("fine-dist init-project")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the project's folder; it is made if it is not there")
 
     def body() -> int:
-        folder: Path = parser.parse_args(argv).folder
+        words = list(sys.argv[1:] if argv is None else argv)
+        parser.answer_help(words, "DIR", " ".join((__doc__ or "").split()))
+        folder: Path = parser.read(words).folder
         if folder.exists() and not folder.is_dir():
             raise RunDirError(f"{folder} is a file; give a folder for the project")
         written = run(folder)

@@ -63,7 +63,11 @@ def _main(argv: list[str]) -> int:
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         print("\n".join(f"{finding.level:5} {finding.what:8} {finding.text}" for finding in found))
-    return EXIT_USER_ERROR if any(finding.level == "stop" for finding in found) else 0
+    if any(finding.level == "stop" for finding in found):
+        return EXIT_USER_ERROR
+    if not known.json:
+        print(f"next: fine-dist {module.rpartition('.')[2]} with the same flags")
+    return 0
 
 
 USAGE = "[--stage NAME] [--config FILE] [--launcher NAME] [--KEY VALUE ...]"

@@ -101,7 +101,7 @@ def test_commands_and_shipped_configs_work_from_any_folder(clean, tmp_path):
 def test_a_study_runs_from_its_data_to_its_report(clean, tmp_path):
     (tmp_path / "tiny.yaml").write_text(STUDY)
     said = run(clean, tmp_path, "study", "--config", "tiny.yaml", "--launcher", "here")
-    page = tmp_path / said.rpartition("report: ")[2].strip()
+    page = tmp_path / said.rpartition("report: ")[2].splitlines()[0]
     assert "scratch" in page.read_text() and "<style>" in page.read_text()
 
 

@@ -16,6 +16,12 @@ from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.core.help import settings
 
 SHELLS = ("bash", "zsh", "tcsh")
+HELP = """usage: fine-dist completion SHELL
+
+Print completions for a shell (bash, zsh or tcsh): every command, every flag, and the values of those that have a few.
+Add this line to ~/.bashrc, or with zsh to ~/.zshrc, and start a new shell:
+
+  source <(fine-dist completion bash)"""
 
 
 def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) -> str:
@@ -29,6 +35,8 @@ def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, typ
     Raises:
         ConfigError: The shell is none of `SHELLS`, or shtab is not installed.
     """
+    if {"-h", "--help"} & {*argv}:
+        return HELP
     if len(argv) != 1 or argv[0] not in SHELLS:
         raise ConfigError(f"completion: for which shell? {nearest(argv[0] if argv else '', SHELLS)}")
     try:

@@ -117,7 +117,7 @@ PAGES = {
     ),
     "doctor": Page(
         ("", "--launcher slurm --launch.gpus 1", "--run-dir /scratch/me/doctor --launcher slurm --launch.nodes 2"),
-        ("run_dir", "json_output", "launch.nodes", "launch.gpus"),
+        ("run_dir", "launch.nodes", "launch.gpus"),
     ),
     "demo": Page(
         ("", "--seeds 3 --run-dir runs/demo3", "--steps A=300 C=100 --no-controls"),
@@ -145,7 +145,11 @@ def summary(
     lines += ["", "the settings used most (keys of the YAML, and flags):"]
     for key in page.usual:
         found = [each for each in every if each.path == key]  # a group has no line of its own, a union several
-        if len(found) > 1:
+        if len(found) > 1 and key.endswith(".name") and notes:
+            lines += replace(
+                found[0], shape="NAME", about=f"One of the list below. (default: {found[0].shape})"
+            ).lines()
+        elif len(found) > 1 and key.endswith(".name"):
             names = ", ".join(each.shape for each in found)
             lines += replace(found[0], shape="NAME", about=f"One of {names}. (default: {found[0].shape})").lines()
         elif found:

@@ -69,6 +69,7 @@ def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: b
     write_atomic(root / "results.md", "\n".join(markdown(part) for part in results.values()))
     write_atomic(root / "report.html", page(*results.values()))
     print(f"report: {pages[0] if len(pages) == 1 else root / 'report.html'}", flush=True)
+    print("next: the same command with more methods, depths or seeds runs only what is new", flush=True)
     return results
 
 

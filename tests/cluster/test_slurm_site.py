@@ -68,7 +68,7 @@ def test_a_job_that_submitted_itself_does_so_again_where_it_may_not_requeue(slur
 
 
 def test_the_doctor_finds_by_one_short_job_what_the_site_file_needs(slurm, tmp_path):
-    words = ("--launcher", "slurm", "--launch.nodes", 2, "--run-dir", tmp_path / "run", "--json-output")
+    words = ("--launcher", "slurm", "--launch.nodes", 2, "--run-dir", tmp_path / "run", "--json")
     said = slurm.python("fine_dist.doctor", *words, check=False, SBATCH_EXPORT="NONE", SCRATCH="/dev/shm").stdout
     report = json.loads(said[said.index("{") :])
     found = {finding["what"]: (finding["level"], finding["text"]) for finding in report["findings"]}

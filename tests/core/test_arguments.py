@@ -272,7 +272,7 @@ def test_help_into_a_reader_that_goes_ends_quietly(command, reader):
 
 
 def run(command: str, argv: list[str], capsys) -> tuple[int, str]:
-    code = importlib.import_module(f"fine_dist.{command}").main(argv)
+    code = importlib.import_module("fine_dist." + command.replace("-", "_")).main(argv)
     said = capsys.readouterr()
     return code, said.err or said.out
 
@@ -398,6 +398,7 @@ def raising(error: BaseException):
         ("plan --scale x", "--scale: invalid int value: 'x'"),
         ("plan --zero 1 --stage train", "--zero: belongs to --scale P"),
         ("plan", ""),
+        ("init-project", "DIR"),
     ],
 )
 def test_commands_without_settings_speak_as_the_others_do(argv, words, capsys):
@@ -433,6 +434,18 @@ def test_completions_know_every_flag_of_every_command_and_the_values_of_some(cap
             assert f"--{setting.path.replace('_', '-')}" in text
     assert re.search(r"condense___engine_precision_choices=.*fp32.*bf16", text) and "learngene_pool" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_help_of_completions_says_how_to_use_them(capsys):
+    assert fine_dist(["completion", "--help"]) == 0
+    assert "source <(fine-dist completion bash)" in capsys.readouterr().out
+
+
+def test_the_line_of_a_setting_that_several_methods_have_is_the_default_methods(capsys):
+    with pytest.raises(SystemExit):
+        fine_dist(["condense", "--help"])
+    said = capsys.readouterr().out
+    assert re.search(r"--method\.rank INT\|none +Components R", said) and "One of the list below" in said
 
 
 def test_a_shell_without_completions_is_refused_with_those_that_have(capsys):

@@ -25,7 +25,7 @@ def findings(*changes: dict, needs: LaunchConfig | None = None) -> dict[str, tup
 def test_this_machine_is_looked_at_in_two_processes_that_meet(tmp_path, capsys, monkeypatch):
     for key in ("RAY_ADDRESS", "SLURM_JOB_ID", "RANK", "WORLD_SIZE", "FINE_DIST_JOB"):
         monkeypatch.delenv(key, raising=False)
-    words = ["--launcher", "local", "--launch.processes", "2", "--run-dir", str(tmp_path), "--json-output"]
+    words = ["--launcher", "local", "--launch.processes", "2", "--run-dir", str(tmp_path), "--json"]
     assert main(words) == 0
     said = capsys.readouterr().out
     found = {f["what"]: f for f in json.loads(said[said.index("{") :])["findings"]}
