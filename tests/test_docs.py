@@ -82,3 +82,16 @@ def test_every_page_of_the_site_is_in_its_navigation(tmp_path):
     site.build(tmp_path)
     assert {path.name for path in tmp_path.glob("*.md")} == {name for name in named if "/" not in name}
     assert all((tmp_path / name).is_file() for name in named)
+
+
+def test_every_method_has_a_paragraph_that_says_where_it_is_from():
+    from fine_dist.methods import METHODS
+
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    sections = {names: body for names, body in re.findall(r"^### (.+)\n((?:(?!^#).*\n?)*)", text, re.M)}
+    described = [name for names in sections for name in names.split(", ")]
+    assert sorted(described) == sorted(METHODS)
+    for names, body in sections.items():
+        papers = {found for name in names.split(", ") for found in re.findall(r"\d{4}\.\d{5}", METHODS[name].paper)}
+        stated = set(re.findall(r"\d{4}\.\d{5}", body))
+        assert "control" in body or papers <= stated, f"{names}: {papers - stated} is missing"
