@@ -49,14 +49,15 @@ class Model:
     """A model, an initialized target or a learngene, with everything that is known of it.
 
     Attributes:
-        path: its artifact: a folder of tensors and a manifest.
-        module: the dense DiT; it is called as `model(z, t, y)`, with z [B, C, H, W], t [B] and y int64 [B].
+        path: Its artifact: a folder of tensors and a manifest.
+        module: The dense DiT; it is called as `model(z, t, y)`, with z [B, C, H, W], t [B] and y int64 [B].
         about: method, hash, license, losses and the other facts of the manifest.
     """
 
     path: Path
     module: nn.Module
     about: dict[str, Any]
+    # The folder is deleted when its last owner is garbage, so a model keeps a reference to what it was read from.
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     _parent: Model | None = field(default=None, repr=False)
 
@@ -83,14 +84,14 @@ class Model:
         """Images of the model, `per_class` of each class in turn.
 
         Args:
-            classes: labels or class names. Default: every class, at most ten.
-            per_class: number of images of each class.
-            seed: seed of the noise; image i of a seed is the same on every machine and in every batch.
-            **settings: settings of `fine-dist sample`, such as `vae="stabilityai/sd-vae-ft-ema"` for a model of latents
+            classes: Labels or class names. Default: every class, at most ten.
+            per_class: Number of images of each class.
+            seed: Seed of the noise; image i of a seed is the same on every machine and in every batch.
+            **settings: Settings of `fine-dist sample`, such as `vae="stabilityai/sd-vae-ft-ema"` for a model of latents
                 or `sampler={"steps": 50, "guidance": 4.0}`.
 
         Raises:
-            ConfigError: a setting is wrong, or a model of latents has no `vae`.
+            ConfigError: A setting is wrong, or a model of latents has no `vae`.
         """
         config = validate(SampleConfig, {"model": str(self.path), "seed": seed, **settings}, "sample")
         device = dist.world(config.engine.device).device or torch.device("cpu")
@@ -120,7 +121,7 @@ class Model:
         """Write the model for others: `to="diffusers"` is a pipeline's folder, `"dit"` the original DiT's `.pt`.
 
         Args:
-            **settings: settings of `fine-dist export`, such as `vae`.
+            **settings: Settings of `fine-dist export`, such as `vae`.
         """
         config = validate(ExportConfig, {"model": str(self.path), "out": str(folder), "to": to, **settings}, "export")
         return Path(run_export(config))
@@ -130,11 +131,11 @@ def load(source: str | Path | nn.Module | Model, **hints: Any) -> Model:
     """A model from a folder of this project, a DiT or SiT `.pt`, a diffusers folder, a hub name, or a module in memory.
 
     Args:
-        source: the model. A `fine_dist.model.dit.DiT` and a `DiTTransformer2DModel` of diffusers are taken as they are.
-        **hints: facts that a file of another project does not state, such as `num_heads=6`.
+        source: The model. A `fine_dist.model.dit.DiT` and a `DiTTransformer2DModel` of diffusers are taken as they are.
+        **hints: Facts that a file of another project does not state, such as `num_heads=6`.
 
     Raises:
-        ArtifactError: it cannot be read, or is no DiT.
+        ArtifactError: It cannot be read, or is no DiT.
     """
     if isinstance(source, Model):
         return source
@@ -159,15 +160,15 @@ def condense(
     """Stage 1: condense an ancestor into a learngene (`fine-dist condense`).
 
     Args:
-        ancestor: the pretrained model; None trains a learngene from random factors, which needs `arch` and many more
+        ancestor: The pretrained model; None trains a learngene from random factors, which needs `arch` and many more
             steps.
-        data: training latents.
-        steps: number of optimizer steps.
-        method: name of the method, or its settings with a `name`.
-        arch: shape of the learngene. Default: the ancestor's.
-        held_out: latents on which the held-out loss is measured.
-        run_dir: folder of checkpoints and logs. Default: a temporary one, so nothing is kept but the result.
-        **settings: settings of `fine-dist condense`, such as `optim={"lr": 1e-3}, batch=64, seed=0`.
+        data: Training latents.
+        steps: Number of optimizer steps.
+        method: Name of the method, or its settings with a `name`.
+        arch: Shape of the learngene. Default: the ancestor's.
+        held_out: Latents on which the held-out loss is measured.
+        run_dir: Folder of checkpoints and logs. Default: a temporary one, so nothing is kept but the result.
+        **settings: Settings of `fine-dist condense`, such as `optim={"lr": 1e-3}, batch=64, seed=0`.
 
     Returns:
         The learngene; as a model it is the dense DiT that its factors compose.
@@ -202,13 +203,13 @@ def initialise(
     """Stage 2: initialize a model of another depth from a learngene (`fine-dist init`).
 
     Args:
-        learngene: a learngene, or a model for methods that need none, such as depth pruning.
-        depth: number of layers.
-        data: latents on which sigma (or what else the method trains) is trained. None: the target before any training.
-        steps: number of optimizer steps.
-        held_out: latents on which the held-out loss is measured.
-        run_dir: folder of checkpoints and logs. Default: a temporary one.
-        **settings: settings of `fine-dist init`, such as `method={"name": "weight_selection"}` or `optim={"lr": 1e-2}`.
+        learngene: A learngene, or a model for methods that need none, such as depth pruning.
+        depth: Number of layers.
+        data: Latents on which sigma (or what else the method trains) is trained. None: the target before any training.
+        steps: Number of optimizer steps.
+        held_out: Latents on which the held-out loss is measured.
+        run_dir: Folder of checkpoints and logs. Default: a temporary one.
+        **settings: Settings of `fine-dist init`, such as `method={"name": "weight_selection"}` or `optim={"lr": 1e-2}`.
 
     Returns:
         The initialized model, dense, ready for training or sampling.
@@ -238,9 +239,9 @@ def evaluate(
     """Numbers of a model by the names of their metrics (`fine-dist evaluate`).
 
     Args:
-        model: the model.
-        held_out: latents of which the held-out loss is measured.
-        **settings: settings of `fine-dist evaluate`, such as `metrics=["fid"], samples=50_000, reference="FILE.npz",
+        model: The model.
+        held_out: Latents of which the held-out loss is measured.
+        **settings: Settings of `fine-dist evaluate`, such as `metrics=["fid"], samples=50_000, reference="FILE.npz",
             features={"inception": "FILE.pth"}`.
     """
     given, workspace = load(model), _Workspace(None)
@@ -273,7 +274,13 @@ class _Workspace:
         folder = Path(self.temporary.name) / name
         classes = int(labels.max()) + 1
         write_shards(
-            folder, images, labels, num_classes=classes, dtype="float32", shard_samples=max(1, len(pairs) // 16)
+            # Shards are what is divided among readers and shuffled; a single one would make both impossible.
+            folder,
+            images,
+            labels,
+            num_classes=classes,
+            dtype="float32",
+            shard_samples=max(1, len(pairs) // 16),
         )
         return str(folder)
 
@@ -305,6 +312,8 @@ def _from_module(module: nn.Module) -> Model:
         save_artifact(path, kind="model", method=SCRATCH.model_dump(), arch=module.arch, tensors=module.state_dict())
     elif callable(getattr(module, "save_pretrained", None)):
         path = Path(folder.name) / "transformer"
+        # Through the disk and the ordinary import: it checks names,
+        # shapes and numbers, and there is one way in to test.
         module.save_pretrained(str(path))  # type: ignore[operator]
     else:
         raise ConfigError(

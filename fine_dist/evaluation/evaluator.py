@@ -162,6 +162,7 @@ class Evaluator:
                 collector.add(drawn.indices, images, labels[drawn.indices])
         if not alone:
             for collector in collectors.values():
+                # Sums over processes, whose statistics of disjoint images add up to those of one process.
                 collector.all_reduce()
         return self._scored({name: collector.result() for name, collector in collectors.items()})
 
@@ -245,6 +246,7 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
     for name, its_metrics in usual.items():
         for metric in its_metrics:
             use = name
+            # With one network given there is only one that a user can have meant; with two the choice would be a guess.
             if not getattr(features, name) and metric in ANY_NETWORK and len(given) == 1:
                 use = given[0]
             if not getattr(features, use):

@@ -62,15 +62,18 @@ class EvaluateFile(Record):
 
 def record(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
     """Write rows beside those of the same protocol; the file. Numbers of another protocol are never overwritten."""
+    # As it will be read back: tuples become lists, and a comparison with the file would otherwise never be equal.
     protocol = json.loads(json.dumps(protocol))
     key = sha256_text(json.dumps(protocol, sort_keys=True))
     for path in (folder / "evaluate.json", folder / f"evaluate-{key[:8]}.json"):
+        # A second file is named after the protocol, so the same command finds it again and different ones never meet.
         there = _read(path)
         if there is None or there.get("protocol") == protocol:
             break
     mine = {_key_of(row) for row in rows}
     before = [row for row in (there or {}).get("rows", ()) if _key_of(row) not in mine]
     text = json.dumps({"protocol": protocol, "floors": floors, "rows": [*before, *rows]}, indent=1)
+    # Rows of earlier commands stay in the file, so a crash in the middle of writing must not lose them.
     write_atomic(path, text + "\n")
     return path
 

@@ -64,6 +64,8 @@ class References:
                 print(f"classifier: gets {accuracy:.1%} of held-out images right; {folder}", flush=True)
             except FineDistError as error:
                 failure = error
+        # The others must leave as well, or they would wait for rank
+        # 0 in the next collective; the user reads one message.
         if broadcast_object(failure is not None, self.world) and failure is None:
             raise ReportedElsewhere("rank 0 could not train the classifier")
         if failure is not None:

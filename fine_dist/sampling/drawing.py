@@ -118,6 +118,7 @@ def _default_classes(config: SampleConfig, num_classes: int) -> Tensor:
     """All classes where they are few or `count` bounds the images, else some that the seed chooses, in order."""
     if num_classes <= DEFAULT_CLASSES or config.count:
         return torch.arange(num_classes)
+    # Mixed, so that the choice of classes is independent of the images' noise, which comes from the same seed.
     generator = torch.Generator().manual_seed(mix(config.seed, num_classes))
     return torch.randperm(num_classes, generator=generator)[:DEFAULT_CLASSES].sort().values
 
@@ -142,6 +143,7 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
     identity = renderer.protocol(config.seed) | {
         "weights": config.weights,
         "vae": [config.vae, config.vae_precision] if config.vae else None,
+        # 50,000 labels would make samples.json unreadable; their hash tells two orders apart just as well.
         "labels": labels.tolist() if len(labels) <= 1000 else sha256_text(" ".join(map(str, labels.tolist()))),
     }
     if _is_done(folder, identity, wanted):
@@ -157,6 +159,7 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
         seconds = float(all_reduce_max(spent, here)[0])  # also waits for everybody's images
         if "png" in wanted and stores.images is not None:
             _write_pngs(stores.images, renderer, labels, folder, here)
+        # Rank 0 deletes the stores, so everybody's pictures must have been written from them before.
         barrier(here)
         if here.is_main:
             _write_files(stores, config, renderer, labels, folder, identity, seconds)
@@ -213,6 +216,8 @@ class OutputStores:
         if "npy" in wanted or not renderer.pictures:
             self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
         if renderer.pictures and wanted & {"grid", "png", "npz"}:
+            # The decoder alone knows the size of its images, and the
+            # store must be allocated before the first one is drawn.
             one = renderer.finish(torch.zeros(1, *shape))
             size = (int(one.shape[2]), int(one.shape[3]))
             self.images = ImageStore(folder / "store" / "images", count, size, int(one.shape[1]), identity)
@@ -286,7 +291,9 @@ def _write_files(
     if "grid" in config.formats:
         _write_grid(stores, config, renderer, labels, folder)
     record = {"protocol": identity, "formats": config.formats, "count": len(labels), "source": renderer.where}
+    # From here on the same command does nothing, so it stands after every file that it promises.
     write_atomic(folder / DONE, json.dumps(record, indent=1) + "\n")
+    # Last, after the record: an interruption before it costs disk space and no image.
     shutil.rmtree(folder / "store")
     rate = f", {len(labels) / seconds:.3g} images/s" if seconds else ""
     print(f"sample: {len(labels)} images of {renderer.where}{rate}; {', '.join(config.formats)} in {folder}")
@@ -334,4 +341,5 @@ def _gather(found: dict[int, Tensor], count: int, renderer: ImageRenderer, here:
 def _short_names(paths: Sequence[str]) -> list[str]:
     """Paths by the parts in which they differ: their last two, or one."""
     last = [Path(path).name for path in paths]
+    # Models of two runs may both end in /model, and then the part before it tells them apart.
     return last if len(set(last)) == len(last) else ["/".join(Path(path).parts[-2:]) for path in paths]

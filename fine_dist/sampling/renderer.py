@@ -89,7 +89,9 @@ class ImageRenderer:
         """What decides an image of a number and a label; JSON."""
         return {
             "model": self.about["hash"],
+            # Noise belongs to an image's number, so the batch's size changes no image.
             "sampler": self.sampler.model_dump(mode="json", exclude={"batch"}),
+            # Label dropout is a matter of training and changes no image.
             "diffusion": self.diffusion.model_dump(mode="json", exclude={"label_drop"}),
             "seed": seed,
         }
@@ -121,6 +123,7 @@ class ImageRenderer:
             begun = time.perf_counter()
             with arithmetic(self.sampler.precision, device):
                 self.model(z, t, y)
+            # Kernels run asynchronously; without waiting, the time would be that of handing them over.
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begun
@@ -159,6 +162,7 @@ def make_renderer(config: SamplingSettings, path: str, device: torch.device | No
     if sampler.compile:
         blocks = getattr(model, "blocks", None)
         compile_or_fall_back(list(blocks) if isinstance(blocks, nn.ModuleList) else [model])
+    # A scheduler of `auto` becomes the process's own before the protocol is written, which must name what was used.
     sampler = resolve_scheduler(sampler, diffusion)
     return ImageRenderer(model, path, about, facts, sampler, diffusion, decoder, pictures, notes)
 
