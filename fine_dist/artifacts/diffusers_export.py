@@ -103,6 +103,7 @@ def write_diffusers(
         numbers = sum(tensor.numel() for tensor in theirs.values())
         with written_whole(file := transformer / "diffusion_pytorch_model.safetensors"):
             save_file(theirs, file, metadata={"format": "pt"})
+        # The check below loads the file again, and a large model must not be in memory three times.
         del theirs
         _write_json(transformer / "config.json", transformer_config(arch))
         scheduler = scheduler_of(diffusion, clip)
@@ -127,6 +128,7 @@ def write_diffusers(
         (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, diffusion, vae is not None)))
         model = _transformer(transformer)
         comparison = ExportComparison(arch, state)
+        # Measured before the frequencies are set, since that is the state in which diffusers alone loads the folder.
         stock = comparison.error(forward_of(model))
         set_frequencies(model, arch.frequency_shift)
         error = comparison.confirm(forward_of(model), str(folder))
@@ -257,6 +259,7 @@ def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
     lines = [f"from diffusers import {kind}", load]
     words = "Load it with diffusers"
     if not arch.frequency_shift:
+        # diffusers has no setting for this in config.json, so the card must tell a user to set it.
         lines.append(f"for block in {name}.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0")
         words += " (the last lines give it the time frequencies it was trained with; diffusers' own differ)"
     if diffusion.process == "flow":

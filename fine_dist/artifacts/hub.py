@@ -16,6 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 def check_repository(name: str) -> None:
     """`ConfigError` unless a name is OWNER/MODEL as the hub takes it."""
+    # Checked before the export is written, which may take minutes.
     if not _NAME.fullmatch(name) or ".." in name or "--" in name:
         raise ConfigError(
             f"push: {name[:100]!r} is no name of a repository; legal: OWNER/MODEL, letters, digits, - _ ."
@@ -51,6 +52,7 @@ def push(out: Path, name: str) -> str:
     files = files_to_push(out)
     api = HfApi()
     try:
+        # Private, because making something public is a decision that a user should take by hand.
         address = str(api.create_repo(name, private=True, exist_ok=True))
         if out.is_dir():
             api.upload_folder(repo_id=name, folder_path=out)

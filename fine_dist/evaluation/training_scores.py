@@ -108,6 +108,7 @@ class QuickEvaluation:
         )
         self.every, self.steps, self.run_dir, self.world = config.every, steps, run_dir, world
         self.evaluator = Evaluator(asked, world)
+        # Now and by all ranks: later calls are rank 0's alone, which would wait in these collectives forever.
         for name in self.evaluator.networks:
             self.evaluator.references.statistics(name)
         self.protocol = self.evaluator.protocol()
@@ -125,6 +126,7 @@ class QuickEvaluation:
 
     def is_due(self) -> bool:
         """Whether `every` steps have passed since the last time, or training has ended; true once a step."""
+        # Not `updates % every`: a run that was resumed, or evaluates at other steps, may never meet a multiple exactly.
         passed = self.updates // self.every > self._measured_at // self.every
         return self.updates > self._measured_at and (passed or self.updates == self.steps)
 

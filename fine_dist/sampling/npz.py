@@ -107,6 +107,8 @@ class NpzImages:
             for start in range(0, self.count, batch):
                 num = min(batch, self.count - start)
                 try:
+                    # Sequentially through the archive's own stream: a member
+                    # may be compressed, and then it cannot be mapped or sought.
                     blob = stream.read(num * one)
                 except (zipfile.BadZipFile, EOFError, OSError) as error:
                     raise DataError(f"{self.path} is damaged after image {start}: {error}") from None

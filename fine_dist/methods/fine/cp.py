@@ -137,8 +137,8 @@ def jennrich(
     a, b = (torch.einsum("l,lij->ij", c, small) for c in ((first + second), (first - second)))
     try:
         vectors = torch.linalg.eig(torch.linalg.solve(b.T, a.T).T).eigenvectors
-        # a complex pair spans what its real and imaginary parts do
-        # Factors are real; eigenvectors come in complex pairs where two components cannot be told apart.
+        # Factors are real, and eigenvectors come in complex pairs where two components cannot be told apart. A pair
+        # spans what its real and imaginary parts do.
         x, _ = unit(torch.where(_upper_of_pair(vectors), vectors.imag, vectors.real))
         rows = torch.linalg.solve(x, small).transpose(0, 1)  # [K, L, K]
     except torch.linalg.LinAlgError:  # singular: the stack is not of this form
