@@ -241,7 +241,7 @@ class RunBars:
         # a terminal has the bars; a log gets a line for each run that was run now
         if failed or (fresh and not self.progress.console.is_terminal):
             mark = "FAILED" if failed else f"-> {run.run_dir}"
-            self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False)
+            self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False, soft_wrap=True)
 
 
 def newest(run: StudyRun) -> dict[str, Any] | None:
