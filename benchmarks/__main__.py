@@ -27,6 +27,7 @@ NAMES = {
     "metrics": "every image metric at 50,000 images, with its memory; the Fréchet distance compared with scipy",
     "sample": "sampling from a dense model, compared with diffusers' DiTPipeline",
     "creative": "training a CreTok token, compared with loops of textual inversion",
+    "bf16": "held-out losses of bf16 runs, by the way weights and the residual stream are rounded",
     "gpu": "what only a GPU can show: its tests, steps of DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")

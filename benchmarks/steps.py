@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, H latent side.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -101,10 +102,10 @@ class Bench:
     ) -> Step:
         """A training step, as the loop takes it."""
         from fine_dist.diffusion.objective import Objective
+        from fine_dist.engine.backends import make_backend
         from fine_dist.engine.compiling import prepare_model
         from fine_dist.engine.ema import Ema
         from fine_dist.engine.optimizer import precision as autocast
-        from fine_dist.engine.plain_backend import PlainBackend
         from fine_dist.engine.world import World
         from fine_dist.model.flops import model_cost
 
@@ -113,7 +114,8 @@ class Bench:
             {"precision": precision, "activation_checkpointing": recompute, "compile": compiled}
         )
         prepare_model(model, engine, self.device)
-        backend = PlainBackend(model, OptimConfig(), World(device=self.device))
+        backend = make_backend(model, OptimConfig(), engine, World(device=self.device), batch, 1)
+        computing = contextlib.ExitStack()
         ema = Ema(backend, engine.ema_decay, engine.ema_warmup)
         objective = Objective(DiffusionConfig(), self.arch, seed=0)
         kept: dict[str, Any] = {"updates": 0, "batch": made_up_batch(self.arch, batch, self.device)}
@@ -122,11 +124,13 @@ class Bench:
             return ranged("model", lambda: backend.model(*question))
 
         def forward() -> None:
+            computing.enter_context(backend.computing())
             with autocast(engine, self.device):
                 kept["losses"] = objective(ask, kept["batch"])
 
         def backward() -> None:
             backend.backward(kept.pop("losses"), global_batch=batch, last=True)
+            computing.close()
 
         def average() -> None:
             kept["updates"] += 1

@@ -34,8 +34,9 @@ log = logging.getLogger(__name__)
 
 NETWORK = {"nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "wekafs", "fuse.juicefs", "glusterfs", "virtiofs"}
 """Types of file systems that several machines see."""
-MEMORY_MARGIN = 0.92
-"""Share of an accelerator's memory that a process may plan for; the CUDA context and the allocator use the rest."""
+MEMORY_MARGIN = 0.98
+"""Share of an accelerator's stated memory that programs may use; the driver keeps the rest. The estimate itself counts
+the allocator's margin, NCCL's buffers and the CUDA context."""
 MISSING = "missing"
 """Subject of a finding about something that is not on this machine, and may be where the job will run."""
 OF_THIS_MACHINE = (MISSING, "disk", "memory", "gpus")
@@ -178,8 +179,10 @@ def _estimate(config: Config) -> StageEstimate | None:
 
 
 def _memory(needs: StageEstimate, spec: JobSpec, capacity: Capacity | None) -> Finding:
-    need, micro = needs.memory(spec.world_size).total, needs.micro_batch(spec.world_size)
-    text = f"{needs.plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples"
+    memory = needs.memory(spec.world_size, accelerator=bool(spec.accelerators_per_node))
+    need, micro = memory.total, needs.micro_batch(spec.world_size)
+    parts = f" ({memory.parts})" if memory.total > memory.tensors else ""
+    text = f"{needs.plan.arch.name} needs {need / GIB:.1f} GiB a process at {micro} samples{parts}"
     where, most = _most(needs.config.launch, spec, capacity)
     if most is None:
         key = "gpu_memory_gb" if spec.accelerators_per_node else "memory_gb"

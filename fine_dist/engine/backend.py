@@ -9,6 +9,7 @@ Shapes: a parameter has `numel` values, flattened; a piece is [stop - start] of 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.dist import gather_objects
+from fine_dist.engine.host_copy import copy_to_host
 from fine_dist.engine.world import World
 
 
@@ -47,6 +49,13 @@ class Backend(ABC):
     model: nn.Module
     """What the objective calls."""
     world: World
+
+    def computing(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the forward and backward passes of a step, in which the model may hold copies of its weights.
+
+        Outside it the model's parameters are the fp32 weights that train.
+        """
+        return contextlib.nullcontext()
 
     @abstractmethod
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
@@ -110,21 +119,23 @@ SEND_VALUES = 1 << 24
 class ShardedBackend(Backend):
     """A backend whose ranks own different pieces.
 
-    An implementation sets `shapes` and calls `share_layout` once its pieces are known.
+    An implementation sets `shapes`, and calls `share_layout` once its pieces are known or sets `_layout` itself.
     """
 
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the whole parameters that train, by name."""
+    _layout: list[list[tuple[str, int, int]]]
+    """The ranges (name, start, stop) that each rank owns, in the order of its pieces."""
 
     def share_layout(self) -> None:
         """Tell every rank which ranges each rank owns. All ranks call it."""
         # Ranges are fixed once training begins, so they are exchanged once; a gather then sends nothing but values.
         mine = [[piece.name, piece.start, piece.stop] for piece in self.pieces()]
-        self._layout: list[list[tuple[str, int, int]]] = gather_objects(mine, self.world)
+        self._layout = gather_objects(mine, self.world)
 
     def gather(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each rank sends its pieces, in order, as one flat tensor; rank 0 puts them where they belong."""
-        mine = [values[piece.name].detach().reshape(-1).cpu() for piece in self.pieces()]
+        mine = copy_to_host([values[piece.name].reshape(-1) for piece in self.pieces()])
         if not self.world.is_main:
             if mine:
                 for part in torch.cat(mine).split(SEND_VALUES):

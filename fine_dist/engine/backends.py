@@ -16,7 +16,8 @@ def make_backend(
 ) -> Backend:
     """The backend of a config, which takes `model` over and moves it to the world's device."""
     if engine.backend == "plain":
-        return PlainBackend(model, optim, world, torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32)
+        reduce_dtype = torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32
+        return PlainBackend(model, optim, world, reduce_dtype, engine.precision == "bf16" and engine.bf16_copies)
     if engine.backend == "fsdp2":
         # Imported only where it is asked for: torch's FSDP pulls in much that no other backend needs.
         from fine_dist.engine.fsdp_backend import FsdpBackend

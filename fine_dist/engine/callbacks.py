@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.engine.backend import Backend
+from fine_dist.engine.dist import broadcast_object
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.monitor import Monitor
 from fine_dist.engine.program import Program
@@ -64,6 +65,11 @@ class EvaluationCallback:
         self.backend, self.ema, self.monitor = backend, ema, monitor
         self.held_out: dict[str, float] = {}
         """The last measurement; part of a checkpoint."""
+        # Every rank gathers averages for rank 0, and only rank 0's program knows whether they are looked at.
+        looks = program.held_out or program.histograms or program.texts
+        self._evaluates, self._previews = broadcast_object(
+            [looks is not None, program.previews is not None], backend.world
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether something is measured or shown after `step` updates."""
@@ -87,7 +93,7 @@ class EvaluationCallback:
         At the last step the weights without averaging are measured as well, under the prefix `raw_`.
         """
         program = self.program
-        if program.held_out is None and program.histograms is None and program.texts is None:
+        if not self._evaluates:
             return
         averages = self.ema.gather()
         # Gathering is collective, so every rank takes part before those without a second model leave.
@@ -115,10 +121,10 @@ class EvaluationCallback:
 
         They may take a tenth of the time that training has taken so far, and a minute at least.
         """
-        if self.program.previews is None:
+        if not self._previews:
             return
         averages = self.ema.gather()
-        if self.model is not None:
+        if self.model is not None and self.program.previews is not None:
             budget = Budget(self.stopper, max(PREVIEW_S, PREVIEW_FRACTION * seconds))
             self.monitor.images(step, self.program.previews(self._with(averages), step, budget))
 

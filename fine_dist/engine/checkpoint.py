@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import threading
 import time
 from pathlib import Path
@@ -26,7 +27,7 @@ from fine_dist.core.errors import CheckpointError, DamagedStateError
 from fine_dist.core.files import remove_tree, sync_folder, write_atomic
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
-from fine_dist.engine.dist import barrier, broadcast_object
+from fine_dist.engine.dist import barrier, broadcast_object, gather_objects
 from fine_dist.engine.ema import Ema
 from fine_dist.engine.host_copy import copy_to_host, host_buffer
 from fine_dist.engine.run_dir import flat
@@ -73,12 +74,13 @@ class Checkpoints:
     def newest(self) -> CheckpointReader | None:
         """The newest undamaged checkpoint, the same on every rank; None when there is none.
 
-        Rank 0 alone looks for it and verifies it. A damaged one is named in a warning and renamed to `damaged-...`, and
-        the one before it is taken.
+        Rank 0 looks for it and verifies it. A damaged one is named in a warning and renamed to `damaged-...`, and the
+        one before it is taken. The first rank of every other node verifies what its own node sees of that one.
 
         Raises:
             DamagedStateError: All are damaged.
-            CheckpointError: The one found belongs to another run; the message says what differs.
+            CheckpointError: The one found belongs to another run; the message says what differs. Or another node reads
+                something else than was written.
         """
         found: dict[str, Any] = {}
         if self.world.is_main:
@@ -93,9 +95,25 @@ class Checkpoints:
             raise (DamagedStateError if found["damaged"] else CheckpointError)(found["error"])
         if found["name"] is None:
             return None
-        checkpoint = CheckpointReader(self.folder / found["name"])
+        checkpoint, problem = self._as_this_node_sees_it(self.folder / found["name"])
+        problems = [said for said in gather_objects(problem, self.world) if said]
+        if problems or checkpoint is None:
+            raise CheckpointError(problems[0])
         self.last_saved = checkpoint.step
         return checkpoint
+
+    def _as_this_node_sees_it(self, folder: Path) -> tuple[CheckpointReader | None, str]:
+        """The checkpoint that rank 0 has verified, and what is wrong with it here."""
+        try:
+            checkpoint = CheckpointReader(folder)
+            if self.world.reads_storage and not self.world.is_main:
+                checkpoint.verify()
+            return checkpoint, ""
+        except (OSError, ValueError, CheckpointError) as error:
+            return None, (
+                f"rank 0 has verified {folder}, and {socket.gethostname()} (rank {self.world.rank}) reads something "
+                f"else: {error}; is the run directory on storage that every node shares?"
+            )
 
     def _find_newest(self) -> str | None:
         found = self._folders()

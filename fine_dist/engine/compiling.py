@@ -19,6 +19,7 @@ from torch import nn
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.settings import EngineConfig, LoopConfig
+from fine_dist.model.dit import DiT
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,21 @@ them running out of memory, and the exception by which torch ends a recomputatio
 
 
 def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
-    """Set up activation checkpointing and compilation, block by block. `ConfigError` when the model has no blocks."""
+    """Set up the residual stream's dtype, activation checkpointing and compilation, block by block.
+
+    Raises:
+        ConfigError: The model has no blocks for what is asked.
+    """
+    if engine.residual_dtype == "bf16":
+        if engine.precision != "bf16":
+            raise ConfigError(
+                f"engine.residual_dtype: bf16 goes with engine.precision bf16, and that is {engine.precision}; set both"
+            )
+        streams = [module for module in model.modules() if isinstance(module, DiT)]
+        if not streams:
+            raise ConfigError(f"engine.residual_dtype: {type(model).__name__} has no residual stream; legal: fp32")
+        for stream in streams:
+            stream.residual_dtype = torch.bfloat16
     if engine.activation_checkpointing != "none" and not hasattr(model, "recompute"):
         raise ConfigError(
             f"engine.activation_checkpointing: {type(model).__name__} cannot recompute its blocks; legal: none"

@@ -6,10 +6,12 @@ NCCL for tensors on a GPU, gloo for tensors in host memory. In a world of one, t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -263,11 +265,36 @@ def all_reduce_max(tensor: torch.Tensor, world: World) -> torch.Tensor:
     return tensor
 
 
-def broadcast(tensor: torch.Tensor, world: World, source: int = 0) -> torch.Tensor:
-    """Take rank `source`'s values, in place, on the tensor's own device."""
+def broadcast(tensor: torch.Tensor, world: World, source: int = 0, group: Any = None) -> torch.Tensor:
+    """Take rank `source`'s values, in place, on the tensor's own device; among the ranks of `group`, or all."""
     if world.world_size > 1:
-        dist.broadcast(tensor, src=source)
+        dist.broadcast(tensor, src=source, group=group)
     return tensor
+
+
+@contextlib.contextmanager
+def node_group(world: World) -> Iterator[tuple[int, Any]]:
+    """A context with the first rank of this rank's node and a process group of the node's ranks.
+
+    The group is None where all ranks are on one node. All ranks enter and leave at the same point. On a GPU a group
+    holds some hundred MiB of NCCL's buffers, so it goes when the context ends.
+    """
+    firsts = gather_objects(world.rank - world.local_rank, world)
+    first = firsts[world.rank]
+    mine = [rank for rank, other in enumerate(firsts) if other == first]
+    if first not in mine:
+        raise LaunchError(
+            f"rank {world.rank} has LOCAL_RANK {world.local_rank}, so rank {first} should be the first on its node, "
+            f"and that one has LOCAL_RANK {first - firsts[first]}; start the processes with torchrun, srun or Ray"
+        )
+    if len(mine) == world.world_size:
+        yield first, None
+        return
+    group = dist.new_group(mine, use_local_synchronization=True)
+    try:
+        yield first, group
+    finally:
+        dist.destroy_process_group(group)
 
 
 def broadcast_object(value: Any, world: World, source: int = 0) -> Any:

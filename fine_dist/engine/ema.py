@@ -11,7 +11,7 @@ from fine_dist.engine.backend import Backend
 class Ema:
     """`ema <- decay * ema + (1 - decay) * weight` after each update, for the pieces that this rank owns.
 
-    Where a backend shards the weights, each rank averages its own shard: nothing is gathered and nothing is held twice.
+    Each rank averages what it owns, an equal share whatever the backend: nothing is gathered and nothing is held twice.
 
     Args:
         decay: Share of the average that an update leaves; 0 makes the average equal to the weights.

@@ -8,11 +8,14 @@ has used: collectives are matched by order alone.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.distributed
 from torch import Tensor, nn
 
 from fine_dist.engine.settings import BUCKET_BYTES
+from fine_dist.engine.weight_copies import add_gradients
 
 
 class GradientBuckets:
@@ -26,10 +29,16 @@ class GradientBuckets:
         dtype: What travels between ranks; gradients are fp32 before and after. bf16 halves the traffic and rounds each
             rank's gradient to 8 bits.
         bucket_bytes: Size of a bucket, unless one parameter is larger.
+        copies: Of some parameters, the bf16 copies that receive their gradients (`weight_copies`). A bucket takes them
+            in when it is sent.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], dtype: torch.dtype = torch.float32, bucket_bytes: int = BUCKET_BYTES
+        self,
+        parameters: list[nn.Parameter],
+        dtype: torch.dtype = torch.float32,
+        bucket_bytes: int = BUCKET_BYTES,
+        copies: dict[nn.Parameter, nn.Parameter] | None = None,
     ) -> None:
         self.dtype = dtype
         members: list[list[nn.Parameter]] = [[]]
@@ -43,14 +52,15 @@ class GradientBuckets:
                 size = 0
             members[-1].append(p)
             size += num_bytes
-        self.buckets = [_Bucket(group) for group in members]
+        copies = copies or {}
+        self.buckets = [_Bucket(group, {p: copies[p] for p in group if p in copies}) for group in members]
         self._bucket_of = {p: bucket for bucket in self.buckets for p in bucket.parameters}
         self._sending = False
         self._next = 0
         for p in parameters:
             # This hook runs after autograd has added the gradient into the bucket's view; a hook
             # on the gradient itself would run before, and the message could leave without it.
-            p.register_post_accumulate_grad_hook(self._complete)
+            copies.get(p, p).register_post_accumulate_grad_hook(partial(self._complete, p))
         self.zero()
 
     @property
@@ -83,11 +93,10 @@ class GradientBuckets:
         for bucket in self.buckets:
             bucket.wait()
 
-    def _complete(self, p: Tensor) -> None:
-        """Called by autograd when a parameter has its whole gradient of this backward pass."""
+    def _complete(self, p: nn.Parameter, receives: Tensor) -> None:
+        """Called by autograd when a parameter, or the copy that receives it, has its whole gradient of this pass."""
         if not self._sending:
             return
-        assert isinstance(p, nn.Parameter)
         self._bucket_of[p].missing.discard(p)
         # A bucket that is complete early waits for those before it. Ranks may finish theirs in different orders when
         # their samples use different parameters, and the n-th collective of every rank must be the same bucket.
@@ -102,8 +111,8 @@ class GradientBuckets:
 class _Bucket:
     """Gradients of some parameters in one flat tensor."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
+    def __init__(self, parameters: list[nn.Parameter], copies: dict[nn.Parameter, nn.Parameter]) -> None:
+        self.parameters, self._copies = parameters, copies
         self.missing: set[nn.Parameter] = set()
         first = parameters[0]
         self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
@@ -117,6 +126,7 @@ class _Bucket:
             p.grad = view
 
     def send(self, dtype: torch.dtype) -> None:
+        add_gradients(self._copies.items())
         self._message = self.flat.to(dtype)  # the same tensor where it has this type
         # On NCCL's own stream, behind what is queued now; the backward pass goes on beside it.
         self._work = torch.distributed.all_reduce(self._message, async_op=True)

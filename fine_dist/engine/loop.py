@@ -219,15 +219,16 @@ class Run:
     def gradients(self, batch: Any) -> Tensor:
         """Forward and backward pass of every micro-batch: the sum of this rank's losses, fp64 [], on the device."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index in range(self.accumulation):
-            micro_batch = batch.part(index * self.micro_batch, self.micro_batch)
-            with precision(self.engine, self.device):
-                losses = self.program.objective(self.backend.model, micro_batch)
-            # In fp64: sums over other micro-batches and ranks then agree in all digits that are logged.
-            total += losses.detach().sum(dtype=torch.float64)
-            # Gradients of earlier micro-batches only add up locally; what travels between ranks travels once a step.
-            last = index == self.accumulation - 1
-            self.backend.backward(losses, global_batch=self.global_batch, last=last)
+        with self.backend.computing():
+            for index in range(self.accumulation):
+                micro_batch = batch.part(index * self.micro_batch, self.micro_batch)
+                with precision(self.engine, self.device):
+                    losses = self.program.objective(self.backend.model, micro_batch)
+                # In fp64: sums over other micro-batches and ranks then agree in all digits that are logged.
+                total += losses.detach().sum(dtype=torch.float64)
+                # Gradients of earlier micro-batches only add up locally; what travels between ranks travels once.
+                last = index == self.accumulation - 1
+                self.backend.backward(losses, global_batch=self.global_batch, last=last)
         return total
 
     def update(self, total: Tensor, step: int, waited_s: float) -> PendingStep:

@@ -7,6 +7,8 @@ same update but for rounding: a difference of that size is repaired, and a large
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +29,14 @@ def broadcast(model: nn.Module, world: World) -> None:
     broadcast_tensors([tensor.data for tensor in [*model.parameters(), *model.buffers()]], world)
 
 
-def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
-    """Give every rank the values of rank 0, in place, in few large messages.
+def broadcast_tensors(tensors: list[Tensor], world: World, source: int = 0, node: Any = None) -> None:
+    """Give every rank the values of one rank, in place, in few large messages.
 
     Tensors travel from where they are: over NCCL on a GPU, over gloo in host memory.
+
+    Args:
+        source: The rank whose values are taken.
+        node: Process group of the ranks that take part (`dist.node_group`); None: all.
     """
     if world.world_size == 1:
         return
@@ -40,7 +46,7 @@ def broadcast_tensors(tensors: list[Tensor], world: World) -> None:
         groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for group in groups.values():
         for bucket in _buckets(group, BROADCAST_BYTES):
-            flat = dist.broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]), world)
+            flat = dist.broadcast(torch.cat([tensor.reshape(-1) for tensor in bucket]), world, source, node)
             for tensor, values in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                 tensor.copy_(values.view_as(tensor))
 

@@ -82,6 +82,10 @@ class LoopConfig(Config):
     keep_freed_memory: bool = True
     """On a CPU with glibc, keep freed memory for the next step, which makes steps some 15% faster. Variables of your
     own (MALLOC_...) are left as they are."""
+    bf16_copies: bool = True
+    """In bf16 with the plain backend, keep bf16 copies of the weights for matrix products beside the fp32 weights that
+    train, instead of casting each weight at each use: fewer kernels, for 2 bytes a weight. Checkpoints hold
+    the fp32 weights either way."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients travel between processes. `bf16` halves the traffic, for a slow network, and rounds the
     gradient of each process to 8 bits before they are summed."""
@@ -128,6 +132,9 @@ class LoopConfig(Config):
 class EngineConfig(LoopConfig):
     """How one model trains: all of `LoopConfig`, with averaged weights and previews."""
 
+    residual_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In what a bf16 run holds the sum over layers, to which each block adds. `bf16` saves memory and casts, and rounds
+    the sum to 8 bits after every block; `fp32` keeps all that small contributions add."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, which is what a run's artifact holds. 0 turns it off."""
     ema_warmup: bool = True

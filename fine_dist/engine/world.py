@@ -32,6 +32,11 @@ class World:
         """True on the one rank that writes logs, metrics and artifacts."""
         return self.rank == 0
 
+    @property
+    def reads_storage(self) -> bool:
+        """True on the first rank of each node, which reads from shared storage what the whole node needs."""
+        return self.local_rank == 0
+
 
 def read_environment(env: Mapping[str, str] = os.environ) -> World:
     """The world as the launcher describes it, without a device. `LaunchError` when the variables contradict each other.

@@ -22,7 +22,7 @@ from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
-from fine_dist.engine.compiling import compile_or_fall_back, compiles
+from fine_dist.engine.compiling import compiles
 from fine_dist.engine.optimizer import learning_rate, precision, set_arithmetic
 from fine_dist.engine.program import divide_batch, may_skip
 from fine_dist.engine.settings import LoopConfig, OptimConfig
@@ -112,7 +112,7 @@ class PackRun:
             keep_freed_memory()
         set_arithmetic(engine)
         if compiles(engine, self.device):
-            compile_or_fall_back(list(pack.blocks))
+            pack.compile_block()
         # Before resuming: every rank starts from rank 0's bits,
         # and the state on disk then replaces the same rows on all.
         self._broadcast_start()

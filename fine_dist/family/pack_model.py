@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fine_dist.core.errors import ArtifactError
+from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.family.index_cache import IndexCache
 from fine_dist.model.arch import MATRICES
 from fine_dist.model.dit import DiT
@@ -154,11 +156,17 @@ class PackedDiT(nn.Module):
         width = max(len(s) for s in sigmas)
         self.sigma = nn.Parameter(torch.stack([F.pad(s, (0, width - len(s))) for s in sigmas]))
         self.labels = nn.Parameter(torch.stack(tables)) if tables else None
-        self.blocks = nn.ModuleList([PackedBlock(self.arch.num_heads)])
-        """One block, called once a layer; a list, because that is where compilation looks for blocks."""
+        self.block = PackedBlock(self.arch.num_heads)
+        """Called once a layer."""
+        self.compiled = False
         self.index = IndexCache()
         self._stacked: dict[tuple[tuple[int, ...], torch.dtype], list[list[Tensor]]] = {}
         self._cast: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+
+    def compile_block(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the block, once for all layers. backend: as `torch.compile` takes it."""
+        compile_or_fall_back([self.block], backend)
+        self.compiled = True
 
     def factors(self, matrix: str) -> tuple[Tensor, Tensor]:
         """U [m, R] and V [n, R] of a matrix."""
@@ -210,17 +218,20 @@ class PackedDiT(nn.Module):
         batch = inputs.t.shape[1]
         x, c = self._embed(inputs, jobs)  #                                                       [N, T, D], [N, D]
         # adaLN's input is the same at every layer, so its product with V is made once.
-        gate = F.silu(c) @ self.factors("adaln")[1]  #                                                        [N, R]
+        gate = c @ self.factors("adaln")[1]  #                                                        [N, R]
         dtype = compute_dtype(gate)
         gate, factors, biases = gate.to(dtype), self._factors_in(dtype), self._stacked_biases(jobs, dtype)
         composed = self._composed(batch * x.shape[1])
         layers = self.index.take(self.sigma, jobs).unflatten(1, (-1, len(MATRICES), self.rank)).unbind(1)
         finished: list[Tensor] = []
         alive = len(jobs)
-        [block] = self.blocks
         # Inside a block every cast is written down, where it is needed; autocast would add one to each operand.
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
+            if self.compiled and torch.is_grad_enabled():
+                # Nothing below the first block trains. Its input asks for a gradient all the same, so that the first
+                # layer shares the compiled function of the others.
+                x = x.detach().requires_grad_(True)
             for layer in range(self.depths[jobs[0]]):
                 # Jobs come deepest first, so those that have this layer are the first `deep` of them. The others'
                 # samples are cut off the end of the batch: no mask, no wasted product, and the rest stays contiguous.
@@ -229,28 +240,30 @@ class PackedDiT(nn.Module):
                     x, done = x.split([deep * batch, (alive - deep) * batch])
                     finished.append(done)
                     alive = deep
+                    # A compiled function is made again for a view of another tensor, which only this layer's input is.
+                    x = x.clone() if self.compiled else x
                 sigma = layers[layer][:alive].unbind(1)  #                                              K x [J', R]
                 given = (x, gate[: alive * batch], sigma, biases[layer], factors, composed)
                 again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
                 if again and torch.is_grad_enabled():
-                    x = checkpoint(block, *given, use_reentrant=False)
+                    x = checkpoint(self.block, *given, use_reentrant=False)
                 else:
-                    x = block(*given)  #                                                                 [N, T, D]
+                    x = self.block(*given)  #                                                                 [N, T, D]
         # Shallow jobs left first, so reversed they follow the deepest ones: the order of the batch at the beginning.
         x = torch.cat([x, *reversed(finished)]) if finished else x
         output: Tensor = self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))
         return output
 
     def _embed(self, inputs: PackInputs, jobs: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens [N, T, D] and conditioning [N, D]."""
+        """Tokens [N, T, D] and what they are conditioned on [N, D], after its SiLU."""
         x = self.shell.patch(self.shell.patchify(inputs.z.flatten(0, 1))) + self.shell.pos
         c = self.shell.time(inputs.t.flatten())
         if self.labels is None:
-            return x, c + self.shell.label(inputs.y.flatten())
+            return x, F.silu(c + self.shell.label(inputs.y.flatten()))
         table = self.index.take(self.labels, jobs)  #                                                   [J', C+1, D]
         # The jobs' label tables are one long table, in which job j's labels begin at j (C + 1).
         first = torch.arange(len(jobs), device=inputs.y.device)[:, None] * table.shape[1]
-        return x, c + F.embedding((inputs.y + first).flatten(), table.flatten(0, 1))
+        return x, F.silu(c + F.embedding((inputs.y + first).flatten(), table.flatten(0, 1)))
 
     def _composed(self, rows: int) -> tuple[bool, ...]:
         """For each matrix, whether composing W is cheaper for this many rows of a job; never for adaLN (see `gate`)."""

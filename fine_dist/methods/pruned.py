@@ -193,6 +193,7 @@ class LowRankDense(Dense):
     """`x (W + B A)^T + b`: frozen W [m, n] and b [m], trained A [r, n] (random) and B [m, r] (zero)."""
 
     roles: ClassVar[dict[str, Role]] = {**Dense.roles, "down": "scaler", "up": "scaler"}
+    multiplied: ClassVar[tuple[str, ...]] = (*Dense.multiplied, "down", "up")
 
     def __init__(self, m: int, n: int, rank: int, generator: torch.Generator | None = None):
         super().__init__(n, m)

@@ -74,6 +74,7 @@ class SpectralDense(nn.Module):
     """
 
     roles: ClassVar[dict[str, Role]] = {"U": "weight", "S": "weight", "V": "weight", "delta": "scaler", "bias": "bias"}
+    multiplied: ClassVar[tuple[str, ...]] = ("U", "V", "bias")
 
     U: nn.Parameter
     S: nn.Parameter
@@ -129,4 +130,10 @@ class SpectralDense(nn.Module):
 
     def kept_numbers(self, rows: int) -> int:
         """Numbers that its backward pass keeps beyond a dense product's."""
-        return 2 * rows * self.U.shape[1] * (self.choose(rows, True) == "factored")
+        if self.choose(rows, True) == "composed":
+            return self.U.shape[0] * self.V.shape[0]
+        return rows * self.U.shape[1]
+
+    def keeps_input(self, rows: int) -> bool:
+        """Whether its backward pass needs what it multiplied."""
+        return self.choose(rows, True) == "composed"

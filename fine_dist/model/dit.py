@@ -29,7 +29,8 @@ TIME_FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a block: `c` [B, D], the sum of time and label embedding; `y` int64 [B], the labels."""
+    """The condition of a block: `c` [B, D], the sum of time and label embedding after the SiLU that every adaLN begins
+    with; `y` int64 [B], the labels."""
 
     c: Tensor
     y: Tensor
@@ -47,6 +48,7 @@ class Dense(nn.Linear):
     """An ordinary dense matrix of a block: `(x [..., n], condition) -> [..., m]`, the signature of every matrix."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
+    multiplied: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -55,6 +57,10 @@ class Dense(nn.Linear):
         """Multiply-adds of a product of `rows` rows; with `backward` those of the backward pass are added."""
         dense = rows * self.out_features * self.in_features
         return dense * (1 + backward + (backward and self.weight.requires_grad))
+
+    def keeps_input(self, rows: int) -> bool:
+        """Whether its backward pass needs what it multiplied."""
+        return self.weight.requires_grad
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """Weight [m, n] and bias [m]. Other kinds of matrices have this method if they have a dense form."""
@@ -71,6 +77,9 @@ class DiT(nn.Module):
         arch: Shape of the model.
         linear: Makes the blocks' matrices. Default: `Dense`.
         generator: Random numbers of the initialization. Default: torch's global generator.
+
+    `recompute` says whose activations are computed again in the backward pass, `residual_dtype` in what the sum over
+    layers is held (None: as the patch embedder gives it, fp32 under autocast too), `active` which blocks run.
     """
 
     def __init__(self, arch: Arch, linear: LinearFactory | None = None, generator: torch.Generator | None = None):
@@ -92,6 +101,7 @@ class DiT(nn.Module):
         # Not saved: it is a function of the architecture, and a model for another grid has another one.
         self.register_buffer("pos", positions_of(arch), persistent=False)
         self.recompute = "none"
+        self.residual_dtype: torch.dtype | None = None
         self.active: Sequence[int] | None = None
         self.initialise(generator)
 
@@ -139,19 +149,23 @@ class DiT(nn.Module):
         x, condition = self.embed(z, t, y)
         features: dict[str, Tensor] = {}
         for layer, block in self.running():
+            # Every block is asked in the same way, so that a compiler makes one graph of them all.
+            x, attended = self.run(layer, block, x, condition, True)
             if layer in blocks:
                 # Features leave a block as results and not through hooks: a
                 # recomputed or compiled block would call a hook twice or never.
-                x, features[f"attention.{layer}"] = self.run(layer, block, x, condition, True)
-                features[f"block.{layer}"] = x
-            else:
-                x = self.run(layer, block, x, condition)
+                features |= {f"attention.{layer}": attended, f"block.{layer}": x}
         return ModelOutput(self.unpatchify(self.final(x, condition.c)), features)
 
     def embed(self, z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Condition]:
         """Tokens [B, T, D] of latents z, and the condition of the blocks."""
         x = self.patch(self.patchify(z)) + self.pos  #                                                     [B, T, D]
-        return x, Condition(self.time(t) + self.label(y), y)
+        x = x if self.residual_dtype is None else x.to(self.residual_dtype)
+        return x, self.condition(t, y)
+
+    def condition(self, t: Tensor, y: Tensor) -> Condition:
+        """What all blocks and the final layer are conditioned on."""
+        return Condition(F.silu(self.time(t) + self.label(y)), y)
 
     def patchify(self, z: Tensor) -> Tensor:
         b, c, h, w = z.shape
@@ -194,15 +208,16 @@ def block_forward(
 
     Args:
         x: Tokens.
-        c: Condition.
+        c: Condition, after its SiLU (`Condition.c`).
         linear: `(matrix, h) -> product`, which multiplies by one of the block's matrices.
         num_heads: Attention heads.
 
     Returns:
         The block's output, and the attention's result before its gate, both [B, T, D].
     """
-    # One matrix for all six vectors, so that it is one product, and one entry of the genes.
-    modulation = linear("adaln", F.silu(c)).unsqueeze(1)  #                                               [B, 1, 6 D]
+    # One matrix for all six vectors, so that it is one product, and one entry of the genes. All six are brought to the
+    # residual stream's dtype at once: a cast of each would be twelve kernels, with those of the backward pass.
+    modulation = linear("adaln", c).to(x.dtype).unsqueeze(1)  #                                           [B, 1, 6 D]
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #                 6 x [B, 1, D]
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
     attended = linear("o", attention(linear("qkv", h), num_heads))  #                                      [B, T, D]
@@ -240,7 +255,7 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(d, out_features)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaln(F.silu(c)).unsqueeze(1).chunk(2, dim=2)  #                           2 x [B, 1, D]
+        shift, scale = self.adaln(c).unsqueeze(1).chunk(2, dim=2)  #                           2 x [B, 1, D]
         patches: Tensor = self.linear(modulate(x, shift, scale))  #                                     [B, T, ppC]
         return patches
 

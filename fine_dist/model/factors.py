@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fine_dist.model.arch import MATRICES, Arch, check_size
 from fine_dist.model.dit import Condition, DiT
-from fine_dist.model.layers import FactoredProduct, compute_dtype
+from fine_dist.model.layers import ComposedWeight, FactoredProduct, compute_dtype
 from fine_dist.model.roles import Role, of_role, roles
 
 Path = Literal["auto", "composed", "factored"]
@@ -58,6 +58,7 @@ class Genes(nn.Module):
     """
 
     roles: ClassVar[dict[str, Role]] = {"U": "gene", "V": "gene"}
+    multiplied: ClassVar[tuple[str, ...]] = ("U", "V")
 
     def __init__(self, m: int, n: int, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
         super().__init__()
@@ -69,7 +70,11 @@ class Genes(nn.Module):
         # A sigma for each sample has no common W to compose.
         if sigma.dim() > 1 or self.choose(x.numel() // x.shape[-1], sigma) == "factored":
             return factored_product(x, self.U, self.V, sigma, bias)
-        return F.linear(x, self.compose(sigma), bias)
+        dtype = compute_dtype(x)
+        if dtype == torch.float32 or torch.compiler.is_compiling():
+            return F.linear(x, self.compose(sigma), bias)
+        weight: Tensor = ComposedWeight.apply(self.U, sigma, self.V, dtype)  # type: ignore[no-untyped-call]
+        return F.linear(x, weight, bias)
 
     def compose(self, sigma: Tensor) -> Tensor:
         """`U diag(sigma) V^T` [m, n]."""
@@ -121,8 +126,7 @@ def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tenso
         )
         return y.reshape(*x.shape[:-1], -1)
     thin = x @ v  #                                                                                        [..., R]
-    y = (thin * sigma.to(thin.dtype)) @ u.T  #                                                             [..., m]
-    return y if bias is None else y + bias.to(y.dtype)
+    return F.linear(thin * sigma.to(thin.dtype), u, bias)  #                                               [..., m]
 
 
 class FactoredLinear(nn.Module):
@@ -133,6 +137,7 @@ class FactoredLinear(nn.Module):
     """
 
     roles: ClassVar[dict[str, Role]] = {"sigma": "scaler", "bias": "bias"}
+    multiplied: ClassVar[tuple[str, ...]] = ("bias",)
 
     def __init__(self, genes: Genes, m: int, rank: int):
         super().__init__()
@@ -154,7 +159,15 @@ class FactoredLinear(nn.Module):
     def kept_numbers(self, rows: int) -> int:
         """Numbers that are kept for the backward pass beyond those of a dense product."""
         [genes] = self._genes
-        return 2 * rows * genes.shape[2] * (genes.choose(rows, self.sigma, True) == "factored")
+        if genes.choose(rows, self.sigma, True) == "composed":
+            m, n, _ = genes.shape
+            return m * n
+        return (1 + genes.U.requires_grad) * rows * genes.shape[2]
+
+    def keeps_input(self, rows: int) -> bool:
+        """Whether its backward pass needs what it multiplied."""
+        [genes] = self._genes
+        return genes.U.requires_grad or genes.choose(rows, self.sigma, True) == "composed"
 
 
 @dataclass(frozen=True)

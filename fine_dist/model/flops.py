@@ -63,7 +63,8 @@ class ModelCost:
     training: float
     """FLOPs of a forward and backward pass as things train now."""
     kept: float
-    """Numbers that the backward pass keeps beyond those of a dense model's."""
+    """Numbers that the backward pass keeps beyond those of a dense model that trains whole; below zero where it keeps
+    fewer."""
     stored: int
     """Numbers in the model's parameters."""
     trained: int
@@ -83,6 +84,9 @@ def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
             forward += module.multiply_adds(rows, backward=False)
             training += module.multiply_adds(rows, backward=True)
             kept += getattr(module, "kept_numbers", _none)(rows)
+            # A frozen weight needs no gradient, and its product no input; attention keeps its own result, o's input.
+            if matrix not in ("o", "adaln") and not getattr(module, "keeps_input", _yes)(rows):
+                kept -= rows * arch.matrix(matrix)[1]
     attention = attention_macs(arch.with_depth(len(owner.blocks)))
     rest = attention + outside_macs(arch)
     shell_trains = any(p.requires_grad for p in owner.final.parameters())
@@ -99,3 +103,7 @@ def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
 
 def _none(rows: int) -> int:
     return 0
+
+
+def _yes(rows: int) -> bool:
+    return True

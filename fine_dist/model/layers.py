@@ -20,11 +20,14 @@ EPS = 1e-6
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`LayerNorm(x) * (1 + scale) + shift`: x [N, T, D], shift and scale [N, 1, D] -> [N, T, D].
 
-    LayerNorm has no affine parameters of its own; under autocast it is computed in fp32.
+    LayerNorm has no affine parameters of its own. Its kernel sums in fp32 whatever the dtype of x; autocast would copy
+    a bf16 x to fp32 first.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        normalized = F.layer_norm(x, x.shape[-1:], eps=EPS)
     # One fused operation: scale, product and sum in one pass over
     # the activations, and one tensor fewer for the backward pass.
-    return torch.addcmul(shift.to(x.dtype), F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale.to(x.dtype))
+    return torch.addcmul(shift.to(x.dtype), normalized, 1 + scale.to(x.dtype))
 
 
 def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ class FactoredProduct(torch.autograd.Function):
         thin = x.to(dtype) if v is None else x.to(dtype) @ v  #                                            [J, S, R]
         # `thin` has R instead of n features a row; x itself is needed for gradients of U and V only, which are frozen.
         ctx.save_for_backward(thin, sigma, u, *([] if v is None else [v]))
-        scaled = (thin * sigma[:, None]).to(dtype)
+        scaled = _times(thin, sigma[:, None], dtype)
         # The bias is added inside the product. `expand` repeats U for every job without copying it.
         return torch.baddbmm(bias[:, None].to(dtype), scaled, u.T.expand(len(sigma), *u.T.shape))  #       [J, S, m]
 
@@ -71,9 +74,46 @@ class FactoredProduct(torch.autograd.Function):
         g_sigma = (back * thin).sum(1, dtype=torch.float32)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = (back * sigma[:, None]).to(thin.dtype)
+            g_x = _times(back, sigma[:, None], thin.dtype)
             g_x = g_x @ v[0].T if v else g_x
         return g_x, g_sigma, None, None, None, None
+
+
+class ComposedWeight(torch.autograd.Function):
+    """`U diag(sigma) V^T` [m, n] in `dtype`, the dtype of the products, with one kernel for each scaling.
+
+    `U diag(sigma)` is made again in the backward pass instead of kept, and the gradient of sigma is a sum over rows
+    taken in fp32:
+
+        g_sigma = sum_m (g V) * U,    g_U = (g V) * sigma,    g_V = g^T U diag(sigma)
+
+    Inputs: u [m, R], sigma [R] fp32, v [n, R].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, sigma: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(u, sigma, v)
+        return _times(u, sigma, dtype) @ v.to(dtype).T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        u, sigma, v = ctx.saved_tensors
+        trains_u, trains_sigma, trains_v, _ = ctx.needs_input_grad
+        back = g @ v.to(g.dtype) if trains_u or trains_sigma else g  #                                        [m, R]
+        return (
+            _times(back, sigma, u.dtype) if trains_u else None,
+            (back * u).sum(0, dtype=torch.float32) if trains_sigma else None,
+            (g.T @ _times(u, sigma, g.dtype)).to(v.dtype) if trains_v else None,
+            None,
+        )
+
+
+def _times(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """`(x * y).to(dtype)`, multiplied in the wider dtype of the two, as one kernel. For code without autograd."""
+    if torch.promote_types(x.dtype, y.dtype) == dtype:
+        return x * y
+    return torch.mul(x, y, out=torch.empty(torch.broadcast_shapes(x.shape, y.shape), dtype=dtype, device=x.device))
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:

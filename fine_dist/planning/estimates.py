@@ -43,8 +43,11 @@ class StageEstimate:
             return None
         return Projector(self.config.loss.repa_width, *encoder_facts(self.config))
 
-    def memory(self, world_size: int) -> Memory:
-        """The memory of one process, with that of its teacher and of REPA's encoder and projector."""
+    def memory(self, world_size: int, accelerator: bool = False) -> Memory:
+        """The memory of one process, with that of its teacher and of REPA's encoder and projector.
+
+        accelerator: Whether the process runs on a GPU.
+        """
         micro, plan = self.micro_batch(world_size), self.plan
         cost = plan.method.cost(plan.model, micro)
         return estimate(
@@ -58,6 +61,7 @@ class StageEstimate:
             teacher=plan.teacher.count() if plan.teacher else 0,
             projector=self.projector(),
             groups=groups_of(plan.model),
+            accelerator=accelerator,
         )
 
     def disk_bytes(self) -> int:
@@ -117,6 +121,6 @@ def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = No
         f"time: {needs.hours(assumed, world_size):.2g} h, if each of {world_size} processes does {assumed.rate}",
         f"memory of a process ({world_size} of them, micro-batch {micro}, {config.engine.backend}, "
         f"{config.engine.precision}):",
-        *needs.memory(world_size).lines(),
+        *needs.memory(world_size, assumed.accelerator).lines(),
         "dry run: nothing was done",
     ]

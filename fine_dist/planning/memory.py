@@ -1,7 +1,8 @@
 """The memory of a training process, estimated from the architecture before anything starts.
 
 Counted: weights, gradients, Adam's moments, the EMA, buffers, and the activations the backward pass keeps; each divided
-over processes where ZeRO shards it. Not counted: the allocator's slack, the CUDA context (about 0.5 GiB), NCCL's own.
+over processes where ZeRO shards it. On an accelerator three parts are added that are no tensors of ours: what the
+caching allocator holds and cannot use, the buffers of NCCL, and the CUDA context.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from fine_dist.model.arch import Arch
 
 if TYPE_CHECKING:
     from torch import nn
+
+ALLOCATOR_SHARE = 0.1
+"""Share of what a step allocates and frees that the allocator holds beside it. A choice, not a measurement: torch
+rounds requests of more than 1 MiB up to 2 MiB, cuts smaller ones from blocks of 2 MiB, and keeps the holes."""
+NCCL_CHANNELS, NCCL_CONNECTIONS = 16, 3
+"""Channels of a communicator, and connections that a channel receives from: a ring's, and a tree's two. A choice: NCCL
+takes 2 to 32 channels, by what links the GPUs."""
+NCCL_CONNECTION_BYTES = 2**22 + 120 * 640 * 8 * 8 + 8 * 512 * 8 * 16
+"""Buffers of a connection, for the protocols Simple (4 MiB, NCCL_BUFFSIZE), LL128 (4.7 MiB) and LL (0.5 MiB): the
+defaults in NCCL's src/init.cc."""
+CONTEXT_BYTES = 2**29
+"""What the driver holds for a process: code of kernels, cuBLAS's workspace. A choice: 0.3 to 0.6 GiB are usual."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,13 @@ class Memory:
     """The frozen model that distillation imitates."""
     encoder: float = 0.0
     """The frozen image encoder that REPA aligns with, where it runs at every step."""
+    bf16_copies: float = 0.0
+    """Copies of the weights that bf16 products read, kept by the engine or by autocast."""
+    allocator_margin: float = 0.0
+    """What the caching allocator holds and cannot use."""
+    nccl: float = 0.0
+    """Buffers of one communicator."""
+    cuda_context: float = 0.0
     host: float = 0.0
     """The copy of the state that a checkpoint is written from, and offloaded state."""
 
@@ -44,11 +64,23 @@ class Memory:
     def total(self) -> float:
         return sum(asdict(self).values()) - self.host
 
+    @property
+    def tensors(self) -> float:
+        """The part that is tensors: what torch calls allocated memory."""
+        return self.total - self.allocator_margin - self.nccl - self.cuda_context
+
+    @property
+    def parts(self) -> str:
+        """The total in words: tensors, and on an accelerator what comes on top."""
+        rows = {"tensors": self.tensors, "allocator": self.allocator_margin, "NCCL": self.nccl,
+                "CUDA": self.cuda_context}  # fmt: skip
+        return ", ".join(f"{name} {value / GIB:.1f}" for name, value in rows.items() if value)
+
     def lines(self) -> list[str]:
         """Lines of a table in GiB."""
         rows = [(key.replace("_", " "), value) for key, value in asdict(self).items() if key != "host"]
         rows += [("total", self.total), ("host memory", self.host)]
-        return [f"  {name:12} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
+        return [f"  {name:16} {value / GIB:9.3f} GiB" for name, value in rows if value or name == "total"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +163,7 @@ def estimate(
     projector: Projector | None = None,
     groups: Groups | None = None,
     shows: bool = True,
+    accelerator: bool = False,
 ) -> Memory:
     """The memory of one process; of rank 0, which needs most.
 
@@ -143,6 +176,7 @@ def estimate(
         projector: REPA's, with the image encoder before it; None without REPA.
         groups: How fsdp2 groups the parameters; None: all of them lie in the blocks.
         shows: Whether held-out losses or pictures are made, which takes a second model.
+        accelerator: Whether it runs on a GPU, where the allocator, NCCL and the driver hold memory too.
     """
     sharded = engine.backend != "plain"
     stage = {"plain": 0, "deepspeed": engine.deepspeed.stage, "fsdp2": 3}[engine.backend]
@@ -150,9 +184,11 @@ def estimate(
     params, trained = 4.0 * (num_params + beside), 4.0 * (num_trained + beside)
     # Optimizer states exist for what trains alone, however large the frozen rest is.
     share = trained / world_size if stage >= 1 else trained
+    owned = trained / world_size if stage >= 1 or engine.backend == "plain" else trained
+    bf16 = engine.precision == "bf16"
     kept_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_optimizer
     weights_on_host = engine.backend == "deepspeed" and engine.deepspeed.offload_params
-    state = {"masters": share * (stage in (1, 2)), "optimizer": 2 * share, "ema": share}
+    state = {"masters": share * (stage in (1, 2)), "optimizer": 2 * share, "ema": owned}
     weights = params / (world_size if stage == 3 else 1)
     if engine.backend == "fsdp2":
         buffers = gathered_bytes(groups or Groups(arch.num_layers, num_params), engine)
@@ -164,42 +200,41 @@ def estimate(
         buffers = 2 * min(trained, 4.0 * BUCKET)
     else:
         buffers = 0.0  # gradients lie in the buckets that are sent
+    activations = float(activation_bytes(arch, engine, micro_batch, kept))
+    activations += projector.activation_bytes(arch, engine, micro_batch) if projector else 0
+    gradients = 0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained)
     return Memory(
         weights=0.0 if weights_on_host else weights,
         **({key: 0.0 for key in state} if kept_on_host else state),
-        gradients=0.0 if kept_on_host and stage >= 2 else (share if stage >= 2 else trained),
-        activations=float(activation_bytes(arch, engine, micro_batch, kept))
-        + (projector.activation_bytes(arch, engine, micro_batch) if projector else 0),
+        gradients=gradients,
+        activations=activations,
         buffers=buffers,
         # A sharded run without pictures still needs it: the weights are gathered into it to be saved.
         second_model=params * (shows or sharded),
-        teacher=teacher * (2.0 if engine.precision == "bf16" else 4.0),
+        teacher=teacher * (2.0 if bf16 else 4.0),
         encoder=float(projector.encoder_bytes) if projector else 0.0,
+        bf16_copies=params / 2 / (1 if stage < 3 else arch.num_layers) if bf16 else 0.0,
+        allocator_margin=ALLOCATOR_SHARE * (activations + gradients + buffers) if accelerator else 0.0,
+        nccl=float(NCCL_CHANNELS * NCCL_CONNECTIONS * NCCL_CONNECTION_BYTES) * (accelerator and world_size > 1),
+        cuda_context=CONTEXT_BYTES * accelerator,
         # Checkpoints are written by a thread from a copy, so that training goes on; the copy lives on the host.
-        host=4 * share + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
+        host=4 * owned + (sum(state.values()) + share * (stage >= 2)) * kept_on_host + weights * weights_on_host,
     )
 
 
 def activation_bytes(arch: Arch, engine: EngineConfig, micro_batch: int, kept: float = 0.0) -> int:
     """Bytes that the backward pass of one micro-batch keeps.
 
-    A block keeps, per token: its input, two normalized and two modulated copies, q, k, v and attention's result, both
-    branches' results, and the MLP's hidden layer before and after its activation: 4 D of norms' work in fp32, the rest
-    in the compute precision. Attention's scores are never stored. kept: what a sample keeps beyond that, all layers.
+    A block keeps, per token: its input, the normalized tokens and a branch's result, twice (6 D numbers, in the dtype
+    of the residual stream); and in the compute precision two modulated copies, q, k, v, attention's result, and the
+    MLP's hidden layer before and after its activation (14 D). Attention's scores are never stored. kept: what a sample
+    keeps beyond that, all layers.
     """
-    d, tokens, size = arch.hidden_size, arch.num_tokens, 2 if engine.precision == "bf16" else 4
-    norms, products = 6 * d, (3 + 1 + 1 + 4 + 4 + 1) * d
-    block = tokens * (norms * 4 + products * size) + 6 * d * (size + 4)
-    block += round(kept / arch.num_layers * size)
-    # Autocast keeps a bf16 copy of every weight it multiplies by.
-    casts = 2 * 18 * d * d * arch.num_layers if engine.precision == "bf16" else 0
-    layers = arch.num_layers
-    if engine.activation_checkpointing == "blocks":
-        # Only one block's activations live at a time; of the others
-        # the fp32 input remains, from which they are recomputed.
-        return casts // arch.num_layers + micro_batch * (block + arch.num_layers * tokens * d * 4)
-    if engine.activation_checkpointing == "every_other":
-        # Half of the blocks keep their activations, and one of the others has them while it is recomputed.
-        layers = arch.num_layers // 2 + 1
-        return casts + micro_batch * (layers * block + (arch.num_layers - layers) * tokens * d * 4)
-    return casts + micro_batch * layers * block
+    d, tokens, layers, size = arch.hidden_size, arch.num_tokens, arch.num_layers, 2 if engine.precision == "bf16" else 4
+    stream = 2 if engine.residual_dtype == "bf16" else 4
+    block = tokens * 6 * d * stream + tokens * 14 * d * size + 6 * d * (size + 4)
+    block += round(kept / layers * size)
+    # Where a block is recomputed, its input remains, and one such block at a time has its activations.
+    whole = {"none": layers, "every_other": layers // 2 + 1, "blocks": 1}[engine.activation_checkpointing]
+    inputs = {"none": 0, "every_other": layers - whole, "blocks": layers}[engine.activation_checkpointing]
+    return micro_batch * (whole * block + inputs * tokens * d * stream)

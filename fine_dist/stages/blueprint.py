@@ -19,7 +19,7 @@ from fine_dist.methods.base import Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch, sides
 from fine_dist.stages.settings import StageConfig
 
-BOUND = ("precision", "on_bad_loss", "ema_decay", "ema_warmup")
+BOUND = ("precision", "residual_dtype", "on_bad_loss", "ema_decay", "ema_warmup")
 """Engine settings that change what is computed."""
 
 C = TypeVar("C", bound=StageConfig)

@@ -1,8 +1,9 @@
 """What stage 1 takes from an ancestor before its first step: computed by rank 0, once in the life of a run directory.
 
-A decomposition of a large ancestor takes minutes, so its result is kept in the run directory (`start.safetensors`): the
-other ranks read it there, and so does every later start of the same run. They wait for the file, not in a collective,
-which would time out long before a large decomposition on few cores has ended.
+A decomposition of a large ancestor takes minutes, so its result is kept in the run directory (`start.safetensors`) for
+every later start of the same run. The other ranks wait for the file, not in a collective, which would time out long
+before a large decomposition on few cores has ended. They read what was kept of it and no weights: the training loop
+sends them rank 0's.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _words(shell: bool, blocks: str) -> str:
 
 
 def _read(run_dir: Path, module: nn.Module, world: World) -> dict[str, Any]:
-    """Load the start that rank 0 has written, or is about to write, into the module; what was kept of it."""
+    """What was kept of the start that rank 0 has written, or is about to write; rank 0 loads it into the module."""
     begun = time.monotonic()
     # Polled: no notification of a new file reaches another node through a network file system.
     while not (run_dir / START).exists():
@@ -106,7 +107,8 @@ def _read(run_dir: Path, module: nn.Module, world: World) -> dict[str, Any]:
                 "run directory on storage that every node shares?"
             )
         time.sleep(0.5)
-    module.load_state_dict(load_file(run_dir / START))
+    if world.is_main:
+        module.load_state_dict(load_file(run_dir / START))
     with safe_open(run_dir / START, "pt") as file:
         facts: dict[str, Any] = json.loads(file.metadata()["facts"])
     return facts

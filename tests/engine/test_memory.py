@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig
+from fine_dist.engine.weight_copies import WeightCopies
 from fine_dist.model.arch import arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT
@@ -21,7 +23,6 @@ from tests.conftest import inputs
 
 def kept_bytes(model: torch.nn.Module, batch: int, bf16: bool) -> int:
     """Bytes of every storage that one forward pass keeps for the backward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -31,8 +32,10 @@ def kept_bytes(model: torch.nn.Module, batch: int, bf16: bool) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        model(*inputs(model.arch, batch))
+    with WeightCopies(model).installed() if bf16 else contextlib.nullcontext():
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            model(*inputs(model.arch, batch))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -68,6 +71,18 @@ def test_recomputing_blocks_keeps_one_block_and_every_input():
         for mode in ("none", "every_other", "blocks")
     )
     assert none > 1.6 * half > 1.6 * all_blocks and none > 6 * all_blocks
+
+
+def test_on_a_gpu_the_allocator_nccl_and_cuda_are_added_and_shown_apart():
+    a = arch("DiT-B/2")
+    counts = {"micro_batch": 8, "num_params": 10**8, "num_trained": 10**8}
+    cpu = estimate(a, EngineConfig(), world_size=8, **counts)
+    alone, many = (estimate(a, EngineConfig(), world_size=n, accelerator=True, **counts) for n in (1, 8))
+    assert cpu.total == cpu.tensors == many.tensors and cpu.parts.startswith("tensors") and "," not in cpu.parts
+    assert many.allocator_margin == pytest.approx(0.1 * (cpu.activations + cpu.gradients))
+    assert many.nccl == 48 * (2**22 + 4_915_200 + 2**19) and alone.nccl == 0  # 48 connections of three protocols
+    assert many.total == many.tensors + many.allocator_margin + many.nccl + 2**29
+    assert any("nccl" in line for line in many.lines()) and not any("nccl" in line for line in alone.lines())
 
 
 MEASURED = """

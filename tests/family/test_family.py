@@ -205,6 +205,17 @@ def test_a_chunk_is_what_memory_holds():
     assert 0.5 < sample_bytes(arch, 768, bf16=True) / sample_bytes(arch, 768) < 0.75
 
 
+def test_a_chunk_on_a_gpu_fills_the_device_and_no_more():
+    def chunk(arch, batch):
+        return chunk_size(Shape("x", arch, "group", 300, 1), 12, batch, 2**50, cpu=False)
+
+    large, small = named("DiT-XL/2"), shapes([4])[0].arch
+    assert (chunk(large, 16), chunk(large, 64), chunk(small, 64)) == (4, 1, 12)
+    jobs = [Shape(name, large, "group", 300, 1, feed=name) for name in ("a", "b")]
+    [pack] = plan(jobs, PackConfig(), workers=1, batch=64, memory=2**50, cpu=False)
+    assert pack.sequential  # each fills the device by itself: the loop trains them one after the other, compiled
+
+
 def test_on_a_cpu_jobs_that_fill_the_cache_alone_are_planned_one_after_the_other():
     jobs = shapes([2, 4])
 

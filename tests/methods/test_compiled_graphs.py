@@ -18,8 +18,8 @@ from fine_dist.methods import METHODS
 from tests.conftest import inputs, tiny_arch
 from tests.methods import making
 
-DEPTH, MOST, LIMIT = 12, 3, 8
-"""Layers; graphs of blocks of one shape (LearngenePool trains blocks of three widths); where torch gives up."""
+DEPTH, MOST = 12, 3
+"""Layers; graphs of a method's stage: one for each width in LearngenePool, which trains three."""
 DEEP: dict[str, dict[str, Any]] = {"tleg": {"auxiliary_layers": DEPTH}, "sws": {"stages": (3, 3, 3, 3)}}
 STAGES = [(name, stage) for name in METHODS for stage in (1, 2) if stage == 2 or making.tiny(name).traits.condenses]
 
@@ -57,7 +57,4 @@ def test_blocks_of_all_layers_share_few_graphs(name: str, stage: int, caplog: py
         getattr(out, "out", out).square().mean().backward()
     torch._dynamo.reset()
     assert "torch.compile failed" not in caplog.text
-    shapes = {tuple(tuple(p.shape) for p in block.parameters()) for block in model.blocks}
-    assert len(graphs) <= min(MOST * len(shapes), LIMIT), (
-        f"{len(graphs)} graphs; breaks: {dict(counters['graph_break'])}"
-    )
+    assert len(graphs) <= MOST, f"{len(graphs)} graphs; breaks: {dict(counters['graph_break'])}"

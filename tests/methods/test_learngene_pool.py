@@ -13,7 +13,7 @@ from fine_dist.methods import METHODS, build, check, parent_of
 from fine_dist.methods.stitching.learngene_pool import between, thirds
 from fine_dist.methods.stitching.pool import Imitating, Pool, Route, all_routes, parse_route
 from fine_dist.model.artifact import load_artifact, save_artifact
-from fine_dist.model.dit import Condition, DiT
+from fine_dist.model.dit import DiT
 from tests.conftest import inputs, lively, tiny_arch
 from tests.methods.making import method_of, num_trained, saved_and_read
 
@@ -144,7 +144,7 @@ def test_a_stitched_route_is_the_front_the_map_and_the_back_with_its_own_conditi
     for layer in (0, 1):
         x = front.blocks[layer](x, c)
     x = x @ pool.stitches["0_1_2"].weight.T + pool.stitches["0_1_2"].bias
-    own = Condition(back.time(t) + back.label(y), y)
+    own = back.condition(t, y)
     x = back.blocks[2](x, own)
     torch.testing.assert_close(pool(z, t, y), back.unpatchify(back.final(x, own.c)))
     pool.route = Route(2)

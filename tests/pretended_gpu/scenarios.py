@@ -177,8 +177,9 @@ def held_out_loss(arch: Arch) -> HeldOutLoss:
 
 
 def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
-    """Launches and waits of the third of four steps, by part of the loop, and the precisions of all products."""
+    """Launches, waits and casts of the third of four steps, by part of the loop, and the precisions of all products."""
     steps: list[dict[str, tuple[int, list[str]]]] = []
+    casts: list[int] = []
 
     def watch(run: Run, trace: Trace) -> None:
         def counted(name: str) -> Callable[..., Any]:
@@ -187,6 +188,7 @@ def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
             def call(*args: Any) -> Any:
                 if name == "next_batch":
                     steps.append({})
+                    casts.append(trace.kernels["_to_copy"])
                 launches, waits = trace.launches, len(trace.waits)
                 try:
                     return body(*args)
@@ -204,6 +206,7 @@ def loop_step(kind: str, layers: int, **engine: Any) -> dict[str, Any]:
     return {
         "launches": {name: launches for name, (launches, _) in steps[2].items()},
         "waits": [wait for _, waits in steps[2].values() for wait in waits],
+        "casts": casts[3] - casts[2],
         "products": precisions(trace),
         "collectives": [[c.name, c.devices, c.num_bytes] for c in trace.collectives],
     }

@@ -7,19 +7,27 @@ import pytest
 from fine_dist.core.processes import free_port, rank_words
 from tests.pretended_gpu.worker import Worker
 
-LAUNCHES_A_LAYER = {"dense": 120, "joint": 175, "sigma": 130}
-"""Measured 115, 174 and 127 in eager mode, bf16, forward and backward: a fused operator that is lost shows here."""
+LAUNCHES_A_LAYER = {"dense": 80, "joint": 135, "sigma": 96}
+"""Measured 77, 131 and 93 in eager mode, bf16, forward and backward: a fused operator that is lost shows here."""
+CASTS_A_LAYER = 12
+"""Of a dense layer: its condition, its modulation, what enters and leaves the residual stream; each there and back."""
 
 
 @pytest.mark.parametrize("kind", ["dense", "joint", "sigma"])
 def test_a_step_waits_for_nothing_and_a_layer_costs_so_many_launches(gpu: Worker, kind: str) -> None:
-    launches = []
-    for layers in (1, 2):
-        found = gpu.run("loop_step", kind=kind, layers=layers, precision="bf16")
-        assert found["waits"] == []
-        assert {key.split()[0] for key in found["products"]} == {"torch.bfloat16"}
-        launches.append(sum(found["launches"].values()))
+    found = [gpu.run("loop_step", kind=kind, layers=layers, precision="bf16") for layers in (1, 2)]
+    for step in found:
+        assert step["waits"] == []
+        assert {key.split()[0] for key in step["products"]} == {"torch.bfloat16"}
+    launches = [sum(step["launches"].values()) for step in found]
     assert launches[1] - launches[0] <= LAUNCHES_A_LAYER[kind]
+    if kind == "dense":
+        assert found[1]["casts"] - found[0]["casts"] <= CASTS_A_LAYER
+
+
+def test_a_bf16_residual_stream_is_not_cast_on_the_way_to_products(gpu: Worker) -> None:
+    layers = [gpu.run("loop_step", kind="dense", layers=n, precision="bf16", residual_dtype="bf16") for n in (1, 2)]
+    assert layers[1]["casts"] - layers[0]["casts"] <= 2  # the condition's, there and back
 
 
 @pytest.mark.parametrize(("precision", "products"), [("fp32", "torch.float32 highest"), ("tf32", "torch.float32 high")])
@@ -45,18 +53,15 @@ def test_zero_waits_for_its_own_overflow_check_alone(gpu: Worker) -> None:
         ("dense", {"precision": "fp32"}),
         ("dense", {"precision": "bf16"}),
         ("dense", {"precision": "bf16", "activation_checkpointing": "blocks"}),
+        ("dense", {"precision": "bf16", "residual_dtype": "bf16"}),
         ("joint", {"precision": "bf16"}),
+        ("sigma", {"precision": "bf16"}),
+        ("sigma", {"precision": "fp32"}),
     ],
 )
 def test_the_peak_of_a_run_is_within_15_percent_of_the_estimate(gpu: Worker, kind: str, engine: dict) -> None:
     found = gpu.run("peak_memory", kind=kind, arch="DiT-S/2-L4", batch=16, **engine)
     assert found["peak"] == pytest.approx(found["estimate"], rel=0.15)
-
-
-def test_sigma_alone_takes_at_most_what_is_estimated_and_not_much_less(gpu: Worker) -> None:
-    """The estimate counts inputs that only a weight's gradient needs; frozen genes have none."""
-    found = gpu.run("peak_memory", kind="sigma", arch="DiT-S/2-L4", batch=16, precision="bf16")
-    assert 0.75 * found["estimate"] < found["peak"] <= found["estimate"]
 
 
 @pytest.mark.distributed
@@ -74,5 +79,6 @@ def test_collectives_of_two_ranks_stay_on_one_kind_of_device_and_gradients_never
     assert [answer["device"] for answer in answers] == ["cuda:0", "cuda:1"]
     for answer in answers:
         assert answer["mixed"] == []
-        assert not [call for call in answer["host"] if "backend.py" in call or "step_result.py" in call]
+        of_a_step = ("gradient_buckets.py", "plain_backend.py", "step_result.py")
+        assert not [call for call in answer["host"] if any(file in call for file in of_a_step)]
         assert answer["device_bytes"] > 4 * answer["gradient_bytes"]  # a sum over ranks in each of four steps

@@ -62,6 +62,7 @@ class GatedLinear(nn.Module):
         "tailor_sigma": "tailor",
         "bias": "bias",
     }
+    multiplied: ClassVar[tuple[str, ...]] = ("U", "V", "tailor_U", "tailor_V", "bias")
 
     def __init__(self, gate: Gate, m: int, n: int, learngenes: int, active: int, generator: torch.Generator | None):
         super().__init__()

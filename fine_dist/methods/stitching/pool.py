@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_dist.model.arch import MATRICES, Arch
-from fine_dist.model.dit import Condition, DiT, ModelOutput
+from fine_dist.model.dit import DiT, ModelOutput
 from fine_dist.model.flops import ModelCost, attention_macs
 from fine_dist.model.roles import Role
 
@@ -58,6 +58,7 @@ class Stitch(nn.Linear):
     """A linear map of tokens between widths; a trained map from a student's features to a teacher's is one too."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
+    multiplied: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
 
 class Pool(nn.Module):
@@ -127,9 +128,9 @@ class Pool(nn.Module):
         x, condition = front.embed(z, t, y)
         for layer in firsts:
             x = front.run(layer, front.blocks[layer], x, condition)  #                                   [B, T, D_a]
-        x = self.stitches[self.stitch_key(self.route)](x)  #                                             [B, T, D_b]
+        x = self.stitches[self.stitch_key(self.route)](x).to(x.dtype)  #                                 [B, T, D_b]
         # The back anchor's blocks were trained on its own embeddings, which the front's cannot replace: widths differ.
-        condition = Condition(back.time(t) + back.label(y), y)
+        condition = back.condition(t, y)
         for layer in lasts:
             x = back.run(layer, back.blocks[layer], x, condition)
         return back.unpatchify(back.final(x, condition.c))
