@@ -167,7 +167,7 @@ def _write_files(folder: Path, count: int) -> _Files:
 
 _MEASURE_MEMORY = """
 import json, sys
-from fine_dist.config import DataConfig
+from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import LatentStream
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20

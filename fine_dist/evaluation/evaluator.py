@@ -253,6 +253,3 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
                 raise ConfigError(f"features.{use}: {metric} needs weights: {NAMES[use]}")
             found.setdefault(use, []).append(metric)
     return found
-
-
-# --- the record ------------------------------------------------------------------------------------------------------
