@@ -120,6 +120,7 @@ def _throughput(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     # one thread each: idle threads of torch's pool would spin on the cores of whoever is measured next
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    # By turns, so that a slow minute of the machine falls on all of them.
     found = interleaved(
         {
             "ours": lambda: ours(0),

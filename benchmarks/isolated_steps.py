@@ -30,6 +30,7 @@ def isolated_step(kind: str, plan: SpeedPlan, precision: str) -> Iterator[Callab
         asked, answers = process.stdin, process.stdout
 
         def step() -> float:
+            # One line, one step: between steps the process sleeps and takes nothing from the one that is measured.
             print(file=asked, flush=True)
             answer = answers.readline()
             if not answer:

@@ -125,6 +125,7 @@ def slow_disk(sync_s: float) -> Iterator[list[int]]:
         count[0] += 1
         time.sleep(sync_s)
 
+    # A real network file system cannot be had in a benchmark; its time is in the number of syncs, which is counted.
     with mock.patch("os.fsync", sync), contextlib.ExitStack() as stack:
         for module in (files, prepare):
             stack.enter_context(mock.patch.object(module, "sync_disk", sync))

@@ -62,6 +62,7 @@ def own_rate(arch: Arch, batch: int, precision: str, device: torch.device, secon
         (m, n), rows = arch.matrix(matrix), arch.rows(matrix, batch)
         x, w, g = torch.randn(rows, n), torch.randn(m, n), torch.randn(rows, m)
         sets.append((x.to(device, dtype), w.to(device, dtype), g.to(device, dtype)))
+        # Three products a matrix (output, input's gradient, weight's gradient), two FLOPs a multiply-add.
         flops += 3 * 2 * rows * m * n
 
     def layer() -> None:
@@ -81,6 +82,7 @@ def best_rate(body: Callable[[], object], flops: float, device: torch.device, se
         begun = time.perf_counter()
         body()
         synchronise(device)
+        # The fastest and not the mean: a rate is what the machine can do, and others' work only makes it slower.
         best, calls = min(best, time.perf_counter() - begun), calls + 1
     return flops / best
 

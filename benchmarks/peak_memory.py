@@ -31,6 +31,7 @@ def resident_growth(body: Callable[[], object]) -> float:
     if not (status.exists() and reset.exists()):
         body()
         return 0.0
+    # Freed memory that the allocator keeps is resident already, and a step that fills it would seem to take nothing.
     release_free_memory()
     reset.write_text("5")  # the peak starts again from what is resident now
     before = kib(status, "VmRSS")

@@ -47,6 +47,7 @@ def against_reality(
     slower: dict[int, list[float]] = {p: [] for p in worlds}
     for turn in range(rounds):
         say(f"steps of 1 and {', '.join(map(str, worlds))} processes, round {turn + 1} of {rounds}")
+        # In every round again: the prediction comes from the machine as it is now, as the measurement does.
         one = world_of(1, kinds)
         for processes in worlds:
             several = world_of(processes, kinds)

@@ -40,12 +40,15 @@ def wall_times(programs: Mapping[str, Sequence[str]], env: Mapping[str, Mapping[
                         _tell(running[name].pid, signal.SIGCONT)
                     else:
                         more = {**os.environ, **(env or {}).get(name, {})}
+                        # Into a file: a pipe that nobody reads while its
+                        # program is stopped would fill and block it for ever.
                         with open(logs[name], "wb") as log:
                             running[name] = subprocess.Popen(programs[name], env=more, stdout=log, stderr=log)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         running[name].wait(slice_s)
                     spent[name] += time.perf_counter() - begun
                     if running[name].returncode is None:
+                        # The whole family, because a program's workers would otherwise go on in the other's turn.
                         _tell(running[name].pid, signal.SIGSTOP)
                         continue
                     left.remove(name)
@@ -63,6 +66,7 @@ def wall_times(programs: Mapping[str, Sequence[str]], env: Mapping[str, Mapping[
 def _tell(pid: int, what: signal.Signals) -> None:
     """Send a signal to a process and all that it has started, once each, until no new one has appeared."""
     told: set[int] = set()
+    # A process may fork between the listing and the signal, so the family is listed again until nobody is new.
     while new := _family(pid) - told:
         for member in new:
             with contextlib.suppress(ProcessLookupError):
