@@ -17,6 +17,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.core.files import check_writable, sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
+from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.evaluation.comparison import HELD_OUT_LOSS
 from fine_dist.evaluation.evaluator import Evaluator
@@ -41,12 +42,21 @@ def run(config: EvaluateConfig) -> Path:
     Console(width=None if sys.stdout.isatty() else 140).print(table(rows))
     for metric, value in floors.items():
         print(f"{metric} of held-out real images to the same reference: {value:.4f}")
-    for note in dict.fromkeys(note for row in rows for note in row["notes"]):
+    for note in dict.fromkeys([*(note for row in rows for note in row["notes"]), *mixed_processes(rows)]):
         print(f"note: {note}")
     for score in (score for row in rows for score in row["scores"].values() if score["why"]):
         print(f"note: {score['metric']}: {score['why']}")
     print(f"evaluate: {path}")
     return path
+
+
+def mixed_processes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence where the held-out losses of rows cannot be compared, because their processes differ."""
+    measured = [row["diffusion"] for row in rows if "diffusion" in row and row[HELD_OUT_LOSS] is not None]
+    predictions = {f"{d['process']} ({DiffusionConfig.model_validate(d).predicts})" for d in measured}
+    if len(predictions) < 2:
+        return []
+    return [f"held-out losses of {' and '.join(sorted(predictions))} measure different things: compare other scores"]
 
 
 class EvaluateFile(Record):

@@ -96,7 +96,7 @@ def moved(descent: Descent) -> nn.Module:
 def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> tuple[Condensation, nn.Module]:
     """(condensation, what is kept of it) of a method, at its beginning."""
     traits, arch = method.traits, method.auxiliary(arch or tiny_arch())
-    ancestor = trained(arch if traits.same_shape else tiny_arch(num_layers=5)) if traits.ancestor != "no" else None
+    ancestor = trained(arch if traits.same_shape else arch.with_depth(5)) if traits.ancestor != "no" else None
     condensation = method.condense(arch, ancestor, torch.Generator().manual_seed(seed))
     if traits.carries_over:
         assert ancestor is not None, "a method that carries over weights takes an ancestor"
@@ -295,6 +295,19 @@ class MethodContract:
         shapes = {key: p.shape for key, p in whole.module.named_parameters()}
         assert {key: p.shape for key, p in plan.named_parameters()} == shapes
         assert method.cost(plan, 2).stored == sum(p.numel() for p in whole.module.parameters())
+
+    def test_latents_need_not_be_square(self) -> None:
+        """A learngene, or a target that needs no parent, of latents of another width than height."""
+        method, arch = self.method(), tiny_arch(input_size=(4, 8))
+        models = []
+        if method.traits.condenses:
+            models.append(lively(condensed(method, arch)[0].module))
+        if "none" in method.traits.parents:
+            models.append(lively(make_target(method, None, arch, 0).model))
+        for model in models:
+            out = model(*inputs(arch))
+            out = getattr(out, "out", out)
+            assert out.shape == (3, 1, 4, 8) and out.isfinite().all()
 
     def test_every_number_of_stage_1_meets_its_loss(self) -> None:
         """No parameter of stage 1 is without a gradient, over a few steps and under every process."""

@@ -97,3 +97,30 @@ def test_both_processes_learn_digits(digit_shards, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
         assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--diffusion.process", "edm"], "diffusion.process: input should be 'ddpm' or 'flow' (got 'edm')"),
+        (["--diffusion.process", "flow", "--diffusion.time-shift", "1000"], "time_shift: input should be less than"),
+        (["--diffusion.process", "flow", "--diffusion.time-shift", "0"], "time_shift: input should be greater than"),
+        (
+            ["--diffusion.process", "flow", "--diffusion.prediction", "noise"],
+            "prediction noise is none of process flow's",
+        ),
+        (["--diffusion.zero-terminal-snr"], "zero_terminal_snr needs process ddpm and prediction v"),
+        (["--diffusion.process", "flow", "--sampler.scheduler", "ddim"], "ddim"),
+    ],
+)
+def test_what_is_no_process_is_one_line_from_the_command(flags, words, digit_shards, tmp_path, capsys):
+    argv = ["train", *ARCH, *FAST, *data(digit_shards), "--run-dir", str(tmp_path / "r"), *flags]
+    assert words in refused(argv, capsys)
+
+
+def test_losses_of_models_of_both_processes_are_not_compared_without_a_word(
+    sit, trained, digit_shards, tmp_path, capsys
+):
+    argv = ["evaluate", "--models", str(trained), str(sit), *HEADS, *data(digit_shards), "--engine.device", "cpu"]
+    assert command([*argv, "--run-dir", str(tmp_path / "e")]) == 0
+    assert "held-out losses of ddpm (noise) and flow (velocity) measure different things" in capsys.readouterr().out
