@@ -10,7 +10,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import guard
 from fine_dist.data.settings import EncodeConfig
-from fine_dist.launchers.entry import check, launch
+from fine_dist.launchers import entry
 
 
 def run(config: EncodeConfig) -> Path:
@@ -50,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
         if call.dry_run:
             from fine_dist.data.encoding import dry_run
 
-            check("fine_dist.encode", config, call.launcher)
+            entry.check("fine_dist.encode", config, call.launcher)
             print("\n".join(dry_run(config)))
             return 0
 
         promise = f"the finished shards are in {config.out}; run the same command to resume"
-        return launch("fine_dist.encode", config, call.launcher)
+        return entry.launch("fine_dist.encode", config, call.launcher)
 
     return guard(body, lambda: promise)
 

@@ -19,7 +19,7 @@ from fine_dist.core.config import dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, guard
 from fine_dist.core.help import table
 from fine_dist.family.config import InitConfig
-from fine_dist.launchers.entry import check, launch
+from fine_dist.launchers import entry
 from fine_dist.launchers.launcher import Launcher
 from fine_dist.launchers.prepare import make_spec
 from fine_dist.launchers.registry import pick
@@ -151,12 +151,12 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(list_family(Path(call.options.list))))
             return 0
         if call.dry_run:
-            check("fine_dist.init", call.config, call.launcher)
+            entry.check("fine_dist.init", call.config, call.launcher)
             print("\n".join(dry_run(call.config, capacity_of(call.config, call.launcher))))
             return 0
         config = call.config
         with _bar(call.config, call.launcher):
-            code = launch("fine_dist.init", call.config, call.launcher)
+            code = entry.launch("fine_dist.init", call.config, call.launcher)
         if code == 0 and not inside():
             rows = StateTable(run_dir_of(call.config)).rows()
             code = EXIT_TASKS_FAILED if any(row.state == "failed" for row in rows) else 0
