@@ -28,6 +28,8 @@ class ExportConfig(Config):
     """Present place of the learngene that a target was made from, when it has moved since."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to write: their exponential moving average (`ema`), or those of the last step (`raw`)."""
+    samples: PathKey | None = None
+    """PNG that the model card shows, such as the `samples.png` that `fine-dist sample` writes. Default: none."""
     push: str | None = None
     """Repository OWNER/MODEL of the Hugging Face Hub to upload the export to, private if it is new. The card must
     name a licence. With --dry-run nothing is written or uploaded."""
@@ -37,7 +39,7 @@ class ExportConfig(Config):
 
 def run(config: ExportConfig) -> Path:
     """Write the model; returns where it is."""
-    from fine_dist.artifacts.exporting import export
+    from fine_dist.artifacts.exporting import check_png, export, show_samples
     from fine_dist.artifacts.hub import check_repository, push
     from fine_dist.artifacts.load import load_model
 
@@ -46,8 +48,13 @@ def run(config: ExportConfig) -> Path:
     out = Path(expand_path(config.out))
     if config.push:
         check_repository(config.push)
+    picture = Path(expand_path(config.samples)) if config.samples else None
+    if picture is not None:
+        check_png(picture)
     model, about = load_model(config.model, config.learngene, config.weights, config.hints)
     print("\n".join(export(model, about, config.to, out, config.vae)))
+    if picture is not None:
+        show_samples(out, picture)
     if config.push:
         print(f"export: {config.push} is {push(out, config.push)}")
     return out

@@ -18,7 +18,7 @@ from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import diffusion_of, model_facts_of
 from fine_dist.artifacts.reading import inherited_facts, licence_of
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.files import write_atomic
+from fine_dist.core.files import read_bytes, write_atomic
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT
@@ -51,6 +51,21 @@ def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | 
     if to == "diffusers":
         return _diffusers(model, about, out, vae)
     return _dit(model, about, out) if to == "dit" else _ours(model, about, out)
+
+
+def check_png(picture: Path) -> None:
+    """`ConfigError` unless a file is a PNG."""
+    if read_bytes(picture, 8) != b"\x89PNG\r\n\x1a\n":
+        raise ConfigError(f"samples: {picture} is no PNG; give a picture such as the samples.png of `fine-dist sample`")
+
+
+def show_samples(out: Path, picture: Path) -> None:
+    """Copy a picture of samples beside an export's card, and show it there."""
+    card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
+    there = out / "samples.png" if out.is_dir() else out.with_suffix(".png")
+    write_atomic(there, read_bytes(picture))
+    text = card.read_text(encoding="utf-8")
+    write_atomic(card, f"{text}\n## Samples\n\n![Samples of the model]({there.name})\n")
 
 
 def card_of(about: dict[str, Any]) -> ModelCard:

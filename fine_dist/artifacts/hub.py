@@ -33,6 +33,8 @@ def files_to_push(out: Path) -> dict[str, Path]:
         files = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
     else:
         files = {out.name: out, "README.md": out.with_suffix(".md")}
+        picture = out.with_suffix(".png")
+        files |= {picture.name: picture} if picture.is_file() else {}
     card = files.get("README.md")
     licence = licence_of_card(card) if card is not None else None
     if licence in (None, UNKNOWN_LICENCE):

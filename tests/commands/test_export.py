@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import signal
 
 import pytest
 import torch
+from PIL import Image
 
 from fine_dist.artifacts.diffusers_export import load_pipeline
 from fine_dist.artifacts.load import load_model
@@ -131,12 +133,22 @@ def test_what_would_be_pushed_is_the_export_with_its_card_and_licence(to, name, 
     from fine_dist.artifacts.hub import files_to_push
 
     out = tmp_path / name
-    assert command(["export", "--model", str(latent_model), "--to", to, "--out", str(out)]) == 0
+    Image.new("RGB", (8, 8)).save(tmp_path / "drawn.png")
+    words = ["export", "--model", str(latent_model), "--to", to, "--out", str(out)]
+    assert command([*words, "--samples", str(tmp_path / "drawn.png")]) == 0
     files = files_to_push(out)
+    [shown] = re.findall(r"!\[Samples of the model\]\((.*)\)", files["README.md"].read_text())
+    assert files[shown].read_bytes() == (tmp_path / "drawn.png").read_bytes()
     assert all(path.is_file() for path in files.values()) and len(files) >= 2
     card = files["README.md"].read_text()
     assert "license: cc-by-nc-4.0" in card and "DDPM, noise prediction, 1000 linear steps" in card
     assert "| method |" in card and "| held out loss | 0.5 |" in card
+
+
+def test_samples_that_are_no_png_are_refused_before_anything_is_written(latent_model, tmp_path, capsys):
+    (tmp_path / "s.png").write_text("no picture")
+    words = ["export", "--model", str(latent_model), "--out", str(tmp_path / "m"), "--samples", str(tmp_path / "s.png")]
+    assert "is no PNG" in refused(words, capsys) and not (tmp_path / "m").exists()
 
 
 def test_a_dry_run_of_a_push_says_what_would_be_uploaded_and_writes_nothing(latent_model, tmp_path, capsys):
