@@ -19,7 +19,7 @@ from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
 from fine_dist.artifacts.reading import inherited_facts, read_artifact
 from fine_dist.artifacts.settings import HintsConfig
 from fine_dist.core.errors import ArtifactError
-from fine_dist.methods import check, from_manifest, parent_of
+from fine_dist.methods import check, from_manifest, loaded, parent_of
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
 from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import MANIFEST, Artifact, ArtifactManifest, load_artifact, save_artifact
@@ -171,12 +171,7 @@ def _assembled(artifact: Artifact, parent: Parent | None) -> nn.Module:
     if absent:
         raise ArtifactError(f"{artifact.folder} takes {absent[0]} from its parent, which has no such tensor")
     state = {**{name: theirs[name] for name in inherited}, **artifact.tensors}
-    model = from_manifest(artifact.method).module(artifact.arch, state)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ArtifactError(f"{artifact.folder} does not hold a whole target: {' '.join(str(error).split())}") from None
-    return model
+    return loaded(from_manifest(artifact.method), artifact.arch, state, artifact.folder)
 
 
 def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:

@@ -41,7 +41,9 @@ from fine_dist.methods.stitching.config import LearngenePoolConfig, SnnetConfig
 from fine_dist.methods.wave.config import WaveConfig
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pathlib import Path
+
+    from torch import Tensor, nn
 
     from fine_dist.model.arch import Arch
     from fine_dist.model.artifact import Artifact
@@ -164,33 +166,42 @@ def from_manifest(settings: dict[str, Any]) -> Method[MethodConfig]:
 def parent_of(artifact: Artifact) -> Parent:
     """An artifact together with a module of the method that made it, in which its tensors are loaded."""
     method = from_manifest(artifact.method)
-    as_itself = artifact.kind == "learngene" or not method.traits.dense
-    module = method.module(artifact.arch, artifact.tensors) if as_itself else build(SCRATCH).module(artifact.arch, {})
-    load_into(module, artifact)
-    return Parent(artifact, module)
+    if artifact.kind != "learngene" and method.traits.dense:
+        method = build(SCRATCH)
+    return Parent(artifact, loaded(method, artifact.arch, artifact.tensors, artifact.folder))
 
 
-def load_into(module: nn.Module, artifact: Artifact) -> None:
-    """Load an artifact's tensors into a module.
+def loaded(method: Method[Any], arch: Arch, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
+    """A module of a method with stored tensors in it.
 
     Raises:
-        ArtifactError: Names, shapes or kinds of the tensors are not the module's.
+        ArtifactError: Names, shapes or kinds of the tensors are not those of the method; `folder` is named.
     """
+    try:
+        module = method.module(arch, tensors)
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from None
+    except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{folder}: its tensors do not make a module of {method.config.name} "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): it was altered; copy the folder again"
+        ) from None
     wanted = module.state_dict()
-    for name, tensor in artifact.tensors.items():
+    for name, tensor in tensors.items():
         # torch copies integers into floats, and a number without dimensions into a vector of one, without a word.
         if name in wanted and (
             tensor.is_floating_point() != wanted[name].is_floating_point() or tensor.shape != wanted[name].shape
         ):
             raise ArtifactError(
-                f"{artifact.folder}: {name} is {tensor.dtype} {list(tensor.shape)}, and {wanted[name].dtype} "
+                f"{folder}: {name} is {tensor.dtype} {list(tensor.shape)}, and {wanted[name].dtype} "
                 f"{list(wanted[name].shape)} by the manifest: one of them was altered; copy the folder again"
             )
     try:
-        module.load_state_dict(artifact.tensors)
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{artifact.folder} does not hold what its manifest says: {reason}") from None
+        raise ArtifactError(f"{folder} does not hold what its manifest says: {reason}") from None
+    return module
 
 
 def check(method: Method[MethodConfig], parent: Artifact | None, target: Arch) -> None:

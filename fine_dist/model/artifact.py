@@ -194,6 +194,14 @@ def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
                 f"{path}: {name} holds {str(tensor.dtype).removeprefix('torch.')}, and weights are floating-point "
                 "numbers: it was altered; copy the folder again, or make it again"
             )
+        if not tensor.numel() or not tensor.float().isfinite().all():
+            what = "entries that are not finite" if tensor.numel() else "no entries"
+            raise ArtifactError(
+                f"{path}: {name} has {what}: its training diverged, or it was altered; copy the folder again, or make "
+                "it again"
+            )
+        if tensor.dtype.itemsize == 1:  # eight bits are for storage: torch has hardly any arithmetic for them
+            tensors[name] = tensor.float()
     return tensors, found
 
 

@@ -34,7 +34,9 @@ from fine_dist.stages.settings import CondenseConfig
 from fine_dist.testing import Ranks
 
 RANKS = 2
-DEAD_AFTER_S = 3.0
+BUSY = min(10.0, max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0))))
+"""How many processes want each core: on a busy machine a healthy rank is as slow as a stopped one."""
+DEAD_AFTER_S = 3.0 * BUSY
 """A rank that is stopped for longer counts as dead."""
 ARCH = Arch(
     hidden_size=16, num_layers=2, num_heads=2, patch_size=4, in_channels=1, input_size=8, num_classes=10,
@@ -44,7 +46,7 @@ STRIKES = ("kill one rank", "kill all ranks", "SIGTERM", "stopped longer than th
 BETWEEN = ("newest state cut short", "stolen lock", "full disk")
 STEPS = 240
 """So many that fifteen faults strike before the last of them."""
-PATIENCE_S = 90.0
+PATIENCE_S = 90.0 * BUSY
 """A start that has neither ended nor progressed by then hangs, which is what this looks for."""
 
 
@@ -167,7 +169,7 @@ class Chaos:
         if self.dice.random() < 0.3:
             time.sleep(self.dice.uniform(0.0, 0.6))
             return
-        saves, until = self.dice.randrange(1, 4), time.monotonic() + 20
+        saves, until = self.dice.randrange(1, 4), time.monotonic() + 20 * BUSY
         seen = {(p, p.stat().st_mtime_ns) for p in self._states()}
         while saves and time.monotonic() < until and any(p.exitcode is None for p in ranks.processes):
             with contextlib.suppress(FileNotFoundError):

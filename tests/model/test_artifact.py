@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from fine_dist.artifacts.load import load_model
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.model import arch as zoo
 from fine_dist.model.arch import check_size
@@ -162,3 +163,46 @@ def test_a_manifest_of_a_version_that_knew_fewer_settings_is_whole(saved):
     manifest["sha256"]["settings"] = hashlib.sha256(text.encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     assert load_artifact(folder).arch == model.arch
+
+
+ODD = {
+    "int": lambda x: x.to(torch.int32),
+    "bool": lambda x: x > 0,
+    "complex": lambda x: x.to(torch.complex64),
+    "no dimension": lambda x: x.flatten()[0].clone(),
+    "one dimension more": lambda x: x[None].clone(),
+    "no entries": lambda x: x[:0].clone(),
+    "not a number": lambda x: x * torch.nan,
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("how", ODD)
+def test_a_learngene_or_target_with_an_odd_tensor_is_refused_in_one_line_that_names_the_folder(tmp_path, saved, how):
+    gene, model = saved
+    sigma = {name: x for name, x in model.state_dict().items() if name.endswith("sigma")}
+    inherited = [name for name in model.state_dict() if name not in sigma]
+    about = {"parent": {"hash": load_artifact(gene).hash, "path": str(gene), "from_here": str(gene)}}
+    shown = {"gene": model.state_dict(), "target": sigma}
+    for kind, state in shown.items():
+        for name in {name.rpartition(".")[2] if "blocks" in name else name: name for name in state}.values():
+            change = ODD[how]
+            altered = {key: change(x) if key == name else x for key, x in state.items() if change or key != name}
+            folder = tmp_path / "altered"
+            save_artifact(
+                folder, kind="learngene" if kind == "gene" else "target", method={"name": "fine", "rank": 16},
+                arch=model.arch, tensors=altered, extra={**about, "inherited": inherited},
+            )  # fmt: skip
+            with pytest.raises(ArtifactError) as refusal:
+                load_model(folder)
+            assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value), (name, str(refusal.value))
+
+
+def test_a_learngene_in_eight_bits_is_read_as_what_it_rounds_to(saved):
+    gene, model = saved
+    eight = {name: x.to(torch.float8_e4m3fn) for name, x in model.state_dict().items()}
+    save_artifact(gene, kind="learngene", method={"name": "fine", "rank": 16}, arch=model.arch, tensors=eight)
+    merged, _ = load_model(gene)
+    whole = FactoredDiT(model.arch, 16)
+    whole.load_state_dict({name: x.float() for name, x in eight.items()})
+    assert all(torch.equal(merged.state_dict()[name], x) for name, x in whole.merge().items())

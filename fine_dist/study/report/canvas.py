@@ -30,6 +30,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "text.color": INK,
+    "text.parse_math": False,  # a `$` in a name that a user gave is a dollar sign
     "axes.labelcolor": FAINT,
     "axes.edgecolor": "#cbd2d9",
     "axes.linewidth": 0.8,

@@ -260,7 +260,7 @@ def test_the_numbers_of_the_table_are_on_the_page(tmp_path):
 
 def test_text_from_outside_cannot_become_markup(tmp_path):
     made = results()
-    attack = "</script><script>alert(1)</script>"
+    attack = "</script><script>alert(1)</script> $\\nothing_{$"
     made.title, made.config, made.command, made.dataset = attack, {attack: attack}, attack, attack
     made.display_names = {"ours": attack, "plain": attack}
     made.claims = [claim.model_copy(update={"text": attack, "source": attack, "note": attack}) for claim in CLAIMS]
