@@ -38,6 +38,7 @@ def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
 
     family = Family(config)
     family.check()
+    family.check_memory(capacity)
     # A worker keeps the jobs of its pack together; how many go through at once it decides where it runs.
     alone = config.pack.model_copy(update={"workers": 1})
     complete = {member.name for member in family.members if family.done(member)}
@@ -83,6 +84,7 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
         ]
     family = Family(config)
     family.check()
+    family.check_memory(capacity)
     members = {member.name: member for member in family.members}
     bytes_of = {shape.name: shape.sample_bytes for shape in family.shapes()}
     packs = family.packs(capacity)

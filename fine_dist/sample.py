@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from fine_dist.core.arguments import Call
 from fine_dist.launchers import entry
 from fine_dist.sampling.settings import SampleConfig
 
@@ -25,8 +26,15 @@ def result_lines(config: SampleConfig) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code."""
     return entry.run_command(
-        "fine_dist.sample", SampleConfig, argv, entry.plain_dry_run, promise="the same command draws what is missing"
+        "fine_dist.sample", SampleConfig, argv, _dry_run, promise="the same command draws what is missing"
     )
+
+
+def _dry_run(call: Call) -> list[str]:
+    from fine_dist.sampling import drawing
+
+    drawing.check(call.config)  # type: ignore[arg-type]
+    return entry.plain_dry_run(call)
 
 
 __all__ = ["SampleConfig", "main", "run"]

@@ -15,7 +15,7 @@ from fine_dist.launchers.code_snapshot import code_root, snapshot
 from fine_dist.launchers.launcher import CommandTarget, Job, Launcher
 from fine_dist.launchers.local import Here, run_here
 from fine_dist.launchers.machine import require_accelerators
-from fine_dist.launchers.preflight import OF_THIS_MACHINE, check_job, refuse
+from fine_dist.launchers.preflight import OF_THIS_MACHINE, beyond_this_machine, check_job, refuse
 from fine_dist.launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
 from fine_dist.launchers.registry import pick
 from fine_dist.launchers.spec import JobSpec, Task
@@ -50,6 +50,12 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
         _refuse_single_rank(make_spec(module, config, write=False))
     # A command that runs inside a job must not submit jobs of its own: an array task would fan out once more.
     target = Here if inside() else pick(launcher, needs)
+    if not inside() and target.on_this_machine and needs.preflight != "off":
+        beyond = beyond_this_machine(config, make_spec(module, config, write=False))
+        if beyond and needs.preflight == "refuse":
+            raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
+        if beyond:
+            log.warning("%s", beyond)
     with target(needs) as runner:
         if isinstance(runner, CommandTarget):
             code = runner.run(module, config)
@@ -264,6 +270,11 @@ def check(module: str, config: Config, launcher: str = "auto") -> None:
     with target(needs) if local else Here(needs) as runner:
         spec = make_spec(module, config, write=False)
         found = check_job(module, config, spec, runner if local else None, light=True)
+        beyond = beyond_this_machine(config, spec) if local else ""
+    if beyond and launcher != "auto" and needs.preflight == "refuse":
+        raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
+    if beyond:
+        print(f"note: {beyond}\n")
     refuse(needs, [finding for finding in found if finding.what not in OF_THIS_MACHINE])
     for finding in found:
         if finding.what in OF_THIS_MACHINE and finding.level != "ok":

@@ -18,11 +18,12 @@ from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.core.config import Config, expand_path
 from fine_dist.core.errors import DataError, FineDistError, LaunchError
 from fine_dist.core.files import last_row
-from fine_dist.core.limits import GIB
+from fine_dist.core.limits import GIB, num_cores
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.launchers.code_snapshot import code_files
 from fine_dist.launchers.launcher import Launcher, LaunchTarget
+from fine_dist.launchers.machine import local_capacity
 from fine_dist.launchers.spec import Capacity, Finding, JobSpec
 from fine_dist.launchers.worker import import_module
 
@@ -191,6 +192,28 @@ def _memory(needs: StageEstimate, spec: JobSpec, capacity: Capacity | None) -> F
         remedy = "lower engine.micro_batch, set engine.activation_checkpointing blocks, or shard more (deepspeed.stage)"
         return Finding("memory", "stop", f"{text} and {where} has {most / GIB:.1f}; {remedy}")
     return Finding("memory", "ok", f"{text}; {where} has {most / GIB:.1f}")
+
+
+def beyond_this_machine(config: Config, spec: JobSpec) -> str:
+    """What a job asks for that is far beyond this machine, as a sentence; empty where nothing is.
+
+    Such a job would be killed without a word, or run for ever. An estimate may be off by some tens of percent, so that
+    a job of a little more than there is may try: the exact comparison is the preflight's.
+    """
+    threads = getattr(getattr(config, "engine", None), "threads", None) or 0
+    if threads > max(64, 16 * num_cores()):
+        return (
+            f"engine.threads {threads}: this machine has {num_cores()} cores, and so many threads only wait for each "
+            f"other; give at most {max(64, 16 * num_cores())}, or null to leave the choice to torch"
+        )
+    needs = _estimate(config)
+    if needs is None:
+        return ""
+    capacity = local_capacity(spec, many=False, gpu_memory_gb=needs.config.launch.gpu_memory_gb)
+    most = _most(needs.config.launch, spec, capacity)[1]
+    if most is None or needs.memory(spec.world_size).total <= 2 * most:
+        return ""
+    return f"{_memory(needs, spec, capacity).text}, or lower batch"
 
 
 def _most(needs: LaunchConfig, spec: JobSpec, capacity: Capacity | None) -> tuple[str, float | None]:

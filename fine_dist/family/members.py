@@ -19,6 +19,7 @@ from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
 from fine_dist.core.json_files import as_record, read_json
+from fine_dist.core.limits import GIB, memory_bytes
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import check_fit, read_all
@@ -320,6 +321,26 @@ class Family:
             form = method.pack(made.model) if made.trains == "some" else None
             self._ranks[key] = form.rank if form else None
         return self._ranks[key]
+
+    def check_memory(self, capacity: Capacity | None = None) -> None:
+        """Refuse a batch of which one target alone is far beyond the memory of a CPU: the process would be killed.
+
+        Raises:
+            ConfigError: The estimate is more than twice what there is. An accelerator says so itself.
+        """
+        cpu, _ = pack_memory(self.config, capacity)
+        most = capacity.host_bytes if capacity else memory_bytes()
+        if not cpu or not most or self.config.launch.preflight == "off":
+            return
+        world_size = self.config.launch.nodes * self.config.launch.processes
+        micro = self.config.engine.micro_batch or max(1, self.config.batch // world_size)
+        deepest = max(self.shapes(), key=lambda shape: shape.sample_bytes)
+        need = micro * deepest.sample_bytes
+        if need > 2 * most:
+            raise ConfigError(
+                f"batch {self.config.batch}: {deepest.name} alone needs {need / GIB:.1f} GiB at {micro} samples, and "
+                f"there are {most / GIB:.1f}; lower batch or engine.micro_batch"
+            )
 
     def packs(self, capacity: Capacity | None = None) -> list[Pack]:
         """The packs of this family for the machines of `capacity` (None: for this process alone)."""

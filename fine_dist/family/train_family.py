@@ -62,6 +62,7 @@ def run_family(family: Family, inside: bool) -> Path:
     folder = run_dir_of(family.config)
     if not inside:
         family.check()
+        family.check_memory()
     _ = family.beside  # now, so that nothing can be wrong with it later
     table = StateTable(folder)
     names = [member.name for member in family.members]

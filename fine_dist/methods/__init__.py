@@ -171,7 +171,7 @@ def parent_of(artifact: Artifact) -> Parent:
     return Parent(artifact, loaded(method, artifact.arch, artifact.tensors, artifact.folder))
 
 
-def loaded(method: Method[Any], arch: Arch, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
+def loaded(method: Method[Any], arch: Arch, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
     """A module of a method with stored tensors in it.
 
     Raises:

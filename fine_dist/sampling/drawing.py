@@ -18,15 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, exists_locally, facts_of, is_foreign
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
+from fine_dist.core.limits import GIB, memory_bytes
 from fine_dist.core.seeds import mix
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum, barrier, world
 from fine_dist.engine.world import World
+from fine_dist.model.arch import Arch
 from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, save_png
 from fine_dist.sampling.image_store import ImageStore, LatentStore
 from fine_dist.sampling.renderer import ImageRenderer, class_name_of, make_renderer
@@ -52,10 +54,39 @@ def run(config: SampleConfig) -> Path:
     if here.is_main:
         for renderer in renderers:
             print(f"sample: {renderer.estimate(len(labels))}", flush=True)
+    if here.device is None or here.device.type == "cpu":
+        for renderer in renderers:
+            check_memory(config, renderer.model.arch, len(labels))
     folder = Path(expand_path(config.run_dir))
     if config.compare or family:
         return compare(config, renderers, labels, folder, here)
     return draw(config, renderers[0], labels, folder, here)
+
+
+def check(config: SampleConfig) -> None:
+    """Raise what `run` would refuse of models that are on this machine, for a dry run. No weights are read."""
+    cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
+    for path in expand_family([*filter(None, [config.model]), *config.compare])[0]:
+        if exists_locally(path):
+            facts = facts_of(path, config.hints)
+            count = len(labels_of(config, facts.arch.num_classes, facts.extra.get("class_names") or ()))
+            if cpu and config.launch.nodes * config.launch.processes == 1:
+                check_memory(config, facts.arch, count)
+
+
+def check_memory(config: SampleConfig, arch: Arch, count: int) -> None:
+    """Refuse a batch that is far beyond the memory of a CPU, where the process would be killed without a word.
+
+    Raises:
+        ConfigError: The activations of one block alone are more than twice what there is.
+    """
+    batch = min(count, config.sampler.batch)
+    need = 4.0 * batch * arch.num_tokens * arch.hidden_size * 8  # the stream, queries, keys, values, the hidden layer
+    if need > 2 * memory_bytes() and config.launch.preflight != "off":
+        raise ConfigError(
+            f"sampler.batch {config.sampler.batch}: {arch.name} needs {need / GIB:.1f} GiB for {batch} images at once, "
+            f"and this machine has {memory_bytes() / GIB:.1f}; lower it"
+        )
 
 
 def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:

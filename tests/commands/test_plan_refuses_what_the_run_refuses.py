@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.__main__ import main as fine_dist
 from fine_dist.condense import main as condense
 from fine_dist.init import main as init
 from fine_dist.plan import main as plan
+from fine_dist.sampling import drawing
 from fine_dist.train import main as train
+from tests.commands.conftest import data
 
 SMALL = "{hidden_size: 32, num_layers: 2, num_heads: 4, patch_size: 2, in_channels: 1, input_size: 8, num_classes: 10, learn_sigma: false}"  # noqa: E501
 CPU = ("--engine.device", "cpu", "--engine.threads", "1", "--steps", "4")
@@ -76,3 +79,58 @@ def test_a_refusal_of_the_run_is_one_of_the_plan_and_of_the_dry_run(
         assert re.search(re.escape(said), text), f"{how}: {text}"
     assert sorted(str(path) for path in Path(places["OTHER"]).parent.rglob("*")) == before
     assert not (tmp_path / "run" / "checkpoints").exists() and json
+
+
+BASE = ["--arch", "DiT-B/2", "--arch.in-channels", "1", "--arch.input-size", "8", "--arch.num-classes", "10"]
+BASE += ["--arch.no-learn-sigma", "--steps", "1", "--engine.device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--batch", "1000000"], "at 1000000 samples"),
+        (["--batch", "8", "--engine.threads", "4096"], "engine.threads 4096"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["condense", "train"])
+def test_what_is_far_beyond_this_machine_is_refused_at_once_and_by_the_dry_run(
+    digit_shards, tmp_path, capsys, stage, more, words
+):
+    argv = [stage, *BASE, *more, *data(digit_shards), "--run-dir", str(tmp_path / "run"), "--launcher", "here"]
+    for extra in ([], ["--dry-run"]):
+        assert fine_dist([*argv, *extra]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and words in said and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert fine_dist([*argv[:-2], "--dry-run"]) == 0  # it may be for another machine
+    assert f"note: {'DiT-B' if 'samples' in words else words}" in capsys.readouterr().out
+
+
+def test_a_batch_of_a_family_or_of_samples_that_no_memory_holds_is_refused(digit_shards, tmp_path, capsys):
+    family = [
+        "init",
+        "--method.name",
+        "scratch",
+        "--arch",
+        SMALL,
+        "--depths",
+        "2",
+        "--steps",
+        "1",
+        "--batch",
+        "1000000",
+    ]
+    family += [*data(digit_shards), "--run-dir", str(tmp_path / "family")]
+    for extra in (["--launcher", "here"], ["--launcher", "local"], ["--dry-run"]):
+        assert fine_dist([*family, *extra]) == 2
+        said = capsys.readouterr().err
+        assert "batch 1000000: L2" in said and "lower batch" in said, said
+
+
+def test_a_sampling_batch_beyond_memory_is_refused(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(drawing, "memory_bytes", lambda: 2**20)
+    argv = ["sample", "--model", str(trained), "--count", "4096", "--sampler.batch", "4096", "--engine.device", "cpu"]
+    for extra in (["--launcher", "here"], ["--dry-run"]):
+        assert fine_dist([*argv, "--run-dir", str(tmp_path / "s"), *extra]) == 2
+        said = capsys.readouterr().err
+        assert "sampler.batch 4096" in said and "lower it" in said
