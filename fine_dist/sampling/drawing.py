@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, exists_locally, facts_of, is_foreign
+from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, exists_locally, is_foreign
+from fine_dist.artifacts.reading import facts_of
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
