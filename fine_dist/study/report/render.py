@@ -169,7 +169,7 @@ def print_report(results: Results, console: Console | None = None, claims: bool 
         table = table.without("FLOPs", "stored", "accuracy")
     print_table(table, console, results.title)
     for line in recommendation(results):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if claims:
         for verdict in verdicts(results):
             if verdict.plain != MISSING:

@@ -251,13 +251,20 @@ def recommendation(results: Results) -> list[str]:
                 against = next((o for o in found.lines if o.series == results.baseline), None)
                 versus = ""
                 if against and line.series != results.baseline:
-                    versus = (
-                        f", {line.total(first) / against.total(first):.0%} of {results.name_of(results.baseline)}'s"
-                    )
+                    share = line.total(first) / against.total(first)
+                    versus = f", {share:.0%} of what {results.name_of(results.baseline)} takes"
+                steps = f"{line.steps:,.0f} training steps each" if line.steps else "no training after initialization"
                 lines.append(
-                    f"  {span}{' (free ancestor)' if free else ''}: {results.name_of(line.series)}, "
-                    f"{line.steps:,.0f} training steps each, {short(line.total(first))}FLOPs in all for {first}{versus}"
+                    f"  {span}{' (free ancestor)' if free else ''}: {results.name_of(line.series)}, {steps}, "
+                    f"{short(line.total(first))}FLOPs in all for {first}{versus}"
                 )
         if found.missed:
             lines.append(f"  not reached by: {', '.join(map(results.name_of, found.missed))}")
+    longest = max(common_lengths(results), default=0)
+    if lines and best and longest > best.steps:
+        name = results.name_of(results.baseline)
+        lines.append(
+            f"The quality of {name} after {longest:,} steps was reached by no other series at every depth in the "
+            f"steps it had: train {name} for so long, or give the others more steps."
+        )
     return lines

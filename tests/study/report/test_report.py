@@ -437,7 +437,9 @@ def test_break_even_falls_back_to_the_best_quality_that_another_series_reaches()
     found = break_even(made)
     assert found.steps == N and {line.series for line in found.lines} == {"ours", "plain"}
     assert break_even(made, 3 * N) is None
-    assert f"after {N} steps" in "\n".join(recommendation(made))
+    advice = "\n".join(recommendation(made))
+    assert f"At the quality of scratch after {N} steps" in advice
+    assert f"The quality of scratch after {3 * N} steps was reached by no other series" in advice
 
 
 def test_what_each_start_saves_is_a_figure_with_a_bar_for_each_series_and_length(tmp_path):
