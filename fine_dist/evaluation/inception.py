@@ -28,7 +28,7 @@ from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of
 from fine_dist.evaluation.feature_network import Extracted, as_rgb, check_tensors, read_weights
 
-NUM_POOLED, NUM_SPATIAL, NUM_CLASSES, SIDE = 2048, 2023, 1008, 299
+NUM_POOLED, NUM_CLASSES, SIDE = 2048, 1008, 299
 PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PUBLISHED}"
 """The end of its name is the beginning of its sha256."""

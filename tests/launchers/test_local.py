@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.core import logs
 from fine_dist.core.errors import LaunchError, RunDirError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.launchers.entry import launch
@@ -49,6 +50,7 @@ def command(run_dir: Path, *words: object) -> subprocess.Popen:
 def _no_cluster(monkeypatch):
     for key in ("RAY_ADDRESS", "SLURM_JOB_ID", "RANK", "WORLD_SIZE", "FINE_DIST_JOB"):
         monkeypatch.delenv(key, raising=False)
+    logs.configure()  # as every command does: what is wrong with a task is a record on stderr
 
 
 def test_a_fan_out_runs_every_task_and_says_which_failed(tmp_path, capsys):
