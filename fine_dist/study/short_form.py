@@ -161,7 +161,8 @@ def written_out(file: StudyFile) -> dict[str, Any]:
         "features": "classifier" if arch["in_channels"] in (1, 3) and num_classes > 1 else None,
         "samples": 500,
         "sampler": {"scheduler": "dpm", "steps": 15},
-        "pictures": 40 if arch["in_channels"] in (1, 3) else 0,
+        "pictures": 20 if arch["in_channels"] in (1, 3) else 0,
+        "sample_columns": 20,  # one row for each state of a model: a figure that fits a page
         "sample_depths": [sorted(file.depths)[len(file.depths) // 2]],
         "launch": file.launch.model_dump(),
         "stages": {
