@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from fine_dist.demo import main as demo_command
 from fine_dist.model.arch import Arch
 from fine_dist.model.flops import forward_macs
 from fine_dist.study.report.results import read_results
+from tests.conftest import in_process
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,7 +57,10 @@ def test_a_small_demo_leaves_a_report_and_the_same_command_again_trains_nothing(
     assert len(models) == 1 + 2 * (1 + 1 + 3)
     check_costs(run)
     measured = {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
-    demo(run, *small)
+    # in this process and without workers, because nothing is left for them to do
+    argv = ["--run-dir", run, *small, "--launcher", "here", "--parallel", "1"]
+    again = in_process(demo_command, argv)
+    assert again.returncode == 0, again.stdout + again.stderr
     assert measured == {p: p.stat().st_mtime_ns for p in (run / "measures").iterdir()}
     assert models == {p: p.stat().st_mtime_ns for p in run.glob("*/model/tensors.safetensors")}
 

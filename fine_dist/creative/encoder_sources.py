@@ -63,6 +63,7 @@ def _keys(models: Sequence[Any]) -> list[str]:
     found = [KEYS.get(model.config.hidden_size) for model in models]
     for index, key in enumerate(found):
         if key is None or key in found[:index]:
+            # Tiny or unusual encoders have other widths, and a file with two equal names would lose one of the rows.
             found[index] = next(name for name in ("clip_l", "clip_g") if name not in found)
     return [str(key) for key in found]
 

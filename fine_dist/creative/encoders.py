@@ -80,6 +80,8 @@ class TextEncoder:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Embeddings [..., D] of ids; the new token's is not in the table, so zeros stand for it."""
+        # The new token's id lies beyond the table, which is never
+        # resized: so the encoder's hash stays that of its files.
         return torch.where((ids == self.token_id)[..., None], 0.0, self.table[ids.clamp_max(len(self.table) - 1)])
 
     @torch.no_grad()
@@ -110,6 +112,7 @@ class TextEncoder:
         """sha256 over its vocabulary and its weights, by name."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest = hashlib.sha256(repr(vocabulary).encode())
+        # The vocabulary as well: the same weights with words in another order are another encoder.
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

@@ -119,6 +119,7 @@ class _Probe:
 
     def __call__(self, word: str, row: Tensor | None = None) -> float:
         prompts = [self.template.adaptive.format(token=word, t1=t1, t2=t2) for t1, t2 in self.orders]
+        # An adaptive prompt without the pair's words is the same for all pairs and is embedded once.
         distinct = list(dict.fromkeys(prompts))
         embedded = F.normalize(self.encoder.embed(distinct, row), dim=1)
         places = [distinct.index(prompt) for prompt in prompts]
@@ -130,6 +131,7 @@ def random_rows(encoder: TextEncoder) -> Tensor:
     table = encoder.table.float()
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
     noise = torch.randn(RANDOM_ROWS, encoder.width, generator=generator)
+    # Drawn like the vocabulary: a row of another length would differ from the token by that alone.
     return table.mean(0) + table.std(0) * noise.to(table.device)
 
 

@@ -95,6 +95,7 @@ def _accelerator(name: str, precision: str) -> DeviceModel:
     tflops = getattr(peak, precision) or peak.fp32
     short = _VENDOR.sub("", name)
     size = re.search(r"(\d+)GB", short)
+    # The longest match, because A10 begins A100 and L4 begins L40S.
     known = max((key for key in MEMORY_GIB if short.removeprefix("RTX ").startswith(key) or short.startswith(key)),
                 key=len, default="")  # fmt: skip
     # the figure in a Grace Hopper's name is its host memory

@@ -86,6 +86,7 @@ def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
             seconds[numbers] = median([together(world, body) for _ in range(rounds)][2:]) / times
         hops = round_trips * (world.world_size - 1)
         moved = hops * SIZE * (LARGE - SMALL) / world.world_size
+        # From the difference of two sizes, in which the latency cancels.
         found[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
     return found
 
@@ -95,6 +96,7 @@ def together(world: World, body: Callable[[], object]) -> float:
     dist.barrier(world)
     begun = time.perf_counter()
     body()
+    # The slowest rank's: a collective is over for the engine when it is over for all.
     seconds = torch.tensor([time.perf_counter() - begun], dtype=torch.float64)
     return float(dist.all_reduce_max(seconds, world))
 
@@ -194,6 +196,7 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
         module, clock.timed("forward", Objective(DiffusionConfig(), arch, 0)), MadeUpStream(arch, micro, world)
     )
 
+    # The engine's own loop and no copy of it, so that whatever the loop does is in the measured step.
     class Timed(Run):
         def next_batch(self, batches: Any) -> tuple[Any, float]:
             clock.next()

@@ -51,6 +51,7 @@ def measure(
         sizes[most] = _passes(model, arch, engine, most, device)
         sizes[most]()
     seconds: dict[int, list[tuple[float, float]]] = {b: [] for b in sizes}
+    # Sizes by turns, so that a slow moment of the machine does not fall on one of them alone.
     for _ in range(ROUNDS):
         for b, passes in sizes.items():
             seconds[b].append(passes())
@@ -83,6 +84,7 @@ def _line(seconds: dict[int, float]) -> Affine:
     high, last = more[-1]
     each = (last - first) / (high - low)
     base = first - each * low
+    # Noise can turn the slope or the base negative; a line through the origin is then the safer extrapolation.
     return Affine(base, each) if base > 0 and each > 0 else Affine(0.0, last / high)
 
 
@@ -121,6 +123,7 @@ def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[f
         with torch.no_grad():
             torch._foreach_lerp_([ema], [p.detach()], 1e-4)
         between = _now(device)
+        # What the plain backend does around its all-reduce: into one buffer and back.
         p.grad.copy_(torch.cat([p.grad.reshape(-1)]))
         norm = torch.nn.utils.get_total_norm([p.grad])
         torch.nn.utils.clip_grads_with_norm_([p], 1e9, norm)
@@ -131,6 +134,7 @@ def _per_number(count: int, optim: OptimConfig, device: torch.device) -> tuple[f
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
+        # Kernels run asynchronously; the clock would otherwise read when they were handed over.
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
