@@ -104,6 +104,8 @@ class _Collector:
         return (found[0], self._artifact(found[0])) if found else None
 
     def _artifact(self, run: StudyRun) -> Artifact:
+        # One parent stands behind many targets, and hashing its
+        # tensors at every look would take longer than the report.
         if run.name not in self._artifacts:
             self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
         return self._artifacts[run.name]

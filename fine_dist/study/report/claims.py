@@ -44,6 +44,7 @@ class Comparison:
         """Whether the difference is smaller than the seeds' spread (root of the summed variances)."""
         if self.left_value is None or self.right_value is None:
             return False
+        # Variances of independent means add, and the spread of one seed is 0, so a single seed is never noise.
         noise = math.hypot(self.left_value.spread, self.right_value.spread)
         return abs(self.left_value.mean - self.right_value.mean) < noise
 
@@ -195,6 +196,7 @@ def linearity(table: Any) -> Linearity | None:
     score, direction = left[:, 0] * singular[0], right[0]
     depth = np.linspace(-1, 1, len(values))
     slope = depth @ centred / (depth @ depth)
+    # The sign of a singular vector is arbitrary; without a rule, equal runs would have mirrored curves.
     if score @ depth < 0:
         score, direction = -score, -direction
     return Linearity(
