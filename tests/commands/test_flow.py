@@ -107,7 +107,7 @@ def test_both_processes_learn_digits(digit_shards, tmp_path):
         (["--diffusion.process", "flow", "--diffusion.time-shift", "0"], "time_shift: input should be greater than"),
         (
             ["--diffusion.process", "flow", "--diffusion.prediction", "noise"],
-            "prediction noise is none of process flow's",
+            "prediction noise does not fit process flow; legal: velocity",
         ),
         (["--diffusion.zero-terminal-snr"], "zero_terminal_snr needs process ddpm and prediction v"),
         (["--diffusion.process", "flow", "--sampler.scheduler", "ddim"], "ddim"),
