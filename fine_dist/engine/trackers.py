@@ -165,7 +165,7 @@ class WandbTracker:
 
         ids = _ids(run.folder)
         ids.setdefault("wandb", hashlib.sha256(os.urandom(16)).hexdigest()[:12])
-        self.wandb, self.finished = wandb, False
+        self.wandb, self.finished = wandb, not run.config  # a family's figure alone ends with itself
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fine_dist"),
             id=ids["wandb"],
@@ -218,7 +218,7 @@ class MlflowTracker:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.tracking import MlflowClient
 
-        self.client, self.finished = MlflowClient(uri), False
+        self.client, self.finished = MlflowClient(uri), not run.config
         ids = _ids(run.folder)
         if "mlflow" not in ids:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fine_dist")

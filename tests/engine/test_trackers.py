@@ -101,18 +101,20 @@ def test_wandb_offline_keeps_numbers_and_pictures_in_the_run_directory_and_a_res
     show(tmp_path / "run", "wandb")
     time.sleep(1.1)  # W&B names the files of a start by the second
     show(tmp_path / "run", "wandb", step=2)
+    found: list[Record] = []
+    until = time.monotonic() + 20  # W&B's own process writes the last records a moment after the run has ended
+    while sum(record.HasField("exit") for record in found) < 2 and time.monotonic() < until:
+        files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        found = [Record.FromString(data) for file in files for data in records(file.read_bytes())]
     ids, steps, final, config = set(), [], {}, {}
-    for file in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in records(file.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                ids.add(record.run.run_id)
-                config |= {item.key: item.value_json for item in record.run.config.update}
-            values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-            if "train/loss" in values:
-                steps.append(record.history.step.num)
-            final |= {item.key or "/".join(item.nested_key): item.value_json for item in record.summary.update}
+    for record in found:
+        if record.HasField("run"):
+            ids.add(record.run.run_id)
+            config |= {item.key: item.value_json for item in record.run.config.update}
+        values = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+        if "train/loss" in values:
+            steps.append(record.history.step.num)
+        final |= {item.key or "/".join(item.nested_key): item.value_json for item in record.summary.update}
     assert len(ids) == 1 and sorted(steps) == [1, 2, 3, 4]
     assert json.loads(config["model"]) == {"depth": 2} and json.loads(final["final/held_out_loss"]) == 0.25
     assert len(list((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/samples_*.png"))) == 2
@@ -125,8 +127,14 @@ def test_mlflow_keeps_numbers_settings_and_pictures_in_files_and_a_resumed_run_i
     show(tmp_path / "runs" / "one", "mlflow", step=2)
     from mlflow.tracking import MlflowClient
 
+    killed, family = (Trackers(TrackedRun(tmp_path, config=text), ["mlflow"]) for text in ("steps: 4", ""))
+    killed.close()
     client = MlflowClient((tmp_path / "mlruns").as_uri())
-    [run] = client.search_runs([client.get_experiment_by_name("fine_dist").experiment_id])
+    experiment = client.get_experiment_by_name("fine_dist").experiment_id
+    other, run = client.search_runs([experiment], order_by=["attributes.start_time DESC"])
+    assert other.info.status == "KILLED"  # it ended before it had finished
+    family.close()  # a run that only shows a figure has no such end
+    assert client.get_run(other.info.run_id).info.status == "FINISHED"
     assert run.info.run_name == "runs/one" and run.info.status == "FINISHED"
     assert run.data.params["stage"] == "train" and run.data.metrics["final/held_out_loss"] == 0.25
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3, 4]
