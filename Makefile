@@ -73,8 +73,8 @@ gpu-check: install  ## tests and benchmarks on one GPU, to docs/figures/gpu.json
 fuzz: install  ## forty times the suite's hostile input, counted in docs/reliability.md (about an hour on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_table --times 40
 
-chaos: install  ## 100 nights of 30 random faults each, compared byte by byte (about 2 hours on 2 cores)
-	$(BIN)/python -m tests.chaos.chaos --rounds 100
+chaos: install  ## 100 nights of 30 random faults each, compared byte by byte; it resumes (some hours on 2 cores)
+	$(BIN)/python -m tests.chaos.chaos --rounds 100 --record runs/chaos.jsonl
 
 slurm-cluster: install  ## four virtual SLURM nodes on this machine until Ctrl-C (as root)
 	$(BIN)/python slurm/local_cluster.py

@@ -36,6 +36,15 @@ def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(generator):
         torch.testing.assert_close(got[1::2], (table[1:] + table[:-1]) / 2)
 
 
+@pytest.mark.parametrize("rank", [None, 3, 4096])
+def test_a_learngene_is_inherited_at_the_rank_it_was_written_with_whatever_the_settings_say(rank, generator):
+    learngene = artifact_for("fine")
+    written = learngene.tensors["genes.qkv.U"].shape[1]
+    assert written not in (rank, learngene.arch.hidden_size)  # neither the settings' nor the default
+    made = build(FineConfig(rank=rank)).descend(parent_for("fine"), tiny_arch(num_layers=2), generator).model
+    assert made.rank == written and torch.equal(made.factor("qkv").U, learngene.tensors["genes.qkv.U"])
+
+
 def test_relative_depth_joins_ends_to_ends_and_takes_the_middle_for_one_layer():
     table = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
     assert relative_depth(table, 2).flatten().tolist() == [0, 3]
