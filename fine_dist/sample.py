@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 def _dry_run(call: Call) -> list[str]:
     from fine_dist.sampling import drawing
 
-    drawing.check(call.config)  # type: ignore[arg-type]
+    drawing.check(call.config)
     return entry.plain_dry_run(call)
 
 
