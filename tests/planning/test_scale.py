@@ -209,7 +209,9 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
     assert len(made) == 2 * 5 * 2 and [p["processes"] for p in made[:2]] == [8, 64]
     assert all(p["micro"] == 2 and p["step_s"] > p["compute_s"] for p in made)
     dense = {p["stage"]: p["memory_bytes"] for p in made if p["label"].startswith("its") and p["processes"] == 64}
-    assert dense["fsdp2"] < dense[1] < dense[0]  # weights, gradients and moments are divided; then moments alone
+    # Weights, gradients and moments are divided. Plain and ZeRO-1 are not compared: plain divides the averages as well,
+    # and of so small a model ZeRO-1's reduction buffers outweigh the moments that it saves.
+    assert dense["fsdp2"] < min(dense[0], dense[1])
     kept = tmp_path / "parts.json"
     kept.write_text(json.dumps(first))
     picture = tmp_path / "curve.svg"
