@@ -133,7 +133,7 @@ def test_ancestors_are_trained_once_for_all_that_come_from_them():
     graph = plan(load_studies(CONFIGS / "digits.yaml")["depths"])
     names = [run.name for run in graph.runs]
     assert len(names) == len(set(names)) and names.count("ancestor-L8-s0") == 1
-    assert sum(name.startswith("condense-") for name in names) == 3 * 11
+    assert sum(name.startswith("condense-") for name in names) == 3 * 12
     copied, fresh = (graph[f"{name}-L4-s0"].config for name in ("tleg", "tleg_scratch_shell"))
     assert (copied.shell, fresh.shell) == ("inherited", "scratch") and copied.parent == fresh.parent
 
