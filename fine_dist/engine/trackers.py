@@ -185,7 +185,7 @@ class WandbTracker:
         self.run.log({name: self.wandb.Image(_pixels(image)) for name, image in images.items()}, step=step)
 
     def histograms(self, step: int, values: Mapping[str, Tensor]) -> None:
-        shown = {name: self.wandb.Histogram(value.float().cpu().numpy()) for name, value in values.items()}
+        shown = {name: self.wandb.Histogram(value.float().flatten().tolist()) for name, value in values.items()}
         self.run.log(shown, step=step)
 
     def texts(self, step: int, values: Mapping[str, str]) -> None:
