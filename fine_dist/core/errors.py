@@ -224,6 +224,7 @@ _REMEDIES = {
     errno.EFBIG: "a limit on the size of files (ulimit -f) is reached; what was saved before is intact",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EEXIST: "a folder is needed there, and it is a file; choose another path",
     errno.EISDIR: "a file is needed there, and it is a folder",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "this machine has too many files open",

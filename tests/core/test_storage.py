@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from fine_dist.core import files
-from fine_dist.core.errors import EXIT_RESUME, guard
+from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
 from fine_dist.core.files import name_new, remove_tree, write_atomic, write_new
 from fine_dist.core.locks import is_locked
 
@@ -95,3 +95,9 @@ def test_a_lock_is_seen_by_looking_and_not_taken(tmp_path, posix):
         assert is_locked(path, posix=posix) is True
         holder.stdin.close()
     assert is_locked(path, posix=posix) is False
+
+
+def test_a_file_where_a_folder_is_needed_is_said_with_its_path(tmp_path, capsys):
+    (tmp_path / "runs").write_text("")
+    assert guard(lambda: (tmp_path / "runs").mkdir()) == EXIT_USER_ERROR
+    assert f"{tmp_path / 'runs'} (a folder is needed there" in capsys.readouterr().err
