@@ -30,7 +30,7 @@ def stage_of(name: str, stage: int) -> tuple[torch.nn.Module, Any, Any]:
     if stage == 1:
         condensation, _ = making.condensed(method, tiny_arch(num_layers=DEPTH))
         return condensation.module, condensation.before_step, condensation.module.arch
-    targets = making.targets_of(name)
+    targets = making.CASES[name].targets()
     arch = tiny_arch(num_layers=DEPTH) if "L6" in targets else list(targets.values())[-1]
     made = descend(method, making.parent_for(name), arch, 0)
     if made.trains in ("all", "nothing"):

@@ -58,4 +58,4 @@ def test_a_dry_run_and_a_plan_for_another_machine_give_estimates_with_what_is_mi
         plan(["--stage", "condense", *words, "--launcher", "slurm"]) == 2
     )  # no cluster is asked, but the data is missing
     said = capsys.readouterr().out
-    assert "an accelerator has 73.6" in said and "an H100 80GB HBM3 at 40%" in said and "gpus" not in said
+    assert "an accelerator has 78.4" in said and "an H100 80GB HBM3 at 40%" in said and "gpus" not in said

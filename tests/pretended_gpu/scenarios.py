@@ -378,7 +378,7 @@ def method_stage(name: str, stage: int) -> dict[str, Any]:
         model, hook, arch = condensation.module, condensation.before_step, condensation.module.arch
         teacher = making.trained(tiny_arch(num_layers=2))
     else:
-        targets = making.targets_of(name)
+        targets = making.CASES[name].targets()
         arch = list(targets.values())[-1]
         made = descend(method, making.parent_for(name), arch, 0)
         model, hook = made.model, method.before_step(made.model)
