@@ -148,8 +148,11 @@ def card_text(results: Results, picture: Picture) -> str:
         return name
     init = results.init_steps(picture.series, picture.target or 0)
     steps = [f"{init:,} initialization steps"] if init else []
-    steps += [f"{picture.step:,} training steps"] if picture.step else [] if init else ["untrained"]
-    return f"{name}, {' + '.join(steps)}"
+    if picture.step:
+        steps.append(f"{picture.step:,} training steps")
+    elif not init and not name.endswith("untrained"):  # a series of untrained models is called so already
+        steps.append("untrained")
+    return ", ".join([name, " + ".join(steps)] if steps else [name])
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------
