@@ -299,7 +299,7 @@ def print_table(nights: list[dict[str, Any]]) -> int:
     hung, unequal = sum(row["hung"] for row in nights), sum(bool(row["differing"]) for row in nights)
     starts, seconds = sum(row["starts"] for row in nights), sum(row["seconds"] for row in nights)
     print(f"\n{len(nights)} nights, {struck.total()} faults in all, {starts} starts, {seconds} s: ", end="")
-    print(f"{hung} hung, {unequal} ended with other bytes than a calm run.")
+    print(f"{hung} hung, {unequal} ended with other bytes than an undisturbed run.")
     return 1 if unequal or hung else 0
 
 
