@@ -52,10 +52,7 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     target = Here if inside() else pick(launcher, needs)
     if not inside() and target.on_this_machine and needs.preflight != "off":
         beyond = beyond_this_machine(config, make_spec(module, config, write=False))
-        if beyond and needs.preflight == "refuse":
-            raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
-        if beyond:
-            log.warning("%s", beyond)
+        _refuse_beyond(beyond, needs.preflight == "refuse", log.warning)
     with target(needs) as runner:
         if isinstance(runner, CommandTarget):
             code = runner.run(module, config)
@@ -80,6 +77,14 @@ def _on_launcher(runner: Launcher, module: str, config: Config) -> int:
         require_accelerators(spec)
         return run_here(module, config)
     return _single(runner, module, config)
+
+
+def _refuse_beyond(beyond: str, refuse: bool, note: Callable[[str], None]) -> None:
+    """Refuse what is far beyond this machine (`beyond_this_machine`; empty: nothing is), or say it by `note`."""
+    if beyond and refuse:
+        raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
+    if beyond:
+        note(beyond)
 
 
 def _refuse_single_rank(spec: JobSpec) -> None:
@@ -271,10 +276,8 @@ def check(module: str, config: Config, launcher: str = "auto") -> None:
         spec = make_spec(module, config, write=False)
         found = check_job(module, config, spec, runner if local else None, light=True)
         beyond = beyond_this_machine(config, spec) if local else ""
-    if beyond and launcher != "auto" and needs.preflight == "refuse":
-        raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
-    if beyond:
-        print(f"note: {beyond}\n")
+    # With `auto` a dry run may stand for a job on a larger machine.
+    _refuse_beyond(beyond, launcher != "auto" and needs.preflight == "refuse", lambda text: print(f"note: {text}\n"))
     refuse(needs, [finding for finding in found if finding.what not in OF_THIS_MACHINE])
     for finding in found:
         if finding.what in OF_THIS_MACHINE and finding.level != "ok":

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from fine_dist.artifacts.locate import exists_locally, is_hub_name
 from fine_dist.core.config import Config, expand_path
 from fine_dist.core.errors import DataError, FineDistError, LaunchError
-from fine_dist.core.files import last_row
-from fine_dist.core.limits import GIB, num_cores
+from fine_dist.core.limits import FAR_BEYOND, GIB, num_cores
+from fine_dist.core.regular_files import last_row
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.data.settings import DataConfig
 from fine_dist.launchers.code_snapshot import code_files
@@ -197,8 +197,7 @@ def _memory(needs: StageEstimate, spec: JobSpec, capacity: Capacity | None) -> F
 def beyond_this_machine(config: Config, spec: JobSpec) -> str:
     """What a job asks for that is far beyond this machine, as a sentence; empty where nothing is.
 
-    Such a job would be killed without a word, or run for ever. An estimate may be off by some tens of percent, so that
-    a job of a little more than there is may try: the exact comparison is the preflight's.
+    Such a job would be killed without a word, or run for ever. The exact comparison is the preflight's.
     """
     threads = getattr(getattr(config, "engine", None), "threads", None) or 0
     if threads > max(64, 16 * num_cores()):
@@ -211,7 +210,7 @@ def beyond_this_machine(config: Config, spec: JobSpec) -> str:
         return ""
     capacity = local_capacity(spec, many=False, gpu_memory_gb=needs.config.launch.gpu_memory_gb)
     most = _most(needs.config.launch, spec, capacity)[1]
-    if most is None or needs.memory(spec.world_size).total <= 2 * most:
+    if most is None or needs.memory(spec.world_size).total <= FAR_BEYOND * most:
         return ""
     return f"{_memory(needs, spec, capacity).text}, or lower batch"
 

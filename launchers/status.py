@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import last_row
+from fine_dist.core.regular_files import last_row
 from fine_dist.engine.run_dir import RunDir, owner_of
 from fine_dist.launchers.state_table import StateTable, Submissions, TaskRow
 

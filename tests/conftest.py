@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from fine_dist.core.files import read_rows
+from fine_dist.core.config import Config
+from fine_dist.core.regular_files import read_rows
+from fine_dist.launchers.worker import config_class, import_module
 from fine_dist.testing import inputs, lively, tiny_arch
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process that they start.
@@ -35,6 +37,11 @@ def in_process(main: Callable[[list[str]], int], argv: Sequence[object]) -> subp
         except SystemExit as stop:
             code = int(stop.code or 0)
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+def kind_of(command: str) -> type[Config]:
+    """The class of a command's settings."""
+    return config_class(import_module(f"fine_dist.{command}"))
 
 
 def logged_rows(run_dir: Path, key: str = "loss") -> list[dict[str, Any]]:

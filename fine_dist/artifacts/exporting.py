@@ -18,7 +18,8 @@ from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import diffusion_of, model_facts_of
 from fine_dist.artifacts.reading import inherited_facts, licence_of
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.files import read_bytes, write_atomic
+from fine_dist.core.files import write_atomic
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.artifact import save_artifact
 from fine_dist.model.dit import DiT

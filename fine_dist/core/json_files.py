@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fine_dist.core.config import shown
 from fine_dist.core.errors import FineDistError, NotAFile
-from fine_dist.core.files import read_bytes, retried
+from fine_dist.core.files import retried
+from fine_dist.core.regular_files import read_bytes
 
 MAX_JSON_BYTES = 256 * 2**20
 """Maximum size of a JSON file that is read; the rows of a fan-out of a million tasks are smaller."""

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 GIB = 2**30
+FAR_BEYOND = 2.0
+"""Times the memory there is at which a job is refused before it starts: the kernel would kill it without a word. Its
+estimate may be off by some tens of percent, so that a job of a little more than there is may try."""
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the kernel's control groups are mounted."""
 

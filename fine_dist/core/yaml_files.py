@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fine_dist.core.errors import ConfigError, NotAFile
-from fine_dist.core.files import read_bytes
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.core.resources import shipped_config
 
 MAX_CONFIG_BYTES = 4 * 2**20

@@ -17,8 +17,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError, DataError
-from fine_dist.core.files import read_text
 from fine_dist.core.json_files import Record, as_record, read_json
+from fine_dist.core.regular_files import read_text
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPTS = "prompts.csv"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import read_text
+from fine_dist.core.regular_files import read_text
 from fine_dist.creative.config import CreativeConfig
 
 Pair = tuple[str, str]

@@ -12,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import open_regular, sha256_of
+from fine_dist.core.files import sha256_of
+from fine_dist.core.regular_files import open_regular
 from fine_dist.data.reader import NOT_FINITE, ShardSet
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import Manifest, ShardInfo

@@ -19,8 +19,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import name_new, open_draft, read_bytes, remove_drafts, write_atomic
+from fine_dist.core.files import name_new, open_draft, remove_drafts, write_atomic
 from fine_dist.core.json_files import read_json
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.data.codecs import Codec, TokenEncoder
 from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import check_regular
+from fine_dist.core.regular_files import check_regular
 from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy, expand_braces, is_remote, local_path

@@ -19,7 +19,7 @@ import numpy as np
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import read_bytes
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.data.images import ImageItem
 
 NUM_TRAIN = 1500

@@ -24,7 +24,8 @@ from webdataset.gopen import gopen_schemes
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError, NotAFile
-from fine_dist.core.files import descriptor_of, open_regular, sha256_of
+from fine_dist.core.files import sha256_of
+from fine_dist.core.regular_files import descriptor_of, open_regular
 from fine_dist.data.cache import Cache
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo

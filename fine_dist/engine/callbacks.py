@@ -65,10 +65,10 @@ class EvaluationCallback:
         self.backend, self.ema, self.monitor = backend, ema, monitor
         self.held_out: dict[str, float] = {}
         """The last measurement; part of a checkpoint."""
-        # Every rank gathers averages for rank 0, and only rank 0's program knows whether they are looked at.
-        looks = program.held_out or program.histograms or program.texts
+        # Every rank gathers averages for rank 0, and only rank 0's program knows whether something uses them.
+        uses_averages = program.held_out or program.histograms or program.texts
         self._evaluates, self._previews = broadcast_object(
-            [looks is not None, program.previews is not None], backend.world
+            [uses_averages is not None, program.previews is not None], backend.world
         )
 
     def is_due(self, step: int) -> bool:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_dist.core.files import as_row, open_regular, retried
+from fine_dist.core.files import retried
+from fine_dist.core.regular_files import as_row, open_regular
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import CONFIG, METRICS, RunDir
 from fine_dist.engine.trackers import TrackedRun, Trackers

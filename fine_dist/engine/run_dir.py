@@ -19,9 +19,10 @@ from pydantic import Field
 
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ReportedElsewhere, RunDirError
-from fine_dist.core.files import read_bytes, remove_drafts, write_atomic
+from fine_dist.core.files import remove_drafts, write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.locks import is_locked, try_lock
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.engine.world import World, read_environment
 
 CONFIG, IDENTITY, DONE, METRICS = "config.yaml", "identity.json", "DONE.json", "metrics.jsonl"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from fine_dist.core.config import Config, PathKey
-from fine_dist.engine.trackers import Names
+from fine_dist.engine.trackers import TrackerNames
 
 BUCKET_BYTES = 25 * 2**20
 """Bytes of gradients that the plain backend sends at once: enough for full bandwidth, and few enough that the last
@@ -103,7 +103,7 @@ class LoopConfig(Config):
     """Number of newest checkpoints that are kept (a pack keeps two)."""
     log_every: int = Field(50, ge=1, le=1_000_000_000)
     """Steps between two rows in metrics.jsonl and in the trackers."""
-    tracker: Names = ("tensorboard",)
+    tracker: TrackerNames = ("tensorboard",)
     """Where curves and pictures of a run are shown, one or several: `tensorboard` (files in the run directory),
     `wandb`, `mlflow`, or `none`. A tracker that fails never ends a run; metrics.jsonl is always written."""
     eval_every: int = Field(1000, ge=1, le=1_000_000_000)
@@ -143,3 +143,9 @@ class EngineConfig(LoopConfig):
     preview_every: int = Field(5000, ge=1, le=1_000_000_000)
     """Steps between two previews in the trackers: images from the averaged weights, and the method's tables over
     depth."""
+
+    @model_validator(mode="after")
+    def _sums_what_it_computes_in(self) -> EngineConfig:
+        if self.residual_dtype == "bf16" and self.precision != "bf16":
+            raise ValueError(f"residual_dtype bf16 needs precision bf16, not {self.precision}; set both")
+        return self

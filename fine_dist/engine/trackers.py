@@ -8,11 +8,11 @@ opens it, and this module is read without torch, because settings name trackers.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -164,7 +164,7 @@ class WandbTracker:
         import wandb
 
         ids = _ids(run.folder)
-        ids.setdefault("wandb", hashlib.sha256(os.urandom(16)).hexdigest()[:12])
+        ids.setdefault("wandb", secrets.token_hex(6))
         self.wandb, self.finished = wandb, not run.config  # a family's figure alone ends with itself
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fine_dist"),
@@ -352,7 +352,7 @@ def _listed(value: Any) -> Any:
 
 _NAMES = (*_CLASSES, *_OTHERS, "none")
 _LEGAL: Any = cast(Any, Literal)[_NAMES]
-Names: Any = Annotated[cast(Any, tuple)[_LEGAL, ...], BeforeValidator(_listed)]
+TrackerNames: Any = Annotated[cast(Any, tuple)[_LEGAL, ...], BeforeValidator(_listed)]
 """Annotation of the setting: one name or several."""
 
 

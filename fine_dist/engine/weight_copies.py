@@ -40,8 +40,7 @@ class WeightCopies:
         self._copies = [nn.Parameter(p.detach().to(DTYPE), p.requires_grad) for p in self._masters]
         self.of: dict[int, nn.Parameter] = dict(zip(masters, self._copies))
         """Copies by the `id` of their master."""
-        trained = [(p, copy) for p, copy in zip(self._masters, self._copies) if p.requires_grad]
-        self.trained = {p: copy for p, copy in trained}
+        self.trained = {p: copy for p, copy in zip(self._masters, self._copies) if p.requires_grad}
         """Copies of the masters that train."""
 
     @contextlib.contextmanager

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
-from fine_dist.core.files import read_bytes, write_atomic
+from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import read_json
+from fine_dist.core.regular_files import read_bytes
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import read_all

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fine_dist.core.errors import ArtifactError
-from fine_dist.core.files import check_regular
+from fine_dist.core.regular_files import check_regular
 from fine_dist.sampling.image_grid import to_uint8
 
 

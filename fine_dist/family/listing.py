@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, find_artifact
-from fine_dist.core.files import last_row as newest_row
+from fine_dist.core.regular_files import last_row as newest_row
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.methods import from_manifest
 from fine_dist.methods.base import Parent

@@ -19,7 +19,7 @@ from fine_dist.core.files import sha256_text
 from fine_dist.core.grid import GridAxis
 from fine_dist.core.grid import expand as points
 from fine_dist.core.json_files import as_record, read_json
-from fine_dist.core.limits import GIB, memory_bytes
+from fine_dist.core.limits import FAR_BEYOND, GIB, memory_bytes
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import check_fit, read_all
@@ -326,7 +326,7 @@ class Family:
         """Refuse a batch of which one target alone is far beyond the memory of a CPU: the process would be killed.
 
         Raises:
-            ConfigError: The estimate is more than twice what there is. An accelerator says so itself.
+            ConfigError: The estimate is far beyond what there is (`FAR_BEYOND`). An accelerator says so itself.
         """
         cpu, _ = pack_memory(self.config, capacity)
         most = capacity.host_bytes if capacity else memory_bytes()
@@ -336,7 +336,7 @@ class Family:
         micro = self.config.engine.micro_batch or max(1, self.config.batch // world_size)
         deepest = max(self.shapes(), key=lambda shape: shape.sample_bytes)
         need = micro * deepest.sample_bytes
-        if need > 2 * most:
+        if need > FAR_BEYOND * most:
             raise ConfigError(
                 f"batch {self.config.batch}: {deepest.name} alone needs {need / GIB:.1f} GiB at {micro} samples, and "
                 f"there are {most / GIB:.1f}; lower batch or engine.micro_batch"

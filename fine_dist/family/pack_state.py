@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError, DamagedStateError
-from fine_dist.core.files import open_regular, whole_file
+from fine_dist.core.files import whole_file
 from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, parse_json
+from fine_dist.core.regular_files import open_regular
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, DataError, nearest
 from fine_dist.core.files import sha256_text, write_atomic
 from fine_dist.core.json_files import Record, read_record
-from fine_dist.core.limits import GIB, memory_bytes
+from fine_dist.core.limits import FAR_BEYOND, GIB, memory_bytes
 from fine_dist.core.seeds import mix
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum, barrier, world
@@ -79,11 +79,11 @@ def check_memory(config: SampleConfig, arch: Arch, count: int) -> None:
     """Refuse a batch that is far beyond the memory of a CPU, where the process would be killed without a word.
 
     Raises:
-        ConfigError: The activations of one block alone are more than twice what there is.
+        ConfigError: The activations of one block alone are far beyond it (`FAR_BEYOND`).
     """
     batch = min(count, config.sampler.batch)
     need = 4.0 * batch * arch.num_tokens * arch.hidden_size * 8  # the stream, queries, keys, values, the hidden layer
-    if need > 2 * memory_bytes() and config.launch.preflight != "off":
+    if need > FAR_BEYOND * memory_bytes() and config.launch.preflight != "off":
         raise ConfigError(
             f"sampler.batch {config.sampler.batch}: {arch.name} needs {need / GIB:.1f} GiB for {batch} images at once, "
             f"and this machine has {memory_bytes() / GIB:.1f}; lower it"

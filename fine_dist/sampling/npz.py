@@ -19,7 +19,8 @@ from typing import IO
 import numpy as np
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import check_regular, whole_file
+from fine_dist.core.files import whole_file
+from fine_dist.core.regular_files import check_regular
 
 IMAGES = "arr_0"
 

@@ -102,7 +102,7 @@ def encoder_facts(config: StageConfig) -> tuple[int, int]:
     The bytes are 0 where the shards hold the tokens. What is not there yet is taken for a DINOv2-B.
     """
     if config.loss.repa_encoder:
-        folder = Path(config.loss.repa_encoder)
+        folder = Path(expand_path(config.loss.repa_encoder))
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, ArtifactError):
             size = int(read_json(folder / "config.json")["hidden_size"])
             return size, (folder / "model.safetensors").stat().st_size

@@ -14,7 +14,7 @@ from torch import Tensor
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.locate import find_artifact
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import read_rows
+from fine_dist.core.regular_files import read_rows
 from fine_dist.data.stream import read_all
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import RunDir, describe_environment

@@ -10,8 +10,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fine_dist.core.errors import TrainingError
-from fine_dist.core.files import last_row
 from fine_dist.core.processes import stop_on_signals
+from fine_dist.core.regular_files import last_row
 from fine_dist.launchers.code_snapshot import code_root, snapshot
 from fine_dist.launchers.launcher import Job, Launcher
 from fine_dist.launchers.prepare import make_spec

@@ -1,4 +1,4 @@
-"""From the file of a study to the studies that are run: the short form written out, with steps that fit its budget.
+"""From the file of a study to the studies that are run.
 
 The short form is written out to the full one: methods become entries (`recipes.yaml`), and the budget becomes steps.
 """
@@ -144,7 +144,7 @@ def written_out(file: StudyFile) -> dict[str, Any]:
     engine = {"ema_decay": 0.999 if gpu else 0.99, "precision": "bf16" if gpu else "fp32", "log_every": 25,
               "checkpoint_every": 500, "eval_every": 100, "preview_every": 10**9}  # fmt: skip
     schedule = {"schedule": "cosine", "warmup_steps": 20}
-    shape = {**arch, **({"num_layers": max(file.depths)})}
+    shape = {**arch, "num_layers": max(file.depths)}
     return {
         "title": file.title or f"Initializing models of {', '.join(map(str, file.depths))} layers",
         "dataset": file.data.shards,

@@ -15,7 +15,8 @@ from typing import Any
 
 from fine_dist.core.config import validate
 from fine_dist.core.errors import TrainingError
-from fine_dist.core.files import last_row, write_atomic
+from fine_dist.core.files import write_atomic
+from fine_dist.core.regular_files import last_row
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry, StudyStage, merged
 from fine_dist.study.graph import Graph, StudyRun

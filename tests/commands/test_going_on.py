@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fine_dist.__main__ import main as fine_dist
-from fine_dist.core.files import read_rows
+from fine_dist.core.regular_files import read_rows
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from tests.commands.test_commands import ARCH, FAST, data

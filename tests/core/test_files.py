@@ -13,23 +13,10 @@ import time
 import pytest
 
 from fine_dist.core.errors import NotAFile
-from fine_dist.core.files import (
-    check_regular,
-    last_row,
-    open_regular,
-    read_bytes,
-    read_rows,
-    read_text,
-    remove_drafts,
-    sha256_of,
-    sync_disk,
-    umask,
-    whole_file,
-    whole_folder,
-    write_atomic,
-)
+from fine_dist.core.files import remove_drafts, sha256_of, sync_disk, umask, whole_file, whole_folder, write_atomic
 from fine_dist.core.locks import locked, try_lock
 from fine_dist.core.processes import derived_port, free_ports, rank_words
+from fine_dist.core.regular_files import check_regular, last_row, open_regular, read_bytes, read_rows, read_text
 from fine_dist.launchers.torchrun import exit_code
 
 

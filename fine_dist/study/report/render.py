@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fine_dist.core.files import write_atomic
 from fine_dist.study.report import text
 from fine_dist.study.report.canvas import picture_png
 from fine_dist.study.report.claims import FAILED, HELD, MEASURES, MISSING, NOISE, Verdict, verdicts
@@ -50,17 +51,16 @@ def write_report(
         OSError: The folder cannot be written.
     """
     folder = Path(folder)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(results.pictures):
         parts = [picture.series if picture.method else "real" if picture.target is None else "parent"]
         parts += [f"L{picture.target}"] if picture.target is not None else []
         parts += [f"step{picture.step}"] if picture.step is not None else []
         picture.file = f"pictures/{i:02d}-{'-'.join(parts).replace(':', '-')}.png"
-        (folder / picture.file).write_bytes(picture_png(picture, width=1))
+        write_atomic(folder / picture.file, picture_png(picture, width=1))
     data = results.model_dump(mode="json")
     data["verdicts"] = [verdict.as_json() for verdict in verdicts(results)]
-    (folder / "results.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(page(results), encoding="utf-8")
+    write_atomic(folder / "results.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / "report.html", page(results))
     if echo:
         print_report(results, console, claims)
     return folder / "report.html"

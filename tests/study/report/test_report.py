@@ -17,9 +17,8 @@ from fine_dist.study.report.__main__ import fill
 from fine_dist.study.report.canvas import color_of, marker_of
 from fine_dist.study.report.claims import linearity, verdicts
 from fine_dist.study.report.posters import save_poster
-from fine_dist.study.report.render import markdown, page, write_report
+from fine_dist.study.report.render import markdown, write_report
 from fine_dist.study.report.results import (
-    Ancestor,
     Picture,
     PublishedClaim,
     Results,
@@ -28,46 +27,8 @@ from fine_dist.study.report.results import (
     short,
     steps_of,
 )
-from fine_dist.study.report.tables import TABLES, rows, storage, tuning
-from fine_dist.study.report.worth import break_even, cheapest, recommendation, saved_steps
-
-N, INIT = 100, 50
-CLAIMS = [
-    PublishedClaim(
-        text="Ours is better at equal steps", source="A paper, table 1", chain=(("ours", "N"), ("plain", "N"))
-    ),
-    PublishedClaim(text="Ours is worth 3N", source="A paper", chain=(("ours", "N"), ("plain", "3N")), or_equal=True),
-    PublishedClaim(text="Equal total steps", source="control", chain=(("ours", "N"), ("plain", "N+I"))),
-    PublishedClaim(text="A third is between", source="A paper", chain=(("ours", "N"), ("third", "N"), ("plain", "N"))),
-    PublishedClaim(text="Numbers follow depth", source="A paper, figure 2", on_a_line="learngene", bound=0.9),
-]
-
-
-def results(ours: float = 0.11, plain: float = 0.13, plain_3n: float = 0.12, targets=(2, 4), seeds=3) -> Results:
-    """Two series on two depths; the mean over seeds is the number given, spread 0.001."""
-    made = Results(
-        main="ours", baseline="plain", steps={"N": N, "I": INIT}, display_names={"ours": "Ours", "plain": "scratch"}
-    )
-    made.ancestors["ours"] = Ancestor(name="DiT-D64/2-L8", layers=8, steps=1000, seconds=60, stored=1000)
-    made.claims = CLAIMS
-    made.target_params = {t: 1000 * t for t in targets}
-    for target in targets:
-        for seed in range(seeds):
-            wobble = 0.001 * (seed - (seeds - 1) / 2)
-            common = {"target": target, "seed": seed}
-            made.add(method="ours", stage="init", step=0, held_out_loss=0.2, steps_init=INIT, seconds=5, **common)
-            for step in (N // 2, N):
-                made.add(
-                    method="ours", stage="train", step=step, held_out_loss=ours + wobble + 0.01 * (step < N),
-                    fd_classifier=8.0 + wobble if step == N else None, end=step == N, steps_init=INIT, steps_train=step,
-                    seconds=5 + step / 10, **common,
-                )  # fmt: skip
-            for step, loss in ((0, 1.0), (N, plain), (3 * N, plain_3n)):
-                made.add(
-                    method="plain", stage="train", step=step, held_out_loss=loss + wobble, steps_train=step,
-                    end=step > 0, seconds=step / 10, **common,
-                )  # fmt: skip
-    return made
+from fine_dist.study.report.tables import rows, storage, tuning
+from tests.study.report.making import CLAIMS, INIT, N, results
 
 
 def of(made: Results, words: str):
@@ -379,78 +340,11 @@ def test_a_series_whose_tuned_value_is_the_last_of_its_grid_is_not_published(tmp
     assert made.series == ["ours", "plain"] and of(made, "equal steps").outcome == "held"
 
 
-# --- what a start is worth -------------------------------------------------------------------------------------------
-
-
-def lengths() -> Results:
-    """Scratch falls by 0.01 with each doubling of its steps; ours is where scratch is after four times as many."""
-    made = Results(main="ours", baseline="plain", steps={"N": 100}, display_names={"ours": "Ours", "plain": "scratch"})
-    for step, loss in ((100, 0.2), (200, 0.19), (400, 0.18), (800, 0.17)):
-        own = step * 2.0
-        made.add(method="plain", target=4, seed=0, stage="train", step=step, held_out_loss=loss, end=True, flops=own)
-        shared = {"flops_condense": 5000.0, "flops_ancestor": 4000.0}
-        made.add(method="ours", target=4, seed=0, stage="train", step=step, held_out_loss=loss - 0.02, end=True,
-                 flops=own, **shared)  # fmt: skip
-    return made
-
-
-def test_saved_steps_are_read_off_the_curve_of_scratch():
-    [line] = saved_steps(lengths())
-    assert line.saved[100].steps == pytest.approx(300) and line.saved[200].steps == pytest.approx(600)
-    assert line.text(400) == "> 400"  # scratch never got there in 800 steps
-    assert TABLES["saved"](lengths()).rows[0].cells[2].text == "300"
-
-
-def test_break_even_counts_shared_cost_once_and_a_free_ancestor_not_at_all():
-    found = break_even(lengths())
-    assert found.steps == 800 and found.losses == {4: pytest.approx(0.17)}
-    by = {(line.series, line.free): line for line in found.lines}
-    assert by["plain", False].total(1) == 1600 and by["plain", False].total(10) == 16000
-    assert by["ours", False].steps == pytest.approx(200) and by["ours", False].total(1) == pytest.approx(5400)
-    assert by["ours", True].total(1) == pytest.approx(1400)
-    # 5,000 + 400 n < 1,600 n from n = 5 on
-    assert [(first, line.series) for first, _, line in cheapest(found, free=False)] == [(1, "plain"), (5, "ours")]
-    assert [(first, line.series) for first, _, line in cheapest(found, free=True)] == [(1, "ours")]
-    advice = "\n".join(recommendation(lengths()))
-    assert "1-4 models: scratch, 800 training steps each" in advice and "5 models or more: Ours, 200" in advice
-
-
-def test_a_loss_that_nothing_reaches_is_said():
-    made = lengths()
-    for m in made.measurements:
-        m.held_out_loss += 0.5 * (m.method == "ours")
-    assert break_even(made) is None and TABLES["break_even"](made).rows == []
-
-
 def test_a_documents_table_is_replaced_between_its_comments():
     text = "a\n<!-- x table: begin -->\nold\n<!-- x table: end -->\nb\n"
     assert fill(text, "x", "new\n") == text.replace("old", "new")
     with pytest.raises(ArtifactError, match="no place for the y table"):
         fill(text, "y", "new")
-
-
-def test_break_even_falls_back_to_the_best_quality_that_another_series_reaches():
-    """Scratch after 3N is better than everything here, so that totals are those of its loss after N."""
-    made = results(plain_3n=0.05)
-    for row in made.measurements:
-        row.flops = 1e9 * (row.step + 1)
-    found = break_even(made)
-    assert found.steps == N and {line.series for line in found.lines} == {"ours", "plain"}
-    assert break_even(made, 3 * N) is None
-    advice = "\n".join(recommendation(made))
-    assert f"At the quality of scratch after {N} steps" in advice
-    assert f"The quality of scratch after {3 * N} steps was reached by no other series" in advice
-
-
-def test_what_each_start_saves_is_a_figure_with_a_bar_for_each_series_and_length(tmp_path):
-    made = results()
-    section = re.search(r'<svg [^>]*aria-label="Steps of training from scratch that each start saves".*?</svg>',
-                        page(made), re.S)[0]  # fmt: skip
-    lines = {line.target: line for line in saved_steps(made)}
-    for target, line in lines.items():
-        for length in line.saved:
-            assert f"Ours, after {length:,} steps, {target} layers: {line.text(length)}".replace(">", "&gt;") in section
-    assert save_poster("saved", made, tmp_path / "saved.png").is_file()
 
 
 def test_series_are_told_apart_by_colors_and_markers_alike():
