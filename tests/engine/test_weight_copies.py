@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from fine_dist.core.errors import ConfigError
 from fine_dist.engine.compiling import prepare_model
 from fine_dist.engine.weight_copies import WeightCopies, multiplied
 from fine_dist.model.dit import DiT
@@ -86,5 +86,5 @@ def test_a_bf16_residual_stream_keeps_fewer_bytes_and_changes_the_output_by_roun
 
 
 def test_a_bf16_residual_stream_of_an_fp32_run_is_refused() -> None:
-    with pytest.raises(ConfigError, match="residual_dtype bf16 needs precision bf16"):
+    with pytest.raises(ValidationError, match="residual_dtype bf16 needs precision bf16"):
         engine(residual_dtype="bf16")
