@@ -26,7 +26,7 @@ from fine_dist.data.images import (
     class_folders,
     describe_left_out,
 )
-from fine_dist.data.settings import IDX, DataConfig, EncodeConfig
+from fine_dist.data.settings import IDX, DataConfig, EncodeConfig, digits_side
 from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
 from fine_dist.model.arch import both
@@ -67,14 +67,14 @@ def run(config: EncodeConfig, load_encoder: LoadEncoder = no_encoder) -> Path:
 def _splits(config: EncodeConfig) -> tuple[str, ...]:
     if config.codec == "identity" and config.kind == "moments":
         raise ConfigError("kind: identity has no moments; legal with it: sample")
-    if config.codec != "identity" and (config.source == "digits" or config.source.startswith(IDX)):
+    if config.codec != "identity" and (digits_side(config.source) or config.source.startswith(IDX)):
         raise ConfigError("codec: digits and idx files are small gray images, which no autoencoder takes; use identity")
     if config.held_out_fraction is not None and (config.held_out or not config.is_folder):
         why = f"held_out is {config.held_out!r}" if config.held_out else f"source is {config.source!r}"
         raise ConfigError(f"held_out_fraction: it divides a folder of class folders, and {why}; give one of the two")
     if config.split:
         return (config.split,)
-    both = config.source == "digits" or config.source.startswith(IDX) or config.held_out or config.held_out_fraction
+    both = digits_side(config.source) or config.source.startswith(IDX) or config.held_out or config.held_out_fraction
     return SPLITS if both else ("train",)
 
 
@@ -110,8 +110,8 @@ def _source(config: EncodeConfig, split: str) -> ImageSource:
 
 def _all_classes(config: EncodeConfig, split: str) -> ImageSource:
     per_unit, source = max(1, config.shard_samples // (2 if config.flips else 1)), config.source_of(split)
-    if source == "digits":
-        return DigitImages(split, per_unit=per_unit, limit=config.limit)
+    if side := digits_side(source):
+        return DigitImages(split, side=side, per_unit=per_unit, limit=config.limit)
     if source.startswith(IDX):
         return IdxImages(source.removeprefix(IDX), split, per_unit=per_unit, limit=config.limit)
     if source.endswith(".tar") or source.startswith("pipe:"):

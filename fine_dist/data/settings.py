@@ -51,15 +51,34 @@ class DataConfig(Config):
 Byte = Annotated[int, Field(ge=0, le=255)]
 IDX = "idx:"
 """Prefix of a source that is a folder of IDX files."""
+DIGITS = "digits"
+DIGIT_SIDE = 8
+"""Side of scikit-learn's digits, in pixels."""
+
+
+def digits_side(source: str) -> int | None:
+    """Side of the digits that a source `digits` or `digits:SIDE` stands for, in pixels; None for any other source.
+
+    Raises:
+        ConfigError: SIDE is not a number from 8 to 256.
+    """
+    name, _, side = source.partition(":")
+    if name != DIGITS:
+        return None
+    if not side:
+        return DIGIT_SIDE
+    if not side.isdecimal() or not DIGIT_SIDE <= int(side) <= 256:
+        raise ConfigError(f"source: {source!r}: SIDE is a number of pixels from {DIGIT_SIDE} to 256, such as digits:28")
+    return int(side)
 
 
 class EncodeConfig(Config):
     """Encode images into latent shards: OUT/SPLIT/latents-000000.tar and so on, with their manifest.json."""
 
     source: PathKey = "digits"
-    """Images to encode: `digits` (scikit-learn's, embedded), a folder with one sub-folder of images per class,
-    webdataset image shards (.tar files as a brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as
-    Fashion-MNIST's."""
+    """Images to encode: `digits` (scikit-learn's, embedded, 8x8) or `digits:SIDE` (enlarged to SIDE pixels by bicubic
+    interpolation, such as digits:28), a folder with one sub-folder of images per class, webdataset image shards (.tar
+    files as a brace pattern of paths or URLs), or `idx:FOLDER` with IDX files such as Fashion-MNIST's."""
     held_out: PathKey | None = None
     """Source of a second split named held_out, encoded after the first. Its class folders must have the names of the
     first source's. Default: the split that the source itself has, if any."""
@@ -136,7 +155,7 @@ class EncodeConfig(Config):
     @property
     def is_folder(self) -> bool:
         """Whether the source is a folder of class folders."""
-        embedded = self.source == "digits" or self.source.startswith((IDX, "pipe:"))
+        embedded = digits_side(self.source) or self.source.startswith((IDX, "pipe:"))
         return not embedded and not self.source.endswith(".tar")
 
     def settings(self, split: str) -> dict[str, Any]:
@@ -147,7 +166,7 @@ class EncodeConfig(Config):
         made = {key: getattr(self, key) for key in [*keys.split(), "limit", "precision", "batch"]}
         if self.codec == "identity":
             made = {key: value for key, value in made.items() if key not in ("vae", "vae_subfolder", "precision")}
-        if self.source != "digits":
+        if not digits_side(self.source):
             made["background"] = self.background
         if self.classes is not None:
             made["classes"] = list(self.classes)

@@ -16,20 +16,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
 from fine_dist.core.regular_files import read_bytes
 from fine_dist.data.images import ImageItem
+from fine_dist.data.settings import DIGIT_SIDE
 
 NUM_TRAIN = 1500
 SPLITS = ("train", "held_out")
 
 
-def digits(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """The images of a split: float32 [N, 1, 8, 8] in [-1, 1], and labels int64 [N].
+def digits(split: str = "train", side: int = DIGIT_SIDE) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a split: float32 [N, 1, side, side] in [-1, 1], and labels int64 [N].
 
-    `train` is the first 1,500 in scikit-learn's order, `held_out` the other 297. `DataError` for another name.
+    `train` is the first 1,500 in scikit-learn's order, `held_out` the other 297. A side other than their own 8 pixels
+    resizes them by bicubic interpolation, clipped to [-1, 1]. `DataError` for another split.
     """
     from sklearn.datasets import load_digits
 
@@ -38,15 +41,18 @@ def digits(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
     data = load_digits()
     part = slice(None, NUM_TRAIN) if split == "train" else slice(NUM_TRAIN, None)
     # gray values are 0..16: the result is exact in float16
-    images = (data.images[part] / 8.0 - 1.0).astype(np.float32)[:, None]
-    return images, data.target[part].astype(np.int64)
+    images = (data.images[part] / 8.0 - 1.0).astype(np.float32)
+    if side != DIGIT_SIDE:
+        resize = [Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in images]
+        images = np.stack([np.asarray(image) for image in resize]).clip(-1, 1)
+    return images[:, None], data.target[part].astype(np.int64)
 
 
 class DigitImages:
-    """A split of scikit-learn's digits, as they are: float32 [1, 8, 8] in [-1, 1]."""
+    """A split of scikit-learn's digits: float32 [1, side, side] in [-1, 1]."""
 
-    def __init__(self, split: str, *, per_unit: int, limit: int | None = None) -> None:
-        images, labels = digits(split)
+    def __init__(self, split: str, *, side: int = DIGIT_SIDE, per_unit: int, limit: int | None = None) -> None:
+        images, labels = digits(split, side)
         self.images, self.labels, self.per_unit = images[:limit], labels[:limit], per_unit
         self.count = len(self.images)
         self.units = -(-self.count // per_unit)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fine_dist.core.errors import DataError
+from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.data.shards import Manifest
 from fine_dist.data.small_images import digits, read_idx
 from fine_dist.data.stream import read_all
@@ -54,6 +54,20 @@ def test_chosen_classes_are_counted_from_0_in_the_order_given(tmp_path):
     assert new.tolist() == [(6, 9).index(label) for label in labels[kept]]
     manifest = Manifest.parse((out / "train" / "manifest.json").read_bytes(), "it")
     assert manifest.num_classes == 2 and list(manifest.class_names) == ["6", "9"]
+
+
+def test_digits_are_enlarged_to_the_side_that_a_source_names(tmp_path):
+    out = run(EncodeConfig(source="digits:32", out=str(tmp_path), dtype="float32"))
+    latents, labels = read_all(str(out / "held_out"))
+    images, own = digits("held_out")
+    assert latents.shape == (297, 1, 32, 32) and latents.abs().max() <= 1 and labels.tolist() == own.tolist()
+    # means of 4 x 4 pixels are the digits again, up to the smoothing of bicubic interpolation (range 2)
+    small = torch.nn.functional.avg_pool2d(latents, 4)
+    assert (small - torch.from_numpy(images)).abs().mean() < 0.1
+    manifest = Manifest.parse((out / "train" / "manifest.json").read_bytes(), "it")
+    assert sum(shard.count for shard in manifest.shards) == 1500 and manifest.num_classes == 10
+    with pytest.raises(ConfigError, match="a number of pixels from 8 to 256"):
+        run(EncodeConfig(source="digits:7", out=str(tmp_path / "small")))
 
 
 def test_a_held_out_folder_is_encoded_beside_the_first(tmp_path):
