@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 from pydantic import ValidationError
 
 from fine_dist.core.errors import ArtifactError
@@ -104,6 +103,8 @@ def _ddpm(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
 
 def scheduler_of(diffusion: DiffusionConfig, clip: float | None) -> Any:
     """diffusers' scheduler of a process: DDIM whose timesteps end at T-1 as ours do, or Euler's method for a flow."""
+    import diffusers  # takes seconds, and only an export needs it
+
     if diffusion.process == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=diffusion.time_shift)
     return diffusers.DDIMScheduler(

@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -275,6 +274,9 @@ def guided(model: Denoiser, z: Tensor, t: Tensor, labels: Tensor, null: int, sca
 
 def build_scheduler(config: SamplerConfig, diffusion: DiffusionConfig, learn_sigma: bool) -> Any:
     """The diffusers scheduler of a DDPM's settings, its timesteps set. `ConfigError` when `steps` does not fit."""
+    # diffusers loads all of torch.compile, three seconds that a process which draws nothing need not wait for
+    import diffusers
+
     total, steps = diffusion.num_timesteps, config.steps
     if steps > total:
         raise ConfigError(f"sampler.steps {steps}: at most diffusion.num_timesteps, {total}")

@@ -14,7 +14,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch._dynamo.exc
 from torch import nn
 
 from fine_dist.core.errors import ConfigError
@@ -22,10 +21,6 @@ from fine_dist.engine.settings import EngineConfig, LoopConfig
 from fine_dist.model.dit import DiT
 
 log = logging.getLogger(__name__)
-
-CompileError = torch._dynamo.exc.TorchDynamoException
-"""What dynamo and inductor raise when they cannot compile. All other errors are the model's own and pass through, among
-them running out of memory, and the exception by which torch ends a recomputation (`torch.utils.checkpoint`)."""
 
 
 def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
@@ -66,6 +61,9 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
     Args:
         backend: As `torch.compile` takes it.
     """
+    # a process that compiles nothing need not wait two seconds for dynamo
+    from torch._dynamo.exc import TorchDynamoException
+
     # `forward` of the class, not of the instance: all blocks of
     # a class then share one code object and one set of graphs.
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
@@ -75,7 +73,9 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
     def forward(kind: type, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return chosen[kind](block, *args, **kwargs)
-        except CompileError as error:
+        # What dynamo and inductor raise when they cannot compile. All other errors are the model's own and pass
+        # through, among them running out of memory, and the exception by which torch ends a recomputation.
+        except TorchDynamoException as error:
             # The function that runs without compilation cannot raise this for compiling; it is
             # an error of somebody else's compiled code inside, and falling back would repeat it.
             if chosen[kind] is eager[kind]:
