@@ -11,8 +11,9 @@ from pathlib import Path
 
 import fine_dist
 from fine_dist.core.errors import LaunchError
-from fine_dist.core.files import draft_name, sha256_of
+from fine_dist.core.files import sha256_of
 from fine_dist.core.resources import resource
+from fine_dist.core.temp_files import temp_path
 from fine_dist.launchers.worker import import_module
 
 SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
@@ -38,7 +39,7 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
     if target.is_dir():
         return target
     # Copied under another name first: a job that starts meanwhile must never import half a copy.
-    draft = draft_name(target)
+    draft = temp_path(target)
     stage_code(draft, module)
     try:
         os.rename(draft, target)

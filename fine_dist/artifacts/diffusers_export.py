@@ -34,7 +34,7 @@ from fine_dist.artifacts.export_check import ExportComparison
 from fine_dist.artifacts.layouts import read_json
 from fine_dist.artifacts.scheduler_config import scheduler_of
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.files import whole_folder, written_whole
+from fine_dist.core.files import atomic_folder, library_write
 from fine_dist.data.codecs import scaling_of
 from fine_dist.data.shards import Channels
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -96,12 +96,12 @@ def write_diffusers(
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
     if class_names and len(class_names) != arch.num_classes:
         raise ConfigError(f"{len(class_names)} class names for {arch.num_classes} classes")
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         transformer = draft / "transformer"
         transformer.mkdir()
         theirs = to_diffusers(arch, state)
         numbers = sum(tensor.numel() for tensor in theirs.values())
-        with written_whole(file := transformer / "diffusion_pytorch_model.safetensors"):
+        with library_write(file := transformer / "diffusion_pytorch_model.safetensors"):
             save_file(theirs, file, metadata={"format": "pt"})
         # The check below loads the file again, and a large model must not be in memory three times.
         del theirs
@@ -221,7 +221,7 @@ def _copy_vae(
             f"vae {name}: the model's latents have {what}, which the exported pipeline would not undo; leave --vae out "
             "and decode with fine_dist (fine-dist sample --vae)"
         )
-    with written_whole(to):
+    with library_write(to):
         vae.save_pretrained(str(to), safe_serialization=True)
 
 

@@ -34,7 +34,7 @@ from fine_dist.artifacts.settings import NO_HINTS, HintsConfig
 from fine_dist.artifacts.tensor_files import read_tensor_file
 from fine_dist.artifacts.unwrap import Unwrapped, unwrap
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.files import sha256_of, whole_file, written_whole
+from fine_dist.core.files import atomic_file, library_write, sha256_of
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch, Sides, both, parse_name, sides
 from fine_dist.model.dit import positions_of
@@ -300,8 +300,8 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
             "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
         )
     # The draft gets its name after the check alone, so that a file in place is one whose forward pass agreed.
-    with whole_file(path, path.suffix) as draft:
-        with written_whole(draft):
+    with atomic_file(path, path.suffix) as draft:
+        with library_write(draft):
             if path.suffix == ".pt":
                 torch.save(to_dit(arch, state), draft)
             else:

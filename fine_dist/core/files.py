@@ -1,47 +1,41 @@
-"""Atomic and durable writes, and hashes of files."""
+"""Atomic and durable writes, the modes of new files, and hashes of files."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import io
-import logging
 import os
 import re
 import shutil
-import socket
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from fine_dist.core.regular_files import open_regular
+from fine_dist.core.retry import remove_tree, retry
+from fine_dist.core.temp_files import open_temp_file, temp_path
 
-T = TypeVar("T")
-log = logging.getLogger(__name__)
-
-_PIECE = 1 << 20
-_DRAFTS = 256
-"""Files that `write_all` has open at once."""
+_CHUNK_BYTES = 1 << 20
+_MAX_OPEN_FILES = 256
+"""Temporary files that `write_all` has open at once."""
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
     """Write a file atomically: readers, also after a power cut, see the old content or the new, never a part.
 
-    The folder is made if it is missing. An error that may pass (`TRANSIENT`) is tried again.
+    The folder is created if it is missing. After a transient error (`retry.TRANSIENT`) the write is tried again.
 
     Args:
         path: File to write.
         content: Its new content; text is written as UTF-8.
-        durable: Sync the content to disk before the rename. False leaves that to the caller (`sync_disk`), who may
-            write many files.
+        durable: Sync the content to disk before the rename. With False the caller syncs (`sync_disk`), which is faster
+            for many files.
 
     Returns:
         The path.
@@ -51,15 +45,15 @@ def write_atomic(path: str | Path, content: str | bytes, *, durable: bool = True
     def write() -> None:
         # The content is synced before the rename. The other way round,
         # a power cut could leave the new name with an empty file.
-        with _draft(path, content, durable=durable) as draft:
-            os.replace(draft, path)
+        with _temp_file(path, content, durable=durable) as temp:
+            os.replace(temp, path)
 
-    retried(write)
+    retry(write)
     return path
 
 
 def write_all(contents: Mapping[Path, str]) -> None:
-    """Write many files of one folder, each atomically, with one sync for up to `_DRAFTS` of them.
+    """Write many files of one folder, each atomically, with one sync for up to `_MAX_OPEN_FILES` of them.
 
     On a slow file system a sync takes as long for one file as for a hundred.
     """
@@ -67,16 +61,16 @@ def write_all(contents: Mapping[Path, str]) -> None:
         for path, content in contents.items():
             write_atomic(path, content)
         return
-    waiting = list(contents.items())
-    # A sync of the whole file system replaces hundreds of single
-    # ones; on a network file system each costs milliseconds.
-    while waiting:  # each draft is an open file until it has its name
-        some, waiting = waiting[:_DRAFTS], waiting[_DRAFTS:]
+    remaining = list(contents.items())
+    # One sync of the whole file system replaces hundreds of syncs of
+    # single files; on a network file system each costs milliseconds.
+    while remaining:
+        batch, remaining = remaining[:_MAX_OPEN_FILES], remaining[_MAX_OPEN_FILES:]
         with contextlib.ExitStack() as stack:
-            drafts = {path: stack.enter_context(_draft(path, content, durable=False)) for path, content in some}
-            sync_disk(some[0][0].parent)
-            for path, draft in drafts.items():
-                os.replace(draft, path)
+            temps = {path: stack.enter_context(_temp_file(path, content, durable=False)) for path, content in batch}
+            sync_disk(batch[0][0].parent)
+            for path, temp in temps.items():
+                os.replace(temp, path)
 
 
 def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -> Path:
@@ -86,169 +80,114 @@ def write_new(path: str | Path, content: str | bytes, *, durable: bool = True) -
         FileExistsError: The file exists; it is left as it is.
     """
     path = Path(path)
-    with _draft(path, content, durable=durable) as draft:
-        name_new(draft, path)
+    with _temp_file(path, content, durable=durable) as temp:
+        rename_new(temp, path)
     return path
 
 
-def name_new(draft: str | Path, path: str | Path) -> None:
-    """Give a finished draft its final name, unless another file has it.
+def rename_new(temp: str | Path, path: str | Path) -> None:
+    """Rename a finished temporary file to a name that must not exist yet.
 
-    A hard link tests and names in one operation. FUSE mounts of buckets, FAT and some SMB shares have no links: there
-    an empty file is created exclusively first, and the draft replaces it.
+    A hard link tests and names in one operation. FUSE mounts of buckets, FAT and some SMB shares have no hard links:
+    there an empty file is created exclusively first, and the temporary file replaces it.
 
     Raises:
-        FileExistsError: The name is taken; the file that has it is left as it is.
+        FileExistsError: The name exists; its file is left as it is.
     """
     try:
-        os.link(draft, path)
+        os.link(temp, path)
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
         # A reader may see the empty file for an instant: this is the price of a file system without links.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(draft, path)
+        os.replace(temp, path)
 
 
 NO_LINKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
-"""Errors by which a file system says that it makes no hard links."""
-TRANSIENT = (errno.ESTALE, errno.EIO, errno.EBUSY, errno.ETIMEDOUT)
-"""Errors of network file systems that often pass: a server that fails over, a handle that another client replaced."""
-WAITS_S = (0.1, 0.5, 2.0)
-"""Seconds before each further attempt."""
-
-
-def retried(action: Callable[[], T], errors: tuple[int, ...] = TRANSIENT) -> T:
-    """The result of `action`, which is called again, up to three times, when it fails with an error that may pass.
-
-    Args:
-        action: A function of no arguments that may raise OSError.
-        errors: Error numbers after which it is called again.
-    """
-    # The last attempt is outside of the loop, so that its error reaches the caller as it is.
-    for wait_s in WAITS_S:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno not in errors:
-                raise
-            log.debug("%s; another attempt in %g s", error, wait_s)
-            time.sleep(wait_s)
-    return action()
-
-
-def remove_tree(folder: str | Path) -> bool:
-    """Remove a folder with its content; returns whether that worked.
-
-    On NFS a folder cannot be removed while another process has a file of it open (ENOTEMPTY, EBUSY). A warning is
-    logged and the folder is left for a later attempt, because it is no reason to end a run.
-    """
-
-    def remove() -> None:
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
-
-    try:
-        retried(remove, (*TRANSIENT, errno.ENOTEMPTY))
-    except OSError as error:
-        log.warning("%s could not be removed (%s); it is left for the next time", folder, error.strerror)
-        return False
-    return True
+"""Errors of file systems that have no hard links."""
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make a folder, and write to it once: whoever may not is told before hours of work, and not after them."""
+    """Create a folder and write to it once, so that missing permission is an error before hours of work, not after.
+
+    Raises:
+        OSError: The folder cannot be created or written to.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
 
 
 @contextlib.contextmanager
-def _draft(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]:
-    """A context with a written, locked draft of `path`. The block renames it; a draft that remains is removed."""
+def _temp_file(path: Path, content: str | bytes, *, durable: bool) -> Iterator[Path]:
+    """A context with a written, locked temporary file for `path`, to be renamed in it; otherwise it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with io.BufferedWriter(open_draft(path)) as file:
-        draft = Path(file.raw.name)
+    with io.BufferedWriter(open_temp_file(path)) as file:
+        temp = Path(file.raw.name)
         try:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-            yield draft
+            yield temp
         finally:
-            draft.unlink(missing_ok=True)
-
-
-def open_draft(path: Path) -> io.FileIO:
-    """A new file beside `path` to write and rename. The lock on it tells other processes that its writer is alive."""
-    # Drafts that end in `.part` carry their writer's lock; those in `.tmp` do not, and are judged by their age.
-    draft = draft_name(path).with_suffix(".part")
-    while True:
-        file = io.FileIO(draft, "wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody is just looking whether it is a dead writer's, and will remove it
-            file.close()
-            continue
-        except OSError:  # no locks here; then nobody removes it either
-            return file
-        with contextlib.suppress(FileNotFoundError):
-            # Between opening and locking, `remove_drafts` may have removed
-            # the name: then this is a file that nobody can rename.
-            if os.stat(draft).st_ino == os.fstat(file.fileno()).st_ino:
-                return file
-        file.close()
+            temp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
+def atomic_file(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
     """A context with a temporary path, for a library that writes to a file by its name.
 
     When the block ends without an error, the file is synced and renamed to `path`; otherwise it is removed. The folder
-    is made if it is missing.
+    is created if it is missing.
+
+    Args:
+        path: The final file.
+        suffix: Suffix of the temporary path, for libraries that derive a format from it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_name(path).with_suffix(suffix)
+    temp = temp_path(path).with_suffix(suffix)
     try:
-        yield draft
-        give_usual_mode(draft)
-        sync_file(draft)
-        os.replace(draft, path)
+        yield temp
+        apply_umask(temp)
+        sync_file(temp)
+        os.replace(temp, path)
         sync_folder(path.parent)
     finally:
-        draft.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[None]:
+def library_write(path: str | Path) -> Iterator[None]:
     """A context for a library that writes a file: its errors about a full disk, a quota or a limit become `OSError`.
 
-    safetensors has the system's error number in its message. torch.save hides it, so a further write to the file finds
-    it out.
+    The new file also gets the mode that the umask gives (`apply_umask`). safetensors has the system's error number in
+    its message. torch.save hides it, so a further write to the file is made, which fails with that number.
     """
     try:
         yield
-        give_usual_mode(path)
+        apply_umask(path)
     except OSError:
         raise
     except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        if match := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None
         if Path(path).is_file():
             # A disk that was full for the library is full for these
-            # bytes too, and this attempt says so in the system's words.
+            # bytes too, and this write raises the system's own error.
             with open(path, "ab") as file:
-                file.write(bytes(_PIECE))
+                file.write(bytes(_CHUNK_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
         raise
 
 
-def give_usual_mode(path: str | Path) -> None:
-    """Give a new file the mode that `open` would: what the umask leaves of rw-rw-rw-.
+def apply_umask(path: str | Path) -> None:
+    """Give a new file the mode that `open` would give it: rw-rw-rw- without the bits of the umask.
 
-    safetensors writes by way of a private temporary file, whose 0600 stays, and colleagues cannot read the model.
+    safetensors renames a private temporary file, whose mode 0600 stays: colleagues could not read the model.
     """
     os.chmod(path, 0o666 & ~umask())
 
@@ -264,62 +203,34 @@ def umask() -> int:
     return mask
 
 
-def draft_name(path: Path) -> Path:
-    """A hidden name beside `path` that no other writer, on whatever host, uses."""
-    # Host, process and time: several nodes may write drafts of one file into a shared folder at the same instant.
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-
-
 @contextlib.contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A context with a new folder under a temporary name, which replaces `folder` when the block ends without an error.
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """A context with a new folder under a temporary name. It replaces `folder` when the block ends without an error.
 
     Its files are synced before it gets its final name. When the block raises, it is removed.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = draft_name(folder)
-    draft.mkdir()
+    temp = temp_path(folder)
+    temp.mkdir()
     try:
-        yield draft
-        for path in draft.rglob("*"):
+        yield temp
+        for path in temp.rglob("*"):
             if path.is_file():
-                give_usual_mode(path)
+                apply_umask(path)
                 sync_file(path)
         if folder.exists():
-            stale = draft_name(folder)
+            stale = temp_path(folder)
             # Folders cannot be replaced by one rename. The old one is kept until the
             # new one has its name, so a crash between the two renames loses neither.
             os.rename(folder, stale)
-            os.rename(draft, folder)
+            os.rename(temp, folder)
             remove_tree(stale)
         else:
-            os.rename(draft, folder)
+            os.rename(temp, folder)
         sync_folder(folder.parent)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def remove_drafts(folder: str | Path, older_than_s: float = 3600.0) -> int:
-    """Remove the drafts that killed writers left in a folder, on any host; returns their number.
-
-    Args:
-        folder: The folder.
-        older_than_s: Age in seconds below which drafts without a lock (folders, and files that a library writes by
-            name) are left, because their writer may be alive.
-    """
-    count = 0
-    for path in Path(folder).glob(".*.part"):
-        with contextlib.suppress(OSError), open(path, "rb") as file:  # locked, or gone meanwhile, or no locks here
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            count += 1
-    for path in Path(folder).glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > older_than_s:
-                remove_tree(path) if path.is_dir() else path.unlink()
-                count += 1
-    return count
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def sync_file(path: Path) -> None:
@@ -353,11 +264,11 @@ def sync_disk(folder: str | Path) -> None:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
+    """Hex sha256 of a file, read in chunks."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

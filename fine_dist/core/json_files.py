@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from fine_dist.core.config import shown
 from fine_dist.core.errors import FineDistError, NotAFile
-from fine_dist.core.files import retried
 from fine_dist.core.regular_files import read_bytes
+from fine_dist.core.retry import retry
 
 MAX_JSON_BYTES = 256 * 2**20
 """Maximum size of a JSON file that is read; the rows of a fan-out of a million tasks are smaller."""
@@ -47,7 +47,7 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
     """
     try:
         # A limit, because a file that is none of ours may be as large as the disk.
-        content = retried(lambda: read_bytes(path, MAX_JSON_BYTES + 1))
+        content = retry(lambda: read_bytes(path, MAX_JSON_BYTES + 1))
     except OSError as wrong:
         # What may not be read, or not now, is not damaged, and its remedy is often to delete it.
         if not isinstance(wrong, (NotAFile, IsADirectoryError, NotADirectoryError)):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fine_dist.core.errors import ArtifactError
-from fine_dist.core.files import sha256_of, whole_folder
+from fine_dist.core.files import atomic_folder, sha256_of
 from fine_dist.core.json_files import Record, as_record, read_json
 from fine_dist.creative.encoders import add_token, end_of, read_at_end, refuse_known
 
@@ -59,7 +59,7 @@ def save_token(
         facts: What else the manifest says (JSON): encoders, templates, steps, cosines.
         control: The row trained on shuffled targets, as `rows`.
     """
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         whole = _whole(rows)
         for name, row in zip(FILES, whole.values()):
             save_file({token: row}, draft / name, metadata={"format": "pt"})

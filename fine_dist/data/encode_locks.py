@@ -19,9 +19,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import name_new, open_draft, remove_drafts, write_atomic
+from fine_dist.core.files import rename_new, write_atomic
 from fine_dist.core.json_files import read_json
 from fine_dist.core.regular_files import read_bytes
+from fine_dist.core.temp_files import open_temp_file, remove_stale_temp_files
 from fine_dist.data.codecs import Codec, TokenEncoder
 from fine_dist.data.images import ImageSource
 from fine_dist.data.shards import (
@@ -67,7 +68,7 @@ def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
     manifest = Manifest.parse(read_bytes(path), str(path))
     made_by = {key: value for key, value in manifest.made_by.items() if key != "fingerprint"}
     _same(made_by, json.loads(json.dumps(settings)), folder)
-    remove_drafts(folder)
+    remove_stale_temp_files(folder)
     return manifest
 
 
@@ -78,13 +79,13 @@ def agree(folder: Path, settings: dict[str, Any]) -> None:
         DataError: They differ.
     """
     path = folder / _SETTINGS
-    remove_drafts(folder)
+    remove_stale_temp_files(folder)
     # The file is complete before it has its name: whoever finds it can compare settings at once.
-    with open_draft(path) as draft:
+    with open_temp_file(path) as draft:
         draft.write(json.dumps(settings, indent=1).encode())
         try:
             # Exactly one of the processes that start together succeeds; the others compare with what it wrote.
-            name_new(draft.name, path)
+            rename_new(draft.name, path)
         except FileExistsError:
             _same(_read_mark(path), json.loads(json.dumps(settings)), folder)
         finally:
@@ -303,7 +304,7 @@ def _tidy(folder: Path, units: int) -> None:
         _lock_path(folder, unit).unlink(missing_ok=True)
     for name in (_SETTINGS, _MERGING):
         (folder / name).unlink(missing_ok=True)
-    remove_drafts(folder)
+    remove_stale_temp_files(folder)
 
 
 def too_many(job: EncodeJob, bad: int, count: int, last: BadInput | None) -> str:

@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from fine_dist.core.config import shown
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import open_draft, write_atomic
+from fine_dist.core.files import write_atomic
+from fine_dist.core.temp_files import open_temp_file
 from fine_dist.data.records import (
     BLOCK,
     LABEL,
@@ -283,7 +284,7 @@ class ShardWriter:
         self.count = 0
         self.info: ShardInfo | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = open_draft(self.path)
+        draft = open_temp_file(self.path)
         self._part = Path(draft.name)
         self._stream = _Hashing(draft)
         self._tar = tar_writer(self._stream)

@@ -24,7 +24,8 @@ from typing import Any
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError, DamagedStateError
-from fine_dist.core.files import remove_tree, sync_folder, write_atomic
+from fine_dist.core.files import sync_folder, write_atomic
+from fine_dist.core.retry import remove_tree
 from fine_dist.engine.backend import Backend, Piece
 from fine_dist.engine.checkpoint_files import FORMAT, CheckpointReader, digest_of, write_tensors
 from fine_dist.engine.dist import barrier, broadcast_object, gather_objects

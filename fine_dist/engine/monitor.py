@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fine_dist.core.files import retried
 from fine_dist.core.regular_files import as_row, open_regular
+from fine_dist.core.retry import retry
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum
 from fine_dist.engine.run_dir import CONFIG, METRICS, RunDir
 from fine_dist.engine.trackers import TrackedRun, Trackers
@@ -66,7 +66,7 @@ class MetricsLog:
         line = (json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n").encode()
         while line:
             # Shared file systems fail now and then for a moment, and a run of days should outlive that.
-            line = line[retried(lambda: self._file.write(line)) :]  # noqa: B023 - it is called at once
+            line = line[retry(lambda: self._file.write(line)) :]  # noqa: B023 - it is called at once
         self.rows.append(row)
         self.trackers.scalars(step, {f"train/{key}": value for key, value in row.items() if key != "step"})
 

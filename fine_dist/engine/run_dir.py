@@ -19,10 +19,11 @@ from pydantic import Field
 
 from fine_dist.core.config import Config, dump_yaml
 from fine_dist.core.errors import ReportedElsewhere, RunDirError
-from fine_dist.core.files import remove_drafts, write_atomic
+from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.locks import is_locked, try_lock
 from fine_dist.core.regular_files import read_bytes
+from fine_dist.core.temp_files import remove_stale_temp_files
 from fine_dist.engine.world import World, read_environment
 
 CONFIG, IDENTITY, DONE, METRICS = "config.yaml", "identity.json", "DONE.json", "metrics.jsonl"
@@ -111,7 +112,7 @@ class RunDir:
         try:
             self._refuse_another()
             for folder in (self.path, self.checkpoints):
-                remove_drafts(folder, older_than_s=0)  # the lock is held, so nobody writes them any more
+                remove_stale_temp_files(folder, older_than_s=0)  # the lock is held, so nobody writes them any more
             (self.path / STOPPED).unlink(missing_ok=True)  # the run has been started again
         except BaseException:
             self.close()

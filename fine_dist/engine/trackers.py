@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, cast
 from pydantic import BeforeValidator
 
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import retried, write_atomic
+from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import read_json
+from fine_dist.core.retry import retry
 from fine_dist.core.yaml_files import parse_yaml
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class TensorBoardTracker:
         try:
             getattr(self.board, method)(*values)
         except OSError:
-            self.board = retried(lambda: SummaryWriter(self.folder))
+            self.board = retry(lambda: SummaryWriter(self.folder))
             getattr(self.board, method)(*values)
 
 

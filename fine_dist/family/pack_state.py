@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fine_dist.core.errors import CheckpointError, DamagedStateError
-from fine_dist.core.files import whole_file
+from fine_dist.core.files import atomic_file
 from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, parse_json
 from fine_dist.core.regular_files import open_regular
 
@@ -42,7 +42,7 @@ def write_states(folder: Path, pack: str, states: Mapping[str, JobState]) -> Pat
     tensors = {f"{name}/{part}": x.contiguous() for name, (_, parts, _) in states.items() for part, x in parts.items()}
     # A hash for each job and none for the file: a flipped bit costs one job its newest state and no other job anything.
     about = {name: {"key": key, "values": values, "sha256": digest(t)} for name, (key, t, values) in states.items()}
-    with whole_file(path) as draft:
+    with atomic_file(path) as draft:
         save_file(tensors, draft, metadata={"format": FORMAT, "jobs": json.dumps(about)})
     return path
 

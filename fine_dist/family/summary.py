@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS
 from fine_dist.core.errors import RunDirError
-from fine_dist.core.files import whole_file
+from fine_dist.core.files import atomic_file
 from fine_dist.engine.trackers import TrackedRun, Trackers
 from fine_dist.family.listing import last_row, result_of
 from fine_dist.family.members import Member
@@ -246,7 +246,7 @@ def draw_family(
     figure.legend(loc="outside right upper", fontsize="small", frameon=False)  # beside the curves, not over them
     canvas.draw()
     try:
-        with whole_file(path, ".tmp.png") as draft:
+        with atomic_file(path, ".tmp.png") as draft:
             figure.savefig(draft, dpi=120)
     except OSError as error:  # a figure is no reason to end the training of a family
         log.warning("%s cannot be written (%s)", path, error)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fine_dist.core.config import shown, validate
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.core.files import sha256_of, sha256_text, whole_folder, written_whole
+from fine_dist.core.files import atomic_folder, library_write, sha256_of, sha256_text
 from fine_dist.core.json_files import read_json
 from fine_dist.model.arch import Arch
 
@@ -81,7 +81,7 @@ def save_artifact(
         extra: Further JSON values (ancestor, license, losses).
     """
 
-    with whole_folder(folder) as draft:
+    with atomic_folder(folder) as draft:
         written = {TENSORS: _write(draft / TENSORS, tensors)}
         if raw:
             written[RAW] = _write(draft / RAW, raw)
@@ -103,7 +103,7 @@ def save_artifact(
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors to a file; returns its sha256."""
-    with written_whole(path):
+    with library_write(path):
         # safetensors stores memory as it lies; views and transposed tensors have to be copied first.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     return sha256_of(path)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.core.files import whole_file
+from fine_dist.core.files import atomic_file
 from fine_dist.core.limits import GIB
 from fine_dist.planning.scaling_model import Prediction
 
@@ -94,6 +94,6 @@ def draw(series: Series, path: str | Path, title: str) -> Path:
         figure.suptitle(title, x=0.02, ha="left")
         added.legend(fontsize=8.5)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, path.suffix) as draft:
+        with atomic_file(path, path.suffix) as draft:
             figure.savefig(draft, dpi=140)
     return path

@@ -18,8 +18,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import draft_name, sync_file, write_new
+from fine_dist.core.files import sync_file, write_new
 from fine_dist.core.json_files import as_record, read_json
+from fine_dist.core.temp_files import temp_path
 from fine_dist.sampling.npz import write_samples
 
 _ABOUT, _DONE = "store.json", "done.u8"
@@ -154,7 +155,7 @@ class LatentStore(ArrayStore):
     def to_npy(self, path: str | Path) -> None:
         """Write all latents as one `.npy`, a batch at a time and atomically."""
         path = Path(path)
-        draft = draft_name(path)
+        draft = temp_path(path)
         try:
             with open(draft, "wb") as file:
                 header = {"descr": self.dtype, "fortran_order": False, "shape": (self.count, *self.shape)}

@@ -19,7 +19,7 @@ from typing import IO
 import numpy as np
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import whole_file
+from fine_dist.core.files import atomic_file
 from fine_dist.core.regular_files import check_regular
 
 IMAGES = "arr_0"
@@ -150,7 +150,7 @@ def write_samples(
 @contextlib.contextmanager
 def _new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """A new archive, which is there under its name when the block has ended well."""
-    with whole_file(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         yield archive
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fine_dist.core.errors import TrainingError
-from fine_dist.core.files import written_whole
+from fine_dist.core.files import library_write
 from fine_dist.engine.world import World
 from fine_dist.methods.base import Condensation, Method, MethodConfig
 from fine_dist.model.dit import DiT
@@ -68,7 +68,7 @@ def begin_from(
             )
             # The other ranks take the file's existence for its
             # completeness, so it must appear under its name in one move.
-            with written_whole(run_dir / START):
+            with library_write(run_dir / START):
                 tensors = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
                 save_file(tensors, run_dir / START, {"facts": json.dumps(facts)})
         else:

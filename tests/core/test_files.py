@@ -13,10 +13,11 @@ import time
 import pytest
 
 from fine_dist.core.errors import NotAFile
-from fine_dist.core.files import remove_drafts, sha256_of, sync_disk, umask, whole_file, whole_folder, write_atomic
+from fine_dist.core.files import atomic_file, atomic_folder, sha256_of, sync_disk, umask, write_atomic
 from fine_dist.core.locks import locked, try_lock
 from fine_dist.core.processes import derived_port, free_ports, rank_words
 from fine_dist.core.regular_files import check_regular, last_row, open_regular, read_bytes, read_rows, read_text
+from fine_dist.core.temp_files import remove_stale_temp_files
 from fine_dist.launchers.torchrun import exit_code
 
 
@@ -32,9 +33,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one_and_no_draft(tmp_path)
 
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path):
     for text in ("one", "two"):
-        with whole_folder(tmp_path / "model") as draft:
+        with atomic_folder(tmp_path / "model") as draft:
             (draft / "tensors").write_text(text)
-    with pytest.raises(ValueError, match="no"), whole_folder(tmp_path / "model") as draft:
+    with pytest.raises(ValueError, match="no"), atomic_folder(tmp_path / "model") as draft:
         (draft / "tensors").write_text("three")
         raise ValueError("no")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -45,7 +46,7 @@ def test_drafts_of_killed_writers_are_removed_and_those_of_living_ones_are_not(t
     for name, age in ((".a.json.n1.7.1.tmp", 7200), (".b.json.n1.8.1.tmp", 0), ("kept.tmp", 7200)):
         (tmp_path / name).write_text("half")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    assert remove_drafts(tmp_path) == 1
+    assert remove_stale_temp_files(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [".b.json.n1.8.1.tmp", "kept.tmp"]
 
 
@@ -57,9 +58,9 @@ def test_what_a_library_writes_has_the_mode_that_the_umask_gives(tmp_path, mask,
     before = os.umask(mask)
     try:
         assert umask() == mask
-        with whole_folder(tmp_path / "model") as draft:
+        with atomic_folder(tmp_path / "model") as draft:
             save_file({"a": torch.zeros(1)}, draft / "a.safetensors")
-        with whole_file(tmp_path / "b.safetensors") as draft:
+        with atomic_file(tmp_path / "b.safetensors") as draft:
             save_file({"a": torch.zeros(1)}, draft)
         write_atomic(tmp_path / "c.json", "{}")
     finally:

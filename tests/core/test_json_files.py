@@ -8,7 +8,7 @@ import os
 import pytest
 from pydantic import Field
 
-from fine_dist.core import files, json_files
+from fine_dist.core import json_files, retry
 from fine_dist.core.errors import DataError, RunDirError, guard
 from fine_dist.core.json_files import MAX_JSON_BYTES, Record, as_record, read_json, read_record
 
@@ -72,7 +72,7 @@ def test_values_inside_another_file_are_checked_alike():
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.ENOTCONN])
 def test_what_cannot_be_read_is_not_called_damaged_nor_to_be_deleted(tmp_path, monkeypatch, capsys, number):
-    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
 
     def failing(path, most):
         raise OSError(number, os.strerror(number), str(path))

@@ -9,15 +9,16 @@ import sys
 
 import pytest
 
-from fine_dist.core import files
+from fine_dist.core import files, retry
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR, guard
-from fine_dist.core.files import name_new, remove_tree, write_atomic, write_new
+from fine_dist.core.files import rename_new, write_atomic, write_new
 from fine_dist.core.locks import is_locked
+from fine_dist.core.retry import remove_tree
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
-    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EBUSY])
@@ -77,7 +78,7 @@ def test_where_there_are_no_hard_links_a_new_file_still_has_one_writer(tmp_path,
     assert (tmp_path / "a").read_text() == "first" and os.listdir(tmp_path) == ["a"]
     (tmp_path / "draft").write_text("x")
     with pytest.raises(FileExistsError):
-        name_new(tmp_path / "draft", tmp_path / "a")
+        rename_new(tmp_path / "draft", tmp_path / "a")
 
 
 @pytest.mark.parametrize("posix", [False, True])

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fine_dist.core.errors import DataError
-from fine_dist.core.files import open_draft, remove_drafts
+from fine_dist.core.temp_files import open_temp_file, remove_stale_temp_files
 from fine_dist.data import images
 from fine_dist.data.codecs import Identity
 from fine_dist.data.encode_locks import EncodeJob
@@ -63,8 +63,8 @@ def test_a_log_gets_a_line_with_rate_and_time_left(tmp_path, monkeypatch, capsys
 def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_path):
     out = tmp_path / "train"
     out.mkdir()
-    code = "import sys, time; from pathlib import Path; from fine_dist.core.files import open_draft; "
-    code += "kept = [open_draft(Path(path)) for path in sys.argv[1:]]; print('ready', flush=True); time.sleep(60)"
+    code = "import sys, time; from pathlib import Path; from fine_dist.core.files import open_temp_file; "
+    code += "kept = [open_temp_file(Path(path)) for path in sys.argv[1:]]; print('ready', flush=True); time.sleep(60)"
     # the draft of a manifest, of a shard beyond those of this encoding, and of a mark
     paths = [out / name for name in ("manifest.json", "latents-000099.tar", ".latents-000000.tar.json")]
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, paths)], stdout=subprocess.PIPE, cwd=ROOT)
@@ -73,10 +73,10 @@ def test_drafts_of_killed_writers_go_and_those_of_living_ones_stay(folder, tmp_p
     process.wait()
     assert len(list(out.glob(".*.part"))) == 3
     (out / ".latents-000000.tar.lock").touch()  # of one killed between a unit's end and its release
-    with open_draft(out / "other.json") as living:
+    with open_temp_file(out / "other.json") as living:
         run(config(folder, tmp_path))
         assert [path.name for path in out.glob(".*.part")] == [Path(living.name).name]
-    assert remove_drafts(out) == 1
+    assert remove_stale_temp_files(out) == 1
     assert not list(out.glob(".*"))
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fine_dist.core import files
+from fine_dist.core import retry
 from fine_dist.core.errors import ConfigError, ResumeLater, TrainingError
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
@@ -232,7 +232,7 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
 
 
 def test_a_row_that_fails_for_a_moment_is_in_the_log_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
     log = MetricsLog(TrackedRun(tmp_path), ())
     file, calls = log._file, []
 

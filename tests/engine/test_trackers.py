@@ -18,7 +18,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
-from fine_dist.core import files
+from fine_dist.core import retry
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.engine import dist, trackers
@@ -187,7 +187,7 @@ def test_events_that_cannot_be_written_are_one_warning_and_the_run_goes_on(
         raise OSError(number, os.strerror(number), str(name))
 
     monkeypatch.setattr(LocalFileSystem, "_write", failing)
-    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
     config = ToyConfig(steps=8, engine=engine(eval_every=2, preview_every=2))
     looks = {
         "previews": lambda model, step, budget: {"samples": torch.zeros(1, 8, 8)},
@@ -201,7 +201,7 @@ def test_events_that_cannot_be_written_are_one_warning_and_the_run_goes_on(
 
 
 def test_events_go_on_in_a_new_file_when_the_storage_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "WAITS_S", (0.0, 0.0, 0.0))
     write, state = LocalFileSystem._write, {"fails": False}
 
     def failing(self: Any, name: Any, content: bytes, mode: str) -> None:
