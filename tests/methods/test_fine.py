@@ -8,6 +8,7 @@ import torch
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target_module
+from fine_dist.core.errors import ArtifactError
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
@@ -36,13 +37,18 @@ def test_a_fine_target_keeps_the_genes_and_interpolates_the_rest(generator):
         torch.testing.assert_close(got[1::2], (table[1:] + table[:-1]) / 2)
 
 
-@pytest.mark.parametrize("rank", [None, 3, 4096])
-def test_a_learngene_is_inherited_at_the_rank_it_was_written_with_whatever_the_settings_say(rank, generator):
+def test_a_learngene_is_inherited_at_its_own_rank_and_another_one_is_refused(generator):
     learngene = artifact_for("fine")
     written = learngene.tensors["genes.qkv.U"].shape[1]
-    assert written not in (rank, learngene.arch.hidden_size)  # neither the settings' nor the default
-    made = build(FineConfig(rank=rank)).descend(parent_for("fine"), tiny_arch(num_layers=2), generator).model
-    assert made.rank == written and torch.equal(made.factor("qkv").U, learngene.tensors["genes.qkv.U"])
+    assert written != learngene.arch.hidden_size  # which is the default
+    target = tiny_arch(num_layers=2)
+    for rank in (None, written):
+        method = build(FineConfig(rank=rank))
+        method.check(learngene, target)
+        made = method.descend(parent_for("fine"), target, generator).model
+        assert made.rank == written and torch.equal(made.factor("qkv").U, learngene.tensors["genes.qkv.U"])
+    with pytest.raises(ArtifactError, match=f"method.rank 3: .* has rank {written}"):
+        build(FineConfig(rank=3)).check(learngene, target)
 
 
 def test_relative_depth_joins_ends_to_ends_and_takes_the_middle_for_one_layer():

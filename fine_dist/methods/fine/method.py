@@ -24,6 +24,7 @@ from fine_dist.methods.base import Condensation, Descent, M, Method, MethodConfi
 from fine_dist.methods.fine.config import FineConfig
 from fine_dist.methods.fine.cp import decompose
 from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.artifact import Artifact
 from fine_dist.model.depth import INITIALS, nearest_layers
 from fine_dist.model.dit import DiT
 from fine_dist.model.factors import FactoredDiT, SharedForm
@@ -128,6 +129,15 @@ class Fine(FactoredTargets[FineConfig]):
         return {"carried_over": words, "decomposition_error": errors}
 
     # --- stage 2 ----------------------------------------------------------------------------------------------------
+
+    def check_parent(self, parent: Artifact) -> None:
+        super().check_parent(parent)
+        rank = parent.tensors["genes.qkv.U"].shape[1]
+        if self.config.rank not in (None, rank):
+            raise ArtifactError(
+                f"method.rank {self.config.rank}: the learngene {parent.folder} has rank {rank}, and its targets share "
+                "its factors; leave method.rank out, or condense again with it"
+            )
 
     def sigma_initial(self, made_by: Mapping[str, Any]) -> str:
         """Where a target's sigma starts, by the settings its learngene was made with.
