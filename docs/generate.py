@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE, OPTIONS = ROOT / "docs" / "house.md", ROOT / "docs" / "options.md"
 BEGIN, END = "<!-- map: begin -->", "<!-- map: end -->"
-ROOMS = [
+PACKAGES = [
     "core",
     "model",
     "methods",
@@ -42,10 +42,10 @@ def first_line(path: Path) -> str:
 
 
 def house_map() -> str:
-    """Every file of the package in one line, room by room."""
+    """Every file of the package in one line, package by package."""
     lines = []
-    for room in ROOMS:
-        folder = ROOT / ("launchers" if room == "launchers" else f"fine_dist/{room}")
+    for package in PACKAGES:
+        folder = ROOT / ("launchers" if package == "launchers" else f"fine_dist/{package}")
         lines += ["", f"### {folder.relative_to(ROOT)}/", "", first_line(folder / "__init__.py"), ""]
         lines += ["| file | what is in it |", "|---|---|"]
         for path in sorted(folder.rglob("*.py")):

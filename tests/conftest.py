@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share. Everything random is seeded."""
+"""Fixtures that several packages share. Everything random is seeded."""
 
 from __future__ import annotations
 

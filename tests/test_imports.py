@@ -19,7 +19,8 @@ from fine_dist.launchers.worker import config_class, import_module
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(p.relative_to(ROOT) for d in ("fine_dist", "launchers") for p in (ROOT / d).rglob("*.py"))
 
-# Every room, from the bottom up: a file imports its own room and rooms further down; those of one line not each other.
+# Every package, from the bottom up: a file imports its own package and packages further down; those of one line do not
+# import each other.
 # Whatever lies flat in `fine_dist/` and is not named here is a command, which is above all of them.
 FLOORS = [
     ["core"],
@@ -39,7 +40,7 @@ FLOORS = [
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 COMMANDS = len(FLOORS)
 TOOLS = {"testing": LEVEL["planning"]}
-"""A room that nothing imports: tools for tests."""
+"""A package that nothing imports: tools for tests."""
 OWNERS = {
     "peft": ("fine_dist/methods/",),
     "deepspeed": ("fine_dist/engine/",),
@@ -70,7 +71,7 @@ def imports_of(path: Path, types: bool = False) -> list[tuple[str, int]]:
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: write the whole name of what is imported"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            # `from room import file` is an import of that file; `from file import name` of the file itself
+            # `from package import file` is an import of that file; `from file import name` of the file itself
             found += [(name if name in MODULES else str(node.module), node.lineno) for name in names]
     return found
 
@@ -84,17 +85,17 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in FILES}
 
 
-def room(path: Path) -> str:
+def package(path: Path) -> str:
     return path.parts[1].removesuffix(".py") if path.parts[0] == "fine_dist" else "launchers"
 
 
 def level(path: Path) -> int:
-    return LEVEL.get(room(path), TOOLS.get(room(path), COMMANDS))
+    return LEVEL.get(package(path), TOOLS.get(package(path), COMMANDS))
 
 
 def test_every_room_has_a_level():
-    rooms = {path.parts[1] for path in FILES if len(path.parts) > 2 and path.parts[0] == "fine_dist"}
-    assert rooms <= LEVEL.keys() | TOOLS, f"give {rooms - LEVEL.keys()} a level"
+    packages = {path.parts[1] for path in FILES if len(path.parts) > 2 and path.parts[0] == "fine_dist"}
+    assert packages <= LEVEL.keys() | TOOLS, f"give {packages - LEVEL.keys()} a level"
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -103,13 +104,13 @@ def test_imports_run_one_way(path):
         other = MODULES.get(module)
         if other is None or module == "fine_dist":
             continue
-        assert room(other) == room(path) or level(other) < level(path) or level(path) == COMMANDS, (
-            f"{path}:{line} imports {module}: {room(other)} is not below {room(path)}"
+        assert package(other) == package(path) or level(other) < level(path) or level(path) == COMMANDS, (
+            f"{path}:{line} imports {module}: {package(other)} is not below {package(path)}"
         )
 
 
 def edges() -> dict[str, set[str]]:
-    """Module -> modules of ours that it imports, if only for their types, the `__init__` of another room included."""
+    """Module -> modules of ours that it imports, if only for their types; the `__init__` of another package too."""
     found: dict[str, set[str]] = {}
     for module, path in MODULES.items():
         reached = set()
@@ -169,7 +170,7 @@ def test_no_file_of_ours_shadows_a_library():
 FLAT = {path.stem for path in FILES if path.parts[0] == "fine_dist" and len(path.parts) == 2}
 """The commands."""
 ANYWHERE = {"__init__", "__main__", "settings", "config", "command", "method", *FLAT}
-"""File names that several rooms may use; `method` is the code of a method that has a folder."""
+"""File names that several packages may use; `method` is the code of a method that has a folder."""
 
 
 def in_several_places(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:

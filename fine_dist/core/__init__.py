@@ -1,1 +1,1 @@
-"""What every room rests on: errors, atomic files, processes, settings, the command line, grids. No torch."""
+"""What all packages share: errors, atomic files, processes, settings, the command line, grids. No torch."""

@@ -1,4 +1,4 @@
-"""Every random number of training and sampling, drawn on the CPU from a seed and a position alone.
+"""Random draws of training and sampling (timesteps, noise, label drop), on the CPU, from a seed and a position alone.
 
 A draw depends on (seed, step, position in the global batch) or on (seed, image number). It therefore does not depend on
 the number of processes, on the batch size or on the accelerator, and a resumed run continues with the same numbers.

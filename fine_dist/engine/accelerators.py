@@ -1,4 +1,4 @@
-"""Peak arithmetic of known accelerators, against which model FLOPs utilization (MFU) is held."""
+"""Peak FLOP/s of known accelerators, which model FLOPs utilization (MFU) is computed from."""
 
 from __future__ import annotations
 

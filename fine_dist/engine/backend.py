@@ -1,4 +1,4 @@
-"""What the loop needs of whatever holds the weights: a small interface, with one implementation a backend.
+"""The interface between the training loop and what holds the weights; plain, DeepSpeed and FSDP2 implement it.
 
 A backend owns the parameters that train, their optimizer, and the way gradients are summed over ranks. It shows its
 fp32 master weights as *pieces*: flat ranges of named parameters. EMA, checkpoints and gathering work on pieces alone,

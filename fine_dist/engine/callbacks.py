@@ -1,4 +1,4 @@
-"""What happens to a model while it trains besides training: held-out losses, previews, histograms and texts.
+"""Callbacks of the training loop: held-out losses, preview images, histograms and texts.
 
 They see the averaged weights, in a second model that rank 0 has for this purpose, so that no measurement can touch the
 weights that train. The other ranks only help to gather the averages.

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights that train, in fp32, held in pieces as the weights are."""
+"""The exponential moving average (EMA) of weights that train: fp32, sharded like them; its decay has a warm-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and the precision of the arithmetic: what every backend shares."""
+"""AdamW, its learning rate schedule, gradient clipping, and the precision of the arithmetic, shared by all backends."""
 
 from __future__ import annotations
 

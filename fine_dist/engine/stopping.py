@@ -1,4 +1,4 @@
-"""Requests to stop or to save that come from outside: signals, a time limit, a file in the run directory."""
+"""Requests to stop or to save from outside: SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C, a time limit, a STOP file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Named numbers from the statistics of samples and of a reference, with what is to be known about them."""
+"""Metrics (FID, KID, ...) of samples against a reference, by name, with notes on how to read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a family's folders say of its targets, and other runs of themselves."""
+"""Lists the targets of a family, and other runs, from the files in their folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth pruning: a target keeps whole layers of a trained model, what users with weights do first.
+"""Depth pruning: a target keeps whole layers of a trained model. The usual baseline for users who have weights.
 
 `choose` says which N of the ancestor's L layers: the first ones, evenly spaced ones, the `best` by the loss of what is
 left, or a `learned` choice as in TinyFusion (Fang et al., arXiv 2412.01199). Kept layers are copied as they are, and

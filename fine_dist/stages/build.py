@@ -1,4 +1,4 @@
-"""From a stage's settings to the program that the engine runs: its loss, its stream, and how it is looked at."""
+"""Builds the program that the engine runs from a stage's settings: its loss, its data stream, its callbacks."""
 
 from __future__ import annotations
 

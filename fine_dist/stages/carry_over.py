@@ -1,4 +1,4 @@
-"""What stage 1 takes from an ancestor before its first step: computed by rank 0, once in the life of a run directory.
+"""What stage 1 takes from an ancestor before its first step, computed once for each run directory, by rank 0.
 
 A decomposition of a large ancestor takes minutes, so its result is kept in the run directory (`start.safetensors`) for
 every later start of the same run. The other ranks wait for the file, not in a collective, which would time out long

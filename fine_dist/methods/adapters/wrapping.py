@@ -1,4 +1,4 @@
-"""A block's matrix with an adapter of Hugging Face's peft around it, and the names it is saved under.
+"""Wraps a block's matrices with LoRA and other adapters of Hugging Face's peft, and names what is saved.
 
 `Adapted` calls peft's own layer and merges with peft's own code. Its base weight and bias are saved under the names
 that they have in the parent, so a saved target holds the adapter alone wherever the base is left as it was.

@@ -1,4 +1,4 @@
-"""The rooms that show results know methods by their data alone."""
+"""The packages that show results know methods by their data alone."""
 
 from __future__ import annotations
 

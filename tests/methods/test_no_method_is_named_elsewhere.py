@@ -1,4 +1,4 @@
-"""What a room needs of a method it asks the method: no method's name stands anywhere else."""
+"""Other packages ask a method for what they need: no method's name stands outside `methods`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def code_of(path: Path) -> str:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_room_names_a_method(path: Path) -> None:
+def test_no_other_package_names_a_method(path: Path) -> None:
     found = [match[0] for match in PATTERN.finditer(code_of(path))]
     assert not found, f"{path.relative_to(ROOT)} names {', '.join(sorted(set(found)))}"
 
