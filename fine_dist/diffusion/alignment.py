@@ -89,12 +89,12 @@ class RepresentationAlignment:
         self.encode, self.weight, self.grid = encode, weight, grid
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
-        ours = output.features[FEATURE].float()
+        projected = output.features[FEATURE].float()
         with torch.no_grad():
-            found = self.encode(batch.z) if self.encode is not None else batch.tokens
-            assert found is not None, "the stream reads no tokens"
-            theirs = resize_tokens(found.to(ours.device).float(), self.grid)
-        return 1 - F.cosine_similarity(ours, theirs, dim=-1).mean(1)
+            tokens = self.encode(batch.z) if self.encode is not None else batch.tokens
+            assert tokens is not None, "the stream reads no tokens"
+            target = resize_tokens(tokens.to(projected.device).float(), self.grid)
+        return 1 - F.cosine_similarity(projected, target, dim=-1).mean(1)
 
 
 def resize_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

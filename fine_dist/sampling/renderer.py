@@ -16,8 +16,9 @@ from fine_dist.artifacts.model_facts import ModelFacts, model_facts_of, resolve_
 from fine_dist.core.errors import ConfigError
 from fine_dist.core.logs import duration
 from fine_dist.diffusion.process import arithmetic, make_process
-from fine_dist.diffusion.samplers import SampledBatch, resolve_scheduler, sample_batches
+from fine_dist.diffusion.samplers import SampledBatch, sample_batches
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.diffusion.solvers import resolve_scheduler
 from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import forward_macs

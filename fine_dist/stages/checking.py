@@ -10,7 +10,7 @@ from fine_dist.core.config import expand_path, run_dir_of
 from fine_dist.core.errors import ConfigError
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit
-from fine_dist.diffusion.samplers import build_scheduler, resolve_scheduler
+from fine_dist.diffusion.solvers import build_scheduler, resolve_scheduler
 from fine_dist.engine.deepspeed_json import deepspeed_json
 from fine_dist.engine.program import divide_batch
 from fine_dist.engine.run_dir import RunDir

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.diffusion.samplers import guided, image_generator, sample, sample_batches, space_timesteps
+from fine_dist.diffusion.samplers import guided, image_generator, sample, sample_batches
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.diffusion.solvers import space_timesteps
 from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.sampling.image_grid import tile_images
