@@ -1,7 +1,8 @@
 """Test tools: real ranks on one machine, and the contract that every method keeps, for this project and for others."""
 
-from fine_dist.testing.contract import MethodContract, condensed, inputs, lively, moved, saved, tiny_arch, trained
+from fine_dist.testing.contract import MethodContract
 from fine_dist.testing.ranks import Ranks, run_distributed
+from fine_dist.testing.tiny_models import condensed, inputs, lively, moved, saved, tiny_arch, trained
 
 __all__ = [
     "MethodContract",

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fine_dist.artifacts.targets import descend as make_target
 from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
@@ -41,86 +41,16 @@ from fine_dist.diffusion.process import make_process
 from fine_dist.diffusion.samplers import sample
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.methods import CONDENSES, METHODS, SCRATCH, build, check, from_manifest, parent_of
-from fine_dist.methods.base import Condensation, Descent, Method, MethodConfig, Parent
+from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
 from fine_dist.model.arch import Arch
-from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
-from fine_dist.model.dit import DiT, FinalLayer
+from fine_dist.model.artifact import Artifact
+from fine_dist.model.dit import FinalLayer
+from fine_dist.testing.tiny_models import NoiseBatch, condensed, inputs, lively, moved, saved, tiny_arch, trained
 
 PROCESSES = (DiffusionConfig(), DiffusionConfig(process="flow", time="logit_normal", time_shift=2.0))
 """Diffusion processes that a target has to train and be sampled under."""
 TOLERANCE = 1e-5
 """Of outputs near 1: two orders of summation in float32."""
-
-
-def tiny_arch(**fields: Any) -> Arch:
-    """A DiT small enough for a test: width 32, 4 layers, 4 heads, 16 tokens of a 1x8x8 latent, 10 classes."""
-    tiny = {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "patch_size": 2, "in_channels": 1, "input_size": 8}
-    return validate(Arch, {**tiny, "num_classes": 10, "learn_sigma": False, **fields})
-
-
-def lively(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
-    """Every parameter drawn anew, so that nothing is zero and every path matters to the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=std, generator=generator)
-    return model
-
-
-def inputs(arch: Arch, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(z [B, C, H, H], t [B], y [B]) for a forward pass."""
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(batch, *arch.latent_shape, generator=generator)
-    t = torch.randint(0, 1000, (batch,), generator=generator)
-    y = torch.randint(0, arch.num_classes + 1, (batch,), generator=generator)
-    return z, t, y
-
-
-def trained(arch: Arch, seed: int = 0) -> DiT:
-    """An ordinary model that has moved from its beginning."""
-    return lively(DiT(arch), seed, std=0.15)  # type: ignore[return-value]
-
-
-def moved(descent: Descent) -> nn.Module:
-    """A target as after some steps: what trains beside frozen parts has moved a little, anything else is drawn anew."""
-    if descent.trains != "some":
-        return lively(descent.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in descent.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return descent.model
-
-
-def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> tuple[Condensation, nn.Module]:
-    """(condensation, what is kept of it) of a method, at its beginning."""
-    traits, arch = method.traits, method.auxiliary(arch or tiny_arch())
-    ancestor = trained(arch if traits.same_shape else arch.with_depth(5)) if traits.ancestor != "no" else None
-    condensation = method.condense(arch, ancestor, torch.Generator().manual_seed(seed))
-    if traits.carries_over:
-        assert ancestor is not None, "a method that carries over weights takes an ancestor"
-        generator = torch.Generator().manual_seed(seed)
-        method.carry_over(condensation.module, ancestor, generator, torch.device("cpu"))
-    return condensation, condensation.product(condensation.module)
-
-
-def saved(folder: Path, kind: str, method: Method[Any], module: nn.Module) -> Artifact:
-    """A learngene or model written to disk and read again."""
-    arch: Any = module.arch
-    settings = method.config.model_dump(mode="json")
-    save_artifact(folder, kind=kind, method=settings, arch=arch, tensors=module.state_dict())
-    return load_artifact(folder)
-
-
-class Noise:
-    """A batch of noise with every label."""
-
-    def __init__(self, step: int, arch: Arch) -> None:
-        generator = torch.Generator().manual_seed(step)
-        self.step, self.labels = step, torch.arange(arch.num_classes)
-        self.latents = torch.randn(arch.num_classes, *arch.latent_shape, generator=generator)
-        self.positions = torch.arange(arch.num_classes)
 
 
 class MethodContract:
@@ -168,13 +98,13 @@ class MethodContract:
     def targets(cls) -> dict[str, Arch]:
         """Shapes of targets that the method says it can make, by what is different in them."""
         traits = cls.method().traits
-        found = {f"L{d}": tiny_arch(num_layers=d) for d in cls.depths if "depth" in traits.varies or d == 4}
+        targets = {f"L{d}": tiny_arch(num_layers=d) for d in cls.depths if "depth" in traits.varies or d == 4}
         if "width" in traits.varies:
             depth = cls.wide_depth if "depth" in traits.varies else 4
-            found["wider"] = tiny_arch(num_layers=depth, hidden_size=cls.width)
+            targets["wider"] = tiny_arch(num_layers=depth, hidden_size=cls.width)
         if "classes" in traits.varies and traits.parents != ("none",):
-            found["classes"] = tiny_arch(num_classes=7)
-        return found
+            targets["classes"] = tiny_arch(num_classes=7)
+        return targets
 
     @classmethod
     def descent(cls, kind: str, seed: int = 0) -> Descent:
@@ -210,8 +140,8 @@ class MethodContract:
                 assert merged(method, model) is model, "a product that is no dense DiT is itself"
                 continue
             same_outputs(merged(method, model), model, kind)  # loading is strict
-            again = method.merge(model)
-            assert all(torch.equal(tensor, again[key]) for key, tensor in method.merge(model).items()), kind
+            second = method.merge(model)
+            assert all(torch.equal(tensor, second[key]) for key, tensor in method.merge(model).items()), kind
 
     def test_one_step_moves_only_what_may_move(self) -> None:
         """Parameters that do not train keep their bits, and something trains."""
@@ -239,7 +169,7 @@ class MethodContract:
             model: Any = lively(descent.model)
             if descent.trains in ("all", "nothing"):
                 model.requires_grad_(True)
-            losses = Objective(process, model.arch, seed=0)(model, Noise(0, model.arch))
+            losses = Objective(process, model.arch, seed=0)(model, NoiseBatch(0, model.arch))
             losses.mean().backward()
             assert losses.isfinite().all(), process.process
             assert any(p.grad is not None and p.grad.any() for p in model.parameters()), process.process
@@ -287,14 +217,14 @@ class MethodContract:
         method = self.method()
         if not method.traits.condenses:
             return
-        (_, one), (whole, two) = condensed(method), condensed(method)
+        (_, one), (condensation, two) = condensed(method), condensed(method)
         state = one.state_dict()
         assert all(torch.equal(tensor, state[key]) for key, tensor in two.state_dict().items())
         with torch.device("meta"):
             plan = method.blueprint(method.auxiliary(tiny_arch()))
-        shapes = {key: p.shape for key, p in whole.module.named_parameters()}
+        shapes = {key: p.shape for key, p in condensation.module.named_parameters()}
         assert {key: p.shape for key, p in plan.named_parameters()} == shapes
-        assert method.cost(plan, 2).stored == sum(p.numel() for p in whole.module.parameters())
+        assert method.cost(plan, 2).stored == sum(p.numel() for p in condensation.module.parameters())
 
     def test_latents_need_not_be_square(self) -> None:
         """A learngene, or a target that needs no parent, of latents of another width than height."""
@@ -329,7 +259,7 @@ class MethodContract:
             for step in range(4):  # a path that is drawn for a step leaves others alone
                 if condensation.before_step:
                     condensation.before_step(step, torch.Generator().manual_seed(step))
-                objective(module, Noise(step, arch)).mean().backward()
+                objective(module, NoiseBatch(step, arch)).mean().backward()
             silent = [key for key, p in module.named_parameters() if p.grad is None or not p.grad.any()]
             assert not silent, f"no gradient reaches {silent[:5]}"
 
@@ -371,8 +301,8 @@ class MethodContract:
             if freedom not in method.traits.varies:
                 target = tiny_arch(**{"num_layers": 4, **fields})
                 [(field, value)] = fields.items()
-                said = rf"{field} is .* in the parent, {value} in the target"
-                refused(functools.partial(check, method, artifact, target), said)
+                pattern = rf"{field} is .* in the parent, {value} in the target"
+                refused(functools.partial(check, method, artifact, target), pattern)
         if "none" not in method.traits.parents:
             refused(lambda: check(method, None, tiny_arch()), "starts from a ")
 

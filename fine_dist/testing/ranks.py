@@ -41,8 +41,8 @@ class Ranks:
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
-            words = rank_words(rank, world_size, rank, world_size, "127.0.0.1", port)
-            variables = {**_QUIET, **words, **(env or {})}
+            torchrun_variables = rank_words(rank, world_size, rank, world_size, "127.0.0.1", port)
+            variables = {**_QUIET, **torchrun_variables, **(env or {})}
             log = str(logs / f"rank{rank}.log") if logs else None
             process = context.Process(target=_rank, args=(fn, args, variables, theirs, log), daemon=True)
             process.start()
@@ -62,10 +62,10 @@ class Ranks:
 
     def results(self, timeout_s: float = 120) -> list[Any]:
         """What each rank's function returned. `RuntimeError` with the first failing rank's traceback."""
-        found: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         until = time.monotonic() + timeout_s
-        while len(found) < len(self._pipes):
-            left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in found}
+        while len(values) < len(self._pipes):
+            left = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in values}
             ready = wait(list(left), max(0.0, until - time.monotonic()))
             if not ready:
                 self.kill()
@@ -81,9 +81,9 @@ class Ranks:
                 if not good:
                     self.kill()
                     raise RuntimeError(f"rank {rank} failed:\n{value}")
-                found[rank] = value
+                values[rank] = value
         self.wait(max(1.0, until - time.monotonic()))
-        return [found[rank] for rank in range(len(self._pipes))]
+        return [values[rank] for rank in range(len(self._pipes))]
 
     def kill(self) -> None:
         """End what still runs."""
