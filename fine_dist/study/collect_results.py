@@ -24,7 +24,8 @@ from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
 from fine_dist.study.graph import Graph, StudyRun
 from fine_dist.study.measuring import DISTANCES, UNTRAINED, Measuring, has_untrained, measure_ahead
-from fine_dist.study.report.results import Ancestor, Picture, Results
+from fine_dist.study.report.measurements import Ancestor, Picture
+from fine_dist.study.report.results import Results
 
 MIN_ACCURACY = 0.9
 """Held-out accuracy of a classifier below which its features are not trusted."""
@@ -100,8 +101,8 @@ class _Collector:
 
     def _parent(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Artifact] | None:
         """The run that made the parent, and its product; read once."""
-        found = self.graph.parent_of(entry, seed)
-        return (found[0], self._artifact(found[0])) if found else None
+        parent = self.graph.parent_of(entry, seed)
+        return (parent[0], self._artifact(parent[0])) if parent else None
 
     def _artifact(self, run: StudyRun) -> Artifact:
         # One parent stands behind many targets, and hashing its

@@ -32,9 +32,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(argv: list[str] | None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if "--template" in words:  # before the settings are read: there are none yet
-        return _write_template(words)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--template" in arguments:  # before the settings are read: there are none yet
+        return _write_template(arguments)
     call = parse(StudyFile, argv, "fine-dist study", options=_options)
     # planning a study builds its models on the meta device: torch is needed from here on
     from fine_dist.study.budget import measured_gflops
@@ -47,8 +47,8 @@ def _run(argv: list[str] | None) -> int:
     studies = studies_of(file, options.config or "FILE", options.set, options.quick, gflops)
     planned = []
     if plans_steps(file, options.set):
-        whole = duration(3600 * hours_of(studies["study"], gflops))
-        planned = [f"study: {whole} in all by estimate, with measuring and reserve, for a budget of {file.budget}"]
+        estimate = duration(3600 * hours_of(studies["study"], gflops))
+        planned = [f"study: {estimate} in all by estimate, with measuring and reserve, for a budget of {file.budget}"]
     if call.dry_run:
         print("\n".join([*describe(studies, gflops), *planned, "dry run: nothing was done"]))
         return 0
@@ -60,11 +60,11 @@ def _run(argv: list[str] | None) -> int:
     return 0
 
 
-def _write_template(words: list[str]) -> int:
-    place = words.index("--template") + 1
-    if place >= len(words):
+def _write_template(arguments: list[str]) -> int:
+    index = arguments.index("--template") + 1
+    if index >= len(arguments):
         raise ConfigError("command line: --template: a file name is needed after it")
-    path = Path(words[place])
+    path = Path(arguments[index])
     if path.exists():
         raise ConfigError(f"--template {path}: the file exists already; give another name")
     write_atomic(path, template())

@@ -13,7 +13,8 @@ from fine_dist.core.settings import LaunchConfig
 from fine_dist.core.yaml_files import load_yaml
 from fine_dist.diffusion.settings import SamplerConfig
 from fine_dist.launchers.spec import check_name
-from fine_dist.study.report.results import SECTIONS, PublishedClaim
+from fine_dist.study.report.measurements import PublishedClaim
+from fine_dist.study.report.results import SECTIONS
 
 SCRATCH_SHELL = "scratch_shell"
 """Ending of the name of a row that `add_scratch_shell_row` adds."""
@@ -295,8 +296,8 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
     Settings of a method are replaced as a whole, never mixed: they belong to one method.
     """
-    made = dict(base)
+    result = dict(base)
     for key, value in changes.items():
-        mixed = isinstance(value, dict) and isinstance(made.get(key), dict) and key != "method"
-        made[key] = merged(made[key], value) if mixed else value
-    return made
+        mixed = isinstance(value, dict) and isinstance(result.get(key), dict) and key != "method"
+        result[key] = merged(result[key], value) if mixed else value
+    return result

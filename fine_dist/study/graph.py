@@ -15,7 +15,7 @@ from fine_dist.core.json_files import read_json
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.study import settings
 from fine_dist.study.config import StudyConfig, StudyEntry
-from fine_dist.study.report.results import steps_of
+from fine_dist.study.report.measurements import steps_of
 
 _STAMP = "study.json"
 
@@ -57,8 +57,8 @@ class StudyRun:
         if not isinstance(stamp, dict) or stamp.get("key") != self.key:
             return False
         # A stage that writes its own record is believed over the stamp: the product itself may have been deleted since.
-        whole = settings.finished(self.module, self.config)
-        return bool(stamp.get("done") or self._succeeded()) if whole is None else whole
+        finished = settings.finished(self.module, self.config)
+        return bool(stamp.get("done") or self._succeeded()) if finished is None else finished
 
     def _succeeded(self) -> bool:
         """Its worker's own record, for when the process that submitted it ended earlier."""
@@ -127,7 +127,7 @@ class Graph:
         teacher = self.parent(self.study.entry(entry.teacher), seed) if entry.teacher else None
         if teacher:
             after = (*after, teacher[0].name)
-        made: list[StudyRun] = []
+        runs: list[StudyRun] = []
         for steps in lengths:
             middle = f"-n{steps}" if len(lengths) > 1 else ""
             name = f"{entry.name}-L{depth}{middle}-s{seed}"
@@ -135,9 +135,9 @@ class Graph:
             changes |= {"ancestor": str(teacher[1])} if teacher else {}
             # A schedule that depends on the last step gives another curve from the first step on, so that a longer run
             # can continue a shorter one only where the rate is constant.
-            grows = made[-1].name if made and not made[-1].config.optim.depends_on_steps else None
-            made.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
-        return made
+            grows = runs[-1].name if runs and not runs[-1].config.optim.depends_on_steps else None
+            runs.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
+        return runs
 
     def parent_of(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path] | None:
         """The parent of an entry's targets: the run that makes it, and its folder."""
@@ -261,9 +261,9 @@ def _check_depths(graph: Graph, entry: StudyEntry) -> None:
         return  # it has no targets
     if entry.parent and study.entry(entry.parent).source:
         return  # it may still be on its way here; `init` and `train` check it
-    made = graph.parent_of(entry, study.seeds[0])
-    arch = made[0].config.arch if made else None
-    if made is None or arch is None:
+    parent = graph.parent_of(entry, study.seeds[0])
+    arch = parent[0].config.arch if parent else None
+    if parent is None or arch is None:
         return
     owner = study.entry(entry.parent) if entry.parent else entry
     if owner.condense:

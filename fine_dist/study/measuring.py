@@ -120,10 +120,10 @@ class Measuring:
 
     def parent(self, entry: StudyEntry, seed: int) -> MeasuredModel | None:
         """The parent of an entry's targets, measured on the data it was trained on; None where there is none."""
-        found = self.graph.parent_of(entry, seed)
-        if found is None:
+        parent = self.graph.parent_of(entry, seed)
+        if parent is None:
             return None
-        run = found[0]
+        run = parent[0]
         depth = read_manifest(find_artifact(run.run_dir))["arch"]["num_layers"]
         trained_on = str(getattr(getattr(run.config, "data", None), "shards", ""))
         data = next((n for n in self.study.data if self.study.shards_of(n).train == trained_on), None)
@@ -185,11 +185,11 @@ class Measuring:
                 renderer = dataclasses.replace(evaluator.renderer(str(parent[1])), model=model.eval())
                 scores = evaluator.scores(renderer).numbers()
                 numbers |= {key: scores.get(key) for key in DISTANCES}
-            found = {UNTRAINED if entry.init else "": numbers}
+            by_variant = {UNTRAINED if entry.init else "": numbers}
             for variant in self._variants(entry, seed) if entry.untrained else ():
                 model = self.untrained_model(entry, depth, seed, variant)
-                found[variant[1]] = {"held_out_loss": evaluator.held_out_loss(model, diffusion)}
-            return found
+                by_variant[variant[1]] = {"held_out_loss": evaluator.held_out_loss(model, diffusion)}
+            return by_variant
 
         manifest = read_manifest(find_artifact(parent[0].run_dir)) if parent else None
         key = [manifest, entry.method, entry.untrained, depth, seed, diffusion.model_dump()]

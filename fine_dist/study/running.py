@@ -61,11 +61,11 @@ def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: b
     results = {name: results_of(study, launcher) for name, study in studies.items()}
     root = next(iter(studies.values())).root.parent
     pages = [write_report(studies[name].root / "report", part, echo=echo) for name, part in results.items()]
-    found = {
+    content = {
         "rows": [row for name, part in results.items() for row in rows_of(name, part)],
         "verdicts": {name: [verdict.as_json() for verdict in verdicts(part)] for name, part in results.items()},
     }
-    write_atomic(root / "results.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
+    write_atomic(root / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     write_atomic(root / "results.md", "\n".join(markdown(part) for part in results.values()))
     write_atomic(root / "report.html", page(*results.values()))
     print(f"report: {pages[0] if len(pages) == 1 else root / 'report.html'}", flush=True)
@@ -79,11 +79,11 @@ def rows_of(part: str, results: Results) -> list[dict[str, Any]]:
     `flops` counts everything behind the model, ancestors' training and teachers' forward passes included; `own_flops`
     counts its own stages alone. `steps` are training steps after initialization.
     """
-    found = []
+    rows = []
     for m in results.measurements:
         if m.stage != "train" or m.step not in results.reported_steps(m.series, m.target):
             continue
-        found.append(
+        rows.append(
             {
                 "part": part,
                 "method": m.method,
@@ -106,7 +106,7 @@ def rows_of(part: str, results: Results) -> list[dict[str, Any]]:
                 "seconds": m.seconds + m.seconds_condense,
             }
         )
-    return found
+    return rows
 
 
 def describe(studies: dict[str, StudyConfig], gflops: float | None = None, runs: bool = True) -> list[str]:

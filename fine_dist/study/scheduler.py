@@ -64,16 +64,16 @@ def _follow_here(graph: Graph, bars: RunBars, optional: Collection[str]) -> dict
 
 def _in_order(graph: Graph) -> list[StudyRun]:
     """Every run after what it needs."""
-    found: dict[str, StudyRun] = {}
+    ordered: dict[str, StudyRun] = {}
 
     def visit(run: StudyRun) -> None:
         for name in run.after:
             visit(graph[name])
-        found.setdefault(run.name, run)
+        ordered.setdefault(run.name, run)
 
     for run in graph.runs:
         visit(run)
-    return list(found.values())
+    return list(ordered.values())
 
 
 def _prepare(graph: Graph, run: StudyRun) -> None:

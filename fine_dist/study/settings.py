@@ -79,29 +79,29 @@ def copy_config(study: StudyConfig, entry: StudyEntry) -> Config:
 
 def condense_settings(entry: StudyEntry, seed: int, steps: int, ancestor: Path | None) -> dict[str, Any]:
     """Stage 1 of an entry."""
-    found = {"method": entry.method, "seed": seed, "steps": steps}
-    return {**found, "ancestor": str(ancestor)} if ancestor else found
+    values = {"method": entry.method, "seed": seed, "steps": steps}
+    return {**values, "ancestor": str(ancestor)} if ancestor else values
 
 
 def init_settings(
     entry: StudyEntry, seed: int, steps: int, depths: tuple[int, ...], parent: Path | None, own: bool
 ) -> dict[str, Any]:
     """Stage 2 of an entry. own: the parent is the entry's own learngene, whose method decides."""
-    found: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
+    values: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
     if parent is not None:
-        found["parent"] = str(parent)
-    return found if own else {**found, "method": entry.method}
+        values["parent"] = str(parent)
+    return values if own else {**values, "method": entry.method}
 
 
 def train_settings(
     entry: StudyEntry, seed: int, steps: int, depth: int, parent: Path | None, target: Path | None
 ) -> dict[str, Any]:
     """Stage 3 of one target: from what stage 2 made (`target`), or as the method lets it descend from `parent`."""
-    found: dict[str, Any] = {"seed": seed, "steps": steps}
+    values: dict[str, Any] = {"seed": seed, "steps": steps}
     if target is not None:
-        return {**found, "parent": str(target), "arch": None, "method": None}
-    found |= {"arch": {"num_layers": depth}, "method": entry.method}
-    return {**found, "parent": str(parent)} if parent else found
+        return {**values, "parent": str(target), "arch": None, "method": None}
+    values |= {"arch": {"num_layers": depth}, "method": entry.method}
+    return {**values, "parent": str(parent)} if parent else values
 
 
 def target_folder(config: Any, depth: int) -> Path:

@@ -124,7 +124,7 @@ def seconds_of(text: str) -> float:
     Raises:
         ValueError: The text is none.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", text.strip())
-    if not found or float(found[1]) == 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", text.strip())
+    if not match or float(match[1]) == 0:
         raise ValueError(f"budget: {text!r} is no time; write such as 30m, 2h or 1.5d")
-    return float(found[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[found[2]]
+    return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]]

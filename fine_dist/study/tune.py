@@ -85,7 +85,7 @@ def trials(study: StudyConfig, grids: dict[str, list[Point]] | None = None) -> t
         grids: Points by entry; None: the study's grid for every row without given values.
     """
     graph = Graph(study)
-    found = []
+    tried = []
     for name in study.data:
         if study.encodes(name):
             graph.data(name)
@@ -105,8 +105,8 @@ def trials(study: StudyConfig, grids: dict[str, list[Point]] | None = None) -> t
         for i, point in enumerate(grid):
             changed = _with(small, point, f"tune-{entry.name}-{i}")
             run = graph.init(changed, study.tune_seed) if final else graph.train(changed, depth, study.tune_seed)[0]
-            found.append(Trial(entry.name, point, run, depth, final))
-    return graph, found
+            tried.append(Trial(entry.name, point, run, depth, final))
+    return graph, tried
 
 
 def points(study: StudyConfig) -> list[Point]:
@@ -120,7 +120,7 @@ def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
     The next value keeps the ratio of the last two (1e-3, 2e-3 -> 4e-3); grids with a 0 or with words are not extended.
     """
     best = next(row["values"] for row in rows if row["chosen"])
-    found = []
+    candidates = []
     for key in study.tune:
         values = sorted({row["values"][key] for row in rows if isinstance(row["values"][key], (int, float))})
         if len(values) < 2 or values[0] <= 0 or best[key] not in (values[0], values[-1]):
@@ -130,8 +130,8 @@ def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
         # Rates and ranks are searched on a geometric grid, where the next point keeps the ratio.
         value = near * near / next_to_it
         # a whole number stays one, such as a rank
-        found.append({**best, key: round(value) if isinstance(near, int) else float(f"{value:.4g}")})
-    return [point for point in found if point not in [row["values"] for row in rows]]
+        candidates.append({**best, key: round(value) if isinstance(near, int) else float(f"{value:.4g}")})
+    return [point for point in candidates if point not in [row["values"] for row in rows]]
 
 
 def depth_of(study: StudyConfig, entry: StudyEntry) -> int:
@@ -169,33 +169,35 @@ def choose(tried: list[Trial]) -> dict[str, list[dict[str, Any]]]:
     Raises:
         TrainingError: No point of an entry came to a finite loss.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    rows_of: dict[str, list[dict[str, Any]]] = {}
     for trial in tried:
-        found.setdefault(trial.entry, []).append({"values": trial.values, "held_out_loss": trial.loss, "chosen": False})
-    for name, rows in found.items():
+        rows_of.setdefault(trial.entry, []).append(
+            {"values": trial.values, "held_out_loss": trial.loss, "chosen": False}
+        )
+    for name, rows in rows_of.items():
         finite = [row for row in rows if row["held_out_loss"] is not None]
         if not finite:
             raise TrainingError(f"tuning of {name}: no value of {', '.join(rows[0]['values'])} came to a finite loss")
         min(finite, key=lambda row: row["held_out_loss"])["chosen"] = True
-    return found
+    return rows_of
 
 
 def given(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
     """What `choose` would say about the entries whose values the study gives; their losses are unknown here."""
-    found = {}
+    rows_of = {}
     for entry in study.rows:
         values = study.tuned.get(entry.name)
         if values is not None:
             point = {key: values[key] for key in study.tune}
             grid = points(study) if point in points(study) else [*points(study), point]
-            found[entry.name] = [{"values": p, "held_out_loss": None, "chosen": p == point} for p in grid]
-    return found
+            rows_of[entry.name] = [{"values": p, "held_out_loss": None, "chosen": p == point} for p in grid]
+    return rows_of
 
 
-def with_choices(study: StudyConfig, found: dict[str, list[dict[str, Any]]]) -> StudyConfig:
+def with_choices(study: StudyConfig, chosen: dict[str, list[dict[str, Any]]]) -> StudyConfig:
     """The study with the chosen values in its entries."""
     entries = []
     for entry in study.entries:
-        values = next((row["values"] for row in found.get(entry.name, []) if row["chosen"]), None)
+        values = next((row["values"] for row in chosen.get(entry.name, []) if row["chosen"]), None)
         entries.append((_with(entry, values) if values else entry).model_dump())
     return validate(StudyConfig, {**study.model_dump(), "entries": entries}, "the tuned study")

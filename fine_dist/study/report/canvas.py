@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from fine_dist.study.report.results import Picture, Results
+from fine_dist.study.report.measurements import Picture
+from fine_dist.study.report.results import Results
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _STYLE: dict[Any, Any] = {
@@ -71,11 +72,11 @@ def color_of(series: str, results: Results) -> str:
     others = [s for s in results.series if s not in given]
     if series in given or series not in others:
         return given.get(series, _MAIN)
-    place = others.index(series)
-    if place < len(_OTHERS):
-        return _OTHERS[place]
+    index = others.index(series)
+    if index < len(_OTHERS):
+        return _OTHERS[index]
     # hues a golden section apart stay distinct for as long as possible
-    shades = hsv_to_rgb(place * 0.618034 % 1, 0.75, 0.8 if place % 2 else 0.6)
+    shades = hsv_to_rgb(index * 0.618034 % 1, 0.75, 0.8 if index % 2 else 0.6)
     return "#" + "".join(f"{round(255 * shade):02x}" for shade in shades)
 
 
@@ -101,8 +102,15 @@ def figure_of(
         heights: Relative heights of the rows.
     """
     with style():
-        figure = new_figure(width * columns, height)
-        yield figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
+        yield panels(columns, width, height, rows, heights)
+
+
+def panels(
+    columns: int, width: float, height: float, rows: int = 1, heights: tuple[float, ...] = (1.0,)
+) -> tuple[Any, list[Any]]:
+    """As `figure_of`, in the style that is set."""
+    figure = new_figure(width * columns, height)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, height_ratios=heights).flat)
 
 
 @contextmanager
@@ -157,7 +165,7 @@ def svg_of(figure: Any, name: str, title: str, marks: list[Mark] | None = None) 
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(
         r'(<svg [^>]*?)width="[\d.]+pt" height="[\d.]+pt"',
-        lambda found: f'{found[1]}role="img" aria-label="{escape(title)}"',
+        lambda match: f'{match[1]}role="img" aria-label="{escape(title)}"',
         svg,
         count=1,
     )

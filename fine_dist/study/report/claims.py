@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fine_dist.study.report.results import Mean, PublishedClaim, Results, number, steps_of
+from fine_dist.study.report.measurements import Mean, PublishedClaim, steps_of
+from fine_dist.study.report.number_text import number
+from fine_dist.study.report.results import Results
 
 MEASURES = {"held_out_loss": "held-out loss", "fd_classifier": "Fréchet distance"}
 HELD, NOISE, FAILED, MISSING = "held", "within noise", "did not hold", "not measured"

@@ -1,187 +1,29 @@
-"""The figures of a report's page: curves, bars, trade-offs of quality and cost, and scalers over depth."""
+"""The figures of a report's page: totals, bars, trade-offs of quality and cost, and scalers over depth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from fine_dist.study.report.canvas import (
-    FAINT,
-    GRID,
-    INK,
-    Mark,
-    color_of,
-    figure_of,
-    key_below,
-    marker_of,
-    svg_of,
-    tag,
-)  # fmt: skip
+from fine_dist.study.report.canvas import FAINT, GRID, INK, Mark, color_of, figure_of, key_below, marker_of, svg_of, tag
 from fine_dist.study.report.claims import linearity
-from fine_dist.study.report.results import Mean, Results, number, ratio, short
+from fine_dist.study.report.curve_figures import curves_svg, draw, map_svg
+from fine_dist.study.report.measurements import Mean
+from fine_dist.study.report.number_text import mean_text, number, short
+from fine_dist.study.report.results import Results
 from fine_dist.study.report.saved_figure import saved_svg
 from fine_dist.study.report.tables import storage_of
-from fine_dist.study.report.worth import MODELS, break_even, end_curve
-
-WIDEST = 8.2
-"""Training curves are drawn up to so many times N; a longer run is in the figure of lengths."""
-_LONG = 3
-"""Points from which a series is drawn as a line; fewer are drawn as points."""
-
-
-def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float, Mean]], where: str) -> list[Mark]:
-    """A series on an axis: a line with a band of one standard deviation, or points where there are few of them.
-
-    Args:
-        results: The results, for color, name and number of the series.
-        axis: The axis.
-        series: The series.
-        points: x and the mean there, ascending.
-        where: Format of the text under the mouse, with `x` and `mean`.
-    """
-    points = list(points)
-    if not points:
-        return []
-    index, color = results.series.index(series), color_of(series, results)
-    xs = [x for x, _ in points]
-    means, spreads = (np.array([getattr(mean, key) for _, mean in points]) for key in ("mean", "spread"))
-    strong = series in (results.main, results.baseline)
-    look: dict[str, Any] = {"lw": 2.2 if strong else 1.4, "ms": 4.2, "marker": marker_of(series, results)}
-    if len(points) < _LONG:
-        look |= {"lw": 0, "ms": 6}
-    tag(axis.plot(xs, means, color=color, label=results.name_of(series), **look)[0], index)
-    if spreads.any():
-        if len(points) < _LONG:
-            _, _, bars = axis.errorbar(xs, means, yerr=spreads, color=color, lw=0, elinewidth=1.2)
-            tag(bars[0], index)
-        else:
-            tag(axis.fill_between(xs, means - spreads, means + spreads, color=color, alpha=0.16, lw=0), index)
-    name = results.name_of(series)
-    texts = [where.format(x=f"{x:,.0f}", mean=_with_spread(mean)) for x, mean in points]
-    return [Mark(axis, x, mean.mean, index, f"{name}, {text}") for (x, mean), text in zip(points, texts)]
-
-
-def _with_spread(mean: Mean) -> str:
-    return number(mean.mean) + (f" ± {number(mean.spread, like=mean.mean)}" if mean.num > 1 else "")
-
-
-# --- during training -------------------------------------------------------------------------------------------------
-
-
-def curves_svg(results: Results) -> str | None:
-    """Held-out loss against training steps, one panel per depth; None where no target was measured twice."""
-    targets = curve_targets(results)
-    if not targets:
-        return None
-    with figure_of(len(targets), 3.9, 3.4) as (figure, axes):
-        marks = curve_panels(axes, results, targets)
-        return svg_of(figure, "curves", "Held-out loss against training steps, by depth", marks)
-
-
-def curve_targets(results: Results) -> list[int]:
-    """Depths at which some series was measured twice."""
-    return [t for t in results.targets if any(len(results.points(s, t)) > 1 for s in results.series)]
-
-
-def curve_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:
-    """Draw the curves of every series, one depth per axis."""
-    top, bottom = _loss_range(results, targets)
-    marks = []
-    for axis, target in zip(axes, targets):
-        for series in reversed(results.series):
-            points = [(float(s), m) for s in results.points(series, target) if (m := results.mean(series, target, s))]
-            marks += draw(results, axis, series, points, f"{target} layers, {{x}} steps: {{mean}}")
-        _mark_budget(axis, results, target)
-        axis.set_title(f"{target} layers")
-        axis.set_ylim(bottom, top)
-        right = min(axis.get_xlim()[1], WIDEST * (results.budget or 10**12))
-        axis.set_xlim(-0.015 * right, right)
-        axis.grid(axis="y")
-        axis.set_xlabel("training steps after initialization")
-        axis.locator_params(axis="x", nbins=5)
-    axes[0].set_ylabel("held-out loss")
-    return [mark for mark in marks if mark.y < top and mark.x <= mark.axis.get_xlim()[1]]
-
-
-def _mark_budget(axis: Any, results: Results, target: int) -> None:
-    """A dashed level at the main series' loss after N steps: where another curve crosses it is what is saved."""
-    budget = results.budget
-    ours = results.mean(results.main, target, budget) if budget else None
-    if budget is None or ours is None:
-        return
-    axis.axhline(ours.mean, color=color_of(results.main, results), lw=1, ls=(0, (4, 3)), alpha=0.8)
-    most = results.trained_steps(results.baseline, target)
-    for at in sorted({budget, most} if budget < most <= WIDEST * budget else {budget}):
-        axis.axvline(at, color=GRID, lw=1, zorder=0)
-        name = "N" if at == budget else f"{ratio(at / budget)}N"
-        axis.annotate(name, (at, 1), xycoords=("data", "axes fraction"), xytext=(3, -10), textcoords="offset points",
-                      color=FAINT, size=8.5)  # fmt: skip
-
-
-def _loss_range(results: Results, targets: list[int]) -> tuple[float, float]:
-    """(top, bottom) of the loss axis: down to the least value, up to all of the main series and of others from N/3 on.
-
-    An untrained model predicts no noise at all (a loss of 1); a scale that shows that hides all differences.
-    """
-    values, tops = [], []
-    for target in targets:
-        budget = results.budget or max(s for name in results.series for s in results.points(name, target) or [1])
-        for series in results.series:
-            points = results.points(series, target)
-            values += [np.mean(v) for v in points.values()]
-            started = series == results.main and results.init_steps(series, target) > 0
-            tops += [np.mean(v) for s, v in points.items() if started or s >= budget / 3]
-    low, high = min(values), max(tops or values)
-    return high + 0.15 * (high - low) + 1e-9, low - 0.08 * (high - low) - 1e-9
-
-
-# --- at the ends of runs ---------------------------------------------------------------------------------------------
-
-
-def map_svg(results: Results) -> str | None:
-    """Loss at the end of runs against their length, one panel per depth; None where no series has three lengths."""
-    targets = _map_targets(results)
-    if not targets:
-        return None
-    with figure_of(len(targets), 3.9, 3.4) as (figure, axes):
-        marks = map_panels(axes, results, targets)
-        return svg_of(figure, "map", "Held-out loss against the length of training, by depth", marks)
-
-
-def _map_targets(results: Results) -> list[int]:
-    return [t for t in results.targets if any(len(end_curve(results, s, t).steps) >= _LONG for s in results.series)]
-
-
-def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:
-    """Draw loss against length of training on logarithmic steps."""
-    marks, lengths = (
-        [],
-        sorted({step for s in results.series for t in targets for step in end_curve(results, s, t).steps}),
-    )
-    for axis, target in zip(axes, targets):
-        axis.set_xscale("log")
-        for series in reversed([s for s in results.series if ":" not in s]):
-            curve = end_curve(results, series, target)
-            means = [results.mean(series, target, step) for step in curve.steps]
-            points = [(float(step), mean) for step, mean in zip(curve.steps, means) if mean]
-            marks += draw(results, axis, series, points, f"{target} layers, trained for {{x}} steps: {{mean}}")
-        axis.set_title(f"{target} layers")
-        axis.grid()
-        axis.minorticks_off()
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])  # the lengths that were run, and no others
-        axis.set_xlabel("training steps after initialization")
-    axes[0].set_ylabel("held-out loss at the end")
-    return marks
+from fine_dist.study.report.worth import MODELS, break_even
 
 
 def break_even_svg(results: Results) -> str | None:
     """Total FLOPs for n models against n, with every stage paid for and with a free ancestor."""
-    found = break_even(results)
-    if found is None:
+    costs = break_even(results)
+    if costs is None:
         return None
-    panels = 2 if any(line.free for line in found.lines) else 1
+    panels = 2 if any(line.free for line in costs.lines) else 1
     with figure_of(panels, 4.9, 3.4) as (figure, axes):
         marks = break_even_panels(axes, results)
         return svg_of(figure, "break-even", "Total FLOPs for n models against n", marks)
@@ -189,11 +31,11 @@ def break_even_svg(results: Results) -> str | None:
 
 def break_even_panels(axes: list[Any], results: Results) -> list[Mark]:
     """Draw total FLOPs for n = 1..100 models: every stage paid for, and (second axis) with free ancestors."""
-    found, marks = break_even(results), []
+    costs, marks = break_even(results), []
     counts = np.unique(np.logspace(0, np.log10(MODELS), 40).round().astype(int))
     for axis, free in zip(axes, (False, True)):
-        with_free = {line.series for line in found.lines if line.free} if found else set()
-        for line in reversed(found.lines if found else []):
+        with_free = {line.series for line in costs.lines if line.free} if costs else set()
+        for line in reversed(costs.lines if costs else []):
             if line.free != (free and line.series in with_free):
                 continue
             index = results.series.index(line.series)
@@ -212,7 +54,7 @@ def break_even_panels(axes: list[Any], results: Results) -> list[Mark]:
         axis.grid()
         axis.set_xlabel("models made")
         axis.set_title("free public ancestor" if free else "every stage paid for")
-    quality = f"\nto reach {results.name_of(results.baseline)} after {found.steps:,} steps" if found else ""
+    quality = f"\nto reach {results.name_of(results.baseline)} after {costs.steps:,} steps" if costs else ""
     axes[0].set_ylabel(f"total FLOPs{quality}")
     return marks
 
@@ -260,20 +102,20 @@ def costs_svg(results: Results) -> str | None:
 
 def storage_svg(results: Results) -> str | None:
     """Numbers stored against the number of initialized targets; None when no series shares anything."""
-    found = storage_of(results)
-    if len(found) < 2:
+    stored = storage_of(results)
+    if len(stored) < 2:
         return None
     counts = np.arange(0, 11)
     with figure_of(1, 9.4, 3.0) as (figure, [axis]):
-        axis.plot(counts, counts * found[0].own, color=FAINT, lw=1.4, ls=(0, (4, 3)))
-        axis.annotate("dense models", (counts[-3], counts[-3] * found[0].own), (8, -6), textcoords="offset points",
+        axis.plot(counts, counts * stored[0].own, color=FAINT, lw=1.4, ls=(0, (4, 3)))
+        axis.annotate("dense models", (counts[-3], counts[-3] * stored[0].own), (8, -6), textcoords="offset points",
                       ha="left", va="top", color=FAINT, size=9)  # fmt: skip
         marks = []
-        for kept in found[1:]:
-            index, color = results.series.index(kept.series), color_of(kept.series, results)
-            totals = [kept.total(int(n)) for n in counts]
-            tag(axis.plot(counts, totals, color=color, lw=2 if kept.series == results.main else 1.2)[0], index)
-            marks += [Mark(axis, float(n), t, index, f"{kept.label}, {n} models: {t:,} numbers") for n, t in
+        for row in stored[1:]:
+            index, color = results.series.index(row.series), color_of(row.series, results)
+            totals = [row.total(int(n)) for n in counts]
+            tag(axis.plot(counts, totals, color=color, lw=2 if row.series == results.main else 1.2)[0], index)
+            marks += [Mark(axis, float(n), t, index, f"{row.label}, {n} models: {t:,} numbers") for n, t in
                       zip(counts, totals)]  # fmt: skip
         axis.yaxis.set_major_formatter(lambda value, _: short(value))
         axis.set_xlabel(f"targets of {max(results.target_params)} layers")
@@ -302,7 +144,7 @@ def bars_svg(results: Results) -> str | None:
                     axis.errorbar(mean.mean, y, xerr=mean.spread, color=INK, lw=1, capsize=2.5)
                 axis.annotate(number(mean.mean), (mean.mean + mean.spread, y), (6, 0), textcoords="offset points",
                               va="center", size=9)  # fmt: skip
-                marks.append(Mark(axis, mean.mean, y, index, f"{name}, {target} layers: {_with_spread(mean)}"))
+                marks.append(Mark(axis, mean.mean, y, index, f"{name}, {target} layers: {mean_text(mean)}"))
                 ticks.append((y, name))
                 y += 1
             y += 1.1
@@ -324,13 +166,13 @@ def _bars(results: Results, target: int) -> list[tuple[str, str, Mean, bool]]:
     """(series, its name and steps, mean, whether that is after N steps) of every distance after N steps or more."""
     n = results.budget
     trained = [m for m in results.measurements if n and m.step >= n and m.target == target and m.stage == "train"]
-    found = []
+    bars = []
     for series in results.series:
         for step in sorted({m.step for m in trained}):
             mean = results.mean(series, target, step, "fd_classifier")
             if mean:
-                found.append((series, f"{results.name_of(series)}, {step:,} steps", mean, step == n))
-    return found
+                bars.append((series, f"{results.name_of(series)}, {step:,} steps", mean, step == n))
+    return bars
 
 
 # --- tables over depth -----------------------------------------------------------------------------------------------

@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 
 from fine_dist.study.report.claims import HELD, MISSING, verdicts
+from fine_dist.study.report.number_text import number, ratio
 from fine_dist.study.report.posters import save_poster
 from fine_dist.study.report.render import print_table, write_report
-from fine_dist.study.report.results import Results, number, ratio
+from fine_dist.study.report.results import Results
 from fine_dist.study.report.tables import rows
 from fine_dist.study.report.worth import end_curve, steps_to_reach
 

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fine_dist.core.errors import ConfigError
-from fine_dist.study.report.canvas import FAINT, INK, key_below, new_figure, pixels_of, style
-from fine_dist.study.report.figures import break_even_panels, curve_panels, curve_targets, map_panels
-from fine_dist.study.report.results import Picture, Results, number
+from fine_dist.study.report.canvas import FAINT, INK, key_below, new_figure, panels, pixels_of, style
+from fine_dist.study.report.curve_figures import curve_panels, curve_targets, map_panels, map_targets
+from fine_dist.study.report.figures import break_even_panels
+from fine_dist.study.report.measurements import Picture
+from fine_dist.study.report.number_text import number
+from fine_dist.study.report.results import Results
 from fine_dist.study.report.saved_figure import saved_height, saved_lengths, saved_panels
-from fine_dist.study.report.worth import break_even, end_curve
+from fine_dist.study.report.worth import break_even
 
 
 def save_poster(name: str, results: Results, path: str | Path, series: Sequence[str] | None = None) -> Path:
@@ -31,8 +34,8 @@ def save_poster(name: str, results: Results, path: str | Path, series: Sequence[
     if series is not None:
         if unknown := sorted(set(series) - set(results.series)):
             raise ConfigError(f"no such series: {', '.join(unknown)}; there are {', '.join(results.series)}")
-        kept = [m for m in results.measurements if m.series in series]
-        results = results.model_copy(update={"measurements": kept})
+        shown = [m for m in results.measurements if m.series in series]
+        results = results.model_copy(update={"measurements": shown})
     with style():
         figure = POSTERS[name](results)
         path = Path(path)
@@ -43,18 +46,15 @@ def save_poster(name: str, results: Results, path: str | Path, series: Sequence[
 
 def _curves(results: Results) -> Any:
     targets = _some(curve_targets(results), "curves: no target was measured at two steps")
-    figure = new_figure(3.9 * len(targets), 3.4)
-    axes = list(figure.subplots(1, len(targets), squeeze=False).flat)
+    figure, axes = panels(len(targets), 3.9, 3.4)
     curve_panels(axes, results, targets)
     key_below(figure, axes)
     return figure
 
 
 def _map(results: Results) -> Any:
-    lengths = {t: max(len(end_curve(results, s, t).steps) for s in results.series) for t in results.targets}
-    targets = _some([t for t, count in lengths.items() if count >= 3], "map: no series was trained for three lengths")
-    figure = new_figure(3.9 * len(targets), 3.4)
-    axes = list(figure.subplots(1, len(targets), squeeze=False).flat)
+    targets = _some(map_targets(results), "map: no series was trained for three lengths")
+    figure, axes = panels(len(targets), 3.9, 3.4)
     map_panels(axes, results, targets)
     key_below(figure, axes)
     return figure
@@ -68,12 +68,10 @@ def _saved(results: Results) -> Any:
 
 
 def _break_even(results: Results) -> Any:
-    found = break_even(results)
-    if found is None:
+    costs = break_even(results)
+    if costs is None:
         raise ConfigError("break_even: no series but the baseline reaches the baseline's loss at every depth")
-    panels = 2 if any(line.free for line in found.lines) else 1
-    figure = new_figure(4.9 * panels, 3.4)
-    axes = list(figure.subplots(1, panels, squeeze=False).flat)
+    figure, axes = panels(2 if any(line.free for line in costs.lines) else 1, 4.9, 3.4)
     break_even_panels(axes, results)
     key_below(figure, axes)
     return figure

@@ -19,11 +19,14 @@ from rich.table import Table
 
 from fine_dist.core.files import write_atomic
 from fine_dist.study.report import text
-from fine_dist.study.report.canvas import picture_png
+from fine_dist.study.report.canvas import color_of, picture_png
 from fine_dist.study.report.claims import FAILED, HELD, MEASURES, MISSING, NOISE, Verdict, verdicts
-from fine_dist.study.report.figures import FIGURES, color_of
-from fine_dist.study.report.results import Picture, Results
-from fine_dist.study.report.tables import TABLES, ReportTable, about, costs, plain, quality, ranking, rows, storage
+from fine_dist.study.report.figures import FIGURES
+from fine_dist.study.report.measurements import Picture
+from fine_dist.study.report.number_text import plain
+from fine_dist.study.report.results import Results
+from fine_dist.study.report.tables import TABLES, ReportTable, costs, quality, ranking, rows, storage
+from fine_dist.study.report.text import about
 from fine_dist.study.report.worth import recommendation
 
 _CLASSES = {HELD: "yes", FAILED: "no", NOISE: "noise", MISSING: "missing"}
@@ -119,12 +122,12 @@ def _section(results: Results, key: str, title: str) -> PageSection | None:
     figure = FIGURES[key](results) if key in FIGURES else None
     table = TABLES[_SECTION_TABLES[key]](results) if key in _SECTION_TABLES else None
     table = table if table and table.rows else None
-    found = verdicts(results) if key == "claims" else []
+    claims = verdicts(results) if key == "claims" else []
     cards = _gallery(results) if key == "pictures" else []
-    if not (figure or table or found or cards or (key == "setup" and (results.config or results.machine))):
+    if not (figure or table or claims or cards or (key == "setup" and (results.config or results.machine))):
         return None
     caption = text.CAPTIONS[key](results) if key in text.CAPTIONS and (figure or cards) else ""
-    return PageSection(key, title, Markup(figure or ""), caption, table, found, cards)
+    return PageSection(key, title, Markup(figure or ""), caption, table, claims, cards)
 
 
 def _gallery(results: Results) -> list[tuple[str, list[Card]]]:
@@ -193,7 +196,7 @@ def print_table(table: ReportTable, console: Console, title: str = "") -> None:
     for row, after in zip(table.rows, [*table.rows[1:], None]):
         cells = [escape(cell.text) for cell in row.cells]
         repeated = [before[: i + 1] == cells[: i + 1] for i in range(table.text_columns)]
-        visible = ["" if again else cell for again, cell in zip(repeated, cells)] + cells[table.text_columns :]
+        visible = ["" if repeats else cell for repeats, cell in zip(repeated, cells)] + cells[table.text_columns :]
         ends = after is not None and after.group != row.group
         shown.add_row(*visible, style="bold" if row.strong else None, end_section=ends)
         before = cells

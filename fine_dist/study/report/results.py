@@ -1,4 +1,4 @@
-"""The data behind a report: measurements, the ancestors they start from, sample grids, and the claims to be checked.
+"""Everything that a report shows (`Results`), with look-ups of means and lengths, and reading it from disk.
 
 A program fills a `Results` and passes it to `write_report`:
 
@@ -11,19 +11,25 @@ A program fills a `Results` and passes it to `write_report`:
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, field_validator
 
-from fine_dist.core.config import Config
-from fine_dist.core.errors import ArtifactError, ConfigError
+from fine_dist.core.errors import ArtifactError
 from fine_dist.core.json_files import as_record, read_json
+from fine_dist.study.report.measurements import (
+    Ancestor,
+    Mean,
+    Picture,
+    PublishedClaim,
+    ReportRecord,
+    TargetMeasurement,
+    as_array,
+    steps_of,
+)
 
 SECTIONS = {
     "curves": "Held-out loss during training",
@@ -43,168 +49,11 @@ SECTIONS = {
 }
 """Sections of the page in order, by key, with their titles. A section without data is left out."""
 
-_TERM = re.compile(r"(?P<factor>\d+)?(?P<symbol>[A-Z])(?:/(?P<divisor>[1-9]\d*))?|(?P<number>\d+)")
 
+class Results(BaseModel):
+    """Everything that a report shows. A field left empty is left out of the page."""
 
-def steps_of(formula: int | str, symbols: Mapping[str, int]) -> int:
-    """The number of steps that a formula such as `N`, `3N`, `N+C/3` or `400` stands for.
-
-    Args:
-        formula: Terms joined by `+`; a fraction is rounded to the nearest step.
-        symbols: Value of each symbol, one capital letter each.
-
-    Raises:
-        ConfigError: The formula cannot be read, or a symbol in it has no value.
-    """
-    if isinstance(formula, int):
-        return formula
-    total = 0.0
-    for part in formula.replace(" ", "").split("+"):
-        term = _TERM.fullmatch(part)
-        if term is None:
-            raise ConfigError(
-                f"steps {formula!r}: {part!r} is not a term; write terms such as N, 3N, C/4 or 400, joined by +"
-            )
-        if term["number"]:
-            total += int(term["number"])
-            continue
-        if term["symbol"] not in symbols:
-            known = ", ".join(f"{name} = {value}" for name, value in symbols.items()) or "none"
-            raise ConfigError(f"steps {formula!r}: {term['symbol']} has no value; known are {known}")
-        total += int(term["factor"] or 1) * symbols[term["symbol"]] / int(term["divisor"] or 1)
-    return round(total)
-
-
-class PublishedClaim(Config):
-    """One ordering that a paper claims or a control demands. Exactly one of `chain` and `on_a_line` is given."""
-
-    text: str
-    """The claim as a sentence without its full stop."""
-    source: str
-    """Paper and table, or the kind of control."""
-    chain: tuple[tuple[str, int | str], ...] = ()
-    """Pairs (series, training steps), each with a lower value than the next. Steps are a number or a formula: N, 3N."""
-    or_equal: bool = False
-    """Whether each pair may also be equal to the next ("no worse") instead of lower ("better")."""
-    on_a_line: str | None = None
-    """Key of `Results.tables` whose tables should follow a straight line over depth."""
-    bound: float = Field(0.9, gt=0, le=1)
-    """Least correlation with depth that the first principal component of every matrix needs (`on_a_line`)."""
-    note: str = ""
-    """What a reader should know to judge the verdict."""
-
-
-class _ReportModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-
-
-class TargetMeasurement(_ReportModel):
-    """The quality of one target at one point of its training, and what it had cost by then."""
-
-    method: str
-    """Name of the series: how the target was initialized."""
-    variant: str = ""
-    """A second setting of the same series, such as where an untrained target starts; empty for the series itself."""
-    target: int = Field(ge=1)
-    """Depth of the target in layers."""
-    seed: int
-    stage: Literal["init", "train"]
-    """`init`: at the end of initialization; `train`: after `step` ordinary training steps."""
-    step: int = Field(ge=0)
-    """Training steps after initialization (0 in stage `init`)."""
-    held_out_loss: float = Field(allow_inf_nan=False)
-    """Mean squared error of the predicted noise on held-out data, at fixed timesteps and noise."""
-    fd_classifier: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Squared Fréchet distance between samples and training data on the classifier's features; None: not measured."""
-    accuracy: float | None = Field(None, ge=0, le=1)
-    """Share of samples that the classifier assigns to the class they were drawn for; None: not measured."""
-    steps_condense: int = Field(0, ge=0)
-    """Steps of stage 1 and of every ancestor's training behind this target; paid once for all targets."""
-    steps_init: int = Field(0, ge=0)
-    """Initialization steps (stage 2) of this target so far."""
-    end: bool = False
-    """Whether a run ended here: these are the weights it saved, at the end of its learning-rate schedule."""
-    steps_train: int = Field(0, ge=0)
-    """Ordinary training steps (stage 3) of this target so far."""
-    samples: int = Field(0, ge=0)
-    """Training samples that this target's own stages have seen so far."""
-    samples_condense: int = Field(0, ge=0)
-    """Training samples of stage 1 and of the ancestors' training."""
-    flops: float = Field(0.0, ge=0)
-    """FLOPs of this target's own stages so far, forward and backward."""
-    flops_condense: float = Field(0.0, ge=0)
-    """FLOPs of stage 1 (its teacher's forward passes included) and of the ancestors' training."""
-    flops_ancestor: float = Field(0.0, ge=0)
-    """The part of `flops_condense` spent on training ancestors; a free public checkpoint would save it."""
-    stored: int = Field(0, ge=0)
-    """Numbers in this target's own file, without what it shares with other targets."""
-    trained: int = Field(0, ge=0)
-    """Numbers that the last stage trained."""
-    seconds: float = Field(0.0, ge=0)
-    """Wall-clock seconds of this target's own stages so far."""
-    seconds_condense: float = Field(0.0, ge=0)
-    """Wall-clock seconds of stage 1 and of the ancestors' training."""
-
-    @property
-    def series(self) -> str:
-        return f"{self.method}:{self.variant}" if self.variant else self.method
-
-
-class Ancestor(_ReportModel):
-    """The model that a series' targets start from, and what it cost. Means over seeds."""
-
-    name: str
-    """Name of the architecture, such as `DiT-D64/2-L8`."""
-    layers: int
-    steps: int
-    seconds: float
-    held_out_loss: float | None = None
-    params: int | None = None
-    """Numbers in it as an ordinary dense model."""
-    stored: int | None = None
-    """Numbers in its file."""
-    samples: int = 0
-    flops: float = 0.0
-    fd_classifier: float | None = None
-
-
-class Picture(_ReportModel):
-    """A grid of samples from one model, or of real data (`method` None)."""
-
-    image: Any = Field(exclude=True)
-    """[1 or 3, H, W] floats in 0..1."""
-    method: str | None = None
-    variant: str = ""
-    target: int | None = None
-    step: int | None = None
-    caption: str = ""
-    """Text below the grid; empty: made from the fields above."""
-    file: str | None = None
-    """Path of its PNG below the report folder, set when the report is written."""
-
-    @property
-    def series(self) -> str:
-        return f"{self.method}:{self.variant}" if self.variant else str(self.method)
-
-    @field_validator("image")
-    @classmethod
-    def _as_array(cls, value: Any) -> np.ndarray:
-        image = _array(value)
-        if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"a picture is [1 or 3, H, W], not {list(image.shape)}")
-        return image
-
-
-class Mean(NamedTuple):
-    """A mean over seeds. `spread` is the standard deviation (n - 1), 0 for one seed."""
-
-    mean: float
-    spread: float
-    num: int
-
-
-class Results(_ReportModel):
-    """Everything a report shows. A field left empty is left out of the page."""
+    model_config = ReportRecord.model_config
 
     title: str = "Initialized targets"
     created: str = ""
@@ -262,7 +111,7 @@ class Results(_ReportModel):
     @classmethod
     def _nested_lists(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
         return {
-            who: {matrix: _array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()
+            who: {matrix: as_array(table).tolist() for matrix, table in tables.items()} for who, tables in value.items()
         }
 
     def add(self, **fields: Any) -> TargetMeasurement:
@@ -277,7 +126,7 @@ class Results(_ReportModel):
 
     def add_table(self, who: str, matrix: str, table: Any) -> None:
         """Add a table [L, R] of `Results.tables`."""
-        self.tables.setdefault(who, {})[matrix] = _array(table).tolist()
+        self.tables.setdefault(who, {})[matrix] = as_array(table).tolist()
 
     # --- look-ups ----------------------------------------------------------------------------------------------------
 
@@ -392,30 +241,3 @@ def read_results(folder: str | Path) -> Results:
         return Results.model_validate(data)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{folder} holds no readable report: {error}") from None
-
-
-def _array(value: Any) -> np.ndarray:
-    value = value.detach().cpu() if hasattr(value, "detach") else value
-    array = np.asarray(value, dtype=np.float64)
-    if not all(map(math.isfinite, (array.min(initial=0), array.max(initial=0)))):
-        raise ValueError("NaN or infinite values")
-    return array
-
-
-def number(value: float, like: float | None = None) -> str:
-    """Text with four decimals below 1, else four significant digits; `like`: as many decimals as that number gets."""
-    size = abs(value if like is None else like)
-    return f"{value:.4f}" if size < 1 else f"{value:.{max(0, 3 - int(math.log10(size)))}f}"
-
-
-def short(value: float) -> str:
-    """`134 K`, `1.2 G`, `3.1 T`: at most three significant digits and a unit."""
-    for size, unit in ((10**15, "P"), (10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "K")):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value:.0f}"
-
-
-def ratio(value: float) -> str:
-    """`3`, `2.5`, `0.33`."""
-    return f"{value:.2f}".rstrip("0").rstrip(".")

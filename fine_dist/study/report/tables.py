@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fine_dist.study.report.results import Mean, Results, number, short
+from fine_dist.study.report.measurements import Mean
+from fine_dist.study.report.number_text import mean_text, number, plain, short
+from fine_dist.study.report.results import Results
+from fine_dist.study.report.text import about, left_out
 from fine_dist.study.report.worth import COUNTS, break_even, cheapest_lines, saved_steps
 
 DASH = "–"
@@ -57,10 +60,7 @@ class ReportTable:
 
 def mean_cell(mean: Mean | None) -> TableCell:
     """`0.1105 ± 0.0004`, without a spread for one seed; a dash where nothing was measured."""
-    if mean is None:
-        return TableCell(DASH)
-    spread = f" ± {number(mean.spread, like=mean.mean)}" if mean.num > 1 else ""
-    return TableCell(number(mean.mean) + spread, mean.mean)
+    return TableCell(DASH) if mean is None else TableCell(mean_text(mean), mean.mean)
 
 
 def count_cell(value: float | None, unit: bool = False) -> TableCell:
@@ -229,11 +229,11 @@ def storage_of(results: Results) -> list[StoredNumbers]:
 
 def storage(results: Results) -> ReportTable:
     """Numbers to keep for n initialized models of the largest depth."""
-    found = storage_of(results)
+    stored = storage_of(results)
     body = [
         TableRow([TableCell(k.label), *map(count_cell, (k.shared, k.own, *map(k.total, COUNTS)))], k.series)
-        for k in found
-        if len(found) > 1
+        for k in stored
+        if len(stored) > 1
     ]
     caption = (
         f"Numbers to keep for n initialized models of {max(results.targets, default=0)} layers, before stage 3: those "
@@ -244,14 +244,14 @@ def storage(results: Results) -> ReportTable:
 
 def totals(results: Results) -> ReportTable:
     """Total FLOPs until n models reach the quality of the baseline, with and without a free ancestor."""
-    found = break_even(results)
+    costs = break_even(results)
     body = []
-    for line in found.lines if found else []:
+    for line in costs.lines if costs else []:
         label = results.name_of(line.series) + (", free ancestor" if line.free else "")
         cells = [TableCell(label), TableCell(f"{line.steps:,.0f}", line.steps)]
         cells += [count_cell(line.total(n), unit=True) for n in COUNTS]
         body.append(TableRow(cells, line.series, strong=line.series == results.main))
-    sentences = [found.caption(results), *cheapest_lines(results, found)] if found else []
+    sentences = [costs.caption(results), *cheapest_lines(results, costs)] if costs else []
     return ReportTable(["method", "train steps", *map(_models, COUNTS)], body, " ".join(sentences))
 
 
@@ -261,10 +261,10 @@ def _models(count: int) -> str:
 
 def saved(results: Results) -> ReportTable:
     """How many steps of training from scratch each start is worth, by depth and training length."""
-    found = saved_steps(results)
-    lengths = sorted({length for line in found for length in line.saved})
+    lines = saved_steps(results)
+    lengths = sorted({length for line in lines for length in line.saved})
     body = []
-    for line in found:
+    for line in lines:
         cells = [TableCell(results.name_of(line.series)), TableCell(str(line.target), line.target)]
         cells += [TableCell(line.text(n), line.saved[n].steps) if n in line.saved else TableCell(DASH) for n in lengths]
         body.append(TableRow(cells, line.series, line.target, line.series == results.main))
@@ -298,44 +298,9 @@ def tuning(results: Results) -> ReportTable:
     return ReportTable(["method", *points], body, caption.strip())
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
-
-
-def about(results: Results) -> str:
-    """What was run, in a few sentences."""
-    seeds = ", ".join(map(str, results.seeds))
-    steps = ", ".join(f"{name} = {value:,}" for name, value in results.steps.items())
-    parts = [f"{f'Data: {results.dataset}. ' if results.dataset else ''}Seeds {seeds}; {steps}. Lower is better."]
-    if results.classifier_accuracy is not None and results.fd_samples:
-        parts.append(
-            f"Fréchet distances: {results.fd_samples:,} samples, features of a classifier that gets "
-            f"{results.classifier_accuracy:.1%} of held-out images right."
-        )
-    parts += [left_out(results)] if left_out(results) else []
-    parts += [f"Made by `{results.command}`."] if results.command else []
-    return " ".join(parts)
-
-
-def left_out(results: Results) -> str:
-    """A sentence that names the series that are not published; empty where all are."""
-    cut = [results.name_of(series) for series in results.tuning if series in results.unpublished]
-    if not cut:
-        return ""
-    return f"Not published, because the best value lies at an end of the grid that was tried: {', '.join(cut)}."
-
-
 def _tuned(results: Results, series: str) -> str:
     values = results.tuned_values(series)
     return ", ".join(f"{key.rpartition('.')[2]} {plain(value)}" for key, value in values.items()) or DASH
-
-
-def plain(value: object) -> str:
-    """A setting's value as text."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {plain(v)}" for k, v in value.items())
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _is_number(word: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fine_dist.study.report.claims import Comparison, compare
-from fine_dist.study.report.results import PublishedClaim, Results, number, ratio, short
+from fine_dist.study.report.measurements import PublishedClaim
+from fine_dist.study.report.number_text import number, ratio, short
+from fine_dist.study.report.results import Results
 
 
 def seeds(results: Results) -> str:
@@ -47,23 +49,46 @@ def _layers(depths: list[int]) -> str:
 
 def tiles(results: Results) -> list[tuple[str, str, str]]:
     """The first figures a reader sees: (figure, what it is, details)."""
-    found = []
+    figures = []
     ancestor = results.ancestors.get(results.main)
     for c in _against(results, "N") if results.budget and results.main and results.baseline else []:
         if c.left_value and c.right_value and results.budget:
             change = c.left_value.mean / c.right_value.mean - 1
             what = f"loss relative to {results.name_of(results.baseline)}, {c.target} layers"
             values = f"{number(c.left_value.mean)} and {number(c.right_value.mean)} after {results.budget:,} steps"
-            found.append((f"{change * 100:+.1f} %".replace("-", "−"), what, values))
+            figures.append((f"{change * 100:+.1f} %".replace("-", "−"), what, values))
     if ancestor:
         details = f"{ancestor.steps:,} steps, {ancestor.seconds:,.0f} s"
         details += f", held-out loss {number(ancestor.held_out_loss)}" if ancestor.held_out_loss is not None else ""
-        found.append((f"{ancestor.layers} layers", f"parent of the targets, {ancestor.name}", details))
+        figures.append((f"{ancestor.layers} layers", f"parent of the targets, {ancestor.name}", details))
         if ancestor.stored:
             dense = sum(results.target_params.get(t, 0) for t in results.targets)
             against = f"the dense targets hold {dense:,} together" if dense else ""
-            found.append((short(ancestor.stored), "numbers that targets start from", against))
-    return found
+            figures.append((short(ancestor.stored), "numbers that targets start from", against))
+    return figures
+
+
+def about(results: Results) -> str:
+    """What was run, in a few sentences."""
+    seeds = ", ".join(map(str, results.seeds))
+    steps = ", ".join(f"{name} = {value:,}" for name, value in results.steps.items())
+    parts = [f"{f'Data: {results.dataset}. ' if results.dataset else ''}Seeds {seeds}; {steps}. Lower is better."]
+    if results.classifier_accuracy is not None and results.fd_samples:
+        parts.append(
+            f"Fréchet distances: {results.fd_samples:,} samples, features of a classifier that gets "
+            f"{results.classifier_accuracy:.1%} of held-out images right."
+        )
+    parts += [left_out(results)] if left_out(results) else []
+    parts += [f"Made by `{results.command}`."] if results.command else []
+    return " ".join(parts)
+
+
+def left_out(results: Results) -> str:
+    """A sentence that names the series that are not published; empty where all are."""
+    cut = [results.name_of(series) for series in results.tuning if series in results.unpublished]
+    if not cut:
+        return ""
+    return f"Not published, because the best value lies at an end of the grid that was tried: {', '.join(cut)}."
 
 
 def made(results: Results) -> str:

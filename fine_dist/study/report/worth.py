@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fine_dist.study.report.results import Results, TargetMeasurement, number, short
+from fine_dist.study.report.measurements import TargetMeasurement
+from fine_dist.study.report.number_text import number, short
+from fine_dist.study.report.results import Results
 
 COUNTS = (1, 3, 10, 30, 100)
 """Numbers of models for which tables give totals."""
@@ -76,7 +78,7 @@ def saved_steps(results: Results) -> list[SavedSteps]:
     Empty unless the baseline has two lengths or more. A loss that the baseline beats with its shortest run counts as
     that run, so a series can also lose steps.
     """
-    found = []
+    savings = []
     for target in results.targets:
         scratch = end_curve(results, results.baseline, target)
         if len(scratch.steps) < 2:
@@ -90,8 +92,8 @@ def saved_steps(results: Results) -> list[SavedSteps]:
                 reached = steps_to_reach(scratch, loss)
                 line.saved[step] = Saving((reached or scratch.steps[-1]) - own, reached is None)
             if line.saved:
-                found.append(line)
-    return found
+                savings.append(line)
+    return savings
 
 
 # --- break-even ------------------------------------------------------------------------------------------------------
@@ -141,9 +143,9 @@ def break_even(results: Results, steps: int | None = None) -> BreakEven | None:
     """
     if steps is None:
         for length in sorted(common_lengths(results), reverse=True):
-            found = break_even(results, length)
-            if found is not None:
-                return found
+            costs_there = break_even(results, length)
+            if costs_there is not None:
+                return costs_there
         return None
     targets = [t for t in results.targets if results.ends(results.baseline, t)]
     if not targets:
@@ -189,15 +191,15 @@ def common_lengths(results: Results) -> set[int]:
     return set.intersection(*ends) if ends else set()
 
 
-def cheapest(found: BreakEven, free: bool) -> list[tuple[int, int, TotalCost]]:
+def cheapest(costs: BreakEven, free: bool) -> list[tuple[int, int, TotalCost]]:
     """Ranges (first n, last n, series) in which a series costs least in all, for n = 1..MODELS.
 
     Args:
         found: The costs.
         free: Whether ancestors are free. Series without an ancestor cost the same either way.
     """
-    with_free = {line.series for line in found.lines if line.free}
-    lines = [line for line in found.lines if line.free == (free and line.series in with_free)]
+    with_free = {line.series for line in costs.lines if line.free}
+    lines = [line for line in costs.lines if line.free == (free and line.series in with_free)]
     ranges: list[tuple[int, int, TotalCost]] = []
     for count in range(1, MODELS + 1):
         best = min(lines, key=lambda line: line.total(count))
@@ -208,14 +210,14 @@ def cheapest(found: BreakEven, free: bool) -> list[tuple[int, int, TotalCost]]:
     return ranges
 
 
-def cheapest_lines(results: Results, found: BreakEven) -> list[str]:
+def cheapest_lines(results: Results, costs: BreakEven) -> list[str]:
     """Two sentences: which series is cheapest for how many models, with the ancestor trained and with a free one."""
     sentences = []
     for free in (False, True):
-        if free and not any(line.free for line in found.lines):
+        if free and not any(line.free for line in costs.lines):
             continue
         parts = []
-        for first, last, line in cheapest(found, free):
+        for first, last, line in cheapest(costs, free):
             span = (
                 "any number of" if (first, last) == (1, MODELS) else f"{first}" if first == last else f"{first}-{last}"
             )
@@ -232,23 +234,23 @@ def recommendation(results: Results) -> list[str]:
         return []
     best, lines = break_even(results), []
     for length in sorted(common_lengths(results) & {results.budget, best.steps if best else None}):
-        found = break_even(results, length)
-        if found is None:
+        costs = break_even(results, length)
+        if costs is None:
             continue
-        quality = "/".join(number(loss) for loss in found.losses.values())
-        depths = "/".join(map(str, found.losses))
+        quality = "/".join(number(loss) for loss in costs.losses.values())
+        depths = "/".join(map(str, costs.losses))
         lines.append(
             f"At the quality of {results.name_of(results.baseline)} after {length:,} steps (held-out loss {quality} at "
             f"{depths} layers):"
         )
         for free in (False, True):
-            if free and not any(line.free for line in found.lines):
+            if free and not any(line.free for line in costs.lines):
                 continue
-            for first, last, line in cheapest(found, free):
+            for first, last, line in cheapest(costs, free):
                 span = f"{first} model{'s' if last > 1 else ''}" if first == last else f"{first}-{last} models"
                 if last == MODELS:
                     span = "any number of models" if first == 1 else f"{first} models or more"
-                against = next((o for o in found.lines if o.series == results.baseline), None)
+                against = next((o for o in costs.lines if o.series == results.baseline), None)
                 versus = ""
                 if against and line.series != results.baseline:
                     share = line.total(first) / against.total(first)
@@ -258,8 +260,8 @@ def recommendation(results: Results) -> list[str]:
                     f"  {span}{' (free ancestor)' if free else ''}: {results.name_of(line.series)}, {steps}, "
                     f"{short(line.total(first))}FLOPs in all for {first}{versus}"
                 )
-        if found.missed:
-            lines.append(f"  not reached by: {', '.join(map(results.name_of, found.missed))}")
+        if costs.missed:
+            lines.append(f"  not reached by: {', '.join(map(results.name_of, costs.missed))}")
     longest = max(common_lengths(results), default=0)
     if lines and best and longest > best.steps:
         name = results.name_of(results.baseline)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 
 import numpy as np
 import pytest
@@ -14,21 +13,14 @@ from rich.console import Console
 
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.study.report.__main__ import fill
-from fine_dist.study.report.canvas import color_of, marker_of
 from fine_dist.study.report.claims import linearity, verdicts
+from fine_dist.study.report.measurements import Picture, PublishedClaim, steps_of
+from fine_dist.study.report.number_text import number
 from fine_dist.study.report.posters import save_poster
 from fine_dist.study.report.render import markdown, write_report
-from fine_dist.study.report.results import (
-    Picture,
-    PublishedClaim,
-    Results,
-    number,
-    read_results,
-    short,
-    steps_of,
-)
-from fine_dist.study.report.tables import rows, storage, tuning
-from tests.study.report.making import CLAIMS, INIT, N, results
+from fine_dist.study.report.results import Results, read_results
+from fine_dist.study.report.tables import rows, tuning
+from tests.study.report.making import INIT, N, results, with_costs
 
 
 def of(made: Results, words: str):
@@ -192,56 +184,6 @@ def test_results_json_has_every_row_and_reads_back_equal(tmp_path):
     assert back.pictures[1].image.shape == (3, 5, 7)
 
 
-def full_page(tmp_path, made: Results | None = None) -> str:
-    made = made or results()
-    for kind in ("qkv", "o"):
-        made.add_table("learngene", kind, torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
-        made.add_table("target 2", kind, torch.randn(2, 8))
-    made.pictures.append(Picture(image=torch.rand(1, 9, 9), method="ours", target=2, step=N))
-    made.fd_floor, made.classifier_accuracy = 2.0, 0.97
-    return write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
-
-
-def test_the_page_needs_nothing_from_elsewhere(tmp_path):
-    html = full_page(tmp_path)
-    assert not re.findall(r'<(?:link|iframe)|<script src|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
-    assert html.count("<svg") == 6 and "data:image/png;base64," in html
-
-
-def test_pictures_on_one_page_do_not_share_ids(tmp_path):
-    ids = re.findall(r'\bid="([^"]+)"', full_page(tmp_path))
-    assert len(ids) == len(set(ids))
-
-
-def test_the_numbers_of_the_table_are_on_the_page(tmp_path):
-    made = results()
-    html = full_page(tmp_path, made)
-    assert all(cell.text in html for row in rows(made).rows for cell in row.cells)
-
-
-def test_text_from_outside_cannot_become_markup(tmp_path):
-    made = results()
-    attack = "</script><script>alert(1)</script> $\\nothing_{$"
-    made.title, made.config, made.command, made.dataset = attack, {attack: attack}, attack, attack
-    made.display_names = {"ours": attack, "plain": attack}
-    made.claims = [claim.model_copy(update={"text": attack, "source": attack, "note": attack}) for claim in CLAIMS]
-    made.pictures.append(Picture(image=torch.rand(1, 5, 7), caption=attack))
-    made.tuning["ours"] = [{"values": {attack: attack}, "held_out_loss": 0.1, "chosen": True}]
-    html = full_page(tmp_path, made)
-    assert html.count("<script>") == 1 and "alert(1)</script>" not in html and "&lt;script&gt;" in html
-
-
-def test_a_run_with_one_seed_and_one_row_still_makes_a_page(tmp_path):
-    made = Results()
-    made.add(method="plain", target=2, seed=0, stage="train", step=10, held_out_loss=0.5)
-    html = write_report(tmp_path, made, console=Console(file=io.StringIO())).read_text(encoding="utf-8")
-    assert "0.5000" in html and "±" not in html and "one seed" in html.lower()
-
-
-def test_an_empty_run_makes_a_page_that_says_so(tmp_path):
-    assert "compare no main series" in write_report(tmp_path, Results(), echo=False).read_text(encoding="utf-8")
-
-
 def test_figures_are_pngs_and_what_cannot_be_drawn_is_said(tmp_path):
     from PIL import Image
 
@@ -275,59 +217,6 @@ def test_numbers_have_four_decimals_or_four_digits():
     assert [number(x) for x in (0.11049, 1.0, 12.345, 99999.0)] == ["0.1105", "1.000", "12.35", "99999"]
 
 
-def with_costs() -> Results:
-    """`ours` pays 1e9 FLOPs once and 1e6 a step; `plain` 2e6 a step."""
-    made = results()
-    for row in made.measurements:
-        row.flops = row.step * (1e6 if row.method == "ours" else 2e6) + 1.0
-        row.flops_condense = 1e9 if row.method == "ours" else 0.0
-        row.stored = 50 if row.step == 0 and row.method == "ours" else 4000
-    return made
-
-
-def test_costs_and_storage_have_columns_and_figures(tmp_path):
-    made = with_costs()
-    assert {"FLOPs", "stored"} <= set(rows(made).heads)
-    html = full_page(tmp_path, made)
-    assert html.count("<svg") == 8 and "Quality against cost" in html and "Storage" in html
-    assert [short(x) for x in (134660, 1.5e9, 12.0)] == ["135 K", "1.5 G", "12"]
-    kept = {row.series: [cell.text for cell in row.cells] for row in storage(made).rows}
-    assert kept["ours"][1:5] == ["1,000", "50", "1,050", "1,150"] and kept[""][1:4] == ["0", "4,000", "4,000"]
-
-
-def test_sections_can_be_left_out_renamed_and_reordered_and_others_are_refused(tmp_path):
-    made = results()
-    made.sections = {"rows": "Everything", "claims": "Promises"}
-    html = write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
-    assert [title for title in re.findall("<h2>(.*?)</h2>", html) if title != "Recommendation"] == [
-        "Everything",
-        "Promises",
-    ]
-    with pytest.raises(ValidationError, match="legal are curves"):
-        Results(sections={"rowz": "Everything"})
-
-
-def test_names_colors_and_the_order_of_series_are_data(tmp_path):
-    made = results()
-    made.display_names = {"plain": "Scratch!", "ours": "Theirs"}
-    made.main, made.baseline = "plain", "ours"
-    made.colors = {"ours": "#123456"}
-    assert made.series == ["plain", "ours"] and made.name_of("ours:near") == "Theirs near"
-    html = full_page(tmp_path, made)
-    assert "initialized by Scratch! have no lower" in html and "#123456" in html
-
-
-def test_a_series_is_hidden_and_shown_by_its_number_in_figures_tables_and_key(tmp_path):
-    html = full_page(tmp_path)
-    for index in (0, 1):
-        assert f'<button type="button" data-series="{index}"' in html  # the key
-        assert f'class="series" data-series="{index}"' in html.replace(" strong", "")  # table rows and curves
-        assert f'class="series mark" data-series="{index}"' in html  # points that answer to the mouse
-    marks = re.findall(r'<circle class="series mark"[^>]*cx="([\d.]+)" cy="([\d.]+)"[^>]*><title>(.*?)</title>', html)
-    assert any("Ours, 2 layers, 100 steps: 0.1100 ± 0.0010" in text for _, _, text in marks)
-    assert 'data-value="0.11' in html  # what a column is sorted by
-
-
 def test_a_series_whose_tuned_value_is_the_last_of_its_grid_is_not_published(tmp_path):
     made = results()
     tried = [{"values": {"optim.lr": lr}, "held_out_loss": loss, "chosen": lr == 4e-3} for lr, loss in
@@ -345,11 +234,3 @@ def test_a_documents_table_is_replaced_between_its_comments():
     assert fill(text, "x", "new\n") == text.replace("old", "new")
     with pytest.raises(ArtifactError, match="no place for the y table"):
         fill(text, "y", "new")
-
-
-def test_series_are_told_apart_by_colors_and_markers_alike():
-    made = results()
-    for i in range(12):
-        made.add(method=f"m{i}", target=2, seed=0, stage="train", step=N, held_out_loss=0.1)
-    looks = {(color_of(s, made), marker_of(s, made)) for s in made.series}
-    assert len(looks) == len(made.series) and len({color_of(s, made) for s in made.series[:8]}) == 8
