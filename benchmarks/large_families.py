@@ -17,7 +17,8 @@ from benchmarks.rows import BenchmarkRow, say
 from fine_dist.core.config import dump_yaml
 from fine_dist.data.settings import DataConfig
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family, expand
+from fine_dist.family.family_plan import Family
+from fine_dist.family.members import expand
 from fine_dist.launchers.spec import Capacity, Task
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.methods import CONDENSES

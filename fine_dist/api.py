@@ -29,7 +29,7 @@ from fine_dist.evaluation.settings import EvaluateConfig
 from fine_dist.export import ExportConfig
 from fine_dist.export import run as run_export
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family
+from fine_dist.family.family_plan import Family
 from fine_dist.family.train_family import run_family
 from fine_dist.methods import CONDENSES, SCRATCH, from_manifest, parent_of
 from fine_dist.model.arch import Arch

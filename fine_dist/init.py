@@ -34,7 +34,7 @@ PRELOAD = ("torch", "fine_dist.family.train_family")
 
 def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
     """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
-    from fine_dist.family.members import Family
+    from fine_dist.family.family_plan import Family
 
     family = Family(config)
     family.check()
@@ -55,7 +55,7 @@ def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
 
 def run(config: InitConfig) -> Path:
     """Train the targets (`only` those named) that are not done, in this process; the family's folder."""
-    from fine_dist.family.members import Family
+    from fine_dist.family.family_plan import Family
     from fine_dist.family.train_family import run_family
 
     return run_family(Family(config), inside())
@@ -71,7 +71,8 @@ def result_lines(config: InitConfig) -> list[str]:
 
 def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
-    from fine_dist.family.members import Family, expand
+    from fine_dist.family.family_plan import Family
+    from fine_dist.family.members import expand
 
     if config.parent and not exists_locally(config.parent) and not is_hub_name(config.parent):
         names = [member.name for member in expand(config)]

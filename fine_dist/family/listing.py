@@ -18,8 +18,8 @@ def result_of(folder: Path) -> dict[str, Any] | None:
     """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
     damaged."""
     done = RunDir(folder).done
-    kept = any((folder / place / "manifest.json").is_file() for place in ARTIFACT_FOLDERS)
-    return done if kept else None
+    has_artifact = any((folder / name / "manifest.json").is_file() for name in ARTIFACT_FOLDERS)
+    return done if has_artifact else None
 
 
 def last_row(folder: Path) -> dict[str, Any] | None:
@@ -32,19 +32,19 @@ def baselines(parent: Parent | None, runs: Sequence[str]) -> dict[str, list[tupl
 
     One whose manifest has no held-out loss is left out. `ArtifactError` for a run that holds no model.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
+    losses: dict[str, list[tuple[int, float]]] = {}
 
     def add(label: str, depth: int, extra: Mapping[str, Any]) -> None:
         loss = (extra.get("losses") or extra.get("init") or {}).get("held_out_loss")
         if loss is not None:
-            found.setdefault(label, []).append((depth, float(loss)))
+            losses.setdefault(label, []).append((depth, float(loss)))
 
     if parent is not None:
         add("its parent", parent.arch.num_layers, parent.artifact.extra)
     for run in runs:
         manifest = read_manifest(find_artifact(run))
         add(_label_of(manifest), int(manifest["arch"]["num_layers"]), manifest["extra"])
-    return found
+    return losses
 
 
 def _label_of(manifest: Mapping[str, Any]) -> str:

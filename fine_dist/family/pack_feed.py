@@ -116,10 +116,12 @@ class Feeds:
         batch = future.result() if future is not None else self._make(names)
         # A job that ended in between: its feed was prefetched and is left out of this step.
         if planned != names and batch is not None:
-            kept = [name for name in names if name in batch.rows]
-            rows = [batch.rows[name] for name in kept]
+            still_wanted = [name for name in names if name in batch.rows]
+            rows = [batch.rows[name] for name in still_wanted]
             batch = (
-                FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(kept)}) if rows else None
+                FeedBatch(batch.select(self._cache, rows).noised, {n: i for i, n in enumerate(still_wanted)})
+                if rows
+                else None
             )
         good = tuple(name for name in names if name not in self.bad)
         # Submitted before the caller computes, so that reading and computing overlap.

@@ -18,21 +18,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist, replica_check
 from fine_dist.engine.allocator import keep_freed_memory
 from fine_dist.engine.compiling import compiles
-from fine_dist.engine.optimizer import learning_rate, precision, set_arithmetic
+from fine_dist.engine.optimizer import learning_rate, set_arithmetic
 from fine_dist.engine.program import divide_batch, may_skip
 from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.engine.step_result import AsyncHostCopy
 from fine_dist.engine.stopping import GO_ON, STOP
 from fine_dist.engine.world import World
 from fine_dist.family.index_cache import to_device
-from fine_dist.family.pack_feed import FeedBatch, Feeds, FeedSource
+from fine_dist.family.pack_feed import Feeds, FeedSource
+from fine_dist.family.pack_gradients import PackGradients
 from fine_dist.family.pack_job import JobProgress, JobState, PackJob, PackObserver
-from fine_dist.family.pack_model import PackedDiT, PackInputs
+from fine_dist.family.pack_model import PackedDiT
 from fine_dist.family.pack_optim import PackedAdamW
 from fine_dist.family.pack_state import read_states, write_states
 from fine_dist.family.packing import EarlyStop
@@ -94,17 +94,16 @@ class PackRun:
         self.device = world.device or torch.device("cpu")
         self.optim = [optim.model_copy(update={"lr": job.lr}) for job in jobs]
         self.optimizer = PackedAdamW(pack.trained(), len(self.jobs), optim)
-        self.chunk = chunk or len(self.jobs)
         self.observer, self.states, self.stop_request = observer, states, stop_request
-        self.micro_batch, _ = divide_batch(batch, engine.micro_batch, world.world_size)
+        micro_batch, _ = divide_batch(batch, engine.micro_batch, world.world_size)
+        self.gradients = PackGradients(
+            pack, self.optimizer.zero_grad, diffusion, engine, self.device, chunk or len(self.jobs), micro_batch
+        )
         self.progress = [JobProgress() for _ in self.jobs]
         self.reads_late = self.device.type != "cpu"
         """Whether the numbers of a step are read during the next one. On a CPU a step is over when its calls return."""
         self.pending: PendingPackStep | None = None
-        self._objective = Objective(diffusion, pack.arch, 0)
-        self._objective.process.to(self.device)
         self._save_s = 0.0
-        self._no_memory: set[int] = set()
         self._first_step = True
         self._read_at = time.perf_counter()
         """When the last step's numbers were read: the time since then is the next one's, shared out over its jobs."""
@@ -139,7 +138,7 @@ class PackRun:
             while active := self.active():
                 begun = time.perf_counter()
                 batch = feeds.next([feed_of[j] for j in active])
-                losses = self._gradients(batch, {j: feed_of[j] for j in active})
+                losses = self.gradients(batch, {j: feed_of[j] for j in active})
                 request = self._read_pending(feeds, feed_of)  # the step before, while the device computes this one
                 # On a GPU one more step is already queued when the request is read.
                 step_s_needed = 2 * step_s if self.reads_late else step_s
@@ -242,61 +241,7 @@ class PackRun:
                 self._bad_step(j, losses[j], norms[j])
         return int(max(requests))
 
-    # --- gradients --------------------------------------------------------------------------------------------------
-
-    def _gradients(self, batch: FeedBatch | None, feed_of: dict[int, int]) -> Tensor:
-        """Losses [J] of jobs on this process, and their gradients, some jobs at a time.
-
-        The loss is NaN for a job whose data this process could not read, and for one whose batch does not fit into
-        memory even alone: every process then ends it in the same step.
-        """
-        rows = {j: batch.rows[feed] for j, feed in feed_of.items() if feed in batch.rows} if batch is not None else {}
-        while True:
-            self.optimizer.zero_grad()
-            fits = [j for j in feed_of if j in rows and j not in self._no_memory]
-            losses = torch.zeros(len(self.jobs), device=self.device)
-            if missing := sorted(feed_of.keys() - set(fits)):
-                losses.index_fill_(0, self.pack.index.tensor(missing, self.device), math.nan)
-            # Chunks of nearly equal size: a last small one would cost as many calls as a full one.
-            size = math.ceil(len(fits) / math.ceil(len(fits) / self.chunk)) if fits else 1
-            part: list[int] = []
-            try:
-                for start in range(0, len(fits), size):
-                    part = fits[start : start + size]
-                    assert batch is not None
-                    losses.index_copy_(
-                        0,
-                        self.pack.index.tensor(part, self.device),
-                        self._backward(batch.select(self.pack.index, [rows[j] for j in part]), part),
-                    )
-                return losses
-            # Gradients of this attempt are forgotten, and the whole step is
-            # computed again with smaller chunks: no partial sum may count twice.
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            if len(part) == 1:
-                # Even alone it does not fit: its loss becomes NaN, which ends it on all ranks.
-                self._no_memory.add(part[0])
-            self.chunk = max(1, len(part) // 2)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-
-    def _backward(self, batch: FeedBatch, jobs: list[int]) -> Tensor:
-        """Mean losses [J'] of some jobs and their gradients, a micro-batch of each at a time. batch: a row a job."""
-        total = torch.zeros(len(jobs), device=self.device)
-        noised, samples = batch.noised, batch.noised.t.shape[1]
-        for start in range(0, samples, self.micro_batch):
-            part = slice(start, start + self.micro_batch)
-            with precision(self.engine, self.device):
-                out = self.pack(PackInputs(noised.z_t[:, part], noised.t[:, part], noised.y[:, part]), jobs)
-            losses = self._objective.losses(batch.flat(part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
-            # The same expression as the engine's loop where there is one micro-batch, so that the bits are the same.
-            means = losses.mean(1) if self.micro_batch == samples else losses.sum(1) / samples  #               [J']
-            # A sum over jobs: each job's parameters see the gradient of its own mean only.
-            means.sum().backward()
-            total += means.detach()
-        return total
+    # --- feeds ------------------------------------------------------------------------------------------------------
 
     def _feeds(self) -> tuple[Feeds, dict[int, int]]:
         """Feeds of the active jobs, and the feed of each job."""
@@ -332,7 +277,7 @@ class PackRun:
     def _bad_step(self, j: int, loss: float, norm: float) -> None:
         """End the job, or count the step as taken without an update, as `engine.on_bad_loss` says."""
         progress = self.progress[j]
-        if j in self._no_memory or not may_skip(self.engine, progress.bad_steps):
+        if j in self.gradients.too_large or not may_skip(self.engine, progress.bad_steps):
             self._end(j, "failed", self._why_bad(j, loss, norm))
             return
         progress.bad_steps += 1
@@ -341,7 +286,7 @@ class PackRun:
             self._end(j, "done")
 
     def _why_bad(self, j: int, loss: float, norm: float) -> str:
-        if j in self._no_memory:
+        if j in self.gradients.too_large:
             return f"out of memory with one job of depth {self.pack.depths[j]} and batch {self.batch}; lower batch"
         what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
         skipped = self.progress[j].bad_steps
@@ -395,21 +340,14 @@ class PackRun:
         """Restore the furthest saved state of every job, whichever pack has saved it."""
         if self.states is None:
             return
-        found = read_states(*self.states, {job.name: job.key for job in self.jobs})
+        saved = read_states(*self.states, {job.name: job.key for job in self.jobs})
         for j, job in enumerate(self.jobs):
-            if job.name not in found:
+            if job.name not in saved:
                 continue
-            tensors, values = found[job.name]
+            tensors, values = saved[job.name]
             self.optimizer.restore(j, tensors, values.pop("updates"))
             self.progress[j] = JobProgress(**values)
             # One that failed is tried again, and one that was done is ended again: its result is not there.
             self.progress[j].state = "running"
             if self.progress[j].step >= job.steps:
                 self._end(j, "done")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or accelerator memory is used up."""
-    # torch raises plain RuntimeErrors from its CPU allocator; their words are all there is.
-    words = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(w in str(error) for w in words)

@@ -243,12 +243,12 @@ class PackedDiT(nn.Module):
                     # A compiled function is made again for a view of another tensor, which only this layer's input is.
                     x = x.clone() if self.compiled else x
                 sigma = layers[layer][:alive].unbind(1)  #                                              K x [J', R]
-                given = (x, gate[: alive * batch], sigma, biases[layer], factors, composed)
-                again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
-                if again and torch.is_grad_enabled():
-                    x = checkpoint(self.block, *given, use_reentrant=False)
+                args = (x, gate[: alive * batch], sigma, biases[layer], factors, composed)
+                recomputed = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
+                if recomputed and torch.is_grad_enabled():
+                    x = checkpoint(self.block, *args, use_reentrant=False)
                 else:
-                    x = self.block(*given)  #                                                                 [N, T, D]
+                    x = self.block(*args)  #                                                                  [N, T, D]
         # Shallow jobs left first, so reversed they follow the deepest ones: the order of the batch at the beginning.
         x = torch.cat([x, *reversed(finished)]) if finished else x
         output: Tensor = self.shell.unpatchify(self.shell.final(x, c)).unflatten(0, (len(jobs), batch))

@@ -82,18 +82,18 @@ def read_states(
                     "this file to begin its jobs again"
                 )
             offers[name].append((about["values"]["step"], path, about))
-    found = {}
+    newest = {}
     for name, offered in offers.items():
         # The furthest state first; one that is damaged gives way to the next.
         for _, path, about in sorted(offered, key=lambda offer: -offer[0]):
             tensors = _read(path, name)
             if tensors is not None and digest(tensors) == about["sha256"]:
-                found[name] = (tensors, dict(about["values"]))
+                newest[name] = (tensors, dict(about["values"]))
                 break
             set_aside(path, f"what it holds of {name} is not what was written")
-    if len(found) < len(keys):
-        _refuse_to_start_over(folder, pack, [name for name in keys if name not in found])
-    return found
+    if len(newest) < len(keys):
+        _refuse_to_start_over(folder, pack, [name for name in keys if name not in newest])
+    return newest
 
 
 def _refuse_to_start_over(folder: Path, pack: str, jobs: list[str]) -> None:
@@ -126,10 +126,10 @@ def _jobs_of_damaged(path: Path) -> set[str] | None:
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Hex sha256 of named tensors."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(name.encode() + b"\0" + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def set_aside(path: Path, why: str) -> None:

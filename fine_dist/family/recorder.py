@@ -23,7 +23,8 @@ from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import describe_environment
 from fine_dist.engine.trackers import TrackedRun
 from fine_dist.engine.world import World
-from fine_dist.family.members import Family, Member, expand
+from fine_dist.family.family_plan import Family
+from fine_dist.family.members import Member, expand
 from fine_dist.family.pack_job import JobProgress
 from fine_dist.family.pack_model import JobView, PackedDiT
 from fine_dist.family.summary import draw_family

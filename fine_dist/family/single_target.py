@@ -17,7 +17,8 @@ from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.world import World
-from fine_dist.family.members import Family, Member
+from fine_dist.family.family_plan import Family
+from fine_dist.family.members import Member
 from fine_dist.family.recorder import save_result, write_identity
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.methods.base import Descent

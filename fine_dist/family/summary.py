@@ -147,16 +147,16 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     dense, largest, parents = 0, 0, {}
     by_method: dict[str, list[int]] = {}
     for name in names:
-        place = next(
+        folder = next(
             (run_dir / name / p for p in ARTIFACT_FOLDERS if (run_dir / name / p / "manifest.json").is_file()), None
         )
-        if place is None:
+        if folder is None:
             continue
-        manifest = read_manifest(place)
-        whole = 4 * Arch.model_validate(manifest["arch"]).count()
-        dense += whole
+        manifest = read_manifest(folder)
+        dense_bytes = 4 * Arch.model_validate(manifest["arch"]).count()
+        dense += dense_bytes
         by_method.setdefault(str(manifest["method"]["name"]), []).append(manifest["bytes"])
-        largest = max(largest, whole)
+        largest = max(largest, dense_bytes)
         named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
         if named:
             gene = Path(named["path"])
@@ -164,17 +164,17 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     if not parents:
         return []
     gene_bytes = sum(parents.values())
-    told = []
+    comparisons = []
     for method, sizes in by_method.items():
-        kept = [(n, gene_bytes + n * max(sizes), n * largest) for n in COUNTS]
-        told.append(
+        totals = [(n, gene_bytes + n * max(sizes), n * largest) for n in COUNTS]
+        comparisons.append(
             f"n models by {method}, beside n dense ones: "
-            + "; ".join(f"{n}: {mib(ours)} beside {mib(theirs)}" for n, ours, theirs in kept)
+            + "; ".join(f"{n}: {mib(ours)} beside {mib(theirs)}" for n, ours, theirs in totals)
         )
     return [
         f"stored: parent {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
         f"the same targets as dense models: {mib(dense)} ({dense / max(1, gene_bytes + stored):.1f} x)",
-        *told,
+        *comparisons,
     ]
 
 

@@ -18,8 +18,9 @@ from fine_dist.engine.heartbeat import Heartbeat
 from fine_dist.engine.run_dir import STOP
 from fine_dist.engine.stopping import Stopper
 from fine_dist.engine.world import World
+from fine_dist.family.family_plan import Family
 from fine_dist.family.listing import result_of
-from fine_dist.family.members import Family, Member, expand
+from fine_dist.family.members import Member, expand
 from fine_dist.family.pack_job import PackJob
 from fine_dist.family.pack_loop import PackRun
 from fine_dist.family.pack_model import PackedDiT, shared_identity

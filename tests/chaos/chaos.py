@@ -85,7 +85,7 @@ def run_stage(stage: str, root: str, shards: str, room: int | None) -> str:
 
             run(condense_config(Path(root), Path(shards)))
         else:
-            from fine_dist.family.members import Family
+            from fine_dist.family.family_plan import Family
             from fine_dist.family.train_family import run_family
 
             run_family(Family(family_config(Path(root), Path(shards))), inside=False)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family
+from fine_dist.family.family_plan import Family
 from tests.commands.conftest import ARCH, FAST, command, data, refused
 
 

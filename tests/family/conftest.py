@@ -16,6 +16,7 @@ from fine_dist.encode import run as encode
 from fine_dist.model.artifact import Artifact, load_artifact, save_artifact
 from fine_dist.model.factors import FactoredDiT
 from tests.conftest import tiny_arch
+from tests.family.tools import init_argv, run_here
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,12 @@ def learngene(shards, tmp_path_factory) -> Artifact:
     folder = tmp_path_factory.mktemp("condensed") / "learngene"
     save_artifact(folder, kind="learngene", method={"name": "fine"}, arch=arch, tensors=model.state_dict())
     return load_artifact(folder)
+
+
+@pytest.fixture(scope="session")
+def family(learngene, shards, tmp_path_factory) -> Path:
+    """The run directory of four targets, trained by the local pool; tests change copies of it only."""
+    run_dir = tmp_path_factory.mktemp("run") / "family"
+    done = run_here(init_argv(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "local"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return run_dir

@@ -16,7 +16,8 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
-from fine_dist.family.members import Family, expand
+from fine_dist.family.family_plan import Family
+from fine_dist.family.members import expand
 from fine_dist.family.packing import CACHE_NUMBERS, PackConfig, Shape, chunk_size, plan, sample_bytes
 from fine_dist.family.train_family import run_family
 from fine_dist.init import dry_run, main, tasks

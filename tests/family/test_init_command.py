@@ -1,89 +1,34 @@
-"""The command as a user runs it: folders, a kill, and what is there afterwards.
+"""The targets, files and listings that `fine-dist init` leaves.
 
-What need not be a process of its own runs in this one (`call`); what is killed or signalled, or leaves a process group
-behind, does (`apart`).
+Most commands run in this process (`run_here`); one that leaves a process group behind gets its own (`start_process`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fine_dist.artifacts.targets import load_target
-from fine_dist.core.errors import ArtifactError, ResumeLater
+from fine_dist.core.errors import ArtifactError
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.stream import read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
-from fine_dist.engine.settings import LoopConfig, OptimConfig
 from fine_dist.family.config import DomainConfig, InitConfig
-from fine_dist.family.members import Family
+from fine_dist.family.family_plan import Family
 from fine_dist.family.summary import list_family
 from fine_dist.family.train_family import run_pack
-from fine_dist.init import main as init
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
 from fine_dist.model.dit import DiT
-from tests.conftest import in_process, logged_rows
-from tests.family.tools import largest_difference, sigma_of, solo
-
-ROOT = Path(__file__).resolve().parents[2]
-STEPS = 12
-
-
-def words(learngene, shards, run_dir, *more: str) -> list[str]:
-    flags = {
-        "run-dir": run_dir,
-        "parent": learngene.folder,
-        "data.shards": shards / "train",
-        "data.held-out": shards / "held_out",
-        "engine.device": "cpu",
-        "engine.threads": 1,
-        "engine.log-every": 1,
-        "engine.checkpoint-every": 2,
-        "engine.eval-every": 5,
-        "optim.lr": 0.01,
-        "batch": 16,
-        "steps": STEPS,
-    }
-    base = [sys.executable, "-m", "fine_dist.init"]
-    return [*base, *[w for key, value in flags.items() for w in (f"--{key}", str(value))], "--depths", "2", "3", *more]
-
-
-def call(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """The command in this process."""
-    return in_process(init, command[3:])
-
-
-def apart(command: list[str]) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.fixture(scope="module")
-def family(learngene, shards, tmp_path_factory) -> Path:
-    """Four targets, trained by the local pool."""
-    run_dir = tmp_path_factory.mktemp("run") / "family"
-    done = call(words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "local"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return run_dir
-
-
-NAMES = ["L2-s0-lr0.01", "L2-s1-lr0.01", "L3-s0-lr0.01", "L3-s1-lr0.01"]
+from tests.conftest import logged_rows
+from tests.family.tools import NAMES, STEPS, init_argv, largest_difference, run_here, sigma_of, solo, start_process
 
 
 def test_every_target_is_what_its_solo_run_would_have_made(family, learngene, shards):
@@ -135,7 +80,7 @@ def test_scalers_are_refused_with_another_learngene_and_found_where_it_was_moved
 def test_a_damaged_word_of_a_target_is_one_line_and_names_the_file(file, family, learngene, shards, tmp_path):
     shutil.copytree(family, tmp_path / "family")
     (tmp_path / "family" / NAMES[0] / file).write_text('{"steps": 1')
-    done = call(words(learngene, shards, tmp_path / "family", "--seeds", "0", "1", "--launcher", "here"))
+    done = run_here(init_argv(learngene, shards, tmp_path / "family", "--seeds", "0", "1", "--launcher", "here"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.search(rf"error: .*{NAMES[0]}/{file} is damaged", done.stderr)
 
@@ -163,96 +108,15 @@ def test_tensorboard_has_a_run_a_target_with_its_hyperparameters_and_the_familys
     assert (family / "family.png").stat().st_size > 1000
 
 
-def test_running_it_again_trains_nothing_and_a_grown_grid_only_what_is_new(family, learngene, shards, tmp_path):
-    grown = tmp_path / "family"
-    shutil.copytree(family, grown)
-    before = {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES}
-    again = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here"))
-    assert again.returncode == 0, again.stderr
-    more = call(words(learngene, shards, grown, "--seeds", "0", "1", "2", "--launcher", "local"))
-    assert more.returncode == 0, more.stdout + more.stderr
-    assert {name: (grown / name / "DONE.json").stat().st_mtime_ns for name in NAMES} == before
-    assert {row.state for row in StateTable(grown).rows()} == {"done"} and len(StateTable(grown).rows()) == 6
-
-
-def test_a_killed_family_goes_on_where_it_was_and_ends_bit_by_bit_the_same(family, learngene, shards, tmp_path):
-    run_dir = tmp_path / "killed"
-    command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
-    process = apart(command)
-    until = time.monotonic() + 120
-    log = run_dir / NAMES[0] / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 4):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run_dir / NAMES[0] / "DONE.json").exists()
-    again = call(command)
-    assert again.returncode == 0, again.stderr
-    whole = tmp_path / "whole"
-    straight = call(words(learngene, shards, whole, "--seeds", "0", "1", "--launcher", "here"))
-    assert straight.returncode == 0, straight.stderr
-    for name in NAMES:
-        ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, whole))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        assert logged_rows(run_dir / name) == logged_rows(whole / name)
-
-
-def test_a_signal_saves_and_asks_to_be_started_again(learngene, shards, tmp_path):
-    run_dir = tmp_path / "stopped"
-    command = words(learngene, shards, run_dir, "--launcher", "here", "--steps", "100000")
-    process = apart(command)
-    until = time.monotonic() + 120
-    log = run_dir / NAMES[0] / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and "the same command continues" in said
-    assert list((run_dir / "packs").glob("*.state.safetensors"))
-
-
-def test_a_time_limit_or_the_word_stop_saves_and_the_same_command_goes_on(family, learngene, shards, tmp_path):
-    run_dir = tmp_path / "family"
-    command = words(learngene, shards, run_dir, "--seeds", "0", "1", "--launcher", "here")
-    limited = call([*command, "--engine.time-limit-min", "0.00001"])
-    assert limited.returncode == 75 and "time limit" in limited.stderr
-    (run_dir / "STOP").touch()  # left from before: the user starts the family again, so it does not count
-    config = InitConfig(
-        run_dir=str(run_dir), parent=str(learngene.folder), depths=(2, 3), seeds=(0, 1), steps=STEPS, batch=16,
-        data=DataConfig(shards=str(shards / "train"), held_out=str(shards / "held_out")), optim=OptimConfig(lr=0.01),
-        engine=LoopConfig(device="cpu", log_every=1, checkpoint_every=2, eval_every=5),
-    )  # fmt: skip
-    table = StateTable(run_dir)
-    with pytest.raises(ResumeLater, match="STOP"):
-        run_pack(Family(config), Family(config).packs()[0], table, dist.alone("cpu"))
-    assert {row.deaths for row in table.rows()} == {0}  # a clean stop is no death: packs stay as large as they were
-    done = call(command)
-    assert done.returncode == 0, done.stderr
-    for name in NAMES:
-        ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, family))
-        assert largest_difference(ours, theirs) < 1e-4
-
-
-def test_more_steps_go_on_from_where_a_target_ended(family, learngene, shards, tmp_path):
-    grown = tmp_path / "family"
-    shutil.copytree(family, grown)
-    more = call(words(learngene, shards, grown, "--seeds", "0", "1", "--launcher", "here", "--steps", str(STEPS + 4)))
-    assert more.returncode == 0, more.stderr
-    rows = logged_rows(grown / NAMES[0])
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 5))
-    losses, _ = solo(learngene, (2, 0, 0.01), shards / "train", STEPS + 4)
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
-
-
 def test_targets_that_cannot_share_a_pack_train_in_the_engines_loop_to_the_same_end(
     family, learngene, shards, tmp_path
 ):
     run_dir = tmp_path / "alone"
-    done = apart(words(learngene, shards, run_dir, "--launcher", "here", "--engine.backend", "fsdp2", "--depths", "2"))
-    _, said = done.communicate(timeout=240)
-    assert done.returncode == 0, said
+    done = start_process(
+        init_argv(learngene, shards, run_dir, "--launcher", "here", "--engine.backend", "fsdp2", "--depths", "2")
+    )
+    _, stderr = done.communicate(timeout=240)
+    assert done.returncode == 0, stderr
     ours, theirs = (load_artifact(place / NAMES[0] / "target").tensors for place in (run_dir, family))
     assert largest_difference(ours, theirs) < 1e-4
     assert list((run_dir / NAMES[0] / "checkpoints").glob("step_*"))
@@ -260,7 +124,7 @@ def test_targets_that_cannot_share_a_pack_train_in_the_engines_loop_to_the_same_
 
 def test_a_target_that_fails_is_marked_and_the_family_ends_with_code_3(learngene, shards, tmp_path):
     run_dir = tmp_path / "failing"
-    done = call(words(learngene, shards, run_dir, "--lrs", "0.01", "1e30", "--launcher", "local"))
+    done = run_here(init_argv(learngene, shards, run_dir, "--lrs", "0.01", "1e30", "--launcher", "local"))
     assert done.returncode == 3, done.stdout + done.stderr
     rows = {row.name: row for row in StateTable(run_dir).rows()}
     assert {name for name, row in rows.items() if row.state == "failed"} == {"L2-s0-lr1e+30", "L3-s0-lr1e+30"}
@@ -271,7 +135,7 @@ def test_a_target_that_fails_is_marked_and_the_family_ends_with_code_3(learngene
 
 def test_controls_are_made_by_the_same_command(learngene, shards, tmp_path):
     for method in ("random_genes", "copied_shell", "scratch"):
-        done = call(words(learngene, shards, tmp_path / method, "--method.name", method, "--launcher", "here"))
+        done = run_here(init_argv(learngene, shards, tmp_path / method, "--method.name", method, "--launcher", "here"))
         assert done.returncode == 0, done.stderr
     dense, artifact = load_target(tmp_path / "random_genes" / NAMES[0])
     assert artifact.method["name"] == "random_genes" and dense.arch.num_layers == 2
@@ -284,8 +148,8 @@ def test_another_domain_gets_its_own_labels_and_keeps_them(learngene, shards, tm
     data = f"{{shards: {shards / 'train'}, held_out: {shards / 'held_out'}}}"
     config.write_text(f"domains:\n  same: {{data: {data}}}\n  other: {{data: {data}, labels: new}}\n")
     run_dir = tmp_path / "domains"
-    command = words(learngene, shards, run_dir, "--launcher", "here")
-    done = call([*command, "--config", str(config)])
+    command = init_argv(learngene, shards, run_dir, "--launcher", "here")
+    done = run_here([*command, "--config", str(config)])
     assert done.returncode == 0, done.stderr
     same = load_artifact(run_dir / "L2-same-s0-lr0.01" / "target")
     other = load_artifact(run_dir / "L2-other-s0-lr0.01" / "target")
@@ -297,8 +161,8 @@ def test_another_domain_gets_its_own_labels_and_keeps_them(learngene, shards, tm
 
 def test_a_pack_over_two_processes_ends_as_a_pack_in_one(family, learngene, shards, tmp_path):
     run_dir = tmp_path / "two"
-    command = words(learngene, shards, run_dir, "--launcher", "local", "--launch.processes", "2")
-    done = call(command)
+    command = init_argv(learngene, shards, run_dir, "--launcher", "local", "--launch.processes", "2")
+    done = run_here(command)
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("L2-s0-lr0.01", "L3-s0-lr0.01"):
         ours, theirs = (load_artifact(place / name / "target").tensors for place in (run_dir, family))
@@ -326,46 +190,3 @@ def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learn
     rows = {row.name: row for row in table.rows()}
     assert rows["L2-good-s0-lr0.01"].state == "done"
     assert rows["L2-broken-s0-lr0.01"].state == "failed" and str(broken) in rows["L2-broken-s0-lr0.01"].reason
-
-
-def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_were(learngene, shards, tmp_path):
-    config = InitConfig(
-        run_dir=str(tmp_path / "run"), parent=str(learngene.folder), depths=(2, 3), steps=6, batch=16,
-        data=DataConfig(shards=str(shards / "train")), optim=OptimConfig(lr=0.01),
-        engine=LoopConfig(device="cpu", log_every=1, checkpoint_every=2),
-    )  # fmt: skip
-    family = Family(config)
-    family.check()
-    [pack] = family.packs()
-    pack = replace(pack, sequential=True)
-    table = StateTable(tmp_path / "run")
-    table.add([member.name for member in family.members])
-    stop = tmp_path / "run/STOP"
-    stop.touch()
-    with pytest.raises(ResumeLater, match="the state of 1 targets is saved"):
-        run_pack(family, pack, table, dist.alone("cpu"))
-    stop.unlink()
-    assert [len(logged_rows(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
-    run_pack(family, pack, table, dist.alone("cpu"))
-    for name in pack.jobs:
-        losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
-        assert [row["loss"] for row in logged_rows(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)
-    assert {row.state for row in table.rows()} == {"done"}
-
-
-def test_targets_whose_states_are_all_damaged_are_refused_in_one_line_after_the_others_have_trained(
-    learngene, shards, tmp_path, capsys
-):
-    run_dir = tmp_path / "damaged"
-    command = words(learngene, shards, run_dir, "--pack.max-jobs", "1", "--launcher", "here", "--steps", "4")[3:]
-    assert init([*command, "--engine.time-limit-min", "0.00001"]) == 75
-    [state] = (run_dir / "packs").glob("*.state.safetensors")  # of the deeper target, which comes first
-    state.write_bytes(state.read_bytes()[:-9])
-    capsys.readouterr()
-    assert init(command) == 2
-    said = capsys.readouterr().err
-    assert re.search(r"^error: all saved states of L3-s0-lr0.01 in .* to start over here at step 0$", said, re.M), said
-    assert {row.name: row.state for row in StateTable(run_dir).rows()} == {NAMES[0]: "done", NAMES[2]: "failed"}
-    state.with_name(state.name + ".damaged").unlink()
-    assert init(command) == 0
-    assert [row["step"] for row in logged_rows(run_dir / NAMES[2])] == [1, 2, 3, 4]

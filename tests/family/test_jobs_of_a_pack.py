@@ -87,9 +87,7 @@ def test_a_target_with_classes_of_its_own_trains_its_label_embedder_too(learngen
     for model in models:
         model.label.weight.requires_grad_(True)
     run, recorder = packed(learngene, [(3, 0, 1e-2), (2, 1, 1e-2)], shards / "train", 5)
-    other, again = packed(learngene, [(3, 0, 1e-2), (2, 1, 1e-2)], shards / "train", 5)
-    other.pack = PackedDiT([form(model) for model in models])
-    other.optimizer = type(other.optimizer)(other.pack.trained(), 2, run.optim[0])
+    other, again = packed(learngene, [(3, 0, 1e-2), (2, 1, 1e-2)], shards / "train", 5, models=models)
     assert run.train() and other.train()
     assert "label.weight" not in run.pack.scalers(0)
     for j in range(2):
@@ -254,7 +252,7 @@ def after_step(progress):  # after the first step whatever is allocated once is 
     resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20), resource.RLIM_INFINITY))
 recorder.after_step = after_step
 run.train()
-print("chunk", run.chunk)
+print("chunk", run.gradients.chunk)
 for j in range(4):
     print(recorder.ends[j].state, recorder.ends[j].reason)
 """

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,13 @@ from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.family.pack_job import JobProgress, PackJob
 from fine_dist.family.pack_loop import PackRun
 from fine_dist.family.pack_model import PackedDiT
+from fine_dist.init import main as init
 from fine_dist.methods import from_manifest, parent_of
 from fine_dist.model.artifact import Artifact
 from fine_dist.model.factors import FactoredDiT, SharedForm
+from tests.conftest import in_process
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Point = tuple[int, int, float]
 """(depth, seed, learning rate) of a job."""
@@ -72,15 +79,22 @@ class Recorder:
 
 
 def packed(
-    learngene: Artifact, points: Sequence[Point], data: Path, steps: int = 20, *, batch: int = 16, **how: Any
+    learngene: Artifact,
+    points: Sequence[Point],
+    data: Path,
+    steps: int = 20,
+    *,
+    batch: int = 16,
+    models: Sequence[FactoredDiT] | None = None,
+    **how: Any,
 ) -> tuple[PackRun, Recorder]:
-    """A pack of these jobs, not trained yet; losses are recorded at every step."""
+    """A pack of these jobs, not trained yet; losses are recorded at every step. models: default targets if None."""
     recorder = Recorder()
     how = {"optim": OptimConfig(), "engine": EngineConfig(device="cpu", log_every=1), **how}
     how.setdefault("world", dist.alone("cpu"))
     diffusion = how.pop("diffusion", DiffusionConfig())
     run = PackRun(
-        PackedDiT(form(target(learngene, depth, seed)) for depth, seed, _ in points),
+        PackedDiT(map(form, models or [target(learngene, depth, seed) for depth, seed, _ in points])),
         [job(point, data, steps) for point in points],
         batch=batch,
         diffusion=diffusion,
@@ -134,3 +148,41 @@ def sigma_of(model: FactoredDiT) -> dict[str, torch.Tensor]:
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == theirs.keys()
     return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+STEPS = 12
+"""Steps of the targets that `init_argv` asks for."""
+NAMES = ["L2-s0-lr0.01", "L2-s1-lr0.01", "L3-s0-lr0.01", "L3-s1-lr0.01"]
+"""The targets of `init_argv` with seeds 0 and 1."""
+
+
+def init_argv(learngene, shards, run_dir, *more: str) -> list[str]:
+    flags = {
+        "run-dir": run_dir,
+        "parent": learngene.folder,
+        "data.shards": shards / "train",
+        "data.held-out": shards / "held_out",
+        "engine.device": "cpu",
+        "engine.threads": 1,
+        "engine.log-every": 1,
+        "engine.checkpoint-every": 2,
+        "engine.eval-every": 5,
+        "optim.lr": 0.01,
+        "batch": 16,
+        "steps": STEPS,
+    }
+    base = [sys.executable, "-m", "fine_dist.init"]
+    return [*base, *[w for key, value in flags.items() for w in (f"--{key}", str(value))], "--depths", "2", "3", *more]
+
+
+def run_here(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """The command in this process."""
+    return in_process(init, command[3:])
+
+
+def start_process(command: list[str]) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

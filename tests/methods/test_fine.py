@@ -12,7 +12,7 @@ from fine_dist.core.errors import ArtifactError
 from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import LoopConfig
 from fine_dist.family.config import DomainConfig, InitConfig
-from fine_dist.family.members import Family
+from fine_dist.family.family_plan import Family
 from fine_dist.family.train_family import run_family
 from fine_dist.methods import build
 from fine_dist.methods.fine.config import FineConfig

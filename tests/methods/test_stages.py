@@ -9,7 +9,7 @@ from fine_dist.artifacts.load import load_model
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ArtifactError
 from fine_dist.family.config import InitConfig
-from fine_dist.family.members import Family
+from fine_dist.family.family_plan import Family
 from fine_dist.methods.kind.gates import GatedDiT
 from fine_dist.model.artifact import load_artifact
 from fine_dist.stages.condense import run as condense
