@@ -39,9 +39,9 @@ def cache(model: Any, ids: Tensor) -> Cached:
     if not len(ids):
         return NOTHING
     x = model.text_model.embeddings.token_embedding(ids)[None]  # [1, P, D]
-    kept: list[tuple[Tensor, Tensor]] = []
-    run(model, x, NOTHING, keep=kept)
-    return Cached(tuple(kept))
+    keys_values: list[tuple[Tensor, Tensor]] = []
+    run(model, x, NOTHING, keep=keys_values)
+    return Cached(tuple(keys_values))
 
 
 def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fine_dist.core.errors import ArtifactError, DataError
 from fine_dist.core.json_files import Record, as_record, read_json
 from fine_dist.core.regular_files import read_text
+from fine_dist.creative.encoders import first_line
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPTS = "prompts.csv"
@@ -54,8 +55,9 @@ def clip_scores(images: str | Path, clip: str | Path, prompt: str, device: torch
         model = CLIPModel.from_pretrained(str(clip), use_safetensors=True, local_files_only=True).eval()
         tokenizer = CLIPTokenizer.from_pretrained(str(clip), local_files_only=True)
     except (OSError, ValueError) as error:
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"clip: {clip} is no local folder of a CLIP model with its tokenizer ({words})") from None
+        raise ArtifactError(
+            f"clip: {clip} is no local folder of a CLIP model with its tokenizer ({first_line(error)})"
+        ) from None
     model = model.to(device or "cpu")
     prepare = _Prepare(Path(clip), int(model.config.vision_config.image_size))
     total = 0.0
@@ -63,11 +65,11 @@ def clip_scores(images: str | Path, clip: str | Path, prompt: str, device: torch
         for start in range(0, len(paths), _BATCH):
             part = paths[start : start + _BATCH]
             pixels = torch.stack([prepare(path) for path in part]).to(model.device)  # [B, 3, H, W]
-            words = tokenizer([prompts.get(path.name, prompt) for path in part], padding=True, truncation=True,
+            tokens = tokenizer([prompts.get(path.name, prompt) for path in part], padding=True, truncation=True,
                               return_tensors="pt").to(model.device)  # fmt: skip
-            seen = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)  # [B, E]
-            read = model.text_projection(model.text_model(**words).pooler_output)  # [B, E]
-            total += float(F.cosine_similarity(seen, read).clamp_min(0).sum())
+            image_features = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)  # [B, E]
+            text_features = model.text_projection(model.text_model(**tokens).pooler_output)  # [B, E]
+            total += float(F.cosine_similarity(image_features, text_features).clamp_min(0).sum())
     return Scores(100 * total / len(paths), len(paths))
 
 

@@ -32,11 +32,11 @@ def tasks(config: CreativeConfig) -> list[Task] | None:
     make_pairs(config)  # errors of the lists are raised before anything is queued
     for run in expand(config):
         check_folder(config, run)
-    found = []
+    pack_tasks = []
     for name, members in packs(config).items():
         names = tuple(run.name for run in members)
-        found.append(Task(name, config.model_copy(update={"only": names}), names))
-    return found
+        pack_tasks.append(Task(name, config.model_copy(update={"only": names}), names))
+    return pack_tasks
 
 
 def run(config: CreativeConfig) -> Path:

@@ -48,15 +48,15 @@ def _slots(text: str, legal: set[str], needed: set[str]) -> str:
         fields = [field for field in string.Formatter().parse(text) if field[1] is not None]
     except ValueError as error:
         raise ValueError(f"{error}; legal placeholders: {', '.join(f'{{{name}}}' for name in sorted(legal))}") from None
-    found = {str(name) for _, name, _, _ in fields}
-    if found - legal:
-        wrong = sorted(found - legal)[0]
+    placeholders = {str(name) for _, name, _, _ in fields}
+    if placeholders - legal:
+        wrong = sorted(placeholders - legal)[0]
         raise ValueError(f"{{{wrong}}} is no placeholder; {nearest(wrong, legal)}")
     for _, name, form, conversion in fields:
         if form or conversion:
             raise ValueError(f"{{{name}}} is put in as it is: it takes no conversion (!) and no format (:)")
-    if needed - found:
-        raise ValueError(f"{{{sorted(needed - found)[0]}}} is missing")
+    if needed - placeholders:
+        raise ValueError(f"{{{sorted(needed - placeholders)[0]}}} is missing")
     return text
 
 

@@ -16,7 +16,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.json_files import read_json
 from fine_dist.creative.config import TINY
-from fine_dist.creative.encoders import TextEncoder
+from fine_dist.creative.encoders import TextEncoder, first_line
 
 KEYS = {768: "clip_l", 1280: "clip_g"}
 """An encoder's name by its width, where the width says which CLIP it is (ComfyUI's names)."""
@@ -38,7 +38,7 @@ def load_encoders(sources: Sequence[str], token: str, device: torch.device | Non
 
             parts += make_encoders()
         else:
-            parts += [(_model(place), _tokenizer(place)) for place in _places(expand_path(source))]
+            parts += [(_model(part), _tokenizer(part)) for part in _sources_in(expand_path(source))]
     if not 1 <= len(parts) <= 2:
         raise ConfigError(f"encoders: {', '.join(sources)} hold {len(parts)} CLIP text encoders; one or two are needed")
     return [
@@ -60,15 +60,15 @@ class EncoderSource(NamedTuple):
 
 def _keys(models: Sequence[Any]) -> list[str]:
     """`clip_l` and `clip_g` by width; where the width says nothing, in this order."""
-    found = [KEYS.get(model.config.hidden_size) for model in models]
-    for index, key in enumerate(found):
-        if key is None or key in found[:index]:
+    keys = [KEYS.get(model.config.hidden_size) for model in models]
+    for index, key in enumerate(keys):
+        if key is None or key in keys[:index]:
             # Tiny or unusual encoders have other widths, and a file with two equal names would lose one of the rows.
-            found[index] = next(name for name in ("clip_l", "clip_g") if name not in found)
-    return [str(key) for key in found]
+            keys[index] = next(name for name in ("clip_l", "clip_g") if name not in keys)
+    return [str(key) for key in keys]
 
 
-def _places(source: str) -> list[EncoderSource]:
+def _sources_in(source: str) -> list[EncoderSource]:
     """The CLIP text encoders of a folder or hub repository."""
     index = _read_json(source, "model_index.json")
     if index is None and not (Path(source) / "text_encoder").is_dir():
@@ -76,15 +76,15 @@ def _places(source: str) -> list[EncoderSource]:
     names = [name for name in ("text_encoder", "text_encoder_2") if index is None or name in index]
     if index is None:
         names = [name for name in names if (Path(source) / name).is_dir()]
-    places = [EncoderSource(source, name, name.replace("text_encoder", "tokenizer")) for name in names]
-    return [place for place in places if _config(place).get("model_type") in ("clip_text_model", "clip")]
+    parts = [EncoderSource(source, name, name.replace("text_encoder", "tokenizer")) for name in names]
+    return [part for part in parts if _config(part).get("model_type") in ("clip_text_model", "clip")]
 
 
-def _config(place: EncoderSource) -> dict[str, Any]:
-    found = _read_json(place.source, f"{place.model}/config.json".lstrip("/"))
-    if found is None:
-        raise ArtifactError(f"encoders: {place} has no config.json; give a folder or hub name of a CLIP text encoder")
-    return found
+def _config(part: EncoderSource) -> dict[str, Any]:
+    config = _read_json(part.source, f"{part.model}/config.json".lstrip("/"))
+    if config is None:
+        raise ArtifactError(f"encoders: {part} has no config.json; give a folder or hub name of a CLIP text encoder")
+    return config
 
 
 def _read_json(source: str, name: str) -> dict[str, Any] | None:
@@ -95,8 +95,8 @@ def _read_json(source: str, name: str) -> dict[str, Any] | None:
         path = _fetch(source, name)
     if path is None:
         return None
-    found = read_json(path, ArtifactError, "copy it again")
-    return found if isinstance(found, dict) else None
+    content = read_json(path, ArtifactError, "copy it again")
+    return content if isinstance(content, dict) else None
 
 
 def _fetch(source: str, name: str) -> Path | None:
@@ -132,31 +132,31 @@ def _fetch(source: str, name: str) -> Path | None:
 
 
 def _unreachable(source: str, error: Exception) -> ArtifactError:
-    words = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ArtifactError(
-        f"encoders: {source} cannot be fetched from the hub ({words}); without a network, copy its text encoders and "
-        "tokenizers to a folder and give that"
+        f"encoders: {source} cannot be fetched from the hub ({first_line(error)}); without a network, copy its text "
+        "encoders and tokenizers to a folder and give that"
     )
 
 
-def _model(place: EncoderSource) -> Any:
+def _model(part: EncoderSource) -> Any:
     from safetensors import SafetensorError
     from transformers import CLIPTextModelWithProjection
     from transformers.utils import logging
 
-    config = _config(place)
+    config = _config(part)
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # a whole CLIP's vision weights are not needed, which is no warning's worth
     logging.disable_progress_bar()
     try:
         loaded: Any = CLIPTextModelWithProjection.from_pretrained(
-            place.source, subfolder=place.model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            part.source, subfolder=part.model, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if not Path(place.source).is_dir():
-            raise _unreachable(place.source, error) from None
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"encoders: {place} is no CLIP text encoder in safetensors ({words})") from None
+        if not Path(part.source).is_dir():
+            raise _unreachable(part.source, error) from None
+            raise ArtifactError(
+                f"encoders: {part} is no CLIP text encoder in safetensors ({first_line(error)})"
+            ) from None
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -165,25 +165,26 @@ def _model(place: EncoderSource) -> Any:
     missing = sorted(info["missing_keys"])
     if "text_projection.weight" in missing:
         raise ConfigError(
-            f"encoders: {place} ({', '.join(config.get('architectures') or ['?'])}) has no projection, and the loss "
+            f"encoders: {part} ({', '.join(config.get('architectures') or ['?'])}) has no projection, and the loss "
             "compares projected embeddings; give a CLIPTextModelWithProjection, such as SD3's, or a whole CLIP"
         )
     if missing:
-        raise ArtifactError(f"encoders: {place} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
+        raise ArtifactError(f"encoders: {part} lacks {len(missing)} tensors, such as {missing[0]}; copy it again")
     return model
 
 
-def _tokenizer(place: EncoderSource) -> Any:
+def _tokenizer(part: EncoderSource) -> Any:
     from transformers import CLIPTokenizer
 
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(place.source, subfolder=place.tokenizer)
+        tokenizer = CLIPTokenizer.from_pretrained(part.source, subfolder=part.tokenizer)
     except (OSError, ValueError, TypeError) as error:
-        if not Path(place.source).is_dir():
-            raise _unreachable(place.source, error) from None
-        words = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ArtifactError(f"encoders: {place} has no CLIP tokenizer ({words}); put its files beside it") from None
+        if not Path(part.source).is_dir():
+            raise _unreachable(part.source, error) from None
+            raise ArtifactError(
+                f"encoders: {part} has no CLIP tokenizer ({first_line(error)}); put its files beside it"
+            ) from None
     if len(tokenizer) < 10:  # transformers makes an empty vocabulary where it finds no files
-        where = f"{place.source}/{place.tokenizer}".rstrip("/")
+        where = f"{part.source}/{part.tokenizer}".rstrip("/")
         raise ArtifactError(f"encoders: {where} has no vocabulary (tokenizer.json, or vocab.json and merges.txt)")
     return tokenizer

@@ -87,7 +87,7 @@ class TextEncoder:
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], row: Tensor | None = None) -> Tensor:
         """Pooled, projected embeddings [N, E] of prompts, fp32; `row` [D] is what the new token means in them."""
-        found = []
+        embedded = []
         for start in range(0, len(prompts), _CHUNK):
             lists = [self.ids(prompt) for prompt in prompts[start : start + _CHUNK]]
             ids, ends = pad(lists, self.device)
@@ -96,8 +96,8 @@ class TextEncoder:
                 x = torch.where((ids == self.token_id)[..., None], row.to(x), x)
             elif bool((ids == self.token_id).any()):
                 raise ValueError("a prompt with the new token needs its row")
-            found.append(causal.pool(self.model, causal.run(self.model, x, causal.NOTHING), ends).float())
-        return torch.cat(found)
+            embedded.append(causal.pool(self.model, causal.run(self.model, x, causal.NOTHING), ends).float())
+        return torch.cat(embedded)
 
     def nearest(self, row: Tensor, count: int = 5) -> list[tuple[str, float]]:
         """The vocabulary's words whose embeddings have the greatest cosine to a row [D]."""
@@ -117,6 +117,11 @@ class TextEncoder:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class where it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -43,22 +43,22 @@ class HeldOutPairs:
         """Mean cosine, clamped loss and norms by name, without the controls."""
         cosines = held_out_cosines(model, self._pairs)  # [Q, R, O, C]
         losses = per_row(cosines, self.max_cosine)
-        found = {}
+        values = {}
         for index, name in enumerate(self.names):
             end = f"/{name}" if name else ""
-            found[f"held_out_cosine{end}"] = float(cosines[:, index].mean())
-            found[f"held_out_loss{end}"] = float(losses[:, index].mean())
+            values[f"held_out_cosine{end}"] = float(cosines[:, index].mean())
+            values[f"held_out_loss{end}"] = float(losses[:, index].mean())
             for key, rows in model.named_parameters():
-                found[f"norm_{key}{end}"] = float(rows[index].detach().norm())
-        return found
+                values[f"norm_{key}{end}"] = float(rows[index].detach().norm())
+        return values
 
 
 @torch.no_grad()
 def held_out_cosines(model: Any, pairs: Tensor) -> Tensor:
     """Cosines [Q, R, O, C] of all rows to the true targets of the same pairs [Q]."""
     device = next(model.parameters()).device
-    found: Tensor = model(pairs.to(device)[:, None].expand(-1, len(model.specs)), "true")
-    return found.float().cpu()
+    cosines: Tensor = model(pairs.to(device)[:, None].expand(-1, len(model.specs)), "true")
+    return cosines.float().cpu()
 
 
 class NearestWords:
@@ -69,13 +69,13 @@ class NearestWords:
 
     def __call__(self, model: nn.Module) -> dict[str, str]:
         assert isinstance(model, Tokens)
-        found = {}
+        texts = {}
         for index, name in enumerate(self.names):
             for prompts_of_encoder in model.prompts_by_encoder:
                 words = prompts_of_encoder.encoder.nearest(model.row(prompts_of_encoder.encoder.key, index))
                 title = f"nearest/{prompts_of_encoder.encoder.key}" + (f"/{name}" if name else "")
-                found[title] = "  \n".join(f"`{word}` {cosine:.3f}" for word, cosine in words)
-        return found
+                texts[title] = "  \n".join(f"`{word}` {cosine:.3f}" for word, cosine in words)
+        return texts
 
 
 @torch.no_grad()
@@ -94,18 +94,18 @@ def measure(
         rows: What -> rows [D] by the encoder's name; the controls "creative", the start word and random rows are
             added.
     """
-    found: dict[str, dict[str, float]] = {}
+    cosines: dict[str, dict[str, float]] = {}
     for encoder in encoders:
         probe = _Probe(encoder, template, pairs)
         for what, own in rows.items():
-            found.setdefault(what, {})[encoder.key] = probe(token, own[encoder.key])
-        found.setdefault('the word "creative"', {})[encoder.key] = probe("creative")
-        found.setdefault(START_WORD.format(start), {})[encoder.key] = probe(start)
+            cosines.setdefault(what, {})[encoder.key] = probe(token, own[encoder.key])
+        cosines.setdefault('the word "creative"', {})[encoder.key] = probe("creative")
+        cosines.setdefault(START_WORD.format(start), {})[encoder.key] = probe(start)
         drawn = [probe(token, row) for row in random_rows(encoder)]
-        found.setdefault(f"a random row (mean of {RANDOM_ROWS})", {})[encoder.key] = sum(drawn) / len(drawn)
-    for values in found.values():
+        cosines.setdefault(f"a random row (mean of {RANDOM_ROWS})", {})[encoder.key] = sum(drawn) / len(drawn)
+    for values in cosines.values():
         values["mean"] = sum(values.values()) / len(values)
-    return found
+    return cosines
 
 
 class _Probe:

@@ -49,14 +49,14 @@ def make_pairs(config: CreativeConfig) -> Pairs:
     """
     draw = np.random.Generator(np.random.Philox(key=[config.split_seed, _SPLIT]))
     if config.pairs is not None:
-        found = read_pairs(config.pairs)
-        order = draw.permutation(len(found))
-        if len(found) <= config.held_out:
+        pairs = read_pairs(config.pairs)
+        order = draw.permutation(len(pairs))
+        if len(pairs) <= config.held_out:
             raise DataError(
-                f"{config.pairs}: {len(found)} pairs, and held_out: {config.held_out} leaves none to train on; "
+                f"{config.pairs}: {len(pairs)} pairs, and held_out: {config.held_out} leaves none to train on; "
                 "give more pairs, or lower held_out"
             )
-        chosen = [found[i] for i in order]
+        chosen = [pairs[i] for i in order]
         return Pairs(tuple(chosen[config.held_out :]), tuple(chosen[: config.held_out]))
     words = read_concepts(config.concepts)
     combinations = list(itertools.combinations(words, 2))
@@ -90,7 +90,7 @@ def read_pairs(path: str) -> list[Pair]:
     """
     lines = _read(path).splitlines()
     delimiter = "\t" if any("\t" in line for line in lines) else ","
-    found: list[Pair] = []
+    pairs: list[Pair] = []
     seen: dict[frozenset[str], int] = {}
     for number, row in enumerate(_rows(path, lines, delimiter), 1):
         cells = [cell.strip() for cell in row]
@@ -110,8 +110,8 @@ def read_pairs(path: str) -> list[Pair]:
                 "remove one of the lines"
             )
         seen[key] = number
-        found.append((cells[0], cells[1]))
-    return found
+        pairs.append((cells[0], cells[1]))
+    return pairs
 
 
 def _rows(path: str, lines: list[str], delimiter: str) -> Iterator[list[str]]:

@@ -60,10 +60,10 @@ def save_token(
         control: The row trained on shuffled targets, as `rows`.
     """
     with atomic_folder(folder) as draft:
-        whole = _whole(rows)
-        for name, row in zip(FILES, whole.values()):
+        saved_rows = _whole(rows)
+        for name, row in zip(FILES, saved_rows.values()):
             save_file({token: row}, draft / name, metadata={"format": "pt"})
-        save_file(whole, draft / combined_name(token), metadata={"format": "pt"})
+        save_file(saved_rows, draft / combined_name(token), metadata={"format": "pt"})
         if control:
             save_file(_whole(control), draft / CONTROL, metadata={"format": "pt"})
         files = sorted(path.name for path in draft.iterdir())
@@ -72,7 +72,7 @@ def save_token(
             "kind": KIND,
             "method": "CreTok, arXiv 2410.24160",
             "token": token,
-            "rows": {key: list(row.shape) for key, row in whole.items()},
+            "rows": {key: list(row.shape) for key, row in saved_rows.items()},
             "sha256": {name: sha256_of(draft / name) for name in files},
             **facts,
         }
@@ -123,14 +123,14 @@ def read_token(folder: str | Path) -> SavedToken:
         if sha256_of(folder / name) != stated:
             raise ArtifactError(f"{folder / name} is not what its manifest says: edited or half copied; copy it again")
     try:
-        found = load_file(folder / combined_name(manifest["token"]))
+        tensors = load_file(folder / combined_name(manifest["token"]))
         control = load_file(folder / CONTROL) if CONTROL in manifest["sha256"] else {}
     except SafetensorError as error:
         raise ArtifactError(f"{folder} is damaged: {error}") from None
-    missing = [key for key in manifest["rows"] if key not in found]
+    missing = [key for key in manifest["rows"] if key not in tensors]
     if missing:
         raise ArtifactError(f"{path} names rows that its tensors do not have: {missing[0]!r}; copy it again")
-    rows = {key: found[key] for key in manifest["rows"]}
+    rows = {key: tensors[key] for key in manifest["rows"]}
     return SavedToken(folder, manifest["token"], rows, control, manifest)
 
 
@@ -161,12 +161,12 @@ def load_cretok(pipe: Any, folder: str | Path) -> str:
         refuse_known(tokenizer, saved.token, where)
         end_of(tokenizer, where)
     for number, ((tokenizer, encoder), row) in enumerate(zip(pairs, rows), 1):
-        place = add_token(tokenizer, saved.token, f"tokenizer {number}")
-        if place >= encoder.get_input_embeddings().weight.shape[0]:
-            encoder.resize_token_embeddings(place + 1, mean_resizing=False)
+        token_id = add_token(tokenizer, saved.token, f"tokenizer {number}")
+        if token_id >= encoder.get_input_embeddings().weight.shape[0]:
+            encoder.resize_token_embeddings(token_id + 1, mean_resizing=False)
         with torch.no_grad():
             table = encoder.get_input_embeddings().weight
-            table[place] = row[0].to(table)
+            table[token_id] = row[0].to(table)
         read_at_end(encoder, tokenizer, f"text encoder {number}")
     return saved.token
 

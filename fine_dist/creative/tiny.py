@@ -103,8 +103,8 @@ def make_encoders() -> list[tuple[Any, Any]]:
         {"width": 32, "layers": 2, "heads": 2, "projection": 24, "seed": 3},
         {"width": 48, "layers": 3, "heads": 3, "projection": 40, "seed": 4},
     ]
-    made = []
+    encoders = []
     for size in sizes:
         tokenizer = make_tokenizer()
-        made.append((make_model(tokenizer, **size), tokenizer))
-    return made
+        encoders.append((make_model(tokenizer, **size), tokenizer))
+    return encoders

@@ -73,20 +73,20 @@ class EncoderPrompts:
     def _targets(self, specs: Sequence[RowSpec], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
         """Unit vectors [T, Q, O, E] of the restrictive prompts, and which of the T each row has [R]."""
         orders = [pair for first, second in pairs for pair in ((first, second), (second, first))]
-        words = {spec.template.restrictive for spec in specs}
+        templates = {spec.template.restrictive for spec in specs}
         plain = {
             text: F.normalize(self.encoder.embed([text.format(t1=t1, t2=t2) for t1, t2 in orders]), dim=1)
-            for text in words
+            for text in templates
         }
-        found: dict[tuple[str, int | None], Tensor] = {}
+        target_sets: dict[tuple[str, int | None], Tensor] = {}
         which = []
         for spec in specs:
             key = (spec.template.restrictive, spec.seed if spec.shuffled else None)
-            if key not in found:
+            if key not in target_sets:
                 target = plain[spec.template.restrictive]
-                found[key] = target[:, shuffle(target.shape[1], spec.seed)] if spec.shuffled else target
-            which.append(list(found).index(key))
-        targets = torch.stack(list(found.values())).unflatten(1, (len(pairs), 2))
+                target_sets[key] = target[:, shuffle(target.shape[1], spec.seed)] if spec.shuffled else target
+            which.append(list(target_sets).index(key))
+        targets = torch.stack(list(target_sets.values())).unflatten(1, (len(pairs), 2))
         return targets, torch.tensor(which, device=self.encoder.device)
 
     def embed(self, rows: Tensor, prompts: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Tokens(nn.Module):
         Args:
             against: The `own` targets of each row, or, for a shuffled row, the `true` ones.
         """
-        found = []
+        cosines = []
         num_rows = len(self.specs)
         for prompts_of_encoder in self.prompts_by_encoder:
             rows = self.get_parameter(prompts_of_encoder.encoder.key)  # [R, D]
@@ -142,8 +142,8 @@ class Tokens(nn.Module):
             adaptive = prompts_of_encoder.embed(rows[keys % num_rows], keys // num_rows)  # [U, E]
             which = prompts_of_encoder.target_of if against == "own" else self._true(prompts_of_encoder)
             targets = prompts_of_encoder.targets[which, pairs]  # [b, R, O, E]
-            found.append((adaptive[places] * targets).sum(-1))
-        return torch.stack(found, dim=-1)
+            cosines.append((adaptive[places] * targets).sum(-1))
+        return torch.stack(cosines, dim=-1)
 
     def _true(self, prompts_of_encoder: EncoderPrompts) -> Tensor:
         """For each row, the targets of the unshuffled row with its template."""

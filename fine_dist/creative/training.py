@@ -70,7 +70,7 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
     return folder
 
 
-def train_pack(config: CreativeConfig, members: Sequence[TokenRun], place: Path, world: World) -> None:
+def train_pack(config: CreativeConfig, members: Sequence[TokenRun], pack_folder: Path, world: World) -> None:
     """Train some runs as one program with its checkpoints and logs in `place`, and write each one's token."""
     if all(is_finished(member) for member in members):
         if world.is_main:
@@ -85,7 +85,7 @@ def train_pack(config: CreativeConfig, members: Sequence[TokenRun], place: Path,
     if world.is_main:
         assert isinstance(program.model, Tokens)
         warn_at_clamp(config, program.model, len(pairs.trained))
-    with RunDir(place).open(KIND, identity, world) as run_dir:
+    with RunDir(pack_folder).open(KIND, identity, world) as run_dir:
         fitted = fit(
             program,
             steps=config.steps,

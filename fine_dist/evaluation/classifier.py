@@ -59,8 +59,8 @@ class Classifier(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """[N, F] float32: the penultimate activations of images [N, C, H, W]. `DataError` for another shape."""
         if tuple(images.shape[1:]) != self.shape:
-            wanted, found = ("x".join(map(str, shape)) for shape in (self.shape, images.shape[1:]))
-            raise DataError(f"the classifier knows images of {wanted}, not {found}")
+            wanted, given = ("x".join(map(str, shape)) for shape in (self.shape, images.shape[1:]))
+            raise DataError(f"the classifier knows images of {wanted}, not {given}")
         x = F.relu(self.conv1(as_signed(images)))  # N,16,...
         x = F.relu(self.conv2(x))  # N,64,...
         for conv in self.further:
@@ -196,8 +196,8 @@ def classifier_of_shards(folder: str | Path, shards: str, held_out: str | None) 
             "use --features.inception or --features.dinov2 with --vae FOLDER"
         )
     try:
-        kept = json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
-        if kept["data"] == manifest.hash:
+        manifest_there = json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest_there["data"] == manifest.hash:
             return load_classifier(folder)
     except (OSError, ValueError, TypeError, KeyError):
         pass  # nothing usable is there: it is trained now
@@ -246,14 +246,14 @@ def load_classifier(folder: str | Path) -> Trained:
             f"features.classifier: no classifier in {folder} ({error}); --features.classifier train trains one on "
             "data.shards"
         ) from None
-    found = hashlib.sha256(blob).hexdigest()
+    digest = hashlib.sha256(blob).hexdigest()
     if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
         raise ArtifactError(
             f"{folder / _MANIFEST} describes no classifier; delete the folder and use --features.classifier train"
         )
-    if found != manifest.get("sha256"):
+    if digest != manifest.get("sha256"):
         raise ArtifactError(
-            f"{folder / _TENSORS}: sha256 is {found[:12]}…, the manifest says {str(manifest.get('sha256'))[:12]}…; "
+            f"{folder / _TENSORS}: sha256 is {digest[:12]}…, the manifest says {str(manifest.get('sha256'))[:12]}…; "
             "delete the folder and use --features.classifier train"
         )
     try:
@@ -264,7 +264,7 @@ def load_classifier(folder: str | Path) -> Trained:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{folder / _MANIFEST} does not fit its tensors: {str(error)[:200]}") from None
     model.requires_grad_(False).eval()
-    model.identity = found
+    model.identity = digest
     return Trained(model, accuracy)
 
 

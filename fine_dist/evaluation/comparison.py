@@ -108,28 +108,28 @@ def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str],
     Args:
         adm: Precision and recall were made by ADM's protocol, of all 50,000 samples.
     """
-    told = []
+    warnings = []
     frechet = [metric for metric in metrics if metric in FRECHET or metric == "sfid"]
     count = samples.count or STANDARD
     if frechet and count <= len(samples.pooled.mean):
-        told.append(
+        warnings.append(
             f"{count} samples have a singular covariance of {len(samples.pooled.mean)} features: "
             f"{', '.join(frechet)} is far too large and compares only between equal numbers of samples"
         )
     elif frechet and count < STANDARD:
-        told.append(
+        warnings.append(
             f"{count} samples: {', '.join(frechet)} is larger than with {STANDARD}, and compares only between equal "
             "numbers of samples"
         )
     near = [metric for metric in ("precision", "recall") if metric in metrics]
-    kept = [len(s.kept) for s in (samples, reference) if s.kept is not None]
+    subset_sizes = [len(s.kept) for s in (samples, reference) if s.kept is not None]
     wanted = (STANDARD, SUBSET) if adm else (SUBSET, SUBSET)
-    if near and len(kept) == 2 and any(n < most for n, most in zip(kept, wanted)):
-        told.append(
-            f"{' and '.join(near)} of {kept[0]} samples against {kept[1]} real images; the literature takes "
-            f"{wanted[0]} against {wanted[1]}"
+    if near and len(subset_sizes) == 2 and any(n < most for n, most in zip(subset_sizes, wanted)):
+        warnings.append(
+            f"{' and '.join(near)} of {subset_sizes[0]} samples against {subset_sizes[1]} real images; the literature "
+            f"takes {wanted[0]} against {wanted[1]}"
         )
-    return told
+    return warnings
 
 
 def _frechet(a: Gaussian, b: Gaussian) -> float:

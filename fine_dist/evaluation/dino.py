@@ -61,8 +61,8 @@ class DinoV2(nn.Module):
         mean = self.get_buffer("mean")
         x = as_rgb(images).to(mean.device).float() / 255
         x = F.interpolate(x, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        found = self.model(pixel_values=(x - mean) / self.get_buffer("std"))
-        return found.last_hidden_state.float()
+        output = self.model(pixel_values=(x - mean) / self.get_buffer("std"))
+        return output.last_hidden_state.float()
 
 
 def load_dino(folder: str | Path, device: torch.device | str = "cpu") -> DinoV2:

@@ -53,8 +53,8 @@ class Measurement:
 
     def numbers(self) -> dict[str, float]:
         """Every number by its metric's name, the held-out loss included; what could not be measured is left out."""
-        found = {metric: float(score.value) for metric, score in self.scores.items() if score.value is not None}
-        return found if self.held_out_loss is None else {HELD_OUT_LOSS: self.held_out_loss, **found}
+        values = {metric: float(score.value) for metric, score in self.scores.items() if score.value is not None}
+        return values if self.held_out_loss is None else {HELD_OUT_LOSS: self.held_out_loss, **values}
 
     def row(self) -> dict[str, Any]:
         """The same as a row of evaluate.json."""
@@ -110,9 +110,9 @@ class Evaluator:
             check_fit(manifest, renderer.model.arch, where)
             check_classes(renderer.where, renderer.facts.class_names, where, manifest.class_names)
             loss = self.held_out_loss(renderer.model, renderer.diffusion, precision=renderer.sampler.precision)
-        found = self.scores(renderer) if self.networks else Measurement()
-        found.held_out_loss, found.notes = loss, [*renderer.notes, *found.notes]
-        return found
+        measurement = self.scores(renderer) if self.networks else Measurement()
+        measurement.held_out_loss, measurement.notes = loss, [*renderer.notes, *measurement.notes]
+        return measurement
 
     def held_out_loss(
         self, model: nn.Module, diffusion: DiffusionConfig, alone: bool = False, precision: Precision = "fp32"
@@ -186,10 +186,10 @@ class Evaluator:
             for name in self.networks
         }
 
-    def _scored(self, found: dict[str, Statistics]) -> Measurement:
-        result = Measurement(images=next((statistics.count for statistics in found.values()), None))
+    def _scored(self, statistics_by_network: dict[str, Statistics]) -> Measurement:
+        result = Measurement(images=next((statistics.count for statistics in statistics_by_network.values()), None))
         scores: dict[str, Score] = {}
-        for name, statistics in found.items():
+        for name, statistics in statistics_by_network.items():
             metrics, real = self.networks[name], self.references.statistics(name)
             scores |= {score.metric: score for score in compare(statistics, real, metrics, seed=self.config.seed)}
             result.networks |= dict.fromkeys(metrics, name)
@@ -240,7 +240,7 @@ def requested_metrics(config: EvaluateConfig) -> list[str]:
 
 def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, list[str]]:
     """The metrics of each network. `ConfigError` when a network's weights are not given."""
-    found: dict[str, list[str]] = {}
+    metrics_of: dict[str, list[str]] = {}
     given = [name for name in NAMES if getattr(features, name)]
     usual = networks([metric for metric in metrics if metric != HELD_OUT_LOSS])
     for name, its_metrics in usual.items():
@@ -251,5 +251,5 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
                 use = given[0]
             if not getattr(features, use):
                 raise ConfigError(f"features.{use}: {metric} needs weights: {NAMES[use]}")
-            found.setdefault(use, []).append(metric)
-    return found
+            metrics_of.setdefault(use, []).append(metric)
+    return metrics_of

@@ -96,17 +96,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def check_tensors(model: nn.Module, state: dict[str, Any], where: str, what: str) -> None:
     """`ArtifactError` that names tensors that are missing, too many, or of another shape."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_COUNTER)}
-    found = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
-    missing, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    given = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
+    missing, foreign = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
     wrong = [
         name
-        for name in sorted(wanted.keys() & found.keys())
-        if not isinstance(found[name], Tensor) or found[name].shape != wanted[name].shape
+        for name in sorted(wanted.keys() & given.keys())
+        if not isinstance(given[name], Tensor) or given[name].shape != wanted[name].shape
     ]
-    told = [
+    problems = [
         f"{len(names)} {word} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for names, word in ((missing, "missing"), (foreign, "unknown"), (wrong, "of another shape"))
         if names
     ]
-    if told:
-        raise ArtifactError(f"{where} does not hold the weights of {what}; tensors: {'; '.join(told)}")
+    if problems:
+        raise ArtifactError(f"{where} does not hold the weights of {what}; tensors: {'; '.join(problems)}")

@@ -120,20 +120,20 @@ class Collector:
 
         labels [B]: the classes that samples were drawn for.
         """
-        found, numbers = self.features(images), numbers.cpu()
-        self.pooled.update(found.pooled)
-        if found.spatial is not None:
-            self.spatial = (self.spatial or Moments.empty(found.spatial.shape[1])).update(found.spatial)
-        if found.logits is not None:
-            self.classes = self.classes or ClassSums.empty(self.num_images, found.logits.shape[1])
-            self.classes.update(found.logits, self._part[numbers])
+        extracted, numbers = self.features(images), numbers.cpu()
+        self.pooled.update(extracted.pooled)
+        if extracted.spatial is not None:
+            self.spatial = (self.spatial or Moments.empty(extracted.spatial.shape[1])).update(extracted.spatial)
+        if extracted.logits is not None:
+            self.classes = self.classes or ClassSums.empty(self.num_images, extracted.logits.shape[1])
+            self.classes.update(extracted.logits, self._part[numbers])
             if labels is not None:
-                right = found.logits.argmax(dim=1).cpu() == labels.cpu()
+                right = extracted.logits.argmax(dim=1).cpu() == labels.cpu()
                 self._right += torch.tensor([int(right.sum()), len(labels)])
         rows = self._row[numbers]
-        kept = rows >= 0
-        if kept.any():
-            self._table[rows[kept]] = found.pooled.cpu()[kept].float()
+        in_subset = rows >= 0
+        if in_subset.any():
+            self._table[rows[in_subset]] = extracted.pooled.cpu()[in_subset].float()
 
     def all_reduce(self, device: torch.device | str = "cpu") -> Collector:
         """Merge over all processes of the default group; every process gets the same. Returns itself.
@@ -260,19 +260,19 @@ def reference(
         return measure_path(
             features, path, batch=batch, selection=selection, rank=rank, world_size=world_size, **options
         )
-    found = read_statistics(path)
-    if len(found.mu) != features.num_features:
-        raise DataError(f"{path}: statistics of {len(found.mu)} features; {features.name} has {features.num_features}")
+    stored = read_statistics(path)
+    if len(stored.mu) != features.num_features:
+        raise DataError(f"{path}: statistics of {len(stored.mu)} features; {features.name} has {features.num_features}")
     spatial = None
-    if found.mu_s is not None and found.sigma_s is not None:
-        spatial = Gaussian(torch.from_numpy(found.mu_s), torch.from_numpy(found.sigma_s))
+    if stored.mu_s is not None and stored.sigma_s is not None:
+        spatial = Gaussian(torch.from_numpy(stored.mu_s), torch.from_numpy(stored.sigma_s))
     return Statistics(
         source=path,
         count=None,
         features=features.name,
         distance=features.distance,
         identity=None,
-        pooled=Gaussian(torch.from_numpy(found.mu), torch.from_numpy(found.sigma)),
+        pooled=Gaussian(torch.from_numpy(stored.mu), torch.from_numpy(stored.sigma)),
         spatial=spatial,
         kept=_features_of_subset(features, path, selection, batch, rank, world_size, **options),
     )

@@ -102,22 +102,22 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """A rich table of rows; a model's name is folded where it is long, never cut."""
-    made = Table()
-    made.add_column("model", overflow="fold", min_width=12)
-    made.add_column("architecture", overflow="fold")
-    made.add_column("method", overflow="fold")
+    scores_table = Table()
+    scores_table.add_column("model", overflow="fold", min_width=12)
+    scores_table.add_column("architecture", overflow="fold")
+    scores_table.add_column("method", overflow="fold")
     loss = any(row[HELD_OUT_LOSS] is not None for row in rows)
     if loss:
-        made.add_column("held-out loss", justify="right")
+        scores_table.add_column("held-out loss", justify="right")
     metrics = list(dict.fromkeys(metric for row in rows for metric in row["scores"]))
     for metric in metrics:
         name = next(row["scores"][metric]["name"] for row in rows if metric in row["scores"])
-        made.add_column(name, justify="right", overflow="fold")
+        scores_table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         cells = [row["model"], row["arch"] or "-", row["method"]]
         cells += [_figure(row[HELD_OUT_LOSS])] if loss else []
-        made.add_row(*cells, *(_cell(row["scores"].get(metric)) for metric in metrics))
-    return made
+        scores_table.add_row(*cells, *(_cell(row["scores"].get(metric)) for metric in metrics))
+    return scores_table
 
 
 def _cell(score: dict[str, Any] | None) -> str:

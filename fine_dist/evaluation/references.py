@@ -94,13 +94,15 @@ class References:
         """Each Fréchet distance of held-out real images to the reference, by metric; where both are shards."""
         if self.config.reference or not self.config.data.held_out:
             return {}
-        found: dict[str, float] = {}
+        distances: dict[str, float] = {}
         for name, metrics in self.networks.items():
             own = [metric for metric in metrics if metric in FRECHET]
             if own:
                 real = self.of_shards(name, self.config.data.held_out)
-                found |= {score.metric: float(score.value or 0) for score in compare(real, self.statistics(name), own)}
-        return found
+                distances |= {
+                    score.metric: float(score.value or 0) for score in compare(real, self.statistics(name), own)
+                }
+        return distances
 
     def of_shards(self, name: str, where: str) -> Statistics:
         """Statistics of the pictures in shards; each process reads its part."""
@@ -152,15 +154,15 @@ class References:
     def protocol(self) -> dict[str, Any]:
         """Names and hashes of networks and data; JSON."""
         config = self.config
-        found: dict[str, Any] = {}
+        hashes: dict[str, Any] = {}
         for name in ("held_out", "shards"):
             where = getattr(config.data, name)
             if where and (name == "held_out" or not config.reference):
-                found[name] = locate(expand_path(where), config.data)[0].hash
+                hashes[name] = locate(expand_path(where), config.data)[0].hash
         if config.reference:
             path = Path(expand_path(config.reference))
-            found["reference"] = sha256_of(path) if path.is_file() else config.reference
-        return {**found, "features": {name: self.network(name).identity or name for name in self.networks}}
+            hashes["reference"] = sha256_of(path) if path.is_file() else config.reference
+        return {**hashes, "features": {name: self.network(name).identity or name for name in self.networks}}
 
 
 def is_images(source: str) -> bool:
@@ -173,5 +175,5 @@ def is_images(source: str) -> bool:
     try:
         find_artifact(path)
     except ArtifactError:
-        return any(is_picture(found) for found in path.rglob("*"))
+        return any(is_picture(file) for file in path.rglob("*"))
     return False

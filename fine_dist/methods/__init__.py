@@ -1,8 +1,8 @@
-"""The registry of methods: each one's settings, and where its code is.
+"""The registry of methods: the settings of each, and the module of its code.
 
 To add a method, write its settings (a `MethodConfig` in a module without torch) and its `Method` class, and add one
-line to `_METHODS`. Settings are imported here, because every command's `--help` shows them; the code, which imports
-torch, is imported when `METHODS[name]` is first asked for it.
+line to `_METHODS`. Settings are imported here, because every command's `--help` shows them. The code, which imports
+torch, is imported by the first `METHODS[name]`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ _METHODS: dict[str, tuple[type[MethodConfig], str]] = {
 }
 ENTRY_POINTS = "fine_dist.methods"
 """Entry points by which other packages add methods: `my_method = "my_package.my_method:MyMethod"`."""
-_OTHERS: dict[str, type[Method[MethodConfig]]] = {}
+_INSTALLED: dict[str, type[Method[MethodConfig]]] = {}
+"""Methods of other packages by name; they are imported at once, because only the class has the settings."""
 
 
 def _add_methods_of_other_packages() -> None:
@@ -87,17 +88,18 @@ def _add_methods_of_other_packages() -> None:
         where = f"entry point {point.name} = {point.value!r} of {point.dist.name if point.dist else 'a package'}"
         if point.name in _METHODS:
             raise ConfigError(f"{where}: a method of that name exists; rename it, or uninstall the package")
-        found = _class_of(point)
-        if not (isinstance(found, type) and issubclass(found, Method)):
+        method = _class_of(point)
+        if not (isinstance(method, type) and issubclass(method, Method)):
             raise ConfigError(f"{where} is no subclass of fine_dist.methods.base.Method")
-        _OTHERS[point.name] = found
-        _METHODS[point.name] = (found.Config, point.value)
+        _INSTALLED[point.name] = method
+        _METHODS[point.name] = (method.Config, point.value)
 
 
 def _class_of(point: metadata.EntryPoint) -> Any:
-    """What an entry point names."""
-    # A package that is imported first imports `methods.base`, and so this file, in the middle of its own import: its
-    # class is not there yet. It is imported once more, whole; Python then hands out that module, here and there.
+    """The object that an entry point names."""
+    # A package that imports `methods.base` imports this file in the middle of its own import, when its class does not
+    # exist yet. The half-imported module is dropped and imported again from the start; Python then returns that module
+    # to the outer import as well.
     spec = getattr(sys.modules.get(point.module), "__spec__", None)
     if getattr(spec, "_initializing", False):
         del sys.modules[point.module]
@@ -106,11 +108,11 @@ def _class_of(point: metadata.EntryPoint) -> Any:
 
 _add_methods_of_other_packages()
 CONDENSING = ("fine", "kind", "learngene_pool", "snnet", "sweet", "sws", "tleg", "wave")
-"""Methods that have a stage 1 (`Traits.condenses`), known without importing their code."""
+"""Methods that have a stage 1 (`Traits.condenses`), listed here so that the commands' help needs no torch."""
 
 
 def described(names: Iterable[str] = tuple(_METHODS)) -> list[tuple[str, str]]:
-    """Methods by name with one line about each, for the help of commands."""
+    """(name, one-line description) of methods, for the help of commands."""
     return [(name, " ".join((_METHODS[name][0].__doc__ or "").split())) for name in names]
 
 
@@ -118,11 +120,11 @@ class _Registry(Mapping[str, "type[Method[MethodConfig]]"]):
     """Method classes by name; a class is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> type[Method[MethodConfig]]:
-        if name in _OTHERS:
-            return _OTHERS[name]
+        if name in _INSTALLED:
+            return _INSTALLED[name]
         module, _, cls = _METHODS[name][1].partition(":")
-        found: type[Method[MethodConfig]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
-        return found
+        method: type[Method[MethodConfig]] = getattr(importlib.import_module(f"{__name__}.{module}"), cls)
+        return method
 
     def __iter__(self) -> Iterator[str]:
         return iter(_METHODS)
@@ -141,30 +143,30 @@ CONFIGS: dict[str, type[MethodConfig]] = {name: config for name, (config, _) in 
 AnyMethod = union_of(list(CONFIGS.values()))
 """Annotation of a config field that holds the settings of any one method."""
 CONDENSES: MethodConfig = FineConfig()
-"""The default method of stage 1."""
+"""Settings of the default method of stage 1."""
 SCRATCH: MethodConfig = ScratchConfig()
-"""The method that needs no parent."""
+"""Settings of training from scratch, which needs no parent."""
 
 
 def build(config: MethodConfig) -> Method[MethodConfig]:
-    """The method that these settings are for."""
+    """The method with these settings."""
     return METHODS[config.name](config)
 
 
 def from_manifest(settings: dict[str, Any]) -> Method[MethodConfig]:
-    """The method that an artifact's manifest names, with the settings it was made with.
+    """The method that an artifact's manifest names, with the settings in the manifest.
 
     Raises:
         ArtifactError: The manifest names a method that is not in the registry.
     """
     name = str(settings.get("name"))
     if name not in CONFIGS:
-        raise ArtifactError(f"method {name!r} is not known here; {nearest(name, CONFIGS)}")
+        raise ArtifactError(f"method {name!r} is unknown; {nearest(name, CONFIGS)}")
     return build(validate(CONFIGS[name], settings, "method in the manifest"))
 
 
 def parent_of(artifact: Artifact) -> Parent:
-    """An artifact together with a module of the method that made it, in which its tensors are loaded."""
+    """An artifact together with a module of its method that has the artifact's tensors."""
     method = from_manifest(artifact.method)
     if artifact.kind != "learngene" and method.traits.dense:
         method = build(SCRATCH)
@@ -172,10 +174,10 @@ def parent_of(artifact: Artifact) -> Parent:
 
 
 def loaded(method: Method[Any], arch: Arch, tensors: dict[str, Tensor], folder: Path) -> nn.Module:
-    """A module of a method with stored tensors in it.
+    """A module of a method with stored tensors.
 
     Raises:
-        ArtifactError: Names, shapes or kinds of the tensors are not those of the method; `folder` is named.
+        ArtifactError: Names, shapes or dtypes of the tensors do not fit the method; the message names `folder`.
     """
     try:
         module = method.module(arch, tensors)
@@ -183,12 +185,12 @@ def loaded(method: Method[Any], arch: Arch, tensors: dict[str, Tensor], folder: 
         raise ArtifactError(f"{folder}: {error}") from None
     except (IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ArtifactError(
-            f"{folder}: its tensors do not make a module of {method.config.name} "
+            f"{folder}: its tensors do not fit method {method.config.name} "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): it was altered; copy the folder again"
         ) from None
     wanted = module.state_dict()
     for name, tensor in tensors.items():
-        # torch copies integers into floats, and a number without dimensions into a vector of one, without a word.
+        # `load_state_dict` silently copies integers into floats, and a scalar into a vector of one number.
         if name in wanted and (
             tensor.is_floating_point() != wanted[name].is_floating_point() or tensor.shape != wanted[name].shape
         ):
@@ -200,12 +202,12 @@ def loaded(method: Method[Any], arch: Arch, tensors: dict[str, Tensor], folder: 
         module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ArtifactError(f"{folder} does not hold what its manifest says: {reason}") from None
+        raise ArtifactError(f"{folder}: its tensors are not those of its manifest: {reason}") from None
     return module
 
 
 def check(method: Method[MethodConfig], parent: Artifact | None, target: Arch) -> None:
-    """`Method.check`, whose error also names the methods that could make this target from this parent."""
+    """As `Method.check`; the error also names the methods that could make this target from this parent."""
     try:
         method.check(parent, target)
     except ArtifactError as error:

@@ -1,11 +1,12 @@
 """The meaning of rows and columns of a DiT's tensors, so that rules over widths keep tensors consistent.
 
-An axis is `(groups, space)`: a number of stretches, each over the same space. A block's qkv has rows `(3, "heads")` (q,
-k and v, head by head) and columns `(1, "stream")`. A rule that keeps some units of a space keeps the same ones wherever
-the space occurs, so the result is again a network.
+An axis is `(groups, space)`: a number of chunks, each over the same space. A block's qkv has rows `(3, "heads")` (q, k
+and v, head by head) and columns `(1, "stream")`. A rule that selects units of a space selects the same units wherever
+the space occurs, so that the result is a consistent network.
 
 Spaces: `stream` the tokens' D, `condition` the conditioning vector's D, `time` the time embedder's hidden D, `heads`
-attention's D (A heads of D / A), `hidden` the MLP's 4 D. No axis (`None`): patches, sinusoids, classes, output.
+attention's D (A heads of D / A), `hidden` the MLP's 4 D. Axes without a space (`None`): patches, sinusoids, classes and
+outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fine_dist.model.arch import Arch
 
 
 class Axis(NamedTuple):
-    """Rows or columns of a tensor: `groups` stretches of one space."""
+    """Rows or columns of a tensor: `groups` chunks over one space."""
 
     groups: int
     space: str
@@ -33,7 +34,7 @@ MATRIX_AXES: dict[str, tuple[Axis, Axis]] = {
     "out": (STREAM, HIDDEN),
     "adaln": (Axis(6, "stream"), CONDITION),
 }
-"""(rows, columns) of a block's matrices; a bias has the rows' axis."""
+"""(rows, columns) of a block's matrices; a bias has the axis of the rows."""
 
 SHELL_AXES: dict[str, tuple[Axis | None, Axis | None]] = {
     "patch": (STREAM, None),
@@ -43,7 +44,7 @@ SHELL_AXES: dict[str, tuple[Axis | None, Axis | None]] = {
     "final.adaln": (Axis(2, "stream"), CONDITION),
     "final.linear": (None, STREAM),
 }
-"""The same of what is outside the blocks, by the module's name."""
+"""(rows, columns) of the matrices outside the blocks, by the module's name."""
 
 
 def axes_of(name: str) -> tuple[Axis | None, ...]:

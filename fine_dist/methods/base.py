@@ -1,11 +1,10 @@
 """The interface of a method: a rule that turns shared genes and a layer's own scalers into that layer's weights.
 
 Settings (`MethodConfig`) are in modules without torch, because every command's `--help` shows them. The code of a
-method is a `Method` in one file, or in a folder with the layers that it owns. `methods/__init__.py` lists both.
-The rest of the package learns everything about a method from this interface: what a target may come from, what stage 1
-trains and on which loss, what trains next, how the result becomes an ordinary model, its cost, and its tables. The
-defaults are those of a baseline without stage 1. Three defaults import torch late, because modules of settings import
-this one.
+method is a `Method` in one file, or in a folder together with its layers. `methods/__init__.py` lists both.
+The rest of the package knows methods only through this interface: the parents of a target, what stage 1 trains and on
+which loss, what stage 2 trains, how the result becomes an ordinary model, its cost, and its tables. The defaults are
+those of a baseline without stage 1. Three defaults import torch late, because modules of settings import this module.
 """
 
 from __future__ import annotations
@@ -40,9 +39,14 @@ M = TypeVar("M", bound=MethodConfig, covariant=True)
 
 Varies = Literal["depth", "width", "classes", "resolution"]
 ALWAYS = ("patch_size", "in_channels", "learn_sigma")
-"""Fields of the architecture in which a target equals its parent with every method."""
-RESOLUTION = ("input_size", "position_grid")
-WIDTH = ("hidden_size", "num_heads")
+"""Fields of the architecture that a target shares with its parent under every method."""
+FIELDS: dict[Varies, tuple[str, ...]] = {
+    "resolution": ("input_size", "position_grid"),
+    "width": ("hidden_size", "num_heads"),
+    "classes": ("num_classes",),
+    "depth": ("num_layers",),
+}
+"""Fields of the architecture that belong to each property in which a target may differ."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Weights:
     output: float = 0.0
     """Mean squared difference to the teacher's full output."""
     features: float = 0.0
-    """Mean squared difference to the teacher's features, for the pairs that the condensation names."""
+    """Mean squared difference to the teacher's features, for the pairs in `Condensation.pairs`."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,17 @@ class Traits:
     varies: frozenset[Varies] = frozenset({"depth", "width", "classes"})
     """Properties in which a target may differ from its parent."""
     condenses: bool = False
-    """Whether it has a stage 1."""
+    """Whether the method has a stage 1."""
     ancestor: Literal["no", "may", "must"] = "no"
     """Whether stage 1 starts from or imitates a trained model: never, if one is given, or always."""
     same_shape: bool = False
-    """Whether that model must have the same architecture as what stage 1 trains, or only its latents and classes."""
+    """Whether the ancestor must have the architecture that stage 1 trains. Otherwise only latents and classes must
+    agree."""
     carries_over: bool = False
-    """Whether stage 1 starts from the weights of that model's blocks (`Method.carry_over`)."""
+    """Whether stage 1 starts from the weights of the ancestor's blocks (`Method.carry_over`)."""
     loss: Weights = Weights()
-    """Default weights of stage 1's loss. A method whose ancestor is optional also imitates the output of a given one,
-    with weight 1."""
+    """Default weights of stage 1's loss. If the ancestor is optional and one is given, its output is imitated with
+    weight 1 as well."""
     dense: bool = True
     """Whether the result is an ordinary DiT; otherwise it is saved and loaded as the method's own module."""
     samples: int = 0
@@ -98,15 +103,15 @@ class Parent:
 
 @dataclass
 class Condensation:
-    """What stage 1 trains.
+    """The initialized modules of stage 1.
 
     Attributes:
-        module: All of it trains; `(z, t, y) -> output`, or a `ModelOutput` with features.
-        pairs: (feature of `module`, feature of the teacher) for the term `features`.
+        module: Trained module: `(z, t, y) -> output`, or a `ModelOutput` with features. All its parameters train.
+        pairs: (feature of `module`, feature of the teacher) for the loss term `features`.
         before_step: Called on every rank before each step with the step and a generator seeded by (seed, step).
         report: Facts about the initialization for the manifest (JSON).
         lines: The same facts as lines to print.
-        prefix: Prefix of the state-dict names of the part that is kept; empty: all of `module`.
+        prefix: State-dict prefix of the part that is saved as the learngene; empty: all of `module`.
     """
 
     module: nn.Module
@@ -117,7 +122,7 @@ class Condensation:
     prefix: str = ""
 
     def product(self, module: nn.Module) -> nn.Module:
-        """The part of a trained module, or of a copy of it, that is kept."""
+        """The part of a trained module, or of a copy of it, that is the learngene."""
         return module.get_submodule(self.prefix.rstrip(".")) if self.prefix else module
 
 
@@ -138,9 +143,9 @@ class Method(ABC, Generic[M]):
     """A method that initializes targets.
 
     Attributes:
-        Config: Class of its settings.
+        Config: Class of the settings.
         label: Name in tables.
-        paper: Its source.
+        paper: The method's source.
         summary: One line for lists of methods.
     """
 
@@ -154,7 +159,7 @@ class Method(ABC, Generic[M]):
     def __init__(self, config: M):
         self.config = config
 
-    # --- what it can do ---------------------------------------------------------------------------------------------
+    # --- abilities --------------------------------------------------------------------------------------------------
 
     @property
     def traits(self) -> Traits:
@@ -165,7 +170,7 @@ class Method(ABC, Generic[M]):
         """Check that a target of this architecture can be made from this parent, without building anything.
 
         Raises:
-            ArtifactError: It cannot; the message says why.
+            ArtifactError: The target cannot be made; the message says why.
         """
         name, kinds = self.config.name, self.traits.parents
         if parent is None:
@@ -176,33 +181,26 @@ class Method(ABC, Generic[M]):
             raise ArtifactError(f"{parent.folder} is a {parent.kind}, and method {name} takes: {', '.join(kinds)}")
         self.check_parent(parent)
         # All differences are collected, so that one message names everything that has to change.
-        differs = [f for f in ALWAYS if _differ(target, parent.arch, f)]
-        differs += (
-            [] if "resolution" in self.traits.varies else [f for f in RESOLUTION if _differ(target, parent.arch, f)]
-        )
-        differs += [] if "width" in self.traits.varies else [f for f in WIDTH if _differ(target, parent.arch, f)]
-        differs += (
-            [] if "classes" in self.traits.varies else ["num_classes"] * _differ(target, parent.arch, "num_classes")
-        )
-        differs += [] if "depth" in self.traits.varies else ["num_layers"] * _differ(target, parent.arch, "num_layers")
-        if differs:
-            said = ", ".join(
-                f"{f} is {getattr(parent.arch, f)} in the parent, {getattr(target, f)} in the target" for f in differs
-            )
+        fixed = [*ALWAYS, *(f for axis, fields in FIELDS.items() if axis not in self.traits.varies for f in fields)]
+        differences = [
+            f"{f} is {getattr(parent.arch, f)} in the parent, {getattr(target, f)} in the target"
+            for f in fixed
+            if getattr(target, f) != getattr(parent.arch, f)
+        ]
+        if differences:
             free = ", ".join(sorted(self.traits.varies))
             legal = f"may differ in {free} alone" if free else "has its parent's shape"
-            raise ArtifactError(f"{parent.folder}: {said}; with method {name} a target {legal}")
+            raise ArtifactError(f"{parent.folder}: {', '.join(differences)}; with method {name} a target {legal}")
 
     def check_parent(self, parent: Artifact) -> None:
         """Check that this method accepts the parent's method. `ArtifactError` when it does not."""
-        if parent.kind == "learngene" and parent.method.get("name") not in self.from_methods:
-            made = parent.method.get("name")
-            raise ArtifactError(f"{parent.folder} is a learngene of method {made}, and method {self.config.name} "
+        method = parent.method.get("name")
+        if parent.kind == "learngene" and method not in self.from_methods:
+            raise ArtifactError(f"{parent.folder} is a learngene of method {method}, and method {self.config.name} "
                                 f"takes one of: {', '.join(self.from_methods)}")  # fmt: skip
         if parent.kind == "model" and "blocks.0.qkv.weight" not in parent.tensors:
-            made = parent.method.get("name")
-            raise ArtifactError(f"{parent.folder} is a model of method {made} and no ordinary DiT, and method "
-                                f"{self.config.name} goes on from ordinary ones")  # fmt: skip
+            raise ArtifactError(f"{parent.folder} is a model of method {method} and not an ordinary DiT, and method "
+                                f"{self.config.name} starts from ordinary DiTs")  # fmt: skip
 
     @property
     def from_methods(self) -> tuple[str, ...]:
@@ -214,7 +212,7 @@ class Method(ABC, Generic[M]):
         return {}
 
     def vary(self, axis: str, value: str) -> Method[MethodConfig]:
-        """The same method with one setting changed. `ConfigError` when it has no such axis or value."""
+        """This method with one setting changed. `ConfigError` when it has no such axis or value."""
         axes = self.variants()
         if axis not in axes:
             has = nearest(axis, axes) if axes else "it has none"
@@ -262,10 +260,10 @@ class Method(ABC, Generic[M]):
         It may take long, so it is called on one rank and once for a run directory.
 
         Args:
-            module: What `condense` has made, in host memory.
+            module: `Condensation.module` of `condense`, in host memory.
             ancestor: The trained model, in host memory.
-            generator: Seeded like that of `condense`.
-            device: Where large products are computed.
+            generator: Seeded like the generator of `condense`.
+            device: Device of the large products.
 
         Returns:
             Facts for the learngene's manifest (JSON).
@@ -273,7 +271,7 @@ class Method(ABC, Generic[M]):
         return {}
 
     def blueprint(self, arch: Arch) -> nn.Module:
-        """A module with the architecture of stage 1, for counting; it may be on the meta device."""
+        """A module with the parameters of stage 1, for counting them; it may be on the meta device."""
         import torch
 
         return self.condense(arch, None, torch.Generator()).module
@@ -286,17 +284,16 @@ class Method(ABC, Generic[M]):
         """A hook that is called on every rank before each step of stage 2 with (step, generator seeded by both)."""
         return None
 
-    # --- what becomes of it -----------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
-        """A module into which the tensors of a learngene or of an unmerged target are loaded; its values do not
-        matter."""
+        """A module of arbitrary values into which the tensors of a learngene or an unmerged target can be loaded."""
         from fine_dist.model.dit import DiT
 
         return DiT(arch)
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        """The state dict of the ordinary dense DiT that computes the same function, bit-identical in every call."""
+        """The state dict of the ordinary dense DiT that computes the same function; every call gives the same bits."""
         return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     def pack(self, model: nn.Module) -> SharedForm | None:
@@ -304,7 +301,7 @@ class Method(ABC, Generic[M]):
         return None
 
     def cost(self, model: nn.Module, batch: int = 1) -> ModelCost:
-        """FLOPs and kept numbers of a step, given what trains now, and numbers stored and trained."""
+        """FLOPs of a sample and the numbers saved for its backward pass, given what trains now; parameter counts."""
         from fine_dist.model.flops import model_cost
 
         return model_cost(model, batch)
@@ -314,12 +311,8 @@ class Method(ABC, Generic[M]):
         return {}
 
 
-def _differ(a: Arch, b: Arch, field_name: str) -> bool:
-    return bool(getattr(a, field_name) != getattr(b, field_name))
-
-
 def needed(parent: Parent | None) -> Parent:
-    """The parent of a method that requires one; `check` has refused its absence before."""
+    """The parent of a method that requires one. `ArtifactError` without one, which `check` reports earlier."""
     if parent is None:
         raise ArtifactError("this method starts from a parent; give its folder")
     return parent

@@ -1,6 +1,6 @@
-"""A control: only what is outside the blocks is inherited (embedders, final layer); the blocks start from scratch.
+"""A control: only the embedders and the final layer are inherited; the blocks start from scratch.
 
-Methods that condense give their targets the same copy of those parts, so a gain over this control is the blocks' own.
+Methods that condense also copy these parts, so a gain over this control comes from the blocks.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """DiffFit (Xie et al., arXiv 2304.06648): a new domain by training biases, labels and a scale on residual branches.
 
-Everything is frozen but the biases (the time embedder's excepted), the label embedder, and gamma [D], from one, on the
-attention and MLP branches of the first half of the blocks. Gamma then folds into `o` and `out`, weights and biases.
-The paper's learning rate is ten times pre-training's (optim.lr 1e-3).
+The trained parameters are the biases (except the time embedder's), the label embedder, and a scale gamma [D], initially
+one, on the attention and MLP branches of the first half of the blocks. Afterwards gamma is folded into the weights and
+biases of `o` and `out`. The paper's learning rate is ten times that of pre-training (optim.lr 1e-3).
 
-Counts: 15 D L biases of blocks, 3 D + p^2 C_out outside them, (C + 1) D labels, 2 D gammas a scaled block. For
-DiT-XL/2 that is 0.08% of the model before labels, and 0.11% with the 201 labels of a set of 200 classes; the paper
-says 0.12%.
+Counts: 15 D L biases of blocks, 3 D + p^2 C_out outside them, (C + 1) D labels, and 2 D gammas in each scaled block.
+For DiT-XL/2 that is 0.08% of the model before labels, and 0.11% with the 201 labels of a set of 200 classes; the paper
+states 0.12%.
 
 A target may have another resolution than its parent, such as 512 pixels from 256: the same parameters train on the
-larger latents, and positions of the new grid are rescaled to the old one's range (half the index for twice the side),
-so that the frozen weights meet positions they know.
+larger latents, and positions of the new grid are rescaled to the range of the old grid (half the index for twice the
+side), so that the frozen weights see positions that they were trained on.
 
-*Choice*: there is no public code on DiT; other ports train the time embedder's biases too, or scale attention alone.
+*Choice*: there is no public code for DiT; other ports train the time embedder's biases too, or scale attention alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class DiffFit(Method[DiffFitConfig]):
     def shape_of(self, target: Arch, parent: Arch) -> Arch:
         if target.input_size == parent.input_size:
             return target.model_copy(update={"position_grid": parent.position_grid})
-        # A parent may itself have been adapted: its weights know the grid that they were first trained for.
+        # A parent may itself have been adapted; then its weights were trained on the grid in its `position_grid`.
         trained = parent.position_grid or sides(*parent.grid)
         return target.model_copy(update={"position_grid": trained})
 
@@ -57,9 +57,9 @@ class DiffFit(Method[DiffFitConfig]):
         model = self.module(target, {})
         model.load_state_dict({**model.state_dict(), **needed(parent).module.state_dict()})
         train_only(model, "bias", "scaler")
-        # outside the blocks nothing is declared: what trains there is named here, module by module
-        for own in (model.patch.bias, model.final.adaln.bias, model.final.linear.bias, model.label.weight):
-            own.requires_grad_(True)
+        # parameters outside the blocks all have the role `shell`, so those that train are listed here
+        for parameter in (model.patch.bias, model.final.adaln.bias, model.final.linear.bias, model.label.weight):
+            parameter.requires_grad_(True)
         return Descent(model, "some")
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> DiT:
@@ -83,10 +83,10 @@ class DiffFit(Method[DiffFitConfig]):
 
 
 class ScaledDense(Dense):
-    """`gamma * (x W^T + b)`, gamma [m] beginning at one.
+    """`gamma * (x W^T + b)`, gamma [m] initially one.
 
-    While gradients are recorded gamma multiplies the product: no gradient of W is ever formed. Without them gamma is
-    folded into W and b first, so what is evaluated is, bit for bit, what `folded` deploys.
+    While gradients are recorded, gamma multiplies the product, so that no gradient of W is formed. Without gradients
+    gamma is folded into W and b first, so that evaluation has the bits of the merged model.
     """
 
     roles: ClassVar[dict[str, Role]] = {**Dense.roles, "gamma": "scaler"}
@@ -102,9 +102,9 @@ class ScaledDense(Dense):
         return F.linear(x, *self.folded())
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """The weight [m, n] and bias [m] of the ordinary matrix of the same function."""
+        """The weight [m, n] and bias [m] of the ordinary matrix that computes the same function."""
         return self.gamma[:, None] * self.weight, self.gamma * self.bias
 
-    def kept_numbers(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's: the unscaled result."""
+    def saved_for_backward(self, rows: int) -> int:
+        """Numbers saved for the backward pass in addition to a dense product's: the unscaled result."""
         return rows * self.out_features

@@ -43,13 +43,13 @@ class Front(Method[FrontConfig]):
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         source: Any = needed(parent).module
         model = DiT(target, generator=generator)
-        theirs, depth = source.state_dict(), source.arch.num_layers
+        weights, depth = source.state_dict(), source.arch.num_layers
         state: dict[str, Tensor] = {}
-        for name, own in model.state_dict().items():
+        for name, tensor in model.state_dict().items():
             if not name.startswith("blocks."):
-                state[name] = self.resized(name, theirs[name], tuple(own.shape))
+                state[name] = self.resized(name, weights[name], tuple(tensor.shape))
         for leaf in [name.removeprefix("blocks.0.") for name in model.state_dict() if name.startswith("blocks.0.")]:
-            stack = torch.stack([theirs[f"blocks.{layer}.{leaf}"] for layer in range(depth)])
+            stack = torch.stack([weights[f"blocks.{layer}.{leaf}"] for layer in range(depth)])
             layers = resize(stack, 0, 1, target.num_layers, self.config.keep)
             shape = tuple(model.get_parameter(f"blocks.0.{leaf}").shape)
             for layer, tensor in enumerate(layers):
@@ -58,11 +58,11 @@ class Front(Method[FrontConfig]):
         return Descent(model)
 
     def resized(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of a DiT at the size of the target's, along every axis that depends on the width."""
+        """A tensor of a DiT resampled to `shape` along every axis that depends on the width."""
         for dim, axis in enumerate(axes_of(name)):
             if axis is not None:
                 grown = resize(tensor, dim, axis.groups, shape[dim] // axis.groups, self.config.keep)
-                # inputs are summed: their weights keep the variance of the sum, not their values
+                # inputs are summed, so their weights keep the variance of the sum and not their values
                 tensor = grown * math.sqrt(tensor.shape[dim] / shape[dim]) if dim == 1 else grown
         return tensor
 
@@ -76,17 +76,21 @@ def cosines(size: int) -> Tensor:
 
 
 def resize(tensor: Tensor, dim: int, groups: int, size: int, keep: float) -> Tensor:
-    """Resample a dimension of `groups` stretches of d1 entries to as many of `size`, from its lowest frequencies.
+    """Resample a dimension of `groups` chunks of d1 entries to chunks of `size` entries, from its lowest frequencies.
 
     Args:
-        keep: The share of the frequencies that are kept, at least one of them.
+        tensor: Any tensor.
+        dim: The dimension.
+        groups: Number of chunks, each resampled separately.
+        size: Entries d2 of a chunk of the result.
+        keep: Fraction of the frequencies that are kept; at least one is.
     """
     parts = tensor.double().movedim(dim, -1).unflatten(-1, (groups, -1))  #                            [..., g, d1]
     old = parts.shape[-1]
-    kept = min(max(1, round(keep * old)), size)
+    num_kept = min(max(1, round(keep * old)), size)
     # A DCT by a matrix product: an axis is resized once, and torch has no fast transform of this kind.
-    spectrum = parts @ cosines(old)[:kept].T  #                                                         [..., g, K]
-    # The factor keeps values, not norms: with orthonormal transforms of two sizes a constant would change.
-    made = spectrum @ cosines(size)[:kept] * math.sqrt(size / old)  #                                  [..., g, d2]
-    resampled: Tensor = made.flatten(-2).movedim(-1, dim).to(tensor.dtype).contiguous()
+    spectrum = parts @ cosines(old)[:num_kept].T  #                                                         [..., g, K]
+    # The factor preserves values instead of norms: orthonormal transforms of two sizes would change a constant.
+    values = spectrum @ cosines(size)[:num_kept] * math.sqrt(size / old)  #                          [..., g, d2]
+    resampled: Tensor = values.flatten(-2).movedim(-1, dim).to(tensor.dtype).contiguous()
     return resampled

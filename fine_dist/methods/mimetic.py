@@ -1,18 +1,18 @@
 """Mimetic initialization of attention (Trockman and Kolter, arXiv 2305.09828): products like those of trained weights.
 
 In trained transformers the products of attention's weights are close to multiples of the identity: positive for queries
-with keys, negative for values with the projection. With Z [D, D] of entries N(0, 1 / D), drawn anew each time:
+with keys, negative for values with the projection. With a new Z [D, D] of entries N(0, 1 / D) for each product:
 
     W_q^T W_k = alpha_qk Z + beta_qk I    for every head (eq. 5),
     W_o W_v   = alpha_vo Z - beta_vo I    for all heads together (eq. 6).
 
-Each wanted product is factored by an SVD `P S Q^T` with sqrt(S) on both sides. A head's queries and keys take the k
-leading components of an SVD of its own. Values and projection are *one* SVD of the whole [D, D] matrix, whose D
-components are dealt out to the heads in order: the heads' products then add up to the wanted matrix exactly. (An SVD
-for every head would add up to about twice the wanted diagonal, because each takes its leading components.)
+Each product is factored by an SVD `P S Q^T` with sqrt(S) on both sides. Queries and keys of a head are the k leading
+components of the head's own SVD. Values and projection come from *one* SVD of the complete [D, D] matrix, whose D
+components are divided over the heads in order, so that the heads' products add up to the matrix exactly. (One SVD for
+each head would add up to about twice the diagonal, because each head would take its leading components.)
 
-Everything else is DiT's own initialization. adaLN-zero still closes every branch at the first step; what this changes
-is the gradient that opens them.
+Everything else is DiT's own initialization. adaLN-zero still multiplies every branch by zero at the first step; this
+initialization changes the gradient of the gates.
 
 Shapes: D width, A heads, k = D / A a head's size; weights are `out x in`, so q = x W_q^T.
 """
@@ -46,24 +46,25 @@ class Mimetic(Method[MimeticConfig]):
             q, k, v = qkv.chunk(3)
             # Rows of a head are consecutive in q and k.
             for rows in torch.arange(target.hidden_size).chunk(target.num_heads):
-                wanted = self.wanted(target.hidden_size, self.config.alpha_qk, self.config.beta_qk, generator)
-                left, right = halves(wanted, len(rows))
+                product = noisy_identity(target.hidden_size, self.config.alpha_qk, self.config.beta_qk, generator)
+                left, right = factor(product, len(rows))
                 q[rows], k[rows] = left.T.float(), right.T.float()
-            wanted = self.wanted(target.hidden_size, self.config.alpha_vo, -self.config.beta_vo, generator)
-            left, right = halves(wanted, target.hidden_size)
+            product = noisy_identity(target.hidden_size, self.config.alpha_vo, -self.config.beta_vo, generator)
+            left, right = factor(product, target.hidden_size)
             o.copy_(left)
             v.copy_(right.T)
         return Descent(model)
 
-    def wanted(self, width: int, noise: float, identity: float, generator: torch.Generator) -> Tensor:
-        """`noise Z + identity I` [D, D] in float64."""
-        z = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
-        product: Tensor = noise * z + identity * torch.eye(width, dtype=torch.float64)
-        return product
+
+def noisy_identity(width: int, noise: float, identity: float, generator: torch.Generator) -> Tensor:
+    """`noise Z + identity I` [D, D] in float64."""
+    z = torch.randn(width, width, generator=generator, dtype=torch.float64) / width**0.5
+    product: Tensor = noise * z + identity * torch.eye(width, dtype=torch.float64)
+    return product
 
 
-def halves(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Two [D, size] factors; `left @ right.T` is the best approximation of a [D, D] matrix of that rank."""
+def factor(product: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Two [D, size] factors whose product `left @ right.T` is the best approximation of this rank."""
     u, s, vt = torch.linalg.svd(product)
     root = s[:size].sqrt()
     return u[:, :size] * root, vt[:size].T * root

@@ -146,16 +146,16 @@ def kept_layers(source: nn.Module, layers: list[int], depth: int) -> dict[str, T
 
 def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[int]:
     """The layers whose model has the lowest loss: the best set of all, or of those that dropping one by one meets."""
-    whole: Any = model
-    blocks = list(whole.blocks)
+    dit: Any = model
+    blocks = list(dit.blocks)
 
     def loss_of(layers: tuple[int, ...]) -> float:
         # Blocks are taken out and put back instead of copied: a hundred candidates of a large model would not fit.
-        whole.blocks = nn.ModuleList(blocks[layer] for layer in layers)
+        dit.blocks = nn.ModuleList(blocks[layer] for layer in layers)
         try:
             return loss(model)["held_out_loss"]
         finally:
-            whole.blocks = nn.ModuleList(blocks)
+            dit.blocks = nn.ModuleList(blocks)
 
     everything = tuple(range(len(blocks)))
     if math.comb(len(blocks), num_layers) <= FEW:
@@ -230,9 +230,9 @@ class LayerChoice(DiT):
         arch = target.with_depth(depth)
         super().__init__(arch, lambda matrix, layer: LowRankDense(*arch.matrix(matrix), rank, generator), generator)
         self.arch, self.temperature = target, temperature
-        count, size, kept = group_sizes(depth, target.num_layers, groups)
-        masks = torch.zeros(math.comb(size, kept), size)
-        for row, chosen in zip(masks, itertools.combinations(range(size), kept)):
+        count, size, num_kept = group_sizes(depth, target.num_layers, groups)
+        masks = torch.zeros(math.comb(size, num_kept), size)
+        for row, chosen in zip(masks, itertools.combinations(range(size), num_kept)):
             row[list(chosen)] = 1
         self.register_buffer("masks", masks, persistent=False)
         self.register_buffer("noise", torch.zeros(count, len(masks)), persistent=False)

@@ -21,38 +21,38 @@ from fine_dist.model.dit import Condition, DiT, LinearFactory
 from fine_dist.model.roles import of_role
 
 
-class OfGenes(nn.Module):
-    """The matrix of one layer without parameters of its own: it calls shared genes with the layer's place."""
+class GeneLinear(nn.Module):
+    """The matrix of one layer without its own parameters: it calls shared genes with the position of the layer."""
 
-    place: Tensor | None
+    position: Tensor | None
 
-    def __init__(self, genes: nn.Module, place: float | None = None):
+    def __init__(self, genes: nn.Module, position: float | None = None):
         super().__init__()
         # In a tuple: an attribute would register the genes once more for every layer.
         self._genes = (genes,)
         # A tensor, not a float: compiled blocks take it as an input, where a float would compile every layer again.
-        self.register_buffer("place", None if place is None else torch.tensor(place), persistent=False)
+        self.register_buffer("position", None if position is None else torch.tensor(position), persistent=False)
 
     @property
     def genes(self) -> Any:
         return self._genes[0]
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
-        y: Tensor = self.genes(x) if self.place is None else self.genes(x, self.place)
+        y: Tensor = self.genes(x) if self.position is None else self.genes(x, self.position)
         return y
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """The weight [m, n] and bias [m] that this layer multiplies by."""
-        dense: tuple[Tensor, Tensor] = self.genes.dense() if self.place is None else self.genes.dense(self.place)
+        dense: tuple[Tensor, Tensor] = self.genes.dense() if self.position is None else self.genes.dense(self.position)
         return dense
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         count: int = self.genes.multiply_adds(rows, backward=backward)
         return count
 
-    def kept_numbers(self, rows: int) -> int:
-        kept = getattr(self.genes, "kept_numbers", None)
-        return kept(rows) if kept else 0
+    def saved_for_backward(self, rows: int) -> int:
+        count = getattr(self.genes, "saved_for_backward", None)
+        return count(rows) if count else 0
 
 
 class SharedBlocks(Method[M]):

@@ -128,12 +128,12 @@ class SpectralDense(nn.Module):
         path = self.choose(rows, backward)
         return multiply_adds(path, rows, *self._sides, **self._training, backward=backward)
 
-    def kept_numbers(self, rows: int) -> int:
+    def saved_for_backward(self, rows: int) -> int:
         """Numbers that its backward pass keeps beyond a dense product's."""
         if self.choose(rows, True) == "composed":
             return self.U.shape[0] * self.V.shape[0]
         return rows * self.U.shape[1]
 
-    def keeps_input(self, rows: int) -> bool:
+    def saves_input(self, rows: int) -> bool:
         """Whether its backward pass needs what it multiplied."""
         return self.choose(rows, True) == "composed"

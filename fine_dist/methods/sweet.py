@@ -198,7 +198,7 @@ class TuckerLinear(nn.Module):
         trains = core or own or template.U.requires_grad
         return mix * (1 + core + own) + (shape * 3 + product * 3 if trains else shape + product * 2)
 
-    def kept_numbers(self, rows: int) -> int:
+    def saved_for_backward(self, rows: int) -> int:
         """Numbers that its backward pass keeps beyond a dense product's: the weight that was made, and its making."""
         [template] = self._template
         d, r = len(template.U), template.side

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, MethodConfig, Parent, needed
 from fine_dist.methods.settings import SwsConfig
-from fine_dist.methods.shared import OfGenes, SharedBlocks, SharedDiT, expanded
+from fine_dist.methods.shared import GeneLinear, SharedBlocks, SharedDiT, expanded
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.depth import nearest_layers
 from fine_dist.model.dit import Dense, DiT
@@ -89,4 +89,4 @@ def staged(arch: Arch, stages: list[int], generator: torch.Generator | None = No
         )
         for matrix in MATRICES
     }
-    return SharedDiT(arch, dict(genes), lambda matrix, layer: OfGenes(genes[matrix][stages[layer]]), generator)
+    return SharedDiT(arch, dict(genes), lambda matrix, layer: GeneLinear(genes[matrix][stages[layer]]), generator)

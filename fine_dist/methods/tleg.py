@@ -2,7 +2,7 @@
 
 Stage 1 trains theta_A, theta_B and what is outside the blocks in an auxiliary model, by soft distillation of the
 ancestor's output alone (the paper's alpha is 1; `loss: {diffusion: 1 - alpha, output: alpha}` gives another). A target
-of L layers takes L places on the line, biases too, and is an ordinary DiT at once: nothing of it waits for a stage 2.
+of L layers takes L positions on the line, biases too, and is an ordinary DiT at once: nothing of it waits for a stage 2.
 
 The auxiliary model's depth is a setting of the method's own, whatever the ancestor's: it is the depth of the learngene
 as an artifact, and of the model that the learngene is when it is evaluated. *Choice*, as a DiT needs it: adaLN's
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fine_dist.methods.base import Descent, MethodConfig, Parent, needed
 from fine_dist.methods.settings import TlegConfig
-from fine_dist.methods.shared import OfGenes, SharedBlocks, SharedDiT, expanded
+from fine_dist.methods.shared import GeneLinear, SharedBlocks, SharedDiT, expanded
 from fine_dist.model.arch import MATRICES, Arch
 from fine_dist.model.dit import DiT
 from fine_dist.model.roles import Role
@@ -40,11 +40,11 @@ class Tleg(SharedBlocks[TlegConfig]):
         return on_a_line(self.auxiliary(arch), generator)
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
-        source, places = needed(parent).module, line_places(target.num_layers)
+        source, positions = needed(parent).module, line_positions(target.num_layers)
         genes: Any = source.genes
         model = DiT(target, generator=generator)
         model.load_state_dict(
-            expanded(source, target.num_layers, lambda matrix, layer: genes[matrix].dense(places[layer]))
+            expanded(source, target.num_layers, lambda matrix, layer: genes[matrix].dense(positions[layer]))
         )
         return Descent(model)
 
@@ -53,7 +53,7 @@ class Tleg(SharedBlocks[TlegConfig]):
 
 
 class LineMatrix(nn.Module):
-    """`W = base + place * slope`, the bias too: `forward(x [..., n], place) -> [..., m]` (TLEG, arXiv 2312.05614).
+    """`W = base + position * slope`, the bias too: `forward(x [..., n], position) -> [..., m]` (TLEG, arXiv 2312.05614).
 
     Both weights start at a truncated normal of 0.02, both biases at zero; zero: the weights as well.
     """
@@ -67,12 +67,12 @@ class LineMatrix(nn.Module):
         for weight in () if zero else (self.base, self.slope):
             nn.init.trunc_normal_(weight, std=0.02, generator=generator)
 
-    def forward(self, x: Tensor, place: Tensor | float) -> Tensor:
-        return F.linear(x, *self.dense(place))
+    def forward(self, x: Tensor, position: Tensor | float) -> Tensor:
+        return F.linear(x, *self.dense(position))
 
-    def dense(self, place: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The weight [m, n] and bias [m] at a place on the line."""
-        return self.base + place * self.slope, self.base_bias + place * self.slope_bias
+    def dense(self, position: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The weight [m, n] and bias [m] at a position on the line."""
+        return self.base + position * self.slope, self.base_bias + position * self.slope_bias
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
         """Of one product of `rows` rows and the making of its weight; with its backward pass if there is one."""
@@ -80,7 +80,7 @@ class LineMatrix(nn.Module):
         trains = self.base.requires_grad or self.slope.requires_grad
         return make + product * (1 + backward) + (backward and trains) * (make + product)
 
-    def kept_numbers(self, rows: int) -> int:
+    def saved_for_backward(self, rows: int) -> int:
         """Numbers that its backward pass keeps beyond a dense product's: the weight that was made."""
         return self.base.numel()
 
@@ -90,10 +90,10 @@ def on_a_line(arch: Arch, generator: torch.Generator | None = None) -> SharedDiT
     genes = {
         matrix: LineMatrix(*arch.matrix(matrix), zero=matrix == "adaln", generator=generator) for matrix in MATRICES
     }
-    places = line_places(arch.num_layers)
-    return SharedDiT(arch, dict(genes), lambda matrix, layer: OfGenes(genes[matrix], places[layer]), generator)
+    positions = line_positions(arch.num_layers)
+    return SharedDiT(arch, dict(genes), lambda matrix, layer: GeneLinear(genes[matrix], positions[layer]), generator)
 
 
-def line_places(num_layers: int) -> list[float]:
+def line_positions(num_layers: int) -> list[float]:
     """(l - 1) / L for l = 1 .. L."""
     return [layer / num_layers for layer in range(num_layers)]

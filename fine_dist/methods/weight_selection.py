@@ -74,11 +74,11 @@ class WeightSelection(Method[WeightSelectionConfig]):
             return uniform(large, small)
         span = large // axis.groups
         if axis.space == "heads":
-            size, kept = source.hidden_size // source.num_heads, target.hidden_size // target.num_heads
+            size, target_size = source.hidden_size // source.num_heads, target.hidden_size // target.num_heads
             # Whole heads first, then units within each: units of
             # different heads mixed into one would attend to nothing.
             heads = uniform(source.num_heads, target.num_heads)
-            one = (heads[:, None] * size + uniform(size, kept)).flatten()
+            one = (heads[:, None] * size + uniform(size, target_size)).flatten()
         else:
             one = uniform(span, small // axis.groups)
         return (torch.arange(axis.groups)[:, None] * span + one).flatten()

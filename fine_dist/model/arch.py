@@ -16,7 +16,7 @@ MATRICES = ("qkv", "o", "in", "out", "adaln")
 """The five weight matrices of a block: attention in and out, MLP in and out, modulation."""
 
 TIME_FREQUENCIES = 256
-"""Sinusoids that a timestep is embedded by."""
+"""Number of sinusoids in the embedding of a timestep."""
 SIZES = {
     # name: hidden size, layers, heads     (DiT, arXiv 2212.09748, table 1)
     "S": (384, 12, 6),
@@ -25,7 +25,7 @@ SIZES = {
     "XL": (1152, 28, 16),
 }
 Sides: TypeAlias = int | tuple[int, int]
-"""Height and width, or one number where they are equal: what is square has one name, one form on disk and one hash."""
+"""Height and width, or one number where they are equal, so that a square has one form on disk and one hash."""
 
 
 def sides(height: int, width: int) -> Sides:
@@ -39,13 +39,13 @@ def both(value: Sides) -> tuple[int, int]:
 
 
 def _read_sides(value: Any) -> Any:
-    """A number, or a list of one or two, as `sides` has it; None as it is. `ValueError` for anything else."""
+    """A number or a list of one or two numbers, in the form of `sides`; None stays None. Else `ValueError`."""
     if value is None:
         return None
-    found = list(value) if isinstance(value, (list, tuple)) else [value]
-    if len(found) not in (1, 2) or any(type(side) is not int or not 1 <= side <= 2**16 for side in found):
+    lengths = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(lengths) not in (1, 2) or any(type(side) is not int or not 1 <= side <= 2**16 for side in lengths):
         raise ValueError(f"one whole number from 1 to {2**16} is needed, or two: height and width")
-    return sides(found[0], found[-1])
+    return sides(lengths[0], lengths[-1])
 
 
 SidesKey = Annotated[Sides, BeforeValidator(_read_sides)]
@@ -63,23 +63,24 @@ class Arch(Config):
     num_layers: Depth = 12
     """Depth L: the number of transformer blocks, 1 to 1000."""
     num_heads: int = Field(12, ge=1, le=2**16)
-    """Attention heads; must divide the width. Default: DiT's own for its widths, else one for 64 features."""
+    """Attention heads; must divide the width. Default: DiT's own number for its widths, otherwise one head for 64
+    features."""
     patch_size: int = Field(2, ge=1, le=2**16)
     """Side of a patch, in pixels of the latent; 2 is DiT's usual choice."""
     in_channels: int = Field(4, ge=1, le=2**16)
     """Channels of a latent: 4 for the usual autoencoders, 1 for grayscale digits."""
     input_size: SidesKey = 32
-    """Side of a latent, in its pixels, or its height and width; multiples of the patch. 32 stands for images of 256
-    pixels."""
+    """Side of a latent in latent pixels, or its height and width; multiples of the patch. 32 is the latent of an image
+    of 256 pixels."""
     num_classes: int = Field(1000, ge=1, le=10**8)
-    """Number of classes; the null label of classifier-free guidance comes on top."""
+    """Number of classes, without the null label of classifier-free guidance."""
     learn_sigma: bool = True
-    """Predict the variance beside the noise, which doubles the output channels (Improved DDPM)."""
+    """Predict the variance as well as the noise, which doubles the output channels (Improved DDPM)."""
     frequency_shift: int = Field(0, ge=0, le=1)
     """The time embedding's i-th frequency is 10000^(-i / (128 - shift)): 0 in DiT, 1 in models trained in diffusers."""
     position_grid: SidesKey | None = None
-    """Side (or height and width), in patches, of the grid whose positions the weights were trained for, where it is not
-    the latent's own: the positions of the latent's grid are rescaled to its range. Default: the latent's own grid."""
+    """Side (or height and width), in patches, of the grid that the weights were trained on. Positions of the latent's
+    grid are rescaled to its range. Default: the latent's own grid. Set it for weights from another resolution."""
 
     @model_validator(mode="before")
     @classmethod
@@ -139,15 +140,15 @@ class Arch(Config):
         return {"qkv": (3 * d, d), "o": (d, d), "in": (4 * d, d), "out": (d, 4 * d), "adaln": (6 * d, d)}[name]
 
     def rows(self, name: str, batch: int) -> int:
-        """Rows that a matrix multiplies in one forward pass: tokens, but one a sample for adaln."""
+        """Rows that a matrix multiplies in one forward pass: all tokens, or one row for each sample for adaln."""
         return batch if name == "adaln" else batch * self.num_tokens
 
     def with_depth(self, num_layers: int) -> Arch:
-        """The same but for its depth. `ConfigError` for one that no model has."""
+        """This architecture with another depth. `ConfigError` when the depth is not 1 to 1000."""
         return validate(Arch, {**self.model_dump(), "num_layers": num_layers}, "arch")
 
     def shell_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is outside the blocks, and of the blocks' biases, by their names in a state dict."""
+        """Shapes of the parameters outside the blocks, and of the blocks' biases, by state-dict name."""
         d, inner = self.hidden_size, self.in_channels * self.patch_size**2
         last = self.out_channels * self.patch_size**2
         shapes: dict[str, tuple[int, ...]] = {
@@ -168,7 +169,7 @@ class Arch(Config):
         return {**shapes, **biases}
 
     def count(self, rank: int | None = None) -> int:
-        """Numbers in a DiT of this shape; with a rank, in one whose blocks are shared factors (U, V and sigma)."""
+        """Number of parameters of a dense DiT; with a rank, of one whose blocks are shared factors (U, V and sigma)."""
         shell = sum(math.prod(shape) for shape in self.shell_shapes().values())
         sides = [self.matrix(matrix) for matrix in MATRICES]
         if rank is None:
@@ -177,14 +178,14 @@ class Arch(Config):
 
 
 def heads_of_width(width: int) -> int:
-    """The heads of a DiT of this width: the table's, or else the largest divisor of the width up to width / 64."""
+    """Default heads of a width: those of `SIZES`, or the largest divisor of the width up to width / 64."""
     known = {size[0]: size[2] for size in SIZES.values()}
     fits = (heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
     return known.get(width) or next(fits, 1)
 
 
 def parse_name(name: str) -> dict[str, Any]:
-    """`DiT-B/2-L6` as the fields it stands for. `ConfigError` when it is no such name."""
+    """The fields of `Arch` that a name such as `DiT-B/2-L6` stands for. `ValueError` when it is not such a name."""
     match = _NAME.match(name)
     if not match or match["size"] not in SIZES:
         size = name.removeprefix("DiT-").split("/")[0]
@@ -210,15 +211,15 @@ def check_size(numbers: int, what: str) -> None:
     """Refuse to allocate more float32 numbers than this machine's memory holds.
 
     Args:
-        numbers: How many are needed, such as `arch.count(rank)`.
-        what: Their name in the message.
+        numbers: Count of numbers, such as `arch.count(rank)`.
+        what: Name of the tensors in the message.
 
     Raises:
-        ConfigError: They do not fit.
+        ConfigError: The numbers do not fit.
     """
-    needed, there = 4 * numbers, memory_bytes()
-    if needed > there:
+    needed, available = 4 * numbers, memory_bytes()
+    if needed > available:
         raise ConfigError(
             f"{what}: {numbers:,} numbers are {needed / GIB:,.1f} GiB as float32, and this machine has "
-            f"{there / GIB:,.1f} GiB of memory; choose a smaller rank, width, depth or number of classes"
+            f"{available / GIB:,.1f} GiB of memory; choose a smaller rank, width, depth or number of classes"
         )

@@ -37,7 +37,7 @@ class ArtifactManifest(TypedDict):
     arch: dict[str, Any]
     """Fields of the architecture."""
     sha256: dict[str, str]
-    """Of each tensor file by its name, and of kind, method and arch together under `settings`."""
+    """Hash of each tensor file by name; under `settings` the hash of kind, method and arch together."""
     bytes: int
     """Size of `tensors.safetensors`."""
     num_numbers: int
@@ -76,11 +76,10 @@ def save_artifact(
         kind: `learngene`, `model` (a dense DiT) or `target` (the tensors that are not its parent's).
         method: The method's config as a mapping, with its `name`.
         arch: Architecture.
-        tensors: Tensors by state-dict name, written in their dtype; averages where weights were averaged.
-        raw: The trained weights whose averages are in `tensors`.
+        tensors: Tensors by state-dict name, written in their dtype: the averages (EMA) if weights were averaged.
+        raw: The weights of the last step, if `tensors` holds their averages.
         extra: Further JSON values (ancestor, license, losses).
     """
-
     with atomic_folder(folder) as draft:
         written = {TENSORS: _write(draft / TENSORS, tensors)}
         if raw:
@@ -104,7 +103,7 @@ def save_artifact(
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write tensors to a file; returns its sha256."""
     with library_write(path):
-        # safetensors stores memory as it lies; views and transposed tensors have to be copied first.
+        # safetensors writes memory in its current layout, so views and transposed tensors are copied first.
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     return sha256_of(path)
 
@@ -113,18 +112,20 @@ def read_manifest(folder: str | Path) -> ArtifactManifest:
     """Read the manifest without the tensors. `ArtifactError` when it is missing, of another format, or edited."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{folder} holds no {MANIFEST}: not a learngene or model, or one that was never finished")
+        raise ArtifactError(f"{folder} has no {MANIFEST}: it is not a learngene or model, or writing it never finished")
     manifest = read_json(path, ArtifactError, "copy the folder again, or make it again")
     if not isinstance(manifest, dict):
-        raise ArtifactError(f"{path}: a JSON object is needed, not {shown(manifest)}; it is not ours, or damaged")
+        raise ArtifactError(
+            f"{path}: a JSON object is needed, not {shown(manifest)}; the file is damaged or another program's"
+        )
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
             f"{path}: format {shown(manifest.get('format'))} is not the {FORMAT} that this version reads"
         )
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
-            found = f"is {shown(manifest[key])}" if key in manifest else "is not there"
-            raise ArtifactError(f"{path}: {key} {found}, and a {kind.__name__} is needed: the file is damaged")
+            problem = f"is {shown(manifest[key])}" if key in manifest else "is missing"
+            raise ArtifactError(f"{path}: {key} {problem}, and a {kind.__name__} is needed: the file is damaged")
     if not isinstance(manifest["sha256"].get(TENSORS), str) or not all(map(_is_text, manifest["sha256"].values())):
         raise ArtifactError(f"{path}: there is no sha256 of {TENSORS}: the file is damaged; copy the folder again")
     try:
@@ -134,8 +135,8 @@ def read_manifest(folder: str | Path) -> ArtifactManifest:
     stated = manifest["sha256"].get("settings")
     if stated is not None and stated != _settings_hash(manifest["kind"], manifest["method"], manifest["arch"]):
         raise ArtifactError(
-            f"{path}: kind, method or arch is not what was written (their sha256 differs): it was edited; "
-            "copy the folder again, or make it again"
+            f"{path}: kind, method or arch was edited after writing (their sha256 differs); copy the folder again, or "
+            "make it again"
         )
     return cast(ArtifactManifest, manifest)
 
@@ -149,7 +150,7 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
     Args:
         folder: The artifact's folder.
         expect_kind: Kind that it must have. None: any.
-        weights: `raw` reads the trained weights in place of their averages; the hash is then of both files.
+        weights: `ema` reads the averages; `raw` reads the weights of the last step, and `hash` then covers both files.
 
     Raises:
         ArtifactError: The folder is missing, damaged, edited, or of another kind.
@@ -157,12 +158,12 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
     folder, manifest = Path(folder), read_manifest(folder)
     if expect_kind and manifest["kind"] != expect_kind:
         raise ArtifactError(f"{folder} is a {manifest['kind']}, and a {expect_kind} is needed here")
-    tensors, found = _read(folder / TENSORS, manifest["sha256"][TENSORS])
+    tensors, digest = _read(folder / TENSORS, manifest["sha256"][TENSORS])
     if weights == "raw":
         if RAW not in manifest["sha256"]:
-            raise ArtifactError(f"{folder} holds one set of weights, no average beside them; leave weights at ema")
-        own, digest = _read(folder / RAW, manifest["sha256"][RAW])
-        tensors, found = {**tensors, **own}, sha256_text(found + digest)
+            raise ArtifactError(f"{folder} has no raw weights: they were not averaged; leave weights at ema")
+        raw, raw_digest = _read(folder / RAW, manifest["sha256"][RAW])
+        tensors, digest = {**tensors, **raw}, sha256_text(digest + raw_digest)
     arch = Arch.model_validate(manifest["arch"])
     for name, shape in arch.shell_shapes().items():
         if name in tensors and tuple(tensors[name].shape) != shape:
@@ -170,18 +171,20 @@ def load_artifact(folder: str | Path, expect_kind: str | None = None, weights: W
                 f"{folder}: {name} is {list(tensors[name].shape)}, and {list(shape)} by the arch in its {MANIFEST}: "
                 "one of them was altered; copy the folder again, or make it again"
             )
-    return Artifact(folder, manifest["kind"], manifest["method"], arch, tensors, manifest["extra"], found)
+    return Artifact(folder, manifest["kind"], manifest["method"], arch, tensors, manifest["extra"], digest)
 
 
 def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
     """Read a tensor file whose sha256 must be `stated`; returns the tensors and the hash."""
     if not path.is_file():
-        raise ArtifactError(f"{path.parent} has a manifest but no {path.name}: copy it whole, or make it again")
-    # Hashed before it is parsed: a damaged file is named as such, and no parser sees it.
-    found = sha256_of(path)
-    if found != stated:
         raise ArtifactError(
-            f"{path} is not what its manifest says (sha256 {found[:12]}..., stated {str(stated)[:12]}...): "
+            f"{path.parent} has a manifest but no {path.name}: copy the complete folder, or make it again"
+        )
+    # The hash is checked before parsing, so that a damaged file is reported as such and never reaches the parser.
+    digest = sha256_of(path)
+    if digest != stated:
+        raise ArtifactError(
+            f"{path} is not what its manifest says (sha256 {digest[:12]}..., stated {str(stated)[:12]}...): "
             "it was edited or half copied; copy it again, or condense again"
         )
     try:
@@ -200,9 +203,9 @@ def _read(path: Path, stated: str) -> tuple[dict[str, Tensor], str]:
                 f"{path}: {name} has {what}: its training diverged, or it was altered; copy the folder again, or make "
                 "it again"
             )
-        if tensor.dtype.itemsize == 1:  # eight bits are for storage: torch has hardly any arithmetic for them
+        if tensor.dtype.itemsize == 1:  # 8-bit floats are a storage format; torch has little arithmetic for them
             tensors[name] = tensor.float()
-    return tensors, found
+    return tensors, digest
 
 
 def _is_text(value: Any) -> bool:
@@ -210,9 +213,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _settings_hash(kind: str, method: dict[str, Any], arch: dict[str, Any]) -> str:
-    """sha256 of the settings that say how tensors are read: otherwise an edited number of heads would go unnoticed.
+    """sha256 of the settings that decide how tensors are read: an edited number of heads would change no shape.
 
-    It is of the JSON as written and not of parsed configs, because a later version has more settings.
+    The JSON as written is hashed and not the parsed config, because a later version may have more settings.
     """
-    text = json.dumps([kind, method, arch], sort_keys=True)
-    return sha256_text(text)
+    return sha256_text(json.dumps([kind, method, arch], sort_keys=True))

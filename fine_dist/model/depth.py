@@ -3,18 +3,18 @@
 Shapes: L layers of the learngene, N layers of the target, R components, m out features.
 
 The paper has `linear`, `random` and `identical`, and observes that a small model's layers align with segments of a
-large one. Two of ours say what follows from it for the *residual branches*: a target of fewer layers has to move
-its tokens as far as the learngene does, so a layer that stands for a segment must take longer steps.
+large one. `segment` and `aligned` are this project's; they also scale the *residual branches*. A target of fewer layers
+has to move its tokens as far as the learngene does, so a layer that replaces a segment must take a longer step.
 
-`segment`: a layer is the mean of its segment and takes a step L/N times as long. In the language of differential
-equations depth is time, sigma a function of it, the mean its projection onto functions constant on N equal pieces, and
-a layer one Euler step. It needs layers that change slowly over depth, as those of a jointly condensed learngene do.
+`segment`: a layer is the mean of its segment and takes a step L/N times as long. In the view of differential equations,
+depth is time, sigma a function of time, the mean its projection onto functions that are constant on N equal pieces, and
+a layer one Euler step. It suits layers that change slowly over depth, such as those of a jointly condensed learngene.
 
-`aligned`: a layer is *one* of the learngene's, the nearest in relative depth. It is for learngenes whose neighboring
-layers have nothing in common (factors decomposed from an ancestor), where the mean of two layers is meaningless.
+`aligned`: a layer is *one* layer of the learngene, the nearest in relative depth. It suits learngenes whose neighboring
+layers are unrelated (factors decomposed from an ancestor), where the mean of two layers is meaningless.
 
-`nearest`: the same layers, with residual branches as they are. For learngenes whose stage 1 also ran at these depths
-(`method.depths`), so that the layers of a shallower model already take the steps that it needs.
+`nearest`: the layers of `aligned` with unscaled residual branches. It suits learngenes whose stage 1 also trained these
+depths (`method.depths`), so that the layers of a shallower model already take steps of the right length.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ def relative_depth(table: Tensor, num_layers: int) -> Tensor:
 
     A single layer takes the middle.
     """
-    at = _places(len(table), num_layers)
+    at = _positions(len(table), num_layers)
     below = at.floor().long().clamp(max=len(table) - 1)
     above = (below + 1).clamp(max=len(table) - 1)
     weight = (at - below)[:, None].to(table)
     return table[below] * (1 - weight) + table[above] * weight
 
 
-def _places(source: int, num_layers: int) -> Tensor:
-    """Where the target's layers lie among `source` layers, [N]: ends on ends, a single one in the middle."""
+def _positions(source: int, num_layers: int) -> Tensor:
+    """Positions of the target's layers among `source` layers, [N]: ends on ends, a single layer in the middle."""
     if num_layers == 1:
         return torch.tensor([(source - 1) / 2])
     return torch.linspace(0, source - 1, num_layers)
 
 
 def linear(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
-    """Interpolated over relative depth."""
+    """Linear interpolation over relative depth."""
     return relative_depth(table, num_layers)
 
 
 def identical(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
-    """The mean over layers, in every layer."""
+    """The mean over layers, repeated in every layer."""
     return table.mean(0, keepdim=True).repeat(num_layers, 1)
 
 
@@ -65,7 +65,7 @@ def random(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
 
 
 def segment(table: Tensor, num_layers: int, generator: Generator) -> Tensor:
-    """The mean over the target layer's own segment of depth."""
+    """The mean over the segment of depth that the target's layer covers."""
     return segment_mean(table, num_layers)
 
 
@@ -84,7 +84,7 @@ def segment_mean(table: Tensor, num_layers: int) -> Tensor:
 
 
 def longer_steps(source: int, num_layers: int) -> Tensor:
-    """L/N for every layer: N steps of it go as far as L steps, [N]."""
+    """Scale of the residual branches of each segment layer, [N]: L/N, so that N steps go as far as L steps did."""
     return torch.full((num_layers,), source / num_layers)
 
 
@@ -100,26 +100,26 @@ def nearest(table: Tensor, num_layers: int) -> Tensor:
 
 def nearest_layers(source: int, num_layers: int) -> Tensor:
     """Which of `source` layers each layer of the target takes, int64 [N], never falling."""
-    return _places(source, num_layers).round().long()
+    return _positions(source, num_layers).round().long()
 
 
-def whole(source: int, num_layers: int) -> Tensor:
-    """Residual branches as they are: ones [N]."""
+def unscaled(source: int, num_layers: int) -> Tensor:
+    """Scale of unchanged residual branches: ones [N]."""
     return torch.ones(num_layers)
 
 
 def segment_share(source: int, num_layers: int) -> Tensor:
     """Scale of the residual branches of each aligned layer, [N].
 
-    A layer that is repeated k times takes k steps of 1/k each: the sum of the steps is the learngene's own. One that
-    stands for a segment of k layers moves sqrt(k) times as far as it did, as a sum of k unrelated steps would; k times
-    as far overshoots.
+    A layer that is repeated k times takes k steps of 1/k each, so the sum of its steps stays the same. A layer that
+    replaces a segment of k layers moves sqrt(k) times as far, as a sum of k unrelated steps would; k times as far
+    overshoots.
     """
-    taken = nearest_layers(source, num_layers)
+    chosen = nearest_layers(source, num_layers)
     # A source layer is shared equally by all target layers that are nearest to it; its shares add up to one.
-    distance = (torch.arange(source)[None] - taken[:, None]).abs()  #                                           [N, L]
+    distance = (torch.arange(source)[None] - chosen[:, None]).abs()  #                                          [N, L]
     closest = (distance == distance.min(0).values).float()
-    share = (closest / closest.sum(0)).sum(1)  # layers that each stands for; below 1: repeated
+    share = (closest / closest.sum(0)).sum(1)  # source layers that each target layer replaces; below 1: repeated
     return torch.where(share > 1, share.sqrt(), share)
 
 
@@ -130,12 +130,12 @@ class Initial:
     Attributes:
         sigma: The rule for sigma.
         bias: The rule for biases, `(table [L, m], N) -> [N, m]`.
-        share: Factors of the residual branches, `(L, N) -> [N]`.
+        share: Scale of the residual branches, `(L, N) -> [N]`.
     """
 
     sigma: Callable[[Tensor, int, Generator], Tensor]
     bias: Callable[[Tensor, int], Tensor] = relative_depth
-    share: Callable[[int, int], Tensor] = whole
+    share: Callable[[int, int], Tensor] = unscaled
 
     def __call__(self, table: Tensor, num_layers: int, generator: Generator) -> Tensor:
         return self.sigma(table, num_layers, generator)

@@ -17,20 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fine_dist.model.arch import MATRICES, Arch, Sides, both, check_size
+from fine_dist.model.arch import MATRICES, TIME_FREQUENCIES, Arch, Sides, both, check_size
 from fine_dist.model.layers import attention, gated_add, modulate
 from fine_dist.model.roles import Role
 
 LinearFactory = Callable[[str, int], nn.Module]
 """(matrix, layer) -> a `Matrix`, the module that multiplies by this matrix and adds its bias."""
 
-TIME_FREQUENCIES = 256
-
 
 @dataclass(frozen=True)
 class Condition:
-    """The condition of a block: `c` [B, D], the sum of time and label embedding after the SiLU that every adaLN begins
-    with; `y` int64 [B], the labels."""
+    """The condition of a block: `c` [B, D], the sum of time and label embedding after the SiLU with which every adaLN
+    starts; `y` int64 [B], the labels."""
 
     c: Tensor
     y: Tensor
@@ -58,8 +56,8 @@ class Dense(nn.Linear):
         dense = rows * self.out_features * self.in_features
         return dense * (1 + backward + (backward and self.weight.requires_grad))
 
-    def keeps_input(self, rows: int) -> bool:
-        """Whether its backward pass needs what it multiplied."""
+    def saves_input(self, rows: int) -> bool:
+        """Whether the backward pass needs the input: only the weight's gradient uses it."""
         return self.weight.requires_grad
 
     def dense(self) -> tuple[Tensor, Tensor]:
@@ -78,13 +76,15 @@ class DiT(nn.Module):
         linear: Makes the blocks' matrices. Default: `Dense`.
         generator: Random numbers of the initialization. Default: torch's global generator.
 
-    `recompute` says whose activations are computed again in the backward pass, `residual_dtype` in what the sum over
-    layers is held (None: as the patch embedder gives it, fp32 under autocast too), `active` which blocks run.
+    Attributes:
+        recompute: Blocks whose activations are computed again in the backward pass: `none`, `blocks` or `every_other`.
+        residual_dtype: Dtype of the residual stream. None: that of the patch embedder, fp32 also under autocast.
+        active: Blocks that run during training. None: all.
     """
 
     def __init__(self, arch: Arch, linear: LinearFactory | None = None, generator: torch.Generator | None = None):
         super().__init__()
-        if torch.get_default_device().type == "cpu":  # what no memory holds is refused before it is asked for
+        if torch.get_default_device().type == "cpu":  # on the meta device nothing is allocated
             check_size(0 if linear else arch.count(), arch.name)
         self.arch = arch
         d, p = arch.hidden_size, arch.patch_size
@@ -98,7 +98,7 @@ class DiT(nn.Module):
         self.label = nn.Embedding(arch.num_classes + 1, d)
         self.blocks = nn.ModuleList([Block(arch, layer, linear or dense) for layer in range(arch.num_layers)])
         self.final = FinalLayer(d, p * p * arch.out_channels)
-        # Not saved: it is a function of the architecture, and a model for another grid has another one.
+        # Not saved: the table is a function of the architecture, and a model for another grid has another table.
         self.register_buffer("pos", positions_of(arch), persistent=False)
         self.recompute = "none"
         self.residual_dtype: torch.dtype | None = None
@@ -131,14 +131,14 @@ class DiT(nn.Module):
 
     def running(self) -> list[tuple[int, nn.Module]]:
         """(number, block) of the blocks of this pass: all, or during training those in `active` if a method set it."""
-        # Only in training: what is evaluated or sampled is always the whole model.
+        # Only in training: evaluation and sampling always run the complete model.
         layers: Sequence[int] = range(len(self.blocks)) if self.active is None or not self.training else self.active
         return [(layer, self.blocks[layer]) for layer in layers]
 
     def run(self, layer: int, block: nn.Module, *inputs: Any) -> Any:
         """Run a block; where `recompute` says so, its activations are computed again in the backward pass."""
-        again = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
-        if again and torch.is_grad_enabled():
+        recomputed = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
+        if recomputed and torch.is_grad_enabled():
             # The reentrant form needs an input that requires a gradient,
             # which the first block of a model with a frozen embedder lacks.
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -149,7 +149,7 @@ class DiT(nn.Module):
         x, condition = self.embed(z, t, y)
         features: dict[str, Tensor] = {}
         for layer, block in self.running():
-            # Every block is asked in the same way, so that a compiler makes one graph of them all.
+            # Every block returns its attention, used or not, so that a compiler makes one graph for all blocks.
             x, attended = self.run(layer, block, x, condition, True)
             if layer in blocks:
                 # Features leave a block as results and not through hooks: a
@@ -164,14 +164,13 @@ class DiT(nn.Module):
         return x, self.condition(t, y)
 
     def condition(self, t: Tensor, y: Tensor) -> Condition:
-        """What all blocks and the final layer are conditioned on."""
+        """The condition of all blocks and the final layer, from times t [B] and labels y [B]."""
         return Condition(F.silu(self.time(t) + self.label(y)), y)
 
     def patchify(self, z: Tensor) -> Tensor:
         b, c, h, w = z.shape
         p = self.arch.patch_size
-        # The order of the numbers within a patch, (C, p, p), is
-        # that of DiT's convolution, so its weights can be loaded.
+        # Within a patch the order is (C, p, p), that of DiT's convolution, so that its weights can be loaded.
         z = z.reshape(b, c, h // p, p, w // p, p)  #                                               [B, C, h, p, w, p]
         return z.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)  #                  [B, T, Cpp]
 
@@ -215,8 +214,8 @@ def block_forward(
     Returns:
         The block's output, and the attention's result before its gate, both [B, T, D].
     """
-    # One matrix for all six vectors, so that it is one product, and one entry of the genes. All six are brought to the
-    # residual stream's dtype at once: a cast of each would be twelve kernels, with those of the backward pass.
+    # One matrix gives all six vectors: one product, and one entry of the genes. They are cast to the residual stream's
+    # dtype together; casting each would launch twelve kernels, counting the backward pass.
     modulation = linear("adaln", c).to(x.dtype).unsqueeze(1)  #                                           [B, 1, 6 D]
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=2)  #                 6 x [B, 1, D]
     h = modulate(x, shift_a, scale_a)  #                                                                   [B, T, D]
@@ -289,7 +288,8 @@ def position_table(d: int, grid: Sides, trained_grid: Sides | None = None) -> Te
         d: Width D.
         grid: Rows and columns of patches, or the side of a square grid.
         trained_grid: The grid that the weights were trained for, if another: positions are rescaled to its range, so
-            that a model meets familiar ones (DiffFit, arXiv 2304.06648: half the index for twice the side).
+            that the model sees positions it was trained on (DiffFit, arXiv 2304.06648: half the index for twice the
+            side).
     """
     # In fp64, then rounded once: the table has the same bits on every platform.
     frequency = 1.0 / 10000 ** (torch.arange(d // 4, dtype=torch.float64) / (d // 4))

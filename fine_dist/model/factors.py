@@ -1,7 +1,7 @@
 """Shared factors: `W(l) = U diag(sigma(l)) V^T` with U, V owned once, at the model's root (FINE, arXiv 2409.19289).
 
-Shapes: m out features, n in features, R rank, L layers, N rows a matrix multiplies (tokens; samples for adaln).
-Two compute paths give the same numbers; the cheaper is chosen by counting multiply-adds (`multiply_adds`).
+Shapes: m out features, n in features, R rank, L layers, N rows that a matrix multiplies (tokens; samples for adaln).
+Two compute paths give equal results up to rounding; the one with fewer multiply-adds is chosen (`multiply_adds`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Path = Literal["auto", "composed", "factored"]
 def multiply_adds(
     path: str, rows: int, m: int, n: int, r: int, *, train_factors: bool, train_scalers: bool, backward: bool = True
 ) -> int:
-    """Multiply-adds of one factored matrix in a forward pass, and in its backward pass when there is one.
+    """Multiply-adds of one factored matrix in a forward pass, plus those of the backward pass if `backward`.
 
-    Composed: `m n r` to make W, then a dense product; a weight gradient is needed as soon as anything in W trains, and
-    goes back through the making of W. Factored: two thin products; no weight gradient at all while U and V are frozen,
-    since sigma's gradient is elementwise.
+    Composed: `m n r` to compute W, then a dense product; if any factor of W trains, W needs a gradient, which goes back
+    through the computation of W. Factored: two thin products, and no weight gradient while U and V are frozen, because
+    sigma's gradient is elementwise.
     """
     if path == "composed":
         # Backward pass: `dense` for the input's gradient. If anything in W trains, also
@@ -86,7 +86,7 @@ class Genes(nn.Module):
         """The cheaper path for a number of rows, given what trains now. `backward` None: as autograd is set."""
         if self.path != "auto":
             return self.path
-        # Under ZeRO-3 a gathered parameter has its full shape only inside forward, which is where this is asked.
+        # Under ZeRO-3 a gathered parameter has its full shape only inside forward, so this may only be called there.
         return cheaper_path(
             rows,
             *self.shape,
@@ -107,16 +107,16 @@ class Genes(nn.Module):
 def factored_product(x: Tensor, u: Tensor, v: Tensor, sigma: Tensor, bias: Tensor | None) -> Tensor:
     """`((x V) * sigma) U^T + bias` [..., m], computed in autocast's dtype where it is on.
 
-    With frozen factors and bias the product has a backward pass of its own (`model.layers.FactoredProduct`), which
-    never forms their gradients and sums sigma's in fp32: in bf16 a sum over thousands of tokens would lose the small
-    updates that stage 2 consists of. A compiler derives the same backward pass from the plain form by itself.
+    With frozen factors and bias the product uses `model.layers.FactoredProduct`, whose backward pass never forms their
+    gradients and sums sigma's in fp32: in bf16 a sum over thousands of tokens would lose the small updates of stage 2.
+    When compiling, the plain form is used, from which the compiler derives the same backward pass.
     """
-    # The own backward pass returns no gradients for U, V and bias, so it may only be used where none of them trains.
+    # FactoredProduct returns no gradients for U, V and bias, so it may only be used if none of them trains.
     frozen = not (u.requires_grad or v.requires_grad or (bias is not None and bias.requires_grad))
     dtype = compute_dtype(x)
     if frozen and sigma.requires_grad and sigma.dtype == torch.float32 and not torch.compiler.is_compiling():
         per_sample = sigma.dim() > 1
-        # One form for both cases: J jobs (or samples) with S rows each; a common sigma is a single job.
+        # One layout for both cases: J jobs (or samples) of S rows each; a common sigma is a single job.
         rows = sigma.reshape(-1, sigma.shape[-1]) if per_sample else sigma[None]  #                          [J, R]
         stacked = x.reshape(len(rows), -1, x.shape[-1])  #                                                   [J, S, n]
         biases = torch.zeros_like(u[:, 0]) if bias is None else bias
@@ -156,29 +156,29 @@ class FactoredLinear(nn.Module):
         path = genes.choose(rows, self.sigma, backward)
         return multiply_adds(path, rows, *genes.shape, **genes.training_of(self.sigma), backward=backward)
 
-    def kept_numbers(self, rows: int) -> int:
-        """Numbers that are kept for the backward pass beyond those of a dense product."""
+    def saved_for_backward(self, rows: int) -> int:
+        """Numbers saved for the backward pass in addition to those of a dense product."""
         [genes] = self._genes
         if genes.choose(rows, self.sigma, True) == "composed":
             m, n, _ = genes.shape
             return m * n
         return (1 + genes.U.requires_grad) * rows * genes.shape[2]
 
-    def keeps_input(self, rows: int) -> bool:
-        """Whether its backward pass needs what it multiplied."""
+    def saves_input(self, rows: int) -> bool:
+        """Whether the backward pass needs the input."""
         [genes] = self._genes
         return genes.U.requires_grad or genes.choose(rows, self.sigma, True) == "composed"
 
 
 @dataclass(frozen=True)
 class SharedForm:
-    """A model as `W(l) = U diag(sigma(l)) V^T` with frozen U and V: what a pack needs of a target (K = 5 matrices).
+    """A model as `W(l) = U diag(sigma(l)) V^T` with frozen U and V, the form in which packs train (K = 5 matrices).
 
     factors: (U [m, R], V [n, R]) of each matrix.
-    sigma:   [L, K, R], what trains, in the order of `MATRICES`.
-    biases:  a layer's {matrix: [m]}, frozen.
-    shell:   embedders and final layer, as state-dict entries; frozen but for the label embedder.
-    labels:  the label embedder's name and values [C + 1, D] where it trains too, else none.
+    sigma:   [L, K, R], the trained scalers, in the order of `MATRICES`.
+    biases:  {matrix: [m]} of each layer, frozen.
+    shell:   embedders and final layer, as state-dict entries; frozen except for the label embedder.
+    labels:  the label embedder's name and values [C + 1, D] if it trains, else None.
     name_of: (layer, matrix) -> the name of that sigma in the model's own state dict.
     """
 
@@ -206,7 +206,7 @@ class FactoredDiT(DiT):
     """
 
     def __init__(self, arch: Arch, rank: int, generator: torch.Generator | None = None, path: Path = "auto"):
-        # On the meta device nothing is allocated; plans and estimates build models there that fit no machine.
+        # On the meta device nothing is allocated; estimates build models there that are too large for this machine.
         if torch.get_default_device().type == "cpu":
             check_size(arch.count(rank), f"{arch.name} of rank {rank:,}")
         # Made before the blocks, which hold references to them, and registered after `nn.Module.__init__` below.
@@ -286,11 +286,11 @@ def line_in_depth(num_layers: int, rank: int, std: float, generator: torch.Gener
     """Initial sigma of stage 1, [L, R]: a line in depth between two random vectors of variance std^2.
 
     *Choice*: the paper finds learned sigma close to linear in depth, and a target's sigma is interpolated over depth;
-    layers drawn independently have no depth to interpolate over, and training does not give them one.
+    layers drawn independently do not vary smoothly over depth, and training does not make them.
     """
     ends = torch.randn(2, rank, generator=generator) * std
     t = torch.linspace(0, 1, num_layers, device=ends.device)[:, None]
-    # Divided by the norm of the weights: without that the variance in the middle would be half of that at the ends.
+    # Divided by the norm of the weights: otherwise the variance in the middle would be half of that at the ends.
     return ((1 - t) * ends[0] + t * ends[1]) / ((1 - t) ** 2 + t**2).sqrt()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from fine_dist.model.arch import MATRICES, Arch
+from fine_dist.model.arch import MATRICES, TIME_FREQUENCIES, Arch
 
 
 def block_macs(arch: Arch, matrices: tuple[str, ...] = MATRICES) -> int:
@@ -20,7 +20,7 @@ def block_macs(arch: Arch, matrices: tuple[str, ...] = MATRICES) -> int:
 
 
 def factored_macs(arch: Arch, rank: int, matrices: tuple[str, ...] = MATRICES) -> int:
-    """The same through two thin products of `rank` components: `rows * rank * (m + n)` a matrix."""
+    """As `block_macs`, through two thin products of `rank` components: `rows * rank * (m + n)` for each matrix."""
     return arch.num_layers * sum(
         arch.rows(name, 1) * rank * (m + n) for name in matrices for m, n in [arch.matrix(name)]
     )
@@ -36,7 +36,7 @@ def outside_macs(arch: Arch) -> int:
     """Multiply-adds of the embedders and the final layer, one sample."""
     d, patch = arch.hidden_size, arch.patch_size**2
     per_token = arch.in_channels * patch * d + d * patch * arch.out_channels
-    return arch.num_tokens * per_token + 256 * d + d * d + 2 * d * d
+    return arch.num_tokens * per_token + TIME_FREQUENCIES * d + d * d + 2 * d * d
 
 
 def forward_macs(arch: Arch, rank: int | None = None) -> int:
@@ -48,8 +48,8 @@ def forward_macs(arch: Arch, rank: int | None = None) -> int:
 def train_flops(arch: Arch) -> float:
     """FLOPs of one sample's forward and backward pass of the dense model: 3 x 2 x multiply-adds.
 
-    Recomputation, composing factors and skipped weight gradients do not change this figure: MFU says how fast the
-    *model* trains, and a cheaper path shows as more of it.
+    Recomputation, composing factors and skipped weight gradients do not change this figure, so a cheaper compute path
+    shows as a higher MFU.
     """
     return 6.0 * forward_macs(arch)
 
@@ -61,14 +61,13 @@ class ModelCost:
     forward: float
     """FLOPs of a forward pass without a backward pass."""
     training: float
-    """FLOPs of a forward and backward pass as things train now."""
-    kept: float
-    """Numbers that the backward pass keeps beyond those of a dense model that trains whole; below zero where it keeps
-    fewer."""
+    """FLOPs of a forward and backward pass, given which parameters train now."""
+    saved_for_backward: float
+    """Numbers saved for the backward pass, minus those of a fully trained dense model; negative if fewer are saved."""
     stored: int
     """Numbers in the model's parameters."""
     trained: int
-    """Those of them that train."""
+    """Numbers in the parameters that train."""
 
 
 def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
@@ -76,26 +75,26 @@ def model_cost(model: nn.Module, batch: int = 1) -> ModelCost:
     # Distillation wraps the model that trains; the wrapper's projections are not counted.
     owner: Any = getattr(model, "student", model)
     arch = owner.arch
-    forward = training = kept = 0
+    forward = training = saved = 0
     for block in owner.blocks:
         for matrix in MATRICES:
             module = block.get_submodule(matrix)
             rows = arch.rows(matrix, batch)
             forward += module.multiply_adds(rows, backward=False)
             training += module.multiply_adds(rows, backward=True)
-            kept += getattr(module, "kept_numbers", _none)(rows)
-            # A frozen weight needs no gradient, and its product no input; attention keeps its own result, o's input.
-            if matrix not in ("o", "adaln") and not getattr(module, "keeps_input", _yes)(rows):
-                kept -= rows * arch.matrix(matrix)[1]
+            saved += getattr(module, "saved_for_backward", _none)(rows)
+            # The product of a frozen weight need not save its input. The input of o is saved by attention in any case.
+            if matrix not in ("o", "adaln") and not getattr(module, "saves_input", _yes)(rows):
+                saved -= rows * arch.matrix(matrix)[1]
     attention = attention_macs(arch.with_depth(len(owner.blocks)))
     rest = attention + outside_macs(arch)
     shell_trains = any(p.requires_grad for p in owner.final.parameters())
     numbers = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return ModelCost(
         forward=2 * (forward / batch + rest),
-        # attention's backward pass is twice its forward pass; the shell's has a weight gradient only where it trains
+        # attention's backward pass costs twice its forward pass; the shell's weight gradients exist only if it trains
         training=2 * (training / batch + 3 * attention + (2 + shell_trains) * outside_macs(arch)),
-        kept=kept / batch,
+        saved_for_backward=saved / batch,
         stored=sum(n for n, _ in numbers),
         trained=sum(n for n, trains in numbers if trains),
     )

@@ -20,13 +20,12 @@ EPS = 1e-6
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """`LayerNorm(x) * (1 + scale) + shift`: x [N, T, D], shift and scale [N, 1, D] -> [N, T, D].
 
-    LayerNorm has no affine parameters of its own. Its kernel sums in fp32 whatever the dtype of x; autocast would copy
-    a bf16 x to fp32 first.
+    LayerNorm has no affine parameters. Its kernel sums in fp32 for every dtype of x; autocast would copy a bf16 x to
+    fp32 first.
     """
     with torch.autocast(x.device.type, enabled=False):
         normalized = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    # One fused operation: scale, product and sum in one pass over
-    # the activations, and one tensor fewer for the backward pass.
+    # One fused operation: scale, product and sum in one pass over the activations, and one saved tensor fewer.
     return torch.addcmul(shift.to(x.dtype), normalized, 1 + scale.to(x.dtype))
 
 
@@ -37,16 +36,16 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
     """`softmax(q k^T / sqrt(d)) v` for every head: `[B, T, 3 D] -> [B, T, D]`."""
-    # Split along a middle dimension, so that the gradients of q, k and v are written side by side, without a copy.
+    # Split along a middle dimension, so that the gradients of q, k and v go into one tensor without a copy.
     q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(2, (3, num_heads, -1)).unbind(2))  #        3 x [B, A, T, d]
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class FactoredProduct(torch.autograd.Function):
-    """`((x V) * sigma) U^T + bias` with frozen U and V: the product that trains sigma alone.
+    """`((x V) * sigma) U^T + bias` with frozen U and V: only x and sigma get gradients.
 
-    Autograd would do the same arithmetic but keep `x V sigma` as well as `x V`. Here only `x V` is kept, no gradient of
-    U, V or bias is ever formed, and the gradient of sigma is a sum over rows taken in fp32:
+    Autograd would do the same arithmetic but save `x V sigma` as well as `x V`. Here only `x V` is saved, no gradient
+    of U, V or bias is formed, and the gradient of sigma is summed over rows in fp32:
 
         g_sigma = sum_s (x V) * (g U),    g_x = ((g U) * sigma) V^T
 
@@ -70,7 +69,7 @@ class FactoredProduct(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         thin, sigma, u, *v = ctx.saved_tensors
         back = g.to(thin.dtype) @ u  #                                                                     [J, S, R]
-        # Summed over thousands of rows: in bf16 terms below 1/256 of the sum so far would vanish.
+        # A sum over thousands of rows: in bf16, terms below 1/256 of the partial sum would be lost.
         g_sigma = (back * thin).sum(1, dtype=torch.float32)
         g_x = None
         if ctx.needs_input_grad[0]:
@@ -82,8 +81,8 @@ class FactoredProduct(torch.autograd.Function):
 class ComposedWeight(torch.autograd.Function):
     """`U diag(sigma) V^T` [m, n] in `dtype`, the dtype of the products, with one kernel for each scaling.
 
-    `U diag(sigma)` is made again in the backward pass instead of kept, and the gradient of sigma is a sum over rows
-    taken in fp32:
+    `U diag(sigma)` is computed again in the backward pass instead of saved, and the gradient of sigma is summed over
+    rows in fp32:
 
         g_sigma = sum_m (g V) * U,    g_U = (g V) * sigma,    g_V = g^T U diag(sigma)
 
@@ -119,5 +118,5 @@ def _times(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 def compute_dtype(like: Tensor) -> torch.dtype:
     """The dtype in which products of this tensor are computed: autocast's where it is on, else the tensor's own."""
     kind = like.device.type
-    # A custom function is outside of autocast, so it asks for the dtype that an ordinary product would use.
+    # Autocast does not apply inside a custom autograd function, so it has to look up the dtype of an ordinary product.
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype

@@ -13,24 +13,24 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 Role = Literal["gene", "scaler", "tailor", "weight", "bias", "shell"]
-"""gene: shared by layers or models. scaler: a layer's own, turns genes into weights. tailor: of some classes alone.
-weight, bias: a block's own."""
+"""gene: shared by layers or models. scaler: belongs to one layer and turns genes into weights. tailor: used by some
+classes only. weight, bias: ordinary parameters of a block. shell: embedders and final layer."""
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
     """Every parameter's role, by its name in `named_parameters`."""
-    found: dict[str, Role] = {}
+    role_of: dict[str, Role] = {}
     below: dict[str, Role] = {}
     for prefix, module in model.named_modules():
         kind: Any = type(module)
-        # `named_modules` lists a parent before its children, so the parent's entry is there.
+        # `named_modules` lists a parent before its children, so the parent's entry exists.
         parent = prefix.rpartition(".")[0]
         below[prefix] = getattr(kind, "below", below.get(parent, "shell"))
         declared: dict[str, Role] = getattr(kind, "roles", {})
         # Not recursive: each parameter is declared by the module that owns it.
         for name, _ in module.named_parameters(recurse=False):
-            found[f"{prefix}.{name}" if prefix else name] = declared.get(name, below[prefix])
-    return found
+            role_of[f"{prefix}.{name}" if prefix else name] = declared.get(name, below[prefix])
+    return role_of
 
 
 def of_role(model: nn.Module, *wanted: Role) -> dict[str, Tensor]:

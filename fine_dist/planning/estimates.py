@@ -57,7 +57,7 @@ class StageEstimate:
             world_size=world_size,
             num_params=cost.stored,
             num_trained=cost.trained,
-            kept=cost.kept,
+            kept=cost.saved_for_backward,
             teacher=plan.teacher.count() if plan.teacher else 0,
             projector=self.projector(),
             groups=groups_of(plan.model),

@@ -171,7 +171,7 @@ def estimate(
 
     Args:
         kept: Numbers that a sample's backward pass keeps beyond those of a dense model's
-            (`model.flops.ModelCost.kept`).
+            (`model.flops.ModelCost.saved_for_backward`).
         teacher: Numbers in a frozen model that is asked at every step, held in the compute precision.
         projector: REPA's, with the image encoder before it; None without REPA.
         groups: How fsdp2 groups the parameters; None: all of them lie in the blocks.

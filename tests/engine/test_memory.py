@@ -45,7 +45,7 @@ def test_the_estimated_activations_are_those_that_autograd_keeps(factored, bf16)
     a = arch("DiT-S/2-L4")
     model = FactoredDiT(a, a.hidden_size) if factored else DiT(a)
     engine = EngineConfig(precision="bf16" if bf16 else "fp32")
-    estimated = activation_bytes(a, engine, 4, model_cost(model, 4).kept)
+    estimated = activation_bytes(a, engine, 4, model_cost(model, 4).saved_for_backward)
     # A count of the tensors a block keeps, not of every small one: within 15%. In bf16 a CPU's own operations keep no
     # normalized tokens and no attention's statistics, which a GPU's kernels do: there it may be 20% less.
     assert (0.80 if bf16 else 0.85) * estimated < kept_bytes(model, 4, bf16) < 1.15 * estimated

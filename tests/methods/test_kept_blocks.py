@@ -54,5 +54,5 @@ def test_a_learngene_or_a_model_that_is_no_ordinary_one_is_refused(tmp_path):
     ):
         check(tiny("heur_lg"), artifact_for("fine"), tiny_arch())
     gated = saved(tmp_path / "gated", "model", tiny("kind"), lively(condensed(tiny("kind"))[1]))
-    with pytest.raises(ArtifactError, match="is a model of method kind and no ordinary DiT"):
+    with pytest.raises(ArtifactError, match="is a model of method kind and not an ordinary DiT"):
         check(tiny("heur_lg"), gated, tiny_arch())

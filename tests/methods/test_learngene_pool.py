@@ -196,7 +196,7 @@ def test_a_whole_pool_comes_back_from_disk_and_a_trained_one_gives_its_routes(st
         check(method, parent.artifact, ARCH)
     with pytest.raises(ArtifactError, match=r"'0.0-1.2' is no route through 3 anchors of 3 blocks; legal: 0, 1, 2"):
         check(method_of("learngene_pool", route="0.0-1.2"), parent.artifact, ARCH)
-    with pytest.raises(ArtifactError, match="is a model of method learngene_pool and no ordinary DiT"):
+    with pytest.raises(ArtifactError, match="is a model of method learngene_pool and not an ordinary DiT"):
         check(method_of("difffit"), parent.artifact, ARCH)
 
 
@@ -219,7 +219,7 @@ def test_a_pool_is_condensed_stitched_and_cut_by_the_commands_own_stages(digit_s
     from fine_dist.data.settings import DataConfig
     from fine_dist.engine.settings import EngineConfig, LoopConfig
     from fine_dist.family.config import InitConfig
-    from fine_dist.family.members import Family
+    from fine_dist.family.family_plan import Family
     from fine_dist.family.train_family import run_family
     from fine_dist.stages.condense import run as condense
     from fine_dist.stages.settings import CondenseConfig

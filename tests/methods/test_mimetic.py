@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fine_dist.methods import METHODS, build
-from fine_dist.methods.mimetic import halves
+from fine_dist.methods.mimetic import factor
 from tests.conftest import tiny_arch
 
 
@@ -42,7 +42,7 @@ def test_with_one_head_the_products_are_noise_and_the_identity_on_the_diagonal()
 
 def test_queries_and_keys_of_a_head_are_the_best_approximation_that_its_size_allows(generator):
     wanted = torch.randn(32, 32, generator=generator, dtype=torch.float64)
-    left, right = halves(wanted, 8)
+    left, right = factor(wanted, 8)
     u, s, vt = np.linalg.svd(wanted.numpy())
     best = sum(s[i] * np.outer(u[:, i], vt[i]) for i in range(8))
     np.testing.assert_allclose((left @ right.T).numpy(), best, atol=1e-10)

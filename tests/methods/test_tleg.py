@@ -73,4 +73,4 @@ def test_a_composed_matrix_costs_its_making_and_its_product():
     assert line.multiply_adds(7, backward=True) == 2 * made + 3 * product  # slope's gradient is one more pass over W
     model.requires_grad_(False)
     assert line.multiply_adds(7, backward=True) == made + 2 * product
-    assert line.kept_numbers(7) == made
+    assert line.saved_for_backward(7) == made

@@ -356,7 +356,13 @@ def peak_memory(kind: str, arch: str, batch: int, **engine: Any) -> dict[str, An
     counts = {"num_params": sum(p.numel() for p in model.parameters()), "num_trained": trained}
     config = EngineConfig(**engine)
     said = estimate(
-        shape, config, micro_batch=batch, world_size=1, shows=False, kept=model_cost(model, batch).kept, **counts
+        shape,
+        config,
+        micro_batch=batch,
+        world_size=1,
+        shows=False,
+        kept=model_cost(model, batch).saved_for_backward,
+        **counts,
     )
     del model
     trace = run_loop(kind, arch, batch=batch, **engine)

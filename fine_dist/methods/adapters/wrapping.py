@@ -67,13 +67,13 @@ def adapt(model: DiT, tuner: type[Any], config: Any, macs: AdapterMacs) -> Any:
     peft draws from torch's global generator: seed that first.
     """
     # peft replaces modules in place; what it has wrapped is no `Dense` any more and is found by that.
-    made = tuner(model, config, "default")
+    peft_tuner = tuner(model, config, "default")
     for block in model.blocks:
         for matrix in MATRICES:
             module = block.get_submodule(matrix)
             if not isinstance(module, Dense):
                 block.add_module(matrix, Adapted(module, macs))
-    return made
+    return peft_tuner
 
 
 def share(model: DiT, names: Sequence[str]) -> None:

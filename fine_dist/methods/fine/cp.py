@@ -67,10 +67,10 @@ def decompose(
         across = weights.mT @ u  #                                                                         [L, n, R]
         v, _ = unit(solve_side(torch.einsum("ljk,lk->jk", across, sigma), u, sigma))
         # `across` is reused: sigma's right-hand side needs the same product.
-        found = measured(weights, u, v, across)
-        gain = best[0] - found[0]
+        candidate = measured(weights, u, v, across)
+        gain = best[0] - candidate[0]
         # Rounding can make a sweep worse near the optimum; the better of the two is kept.
-        best = min(found, best, key=lambda fit: fit[0])
+        best = min(candidate, best, key=lambda fit: fit[0])
         history.append(best[0])
         if gain < tolerance:
             break

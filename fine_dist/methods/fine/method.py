@@ -125,8 +125,8 @@ class Fine(FactoredTargets[FineConfig]):
                 time.monotonic() - begun,
             )  # fmt: skip
         means = ", ".join(f"{matrix} {sum(error) / len(error):.3f}" for matrix, error in errors.items())
-        words = f"block biases copied, block weights decomposed (mean relative error: {means})"
-        return {"carried_over": words, "decomposition_error": errors}
+        summary = f"block biases copied, block weights decomposed (mean relative error: {means})"
+        return {"carried_over": summary, "decomposition_error": errors}
 
     # --- stage 2 ----------------------------------------------------------------------------------------------------
 

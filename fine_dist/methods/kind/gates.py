@@ -97,7 +97,7 @@ class GatedLinear(nn.Module):
             total += rows * count * sides * (1 + backward + (backward and u.requires_grad))
         return total
 
-    def kept_numbers(self, rows: int) -> int:
+    def saved_for_backward(self, rows: int) -> int:
         """Numbers kept for the backward pass beyond a dense product's: thin products before and after sigma."""
         return 2 * rows * (len(self.sigma) + len(self.tailor_sigma))
 
@@ -134,10 +134,10 @@ class GatedDiT(DiT):
 
     def gated(self) -> list[tuple[int, str, GatedLinear]]:
         """(layer, matrix, module) of all gated matrices."""
-        found: list[tuple[int, str, Any]] = []
+        matrices: list[tuple[int, str, Any]] = []
         for layer, block in enumerate(self.blocks):
-            found += [(layer, matrix, block.get_submodule(matrix)) for matrix in GATED]
-        return found
+            matrices += [(layer, matrix, block.get_submodule(matrix)) for matrix in GATED]
+        return matrices
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -151,12 +151,12 @@ class GatedDiT(DiT):
         learngenes, tailors, _ = self.sizes
         table = [groups.index(group) if group in groups else -1 for group in self.gate.table]
         # Tailors of a group are consecutive columns, so a group is kept by a range of columns.
-        kept = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
+        columns = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("gate.")}
         for layer, matrix, _ in self.gated():
             for name, dim in (("tailor_U", 1), ("tailor_V", 1), ("tailor_sigma", 0)):
                 key = f"blocks.{layer}.{matrix}.{name}"
-                state[key] = state[key].index_select(dim, kept.to(state[key].device))
+                state[key] = state[key].index_select(dim, columns.to(state[key].device))
         model = GatedDiT(self.arch, learngenes, tailors, len(groups), table)
         model.load_state_dict({**state, **{f"gate.{k}": v for k, v in model.gate.state_dict().items()}})
         return model

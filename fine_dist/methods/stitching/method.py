@@ -41,11 +41,11 @@ class Stitching(Method[S]):
     # --- what it can do ---------------------------------------------------------------------------------------------
 
     def check_parent(self, parent: Artifact) -> None:
-        made = parent.method.get("name")
+        method = parent.method.get("name")
         takes = self.from_methods if parent.kind == "learngene" else (self.config.name,)
-        if made not in takes:
+        if method not in takes:
             raise ArtifactError(
-                f"{parent.folder} is a {parent.kind} of method {made}, and method {self.config.name} takes one of: "
+                f"{parent.folder} is a {parent.kind} of method {method}, and method {self.config.name} takes one of: "
                 + ", ".join(takes)
             )
 
@@ -78,14 +78,14 @@ class Stitching(Method[S]):
 
     def archs(self, arch: Arch) -> list[Arch]:
         """The anchors' shapes, narrow ones first. `ConfigError` for a width that no DiT has."""
-        found = []
+        archs = []
         for fraction in self.config.widths:
             width, heads = arch.hidden_size * fraction, max(1, round(arch.num_heads * fraction))
             if width != int(width):
                 raise ConfigError(f"method.widths: {fraction} of hidden_size {arch.hidden_size} is no whole width")
             values = {**arch.model_dump(), "hidden_size": int(width), "num_heads": heads}
-            found.append(validate(Arch, values, f"method.widths: an anchor of {fraction} of arch"))
-        return found
+            archs.append(validate(Arch, values, f"method.widths: an anchor of {fraction} of arch"))
+        return archs
 
     # --- stages -----------------------------------------------------------------------------------------------------
 

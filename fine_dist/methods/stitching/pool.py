@@ -81,8 +81,8 @@ class Pool(nn.Module):
     @property
     def routes(self) -> list[Route]:
         """What there is to choose from: the anchors alone before there are stitches."""
-        found = all_routes(len(self.anchors), self.arch.num_layers)
-        return found if self.stitches else found[: len(self.anchors)]
+        routes = all_routes(len(self.anchors), self.arch.num_layers)
+        return routes if self.stitches else routes[: len(self.anchors)]
 
     def stitch_key(self, route: Route) -> str:
         """The stitch of a route, by its name in `stitches`. The windows are (0, 1), (1, 2), ...; a pair of blocks
@@ -140,8 +140,8 @@ class Pool(nn.Module):
         pool = copy.deepcopy(self)
         pool.route, pool.maps = route, nn.ModuleDict()
         segments = dict((id(anchor), blocks) for anchor, blocks in pool.segments(route))
-        kept = {pool.stitch_key(route)} if route.last is not None else set()
-        pool.stitches = nn.ModuleDict({key: stitch for key, stitch in pool.stitches.items() if key in kept})
+        stitch_keys = {pool.stitch_key(route)} if route.last is not None else set()
+        pool.stitches = nn.ModuleDict({key: stitch for key, stitch in pool.stitches.items() if key in stitch_keys})
         anchor: Any
         for index, anchor in enumerate(pool.anchors):
             blocks = segments.get(id(anchor))
@@ -186,9 +186,9 @@ class Imitating(nn.Module):
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> ModelOutput:
         taps = self.taps[self.pool.route.anchor]
         layers = sorted({layer for _, layer in taps.values()})
-        answer = self.pool.anchor(self.pool.route.anchor).forward_with_features(z, t, y, layers)
-        found = {key: self.pool.maps[key](answer.features[f"{kind}.{at}"]) for key, (kind, at) in taps.items()}
-        return ModelOutput(answer.out, found)
+        output = self.pool.anchor(self.pool.route.anchor).forward_with_features(z, t, y, layers)
+        features = {key: self.pool.maps[key](output.features[f"{kind}.{at}"]) for key, (kind, at) in taps.items()}
+        return ModelOutput(output.out, features)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -228,10 +228,10 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def trace(model: DiT, z: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
     """The tokens before every block and after the last one: L + 1 of [B T, D]."""
     x, condition = model.embed(z, t, y)
-    found = [x]
+    tokens_before = [x]
     for block in model.blocks:
-        found.append(x := block(x, condition))
-    return [tokens.flatten(0, 1) for tokens in found]
+        tokens_before.append(x := block(x, condition))
+    return [tokens.flatten(0, 1) for tokens in tokens_before]
 
 
 def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
@@ -256,12 +256,12 @@ def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
 def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) -> ModelCost:
     """What a sample costs on the mean of these routes. also: multiply-adds of maps beside them, forward."""
     parts = [_route_macs(pool, route, batch) for route in routes]
-    forward, training, kept = (math.fsum(values) / len(parts) for values in zip(*parts))
+    forward, training, saved = (math.fsum(values) / len(parts) for values in zip(*parts))
     numbers = [(p.numel(), p.requires_grad) for p in pool.parameters()]
     return ModelCost(
         forward=2 * forward,
         training=2 * (training + 3 * also),
-        kept=kept,
+        saved_for_backward=saved,
         stored=sum(n for n, _ in numbers),
         trained=sum(n for n, trains in numbers if trains),
     )
@@ -269,9 +269,9 @@ def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) ->
 
 def _route_macs(pool: Pool, route: Route, batch: int) -> tuple[float, float, float]:
     """(forward alone, forward and backward, kept numbers) of one sample on a route."""
-    forward = training = kept = 0.0
+    forward = training = saved = 0.0
     segments = pool.segments(route)
-    for place, (anchor, blocks) in enumerate(segments):
+    for index, (anchor, blocks) in enumerate(segments):
         arch, d = anchor.arch, anchor.arch.hidden_size
         for layer in blocks:
             for matrix in MATRICES:
@@ -279,7 +279,7 @@ def _route_macs(pool: Pool, route: Route, batch: int) -> tuple[float, float, flo
                 rows = arch.rows(matrix, batch)
                 forward += module.multiply_adds(rows, backward=False) / batch  # type: ignore[operator]
                 training += module.multiply_adds(rows, backward=True) / batch  # type: ignore[operator]
-        first, last = place == 0, place == len(segments) - 1
+        first, last = index == 0, index == len(segments) - 1
         patches = arch.num_tokens * d * arch.patch_size**2
         outside = (
             256 * d + d * d + first * patches * arch.in_channels + last * (patches * arch.out_channels + 2 * d * d)
@@ -288,4 +288,4 @@ def _route_macs(pool: Pool, route: Route, batch: int) -> tuple[float, float, flo
             outside += arch.num_tokens * d * pool.width(route.anchor + 1)  # the stitch
         rest = attention_macs(arch.with_depth(1)) * len(blocks) + outside
         forward, training = forward + rest, training + 3 * rest
-    return forward, training, kept
+    return forward, training, saved

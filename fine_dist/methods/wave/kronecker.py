@@ -86,7 +86,7 @@ class KronLinear(nn.Module):
         trained = int(templates.T.requires_grad) + int(self.S.requires_grad)
         return make + product * (1 + backward) + (backward and bool(trained)) * (product + make * trained)
 
-    def kept_numbers(self, rows: int) -> int:
+    def saved_for_backward(self, rows: int) -> int:
         """Numbers that its backward pass keeps beyond a dense product's: the weight that was made."""
         return self._numbers
 

@@ -63,9 +63,9 @@ class Wave(Method[WaveConfig]):
 
     def check_parent(self, parent: Artifact) -> None:
         super().check_parent(parent)
-        made = parent.method.get("order", self.config.order)
-        if made != self.config.order:
-            raise ArtifactError(f"{parent.folder} was condensed with method.order {made}, not {self.config.order}")
+        order = parent.method.get("order", self.config.order)
+        if order != self.config.order:
+            raise ArtifactError(f"{parent.folder} was condensed with method.order {order}, not {self.config.order}")
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         return {"scalers": tuple(INITIALS)}
