@@ -1,21 +1,21 @@
 """Depth pruning: a target keeps whole layers of a trained model. The usual baseline for users who have weights.
 
-`choose` says which N of the ancestor's L layers: the first ones, evenly spaced ones, the `best` by the loss of what is
-left, or a `learned` choice as in TinyFusion (Fang et al., arXiv 2412.01199). Kept layers are copied as they are, and
-so are the embedders and the final layer; training afterwards is stage 3's, with or without distillation by the
+`choose` selects N of the ancestor's L layers: the first ones, evenly spaced ones, the `best` by the loss of the
+remaining model, or a `learned` choice as in TinyFusion (Fang et al., arXiv 2412.01199). Kept layers, the embedders and
+the final layer are copied unchanged. Stage 3 trains the target afterwards, with or without distillation from the
 ancestor (`--ancestor`, `--loss.output`).
 
 `learned` trains the choice in stage 2. The ancestor's layers are divided into consecutive groups, and each group keeps
-the same number of its layers, such as 2 of 4. A categorical distribution over the masks of a group is learned through
-a straight-through Gumbel softmax, together with low-rank updates of all weights that stand for the recovery by training
-to come. At the end every group keeps the layers of its most likely mask.
+the same number of its layers, such as 2 of 4. A categorical distribution over the masks of a group is learned with a
+straight-through Gumbel softmax, together with low-rank updates of all weights that simulate the training to come. At
+the end every group keeps the layers of its most likely mask.
 
-*Choices*, where the paper's summary is silent: low-rank updates are given up with the layers that are not chosen, so
-that a target begins with the ancestor's own weights; the softmax's temperature is fixed; `best` drops one layer after
-another, each time the one whose loss is least missed, unless there are few enough choices to try them all.
+*Choices*, where the paper's summary does not say: low-rank updates are discarded at the end, so that a target starts
+with the ancestor's own weights; the temperature of the softmax is fixed; `best` drops the layer whose removal increases
+the loss least, one after another, unless there are few enough sets of layers to try them all.
 
-A target deeper than its ancestor repeats layers, the nearest in relative depth. A layer that stands k times takes 1/k
-of its step in each place, so that all of them together move the tokens as far as it did.
+A target deeper than its ancestor repeats layers, the nearest in relative depth. A layer that is repeated k times takes
+1/k of its step each time, so that the repeats together move the tokens as far as the one layer did.
 
 Shapes: L the ancestor's layers, N the target's, G groups of M layers that keep n each, K = C(M, n) masks, r rank.
 """
@@ -43,14 +43,14 @@ from fine_dist.model.depth import RESIDUAL, nearest_layers, segment_share
 from fine_dist.model.dit import Condition, Dense, DiT
 from fine_dist.model.roles import Role, train_only
 
-FEW = 100
-"""Sets of layers up to which `best` tries them all; beyond, it drops one layer after another."""
+MAX_SETS = 100
+"""Number of sets of layers up to which `best` tries all sets; for more it drops one layer after another."""
 MOST_MASKS = 1000
-"""Masks of a group that a learned choice may be among."""
+"""Maximum number of masks of a group in a learned choice."""
 
 
 class Pruned(Method[PrunedConfig]):
-    """Some layers of a trained model, as they are."""
+    """Some layers of a trained model, copied unchanged."""
 
     Config: ClassVar[type[MethodConfig]] = PrunedConfig
     label: ClassVar[str] = "depth pruning"
@@ -60,8 +60,8 @@ class Pruned(Method[PrunedConfig]):
 
     @property
     def traits(self) -> Traits:
-        looks = self.config.samples if self.config.choose == "best" and self.config.layers is None else 0
-        return Traits(parents=("model",), varies=frozenset({"depth"}), samples=looks)
+        samples = self.config.samples if self.config.choose == "best" and self.config.layers is None else 0
+        return Traits(parents=("model",), varies=frozenset({"depth"}), samples=samples)
 
     def variants(self) -> dict[str, tuple[str, ...]]:
         return {"choose": ("first", "even", "best", "learned")}
@@ -74,13 +74,13 @@ class Pruned(Method[PrunedConfig]):
         if layers is not None and (len(layers) != target.num_layers or max(layers) >= source):
             raise ArtifactError(
                 f"method.layers: {list(layers)} are {len(layers)} layers up to {max(layers)}; a target of "
-                f"{target.num_layers} layers of {parent.folder} takes {target.num_layers} of 0 to {source - 1}"
+                f"{target.num_layers} layers from {parent.folder} needs {target.num_layers} layers of 0 to {source - 1}"
             )
         if self._learns(source, target.num_layers):
             group_sizes(source, target.num_layers, self.config.groups)
 
     def smallest(self, target: Arch) -> Arch:
-        return target  # a learned choice needs a depth that its groups can make
+        return target  # a learned choice needs a depth that its groups divide
 
     def _learns(self, source: int, num_layers: int) -> bool:
         return self.config.choose == "learned" and self.config.layers is None and num_layers < source
@@ -99,7 +99,7 @@ class Pruned(Method[PrunedConfig]):
         return Descent(model)
 
     def chosen(self, parent: Parent, num_layers: int) -> list[int]:
-        """The ancestor's layers that a target of so many takes, in order; repeated where it is deeper."""
+        """The ancestor's layers that a target of `num_layers` takes, in order; repeated if the target is deeper."""
         depth, choose = parent.arch.num_layers, self.config.choose
         if num_layers >= depth or choose == "even":
             return [int(layer) for layer in nearest_layers(depth, num_layers)]
@@ -107,8 +107,8 @@ class Pruned(Method[PrunedConfig]):
             return list(range(num_layers))
         if parent.samples is None:
             raise ArtifactError(
-                "method.choose best measures the loss on samples, and no data is given; set data.shards, or choose "
-                "first or even"
+                "method.choose best measures the loss on samples of the data, and no data is given; set data.shards, "
+                "or choose first or even"
             )
         return best_layers(parent.module, HeldOutLoss(*parent.samples, DiffusionConfig()), num_layers)
 
@@ -132,47 +132,52 @@ class Pruned(Method[PrunedConfig]):
 
 
 def kept_layers(source: nn.Module, layers: list[int], depth: int) -> dict[str, Tensor]:
-    """The state dict of a dense DiT of these layers of the source, which has `depth`; all layers where it is deeper."""
+    """The state dict of a dense DiT of some layers of the source.
+
+    Args:
+        source: A DiT of `depth` layers.
+        layers: Layers of the source, in the target's order; they repeat if the target is deeper.
+        depth: Layers of the source.
+    """
     blocks: Any = source.blocks
     share = segment_share(depth, len(layers)) if len(layers) > depth else torch.ones(len(layers))
 
     def matrix_of(matrix: str, layer: int) -> tuple[Tensor, Tensor]:
-        own = blocks[layers[layer]].get_submodule(matrix)
-        scale = share[layer].to(own.weight) if matrix in RESIDUAL else 1
-        return own.weight * scale, own.bias * scale
+        module = blocks[layers[layer]].get_submodule(matrix)
+        scale = share[layer].to(module.weight) if matrix in RESIDUAL else 1
+        return module.weight * scale, module.bias * scale
 
     return expanded(source, len(layers), matrix_of)
 
 
 def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[int]:
-    """The layers whose model has the lowest loss: the best set of all, or of those that dropping one by one meets."""
+    """The layers whose model has the lowest loss: among all sets, or among those reached by dropping one by one."""
     dit: Any = model
     blocks = list(dit.blocks)
 
     def loss_of(layers: tuple[int, ...]) -> float:
-        # Blocks are taken out and put back instead of copied: a hundred candidates of a large model would not fit.
+        # Blocks are removed and put back instead of copied: a hundred candidates of a large model would not fit.
         dit.blocks = nn.ModuleList(blocks[layer] for layer in layers)
         try:
             return loss(model)["held_out_loss"]
         finally:
             dit.blocks = nn.ModuleList(blocks)
 
-    everything = tuple(range(len(blocks)))
-    if math.comb(len(blocks), num_layers) <= FEW:
-        losses = {layers: loss_of(layers) for layers in itertools.combinations(everything, num_layers)}
+    best = tuple(range(len(blocks)))
+    if math.comb(len(blocks), num_layers) <= MAX_SETS:
+        losses = {layers: loss_of(layers) for layers in itertools.combinations(best, num_layers)}
+        return list(min(losses, key=losses.__getitem__))
+    while len(best) > num_layers:
+        losses = {rest: loss_of(rest) for rest in (tuple(x for x in best if x != drop) for drop in best)}
         best = min(losses, key=losses.__getitem__)
-        return list(best)
-    while len(everything) > num_layers:
-        losses = {rest: loss_of(rest) for rest in (tuple(x for x in everything if x != drop) for drop in everything)}
-        everything = min(losses, key=losses.__getitem__)
-    return list(everything)
+    return list(best)
 
 
 # --- the learned choice ----------------------------------------------------------------------------------------------
 
 
 def group_sizes(source: int, num_layers: int, groups: int | None) -> tuple[int, int, int]:
-    """(groups G, layers of a group M, layers that a group keeps n). The default has groups of four layers or more.
+    """(groups G, layers of a group M, layers that a group keeps n). By default groups have four layers or more.
 
     Raises:
         ArtifactError: The depths cannot be divided into so many groups, or a group would have too many masks.
@@ -184,7 +189,7 @@ def group_sizes(source: int, num_layers: int, groups: int | None) -> tuple[int, 
         legal = [g for g in legal if math.comb(source // g, num_layers // g) <= MOST_MASKS]
         raise ArtifactError(
             f"method.groups: {num_layers} of {source} layers cannot be learned in {count} groups; legal: "
-            f"{legal or 'none, for a group would have too many masks; choose another depth'}"
+            f"{legal or 'none, because a group would have too many masks; choose another depth'}"
         )
     return count, source // count, num_layers // count
 
@@ -204,15 +209,15 @@ class LowRankDense(Dense):
         return super().forward(x) + (x @ self.down.T) @ self.up.T
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows; with its backward pass if there is one."""
+        """Multiply-adds of a product of `rows` rows; `backward` adds those of the backward pass."""
         thin = rows * self.down.shape[0] * (self.out_features + self.in_features)
         return super().multiply_adds(rows, backward=backward) + thin * (3 if backward else 1)
 
 
 class LayerChoice(DiT):
-    """An ancestor's whole depth, each layer of which takes its step or none, as masks say.
+    """All layers of an ancestor, each of which takes its step or is skipped, as the masks of the groups decide.
 
-    logits: [G, K], of each group's masks.  masks: [K, M], 1 where a layer is kept.
+    logits: [G, K], logits of each group's masks.  masks: [K, M], 1 where a layer is kept.
     """
 
     masks: Tensor
@@ -245,7 +250,7 @@ class LayerChoice(DiT):
         self.noise.copy_(-(-uniform.log()).log())
 
     def gates(self) -> Tensor:
-        """Which layers take their step, [L] of ones and zeros, with the gradient of the softmax in training."""
+        """Gates of the layers, [L] ones and zeros, with the gradient of the softmax in training."""
         logits = self.logits()
         if not torch.is_grad_enabled():
             return self.masks[logits.argmax(1)].flatten()
@@ -257,8 +262,8 @@ class LayerChoice(DiT):
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x, condition = self.embed(z, t, y)
         for layer, (block, gate) in enumerate(zip(self.blocks, self.gates())):
-            # A block's step is the difference that it makes, so a gate of 0 skips
-            # it exactly. It is still computed, for the gradient of the gate.
+            # A block's step is its output minus its input, so a gate of 0 skips the block exactly. The block is still
+            # computed, for the gradient of the gate.
             x = x + gate * (self.run(layer, block, x, condition) - x)  #                                   [B, T, D]
         return self.unpatchify(self.final(x, condition.c))
 
@@ -268,12 +273,12 @@ class LayerChoice(DiT):
             return [layer for layer, gate in enumerate(self.gates().tolist()) if gate > 0.5]
 
     def probabilities(self) -> Tensor:
-        """How likely each layer is to be kept, [L], detached, on the CPU."""
+        """Probability that each layer is kept, [L], detached, on the CPU."""
         return (F.softmax(self.logits().detach(), 1) @ self.masks).flatten().float().cpu()
 
 
 class LogitTable(nn.Module):
-    """The logits of every group's masks [G, K]; a module of its own so that it is gathered under ZeRO-3 when called."""
+    """The logits of every group's masks [G, K]; a separate module, because ZeRO-3 gathers modules when they run."""
 
     roles: ClassVar[dict[str, Role]] = {"table": "scaler"}
 

@@ -1,4 +1,4 @@
-"""A control: FINE's stage 2 with frozen *random* factors, so that sigma's own part is not credited to genes."""
+"""A control: FINE's stage 2 with frozen *random* factors; it shows what training sigma achieves without genes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fine_dist.model.roles import of_role, train_only
 
 
 class RandomGenes(FactoredTargets[RandomGenesConfig]):
-    """Same rank, same trained numbers, same copied parts as FINE; U and V as at the start of stage 1."""
+    """FINE's rank, trained parameters and copied shell; U and V have the random values of the start of stage 1."""
 
     Config: ClassVar[type[MethodConfig]] = RandomGenesConfig
     label: ClassVar[str] = "random genes"

@@ -1,7 +1,7 @@
 """A DiT whose layers share whole matrices: one for several layers, or a line through two for all of them.
 
 The genes are registered once, at the root. A layer holds its genes in a tuple, which registers nothing, and *calls*
-them, which is when ZeRO-3 gathers them. Every such matrix also has a dense form (`dense`).
+them, because ZeRO-3 gathers the parameters of a module when it is called. Every such matrix has a dense form (`dense`).
 
 Shapes: m out features, n in features, L layers.
 """
@@ -28,9 +28,9 @@ class GeneLinear(nn.Module):
 
     def __init__(self, genes: nn.Module, position: float | None = None):
         super().__init__()
-        # In a tuple: an attribute would register the genes once more for every layer.
+        # In a tuple: an attribute would register the genes again in every layer.
         self._genes = (genes,)
-        # A tensor, not a float: compiled blocks take it as an input, where a float would compile every layer again.
+        # A tensor, not a float: a compiled block takes it as an input, and a float would compile every layer again.
         self.register_buffer("position", None if position is None else torch.tensor(position), persistent=False)
 
     @property
@@ -56,7 +56,7 @@ class GeneLinear(nn.Module):
 
 
 class SharedBlocks(Method[M]):
-    """Base of TLEG and SWS: genes that all layers share, distilled from an ancestor's output alone."""
+    """Base class of TLEG and SWS: genes that layers share, distilled from an ancestor's output alone."""
 
     @property
     def traits(self) -> Traits:
@@ -97,7 +97,7 @@ class SharedDiT(DiT):
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the ordinary dense DiT that computes the same function, from what its matrices say."""
+    """The state dict of the ordinary dense DiT that computes the same function, from the dense form of each matrix."""
     blocks: Any = model.blocks
     return expanded(model, len(blocks), lambda matrix, layer: blocks[layer].get_submodule(matrix).dense())
 
@@ -109,7 +109,7 @@ def expanded(
     """The state dict of a dense DiT with the model's shell and given block matrices.
 
     Args:
-        model: Gives everything outside the blocks.
+        model: Source of the shell (embedders and final layer).
         num_layers: Number of blocks.
         dense: (matrix, layer) -> weight [m, n] and bias [m].
     """

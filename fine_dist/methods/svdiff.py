@@ -1,10 +1,10 @@
 """SVDiff (Han et al., arXiv 2303.11305): a new domain by shifting singular values.
 
-Each of a block's five matrices is W = U diag(S) V^T once; what trains is delta [min(m, n)], from zero:
+Each of a block's five matrices is decomposed once, W = U diag(S) V^T; delta [min(m, n)] trains, from zero:
 `W' = U diag(relu(S + delta)) V^T` (eq. 2). Biases and everything outside the blocks stay frozen.
 
-Counts: (4 + 1) D a block, for its five matrices have rank D; delta is what a domain adds to its parent's numbers, and
-U, S and V are kept with it so that a saved target never depends on the library that computed them.
+Counts: 5 D trained numbers in each block, because its five matrices have rank D. U, S and V are saved with delta, so
+that a saved target does not depend on the library that computed them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Svdiff(Method[SvdiffConfig]):
         source = needed(parent).module
         model = self.module(target, {})
         model.load_state_dict({**model.state_dict(), **of_role(source, "shell")})
-        for own, theirs in zip(_matrices(model), _matrices(source)):
-            own.take(theirs.weight.detach(), theirs.bias.detach())  # type: ignore[operator]
+        for spectral, dense in zip(_matrices(model), _matrices(source)):
+            spectral.decompose(dense.weight.detach(), dense.bias.detach())  # type: ignore[operator]
         train_only(model, "scaler")
         return Descent(model, "some")
 
@@ -70,7 +70,7 @@ def _matrices(model: nn.Module) -> list[nn.Module]:
 class SpectralDense(nn.Module):
     """`x (U diag(relu(S + delta)) V^T)^T + b`: U [m, r], S [r], V [n, r], b [m] frozen, delta [r] from zero.
 
-    The factors are stored as they were computed, so that another library's SVD never changes a saved model.
+    The factors are stored as computed once, so that a different SVD implementation never changes a saved model.
     """
 
     roles: ClassVar[dict[str, Role]] = {"U": "weight", "S": "weight", "V": "weight", "delta": "scaler", "bias": "bias"}
@@ -90,12 +90,12 @@ class SpectralDense(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=name == "delta"))
 
     @torch.no_grad()
-    def take(self, weight: Tensor, bias: Tensor) -> None:
-        """Become this matrix [m, n]."""
-        # In fp64, so that U diag(S) V^T gives the parent's weights back to fp32's rounding.
+    def decompose(self, weight: Tensor, bias: Tensor) -> None:
+        """Set the factors to the SVD of a weight [m, n], and the bias [m]."""
+        # In fp64, so that U diag(S) V^T reproduces the parent's weights up to the rounding of fp32.
         u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
-        for own, value in ((self.U, u), (self.S, s), (self.V, vt.T), (self.bias, bias)):
-            own.copy_(value)
+        for parameter, value in ((self.U, u), (self.S, s), (self.V, vt.T), (self.bias, bias)):
+            parameter.copy_(value)
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         if self.choose(x.numel() // x.shape[-1], torch.is_grad_enabled()) == "factored":
@@ -104,15 +104,15 @@ class SpectralDense(nn.Module):
 
     @property
     def spectrum(self) -> Tensor:
-        """What the singular values have become, [r], none below zero."""
+        """The shifted singular values [r], none below zero."""
         return F.relu(self.S + self.delta)
 
     def compose(self) -> Tensor:
-        """The matrix [m, n]."""
+        """The dense weight [m, n]."""
         return (self.U * self.spectrum) @ self.V.T
 
     def choose(self, rows: int, backward: bool) -> str:
-        """Which path needs fewer multiply-adds."""
+        """The path with fewer multiply-adds, `composed` or `factored`."""
         return cheaper_path(rows, *self._sides, **self._training, backward=backward)
 
     @property
@@ -124,16 +124,16 @@ class SpectralDense(nn.Module):
         return {"train_factors": self.U.requires_grad, "train_scalers": self.delta.requires_grad}
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows, on the path it would take; with its backward pass if there is one."""
+        """Multiply-adds of a product of `rows` rows on the cheaper path; `backward` adds the backward pass."""
         path = self.choose(rows, backward)
         return multiply_adds(path, rows, *self._sides, **self._training, backward=backward)
 
     def saved_for_backward(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's."""
+        """Numbers saved for the backward pass in addition to a dense product's."""
         if self.choose(rows, True) == "composed":
             return self.U.shape[0] * self.V.shape[0]
         return rows * self.U.shape[1]
 
     def saves_input(self, rows: int) -> bool:
-        """Whether its backward pass needs what it multiplied."""
+        """Whether the backward pass needs the input."""
         return self.choose(rows, True) == "composed"

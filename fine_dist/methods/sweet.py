@@ -1,20 +1,20 @@
 """SWEET (Xie et al., arXiv 2601.19694): one template for all matrices of all layers, in Tucker form.
 
-From the source, of which the abstract and summaries were read: a network's weights are cut into D x D slabs and stacked
-to a tensor [S L, D, D], which is constrained to `G x_1 X x_2 U x_3 V`. The core G is the template, shared by models of
-every size; X (over layers), U and V (over width) are scalers that belong to one size. Pre-training is that of a model
-from scratch, with the constraint; a target keeps G and learns its own X, U and V from little data. While pre-training,
-the template is scaled at random along its two dimensions of width, so that it does not depend on one width's scalers.
+The source (its abstract and summaries): a network's weights are cut into D x D slabs and stacked to a tensor
+[S L, D, D], which is constrained to `G x_1 X x_2 U x_3 V`. The core G is the template, shared by models of every size;
+X (over layers), U and V (over width) are scalers that belong to one size. Pre-training is that of a model from scratch
+under the constraint; a target keeps G and learns its own X, U and V from little data. During pre-training the template
+is scaled at random along its two dimensions of width, so that it does not depend on the scalers of one width.
 
-Choices of this project, where the source is silent or speaks of other networks:
+Choices of this project, where the source does not say or describes other networks:
 
-- A DiT block has 18 slabs: 3 of qkv, 1 of o, 4 each of in and out, 6 of adaln. Biases are a layer's own, as for FINE.
+- A DiT block has 18 slabs: 3 of qkv, 1 of o, 4 each of in and out, 6 of adaln. Each layer has its own biases.
 - G has 24 components, r_2 = r_3 = D: with that many its numbers are about those of FINE's factors of rank D.
 - The random scaling multiplies each component of U and V by a number drawn uniformly from 1 - s to 1 + s at every step
-  (`scaling`). It acts where gradients are recorded, so that a learngene is measured as it is.
+  (`scaling`). It applies only while gradients are recorded, so that evaluation sees the unscaled learngene.
 - U and V start with orthonormal columns, X on a line in depth with the variance that makes Var(W) Xavier's, zero for
   adaLN. Pre-training is the diffusion loss; with an ancestor its output is imitated as well.
-- A target's X starts over depth as FINE's sigma does, and rows of U and V are repeated or left out at uniform spacing
+- A target's X is initialized over depth like FINE's sigma, and rows of U and V are repeated or left out uniformly
   (`wave/width.py`): whole heads where heads keep their size, features one by one otherwise.
 
 Shapes: D width, S slabs of a matrix (18 of a block), R components of the template, r its side (r_2 = r_3).
@@ -94,7 +94,7 @@ class Sweet(Method[SweetConfig]):
         model.load_state_dict(state)
         return Descent(train_only(model, "scaler"), "some")
 
-    # --- what becomes of it -----------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         if "template.G" not in tensors:
@@ -106,7 +106,7 @@ class Sweet(Method[SweetConfig]):
         return dense_state(model)
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        """How much of each component a layer takes: the norm of its scalers, [L, R] a matrix."""
+        """The norm of each layer's scalers by component, [L, R] for each matrix."""
         source: Any = model
         return {matrix: source.layers_of(matrix)[0].norm(dim=1) for matrix in MATRICES}
 
@@ -114,8 +114,8 @@ class Sweet(Method[SweetConfig]):
 class TuckerCore(nn.Module):
     """The core G [R, r, r] and the scalers of one width, U and V [D, r].
 
-    `forward(x [..., n], X [S, R], bias, columns) -> [..., m]`. All three lie in one module, because ZeRO-3 gathers the
-    parameters of the module that is called.
+    `forward(x [..., n], X [S, R], bias, columns) -> [..., m]`. The three parameters are in one module, because ZeRO-3
+    gathers the parameters of the module that is called.
     """
 
     roles: ClassVar[dict[str, Role]] = {"G": "gene", "U": "scaler", "V": "scaler"}
@@ -124,7 +124,7 @@ class TuckerCore(nn.Module):
 
     def __init__(self, components: int, side: int, width: int, generator: torch.Generator | None = None):
         super().__init__()
-        # sqrt(r): entries of G then have the size of a weight's, which Adam's steps suit
+        # scaled by sqrt(r): entries of G then have the size of ordinary weights, which suits the step size of Adam
         core = spread_columns(side * side, components, generator).T.reshape(components, side, side) * math.sqrt(side)
         self.G = nn.Parameter(core.contiguous())
         self.U = nn.Parameter(spread_columns(width, side, generator))
@@ -144,7 +144,7 @@ class TuckerCore(nn.Module):
         return F.linear(x, self.compose(scaler, columns), bias)
 
     def compose(self, scaler: Tensor, columns: bool) -> Tensor:
-        """The weight that these scalers make: slabs below each other [S D, D], or side by side [D, S D]."""
+        """The weight of these scalers: slabs stacked vertically [S D, D], or horizontally [D, S D] if `columns`."""
         u: Tensor = self.U
         v: Tensor = self.V
         if torch.is_grad_enabled():
@@ -154,7 +154,7 @@ class TuckerCore(nn.Module):
         return slabs.transpose(0, 1).flatten(1) if columns else slabs.flatten(0, 1)
 
     def drawing(self, scaling: float) -> Callable[[int, torch.Generator], None] | None:
-        """A hook that scales the template's dimensions of width at random before every step; none for no scaling."""
+        """A hook that draws the random scaling of the template before every step; None if `scaling` is 0."""
         if not scaling:
             return None
 
@@ -166,7 +166,7 @@ class TuckerCore(nn.Module):
 
 
 class TuckerLinear(nn.Module):
-    """One layer's matrix: its own scalers X [S, R] and bias [m]; the template stays with the root."""
+    """One layer's matrix: its own scalers X [S, R] and bias [m]; the template belongs to the root."""
 
     roles: ClassVar[dict[str, Role]] = {"X": "scaler", "bias": "bias"}
 
@@ -187,7 +187,7 @@ class TuckerLinear(nn.Module):
         return self._template[0].compose(self.X, self.columns), self.bias
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows and the making of its weight; with its backward pass if there is one."""
+        """Multiply-adds of computing W and a product of `rows` rows; `backward` adds those of the backward pass."""
         [template] = self._template
         d, r, slabs = len(template.U), template.side, len(self.X)
         mix = slabs * template.G.numel()
@@ -199,14 +199,14 @@ class TuckerLinear(nn.Module):
         return mix * (1 + core + own) + (shape * 3 + product * 3 if trains else shape + product * 2)
 
     def saved_for_backward(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's: the weight that was made, and its making."""
+        """Numbers saved for the backward pass in addition to a dense product's: W and the intermediate slabs."""
         [template] = self._template
         d, r = len(template.U), template.side
         return len(self.X) * (d * d + r * d + r * r)
 
 
 class TuckerDiT(DiT):
-    """A DiT whose block matrices are all made of one template [R, r, r] and scalers of layers and width."""
+    """A DiT whose block matrices are all computed from one template [R, r, r] and scalers of layers and width."""
 
     def __init__(self, arch: Arch, components: int, side: int, generator: torch.Generator | None = None):
         template = TuckerCore(components, side, arch.hidden_size, generator)

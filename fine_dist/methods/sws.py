@@ -1,12 +1,11 @@
 """SWS (arXiv 2404.16897, IJCAI 2024): stages of layers that share one block each. With one stage it is Share Init.
 
-Stage 1 trains the stages' blocks and what is outside them in an auxiliary model of 16 layers in stages of [3, 3, 4, 3,
-3], by soft distillation of the ancestor's output alone. A target gives its layers to the stages in order, near-equally
-and the remainder to the first (12 layers: 3, 3, 2, 2, 2), and is an ordinary DiT at once.
+Stage 1 trains the stages' blocks and the shell of an auxiliary model of 16 layers in stages of [3, 3, 4, 3, 3], by soft
+distillation of the ancestor's output alone. The layers of a target are divided over the stages in order, as equally as
+possible with the remainder in the first stages (12 layers: 3, 3, 2, 2, 2); the target is an ordinary DiT at once.
 
-The auxiliary model's depth is the sum of `stages`, whatever the ancestor's: it is the depth of the learngene as an
-artifact. *Choice*: a target of fewer layers than there are stages, which cannot use them all, takes those nearest in
-relative depth.
+The auxiliary model's depth is the sum of `stages` and independent of the ancestor's: it is the depth of the learngene
+as an artifact. *Choice*: a target with fewer layers than stages takes the stages that are nearest in relative depth.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def layers_of(stages: tuple[int, ...]) -> list[int]:
 
 
 def stages_of(num_layers: int, stages: int) -> list[int]:
-    """The stage of each of a target's layers, never falling: near-equal numbers, the remainder in the first stages."""
+    """The stage of each of a target's layers, ascending: near-equal counts, the remainder in the first stages."""
     if num_layers < stages:
         return list(map(int, nearest_layers(stages, num_layers)))
     each, more = divmod(num_layers, stages)
@@ -67,7 +66,7 @@ def stages_of(num_layers: int, stages: int) -> list[int]:
 
 
 class SharedMatrix(Dense):
-    """A weight [m, n] and a bias [m] that several layers use as they are; they start as a layer's own would."""
+    """A weight [m, n] and a bias [m] that several layers share, initialized like those of one layer."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gene", "bias": "gene"}
 

@@ -1,12 +1,12 @@
 """TLEG (arXiv 2312.05614, AAAI 2024): all layers on one line, `theta_l = theta_B + (l - 1) / L theta_A` (eq. 1).
 
-Stage 1 trains theta_A, theta_B and what is outside the blocks in an auxiliary model, by soft distillation of the
-ancestor's output alone (the paper's alpha is 1; `loss: {diffusion: 1 - alpha, output: alpha}` gives another). A target
-of L layers takes L positions on the line, biases too, and is an ordinary DiT at once: nothing of it waits for a stage 2.
+Stage 1 trains theta_A, theta_B and the shell of an auxiliary model by soft distillation of the ancestor's output alone
+(the paper's alpha is 1; `loss: {diffusion: 1 - alpha, output: alpha}` gives another). A target of L layers takes L
+positions on the line, for weights and biases, and is an ordinary DiT at once, without a stage 2.
 
-The auxiliary model's depth is a setting of the method's own, whatever the ancestor's: it is the depth of the learngene
-as an artifact, and of the model that the learngene is when it is evaluated. *Choice*, as a DiT needs it: adaLN's
-weights are zero on both ends of the line, so that a block begins as the identity.
+The auxiliary model's depth is a setting of this method and independent of the ancestor's: it is the depth of the
+learngene as an artifact, and of the model that is evaluated for it. *Choice* for DiT: adaLN's weights are zero at both
+ends of the line, so that a block starts as the identity.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Tleg(SharedBlocks[TlegConfig]):
 
 
 class LineMatrix(nn.Module):
-    """`W = base + position * slope`, the bias too: `forward(x [..., n], position) -> [..., m]` (TLEG, arXiv 2312.05614).
+    """`W = base + position * slope`, the same for the bias: `forward(x [..., n], position) -> [..., m]` (TLEG, eq. 1).
 
-    Both weights start at a truncated normal of 0.02, both biases at zero; zero: the weights as well.
+    The weights start at a truncated normal of std 0.02, or at zero if `zero`; the biases start at zero.
     """
 
     roles: ClassVar[dict[str, Role]] = dict.fromkeys(("base", "slope", "base_bias", "slope_bias"), "gene")
@@ -75,13 +75,13 @@ class LineMatrix(nn.Module):
         return self.base + position * self.slope, self.base_bias + position * self.slope_bias
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows and the making of its weight; with its backward pass if there is one."""
+        """Multiply-adds of computing W and a product of `rows` rows; `backward` adds those of the backward pass."""
         make, product = self.base.numel(), rows * self.base.numel()
         trains = self.base.requires_grad or self.slope.requires_grad
         return make + product * (1 + backward) + (backward and trains) * (make + product)
 
     def saved_for_backward(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's: the weight that was made."""
+        """Numbers saved for the backward pass in addition to a dense product's: the computed weight."""
         return self.base.numel()
 
 

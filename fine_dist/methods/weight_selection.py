@@ -1,11 +1,11 @@
-"""Weight selection (Xu et al., arXiv 2311.18823): a smaller model begins with some of a trained one's weights.
+"""Weight selection (Xu et al., arXiv 2311.18823): a smaller model starts with some of a trained model's weights.
 
-The target's layers are the parent's first ones; of every axis, units are chosen at uniform spacing: by stride where the
-parent's size is a multiple of the target's, else `round(linspace(0, large - 1, small))`. Values are copied as they are.
+The target's layers are the parent's first layers; units of every axis are selected at uniform spacing: by stride if the
+parent's size is a multiple of the target's, else `round(linspace(0, large - 1, small))`. Values are copied unchanged.
 
-*Choice*: units are chosen alike wherever their space occurs (`methods.axes`): qkv's rows by third, and in a third by
-head and within the head; adaLN's rows by sixth. So what is copied is a sub-network. `rows: whole` is the authors' own
-rule, every axis by itself over its whole length. Position tables are fixed, of the target's own width.
+*Choice*: the same units are selected wherever their space occurs (`methods.axes`): in qkv's rows by third, within a
+third by head and within a head by unit; in adaLN's rows by sixth. The copy is therefore a sub-network. `rows: whole` is
+the authors' own rule, each axis separately over its complete length. Position tables are fixed, of the target's width.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class WeightSelection(Method[WeightSelectionConfig]):
             if small > large:
                 raise ArtifactError(
                     f"{parent.folder}: {name} is {large} in the parent, {small} in the target; method "
-                    f"{self.config.name} chooses among the parent's weights, so a target has at most as many"
+                    f"{self.config.name} selects among the parent's weights, so a target has at most as many"
                 )
         if target.hidden_size // target.num_heads > parent.arch.hidden_size // parent.arch.num_heads:
             raise ArtifactError(
@@ -56,36 +56,35 @@ class WeightSelection(Method[WeightSelectionConfig]):
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         source: Any = needed(parent).module
         model = DiT(target, generator=generator)
-        theirs = source.state_dict()
+        weights = source.state_dict()
         state = {}
-        for name, own in model.state_dict().items():
-            tensor = theirs[name].detach()
+        for name, initial in model.state_dict().items():
+            tensor = weights[name].detach()
             for dim, axis in enumerate(axes_of(name)):
-                tensor = tensor.index_select(
-                    dim, self.choose(axis, source.arch, target, tensor.shape[dim], own.shape[dim])
-                )
+                units = self.choose(axis, source.arch, target, tensor.shape[dim], initial.shape[dim])
+                tensor = tensor.index_select(dim, units)
             state[name] = tensor
         model.load_state_dict(state)
         return Descent(model)
 
     def choose(self, axis: Axis | None, source: Arch, target: Arch, large: int, small: int) -> Tensor:
-        """Which of an axis's `large` entries are taken, int64 [small], ascending."""
+        """Indices of the selected entries of an axis with `large` entries, int64 [small], ascending."""
         if axis is None or self.config.rows == "whole":
             return uniform(large, small)
         span = large // axis.groups
         if axis.space == "heads":
             size, target_size = source.hidden_size // source.num_heads, target.hidden_size // target.num_heads
-            # Whole heads first, then units within each: units of
-            # different heads mixed into one would attend to nothing.
+            # Heads are selected first, then units within each head: attention of a head made of units from different
+            # heads would be meaningless.
             heads = uniform(source.num_heads, target.num_heads)
-            one = (heads[:, None] * size + uniform(size, target_size)).flatten()
+            units = (heads[:, None] * size + uniform(size, target_size)).flatten()
         else:
-            one = uniform(span, small // axis.groups)
-        return (torch.arange(axis.groups)[:, None] * span + one).flatten()
+            units = uniform(span, small // axis.groups)
+        return (torch.arange(axis.groups)[:, None] * span + units).flatten()
 
 
 def uniform(large: int, small: int) -> Tensor:
-    """`small` of `large` indices at uniform spacing, int64, ascending: by stride where it divides."""
+    """`small` of `large` indices at uniform spacing, int64, ascending: by stride if `small` divides `large`."""
     if large % small == 0:
         return torch.arange(small) * (large // small)
     return torch.linspace(0, large - 1, small, dtype=torch.float64).round().long()

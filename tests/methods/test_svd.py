@@ -55,7 +55,7 @@ def test_the_default_rank_is_what_fits_into_the_numbers_of_shared_factors(name):
 
 
 def test_a_budget_without_room_or_beside_a_rank_is_refused():
-    with pytest.raises(ArtifactError, match="budget 100 leaves no component: one of every matrix of 4 layers takes"):
+    with pytest.raises(ArtifactError, match="budget 100 is too small: one component of every matrix of 4 layers takes"):
         check(tiny("svd", budget=100), artifact_for("svd"), tiny_arch())
-    with pytest.raises(ConfigError, match="both say how many components"):
+    with pytest.raises(ConfigError, match="both set the number of components"):
         from_manifest({"name": "svd", "rank": 3, "budget": 10000})

@@ -56,7 +56,7 @@ def test_only_the_shifts_train_and_merging_keeps_the_function(target):
 
 def test_both_paths_give_the_same_numbers_and_the_cheaper_is_taken(generator):
     matrix = SpectralDense(8, 24)
-    matrix.take(torch.randn(24, 8, generator=generator), torch.zeros(24))
+    matrix.decompose(torch.randn(24, 8, generator=generator), torch.zeros(24))
     x = torch.randn(2, 8, generator=generator)
     assert {rows: matrix.choose(rows, True) for rows in (1, 4096)} == {1: "factored", 4096: "factored"}
     assert matrix.choose(4096, False) == "composed"  # made once, used for many rows

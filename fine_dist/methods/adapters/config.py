@@ -10,12 +10,12 @@ from fine_dist.methods.base import MethodConfig
 
 
 class LoraConfig(MethodConfig):
-    """LoRA: a product of two thin matrices trains beside each frozen matrix."""
+    """LoRA: a trained product of two thin matrices is added to each frozen matrix."""
 
     name: Literal["lora"] = "lora"
     """LoRA."""
     rank: int = Field(8, ge=1, le=2**16)
-    """Rank of the trained update of every matrix; more costs memory and may fit a distant domain better."""
+    """Rank of the trained update of every matrix; a larger rank costs memory and may fit a distant domain better."""
     alpha: float = Field(8, gt=0)
     """Scale of the trained update: it is multiplied by alpha / rank. The default gives 1 at the default rank."""
 
@@ -35,7 +35,7 @@ class OftConfig(MethodConfig):
     name: Literal["oft"] = "oft"
     """OFT."""
     block: int = Field(32, ge=2, le=2**16)
-    """Side of a rotated block of features; where it does not divide the width, peft takes the nearest that does."""
+    """Side of a rotated block of features; if it does not divide the width, peft takes the nearest divisor."""
 
 
 class BoftConfig(MethodConfig):
@@ -55,6 +55,6 @@ class VeraConfig(MethodConfig):
     rank: int = Field(256, ge=1, le=2**16)
     """Rank of the shared random projections; only their scales train, so it may be large."""
     d_initial: float = 0.1
-    """Initial value of the trained scales of the projections' components; the paper's is the default."""
+    """Initial value of the trained scales of the projections' components. Default: the paper's value."""
     projection_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Random seed of the shared projections, which are stored once with a target."""

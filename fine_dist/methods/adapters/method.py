@@ -1,12 +1,11 @@
 """Five adapters of Hugging Face's peft on a DiT: LoRA, PiSSA, OFT, BOFT and VeRA, for a new domain at the same size.
 
-peft builds the layers, computes them and merges them; here is only which matrices they wrap (`qkv`, `o`, `in` and
-`out` of every block), what they cost, and how they are saved. Settings are peft's defaults, which are the papers'.
-Their codes being one, they share this file.
+peft builds, computes and merges the layers; this file defines which matrices they wrap (`qkv`, `o`, `in` and `out` of
+every block), what they cost, and how they are saved. Settings are peft's defaults, which are those of the papers.
 
-With r the rank, a matrix of m x n trains: LoRA and PiSSA r (m + n); VeRA r + m; OFT n (k - 1) / 2, k its block's side;
-BOFT n b + m, b its block's side. What is stored beside the parent is that, VeRA's one shared pair of projections, and
-for PiSSA the residual base, which is not the parent's.
+Trained numbers of a matrix of m x n, with r the rank: LoRA and PiSSA r (m + n); VeRA r + m; OFT n (k - 1) / 2, k the
+side of a block; BOFT n b + m, b the side of a block. A saved target holds these, VeRA's one shared pair of projections,
+and for PiSSA the residual base, which differs from the parent's weights.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TARGETS = r"blocks\.\d+\.(qkv|o|in|out)"
 
 
 class Adapters(Method[M]):
-    """What the five have in common."""
+    """Base class of the five methods."""
 
     peft_config: ClassVar[str]
     """Class of peft's config."""
@@ -45,17 +44,17 @@ class Adapters(Method[M]):
         """Fields of peft's config.
 
         Args:
-            fresh: Whether the adapter begins on its parent's weights; else its values are loaded afterwards.
+            fresh: Whether the adapter is initialized from its parent's weights; else its values are loaded afterwards.
         """
 
     @abstractmethod
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        """Multiply-adds of the adapter beside its frozen base, for one product of `rows` rows."""
+        """Multiply-adds of the adapter alone, without its frozen base, for one product of `rows` rows."""
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         model = DiT(target, generator=generator)
         model.load_state_dict(needed(parent).module.state_dict())
-        # peft draws from torch's global generator; a seed from ours makes its draws part of the target's.
+        # peft draws from torch's global generator, so it is seeded from the target's generator.
         seed = int(torch.randint(2**31, (1,), generator=generator, device="cpu"))
         return Descent(train_only(self.adapted(model, seed, fresh=True), "scaler"), "some")
 
@@ -63,14 +62,14 @@ class Adapters(Method[M]):
         return self.adapted(DiT(arch), 0, fresh=False)
 
     def adapted(self, model: DiT, seed: int, fresh: bool) -> DiT:
-        """The same model with adapters in it; `seed` decides their draws."""
-        import peft  # an optional package; every other method does without
+        """The same model with adapters in it; `seed` determines their random values."""
+        import peft  # an optional dependency that no other method needs
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
         config = getattr(peft, self.peft_config)(target_modules=TARGETS, **self.options(fresh))
         if self.peft_config == "VeraConfig":
             config.save_projection = False  # peft would save the shared matrices once a layer; `share` saves them once
-        # The caller's own global random state stays as it is.
+        # The caller's global random state is restored afterwards.
         with torch.random.fork_rng(devices=[]), _plain_butterflies():
             torch.manual_seed(seed)
             tuner = adapt(model, PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], config, self.macs)
@@ -78,7 +77,7 @@ class Adapters(Method[M]):
         return model
 
     def finish(self, model: DiT, tuner: Any) -> None:
-        """What is still to be done with what peft made."""
+        """Hook for changes to the model after peft has wrapped it."""
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
         state = {name: tensor.clone() for name, tensor in of_role(model, "shell", "weight", "bias").items()}
@@ -93,8 +92,8 @@ class Adapters(Method[M]):
 
 @contextmanager
 def _plain_butterflies() -> Iterator[None]:
-    """Tell peft that BOFT has no CUDA extension. It would compile one while it builds a layer, and again for every
-    layer where that fails; one butterfly factor needs none."""
+    """Tell peft that BOFT's CUDA extension is not available. peft would compile it while building a layer, and again
+    for every layer if that fails; one butterfly factor does not need it."""
     from peft.tuners.boft import layer
 
     before = layer._FBD_CUDA
@@ -159,7 +158,7 @@ class Oft(Adapters[OftConfig]):
         return {"r": 0, "oft_block_size": self.config.block}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        # rotating rows, and three products of every block for the five terms of the transform's series
+        # the rotation of the rows, and three products in each block for the five terms of the transform's series
         k = min(self.config.block, n)
         return (rows * n * k + 3 * n * k * k) * (3 if backward else 1)
 
@@ -177,8 +176,8 @@ class Boft(Adapters[BoftConfig]):
         return {"boft_block_size": self.config.block, "boft_n_butterfly_factor": 1, "init_weights": True}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
-        # peft rotates rows by a dense n x n matrix. Three n x n products make it, each with a constant (a permutation,
-        # its transpose, the identity), so that the backward pass needs one product for each of them, not two.
+        # peft rotates rows by a dense n x n matrix. It takes three n x n products, each with a constant (a permutation,
+        # its transpose, the identity), so the backward pass needs one product for each of them, not two.
         return rows * n * n * (3 if backward else 1) + 3 * n**3 * (2 if backward else 1)
 
 
@@ -195,8 +194,8 @@ class Vera(Adapters[VeraConfig]):
     peft_config: ClassVar[str] = "VeraConfig"
 
     def options(self, fresh: bool) -> dict[str, Any]:
-        own = self.config
-        return {"r": own.rank, "d_initial": own.d_initial, "projection_prng_key": own.projection_seed}
+        config = self.config
+        return {"r": config.rank, "d_initial": config.d_initial, "projection_prng_key": config.projection_seed}
 
     def macs(self, rows: int, m: int, n: int, backward: bool) -> int:
         return rows * self.config.rank * (m + n) * (2 if backward else 1)

@@ -1,7 +1,7 @@
 """Wraps a block's matrices with LoRA and other adapters of Hugging Face's peft, and names what is saved.
 
-`Adapted` calls peft's own layer and merges with peft's own code. Its base weight and bias are saved under the names
-that they have in the parent, so a saved target holds the adapter alone wherever the base is left as it was.
+`Adapted` calls peft's own layer and merges with peft's own code. The base weight and bias are saved under their names
+in the parent, so that a saved target holds only the adapter if the base is unchanged.
 
 Shapes: m out features, n in features.
 """
@@ -19,7 +19,7 @@ from fine_dist.model.dit import Condition, Dense, DiT
 from fine_dist.model.roles import Role
 
 BASE = "tuned.base_layer."
-"""Where peft's layer keeps what it wraps."""
+"""Prefix of the wrapped matrix in the state dict of peft's layer."""
 
 AdapterMacs = Callable[[int, int, int, bool], int]
 """(rows, m, n, whether there is a backward pass) -> multiply-adds of the adapter's own products."""
@@ -29,13 +29,13 @@ class Adapted(nn.Module):
     """`(x [..., n], condition) -> [..., m]` through peft's layer around an ordinary `Dense`."""
 
     below: ClassVar[Role] = "scaler"
-    """The role of parameters in modules of peft's, which declare none."""
+    """Role of the parameters in peft's modules, which declare no roles."""
 
     def __init__(self, tuned: nn.Module, macs: AdapterMacs):
         super().__init__()
         self.tuned = tuned
         self._macs = macs
-        # Hooks rename on the way out and in, so that peft's own layout never reaches a file.
+        # Hooks rename tensors when saving and loading, so that no file contains peft's layout.
         self.register_state_dict_post_hook(_to_parents_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_to_pefts_names)  # type: ignore[no-untyped-call]
 
@@ -56,17 +56,17 @@ class Adapted(nn.Module):
         return merged
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows: the frozen base's, and the adapter's own."""
-        own = self._macs(rows, self.base.out_features, self.base.in_features, backward)
-        return self.base.multiply_adds(rows, backward=backward) + own
+        """Multiply-adds of a product of `rows` rows, of the frozen base and the adapter."""
+        adapter = self._macs(rows, self.base.out_features, self.base.in_features, backward)
+        return self.base.multiply_adds(rows, backward=backward) + adapter
 
 
 def adapt(model: DiT, tuner: type[Any], config: Any, macs: AdapterMacs) -> Any:
-    """Put peft's layers around the matrices that `config.target_modules` names; peft's tuner, which may hold more.
+    """Wrap the matrices that `config.target_modules` names in peft's layers; returns peft's tuner.
 
-    peft draws from torch's global generator: seed that first.
+    peft draws from torch's global generator, which the caller has to seed.
     """
-    # peft replaces modules in place; what it has wrapped is no `Dense` any more and is found by that.
+    # peft replaces modules in place, so the wrapped matrices are those that are no longer a `Dense`.
     peft_tuner = tuner(model, config, "default")
     for block in model.blocks:
         for matrix in MATRICES:
@@ -77,20 +77,20 @@ def adapt(model: DiT, tuner: type[Any], config: Any, macs: AdapterMacs) -> Any:
 
 
 def share(model: DiT, names: Sequence[str]) -> None:
-    """Save dicts of buffers that all of peft's layers share once, at the model's root, as `shared.NAME`."""
+    """Save the dicts of buffers that all of peft's layers share once, at the model's root, as `shared.NAME`."""
 
-    def held(module: nn.Module) -> dict[str, Any]:
+    def shared(module: nn.Module) -> dict[str, Any]:
         first: Any = next(m for m in module.modules() if isinstance(m, Adapted)).tuned
         return {f"shared.{name}": getattr(first, name)["default"] for name in names}
 
     def save(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-        state.update({f"{prefix}{name}": buffer.detach() for name, buffer in held(module).items()})
+        state.update({f"{prefix}{name}": buffer.detach() for name, buffer in shared(module).items()})
 
     def load(
         module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any, strict: bool, missing: list[str],
         *errors: Any,
     ) -> None:  # fmt: skip
-        for name, buffer in held(module).items():
+        for name, buffer in shared(module).items():
             value = state.pop(f"{prefix}{name}", None)
             if value is None:
                 missing.append(f"{prefix}{name}")
