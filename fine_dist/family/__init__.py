@@ -1,1 +1,1 @@
-"""A family of targets: its settings, its grid, the packs it becomes, running them, and what became of each."""
+"""A family of targets: its settings, its grid, its packs, their training, and the files and summary of the targets."""

@@ -32,11 +32,11 @@ from fine_dist.model.arch import Arch
 from fine_dist.stages.blueprint import check_labels, fit_arch, hparams
 
 CPU_MEMORY = 4 * 2**30
-"""Bytes for a pack's activations on a CPU unless the config says."""
+"""Bytes for a pack's activations on a CPU, unless `pack.memory_gib` is set."""
 
 
 class Family:
-    """A config with its parent: everything that is known of the targets before they are built."""
+    """A config with its parent, its targets, and everything that is known of them before they are built."""
 
     def __init__(self, config: InitConfig):
         self.config = config
@@ -51,16 +51,16 @@ class Family:
 
     @cached_property
     def beside(self) -> dict[str, list[tuple[int, float]]]:
-        """The baselines for the figure of the targets' losses, read once. `ArtifactError` when one holds no model."""
+        """(depth, held-out loss) of the baselines by label, for family.png. `ArtifactError` when one has no model."""
         return baselines(self.parent, self.config.baselines)
 
     def parent_with_samples(self, member: Member) -> Parent | None:
-        """The parent with the samples of the target's data that its method needs (`Traits.samples`)."""
-        wanted, shards = self.method(member).traits.samples, member.domain_config.data.shards
-        if self.parent is None or not wanted or not shards:
+        """The parent, with the samples of the target's data that its method needs (`Traits.samples`)."""
+        count, shards = self.method(member).traits.samples, member.domain_config.data.shards
+        if self.parent is None or not count or not shards:
             return self.parent
-        latents, labels = read_all(expand_path(shards), wanted)
-        if self.new_labels(member):  # its classes mean nothing to the parent
+        latents, labels = read_all(expand_path(shards), count)
+        if self.new_labels(member):  # the parent was not trained on these classes: use its null label
             labels = labels.new_full(labels.shape, self.parent.arch.num_classes)
         return replace(self.parent, samples=(latents, labels))
 
@@ -73,7 +73,7 @@ class Family:
                 method = from_manifest(self.parent.artifact.method)
             else:
                 raise ConfigError(
-                    "parent: give the folder that condense wrote, or a method that needs none (method.name)"
+                    "parent: give the folder that condense wrote, or a method without a parent (method.name)"
                 )
             for axis, value in member.variant:
                 method = method.vary(axis, value)
@@ -81,7 +81,7 @@ class Family:
         return self._methods[member.variant]
 
     def arch(self, member: Member) -> Arch:
-        """The shape of one target; its classes are the data set's where it has labels of its own."""
+        """The architecture of one target; a target with new labels has the classes of its data set."""
         arch = self._shape(member)
         if not self.new_labels(member):
             return arch
@@ -92,12 +92,12 @@ class Family:
         if self.config.arch:
             base = fit_arch(self.config.arch, member.domain_config.data)
         if base is None:
-            raise ConfigError("arch: without a parent the shape of the targets must be given, such as DiT-B/2")
+            raise ConfigError("arch: without a parent the architecture of the targets must be given, such as DiT-B/2")
         shape = base.with_depth(member.depth)
         return self.method(member).shape_of(shape, self.parent.arch) if self.parent else shape
 
     def new_labels(self, member: Member) -> bool:
-        """Whether the target trains a label embedder of its own."""
+        """Whether the target trains its own label embedder."""
         return member.domain_config.labels == "new"
 
     def check_data(self, member: Member) -> None:
@@ -140,12 +140,12 @@ class Family:
             if self.parent is not None and method.traits.parents != ("none",):
                 parent = self.parent.artifact
                 check_parent_process(diffusion_of(parent.extra), self.config.diffusion, str(parent.folder))
-            # Data and method are the same for all depths, seeds and rates; a family of thousands is checked in seconds.
+            # Data and method do not depend on depth, seed or rate, so thousands of targets are checked in seconds.
             if (member.variant, member.domain) not in seen:
                 seen.add((member.variant, member.domain))
                 self.check_data(member)
             check_target(method, self.parent, self.arch(member), new_labels=self.new_labels(member))
-            # The least of each sort of target is built, which finds whatever else is wrong.
+            # The smallest target of each kind is built, which finds all remaining errors.
             small = method.smallest(self.arch(member))
             if (member.variant, member.domain, small) in seen:
                 continue
@@ -158,7 +158,7 @@ class Family:
     # --- one target's identity --------------------------------------------------------------------------------------
 
     def identity(self, member: Member) -> dict[str, Any]:
-        """Everything that determines a target's trajectory, as JSON values; paths are not part of it."""
+        """The settings and inputs that determine a target's result, as JSON values; paths are not among them."""
         config = self.config
         data = member.domain_config.data
         identity = {
@@ -175,13 +175,14 @@ class Family:
             "diffusion": config.diffusion.model_dump(mode="json"),
             "precision": config.engine.precision,
         }
-        # Otherwise more steps continue the same run, and the number is no part of its identity.
-        if config.optim.depends_on_steps:  # the rate of every step depends on how many there will be
+        # With a schedule over all steps, another number of steps changes every learning rate. Otherwise more steps
+        # continue the same run.
+        if config.optim.depends_on_steps:
             identity["steps"] = config.steps
         return identity
 
     def hparams(self, member: Member) -> dict[str, Any]:
-        """Its settings for the trackers' tables of runs."""
+        """A target's settings for the tables of runs in trackers."""
         config, method = self.config, self.method(member).config
         return {
             **hparams("init", method, self.arch(member), config, seed=member.seed, lr=member.lr),
@@ -189,7 +190,7 @@ class Family:
         }
 
     def key(self, member: Member) -> str:
-        """A hash of its identity."""
+        """sha256 of a target's identity."""
         return sha256_text(json.dumps(self.identity(member), sort_keys=True))
 
     def done(self, member: Member) -> bool:
@@ -200,14 +201,14 @@ class Family:
         )
 
     def check_folder(self, member: Member) -> None:
-        """Check that a target's folder was not written for another target. `RunDirError` names what differs."""
+        """Check that a target's folder was not written with other settings. `RunDirError` names the differences."""
         path = member.folder / "target.json"
         if not path.is_file():
             return
         remedy = "choose another run_dir, or delete that folder"
-        there = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+        stored = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
         now = self.identity(member)
-        differing = [f"{k}: {there.get(k)} there, {now.get(k)} now" for k in now if there.get(k) != now[k]]
+        differing = [f"{k}: {stored.get(k)} there, {now.get(k)} now" for k in now if stored.get(k) != now[k]]
         if differing:
             raise RunDirError(
                 f"{member.folder} was made with other settings:\n  "
@@ -219,7 +220,7 @@ class Family:
 
     @property
     def may_pack(self) -> bool:
-        """Whether the settings allow packs; what packs do not offer is trained by the engine's loop."""
+        """Whether the settings allow packs; other backends than `plain` use the engine's loop for each target."""
         return self.config.engine.backend == "plain"
 
     def shapes(self) -> list[Shape]:
@@ -230,7 +231,7 @@ class Family:
         arch = self._shape(member)
         rank = self._rank(member)
         bf16 = self.config.engine.precision == "bf16"
-        # New labels put a data set in a group of its own, because the jobs' label tables have its number of classes.
+        # With new labels each data set is a separate group, because label tables have its number of classes.
         group = json.dumps(["packed", rank, member.domain if self.new_labels(member) else None])
         if rank is None:
             group = json.dumps(["single", member.name])
@@ -242,7 +243,7 @@ class Family:
         return {}
 
     def _rank(self, member: Member) -> int | None:
-        """Rank of the factors that targets like this one share. None when they cannot be packed."""
+        """Rank of the factors that targets of this variant and data set share. None if they cannot be packed."""
         if not self.may_pack:
             return None
         key = (member.variant, member.domain)
@@ -255,10 +256,12 @@ class Family:
         return self._ranks[key]
 
     def check_memory(self, capacity: Capacity | None = None) -> None:
-        """Refuse a batch of which one target alone is far beyond the memory of a CPU: the process would be killed.
+        """Refuse a batch that is far too large for the memory of a CPU: the kernel would kill the process.
+
+        Accelerators are not checked, because they report an allocation that fails.
 
         Raises:
-            ConfigError: The estimate is far beyond what there is (`FAR_BEYOND`). An accelerator says so itself.
+            ConfigError: One target needs more than `FAR_BEYOND` times the memory.
         """
         cpu, _ = pack_memory(self.config, capacity)
         most = capacity.host_bytes if capacity else memory_bytes()
@@ -275,7 +278,7 @@ class Family:
             )
 
     def packs(self, capacity: Capacity | None = None) -> list[Pack]:
-        """The packs of this family for the machines of `capacity` (None: for this process alone)."""
+        """The packs of this family for the machines of `capacity`; None: for this process."""
         config = self.config
         cpu, memory = pack_memory(config, capacity)
         workers = 1 if capacity is None else config.pack.workers or config.launch.max_parallel or capacity.workers
@@ -290,12 +293,12 @@ class Family:
 
 
 def pack_memory(config: InitConfig, capacity: Capacity | None) -> tuple[bool, int]:
-    """(whether packs run on a CPU, bytes for a pack's activations) on those machines, or in this process."""
+    """(whether packs run on a CPU, bytes for a pack's activations), for `capacity` or for this process."""
     if capacity is not None:
         cpu = capacity.cpu or config.engine.device == "cpu"
-        known = None if cpu else capacity.accelerator_bytes
-        # A fifth is left for the allocator's fragments, the factors and the CUDA context.
-        free = int(0.8 * known) if known else CPU_MEMORY
+        size = None if cpu else capacity.accelerator_bytes
+        # A fifth is reserved for fragmentation, the factors and the CUDA context.
+        free = int(0.8 * size) if size else CPU_MEMORY
     else:
         cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
         free = CPU_MEMORY if cpu else int(0.8 * torch.cuda.mem_get_info()[0])

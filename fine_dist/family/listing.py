@@ -15,8 +15,8 @@ from fine_dist.model.artifact import read_manifest
 
 
 def result_of(folder: Path) -> dict[str, Any] | None:
-    """What a target's DONE.json says; none while it is not done or its artifact is gone. `RunDirError` when it is
-    damaged."""
+    """Content of a target's DONE.json. None while the target is not done or if its artifact is missing. `RunDirError`
+    when the file is damaged."""
     done = RunDir(folder).done
     has_artifact = any((folder / name / "manifest.json").is_file() for name in ARTIFACT_FOLDERS)
     return done if has_artifact else None
@@ -28,9 +28,9 @@ def last_row(folder: Path) -> dict[str, Any] | None:
 
 
 def baselines(parent: Parent | None, runs: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
-    """(depth, held-out loss) of what stands beside a family, by label: its parent, and other runs.
+    """(depth, held-out loss) of the models to compare a family with, by label: its parent, and other runs.
 
-    One whose manifest has no held-out loss is left out. `ArtifactError` for a run that holds no model.
+    Models whose manifest has no held-out loss are left out. `ArtifactError` for a run without a model.
     """
     losses: dict[str, list[tuple[int, float]]] = {}
 

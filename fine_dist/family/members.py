@@ -30,7 +30,7 @@ class Member:
 
     @property
     def point(self) -> dict[str, Any]:
-        """Its coordinates in the grid, as JSON values."""
+        """The target's coordinates in the grid, as JSON values."""
         coordinates = {"name": self.name, "depth": self.depth, "domain": self.domain, "seed": self.seed, "lr": self.lr}
         return {**coordinates, "variant": dict(self.variant)}
 
@@ -41,11 +41,11 @@ def expand(config: InitConfig) -> list[Member]:
     rates = config.lrs or (config.optim.lr,)
     for depth in config.depths:
         if depth < 1:
-            raise ConfigError(f"depths: {depth} is no depth; a target has 1 layer or more")
+            raise ConfigError(f"depths: {depth} is not a depth; a target has 1 layer or more")
     for rate in rates:
         if not rate > 0:
-            raise ConfigError(f"lrs: {rate} is no learning rate; give numbers above 0")
-    # Counted before it is made: a slip in a config may ask for a million targets.
+            raise ConfigError(f"lrs: {rate} is not a learning rate; give numbers above 0")
+    # Counted before the members are made, because a typo in a config may ask for a million targets.
     size = len(config.depths) * len(domains) * len(config.seeds) * len(rates)
     for values in config.variants.values():
         size *= len(values)
@@ -65,12 +65,11 @@ def expand(config: InitConfig) -> list[Member]:
         variant = tuple(zip(config.variants, chosen))
         folder = run_dir_of(config) / _named(name)
         members.append(Member(name, depth, domain, domains[domain], seed, lr, variant, folder))
-    wanted = set(config.only)
-    unknown = wanted - {m.name for m in members}
-    if unknown:
-        first = next(name for name in config.only if name in unknown)
-        raise ConfigError(f"only: no target is called {first!r}; {nearest(first, [m.name for m in members])}")
-    return [m for m in members if m.name in wanted] if wanted else members
+    names = [member.name for member in members]
+    for name in config.only:
+        if name not in names:
+            raise ConfigError(f"only: no target is called {name!r}; {nearest(name, names)}")
+    return [member for member in members if member.name in config.only] if config.only else members
 
 
 def _named(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The training data of a pack: jobs with the same data set, seed and step share a feed, which is read and drawn once.
+"""The training data of a pack: jobs with the same data set, seed and step share a feed, read and noised once.
 
 Shapes: F feeds, B samples of a job on this process, C channels, H latent side.
 """
@@ -29,7 +29,7 @@ from fine_dist.model.arch import Arch
 
 @dataclass(frozen=True)
 class FeedSource:
-    """The origin of a feed: a data set, in the order of a seed, from a step on."""
+    """Identifies a feed: a data set in the order of a seed, starting at a step."""
 
     domain: str
     data: DataConfig
@@ -60,11 +60,11 @@ def _tensors(noised: NoisedBatch) -> tuple[Tensor, ...]:
 
 
 class Feeds:
-    """Opens a stream for every source; `next(wanted)` gives one step of some of them.
+    """Streams of all sources; `next(indices)` returns one step of some of them.
 
-    All feeds of a step are stacked in host memory and go to the device in one copy a tensor, however many they are. On
-    a GPU the next step is read and drawn by a thread while this one computes. Draws depend on (seed, step, position)
-    alone, so a job sees here what it would see by itself.
+    The feeds of a step are stacked in host memory and copied to the device with one copy for each tensor. On a GPU a
+    thread prepares the next step while the current one computes. Random draws depend on (seed, step, position) alone,
+    so a job gets the same samples as in a run of its own.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Feeds:
     ) -> None:
         self.sources, self.device = list(sources), world.device or torch.device("cpu")
         self.process = make_process(diffusion).to(self.device)
-        # A process of its own, which stays in host memory: `self.process` moves to the device.
+        # A second process for `times`, which runs in host memory: `self.process` is moved to the device.
         times = make_process(diffusion).times
         self._draws = [
             partial(draw, s.seed, shape=arch.latent_shape, times=times, label_drop=diffusion.label_drop)
             for s in self.sources
         ]
         self.bad: dict[int, str] = {}
-        """Why a feed cannot be read any more, by feed."""
+        """The reason why a feed can no longer be read, by feed."""
         self._cache = IndexCache()
         self._streams: list[LatentStream | None] = []
         self._batches: list[Iterator[Any]] = []
@@ -100,21 +100,21 @@ class Feeds:
                 continue
             self._streams.append(stream)
             self._batches.append(stream.batches(source.step))
-        # One thread: streams and their iterators may not be advanced from two.
+        # A single thread, because iterators of streams may not be advanced from two threads.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="feeds") if self.device.type == "cuda" else None
         self._next: tuple[tuple[int, ...], Future[FeedBatch | None]] | None = None
 
     def next(self, wanted: Sequence[int]) -> FeedBatch | None:
         """The next step of these feeds, on the device; None when all of them are bad.
 
-        A feed that was left out once must not be requested again, because its position is lost.
+        A feed that was left out once must not be requested again, because its position in the stream is lost.
         """
         names = tuple(sorted(set(wanted)))
         if self._pool is None:
             return self._make(names)
         planned, future = self._next or ((), None)
         batch = future.result() if future is not None else self._make(names)
-        # A job that ended in between: its feed was prefetched and is left out of this step.
+        # If a job ended in between, its feed was prefetched and is left out of this step.
         if planned != names and batch is not None:
             still_wanted = [name for name in names if name in batch.rows]
             rows = [batch.rows[name] for name in still_wanted]
@@ -153,8 +153,9 @@ class Feeds:
         return FeedBatch(NoisedBatch(z, z_t, eps, t, self._stacked(labels)), rows)
 
     def _latents(self, batches: list[Batch]) -> Tensor:
-        """float32 [F, B, C, H, W]. Where all feeds store one dtype and scale, their stored bytes are what is copied."""
-        # float16 is half the bytes to copy; the conversion runs on the device.
+        """float32 [F, B, C, H, W]."""
+        # If all feeds store one dtype and scale, the stored numbers are copied and converted on the device: float16
+        # halves the bytes to copy.
         kinds = {(batch.stored.dtype, batch.scale, batch.shift) for batch in batches}
         if len(kinds) == 1:
             return as_float(self._stacked([batch.stored for batch in batches]), batches[0].scale, batches[0].shift)

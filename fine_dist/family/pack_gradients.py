@@ -66,7 +66,7 @@ class PackGradients:
             losses = torch.zeros(len(self.pack.depths), device=self.device)
             if missing := sorted(feed_of.keys() - set(fits)):
                 losses.index_fill_(0, self.pack.index.tensor(missing, self.device), math.nan)
-            # Chunks of nearly equal size: a last small one would cost as many calls as a full one.
+            # Chunks of nearly equal size: a small last chunk would launch as many kernels as a full one.
             size = math.ceil(len(fits) / math.ceil(len(fits) / self.chunk)) if fits else 1
             part: list[int] = []
             try:
@@ -79,20 +79,20 @@ class PackGradients:
                         self._backward(batch.select(self.pack.index, [rows[j] for j in part]), part),
                     )
                 return losses
-            # Gradients of this attempt are forgotten, and the whole step is
-            # computed again with smaller chunks: no partial sum may count twice.
+            # The gradients of this attempt are discarded and the complete step is computed again with smaller chunks,
+            # so that no partial sum counts twice.
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             if len(part) == 1:
-                # Even alone it does not fit: its loss becomes NaN, which ends it on all ranks.
+                # The job does not fit even alone: its loss becomes NaN, which ends it on all ranks.
                 self.too_large.add(part[0])
             self.chunk = max(1, len(part) // 2)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _backward(self, batch: FeedBatch, jobs: list[int]) -> Tensor:
-        """Mean losses [J'] of some jobs and their gradients, a micro-batch of each at a time. batch: a row a job."""
+        """Mean losses [J'] and gradients of some jobs, one micro-batch at a time. `batch` has one row for each job."""
         total = torch.zeros(len(jobs), device=self.device)
         noised, samples = batch.noised, batch.noised.t.shape[1]
         for start in range(0, samples, self.micro_batch):
@@ -100,9 +100,9 @@ class PackGradients:
             with precision(self.engine, self.device):
                 out = self.pack(PackInputs(noised.z_t[:, part], noised.t[:, part], noised.y[:, part]), jobs)
             losses = self._objective.losses(batch.flat(part), out.flatten(0, 1)).unflatten(0, (len(jobs), -1))
-            # The same expression as the engine's loop where there is one micro-batch, so that the bits are the same.
+            # With one micro-batch the expression is that of the engine's loop, so that the bits are equal.
             means = losses.mean(1) if self.micro_batch == samples else losses.sum(1) / samples  #               [J']
-            # A sum over jobs: each job's parameters see the gradient of its own mean only.
+            # The sum over jobs gives each job's parameters the gradient of its own mean only.
             means.sum().backward()
             total += means.detach()
         return total
@@ -110,6 +110,6 @@ class PackGradients:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that host or accelerator memory is used up."""
-    # torch raises plain RuntimeErrors from its CPU allocator; their words are all there is.
+    # torch's CPU allocator raises plain RuntimeErrors, which only their text identifies.
     messages = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(w in str(error) for w in messages)

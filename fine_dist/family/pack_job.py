@@ -14,11 +14,11 @@ JobState = Literal["running", "done", "failed"]
 
 @dataclass(frozen=True)
 class PackJob:
-    """One job of a pack. `seed` orders its data and draws its noise; `domain` names its data set."""
+    """One job of a pack. `seed` determines the order of its data and its noise; `domain` names its data set."""
 
     name: str
     key: str
-    """Hash of everything that decides its trajectory: a saved state with another key is another job's."""
+    """Hash of everything that determines the job's result; a saved state with another key belongs to another job."""
     domain: str
     data: DataConfig
     num_classes: int
@@ -32,15 +32,15 @@ class JobProgress:
     """The progress of a job, which is part of a checkpoint."""
 
     step: int = 0
-    """Steps whose numbers have been read."""
+    """Steps whose losses and norms the host has read."""
     state: JobState = "running"
     reason: str | None = None
     seconds: float = 0.0
-    """This job's share of the wall-clock time: a step's seconds are shared out by depth."""
+    """This job's share of the wall-clock time: the seconds of a step are divided in proportion to depth."""
     window: list[float] = field(default_factory=list)
-    """Losses since the last row."""
+    """Losses since the last logged row."""
     recent: list[float] = field(default_factory=list)
-    """Losses that an early stop still compares."""
+    """Losses in the two windows that an early stop compares."""
     bad_steps: int = 0
     """Steps that were skipped because a loss or gradient was not finite."""
 
@@ -50,10 +50,10 @@ class JobProgress:
             return False
         size, recent = rule.window, self.recent
         recent.append(loss)
-        # Only the last two windows are ever compared, and the list is part of every saved state.
+        # Only the last two windows are compared, and the list is part of every saved state.
         del recent[: -2 * size]
-        # Once in a window and not in every step: neighboring means
-        # overlap, and noise would trigger one of them sooner or later.
+        # Compared once for each window and not at every step: neighboring means overlap, and with so many comparisons
+        # noise would end the job sooner or later.
         if len(recent) < 2 * size or self.step % size:
             return False
         return sum(recent[size:]) > sum(recent[:size]) * (1 - rule.min_gain)
@@ -66,7 +66,7 @@ class PackObserver(Protocol):
         """Means over the steps since the last row."""
 
     def evaluate(self, job: int, step: int) -> None:
-        """The job is to be measured: before its first step, then every `engine.eval_every` steps."""
+        """The job is due for evaluation: before its first step, then every `engine.eval_every` steps."""
 
     def ended(self, job: int, progress: JobProgress) -> None:
         """The job is done or has failed."""

@@ -1,7 +1,7 @@
-"""The training loop of a pack; every job has its own learning rate, length, early stop, clipping and end.
+"""The training loop of a pack; every job has its own learning rate, length, early stop and gradient clipping.
 
-A job leaves the pack when it is done, has stopped improving, or has failed; the others are not affected. The state of
-all jobs is one small file, from which the same command continues after the process was killed.
+A job leaves the pack when it is done, has stopped improving, or has failed; the other jobs are not affected. The state
+of all jobs is one small file, from which the same command continues after a kill.
 
 Shapes: J jobs, B samples of a job on this process, F feeds.
 """
@@ -42,33 +42,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PendingPackStep:
-    """A step whose update is queued on the device and whose numbers the host has not read."""
+    """A step whose update is queued on the device and whose results the host has not read."""
 
     jobs: list[int]
-    """Jobs that took part."""
+    """Jobs of this step."""
     rates: dict[int, float]
     numbers: AsyncHostCopy
-    """Losses [J], gradient norms [J], lost feeds [F], stop requests of all ranks [W]."""
+    """Losses [J], gradient norms [J], flags of lost feeds [F], stop requests of all ranks [W]."""
 
 
 class PackRun:
     """The training of one pack.
 
-    As in the engine's loop, no number of a step is read while the step is under way: on the device a mask decides which
-    jobs are updated, and on a GPU the host reads losses one step late, while the next step is computed.
+    As in the engine's loop, the host never waits for a step: a mask on the device decides which jobs are updated, and
+    on a GPU the host reads the losses of a step while the next step runs.
 
     Args:
         pack: Parameters and forward pass of J jobs.
         jobs: The jobs in the pack's order; their steps, rates, seeds and data sets may differ.
         batch: Samples of one job in a step, over all processes.
         optim: Settings of AdamW and the schedule; each job has its own learning rate.
-        diffusion: The process that the jobs are trained for.
+        diffusion: The diffusion process of the jobs.
         engine: Settings of the loop.
-        observer: Is told what happens to the jobs, on rank 0.
-        world: This process among the others.
+        observer: Receives the events of the jobs, on rank 0.
+        world: Rank, world size and device of this process.
         chunk: Jobs that go through the model at once; fewer take less memory, more are faster on small batches.
-        stop: Rule that ends jobs early. None: none ends early.
-        states: Folder of all packs' states, and this pack's name in it. None: nothing is saved.
+        stop: Rule that ends jobs early. None: no early stop.
+        states: Folder of the states of all packs, and this pack's name in it. None: nothing is saved.
         stop_request: Called before every update with the seconds that a step and a save take; returns a request of
             `engine.stopping`.
     """
@@ -101,19 +101,18 @@ class PackRun:
         )
         self.progress = [JobProgress() for _ in self.jobs]
         self.reads_late = self.device.type != "cpu"
-        """Whether the numbers of a step are read during the next one. On a CPU a step is over when its calls return."""
+        """Whether the results of a step are read during the next step. On a CPU a step ends when its calls return."""
         self.pending: PendingPackStep | None = None
         self._save_s = 0.0
         self._first_step = True
         self._read_at = time.perf_counter()
-        """When the last step's numbers were read: the time since then is the next one's, shared out over its jobs."""
+        """Time at which the results of the last step were read; the seconds of a step are counted from there."""
         if engine.keep_freed_memory and self.device.type == "cpu":
             keep_freed_memory()
         set_arithmetic(engine)
         if compiles(engine, self.device):
             pack.compile_block()
-        # Before resuming: every rank starts from rank 0's bits,
-        # and the state on disk then replaces the same rows on all.
+        # Before resuming: every rank starts from rank 0's bits, and the state on disk replaces the same rows on all.
         self._broadcast_start()
         self._resume()
 
@@ -130,7 +129,7 @@ class PackRun:
         feeds, feed_of = self._feeds()
         taken, step_s = 0, 0.0
         for j in self.active():
-            # Measured before the first step only; a resumed job has that row in its log.
+            # Evaluated before the first step only; a resumed job has that row in its log.
             if self.progress[j].step == 0:
                 self._evaluate(j)
         self._read_at = time.perf_counter()
@@ -139,8 +138,8 @@ class PackRun:
                 begun = time.perf_counter()
                 batch = feeds.next([feed_of[j] for j in active])
                 losses = self.gradients(batch, {j: feed_of[j] for j in active})
-                request = self._read_pending(feeds, feed_of)  # the step before, while the device computes this one
-                # On a GPU one more step is already queued when the request is read.
+                request = self._read_pending(feeds, feed_of)  # the previous step, while the device computes this one
+                # On a GPU one more step is already queued when a stop request is read.
                 step_s_needed = 2 * step_s if self.reads_late else step_s
                 self.pending = self._update(losses, active, feeds, step_s_needed + self._save_s)
                 taken += 1
@@ -163,13 +162,12 @@ class PackRun:
         return sorted(running, key=lambda j: -self.pack.depths[j])
 
     def _update(self, losses: Tensor, jobs: list[int], feeds: Feeds, seconds: float) -> PendingPackStep:
-        """Reduce gradients, losses and requests over ranks, and update, without waiting for any of them.
+        """Reduce gradients, losses and stop requests over ranks, and queue the update; the host does not wait.
 
-        A job is updated where its loss and its gradient's norm are finite; the device decides that by itself.
+        A job is updated if its loss and its gradient norm are finite; a mask on the device decides that.
         """
         ranks = self.world.world_size
-        # One flag for each feed and each rank in one message: ranks must
-        # agree in the same step on what is lost and who asks to stop.
+        # One message with the losses: all ranks must learn of lost feeds and stop requests in the same step.
         flags = torch.zeros(len(feeds.sources) + ranks)
         flags[list(feeds.bad)] = 1.0
         flags[len(feeds.sources) + self.world.rank] = float(self.stop_request(seconds))
@@ -178,19 +176,19 @@ class PackRun:
         if ranks > 1:
             dist.all_reduce_sum(numbers, self.world)
             for p in self.optimizer.parameters:
-                # A rank whose feeds are all lost has no gradient, but must take part in the collective.
+                # A rank that lost all its feeds has no gradient, but must take part in the collective.
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce_sum(p.grad, self.world).div_(ranks)
         running = [j for j in jobs if self.progress[j].state == "running"]
         rates = {j: learning_rate(self.optim[j], self._taken(j), self.jobs[j].steps) for j in running}
         norms = self.optimizer.norms()
-        # A row for every job of the pack: shapes never change, so no kernel is chosen or compiled anew when a job ends.
+        # One row for every job, also ended ones: shapes stay fixed, so no kernel is chosen or compiled again.
         table = to_device(
             torch.tensor([[float(j in rates), rates.get(j, 0.0)] for j in range(len(self.jobs))], dtype=torch.float64),
             self.device,
         )
         mean = numbers[: len(self.jobs)]
-        # The device decides by itself; the host learns of it one step later.
+        # Computed on the device; the host reads the losses and norms one step later.
         update = (table[:, 0] > 0) & mean.isfinite() & norms.isfinite()
         self.optimizer.step(update, table[:, 1])
         copied = AsyncHostCopy(torch.cat([mean, norms, numbers[len(self.jobs) :]]).double())
@@ -198,15 +196,14 @@ class PackRun:
 
     def _taken(self, j: int) -> int:
         """Number of steps of a job that are done or queued on the device."""
-        # The pending step counts, because it is queued and cannot be taken back.
+        # The pending step counts, because it is queued and cannot be undone.
         return self.progress[j].step + (self.pending is not None and j in self.pending.jobs)
 
     def _must_read(self, taken: int) -> bool:
-        """Whether the step's numbers are needed before the next one starts: something depends on its result."""
+        """Whether the results of the step must be read before the next step starts."""
         if not self.reads_late or self._first_step or taken % self.engine.checkpoint_every == 0:
             return True
-        # Whatever needs a job's weights as they are after that very
-        # step (its end, a measurement, an early stop) forces a read.
+        # The end of a job, an evaluation and an early stop need the weights as they are after this very step.
         steps = {(j, self._taken(j)) for j in self.active()}
         window = self.early.window if self.early else 0
         return any(
@@ -215,7 +212,7 @@ class PackRun:
         )
 
     def _read_pending(self, feeds: Feeds, feed_of: dict[int, int]) -> int:
-        """Read the last step's numbers, if they are not read yet; the strongest stop request of all ranks."""
+        """Read the results of the pending step, if there is one; returns the strongest stop request of all ranks."""
         pending, self.pending = self.pending, None
         if pending is None:
             return GO_ON
@@ -225,11 +222,11 @@ class PackRun:
         lost, requests = rest[: len(feeds.sources)], rest[len(feeds.sources) :]
         for feed, flag in enumerate(lost):
             if flag >= 1:
-                # Flagged by some rank: all ranks end the jobs of this feed in the same step.
+                # Some rank set the flag: all ranks end the jobs of this feed in the same step.
                 feeds.bad.setdefault(feed, "another process could not read its data")
         now = time.perf_counter()
         seconds, self._read_at = now - self._read_at, now
-        # Depth is what a job's time is proportional to at one width.
+        # At one width the time of a job is proportional to its depth.
         layers = sum(self.pack.depths[j] for j in pending.jobs)
         for j in sorted(pending.jobs):
             if feed_of[j] in feeds.bad:
@@ -250,13 +247,13 @@ class PackRun:
         for j in self.active():
             job = self.jobs[j]
             source = FeedSource(job.domain, job.data, job.seed, self.progress[j].step, job.num_classes)
-            # Compared by value: jobs that differ in learning rate or depth alone see the same samples and draws.
+            # Compared by value: jobs that differ only in learning rate or depth share samples and noise.
             if source not in sources:
                 sources.append(source)
             feed_of[j] = sources.index(source)
         return Feeds(sources, self.pack.arch, self.batch, self.diffusion, self.world), feed_of
 
-    # --- a job's own progress ---------------------------------------------------------------------------------------
+    # --- progress of a job ------------------------------------------------------------------------------------------
 
     def _count(self, j: int, loss: float, norm: float, rate: float) -> None:
         job, progress = self.jobs[j], self.progress[j]
@@ -275,7 +272,7 @@ class PackRun:
             self._end(j, "done", f"stopped improving at step {progress.step}" if stopped and not done else None)
 
     def _bad_step(self, j: int, loss: float, norm: float) -> None:
-        """End the job, or count the step as taken without an update, as `engine.on_bad_loss` says."""
+        """End the job, or count the step without an update, depending on `engine.on_bad_loss`."""
         progress = self.progress[j]
         if j in self.gradients.too_large or not may_skip(self.engine, progress.bad_steps):
             self._end(j, "failed", self._why_bad(j, loss, norm))
@@ -315,7 +312,7 @@ class PackRun:
             log.warning("%s", drift)
         begun = time.perf_counter()
         folder, name = self.states
-        # The only wait of a save besides copying the states: no step is pending, so nothing is queued behind it.
+        # Besides copying the states this is the only wait of a save; no step is pending, so it is short.
         updates = self.optimizer.updates.tolist()
         states = {
             job.name: (job.key, self.optimizer.state(j), {**asdict(p), "updates": int(updates[j])})
@@ -326,18 +323,18 @@ class PackRun:
 
     @torch.no_grad()
     def _broadcast_start(self) -> None:
-        """Send rank 0's initial values to all ranks, because processors of different kinds round differently."""
+        """Send rank 0's initial values to all ranks, because different processor models round differently."""
         if self.world.world_size == 1:
             return
         replica_check.broadcast(self.pack, self.world)
         for j in range(len(self.jobs)):
             fixed = self.pack.fixed(j)
             flat = dist.broadcast(torch.cat([bias.detach().flatten() for bias in fixed]), self.world)
-            for bias, theirs in zip(fixed, flat.split([bias.numel() for bias in fixed])):
-                bias.copy_(theirs.view_as(bias))
+            for bias, values in zip(fixed, flat.split([bias.numel() for bias in fixed])):
+                bias.copy_(values.view_as(bias))
 
     def _resume(self) -> None:
-        """Restore the furthest saved state of every job, whichever pack has saved it."""
+        """Restore the furthest saved state of every job, from any pack's file."""
         if self.states is None:
             return
         saved = read_states(*self.states, {job.name: job.key for job in self.jobs})
@@ -347,7 +344,7 @@ class PackRun:
             tensors, values = saved[job.name]
             self.optimizer.restore(j, tensors, values.pop("updates"))
             self.progress[j] = JobProgress(**values)
-            # One that failed is tried again, and one that was done is ended again: its result is not there.
+            # A failed job is tried again. A job that was done ends again, because its result is missing.
             self.progress[j].state = "running"
             if self.progress[j].step >= job.steps:
                 self._end(j, "done")

@@ -16,9 +16,9 @@ from fine_dist.engine.settings import OptimConfig
 class PackedAdamW:
     """`torch.optim.AdamW` after `clip_grad_norm_`, separately for every job.
 
-    The operations on a job's rows are those of its own optimizer, in the same order: decay, moments, bias correction
-    with the job's number of updates, a step with the job's rate. A mask on the device decides which jobs are updated,
-    so the host never waits, and the number of kernels does not depend on the number of jobs.
+    The operations on a job's rows are those of torch's AdamW, in the same order: decay, moments, bias correction with
+    the job's number of updates, a step with the job's learning rate. A mask on the device decides which jobs are
+    updated, so the host never waits, and the number of kernels does not depend on the number of jobs.
 
     Args:
         parameters: Leaf tensors [J, ...].
@@ -40,7 +40,7 @@ class PackedAdamW:
         return tensor.detach().reshape(self.jobs, -1)  #                                                       [J, N]
 
     def zero_grad(self) -> None:
-        """Forget all gradients."""
+        """Drop all gradients."""
         for p in self.parameters:
             p.grad = None
 
@@ -56,13 +56,13 @@ class PackedAdamW:
         """Update some jobs, after `norms`; gradients above `clip_norm` are clipped.
 
         Args:
-            update: bool [J]: the jobs that are updated. Rows of the others keep their bits, whatever gradients they
-                have.
+            update: bool [J]: the jobs that are updated. Rows of the other jobs keep their bits, whatever their
+                gradients.
             rates: Learning rates of this step, float64 [J].
         """
         beta1, beta2 = self.config.betas
         keep = update[:, None]  #                                                                               [J, 1]
-        # Counted on the device, because the mask that decides is there.
+        # Counted on the device, where the mask is.
         self.updates += update
         # bias corrections in fp64, as torch.optim computes them on the host
         size = (rates / (1 - beta1**self.updates)).float()[:, None]
@@ -73,27 +73,26 @@ class PackedAdamW:
         shrink = torch.where(keep, beta2, 1.0)
         scale = None
         if self.config.clip_norm is not None:
-            # As `clip_grad_norm_` does it, the tiny term included.
+            # As in `clip_grad_norm_`, including the 1e-6.
             scale = (self.config.clip_norm / (self._norms + 1e-6)).clamp(max=1.0)[:, None]
         for p, first, second in zip(self.parameters, self.first, self.second):
             if p.grad is None:
                 continue
             value, grad = self._rows(p), self._rows(p.grad)
-            # `where` and no product with the mask: 0 times NaN is NaN,
-            # and a bad gradient must not touch the job's moments.
+            # `where` and not a product with the mask: 0 times NaN is NaN, and must not reach the job's moments.
             grad = torch.where(keep, grad if scale is None else grad * scale, 0.0)
             if self.config.weight_decay:
                 value.mul_(decay)
             first.lerp_(grad, weight)
             second.mul_(shrink).addcmul_(grad, grad, value=1 - beta2)
-            # The order of operations is that of torch's AdamW, so that a job alone and in a pack agree to rounding.
+            # In the order of torch's AdamW, so that a job gives the same result alone and in a pack, up to rounding.
             change = size * (first / (second.sqrt() / correction).add_(self.config.eps))
             value.sub_(torch.where(keep, change, 0.0))
 
-    # --- a job's part -----------------------------------------------------------------------------------------------
+    # --- the state of one job ---------------------------------------------------------------------------------------
 
     def state(self, job: int) -> dict[str, Tensor]:
-        """A job's values and moments, flat, in host memory."""
+        """A job's parameters and moments as flat tensors in host memory."""
         parts = {"value": [self._rows(p) for p in self.parameters], "first": self.first, "second": self.second}
         return {f"{part}{i}": x[job].cpu().clone() for part, xs in parts.items() for i, x in enumerate(xs)}
 
@@ -101,7 +100,7 @@ class PackedAdamW:
     def restore(self, job: int, state: dict[str, Tensor], updates: int) -> None:
         """Restore what `state` returned, and the job's number of updates.
 
-        Packs of another depth have rows of another length; beyond a job's own depth a row is zero.
+        Packs of another depth have rows of another length; a row is zero beyond the job's own depth.
         """
         self.updates[job] = updates
         parts = {"value": [self._rows(p) for p in self.parameters], "first": self.first, "second": self.second}

@@ -32,15 +32,15 @@ SUFFIX = ".state.safetensors"
 DAMAGED = ".damaged"
 
 JobState = tuple[str, dict[str, Tensor], dict[str, Any]]
-"""(key, tensors, JSON values) of a job; the values have a `step`."""
+"""(key, tensors, JSON values) of a job; `step` is one of the values."""
 
 
 def write_states(folder: Path, pack: str, states: Mapping[str, JobState]) -> Path:
     """Write the states of a pack's jobs, by name, over the older of its two files; returns that file."""
-    # The older of two files is replaced, so the newer one is whole whatever interrupts this save.
+    # The newer file is not touched, so that it stays intact if this save is interrupted.
     path = min((folder / f"{pack}.{side}{SUFFIX}" for side in "ab"), key=_age)
     tensors = {f"{name}/{part}": x.contiguous() for name, (_, parts, _) in states.items() for part, x in parts.items()}
-    # A hash for each job and none for the file: a flipped bit costs one job its newest state and no other job anything.
+    # One hash for each job and not for the file: a flipped bit damages the newest state of one job only.
     about = {name: {"key": key, "values": values, "sha256": digest(t)} for name, (key, t, values) in states.items()}
     with atomic_file(path) as draft:
         save_file(tensors, draft, metadata={"format": FORMAT, "jobs": json.dumps(about)})
@@ -60,18 +60,17 @@ def read_states(
     """The furthest intact state of every named job that any pack in `folder` has saved: (tensors, values).
 
     Args:
-        folder: Folder of the state files of a family's packs. One that cannot be read is renamed to `NAME.damaged`,
-            with a warning; other jobs are not affected.
+        folder: Folder of the state files of a family's packs. An unreadable file is renamed to `NAME.damaged`, with a
+            warning; other jobs are not affected.
         pack: Name of the pack that the jobs are in now.
-        keys: The key of every job that is looked for, by its name.
+        keys: The key of every requested job, by its name.
 
     Raises:
-        DamagedStateError: A job has no whole state, and a damaged file was its own.
+        DamagedStateError: A job has no intact state, and a damaged file held one.
         CheckpointError: A job of this name was saved for other settings.
     """
     offers: dict[str, list[tuple[int, Path, dict[str, Any]]]] = {name: [] for name in keys}
-    # All packs' files: after a change of `max_jobs` or of the grid
-    # a job may be in another pack than the one that saved it.
+    # The files of all packs: after a change of `max_jobs` or of the grid, another pack may have saved a job.
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         for name, about in _jobs_in(path).items():
             if name not in keys:
@@ -84,20 +83,20 @@ def read_states(
             offers[name].append((about["values"]["step"], path, about))
     newest = {}
     for name, offered in offers.items():
-        # The furthest state first; one that is damaged gives way to the next.
+        # The furthest state first; if it is damaged, the next one is tried.
         for _, path, about in sorted(offered, key=lambda offer: -offer[0]):
             tensors = _read(path, name)
             if tensors is not None and digest(tensors) == about["sha256"]:
                 newest[name] = (tensors, dict(about["values"]))
                 break
-            set_aside(path, f"what it holds of {name} is not what was written")
+            set_aside(path, f"the state of {name} is not what was written")
     if len(newest) < len(keys):
         _refuse_to_start_over(folder, pack, [name for name in keys if name not in newest])
     return newest
 
 
 def _refuse_to_start_over(folder: Path, pack: str, jobs: list[str]) -> None:
-    """`DamagedStateError` when a damaged file held the state of one of these jobs, also one set aside earlier."""
+    """`DamagedStateError` if a damaged file, also one set aside earlier, held the state of one of these jobs."""
     files = []
     for path in folder.glob(f"*{SUFFIX}{DAMAGED}"):
         held = _jobs_of_damaged(path)
@@ -115,7 +114,7 @@ def _refuse_to_start_over(folder: Path, pack: str, jobs: list[str]) -> None:
 
 
 def _jobs_of_damaged(path: Path) -> set[str] | None:
-    """The jobs that a damaged file names: one that was cut short still has its head. None: nothing can be read."""
+    """The jobs that a damaged file names; a truncated file still has its header. None: the header is unreadable."""
     try:
         with open_regular(path) as file:
             head = json.loads(file.read(min(MAX_JSON_BYTES, int.from_bytes(file.read(8), "little"))))
@@ -134,7 +133,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def set_aside(path: Path, why: str) -> None:
     """Rename a damaged file and log a warning."""
-    with contextlib.suppress(FileNotFoundError):  # another pack has just done the same
+    with contextlib.suppress(FileNotFoundError):  # another pack has just renamed it
         os.replace(path, path.with_name(path.name + DAMAGED))
         log.warning("%s is damaged (%s); set aside as %s%s", path.name, why, path.name, DAMAGED)
 
@@ -182,7 +181,7 @@ def _jobs_in(path: Path) -> dict[str, Any]:
 def _read(path: Path, name: str) -> dict[str, Tensor] | None:
     try:
         with safe_open(path, framework="pt") as file:
-            # Only this job's tensors are read: the file is mapped, and a pack of hundreds of jobs may be gigabytes.
+            # Only this job's tensors are read from the mapped file; a pack of hundreds of jobs may be gigabytes.
             parts = [key for key in file.keys() if key.rpartition("/")[0] == name]  # noqa: SIM118 - not a dict
             return {key.rpartition("/")[2]: file.get_tensor(key) for key in parts}
     except (OSError, SafetensorError):

@@ -20,23 +20,24 @@ class EarlyStop(Config):
     """Ends a job whose training loss no longer falls."""
 
     window: int = Field(100, ge=1)
-    """Steps whose mean loss is compared with the mean of as many steps before them; it is compared once in so many
-    steps. A window that is too short stops on noise."""
+    """Number of steps whose mean loss is compared with the mean of the same number of steps before them, once in every
+    window. A window that is too short stops on noise."""
     min_gain: float = Field(0.0, ge=0, lt=1)
-    """Relative fall of that mean below which the job stops. Default: it stops when the mean rises."""
+    """Relative decrease of the mean loss below which the job stops. Default: it stops when the mean rises."""
 
 
 class PackConfig(Config):
-    """How jobs are packed. Nothing here changes what a job computes, apart from rounding."""
+    """How jobs are packed. These settings change no job's result, apart from rounding."""
 
     workers: int | None = Field(None, ge=1, le=4_096)
-    """Workers over which the packs are spread. Default: launch.max_parallel, or else as many as fit where they run."""
+    """Number of workers over which the packs are spread. Default: launch.max_parallel, otherwise as many as fit on the
+    machines of the launcher."""
     max_jobs: int = Field(64, ge=1, le=4_096)
-    """Largest number of jobs in a pack. More share more; fewer lose less when a process dies."""
+    """Maximum number of jobs in a pack. Larger packs share more work; smaller packs lose less when a process dies."""
     chunk: int | None = Field(None, ge=1, le=4_096)
-    """Jobs that go through the model at once. Default: as many as memory holds and the device gains from."""
+    """Number of jobs that go through the model at once. Default: limited by memory and by what speeds up the device."""
     memory_gib: float | None = Field(None, gt=0)
-    """Memory for activations, in GiB. Default: most of what the accelerator has free, or 4 GiB on a CPU."""
+    """Memory for activations, in GiB. Default: 80% of the accelerator's free memory, or 4 GiB on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class Shape:
     name: str
     arch: Arch
     group: str
-    """Jobs of different groups never share a pack: another method, data shape or set of classes."""
+    """Jobs of different groups never share a pack: they differ in method, data shape or classes."""
     steps: int
     sample_bytes: int
-    """Bytes that one sample keeps for the backward pass."""
+    """Bytes saved for the backward pass of one sample."""
     feed: str = ""
-    """Jobs of one feed see the same samples and draws, which a pack makes once."""
+    """Jobs of one feed use the same samples and noise, which a pack prepares once."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Pack:
     jobs: tuple[str, ...]
     chunk: int
     layer_steps: int
-    """Layers times steps over all jobs: what its time is proportional to."""
+    """Sum of layers times steps over all jobs, to which the pack's time is proportional."""
     sequential: bool = False
-    """Its jobs train one after the other in its process, because a step of them all would share nothing."""
+    """Whether the jobs train one after the other in one process, because a joint step would share nothing."""
 
     @property
     def name(self) -> str:
@@ -72,11 +73,11 @@ class Pack:
 
 
 CACHE_NUMBERS = 2**17
-"""On a CPU, numbers of one activation [J B, T, D] beyond which a larger chunk only leaves the cache. A job that fills
-it by itself shares no product with others; all that a pack can save it then is the making of its samples."""
+"""On a CPU, size of an activation [J B, T, D] above which a larger chunk no longer fits the cache. If one job reaches
+it alone, a pack shares no products and saves only the preparation of samples."""
 GPU_NUMBERS = 2**24
-"""The same on a GPU: an activation of 64 samples of DiT-XL/2. Kernels of that size fill the device by themselves, so a
-larger chunk runs no faster and only takes memory."""
+"""The same limit on a GPU: an activation of 64 samples of DiT-XL/2. Kernels of that size occupy the complete device, so
+a larger chunk is not faster and only takes memory."""
 
 
 def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int, memory: int, cpu: bool) -> list[Pack]:
@@ -86,9 +87,9 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
 
     Args:
         jobs: The jobs.
-        config: How to pack.
+        config: Settings of packs.
         workers: Number of workers.
-        batch: Samples of a job that a process takes in a step.
+        batch: Samples of a job in a step of one process.
         memory: Bytes for activations.
         cpu: Whether they run on a CPU, where chunks are kept within the cache.
 
@@ -102,17 +103,15 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
     total = sum(_work(s) for s in jobs)
     for group in groups.values():
         work = sum(_work(s) for s in group)
-        # As many packs as the group's share of the work is worth of
-        # the workers, but never more jobs in one than `max_jobs`.
+        # The group gets its share of the workers by work, but no pack gets more than `max_jobs` jobs.
         count = max(math.ceil(len(group) / config.max_jobs), round(workers * work / total), 1)
         for members in _deal(group, min(count, len(group)), config.max_jobs):
-            # Deepest first, as a pack computes them; by name among equals, so that the plan is the same every time.
+            # Deepest first, as a pack computes them, then by name, so that the plan is deterministic.
             members.sort(key=lambda s: (-s.arch.num_layers, s.name))
             chunk = config.chunk or chunk_size(members[0], len(members), batch, memory, cpu=cpu)
             chunk = min(chunk, len(members))
             shares_no_data = len({s.feed for s in members}) == len(members)
-            # One job at a time and nothing in common: stepping them in
-            # turn would only push each other's data out of the cache.
+            # One job at a time and no shared data: alternating between jobs would only evict each other's cache lines.
             sequential = config.chunk is None and chunk == 1 < len(members) and shares_no_data
             packs.append(Pack(tuple(s.name for s in members), chunk, sum(map(_work, members)), sequential))
     return sorted(packs, key=lambda p: (-p.layer_steps, p.jobs))
@@ -121,7 +120,7 @@ def plan(jobs: Sequence[Shape], config: PackConfig, *, workers: int, batch: int,
 def _deal(jobs: Sequence[Shape], count: int, most: int) -> list[list[Shape]]:
     """Divide jobs into `count` parts of at most `most` jobs: longest first, each to the part with the least work.
 
-    The heap holds the parts that are not full, so J jobs take J log(count) operations.
+    The heap holds the parts that are not full, so J jobs take O(J log count) operations.
     """
     parts: list[list[Shape]] = [[] for _ in range(count)]
     not_full = [(0, index) for index in range(count)]
@@ -139,16 +138,16 @@ def _work(shape: Shape) -> int:
 
 
 def chunk_size(deepest: Shape, jobs: int, batch: int, memory: int, *, cpu: bool) -> int:
-    """Number of jobs that go through the model at once: as memory holds and a GPU, or a CPU's cache, gains from; >=
-    1."""
+    """Number of jobs that go through the model at once, 1 or more: limited by memory, and by the size from which a
+    larger chunk is no faster (`CACHE_NUMBERS`, `GPU_NUMBERS`)."""
     fits = memory // max(1, batch * deepest.sample_bytes)
-    # Numbers of one activation of one job; the cache and the device are compared with it.
+    # Size of one activation of one job.
     one = batch * deepest.arch.num_tokens * deepest.arch.hidden_size
     return max(1, min(jobs, fits, CACHE_NUMBERS // one if cpu else math.ceil(GPU_NUMBERS / one)))
 
 
 def sample_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
-    """Bytes that are kept of one sample for the backward pass of a step that trains scalers alone.
+    """Bytes saved for the backward pass of one sample in a step that trains only scalers.
 
     Args:
         arch: Architecture.
@@ -157,10 +156,10 @@ def sample_bytes(arch: Arch, rank: int, *, bf16: bool = False) -> int:
     """
     d, t = arch.hidden_size, arch.num_tokens
     size = 2 if bf16 else 4
-    # a token's, in fp32: the residual stream before each half, its normalized form, and what each half adds
+    # fp32 numbers of a token: the residual stream before each half of a block, its normalized form, each half's update
     stream = 6 * d
-    # in the products' precision: q k v and attention's result, the MLP's inside, and four products with V (or the
-    # inputs of the products, where W is composed)
+    # numbers of a token in the products' precision: q, k, v and attention's result, the MLP's hidden layer, and four
+    # products with V (or the inputs of the products if W is composed)
     products = 3 * d + d + 4 * d + max(4 * rank, 6 * d)
     sample = 12 * d + rank + arch.num_heads * t
     return arch.num_layers * (t * (stream * 4 + products * size) + sample * 4)

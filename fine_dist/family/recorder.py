@@ -31,14 +31,14 @@ from fine_dist.family.summary import draw_family
 from fine_dist.launchers.state_table import StateTable
 
 DRAW_EVERY_S = 60.0
-"""The family's figure is drawn again so often while it runs, and once at the end."""
+"""Seconds between two updates of family.png while the family runs; it is also drawn at the end."""
 
 
 class TargetRecorder:
     """The observer of a pack: writes every target's metrics, evaluates it, and saves it when it ends.
 
     Args:
-        own: For each target, the tensors that are not its parent's, as they were before training.
+        own: For each target, the tensors that are not its parent's, with their values before training.
         names: For each target, the names of all tensors of its state dict.
         flops: For each target, FLOPs of one sample's step.
     """
@@ -62,12 +62,12 @@ class TargetRecorder:
         self._last: dict[int, float] = {}
         self._held_out: dict[tuple[str, int], HeldOutLoss] = {}
         self._measured: dict[tuple[str, int, str], dict[str, float]] = {}
-        """Held-out losses by data and weights: seeds of one depth often begin as the same model."""
+        """Held-out losses by data and weights: seeds of one depth often start as the same model."""
         self._bar: Any = None
         self._drawn = time.monotonic()
 
     def start(self, progress: Sequence[JobProgress]) -> None:
-        """Open the progress bar and the logs; log rows behind the step at which a target continues are removed."""
+        """Open the progress bar and the logs; log rows after the step at which a target continues are removed."""
         if not self.world.is_main:
             return
         for index, (member, p) in enumerate(zip(self.members, progress)):
@@ -82,13 +82,13 @@ class TargetRecorder:
         done = sum(p.step for p in progress)
         what = f"{len(self.members)} targets in one pack" if len(self.members) > 1 else self.members[0].name
         print(f"init: {what}; files are in {run_dir_of(self.family.config)}", flush=True)
-        # A log file gets a line now and then, a terminal a live bar.
+        # A terminal gets a live bar, a log file a line every 30 seconds.
         quiet = {"mininterval": 0.5} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=total, initial=done, desc="init", unit="step", **quiet)
 
     def row(self, job: int, step: int, values: dict[str, float]) -> None:
         """A row of a target's metrics.jsonl and trackers."""
-        # The first row of all starts: a resumed target reads it from its log.
+        # The very first row: a resumed target has read it from its log in `start`.
         self._first.setdefault(job, values["loss"])
         self._last[job] = values["loss"]
         self._logs[job].write(step, values)
@@ -108,12 +108,12 @@ class TargetRecorder:
             self._bar.update(sum(p.step for p in progress) - self._bar.n)
         if time.monotonic() - self._drawn > DRAW_EVERY_S:
             self._drawn = time.monotonic()
-            everyone = expand(self.family.config.model_copy(update={"only": ()}))
-            # while it runs in TensorBoard alone: others take seconds to open
+            members = expand(self.family.config.model_copy(update={"only": ()}))
+            # during training only in TensorBoard: other trackers take seconds to open
             trackers = [name for name in self.family.config.engine.tracker if name == "tensorboard"]
             draw_family(
                 run_dir_of(self.family.config),
-                everyone,
+                members,
                 younger_than_s=DRAW_EVERY_S,
                 beside=self.family.beside,
                 trackers=trackers,
@@ -154,10 +154,10 @@ class TargetRecorder:
             return {}
         where = (data.held_out, data.held_out_samples)
         if where not in self._held_out:
-            questions = read_all(expand_path(data.held_out), data.held_out_samples)
-            self._held_out[where] = HeldOutLoss(*questions, self.family.config.diffusion)
-        # Measured once for all jobs of the same data and weights,
-        # which is every seed of one depth before its first step.
+            latents, labels = read_all(expand_path(data.held_out), data.held_out_samples)
+            self._held_out[where] = HeldOutLoss(latents, labels, self.family.config.diffusion)
+        # Measured once for all jobs with the same data and weights: before the first step those are all seeds of a
+        # depth.
         key = (*where, self.packed.fingerprint(job))
         if key not in self._measured:
             view: nn.Module = JobView(self.packed, job)
@@ -193,9 +193,9 @@ def save_result(
     """Write a trained target's artifact and DONE.json.
 
     Args:
-        own: Its tensors that are not its parent's.
-        names: Names of all tensors of its state dict.
-        facts: Its steps, seconds, losses and how many numbers were trained.
+        own: The target's tensors that are not its parent's.
+        names: Names of all tensors of the target's state dict.
+        facts: Steps, seconds, losses and the number of trained parameters.
         flops_per_sample: FLOPs of one sample's step.
     """
     manifest = save_target(

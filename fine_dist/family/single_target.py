@@ -1,4 +1,4 @@
-"""Trains a target that cannot be packed, because it shares no frozen genes with others, with the engine's loop."""
+"""Trains a target that shares no frozen genes with others, and so cannot be packed, with the engine's loop."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train_single_target(
     run_dir.checkpoints.mkdir(parents=True, exist_ok=True)
     program = _program(family, member, descent, world)
     flops = family.method(member).cost(descent.model, config.batch).training
-    # Stage 2 is short, and what it saves are the weights themselves: no average, no pictures.
+    # Stage 2 is short and saves the weights of the last step: no EMA, no previews.
     engine = EngineConfig(**config.engine.model_dump(), ema_decay=0.0, preview_every=10**9)
     try:
         fitted = fit(
@@ -54,7 +54,7 @@ def train_single_target(
             world=world,
             stopper=stopper,
         )
-    except TrainingError as error:  # this target's own trouble; ranks agree on it
+    except TrainingError as error:  # only this target failed, and all ranks raise the error
         if world.is_main:
             table.finish(member.name, "failed", str(error))
         return

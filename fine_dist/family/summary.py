@@ -26,16 +26,16 @@ from fine_dist.model.artifact import read_manifest
 log = logging.getLogger(__name__)
 
 COUNTS = (1, 10, 100)
-"""Numbers of models, each as large as the family's largest, that storage is told for."""
+"""Numbers of models, each as large as the family's largest, for which the storage is listed."""
 
 
 class FamilyBar:
-    """A context with one progress bar over all targets, read from their folders: other processes train them."""
+    """A context with one progress bar over all targets, which other processes train; it reads their folders."""
 
     def __init__(self, members: Sequence[Member], steps: int, every_s: float = 1.0) -> None:
         self.members, self.steps, self.every_s = list(members), steps, every_s
         self._finished: dict[str, float | None] = {}
-        """Targets that have ended, with their last losses: none of them is read again."""
+        """Targets that have ended, with their last losses; their folders are not read again."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="family-bar", daemon=True)
 
@@ -49,18 +49,18 @@ class FamilyBar:
 
     def _run(self) -> None:
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
-        begun, bar, took = self._look()[0], None, 0.0
-        # looking takes a tenth of the time at most, however many targets there are
+        begun, bar, took = self._read_progress()[0], None, 0.0
+        # reading takes a tenth of the time at most, however many targets there are
         while not self._stop.wait(max(self.every_s, 9 * took)):
             before = time.monotonic()
-            done, losses = self._look()
+            done, losses = self._read_progress()
             took = time.monotonic() - before
-            if bar is None and done > begun:  # until something trains, other messages have the terminal
+            if bar is None and done > begun:  # no bar before the first step, because other messages are printed then
                 bar = tqdm(total=self.steps * len(self.members), initial=begun, desc="init", unit="step", **quiet)
             if bar is not None:
                 self._show(bar, done, losses)
         if bar is not None:
-            self._show(bar, *self._look())
+            self._show(bar, *self._read_progress())
             bar.close()
 
     def _show(self, bar: Any, done: int, losses: list[float]) -> None:
@@ -68,8 +68,8 @@ class FamilyBar:
             bar.set_postfix_str(f"loss {min(losses):.4f}..{max(losses):.4f}", refresh=False)
         bar.update(done - bar.n)
 
-    def _look(self) -> tuple[int, list[float]]:
-        """Steps of all targets together, and their newest losses."""
+    def _read_progress(self) -> tuple[int, list[float]]:
+        """(sum of the steps of all targets, their newest losses)."""
         done, losses = self.steps * len(self._finished), []
         for member in self.members:
             if member.name in self._finished:
@@ -85,7 +85,7 @@ class FamilyBar:
 
 
 def result_lines(run_dir: Path, names: Sequence[str], most: int = 20) -> list[str]:
-    """What a family that has ended says: its targets by held-out loss, their folders, and the next command."""
+    """Lines that `init` prints at the end: the targets by held-out loss, their folders, and the next command."""
     done = {name: result for name in names if (result := result_of(run_dir / name)) is not None}
     if not done:
         return []
@@ -111,14 +111,14 @@ def _order(value: float | None) -> float:
 
 
 def list_family(run_dir: Path) -> list[str]:
-    """Lines of a table: every target with its sizes and losses, the best held-out loss first, then the storage.
+    """Lines of a table of all targets with sizes and losses, best held-out loss first, followed by the storage.
 
-    `RunDirError` where there is none.
+    `RunDirError` when the folder is not that of a family.
     """
     table = StateTable(run_dir)
     rows = table.rows() if table.folder.is_dir() else []
     if not rows:
-        raise RunDirError(f"{run_dir} holds no family: give the run_dir of an init")
+        raise RunDirError(f"{run_dir} is not the folder of a family: give the run_dir of an init")
     width = max(len(row.name) for row in rows)
     lines = [f"{'target':{width}}  depth    numbers      bytes  steps     loss  held-out  seconds  state"]
     stored = 0
@@ -137,13 +137,13 @@ def list_family(run_dir: Path) -> list[str]:
             f"{_cell(done.get('seconds'), '7.1f')}  {state}" + (f": {row.reason}" if row.reason else "")
         )
     if not ranked:
-        lines.append("no target has a held-out loss (data.held_out): in the order of the grid")
+        lines.append("no target has a held-out loss (data.held_out): listed in the order of the grid")
     lines += storage(run_dir, [row.name for row in rows], stored)
     return lines
 
 
 def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
-    """The family's storage beside that of as many dense models."""
+    """Lines that compare the family's storage with that of the same number of dense models."""
     dense, largest, parents = 0, 0, {}
     by_method: dict[str, list[int]] = {}
     for name in names:
@@ -159,8 +159,8 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
         largest = max(largest, dense_bytes)
         named = manifest["extra"].get("parent") or manifest["extra"].get("learngene")
         if named:
-            gene = Path(named["path"])
-            parents[named["hash"]] = read_manifest(gene)["bytes"] if (gene / "manifest.json").is_file() else 0
+            parent = Path(named["path"])
+            parents[named["hash"]] = read_manifest(parent)["bytes"] if (parent / "manifest.json").is_file() else 0
     if not parents:
         return []
     gene_bytes = sum(parents.values())
@@ -168,8 +168,8 @@ def storage(run_dir: Path, names: Sequence[str], stored: int) -> list[str]:
     for method, sizes in by_method.items():
         totals = [(n, gene_bytes + n * max(sizes), n * largest) for n in COUNTS]
         comparisons.append(
-            f"n models by {method}, beside n dense ones: "
-            + "; ".join(f"{n}: {mib(ours)} beside {mib(theirs)}" for n, ours, theirs in totals)
+            f"n models by {method} and n dense models: "
+            + "; ".join(f"{n}: {mib(ours)} and {mib(dense_ones)}" for n, ours, dense_ones in totals)
         )
     return [
         f"stored: parent {mib(gene_bytes)} + {len(names)} targets {mib(stored)} = {mib(gene_bytes + stored)}; "
@@ -194,15 +194,17 @@ def draw_family(
     beside: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
 ) -> Path | None:
-    """Loss against depth for the whole family: `family.png`, and the same picture in trackers. None without losses.
+    """Draw loss against depth for the family: `family.png`, and the same image in trackers. None without losses.
 
-    Targets that are done are drawn by their held-out loss where there is one; those that still train, hollow, by their
-    newest training loss.
+    Finished targets are drawn at their held-out loss if there is one; targets that still train, as hollow markers, at
+    their newest training loss.
 
     Args:
-        younger_than_s: Leave a picture that another pack has drawn so recently alone.
-        beside: `baselines`: what has one depth is a level line, what has several a dashed curve.
-        trackers: The trackers that show it.
+        run_dir: Folder of the family.
+        members: All targets of the family.
+        younger_than_s: If positive, an image that is at most this many seconds old is not drawn again.
+        beside: The result of `baselines`: a horizontal line for a single depth, a dashed curve for several.
+        trackers: Trackers that show the image.
     """
     path = run_dir / "family.png"
     if younger_than_s and path.exists() and time.time() - path.stat().st_mtime < younger_than_s:
@@ -243,15 +245,15 @@ def draw_family(
             axes.plot(*zip(*sorted(others)), linestyle="--", marker="x", color="gray", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="layers of the target", ylabel="loss (held-out where measured)", title=f"{len(members)} targets")
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)  # beside the curves, not over them
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     canvas.draw()
     try:
         with atomic_file(path, ".tmp.png") as draft:
             figure.savefig(draft, dpi=120)
-    except OSError as error:  # a figure is no reason to end the training of a family
+    except OSError as error:  # training continues without the figure
         log.warning("%s cannot be written (%s)", path, error)
     picture = torch.from_numpy(np.array(canvas.buffer_rgba())[:, :, :3]).permute(2, 0, 1) / 255
-    # Trackers of its own each time: the packs of a family run in several processes and share this folder.
+    # Trackers are opened for each image: the packs of a family run in several processes and share this folder.
     shown = Trackers(TrackedRun(run_dir), trackers)
     shown.images(steps, {"family/loss_against_depth": picture})
     shown.close()

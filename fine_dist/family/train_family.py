@@ -41,7 +41,7 @@ class InitializedTarget:
     member: Member
     descent: Descent
     form: SharedForm | None
-    """Its shared form for a pack. None: it is trained alone."""
+    """Its shared form for a pack. None: the target is trained alone."""
 
 
 def run_family(family: Family, inside: bool) -> Path:
@@ -51,7 +51,7 @@ def run_family(family: Family, inside: bool) -> Path:
 
     Args:
         family: The family.
-        inside: Whether this process is a worker of a job, which has claimed the tasks already.
+        inside: Whether this process is a worker of a job, whose launcher has already claimed the tasks.
 
     Returns:
         The family's folder.
@@ -64,7 +64,7 @@ def run_family(family: Family, inside: bool) -> Path:
     if not inside:
         family.check()
         family.check_memory()
-    _ = family.beside  # now, so that nothing can be wrong with it later
+    _ = family.beside  # read now, so that an error is raised before training
     table = StateTable(folder)
     names = [member.name for member in family.members]
     if world.is_main:
@@ -90,12 +90,12 @@ def run_family(family: Family, inside: bool) -> Path:
         if claim is not None:
             claim.release()
     if world.is_main:
-        # those without a row of their own come first: most likely they are not done, and no other need be read
+        # targets without a row first: most likely they are not done, and then no other folder is read
         started = table.started()
         others = expand(family.config.model_copy(update={"only": ()}))
         others.sort(key=lambda member: member.name in started)
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
-            # the last pack to end draws the whole family
+            # the last pack that ends draws the complete family
             draw_family(folder, others, beside=family.beside, trackers=family.config.engine.tracker)
     if refused:
         raise refused[0]
@@ -118,7 +118,7 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
             continue
         try:
             family.check_data(member)
-        except DataError as error:  # another process may have changed it since the family was checked
+        except DataError as error:  # the data set may have changed since the family was checked
             if world.is_main:
                 table.finish(member.name, "failed", str(error))
             continue
@@ -128,7 +128,7 @@ def run_pack(family: Family, pack: Pack, table: StateTable, world: World) -> Non
         descent = descend(method, parent, family.arch(member), member.seed, new_labels=labels)
         if descent.trains == "nothing":
             if world.is_main:
-                _keep_as_it_is(family, member, descent, table)
+                _save_untrained(family, member, descent, table)
             continue
         form = method.pack(descent.model) if descent.trains == "some" and family.may_pack else None
         waiting.append(InitializedTarget(member, descent, form))
@@ -161,17 +161,18 @@ def _collected(refused: list[DamagedStateError], names: list[str], table: StateT
 
 
 class FamilyRequests:
-    """Files STOP and SAVE in a family's folder. STOP stays until the family is started again, for every pack."""
+    """Requests by the files STOP and SAVE in a family's folder. STOP stays until the family is started again, so that
+    every pack sees it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def take_request(self, word: str) -> bool:
-        """Whether the file is there; SAVE is removed."""
-        if word == STOP:
-            return (self.folder / word).exists()
+    def take_request(self, name: str) -> bool:
+        """Whether the file exists; SAVE is removed."""
+        if name == STOP:
+            return (self.folder / name).exists()
         try:
-            (self.folder / word).unlink()
+            (self.folder / name).unlink()
         except FileNotFoundError:
             return False
         return True
@@ -194,7 +195,7 @@ def _train_packed(
     # A generator: the forms are read one at a time, so only one model's weights are in memory beside the pack's.
     packed = PackedDiT((built.form for built in group if built.form), config.engine.activation_checkpointing)
     packed.to(world.device)
-    # A pack that died without a word most likely wanted more memory than there is; one that was stopped did not.
+    # A pack whose process was killed most likely ran out of memory; a clean stop does not count as a death.
     deaths = max((row.deaths for m in members if (row := table.get(m.name))), default=0)
     models = [built.descent.model for built in group]
     recorder = TargetRecorder(
@@ -208,7 +209,7 @@ def _train_packed(
         world=world,
     )
     models.clear()
-    group.clear()  # the models have given the pack what it needs
+    group.clear()  # the pack holds the tensors of the models, which are freed here
     run = PackRun(
         packed,
         [_job(family, member) for member in members],
@@ -218,7 +219,7 @@ def _train_packed(
         engine=config.engine,
         observer=recorder,
         world=world,
-        # Halved for every death: the next attempt takes half the memory.
+        # Halved for every death, so that the next attempt takes half the memory.
         chunk=max(1, pack.chunk >> deaths),
         stop=config.stop,
         states=(run_dir_of(config) / "packs", members[0].name if pack.sequential else pack.name),
@@ -248,7 +249,7 @@ def _job(family: Family, member: Member) -> PackJob:
     )
 
 
-def _keep_as_it_is(family: Family, member: Member, descent: Descent, table: StateTable) -> None:
+def _save_untrained(family: Family, member: Member, descent: Descent, table: StateTable) -> None:
     """Save a target whose method leaves nothing to train in stage 2."""
     write_identity(family, member)
     manifest = save_artifact(

@@ -137,8 +137,7 @@ class DiT(nn.Module):
 
     def run(self, layer: int, block: nn.Module, *inputs: Any) -> Any:
         """Run a block; where `recompute` says so, its activations are computed again in the backward pass."""
-        recomputed = self.recompute == "blocks" or (self.recompute == "every_other" and layer % 2 == 0)
-        if recomputed and torch.is_grad_enabled():
+        if is_recomputed(self.recompute, layer) and torch.is_grad_enabled():
             # The reentrant form needs an input that requires a gradient,
             # which the first block of a model with a frozen embedder lacks.
             return checkpoint(block, *inputs, use_reentrant=False)
@@ -179,6 +178,11 @@ class DiT(nn.Module):
         # The final layer's order is (p, p, C): channels last, again as in DiT's weights.
         x = x.reshape(-1, rows, columns, p, p, c)  #                                               [B, h, w, p, p, C]
         return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, c, rows * p, columns * p)  #                    [B, C, H, W]
+
+
+def is_recomputed(recompute: str, layer: int) -> bool:
+    """Whether the activations of a layer are computed again in the backward pass, by `DiT.recompute`."""
+    return recompute == "blocks" or (recompute == "every_other" and layer % 2 == 0)
 
 
 class Block(nn.Module):

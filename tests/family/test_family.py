@@ -64,7 +64,7 @@ def test_data_sets_are_an_axis_of_the_grid(config):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"depths": (0,)}, "depths: 0 is no depth"),
+        ({"depths": (0,)}, "depths: 0 is not a depth"),
         ({"depths": (2, 2)}, "listed twice"),
         ({"depths": ()}, "empty list"),
         ({"lrs": (1e-2, 1.0000000001e-2)}, "one name"),

@@ -90,7 +90,7 @@ def test_the_list_shows_sizes_losses_and_the_storage_of_the_family(family):
     assert sorted(line.split()[0] for line in lines[1:5]) == NAMES
     assert all(line.endswith("done") for line in lines[1:5])
     assert any("as dense models" in line for line in lines)
-    assert lines[-1].startswith("n models by fine, beside n dense ones: 1: ") and "; 100: " in lines[-1]
+    assert lines[-1].startswith("n models by fine and n dense models: 1: ") and "; 100: " in lines[-1]
     sizes = [(family / name / "target" / "tensors.safetensors").stat().st_size for name in NAMES]
     assert all(size < 20_000 for size in sizes)
 
