@@ -166,7 +166,8 @@ def best_layers(model: nn.Module, loss: HeldOutLoss, num_layers: int) -> list[in
     best = tuple(range(len(blocks)))
     if math.comb(len(blocks), num_layers) <= MAX_SETS:
         losses = {layers: loss_of(layers) for layers in itertools.combinations(best, num_layers)}
-        return list(min(losses, key=losses.__getitem__))
+        best = min(losses, key=losses.__getitem__)
+        return list(best)
     while len(best) > num_layers:
         losses = {rest: loss_of(rest) for rest in (tuple(x for x in best if x != drop) for drop in best)}
         best = min(losses, key=losses.__getitem__)

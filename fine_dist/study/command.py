@@ -23,7 +23,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", metavar="FILE", help="write an example of the short form to FILE and stop")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[],
-        help="change a setting of every study of the file, by dotted key: --set steps.N=200 --set seeds=[0]",
+        help="override a setting of every study in the file, by dotted key: --set steps.N=200 --set seeds=[0]",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true", help="smoke test: smaller sizes, as the file's quick_settings say"
@@ -33,7 +33,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(argv: list[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--template" in arguments:  # before the settings are read: there are none yet
+    if "--template" in arguments:  # before the settings are read, because there is no file yet
         return _write_template(arguments)
     call = parse(StudyFile, argv, "fine-dist study", options=_options)
     # planning a study builds its models on the meta device: torch is needed from here on
@@ -63,7 +63,7 @@ def _run(argv: list[str] | None) -> int:
 def _write_template(arguments: list[str]) -> int:
     index = arguments.index("--template") + 1
     if index >= len(arguments):
-        raise ConfigError("command line: --template: a file name is needed after it")
+        raise ConfigError("command line: --template: give a file name after it")
     path = Path(arguments[index])
     if path.exists():
         raise ConfigError(f"--template {path}: the file exists already; give another name")

@@ -24,21 +24,21 @@ class StudyStage(Config):
     """One stage of an entry."""
 
     steps: int | str
-    """Steps as a number, or as a formula of the study's symbols: N, 3N, N+I."""
+    """Number of steps, or a formula of the study's symbols such as N, 3N or N+I."""
     name: str | None = None
     """Run directories are called NAME-sSEED. Default: STAGE-ENTRY-sSEED."""
     ancestor: str | None = None
-    """Entry whose model stage 1 starts from or imitates. Needed by methods that take an ancestor."""
+    """Entry whose model stage 1 starts from or imitates. Required by methods that take an ancestor."""
     data: str | None = None
     """Data set of this stage. Default: the study's first data set for stage 1, the entry's for stage 2."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of the stage's command, laid over those that the study gives for this stage."""
+    """Settings of the stage's command, which override the study's settings of this stage."""
     final: bool = False
-    """Whether stage 2 is all the training that a target has; its steps then count as training steps."""
+    """Whether stage 2 is the only training of a target; its steps then count as training steps."""
 
 
 class StudyEntry(Config):
-    """One row of a study's table: targets that are initialized and trained in one way."""
+    """One row of a study's table: targets that are initialized and trained in the same way."""
 
     name: str
     """Series name; also the prefix of its run directories."""
@@ -47,38 +47,39 @@ class StudyEntry(Config):
     color: str | None = Field(None, pattern="^#[0-9a-fA-F]{6}$")
     """Color in the report as #rrggbb. Default: the next free color."""
     method: dict[str, Any] = Field(default_factory=dict)
-    """Settings of its method, such as {name: tleg}. Needed unless `source` is given."""
+    """Settings of the method, such as {name: tleg}. Required unless `source` is given."""
     source: str | None = None
     """An existing model that other entries start from: a folder or run of this project, DiT's `.pt`, a diffusers
-    folder or a name on the hub. It costs nothing in the report, and such an entry has no targets."""
+    folder or a name on the hub. Its cost counts as zero in the report, and the entry has no targets."""
     parent: str | None = None
     """Entry whose learngene or model the targets start from. Default: the entry's own learngene if it has a stage 1,
-    else nothing."""
+    otherwise none."""
     condense: StudyStage | None = None
     """Stage 1. Default: the entry has none."""
     init: StudyStage | None = None
-    """Stage 2, in which all depths of a seed form one family. Default: targets are trained as the method makes them."""
+    """Stage 2, in which all depths of a seed form one family. Default: no stage 2; stage 3 starts from the targets as
+    the method initializes them."""
     train: tuple[int | str, ...] = ("N",)
-    """Lengths of stage 3. With a constant learning rate a longer run continues the shorter one; with a schedule that
-    decays each length is a run of its own."""
+    """Lengths of stage 3. With a constant learning rate a longer run continues the shorter one; with a decaying
+    schedule each length is a separate run."""
     teacher: str | None = None
-    """Entry whose model stage 3 imitates while it trains (distillation). Default: stage 3 learns from data alone."""
+    """Entry whose model is distilled during stage 3. Default: no distillation."""
     settings: dict[str, Any] = Field(default_factory=dict)
-    """Settings of stage 3, laid over those that the study gives for it."""
+    """Settings of stage 3, which override the study's settings of stage 3."""
     data: str | None = None
-    """Data set of stages 2 and 3 and of the measurements. Default: the study's first."""
+    """Data set of stages 2 and 3 and of the measurements. Default: the study's first data set."""
     labels: Literal["keep", "new"] = "keep"
-    """Whether the labels of stage 2's data mean what the parent's do (`keep`), or targets learn labels of their own."""
+    """Whether stage 2's data has the parent's classes (`keep`), or targets train their own label embedder (`new`)."""
     shell: Literal["inherited", "scratch"] = "inherited"
-    """Embedders and final layer when stage 3 begins: as the method made them, or initialized from scratch."""
+    """Embedders and final layer at the start of stage 3: as the method initialized them, or from scratch."""
     add_scratch_shell_row: bool = False
-    """Whether there is also a row NAME_scratch_shell, which differs in `shell: scratch` alone."""
+    """Whether to add a row NAME_scratch_shell, which differs only in `shell: scratch`."""
     depths: tuple[int, ...] = ()
-    """Layers of its targets. Default: the study's depths."""
+    """Layers of the targets. Default: the study's depths."""
     untrained: bool = False
     """Whether every variant of the method's targets is also measured before any training."""
     shown: bool = True
-    """Whether its targets are rows of the report. An ancestor need not be."""
+    """Whether the targets are rows of the report. Turn it off for an entry that is only an ancestor."""
     control: bool = False
     """Whether the entry is a control, which `controls: false` leaves out."""
 
@@ -86,7 +87,8 @@ class StudyEntry(Config):
     def _consistent(self) -> StudyEntry:
         if self.shell == "scratch" and self.init and self.init.final:
             raise ValueError(
-                f"entries.{self.name}: shell applies when stage 3 begins, and with init.final there is none"
+                f"entries.{self.name}: shell applies at the start of stage 3, and with init.final there is no stage 3; "
+                "leave one of them out"
             )
         if bool(self.source) == bool(self.method):
             raise ValueError(f"entries.{self.name}: give either method or source")
@@ -106,89 +108,89 @@ class ShardFolders(NamedTuple):
 
 
 class StudyConfig(Config):
-    """A study: entries x depths x seeds, each run once and measured alike."""
+    """A study: entries x depths x seeds, each run once and measured in the same way."""
 
     title: str
     """Title of the report."""
     run_dir: str
-    """Folder of all runs. The report is written to its `report/`."""
+    """Folder of all runs. The report is written to the subfolder `report/`."""
     dataset: str = ""
-    """The training data in words, for the report."""
+    """Description of the training data, for the report."""
     command: str = ""
-    """The command that makes this study, for the report."""
+    """The command that runs this study, for the report."""
     data: dict[str, dict[str, Any]]
-    """Data sets by name: {shards: FOLDER, held_out: FOLDER} for existing shards, else settings of
-    `python -m fine_dist.encode`, which then writes RUN_DIR/NAME."""
+    """Data sets by name: {shards: FOLDER, held_out: FOLDER} for existing shards, otherwise settings of
+    `python -m fine_dist.encode`, which writes RUN_DIR/NAME."""
     stages: dict[str, dict[str, Any]]
     """Settings of `condense`, `init` and `train` that all entries share."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
-    """Seeds of the whole chain, stage 1 included. An ordering needs three or more."""
+    """Seeds of all stages of an entry, stage 1 included. An ordering of methods needs three or more."""
     depths: tuple[int, ...] = Field(min_length=1)
     """Layers of the targets."""
     steps: dict[str, int]
-    """Symbols of the formulas of steps: N (training after initialization), I (initialization), C (stage 1), or any
-    other capital letter."""
+    """Values of the symbols in formulas of steps: N (training after initialization), I (initialization), C (stage 1),
+    or any other capital letter."""
     entries: tuple[StudyEntry, ...] = Field(min_length=1)
     """The rows of the study."""
     main: str
     """Entry that the report is about."""
     baseline: str
-    """Entry that it is compared with first, usually training from scratch."""
+    """Entry that the main entry is compared with first, usually training from scratch."""
     controls: bool = True
-    """Whether the entries that are marked as controls are run."""
+    """Whether to run the entries that are marked as controls."""
     tune: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
-    """Grid of settings of every row's last stage, by dotted key: {optim.lr: [5e-4, 1e-3, 2e-3]}. The held-out loss
-    chooses for each entry on a seed that is not reported. Default: nothing is tuned."""
+    """Grid of settings of every row's last stage, by dotted key: {optim.lr: [5e-4, 1e-3, 2e-3]}. The point with the
+    lowest held-out loss on `tune_seed` is used. Default: nothing is tuned."""
     tune_extend: int = Field(3, ge=0)
-    """How often a row's grid of numbers is extended while its best value lies at an end. A row whose best value still
+    """Maximum number of extensions of a row's grid while its best value lies at an end. A row whose best value still
     lies at an end is not published."""
     tune_seed: int = Field(1000, ge=0)
-    """Seed of the whole chain on which tuning chooses; it cannot be one of `seeds`."""
+    """Seed of the trials of tuning, for all stages; it cannot be one of `seeds`."""
     tune_depth: int | None = Field(None, ge=1)
     """Layers of the targets that are tuned. Default: the first depth of each entry."""
     tuned: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Values that an earlier tuning chose, by entry, such as {fine: {optim.lr: 1e-3}}; these entries are not tuned
-    again. null: every entry is tuned."""
+    """Values from an earlier tuning, by entry, such as {fine: {optim.lr: 1e-3}}; these entries are not tuned again.
+    null: every entry is tuned."""
     features: str | None = "classifier"
-    """Feature network of the Fréchet distance: `classifier` trains one on the study's data, a folder holds one, null
-    leaves the distance out."""
+    """Feature network of the Fréchet distance: `classifier` trains one on the study's data, a path names the folder of
+    a trained one, null leaves the distance out."""
     samples: int = Field(500, ge=2)
-    """Images drawn for each Fréchet distance."""
+    """Number of sampled images for each Fréchet distance."""
     frechet: tuple[str, ...] = ()
-    """Entries whose models get a Fréchet distance. Default: all."""
+    """Entries whose models get a Fréchet distance. Default: all entries."""
     frechet_depths: tuple[int, ...] = ()
-    """Depths whose models get a Fréchet distance. Default: all."""
+    """Depths whose models get a Fréchet distance. Default: all depths."""
     frechet_seeds: tuple[int, ...] = ()
-    """Seeds whose models get a Fréchet distance. Default: all."""
+    """Seeds whose models get a Fréchet distance. Default: all seeds."""
     sampler: SamplerConfig = SamplerConfig()
-    """Sampler of the images behind distances and sample grids."""
+    """Sampler of the images for distances and sample grids."""
     pictures: int = Field(40, ge=0)
-    """Images in a sample grid, the classes in turn. 0 draws none."""
+    """Number of images in a sample grid, cycling through the classes. 0 draws no grids."""
     sample_columns: int = Field(10, ge=1)
     """Columns of a sample grid."""
     sample_guidance: float = Field(1.0, ge=0)
-    """Scale of classifier-free guidance of the sample grids; distances use the sampler's own."""
+    """Scale of classifier-free guidance in the sample grids; distances use `sampler.guidance`."""
     sample_entries: tuple[str, ...] = ()
-    """Entries whose models, and whose parents, get sample grids. Default: all."""
+    """Entries whose models, and whose parents, get sample grids. Default: all entries."""
     sample_depths: tuple[int, ...] = ()
-    """Depths whose models get sample grids. Default: all."""
+    """Depths whose models get sample grids. Default: all depths."""
     invert_colors: bool = False
-    """Whether sample grids are shown dark on white, as scans of writing are."""
+    """Whether sample grids are shown dark on white, for images such as handwriting."""
     display_names: dict[str, str] = Field(default_factory=dict)
     """Display names of further series, such as ENTRY:VARIANT."""
     tables_note: str = ""
-    """What the tables over depth hold, as a sentence."""
+    """A sentence that explains the numbers in the tables over depth."""
     claims: tuple[PublishedClaim, ...] = ()
     """Claims of papers and controls that the report checks."""
     sections: dict[str, str] = Field(default_factory=lambda: dict(SECTIONS))
     """Sections of the report in order, with their titles."""
     launch: LaunchConfig = LaunchConfig(retries=0)
-    """What a job needs, and how many run at once (`max_parallel`)."""
+    """Resources of a job, and the number of jobs that run at once (`max_parallel`)."""
 
     @field_validator("tune", "tuned", mode="before")
     @classmethod
     def _null_is_empty(cls, value: Any) -> Any:
-        return {} if value is None else value  # a mapping laid over another cannot say "nothing" otherwise
+        return {} if value is None else value  # null is the only way for an override to clear a mapping
 
     @model_validator(mode="before")
     @classmethod
@@ -209,7 +211,7 @@ class StudyConfig(Config):
         names = [entry.name for entry in self.entries]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"entries: two are called {twice[0]!r}")
+            raise ValueError(f"entries: two have the name {twice[0]!r}; rename one of them")
         if not self.data:
             raise ValueError("data: a study needs one data set or more")
         for where, name in self._references().items():
@@ -235,7 +237,7 @@ class StudyConfig(Config):
         return self
 
     def _references(self) -> dict[str, str]:
-        """Every place that names an entry, and the name."""
+        """{setting: name of the entry that it refers to} of all settings that refer to an entry."""
         named = {"main": self.main, "baseline": self.baseline}
         for key in ("frechet", "tuned", "sample_entries"):
             named |= {
@@ -272,7 +274,7 @@ class StudyConfig(Config):
         return entry.depths or self.depths
 
     def encodes(self, data: str) -> bool:
-        """Whether a data set is made by the study (and not given as shards)."""
+        """Whether the study encodes this data set; otherwise its shards exist already."""
         return "shards" not in self.data[data]
 
     def shards_of(self, data: str) -> ShardFolders:
@@ -283,18 +285,18 @@ class StudyConfig(Config):
 
 
 def load_study(path: str | Path, **changes: Any) -> StudyConfig:
-    """A study's file with some keys changed; mappings are laid over, other values replaced.
+    """A study's file with some keys changed; mappings are merged, other values replaced.
 
     Raises:
-        ConfigError: The file or the changes are no legal study.
+        ConfigError: The file or the changes are not a legal study.
     """
     return validate(StudyConfig, merged(load_yaml(path), changes), str(path))
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`changes` laid over `base`, mapping by mapping.
+    """`base` with `changes` merged into it, mapping by mapping.
 
-    Settings of a method are replaced as a whole, never mixed: they belong to one method.
+    The settings of a method are replaced completely, because they belong to one method.
     """
     result = dict(base)
     for key, value in changes.items():

@@ -1,4 +1,4 @@
-"""The graph of runs that a study becomes: which run needs which others, with nothing run twice."""
+"""The graph of a study's runs and their dependencies; runs with the same config are one node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAMP = "study.json"
 
 @dataclass
 class StudyRun:
-    """One job of a study and the runs it needs."""
+    """One job of a study and the runs that it depends on."""
 
     name: str
     module: str
@@ -30,9 +30,9 @@ class StudyRun:
     steps: int
     after: tuple[str, ...] = ()
     grows: str | None = None
-    """The shorter run that this one continues; up to its end the two are bitwise equal."""
+    """The shorter run that this run continues; up to its end both are bitwise equal."""
     depths: tuple[int, ...] = ()
-    """Layers of the models it trains; empty for stage 1, whose method decides."""
+    """Layers of the models that it trains; empty for stage 1, where the method decides."""
 
     @property
     def run_dir(self) -> Path:
@@ -40,7 +40,7 @@ class StudyRun:
 
     @property
     def key(self) -> str:
-        """A hash of its config without the launch settings."""
+        """sha256 of the config without the launch settings."""
         return hashlib.sha256(_content(self.module, self.config, {"launch"}).encode()).hexdigest()
 
     def stamp(self, done: bool) -> None:
@@ -49,27 +49,27 @@ class StudyRun:
 
     @property
     def done(self) -> bool:
-        """Whether this run has finished: with the same config, and its product is there."""
+        """Whether this run has finished with the same config, and its result still exists."""
         try:
-            stamp = read_json(self.run_dir / _STAMP, RunDirError, "delete it, to have the run looked at again")
+            stamp = read_json(self.run_dir / _STAMP, RunDirError, "delete it to check the run again")
         except FileNotFoundError:
             return False
         if not isinstance(stamp, dict) or stamp.get("key") != self.key:
             return False
-        # A stage that writes its own record is believed over the stamp: the product itself may have been deleted since.
+        # The record of the stage itself takes precedence over the stamp, because the result may have been deleted.
         finished = settings.finished(self.module, self.config)
         return bool(stamp.get("done") or self._succeeded()) if finished is None else finished
 
     def _succeeded(self) -> bool:
-        """Its worker's own record, for when the process that submitted it ended earlier."""
-        # The process that would have written the stamp may be gone (a login node's session) while its job finished.
+        """Whether the worker recorded success in the state table."""
+        # The process that would have written the stamp may have ended (a session on a login node) before the job did.
         row = StateTable(self.run_dir.parent).get(self.name)
         return row is not None and row.state == "done"
 
 
 @dataclass
 class Graph:
-    """All runs of a study in order of priority; `follow` runs them and `collect_results` reads them."""
+    """All runs of a study in order of priority; `scheduler.follow` runs them and `collect_results` reads them."""
 
     study: StudyConfig
     runs: list[StudyRun] = field(default_factory=list)
@@ -79,10 +79,10 @@ class Graph:
     def __getitem__(self, name: str) -> StudyRun:
         return next(run for run in self.runs if run.name == name)
 
-    # --- the runs of an entry, each made when it is first needed -----------------------------------------------------
+    # --- the runs of an entry, each added when it is first needed ----------------------------------------------------
 
     def data(self, name: str) -> StudyRun:
-        """The run that makes a data set."""
+        """The run that encodes a data set."""
         return self._add(StudyRun(name, settings.MODULES["encode"], settings.encode_config(self.study, name), 0))
 
     def condense(self, entry: StudyEntry, seed: int) -> StudyRun:
@@ -93,7 +93,7 @@ class Graph:
         """
         stage = entry.condense
         if stage is None:
-            raise ConfigError(f"entry {entry.name} has no condense stage, so it has no learngene to give")
+            raise ConfigError(f"entry {entry.name} has no condense stage, so it cannot be the parent of other entries")
         name = f"{stage.name or f'condense-{entry.name}'}-s{seed}"
         ancestor = self.parent(self.study.entry(stage.ancestor), seed) if stage.ancestor else None
         changes = settings.condense_settings(entry, seed, self.steps(stage.steps), ancestor[1] if ancestor else None)
@@ -101,7 +101,7 @@ class Graph:
         return self._stage("condense", name, entry, changes, after)
 
     def init(self, entry: StudyEntry, seed: int) -> StudyRun:
-        """The run of stage 2, which makes the targets of one seed."""
+        """The run of stage 2, which initializes the targets of one seed."""
         stage = entry.init
         if stage is None:
             raise ConfigError(f"entry {entry.name} has no init stage")
@@ -114,7 +114,7 @@ class Graph:
         return self._stage("init", name, entry, changes, (parent[0].name,) if parent else (), depths)
 
     def train(self, entry: StudyEntry, depth: int, seed: int) -> list[StudyRun]:
-        """The runs of stage 3 of one target, shortest first; none where stage 2 is all its training."""
+        """The runs of stage 3 of one target, shortest first; empty if stage 2 is its only training."""
         if entry.init and entry.init.final:
             return []
         lengths = sorted({self.steps(formula) for formula in entry.train})
@@ -133,23 +133,23 @@ class Graph:
             name = f"{entry.name}-L{depth}{middle}-s{seed}"
             changes = settings.train_settings(entry, seed, steps, depth, parent[1] if parent else None, target)
             changes |= {"ancestor": str(teacher[1])} if teacher else {}
-            # A schedule that depends on the last step gives another curve from the first step on, so that a longer run
-            # can continue a shorter one only where the rate is constant.
+            # A schedule that depends on the last step changes the curve from the first step on, so a longer run can
+            # continue a shorter one only with a constant rate.
             grows = runs[-1].name if runs and not runs[-1].config.optim.depends_on_steps else None
             runs.append(self._stage("train", name, entry, changes, (grows,) if grows else after, (depth,), grows))
         return runs
 
     def parent_of(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path] | None:
-        """The parent of an entry's targets: the run that makes it, and its folder."""
+        """The parent of an entry's targets: the run that produces it, and its folder. None without a parent."""
         if entry.parent:
             return self.parent(self.study.entry(entry.parent), seed)
         return self.parent(entry, seed) if entry.condense else None
 
     def parent(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Path]:
-        """An entry as a parent: its learngene, else the model of its longest training at its only depth."""
-        # Entries may name each other as parents; without this list a circle would recurse until Python gives up.
+        """An entry as a parent: its learngene, or else the model of its longest training at its only depth."""
+        # Entries may name each other as parents; this list detects a cycle, which would recurse without end.
         if entry.name in self._open:
-            raise ConfigError(f"entries: {' -> '.join([*self._open, entry.name])} come from each other")
+            raise ConfigError(f"entries: {' -> '.join([*self._open, entry.name])} is a cycle of parents; break it")
         self._open.append(entry.name)
         try:
             if entry.source:
@@ -170,7 +170,7 @@ class Graph:
             self._open.pop()
 
     def lineage(self, entry: StudyEntry, seed: int) -> list[StudyRun]:
-        """The runs that are trained before an entry's targets start: those of ancestors first, then of the parent."""
+        """The runs that train before an entry's targets: those of ancestors first, then those of the parent."""
         if entry.teacher:
             teacher, plain = self.study.entry(entry.teacher), entry.model_copy(update={"teacher": None})
             runs = [*self.lineage(plain, seed), *self.lineage(teacher, seed)]
@@ -189,10 +189,10 @@ class Graph:
         return [*before, self.condense(entry, seed)]
 
     def steps(self, formula: int | str) -> int:
-        """A formula's value in this study, at least 1."""
+        """The value of a formula of steps in this study, at least 1."""
         steps = steps_of(formula, self.study.steps)
         if steps < 1:
-            raise ConfigError(f"steps {formula!r} come to {steps}; a run has 1 step or more")
+            raise ConfigError(f"steps {formula!r} is {steps}; a run has 1 step or more")
         return steps
 
     # --- adding ------------------------------------------------------------------------------------------------------
@@ -205,23 +205,23 @@ class Graph:
         name_of_data = settings.data_of(self.study, stage, entry)
         if self.study.encodes(name_of_data):
             data = self.data(name_of_data)
-            # A need that another need implies is left out, so that the printed graph shows what a run truly waits for.
+            # A dependency that another one implies is left out, so that the printed graph stays short.
             after = after if self._comes_after(after, data.name) else (*after, data.name)
         return self._add(StudyRun(name, settings.MODULES[stage], config, config.steps, after, grows, depths))
 
-    def _comes_after(self, names: tuple[str, ...], wanted: str) -> bool:
-        """Whether one of these runs needs the wanted one, directly or not."""
-        return any(name == wanted or self._comes_after(self[name].after, wanted) for name in names)
+    def _comes_after(self, names: tuple[str, ...], dependency: str) -> bool:
+        """Whether one of these runs is the dependency or depends on it, directly or indirectly."""
+        return any(name == dependency or self._comes_after(self[name].after, dependency) for name in names)
 
     def _add(self, run: StudyRun) -> StudyRun:
-        """The run, or an earlier one with the same content under another name."""
+        """Add a run; returns the earlier run if one has the same content under another name."""
         content = _content(run.module, run.config, {"launch", "run_dir"})
-        # Rows often share a stage (one ancestor, one learngene), and two seeds may share data; equal content runs once.
+        # Entries often share a stage (one ancestor, one learngene) and seeds share data; equal content runs once.
         known = self._by_content.get(content)
         if known is not None:
             return known
         if any(other.name == run.name for other in self.runs):
-            raise ConfigError(f"two different runs would be called {run.name}; give one of their stages another name")
+            raise ConfigError(f"two different runs have the name {run.name}; give one of their stages another name")
         self._by_content[content] = run
         self.runs.append(run)
         return run
@@ -233,7 +233,7 @@ def _content(module: str, config: Config, without: set[str]) -> str:
 
 
 def plan(study: StudyConfig) -> Graph:
-    """The graph of a study. Long runs that need nothing come first, so that no core is idle at the end."""
+    """The graph of a study. Long runs without dependencies come first, so that no core is idle at the end."""
     graph = Graph(study)
     for name in study.data:
         if study.encodes(name):
@@ -242,7 +242,7 @@ def plan(study: StudyConfig) -> Graph:
         for entry in study.used:
             if entry.condense:
                 graph.condense(entry, seed)
-        # Before anything that waits for a parent, so that cores have work while the parents train.
+        # Before runs that wait for a parent, so that cores have work while the parents train.
         _trains(graph, seed, [entry for entry in study.used if not entry.parent and not entry.condense])
     for seed in study.seeds:
         for entry in study.used:
@@ -255,12 +255,12 @@ def plan(study: StudyConfig) -> Graph:
 
 
 def _check_depths(graph: Graph, entry: StudyEntry) -> None:
-    """Ask the method of an entry whether it can make all its depths, where the shape of its parent is known by now."""
+    """Check that an entry's method can make all its depths, if the architecture of its parent is known already."""
     study, depths = graph.study, graph.study.depths_of(entry)
     if not entry.train and not entry.init:
         return  # it has no targets
     if entry.parent and study.entry(entry.parent).source:
-        return  # it may still be on its way here; `init` and `train` check it
+        return  # it may not be copied yet; `init` and `train` check it
     parent = graph.parent_of(entry, study.seeds[0])
     arch = parent[0].config.arch if parent else None
     if parent is None or arch is None:
@@ -275,8 +275,8 @@ def _check_depths(graph: Graph, entry: StudyEntry) -> None:
 
 
 def _trains(graph: Graph, seed: int, entries: list[StudyEntry]) -> None:
-    """Deepest targets first."""
-    # Deep models take longest, and a long run begun last would leave all other cores idle at the end.
+    """Add the runs of stage 3, deepest targets first."""
+    # Deep models take longest, and a long run that starts last would leave all other cores idle.
     for depth in sorted({d for e in entries for d in graph.study.depths_of(e)}, reverse=True):
         for entry in entries:
             if depth in graph.study.depths_of(entry):

@@ -1,4 +1,4 @@
-"""Running a study's graph on any launcher: each run as soon as what it needs is done, with progress bars."""
+"""Running a study's graph on any launcher: each run starts when its dependencies are done, with progress bars."""
 
 from __future__ import annotations
 
@@ -22,18 +22,24 @@ from fine_dist.study import settings
 from fine_dist.study.graph import Graph, StudyRun
 
 LOG_LINES = 8
-"""Lines of a failed run's log that its error shows."""
+"""Number of lines of a failed run's log in the error message."""
 REFRESH_S = 5.0
 """Seconds between two queries to a scheduler about jobs of an earlier call."""
 
 
 def follow(graph: Graph, launcher: str = "auto", optional: Collection[str] = ()) -> dict[str, str]:
-    """Run everything that is not done. A run that fails holds up only what comes after it.
-
-    Raises `TrainingError` at the end, with the reason and the end of the log of each run that failed.
+    """Run all runs that are not done. A failed run stops only the runs that depend on it.
 
     Args:
+        graph: The runs.
         launcher: `local`, `slurm`, `ray`, `auto`, or `here` (this process, one after the other).
+        optional: Names of runs that may fail, such as trials of tuning.
+
+    Returns:
+        The reasons of the optional runs that failed, by name.
+
+    Raises:
+        TrainingError: At the end, with the reason and the end of the log of each run that failed.
     """
     with RunBars(len(graph.runs)) as bars, stop_on_signals():
         if launcher == "here" or inside():
@@ -63,7 +69,7 @@ def _follow_here(graph: Graph, bars: RunBars, optional: Collection[str]) -> dict
 
 
 def _in_order(graph: Graph) -> list[StudyRun]:
-    """Every run after what it needs."""
+    """All runs, each after its dependencies."""
     ordered: dict[str, StudyRun] = {}
 
     def visit(run: StudyRun) -> None:
@@ -79,14 +85,14 @@ def _in_order(graph: Graph) -> list[StudyRun]:
 def _prepare(graph: Graph, run: StudyRun) -> None:
     if run.grows and not run.run_dir.exists():
         inherit(graph[run.grows], run)
-    # A stamp left by an older configuration must not outlive the run that replaces it, even when that run fails.
-    if not settings.finished(run.module, run.config):  # the stage itself refuses a product of another config
+    # The stamp of an older configuration is replaced before the run starts, so that it is gone even if the run fails.
+    if not settings.finished(run.module, run.config):  # the stage itself refuses a result of another config
         run.stamp(done=False)
 
 
 def inherit(short: StudyRun, run: StudyRun) -> None:
-    """Make a run directory with the checkpoints and logs of a finished shorter run, from which the engine resumes."""
-    # Copied under a hidden name and renamed: an interrupted copy must not look like a run directory to resume from.
+    """Copy the checkpoints and logs of a finished shorter run to a run directory, from which the engine resumes."""
+    # Copied under a hidden name and renamed, so that an interrupted copy is not mistaken for a run directory.
     half = run.run_dir.with_name(f".{run.run_dir.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
@@ -97,7 +103,7 @@ def inherit(short: StudyRun, run: StudyRun) -> None:
 
 
 class _Queue:
-    """The runs that wait, those that run, and the outcome of the others."""
+    """The waiting and the running runs, and the outcome of the others."""
 
     def __init__(self, graph: Graph, runner: Launcher, bars: RunBars) -> None:
         self.graph, self.runner, self.bars = graph, runner, bars
@@ -108,14 +114,14 @@ class _Queue:
         self.submissions = Submissions(graph.study.root.absolute())
         self.table = StateTable(graph.study.root.absolute())
         self.elsewhere: set[str] = set()
-        """Runs that an earlier call handed to a scheduler and that it still has."""
+        """Runs that an earlier call submitted and that the scheduler still has."""
         self._checked: set[str] = set()
         self._widths: dict[str, int] = {}
         self._next_refresh = 0.0
         self.code = self._code()
 
     def _code(self) -> str | None:
-        """The code that jobs run: a snapshot where they may start later than now."""
+        """Path of the code of the jobs: a snapshot if they may start later. None: jobs run on this machine."""
         if self.runner.on_this_machine:
             return None
         module = self.graph.runs[0].module
@@ -143,14 +149,14 @@ class _Queue:
         if self.runner.detached and time.monotonic() > self._next_refresh:
             self._next_refresh = time.monotonic() + REFRESH_S
             alive = self.runner.alive(self.submissions.all())
-            # A job of an earlier, interrupted call would otherwise be
-            # submitted twice and two jobs would share a run directory.
+            # Otherwise a job of an interrupted earlier call would be submitted again, and two jobs would share a run
+            # directory.
             self.elsewhere = {name for names in alive.values() for name in names} - self.running.keys()
-            # Such a job may finish the run, so its stamp must be read again once the scheduler has let go of it.
+            # Such a job may finish the run, so the stamp is read again when the job has left the scheduler.
             self._checked -= self.elsewhere
 
     def _start_ready(self) -> None:
-        """Start the runs whose needs are done, in order; settle those that are done already or can never start."""
+        """Start the runs whose dependencies are done, in order; drop those that are done or can never start."""
         for run in list(self.waiting):
             failed = next((name for name in run.after if name in self.failed), None)
             if failed:
@@ -166,17 +172,17 @@ class _Queue:
                 self._submit(run)
 
     def _finished(self, run: StudyRun) -> bool:
-        """Whether a run that may start was done by an earlier call; the disk is asked once."""
-        # The loop passes ten times a second, and a study on a network file system may have thousands of runs.
+        """Whether an earlier call has finished this run; the disk is read once for each run."""
+        # The loop runs ten times a second, and a study on a network file system may have thousands of runs.
         if run.name in self._checked:
             return False
         self._checked.add(run.name)
         return run.done
 
     def _width(self, run: StudyRun) -> int:
-        """How many runs of this kind go at once."""
+        """Number of runs of this module that run at once."""
         most = self.graph.study.launch.max_parallel
-        # Asked once a module: on a cluster the answer costs a query to the scheduler.
+        # Computed once for each module, because on a cluster it takes a query to the scheduler.
         if most is None and run.module not in self._widths:
             spec = make_spec(run.module, run.config, run.name, write=False)
             self._widths[run.module] = self.runner.fits(spec)
@@ -238,7 +244,7 @@ class RunBars:
         if run.name in self._bars:
             self.progress.update(self._bars[run.name], visible=False)
         self.progress.advance(self.all)
-        # a terminal has the bars; a log gets a line for each run that was run now
+        # a terminal shows the bars; a log gets one line for each run of this call
         if failed or (fresh and not self.progress.console.is_terminal):
             mark = "FAILED" if failed else f"-> {run.run_dir}"
             self.progress.console.print(f"  {run.name:18} {run.steps:5} steps  {mark}", highlight=False, soft_wrap=True)

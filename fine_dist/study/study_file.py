@@ -25,50 +25,50 @@ class StudyData(Config):
 
 
 class StudyFile(Config):
-    """Compare methods of initializing models on your own data: runs every method at every depth over several seeds,
-    tunes each alike, and reports quality, cost and a recommendation. The same command resumes an interrupted study."""
+    """Compare initialization methods on your own data: run every method at every depth over several seeds, tune all of
+    them on the same grid, and report quality, cost and a recommendation. The same command resumes a study."""
 
     run_dir: str = "runs/study"
-    """Folder of all runs and of the report. A study that grows runs only what is new."""
+    """Folder of all runs and of the report. If methods, depths or seeds are added later, only the new runs start."""
     title: str = ""
     """Title of the report. Default: made from the data and the depths."""
     data: StudyData | None = None
-    """Shards to train on and to measure on. Needed by the short form."""
+    """Shards to train on and to measure on. Required in the short form."""
     ancestor: str = "train"
-    """The trained model that methods start from: a folder, a `.pt` file or a name on the hub. `train`: one of shape
-    `arch` is trained as part of the study, and its cost is counted."""
+    """The trained model that methods start from: a folder, a `.pt` file or a name on the hub. `train`: a model of
+    architecture `arch` is trained as part of the study, and its cost is counted."""
     arch: dict[str, Any] = Field(default_factory=lambda: {"name": "DiT-S/2"})
-    """Shape of the models, such as {name: DiT-S/2}. Its input size, channels and classes are those of the data. Only
-    used where the ancestor is trained."""
+    """Architecture of the models, such as {name: DiT-S/2}. Input size, channels and classes are those of the data. Only
+    used if the ancestor is trained."""
     depths: tuple[Depth, ...] = Field((4, 6, 8), min_length=1)
-    """Layers of the models that you want. The ancestor is trained with the largest."""
+    """Layers of the models to initialize. The ancestor is trained with the largest depth."""
     methods: tuple[str, ...] = ()
-    """Methods to compare, by name. The first is what the report is about. The last, usually training from scratch, is
-    the baseline. Needed by the short form."""
+    """Methods to compare, by name. The report is about the first one. The last one, usually training from scratch, is
+    the baseline. Required in the short form."""
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
-    """Seeds of the whole chain. An ordering needs three or more; one is enough for a first look."""
+    """Seeds of all stages. An ordering of methods needs three or more; one is enough for a first try."""
     batch: int = Field(64, ge=1)
     """Samples per training step, the same for every method and stage."""
     budget: str = "2h"
-    """Time of the whole study on the machine that runs it, such as 30m, 2h or 1.5d. Steps and tuning are planned to
-    fit, as if nothing else ran there; the estimate is printed first. Steps are planned once for a run directory: more
-    methods, depths or seeds keep them, and the study then takes longer."""
+    """Time for the complete study on an otherwise idle machine, such as 30m, 2h or 1.5d. The number of steps and tuning
+    are planned to fit; the estimate is printed first. Steps are planned once for a run directory: adding methods,
+    depths or seeds keeps them, and the study then takes longer."""
     launch: LaunchConfig = LaunchConfig(retries=0)
-    """What one job needs, and how many run at once (`max_parallel`)."""
+    """Resources of one job, and the number of jobs that run at once (`max_parallel`)."""
     study: dict[str, Any] = Field(default_factory=dict)
-    """Full form: settings that all parts share. In the short form: settings laid over the study that it stands for."""
+    """Full form: settings that all parts share. Short form: settings that override those of the generated study."""
     parts: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Full form: studies by name, each laid over `study`, as in configs/benchmark. A file with `entries` at the top is
-    one study, as configs/study/digits_demo.yaml."""
+    """Full form: studies by name, each of which overrides `study`, as in configs/benchmark. A file with `entries` at
+    the top is a single study, as configs/study/digits_demo.yaml."""
     quick_settings: dict[str, Any] = Field(default_factory=dict)
-    """Full form: settings that `--quick` lays over every part, for a smoke test of small sizes."""
+    """Full form: overrides of every part with `--quick`, for a smoke test of small sizes."""
     quick_part_settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Full form: settings that `--quick` lays over one part, after `quick_settings`."""
+    """Full form: overrides of single parts with `--quick`, applied after `quick_settings`."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_study(cls, values: Any) -> Any:
-        """A file of a single study (its `entries` at the top) is a file with that one part."""
+        """Read a file of a single study, with `entries` at the top, as a file with one part."""
         if not isinstance(values, dict) or "entries" not in values:
             return values
         part = {key: value for key, value in values.items() if key != "run_dir"}
@@ -101,9 +101,9 @@ class StudyFile(Config):
                 if name not in recipes() and name not in METHODS:
                     raise ValueError(f"methods: {name!r} is unknown; {nearest(name, [*recipes(), *METHODS])}")
             if SCRATCH.name in self.methods[:-1]:
-                raise ValueError(f"methods: put {SCRATCH.name} last, so that it is what the others are compared with")
+                raise ValueError(f"methods: put {SCRATCH.name} last: the last method is the baseline")
             if self.data.shards == self.data.held_out:
-                raise ValueError(f"data: held_out is {self.data.held_out}, the shards that are trained on; give others")
+                raise ValueError(f"data: held_out and shards are both {self.data.held_out}; give other held-out shards")
         return self
 
 
@@ -113,18 +113,18 @@ def template() -> str:
 
 
 def recipes() -> dict[str, dict[str, Any]]:
-    """Entries by the names that `methods` of the short form takes."""
+    """Entries of the full form by the names in `methods` of the short form."""
     text = files("fine_dist.study").joinpath("recipes.yaml").read_text(encoding="utf-8")
     return dict(yaml.safe_load(text))
 
 
 def seconds_of(text: str) -> float:
-    """A length of time such as `90s`, `30m`, `2h` or `1.5d` in seconds.
+    """Seconds of a duration such as `90s`, `30m`, `2h` or `1.5d`.
 
     Raises:
-        ValueError: The text is none.
+        ValueError: The text is not a duration.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|min|h|d)", text.strip())
     if not match or float(match[1]) == 0:
-        raise ValueError(f"budget: {text!r} is no time; write such as 30m, 2h or 1.5d")
+        raise ValueError(f"budget: {text!r} is not a duration; write for example 30m, 2h or 1.5d")
     return float(match[1]) * {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}[match[2]]

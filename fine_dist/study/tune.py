@@ -1,8 +1,8 @@
-"""Fair tuning: every row tries the same grid on a seed that is not reported, and the held-out loss chooses.
+"""Fair tuning: every row tries the same grid on a seed that is not reported; the lowest held-out loss decides.
 
-Tuned is the last stage of a row: stage 3, or stage 2 where that is all its training. The stages before it are run once
-for all values. A grid of numbers is extended by its own step while the best value lies at an end. Choices and losses
-are written to tuned.json in the study's folder.
+The last stage of a row is tuned: stage 3, or stage 2 if that is its only training. The stages before it run once for
+all values. A grid of numbers is extended in geometric steps while the best value lies at an end. Choices and losses are
+written to tuned.json in the study's folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Trial:
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss at its end; None where it is not finite, or the run failed (the loss diverged)."""
+        """The held-out loss at the end; None if it is not finite or the run failed (the loss diverged)."""
         if not self.run.done:
             return None
         folder = settings.target_folder(self.run.config, self.depth) if self.final else self.run.run_dir
@@ -48,7 +48,7 @@ class Trial:
 
 
 def tune_study(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str, list[dict[str, Any]]]]:
-    """Run the trials that are not done.
+    """Run the trials that are not done and choose the best point of each entry.
 
     Returns:
         The study with the chosen values in its entries; and by entry all points, as {values, held_out_loss, chosen}.
@@ -71,7 +71,7 @@ def tune_study(study: StudyConfig, launcher: str) -> tuple[StudyConfig, dict[str
         if not any(more.values()):
             break
         grids = {name: [*grid, *more[name]] for name, grid in grids.items()}
-    # Written with the rest, so that a study that was tuned elsewhere has the same file and the same report.
+    # Given values are written as well, so that a study that was tuned elsewhere has the same file and report.
     chosen |= given(study)
     write_atomic(study.root / FILE, json.dumps(chosen, indent=1) + "\n")
     return with_choices(study, chosen), chosen
@@ -94,10 +94,10 @@ def trials(study: StudyConfig, grids: dict[str, list[Point]] | None = None) -> t
         if entry.name in study.tuned or not grid:
             continue
         depth = depth_of(study, entry)
-        # One depth for all trials: the grid would otherwise be paid once for every depth.
+        # One depth for all trials, because the grid would otherwise run once for every depth.
         small = entry.model_copy(update={"depths": (depth,)})
         final = entry.init is not None and entry.init.final
-        # stages before the tuned one get their names from the entry itself, whichever row needs them first
+        # earlier stages are added first, so that they get their names from the entry and not from a trial
         if small.condense:
             graph.condense(small, study.tune_seed)
         if small.init and not final:
@@ -115,9 +115,9 @@ def points(study: StudyConfig) -> list[Point]:
 
 
 def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
-    """The points beyond a grid's ends that should be tried next; empty where the best value lies inside.
+    """The points beyond the ends of a grid to try next; empty if the best value lies inside.
 
-    The next value keeps the ratio of the last two (1e-3, 2e-3 -> 4e-3); grids with a 0 or with words are not extended.
+    The next value keeps the ratio of the last two (1e-3, 2e-3 -> 4e-3); grids with 0 or with text are not extended.
     """
     best = next(row["values"] for row in rows if row["chosen"])
     candidates = []
@@ -129,7 +129,7 @@ def extended(study: StudyConfig, rows: list[dict[str, Any]]) -> list[Point]:
         near, next_to_it = (values[0], values[1]) if low else (values[-1], values[-2])
         # Rates and ranks are searched on a geometric grid, where the next point keeps the ratio.
         value = near * near / next_to_it
-        # a whole number stays one, such as a rank
+        # an integer setting, such as a rank, stays an integer
         candidates.append({**best, key: round(value) if isinstance(near, int) else float(f"{value:.4g}")})
     return [point for point in candidates if point not in [row["values"] for row in rows]]
 
@@ -154,7 +154,7 @@ def _with(entry: StudyEntry, point: Point, name: str | None = None) -> StudyEntr
     else:
         update["settings"] = merged(entry.settings, changes)
     if name:
-        # the stages that all points share keep the names they have for the entry itself
+        # stages that all points share keep the names that they have for the entry
         for key in ("condense", "init"):
             stage = update.get(key) or getattr(entry, key)
             if isinstance(stage, StudyStage) and stage.name is None:
@@ -164,10 +164,10 @@ def _with(entry: StudyEntry, point: Point, name: str | None = None) -> StudyEntr
 
 
 def choose(tried: list[Trial]) -> dict[str, list[dict[str, Any]]]:
-    """For each entry every point with its loss, and which one is chosen.
+    """For each entry all points as {values, held_out_loss, chosen}; the lowest loss is chosen.
 
     Raises:
-        TrainingError: No point of an entry came to a finite loss.
+        TrainingError: No point of an entry has a finite loss.
     """
     rows_of: dict[str, list[dict[str, Any]]] = {}
     for trial in tried:
@@ -177,13 +177,15 @@ def choose(tried: list[Trial]) -> dict[str, list[dict[str, Any]]]:
     for name, rows in rows_of.items():
         finite = [row for row in rows if row["held_out_loss"] is not None]
         if not finite:
-            raise TrainingError(f"tuning of {name}: no value of {', '.join(rows[0]['values'])} came to a finite loss")
+            raise TrainingError(
+                f"tuning of {name}: no value of {', '.join(rows[0]['values'])} has a finite loss; change the tune grid"
+            )
         min(finite, key=lambda row: row["held_out_loss"])["chosen"] = True
     return rows_of
 
 
 def given(study: StudyConfig) -> dict[str, list[dict[str, Any]]]:
-    """What `choose` would say about the entries whose values the study gives; their losses are unknown here."""
+    """The entries whose values the study gives (`tuned`), in the form of `choose`; their losses are unknown."""
     rows_of = {}
     for entry in study.rows:
         values = study.tuned.get(entry.name)

@@ -74,10 +74,10 @@ def test_controls_can_be_left_out():
             [FINE, {**SCRATCH, "parent": "fin"}],
             r"entries.scratch.parent: no entry is called 'fin'; there are fine, scratch",
         ),
-        ([FINE, SCRATCH, SCRATCH], "two are called 'scratch'"),
+        ([FINE, SCRATCH, SCRATCH], "two have the name 'scratch'"),
         ([FINE, {**SCRATCH, "data": "cats"}], "no data set is called 'cats'; there are data"),
         ([FINE, {**SCRATCH, "train": ["N", "2Q"]}], r"Q has no value; known are C = 1500, I = 300, N = 400"),
-        ([FINE, {**SCRATCH, "train": ["0"]}], "come to 0"),
+        ([FINE, {**SCRATCH, "train": ["0"]}], "is 0; a run has 1 step or more"),
         (
             [{**FINE, "parent": "scratch"}, {**SCRATCH, "method": {"name": "copied_shell"}, "parent": "scratch"}],
             "single trained depth",
@@ -101,7 +101,7 @@ def test_entries_that_come_from_each_other_are_refused():
 def test_two_runs_of_one_name_are_refused():
     same = {"steps": "C", "name": "condense"}
     other = {**FINE, "name": "other", "condense": {**same, "settings": {"batch": 8}}}
-    with pytest.raises(ConfigError, match="two different runs would be called condense-s0"):
+    with pytest.raises(ConfigError, match="two different runs have the name condense-s0"):
         plan(study({**FINE, "condense": same}, other, SCRATCH))
 
 

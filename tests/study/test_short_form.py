@@ -44,11 +44,11 @@ def test_the_shape_comes_from_the_data_and_the_steps_from_the_budget(shards):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"budget": "2 weeks"}, "'2 weeks' is no time; write such as 30m, 2h or 1.5d"),
+        ({"budget": "2 weeks"}, "'2 weeks' is not a duration; write for example 30m, 2h or 1.5d"),
         ({"budget": "3s"}, "is too little: this study takes .* Give more time, fewer methods"),
         ({"methods": ["fine"]}, "give two or more different methods"),
         ({"methods": ["fine", "sratch"]}, "'sratch' is unknown; did you mean 'scratch'"),
-        ({"methods": ["scratch", "fine"]}, "put scratch last, so that it is what the others are compared with"),
+        ({"methods": ["scratch", "fine"]}, "put scratch last: the last method is the baseline"),
         ({"methods": ["fine", "lora", "scratch"]}, "entries.lora: .* num_layers is 2 in the parent, 1 in the target"),
         ({"methods": ["fine", "kind", "scratch"]}, "entries.kind: .* is a model, and method kind takes: learngene"),
         ({"budget": 2}, "budget: 2 has no unit; write such as 2m or 2h"),

@@ -106,7 +106,7 @@ def test_a_value_that_comes_to_no_loss_is_never_chosen():
         loss = None  # type: ignore[assignment]
 
     bad = Known("scratch", {"optim.lr": 10.0}, None, 2, False)  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match=r"tuning of scratch: no value of optim\.lr came to a finite loss"):
+    with pytest.raises(TrainingError, match=r"tuning of scratch: no value of optim\.lr has a finite loss"):
         choose([bad])
 
 
