@@ -64,7 +64,7 @@ def test_what_is_wrong_with_a_short_form_is_said(shards, changes, message):
 
 
 def test_what_is_trained_on_is_not_measured_on(shards):
-    with pytest.raises(ConfigError, match="the shards that are trained on"):
+    with pytest.raises(ConfigError, match="held_out and shards are both"):
         validate(StudyFile, short({**shards, "held_out": shards["shards"]}))
 
 
