@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(config, shards,
         check(changed(config, method=RandomGenesConfig(), variants={"sigma": ("linear",)}))
     with pytest.raises(ConfigError, match="give the folder that condense wrote"):
         check(changed(config, parent=None))
-    with pytest.raises(ConfigError, match="shape of the targets must be given"):
+    with pytest.raises(ConfigError, match="architecture of the targets must be given"):
         check(changed(config, parent=None, method=ScratchConfig()))
     assert not (tmp_path / "family").exists()
 
