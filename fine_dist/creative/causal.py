@@ -1,10 +1,10 @@
-"""The arithmetic of a CLIP text encoder from any position on, over transformers' own weights.
+"""The forward pass of a CLIP text encoder from any position on, with the weights of transformers' modules.
 
-A text encoder's attention is causal: what stands at position i depends on positions up to i alone. So whatever stands
-before the first trainable position is the same at every step: its keys and values are computed once (`Cached`) and
-the rest attends to them; and nothing after the end of a prompt needs computing at all. Both are exact.
+A text encoder's attention is causal: the hidden state at position i depends only on positions up to i. Positions before
+the first trainable one are therefore the same at every step: their keys and values are computed once (`Cached`), and
+the later positions attend to them. Positions after the end of a prompt need not be computed. Both are exact.
 
-N prompts, S positions from the first computed one, P positions cached before, D width, H heads, K = D / H.
+Shapes: N prompts, S computed positions, P cached positions before them, D width, H heads, K = D / H, E projection.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Cached:
-    """Keys and values [1, H, P, K] of the positions before, a pair a layer."""
+    """Keys and values [1, H, P, K] of the first P positions, one pair for each layer."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
     @property
     def length(self) -> int:
-        """P."""
+        """Number of cached positions P."""
         return self.layers[0][0].shape[2] if self.layers else 0
 
 
 NOTHING = Cached(())
-"""No position before."""
+"""An empty cache: all positions are computed."""
 
 
 @torch.no_grad()
@@ -49,15 +49,16 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
 
     Args:
         model: A `CLIPTextModelWithProjection`.
-        tokens: Embeddings of the tokens at positions P to P + S, [N, S, D], without their positions' embedding.
-        keep: Takes the keys and values of each layer.
+        tokens: Token embeddings of the positions P to P + S, [N, S, D], without position embeddings.
+        before: Keys and values of the first P positions.
+        keep: A list to which the keys and values of each layer are appended.
     """
     text = model.text_model
     first, size = before.length, tokens.shape[1]
     x = tokens + text.embeddings.position_embedding.weight[first : first + size]  # [N, S, D]
     mask = None
     if first:
-        # `is_causal` aligns the triangle with the first key, and with P cached keys the first query is at position P.
+        # `is_causal` aligns the triangle with the first key, but with P cached keys the first query is at position P.
         mask = torch.ones(size, first + size, dtype=torch.bool, device=x.device).tril(first)
     for index, layer in enumerate(text.encoder.layers):
         attention = layer.self_attn
@@ -71,7 +72,7 @@ def run(model: Any, tokens: Tensor, before: Cached, keep: list[tuple[Tensor, Ten
         if first:
             # both [N, H, P + S, K]
             k, v = (
-                # Expanded, which copies nothing: the cached part is one prompt's, and all N prompts share it.
+                # All N prompts share the cached part of one prompt; `expand` copies nothing.
                 torch.cat([old.to(new.dtype).expand(len(new), -1, -1, -1), new], dim=2)
                 for old, new in zip(before.layers[index], (k, v))
             )
@@ -85,7 +86,9 @@ def pool(model: Any, hidden: Tensor, ends: Tensor) -> Tensor:
     """Projected embeddings [N, E] at each prompt's end-of-text position.
 
     Args:
-        ends: int64 [N], its place among the S computed positions.
+        model: A `CLIPTextModelWithProjection`.
+        hidden: Hidden states of `run`, [N, S, D].
+        ends: Index of the end-of-text token among the S computed positions, int64 [N].
     """
     at_end = hidden[torch.arange(len(hidden), device=hidden.device), ends]  # [N, D]
     return model.text_projection(model.text_model.final_layer_norm(at_end))

@@ -1,6 +1,6 @@
 """CLIP scores of images (Hessel et al., arXiv 2104.08718, without its factor 2.5): 100 max(cos(image, prompt), 0).
 
-B images of a batch, E the projection's width.
+Shapes: B images of a batch, H, W pixels, E width of the projection.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fine_dist.creative.encoders import first_line
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 PROMPTS = "prompts.csv"
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's own normalization, where a folder has no preprocessor_config.json."""
+"""CLIP's default normalization, for folders without a preprocessor_config.json."""
 _BATCH = 32
 
 
 class Scores(NamedTuple):
-    """The mean over images, in 0..100, and how many there were."""
+    """The mean CLIP score over images, 0 to 100, and the number of images."""
 
     mean: float
     num_images: int
@@ -38,18 +38,21 @@ class Scores(NamedTuple):
 def clip_scores(images: str | Path, clip: str | Path, prompt: str, device: torch.device | None = None) -> Scores:
     """The mean CLIP score of a folder of images.
 
-    `DataError` for a folder without images or a list that names none; `ArtifactError` for a CLIP that cannot be read.
-
     Args:
-        images: A folder; `prompts.csv` in it (columns file and prompt) says what each image shows.
+        images: Folder of images; `prompts.csv` in it (columns file and prompt) lists the prompt of each image.
         clip: Local folder of a `CLIPModel` with its tokenizer.
-        prompt: For images without one of their own.
+        prompt: Prompt of the images that `prompts.csv` does not list.
+        device: Where to compute. Default: the CPU.
+
+    Raises:
+        DataError: The folder has no images, or `prompts.csv` names a missing file.
+        ArtifactError: The CLIP model cannot be read.
     """
     from transformers import CLIPModel, CLIPTokenizer
 
     paths = sorted(path for path in Path(images).glob("*") if path.suffix.lower() in ENDINGS)
     if not paths:
-        raise DataError(f"images: {images} holds no image; legal endings: {', '.join(ENDINGS)}")
+        raise DataError(f"images: {images} has no images; legal endings: {', '.join(ENDINGS)}")
     prompts = _prompts(Path(images), prompt)
     try:
         model = CLIPModel.from_pretrained(str(clip), use_safetensors=True, local_files_only=True).eval()
@@ -83,10 +86,10 @@ def _prompts(folder: Path, default: str) -> dict[str, str]:
             raise DataError(f"{path}: columns file and prompt are needed, and it has {reader.fieldnames}")
         rows = {str(row["file"]): row["prompt"] or default for row in reader}
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no table that can be read: {error}; give columns file and prompt") from None
+        raise DataError(f"{path} cannot be read as a table: {error}; give columns file and prompt") from None
     missing = [name for name in rows if not (folder / name).is_file()]
     if missing:
-        raise DataError(f"{path}: {missing[0]!r} is no file of {folder}")
+        raise DataError(f"{path}: there is no file {missing[0]!r} in {folder}; add it or remove the line")
     return rows
 
 
@@ -94,13 +97,13 @@ class Preprocessor(Record):
     """preprocessor_config.json of a CLIP model."""
 
     image_mean: tuple[float, float, float] = _MEAN
-    """Subtracted from red, green and blue, 0 to 1."""
+    """Mean of red, green and blue, 0 to 1."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = _STD
-    """Divides what is left."""
+    """Standard deviation of red, green and blue."""
 
 
 class _Prepare:
-    """CLIP's preparation of an image: the shorter edge bicubic to its size, the middle square, normalized."""
+    """CLIP's preprocessing: resize the shorter edge bicubically to `size`, crop the center square, normalize."""
 
     def __init__(self, clip: Path, size: int) -> None:
         about = Preprocessor()
@@ -118,7 +121,7 @@ class _Prepare:
             with Image.open(path) as file:
                 image = file.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
-            raise DataError(f"{path} is no image that can be read ({error}); remove it, or make it again") from None
+            raise DataError(f"{path} cannot be read as an image ({error}); remove it, or save it again") from None
         scale = self.size / min(image.size)
         width, height = (max(self.size, round(edge * scale)) for edge in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -29,7 +29,7 @@ def tasks(config: CreativeConfig) -> list[Task] | None:
         return None
     from fine_dist.creative.pairs import make_pairs
 
-    make_pairs(config)  # errors of the lists are raised before anything is queued
+    make_pairs(config)  # raises errors of the word lists before a job is queued
     for run in expand(config):
         check_folder(config, run)
     pack_tasks = []
@@ -40,7 +40,7 @@ def tasks(config: CreativeConfig) -> list[Task] | None:
 
 
 def run(config: CreativeConfig) -> Path:
-    """Train the runs (`only` those named) that are not done, in this process. Raises `ResumeLater` when stopped."""
+    """Train the runs that are not done (with `only`, those named) in this process. `ResumeLater` when stopped."""
     from fine_dist.creative.training import train
 
     if is_single_run(config) or inside():
@@ -60,7 +60,7 @@ def run(config: CreativeConfig) -> Path:
 
 
 def result_lines(config: CreativeConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Lines that the command prints after success: the next command."""
     folder = run_dir_of(config) if is_single_run(config) else expand(config)[0].folder
     return [f"next: fine-dist creative --evaluate {folder}"]
 
@@ -88,9 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(CreativeConfig, argv, "fine-dist creative", options=options)
         chosen = call.options
         if bool(chosen.images) != bool(chosen.clip) or (chosen.images and not chosen.evaluate):
-            raise ConfigError(
-                "--images (what is scored) and --clip (the model that scores) need each other and --evaluate"
-            )
+            raise ConfigError("--images and --clip need each other and --evaluate: give all three, or only --evaluate")
         if chosen.evaluate:
             from fine_dist.creative.reevaluate import evaluate_again
 

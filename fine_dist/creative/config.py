@@ -54,7 +54,7 @@ def _slots(text: str, legal: set[str], needed: set[str]) -> str:
         raise ValueError(f"{{{wrong}}} is no placeholder; {nearest(wrong, legal)}")
     for _, name, form, conversion in fields:
         if form or conversion:
-            raise ValueError(f"{{{name}}} is put in as it is: it takes no conversion (!) and no format (:)")
+            raise ValueError(f"{{{name}}} takes no conversion (!) and no format (:); write the placeholder alone")
     if needed - placeholders:
         raise ValueError(f"{{{sorted(needed - placeholders)[0]}}} is missing")
     return text
@@ -67,20 +67,20 @@ class CreativeConfig(Config):
     """
 
     run_dir: PathKey = "runs/creative"
-    """Output directory: it gets `token/` of a single run, or one folder for each of several runs."""
+    """Run directory: it gets `token/` of a single run, or one folder for each of several runs."""
     encoders: tuple[PathKey, ...] = ("stabilityai/stable-diffusion-3-medium-diffusers",)
     """Folders or hub names of a pipeline, whose CLIP text encoders are used, or of one or two CLIP text encoders.
     `tiny` makes small random ones for trials."""
     token: str = "<CreTok>"
-    """Name of the new token as it is written in prompts: one word without blanks."""
+    """Name of the new token as it is written in prompts: one word without spaces."""
     start: str = "creative"
     """Word whose embedding is the token's initial value; it must be a single token in every vocabulary."""
     template: Template = Template()
     """The two prompts of a run. Set `templates` instead for several runs with different prompts."""
     templates: dict[str, Template] = Field(default_factory=dict)
-    """Several pairs of prompts by name, a run each; they replace `template`."""
+    """Several pairs of prompts by name, one run each; they replace `template`."""
     seeds: tuple[Seed, ...] = (0,)
-    """Random seeds, a run each: a seed chooses the pairs of every step."""
+    """Random seeds, one run each: a seed determines the pairs of every step."""
     concepts: PathKey | None = None
     """Text file with one word per line, from which pairs are sampled. Default: the project's own list of 60 nouns."""
     pairs: PathKey | None = None
@@ -88,7 +88,7 @@ class CreativeConfig(Config):
     num_pairs: int = Field(200, ge=1, le=1_000_000)
     """Number of training pairs sampled from the concepts; the paper uses 200."""
     held_out: int = Field(27, ge=1, le=1_000_000)
-    """Number of pairs that are never trained on and only measured; the paper uses 27."""
+    """Number of held-out pairs, which are measured and never trained on; the paper uses 27."""
     split_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the split into training and held-out pairs. All runs share it, so their results are comparable."""
     max_cosine: float = Field(0.5, gt=0, le=1)
@@ -105,11 +105,11 @@ class CreativeConfig(Config):
     optim: OptimConfig = OptimConfig(lr=1e-2, schedule="cosine", clip_norm=None)
     """Optimizer of the embedding row and its learning-rate schedule."""
     engine: EngineConfig = EngineConfig(ema_decay=0.0, checkpoint_every=1000, eval_every=500)
-    """Settings of the training loop. The EMA is what is measured and saved; with decay 0 it is the row itself."""
+    """Settings of the training loop. The EMA of the row is measured and saved; with decay 0 it is the row itself."""
     launch: LaunchConfig = LaunchConfig()
     """Resources of a submitted job."""
     pack: int = Field(8, ge=1, le=4_096)
-    """Number of runs, at most, that one task trains at once."""
+    """Maximum number of runs that one task trains together."""
     only: tuple[str, ...] = ()
     """Names of the runs to train. Default: all runs of the config."""
 
@@ -117,7 +117,7 @@ class CreativeConfig(Config):
     @classmethod
     def _one_word(cls, token: str) -> str:
         if not token or re.search(r"\s", token):
-            raise ValueError("a token is one word without blanks, such as <CreTok>")
+            raise ValueError(f"{token!r} is not one word; give a word without spaces, such as <CreTok>")
         return token
 
 
@@ -159,7 +159,7 @@ def expand(config: CreativeConfig, everyone: bool = False) -> list[TokenRun]:
         raise ConfigError(f"only: no run is called {unknown[0]!r}; {nearest(unknown[0], names)}")
     if config.optim.clip_norm is not None and (config.shuffled or (config.pack > 1 and not alone)):
         raise ConfigError(
-            f"optim.clip_norm: {config.optim.clip_norm} would clip the rows of several runs by their common norm; set "
+            f"optim.clip_norm: {config.optim.clip_norm} would clip the rows of several runs by their joint norm; set "
             "it to none, or set pack to 1 and shuffled to false"
         )
     return [m for m in members if everyone or not config.only or m.name in config.only]
@@ -186,7 +186,7 @@ def _hash(group: list[TokenRun]) -> str:
 
 
 def is_finished(run: TokenRun) -> bool:
-    """Whether the run's token is written."""
+    """Whether the run has written its token."""
     return (run.folder / "DONE.json").is_file()
 
 
@@ -204,9 +204,9 @@ def check_folder(config: CreativeConfig, run: TokenRun) -> None:
     if not path.is_file():
         return
     remedy = "choose another run_dir, or delete that folder"
-    there = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
+    stored = as_record(dict[str, Any], read_json(path, RunDirError, remedy), path, RunDirError, remedy)
     now = settings(config, run)
-    differing = [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
+    differing = [f"{key}: {stored.get(key)!r} there, {now[key]!r} now" for key in now if stored.get(key) != now[key]]
     if differing:
         raise RunDirError(
             f"{run.folder} was written with other settings:\n  "

@@ -19,17 +19,21 @@ from fine_dist.creative.config import TINY
 from fine_dist.creative.encoders import TextEncoder, first_line
 
 KEYS = {768: "clip_l", 1280: "clip_g"}
-"""An encoder's name by its width, where the width says which CLIP it is (ComfyUI's names)."""
+"""Name of an encoder (ComfyUI's) by its width, for the widths of known CLIP models."""
 
 
 def load_encoders(sources: Sequence[str], token: str, device: torch.device | None = None) -> list[TextEncoder]:
     """The encoders of all sources, frozen, fp32, with the new token in their vocabularies.
 
-    `ConfigError` when there are none or more than two, a token is known already or an encoder has no projection;
-    `ArtifactError` when something is missing or cannot be fetched.
-
     Args:
         sources: Each a folder or hub name of a pipeline or of one CLIP text encoder, or `tiny`.
+        token: The new token.
+        device: Where the encoders are put. Default: the CPU.
+
+    Raises:
+        ConfigError: There are no encoders or more than two, a vocabulary has the token already, or an encoder has no
+            projection.
+        ArtifactError: A file is missing, damaged, or cannot be fetched.
     """
     parts: list[tuple[Any, Any]] = []
     for source in sources:
@@ -40,7 +44,7 @@ def load_encoders(sources: Sequence[str], token: str, device: torch.device | Non
         else:
             parts += [(_model(part), _tokenizer(part)) for part in _sources_in(expand_path(source))]
     if not 1 <= len(parts) <= 2:
-        raise ConfigError(f"encoders: {', '.join(sources)} hold {len(parts)} CLIP text encoders; one or two are needed")
+        raise ConfigError(f"encoders: {', '.join(sources)} have {len(parts)} CLIP text encoders; give one or two")
     return [
         TextEncoder(key, model.to(device or "cpu"), tokenizer, token)
         for key, (model, tokenizer) in zip(_keys([model for model, _ in parts]), parts)
@@ -59,11 +63,11 @@ class EncoderSource(NamedTuple):
 
 
 def _keys(models: Sequence[Any]) -> list[str]:
-    """`clip_l` and `clip_g` by width; where the width says nothing, in this order."""
+    """`clip_l` and `clip_g` by width; encoders of other widths get the unused names in this order."""
     keys = [KEYS.get(model.config.hidden_size) for model in models]
     for index, key in enumerate(keys):
         if key is None or key in keys[:index]:
-            # Tiny or unusual encoders have other widths, and a file with two equal names would lose one of the rows.
+            # Names must differ, because they are the keys of the rows in a file.
             keys[index] = next(name for name in ("clip_l", "clip_g") if name not in keys)
     return [str(key) for key in keys]
 
@@ -88,7 +92,7 @@ def _config(part: EncoderSource) -> dict[str, Any]:
 
 
 def _read_json(source: str, name: str) -> dict[str, Any] | None:
-    """A JSON file of a folder or hub repository; none where there is no such file."""
+    """A JSON file of a folder or hub repository; None if there is no such file."""
     if Path(source).is_dir():
         path = Path(source) / name if (Path(source) / name).is_file() else None
     else:
@@ -100,7 +104,7 @@ def _read_json(source: str, name: str) -> dict[str, Any] | None:
 
 
 def _fetch(source: str, name: str) -> Path | None:
-    """A small file of a hub repository, from the cache where there is no network; none where it has no such file."""
+    """A small file of a hub repository, from the cache if there is no network; None if it has no such file."""
     if source.startswith((".", "/")) or source.count("/") != 1:
         raise ArtifactError(f"encoders: {source} is no folder, nor a hub name (OWNER/NAME); check the path")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -116,7 +120,7 @@ def _fetch(source: str, name: str) -> Path | None:
         return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:  # no network, and not in the cache
         if name == "model_index.json" and isinstance(try_to_load_from_cache(source, "config.json"), str):
-            return None  # one encoder, fetched before
+            return None  # the repository of one encoder, which was fetched before
         raise _unreachable(source, error) from None
     except EntryNotFoundError:
         return None
@@ -126,7 +130,9 @@ def _fetch(source: str, name: str) -> Path | None:
             "give a folder"
         ) from None
     except RepositoryNotFoundError:
-        raise ArtifactError(f"encoders: the hub has no {source}, or not for you; check the name, or log in") from None
+        raise ArtifactError(
+            f"encoders: the hub has no {source}, or you have no access; check the name, or log in"
+        ) from None
     except (HFValidationError, OSError, ValueError) as error:
         raise _unreachable(source, error) from None
 
@@ -145,7 +151,7 @@ def _model(part: EncoderSource) -> Any:
 
     config = _config(part)
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # a whole CLIP's vision weights are not needed, which is no warning's worth
+    logging.set_verbosity_error()  # no warning about the unused vision weights of a complete CLIP
     logging.disable_progress_bar()
     try:
         loaded: Any = CLIPTextModelWithProjection.from_pretrained(
@@ -184,7 +190,7 @@ def _tokenizer(part: EncoderSource) -> Any:
             raise ArtifactError(
                 f"encoders: {part} has no CLIP tokenizer ({first_line(error)}); put its files beside it"
             ) from None
-    if len(tokenizer) < 10:  # transformers makes an empty vocabulary where it finds no files
+    if len(tokenizer) < 10:  # transformers makes an empty vocabulary if it finds no files
         where = f"{part.source}/{part.tokenizer}".rstrip("/")
         raise ArtifactError(f"encoders: {where} has no vocabulary (tokenizer.json, or vocab.json and merges.txt)")
     return tokenizer

@@ -1,6 +1,6 @@
 """Frozen CLIP text encoders whose vocabulary has the new token.
 
-N prompts, S tokens of the longest, D an encoder's width, E its projection.
+Shapes: N prompts, S tokens of the longest prompt, V words, D width of an encoder, E width of its projection.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.creative import causal
 
 _LEGACY_EOS = 2
-"""The end-of-text id that transformers takes for "read the pooled output at the greatest id"."""
+"""The end-of-text id for which transformers reads the pooled output at the greatest token id."""
 _CHUNK = 256
-"""Prompts that are embedded at once."""
+"""Number of prompts that are embedded at once."""
 
 
 class TextEncoder:
     """One frozen encoder, and its tokenizer with the new token.
 
-    It is no `nn.Module` on purpose: what trains refers to it without owning it, so that it is neither copied for
-    looking at averages, nor sharded, nor part of a checkpoint.
+    It is deliberately not an `nn.Module`: the trained module refers to it without owning it, so that it is not copied
+    for the EMA, not sharded, and not part of a checkpoint.
     """
 
     def __init__(self, key: str, model: Any, tokenizer: Any, token: str) -> None:
@@ -41,12 +41,12 @@ class TextEncoder:
 
     @property
     def width(self) -> int:
-        """D."""
+        """Width D of the token embeddings."""
         return int(self.model.config.hidden_size)
 
     @property
     def table(self) -> Tensor:
-        """The embeddings of the vocabulary as it came, [V, D]."""
+        """The embeddings of the original vocabulary, [V, D]."""
         weight: Tensor = self.model.text_model.embeddings.token_embedding.weight
         return weight
 
@@ -59,34 +59,32 @@ class TextEncoder:
         ids = [int(i) for i in self.tokenizer(text, verbose=False).input_ids]
         if len(ids) > self.max_length:
             raise ConfigError(
-                f"the prompt {text!r} has {len(ids)} tokens and {self.key} reads at most {self.max_length}; shorten "
+                f"the prompt {text!r} has {len(ids)} tokens, and {self.key} takes at most {self.max_length}; shorten "
                 "the template or the words"
             )
         return ids
 
     def single(self, word: str, what: str) -> int:
-        """The id of a word that is one token. `ConfigError` names its pieces otherwise.
+        """The id of a word that must be a single token. `ConfigError` names the pieces of other words.
 
         Args:
-            what: The setting that the word came from.
+            word: The word.
+            what: The setting that the word came from, for the message.
         """
         ids = self.ids(word)[1:-1]
         if len(ids) != 1 or ids[0] in (self.token_id, self.tokenizer.eos_token_id):
             pieces = " + ".join(self.tokenizer.convert_ids_to_tokens(ids)) or "nothing"
-            raise ConfigError(
-                f"{what}: {word!r} is not one token of {self.key} but {pieces}; give a plain, common word"
-            )
+            raise ConfigError(f"{what}: {word!r} is not one token of {self.key} but {pieces}; give a common word")
         return ids[0]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Embeddings [..., D] of ids; the new token's is not in the table, so zeros stand for it."""
-        # The new token's id lies beyond the table, which is never
-        # resized: so the encoder's hash stays that of its files.
+        """Embeddings [..., D] of token ids; zeros for the new token."""
+        # The new token's id is beyond the table, which is never resized, so that the encoder's hash stays the same.
         return torch.where((ids == self.token_id)[..., None], 0.0, self.table[ids.clamp_max(len(self.table) - 1)])
 
     @torch.no_grad()
     def embed(self, prompts: Sequence[str], row: Tensor | None = None) -> Tensor:
-        """Pooled, projected embeddings [N, E] of prompts, fp32; `row` [D] is what the new token means in them."""
+        """Pooled, projected embeddings [N, E] of prompts, fp32; `row` [D] is the embedding of the new token."""
         embedded = []
         for start in range(0, len(prompts), _CHUNK):
             lists = [self.ids(prompt) for prompt in prompts[start : start + _CHUNK]]
@@ -95,24 +93,24 @@ class TextEncoder:
             if row is not None:
                 x = torch.where((ids == self.token_id)[..., None], row.to(x), x)
             elif bool((ids == self.token_id).any()):
-                raise ValueError("a prompt with the new token needs its row")
+                raise ValueError("a prompt contains the new token, and no row is given for it")
             embedded.append(causal.pool(self.model, causal.run(self.model, x, causal.NOTHING), ends).float())
         return torch.cat(embedded)
 
     def nearest(self, row: Tensor, count: int = 5) -> list[tuple[str, float]]:
-        """The vocabulary's words whose embeddings have the greatest cosine to a row [D]."""
+        """(word, cosine) of the words whose embeddings have the greatest cosine to a row [D]."""
         table = torch.nn.functional.normalize(self.table.float(), dim=1)
         cosines = table @ torch.nn.functional.normalize(row.detach().float().to(table.device), dim=0)
-        known = min(len(self.tokenizer) - 1, len(table))  # a table may have more rows than the vocabulary has words
-        best = cosines[:known].topk(min(count, known))
+        num_words = min(len(self.tokenizer) - 1, len(table))  # a table may have more rows than the vocabulary has words
+        best = cosines[:num_words].topk(min(count, num_words))
         words = self.tokenizer.convert_ids_to_tokens(best.indices.tolist())
         return [(word.replace("</w>", ""), float(value)) for word, value in zip(words, best.values)]
 
     def hash(self) -> str:
-        """sha256 over its vocabulary and its weights, by name."""
+        """sha256 of the vocabulary and the weights."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest = hashlib.sha256(repr(vocabulary).encode())
-        # The vocabulary as well: the same weights with words in another order are another encoder.
+        # The vocabulary is included, because the same weights with words in another order are another encoder.
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -125,22 +123,22 @@ def first_line(error: Exception) -> str:
 
 
 def pad(lists: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids [N, S] padded on the right, and the place [N] of each last one. What stands after a prompt's end does not
-    reach it, so any id pads."""
+    """Token ids [N, S] padded on the right, and the index [N] of each last token. Attention is causal, so the padding
+    does not affect the prompt, whatever its id."""
     size = max(len(ids) for ids in lists)
     ids = torch.tensor([[*ids, *[0] * (size - len(ids))] for ids in lists], device=device)
     return ids, torch.tensor([len(ids) - 1 for ids in lists], device=device)
 
 
 def add_token(tokenizer: Any, token: str, where: str) -> int:
-    """Put a new token into a vocabulary; its id. `ConfigError` when the vocabulary has it."""
+    """Add a new token to a vocabulary and return its id. `ConfigError` when the vocabulary has it already."""
     refuse_known(tokenizer, token, where)
     tokenizer.add_tokens(token)
     return int(tokenizer.convert_tokens_to_ids(token))
 
 
 def refuse_known(tokenizer: Any, token: str, where: str) -> None:
-    """`ConfigError` when a vocabulary has a token, as itself or as a whole word (CLIP reads lower case)."""
+    """`ConfigError` when a vocabulary has a token, as it is or as a complete word (CLIP is case-insensitive)."""
     known = {word.lower() for word in tokenizer.get_vocab()}
     if token.lower() in known or f"{token.lower()}</w>" in known:
         raise ConfigError(
@@ -149,10 +147,10 @@ def refuse_known(tokenizer: Any, token: str, where: str) -> None:
 
 
 def read_at_end(model: Any, tokenizer: Any, where: str) -> None:
-    """Have transformers read a text model's pooled output at the end of text.
+    """Make transformers read a text model's pooled output at the end of the text.
 
-    Many published configs, SD3's among them, state `eos_token_id` 2, which is not the vocabulary's. transformers takes
-    that for "at the greatest id", which was the end of text until a token was added: then it would be the token.
+    Many published configs, such as SD3's, have `eos_token_id` 2, which is not the id in the vocabulary. transformers
+    then reads the output at the greatest id, which is the end of the text until a token with a greater id is added.
     """
     end = end_of(tokenizer, where)
     model.config.eos_token_id = end
@@ -162,7 +160,7 @@ def read_at_end(model: Any, tokenizer: Any, where: str) -> None:
 
 
 def end_of(tokenizer: Any, where: str) -> int:
-    """The end-of-text id of a vocabulary. `ConfigError` when it is one that transformers takes for something else."""
+    """The end-of-text id of a vocabulary. `ConfigError` for the id to which transformers gives another meaning."""
     end = int(tokenizer.eos_token_id)
     if end == _LEGACY_EOS:
         raise ConfigError(

@@ -52,20 +52,20 @@ def save_token(
     facts: dict[str, Any],
     control: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Write a token's folder as a whole (a temporary name, then a rename); its manifest.
+    """Write a token's folder atomically (under a temporary name, then renamed); returns its manifest.
 
     Args:
         rows: [D] by the encoder's name, in the order of the pipeline's encoders.
-        facts: What else the manifest says (JSON): encoders, templates, steps, cosines.
+        facts: Further entries of the manifest (JSON): encoders, templates, steps, cosines.
         control: The row trained on shuffled targets, as `rows`.
     """
     with atomic_folder(folder) as draft:
-        saved_rows = _whole(rows)
+        saved_rows = _as_saved(rows)
         for name, row in zip(FILES, saved_rows.values()):
             save_file({token: row}, draft / name, metadata={"format": "pt"})
         save_file(saved_rows, draft / combined_name(token), metadata={"format": "pt"})
         if control:
-            save_file(_whole(control), draft / CONTROL, metadata={"format": "pt"})
+            save_file(_as_saved(control), draft / CONTROL, metadata={"format": "pt"})
         files = sorted(path.name for path in draft.iterdir())
         manifest = {
             "format": FORMAT,
@@ -80,12 +80,13 @@ def save_token(
     return manifest
 
 
-def _whole(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_saved(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows [D] in the layout of the files: contiguous fp32 [1, D] in host memory."""
     return {key: row.detach().cpu().float().reshape(1, -1).contiguous() for key, row in rows.items()}
 
 
 def combined_name(token: str) -> str:
-    """The file's name for ComfyUI, where it is the word in prompts: `embedding:CreTok`."""
+    """The file's name for ComfyUI, which is also the name in its prompts: `embedding:CreTok`."""
     name = (re.sub(r"[^A-Za-z0-9_-]", "", token) or "token") + ".safetensors"
     return f"token_{name}" if name in (*FILES, CONTROL) else name
 
@@ -94,34 +95,34 @@ class TokenManifest(Record):
     """manifest.json of a token's folder."""
 
     token: str = Field(min_length=1, max_length=200)
-    """The token, as it stands in prompts."""
+    """The token as it is written in prompts."""
     rows: dict[str, list[int]]
-    """Encoders whose vocabulary has a row for it."""
+    """Shape of the token's row by encoder."""
     sha256: dict[str, str]
-    """Of its tensor files, by name."""
+    """Hash of each tensor file by name."""
 
 
 def read_token(folder: str | Path) -> SavedToken:
-    """Read what `save_token` wrote, or the `token/` of a run directory. `ArtifactError` when it is not whole."""
+    """Read a folder of `save_token`, or the `token/` in a run directory. `ArtifactError` when it is incomplete."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file() and (folder / "token" / MANIFEST).is_file():
         folder = folder / "token"
     path = folder / MANIFEST
     if not path.is_file():
-        raise ArtifactError(f"{folder} holds no {MANIFEST}: give the token/ of a finished run of fine_dist.creative")
+        raise ArtifactError(f"{folder} has no {MANIFEST}: give the token/ of a finished run of fine_dist.creative")
     values = read_json(path, ArtifactError, "copy it again")
     if not isinstance(values, dict) or (values.get("format"), values.get("kind")) != (FORMAT, KIND):
-        raise ArtifactError(f"{path} is no token of this version; give the token/ that `fine-dist creative` wrote")
+        raise ArtifactError(f"{path} is not a token of this version; give the token/ that `fine-dist creative` wrote")
     manifest = as_record(TokenManifest, values, path, ArtifactError, "copy it again").model_dump()
     if combined_name(manifest["token"]) not in manifest["sha256"]:
-        raise ArtifactError(f"{path} states no sha256 of the token's tensors: it was altered; copy it again")
+        raise ArtifactError(f"{path} has no sha256 of the token's tensors: it was altered; copy it again")
     for name, stated in manifest["sha256"].items():
         if Path(name).name != name:
             raise ArtifactError(f"{path} names a file outside its folder: {name!r}; copy it again")
         if not (folder / name).is_file():
-            raise ArtifactError(f"{folder} has a manifest but no {name}: copy it whole")
+            raise ArtifactError(f"{folder} has a manifest but no {name}: copy the complete folder")
         if sha256_of(folder / name) != stated:
-            raise ArtifactError(f"{folder / name} is not what its manifest says: edited or half copied; copy it again")
+            raise ArtifactError(f"{folder / name} does not match its manifest: edited or half copied; copy it again")
     try:
         tensors = load_file(folder / combined_name(manifest["token"]))
         control = load_file(folder / CONTROL) if CONTROL in manifest["sha256"] else {}
@@ -135,18 +136,19 @@ def read_token(folder: str | Path) -> SavedToken:
 
 
 def load_cretok(pipe: Any, folder: str | Path) -> str:
-    """Put a learned token into a diffusers pipeline with CLIP text encoders (SD3, SDXL, SD1.5); the token.
+    """Add a learned token to a diffusers pipeline with CLIP text encoders (SD3, SDXL, SD1.5); returns the token.
 
-    The encoders' embedding tables grow by one row each, and their pooled output is read at the end of the text, where
-    it would otherwise be read at the new token. SD3's third encoder (T5) does not know the token: give it
+    Each encoder's embedding table gets one more row, and its pooled output is read at the end of the text; otherwise
+    it would be read at the new token. SD3's third encoder (T5) does not have the token: give it
     `prompt_3=plain_prompt(prompt, token)`.
 
-    `ArtifactError` when the folder is not whole or its rows do not fit the encoders; `ConfigError` when the pipeline
-    knows the token already. Either leaves the pipeline as it was.
-
     Args:
-        pipe: Has `tokenizer` and `text_encoder`, and `tokenizer_2` and `text_encoder_2` where there are two.
-        folder: What a run wrote: its directory, or the `token/` in it.
+        pipe: A pipeline with `tokenizer` and `text_encoder`, and `tokenizer_2` and `text_encoder_2` if it has two.
+        folder: The directory of a run, or the `token/` in it.
+
+    Raises:
+        ArtifactError: The folder is incomplete, or its rows do not fit the encoders. The pipeline is not changed.
+        ConfigError: The pipeline has the token already. The pipeline is not changed.
     """
     saved = read_token(folder)
     pairs: list[tuple[Any, Any]] = []
@@ -172,7 +174,7 @@ def load_cretok(pipe: Any, folder: str | Path) -> str:
 
 
 def _fitting(saved: SavedToken, widths: list[int], pipe: str) -> list[Tensor]:
-    """A row for each encoder of a pipeline, by width."""
+    """The row for each encoder of a pipeline, matched by width."""
     left = list(saved.rows.values())
     chosen = []
     for width in widths:
@@ -186,10 +188,10 @@ def _fitting(saved: SavedToken, widths: list[int], pipe: str) -> list[Tensor]:
         left = [other for other in left if other is not row]
         chosen.append(row)
     if not chosen:
-        raise ArtifactError(f"{pipe} has no CLIP text encoder with a tokenizer to put a token into")
+        raise ArtifactError(f"{pipe} has no CLIP text encoder with a tokenizer that a token could be added to")
     return chosen
 
 
 def plain_prompt(prompt: str, token: str = "<CreTok>", word: str = "creative") -> str:
-    """A prompt with an ordinary word for the token, for encoders that do not know it (SD3's T5: `prompt_3`)."""
+    """A prompt with an ordinary word in place of the token, for encoders without it (SD3's T5: `prompt_3`)."""
     return re.sub(re.escape(token), word, prompt, flags=re.IGNORECASE)

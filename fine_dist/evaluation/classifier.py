@@ -1,8 +1,8 @@
 """A small classifier of the images at hand, trained once: features where no published network fits.
 
 Shapes: N images, C channels, H = W pixels, F features (penultimate activations), K classes. Images are in [-1, 1].
-For digits (1x8x8) and garments (1x28x28) it stands where Inception stands for photographs: the Fréchet distance is
-measured on its penultimate layer, and is called FD-classifier.
+For digits (1x8x8) and garments (1x28x28) it replaces Inception: the Fréchet distance is computed on its penultimate
+layer, and is called FD-classifier.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TENSORS, _MANIFEST, _KIND = "classifier.safetensors", "classifier.json", "class
 
 
 class Classifier(nn.Module):
-    """A convolution, as many with stride 2 as leave at most 7 x 7 places, a hidden layer of `NUM_FEATURES`, logits.
+    """Convolutions with stride 2 down to at most 7 x 7 positions, a hidden layer of `NUM_FEATURES` units, and logits.
 
     76K parameters for digits of 1x8x8, 211K for garments of 1x28x28. It is a `feature_network.Features`:
     `classifier(images) -> Extracted` with the hidden layer's activations and the logits.
@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         """[N, F] float32: the penultimate activations of images [N, C, H, W]. `DataError` for another shape."""
         if tuple(images.shape[1:]) != self.shape:
             wanted, given = ("x".join(map(str, shape)) for shape in (self.shape, images.shape[1:]))
-            raise DataError(f"the classifier knows images of {wanted}, not {given}")
+            raise DataError(f"the classifier takes images of {wanted}, not {given}")
         x = F.relu(self.conv1(as_signed(images)))  # N,16,...
         x = F.relu(self.conv2(x))  # N,64,...
         for conv in self.further:
@@ -92,21 +92,21 @@ class Classifier(nn.Module):
 
 
 class Trained(NamedTuple):
-    """A classifier and how well it does on images it never saw (0..1)."""
+    """A classifier and its accuracy on held-out images (0 to 1)."""
 
     classifier: Classifier
     accuracy: float
 
 
-ENOUGH_SHOWN = 480_000
-"""Images that a classifier is shown in all, repeats counted."""
-MANY = 10_000
-"""Images from which batches are larger, and none is learned by heart: they are shown as they are."""
+TOTAL_SAMPLES = 480_000
+"""Training samples of a classifier over all epochs."""
+LARGE_SET = 10_000
+"""Number of images above which batches are larger and images are not augmented, because there is no overfitting."""
 
 
-def effort(images: int) -> tuple[int, int]:
-    """(epochs, images a batch) for a training set of this size: `ENOUGH_SHOWN` images in all, at most 40 epochs."""
-    return max(1, min(40, ENOUGH_SHOWN // images)), 100 if images > MANY else 50
+def training_length(images: int) -> tuple[int, int]:
+    """(epochs, batch size) for a training set of this size: `TOTAL_SAMPLES` samples, at most 40 epochs."""
+    return max(1, min(40, TOTAL_SAMPLES // images)), 100 if images > LARGE_SET else 50
 
 
 def train_classifier(
@@ -120,12 +120,21 @@ def train_classifier(
 ) -> Trained:
     """Train on images [N, C, H, H] in [-1, 1] and labels [N] int64.
 
-    epochs, batch: none: those of `effort`.
-    1,500 digits take a few seconds of one core (40 epochs of 50); 60,000 garments a minute or two (8 epochs of 100).
+    1,500 digits take a few seconds of one core (40 epochs, batches of 50); 60,000 garments a minute or two (8 epochs,
+    batches of 100). The result is a deterministic function of the seed: weights, order and augmentation come from one
+    generator, and training runs on one thread, because sums over threads round differently. Sets of up to `LARGE_SET`
+    images are augmented by small affine maps; otherwise 1,500 digits would be overfitted.
 
-    Deterministic by seed: weights, order and jitter come from one generator, and it runs on one thread, because
-    sums over threads round differently. Up to `MANY` images are turned, stretched and moved a little every time, or
-    1,500 digits are learned by heart. `DataError` for images that are not square, not finite, or without a label each.
+    Args:
+        images: Training images.
+        labels: Their classes.
+        held_out: Images and labels on which the accuracy is measured.
+        seed: Seed of all random numbers.
+        epochs: Number of epochs. Default: that of `training_length`.
+        batch: Batch size. Default: that of `training_length`.
+
+    Raises:
+        DataError: Images are not square, or the numbers of images and labels differ.
     """
     shape = tuple(images.shape[1:])
     if len(shape) != 3 or shape[1] != shape[2]:
@@ -135,8 +144,8 @@ def train_classifier(
             f"{len(images)} images of {'x'.join(map(str, shape))}, {len(labels)} labels and held-out images "
             f"{list(held_out[0].shape)} do not fit each other"
         )
-    usual = effort(len(images))
-    epochs, batch = epochs or usual[0], batch or usual[1]
+    default_epochs, default_batch = training_length(len(images))
+    epochs, batch = epochs or default_epochs, batch or default_batch
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -156,58 +165,59 @@ def _train(model: Classifier, images: Tensor, labels: Tensor, epochs: int, batch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, epochs * -(-len(images) // batch))
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(batch):
-            shown = images[rows] if len(images) > MANY else _jitter(images[rows])
-            loss = F.cross_entropy(model.logits(shown), labels[rows], label_smoothing=0.05)
+            samples = images[rows] if len(images) > LARGE_SET else _augment(images[rows])
+            loss = F.cross_entropy(model.logits(samples), labels[rows], label_smoothing=0.05)
             optim.zero_grad(set_to_none=True)
             loss.backward()
             optim.step()
             schedule.step()
 
 
-def _jitter(images: Tensor, turn: float = 0.2, stretch: float = 0.12, shift: float = 0.15) -> Tensor:
-    """Images moved by a small random affine map each: radians, relative size, fraction of the half width."""
+def _augment(images: Tensor, turn: float = 0.2, stretch: float = 0.12, shift: float = 0.15) -> Tensor:
+    """Each image under a random affine map of at most `turn` radians, relative `stretch`, and `shift` half widths."""
     num = len(images)
     angle = (torch.rand(num) * 2 - 1) * turn
     scale = 1 + (torch.rand(num, 2) * 2 - 1) * stretch
     move = (torch.rand(num, 2, 1) * 2 - 1) * shift
     turned = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(num, 2, 2)
     maps = torch.cat([turned * scale[:, None], move], dim=2)  # N,2,3
-    where = F.affine_grid(maps, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, where, align_corners=False) - 1  # what is outside an image is black, -1
+    grid = F.affine_grid(maps, list(images.shape), align_corners=False)
+    # grid_sample pads with 0, so images are shifted by 1: outside of an image the result is black, -1
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1
 
 
 def classifier_of_shards(folder: str | Path, shards: str, held_out: str | None) -> Trained:
-    """The classifier in `folder` when it was trained on these shards; else one is trained and kept there.
+    """The classifier in `folder` if it was trained on these shards; otherwise a new one is trained and saved there.
 
     Args:
-        folder: Where it is kept.
-        shards: Shards of pictures (codec identity) to train on.
-        held_out: Shards that its accuracy is measured on. Default: every tenth picture of `shards`, which is then not
-            trained on.
+        folder: Folder of the classifier.
+        shards: Shards of images (codec identity) to train on.
+        held_out: Shards on which the accuracy is measured. Default: every tenth image of `shards`, which is then not
+            used for training.
 
     Raises:
-        ConfigError: When the shards hold an autoencoder's latents, not pictures.
-        DataError: When a sample is damaged.
+        ConfigError: The shards hold latents of an autoencoder and not images.
+        DataError: A sample is damaged.
     """
     manifest = locate(expand_path(shards), DataConfig())[0]
     if manifest.codec != "identity" or manifest.latent_shape[0] not in (1, 3):
         raise ConfigError(
-            f"features.classifier: train needs shards of pictures, and {shards} holds latents of {manifest.codec}; "
+            f"features.classifier: train needs shards of images, and {shards} holds latents of {manifest.codec}; "
             "use --features.inception or --features.dinov2 with --vae FOLDER"
         )
     try:
-        manifest_there = json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest_there["data"] == manifest.hash:
+        saved = json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+        if saved["data"] == manifest.hash:
             return load_classifier(folder)
     except (OSError, ValueError, TypeError, KeyError):
-        pass  # nothing usable is there: it is trained now
+        pass  # there is no usable classifier, so one is trained
     images, labels = read_all(expand_path(shards))
     if held_out:
-        others = read_all(expand_path(held_out))
+        test_set = read_all(expand_path(held_out))
     else:
         tenth = torch.arange(len(images)) % 10 == 0
-        others, (images, labels) = (images[tenth], labels[tenth]), (images[~tenth], labels[~tenth])
-    trained = train_classifier(images, labels, others)
+        test_set, (images, labels) = (images[tenth], labels[tenth]), (images[~tenth], labels[~tenth])
+    trained = train_classifier(images, labels, test_set)
     save_classifier(folder, trained, data=manifest.hash)
     return trained
 
@@ -236,7 +246,7 @@ def save_classifier(folder: str | Path, trained: Trained, *, seed: int = 0, data
 
 
 def load_classifier(folder: str | Path) -> Trained:
-    """Read what `save_classifier` wrote. `ArtifactError` when it is missing, damaged, or its hash is wrong."""
+    """Read a folder of `save_classifier`. `ArtifactError` when it is missing or damaged, or its hash is wrong."""
     folder = Path(folder)
     try:
         manifest = read_json(folder / _MANIFEST, ArtifactError, "delete the folder, and train a classifier again")

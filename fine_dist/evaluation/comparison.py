@@ -11,9 +11,9 @@ from fine_dist.evaluation.image_statistics import SUBSET, Gaussian, Statistics
 from fine_dist.evaluation.scores import kernel_distance, precision_recall
 
 STANDARD = 50_000
-"""Images of a FID that may be called so; of another number it is called FID-5k."""
+"""Number of images of a plain FID. With other numbers the name has a suffix, such as FID-5k."""
 HELD_OUT_LOSS = "held_out_loss"
-"""The one metric that asks the model itself, not its images."""
+"""The only metric that is computed from the model and not from its images."""
 NETWORKS = {
     "fid": "inception",
     "sfid": "inception",
@@ -25,20 +25,21 @@ NETWORKS = {
     "fd_classifier": "classifier",
     "accuracy": "classifier",
 }
-"""Every metric of images, and its usual network."""
+"""Every metric of images, and its default network."""
 FRECHET = {"fid": "inception", "fdd": "dinov2", "fd_classifier": "classifier"}
-"""Fréchet distances on pooled features, each of one network alone."""
+"""Fréchet distances on pooled features; each is defined for one network only."""
 ANY_NETWORK = ("is", "precision", "recall", "kid")
-"""Metrics that go with any network, and take the only one that is given where it is not Inception."""
+"""Metrics that are defined for any network. If Inception is not given, they use the only network that is."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A number under its full name.
+    """The value of a metric.
 
-    metric: its key in `NETWORKS`. name: as it is to be printed, with the number of images where that matters.
-    value:  none where it cannot be given; `why` says what is missing then.
-    spread: standard deviation over parts or subsets, where there are some.
+    metric: key in `NETWORKS`.
+    name:   name to print, with the number of images if the metric depends on it.
+    value:  None if it cannot be computed; `why` then gives the reason.
+    spread: standard deviation over parts or subsets, if there are several.
     better: `lower` or `higher`.
     """
 
@@ -51,7 +52,7 @@ class Score:
 
 
 def networks(metrics: Iterable[str]) -> dict[str, list[str]]:
-    """Which networks some metrics usually need, and which of them each measures. `ConfigError` for an unknown one."""
+    """{network: metrics} of some metrics by default network. `ConfigError` for an unknown metric."""
     needed: dict[str, list[str]] = {}
     for metric in metrics:
         if metric not in NETWORKS:
@@ -61,9 +62,17 @@ def networks(metrics: Iterable[str]) -> dict[str, list[str]]:
 
 
 def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], *, seed: int = 0) -> list[Score]:
-    """The scores of samples, in the order asked. seed: of KID's subsets.
+    """The scores of samples against a reference, in the order of `metrics`.
 
-    `ConfigError` for a metric of another network, `DataError` when the two were measured by different networks.
+    Args:
+        samples: Statistics of the samples.
+        reference: Statistics of the real images.
+        metrics: Keys of `NETWORKS`.
+        seed: Seed of the random subsets of KID.
+
+    Raises:
+        ConfigError: A metric is defined for another network.
+        DataError: The two statistics come from different networks.
     """
     if samples.features != reference.features or (
         samples.identity and reference.identity and samples.identity != reference.identity
@@ -103,10 +112,13 @@ def compare(samples: Statistics, reference: Statistics, metrics: Sequence[str], 
 
 
 def cautions(samples: Statistics, reference: Statistics, metrics: Sequence[str], adm: bool = False) -> list[str]:
-    """What a reader of these scores should know: too few samples, above all.
+    """Warnings about these scores, such as too few samples.
 
     Args:
-        adm: Precision and recall were made by ADM's protocol, of all 50,000 samples.
+        samples: Statistics of the samples.
+        reference: Statistics of the real images.
+        metrics: The metrics of the scores.
+        adm: Whether precision and recall follow ADM's protocol, which uses all 50,000 samples.
     """
     warnings = []
     frechet = [metric for metric in metrics if metric in FRECHET or metric == "sfid"]

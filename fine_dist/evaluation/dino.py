@@ -1,7 +1,8 @@
 """DINOv2 features (arXiv 2304.07193) through transformers, for the Fréchet DINO distance, FDD (arXiv 2306.04675).
 
-Shapes: N images. They are resized to 224 x 224 bicubically with antialiasing, normalized with ImageNet's mean and
-deviation, and the class token of the last, normalized layer is what counts.
+Shapes: N images, E width, h, w rows and columns of patches, S patches. Images are resized to 224 x 224 bicubically with
+antialiasing and normalized with ImageNet's mean and deviation; the features are the class token of the last, normalized
+layer.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class DinoV2(nn.Module):
 
     @torch.no_grad()
     def grid_tokens(self, images: Tensor) -> Tensor:
-        """The normalized patch tokens [N, E, h, w] of images, without the class token; REPA aligns with them.
+        """The normalized patch tokens [N, E, h, w] of images, without the class token, for REPA.
 
-        A square image has the tokens of 224 x 224 pixels, another one about as many, in its own shape.
+        A square image is resized to 224 x 224 pixels; another aspect ratio is preserved with about as many tokens.
         """
         patch = int(self.model.config.patch_size)
         stretch = math.sqrt(images.shape[2] / images.shape[3])
@@ -52,7 +53,7 @@ class DinoV2(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, grid)
 
     def token_flops(self) -> float:
-        """FLOPs of one image's forward pass, the attention's own products left out (about a tenth)."""
+        """FLOPs of one image's forward pass without the products of attention scores (about a tenth)."""
         tokens = (SIDE // int(self.model.config.patch_size)) ** 2 + 1
         return 2.0 * tokens * sum(p.numel() for p in self.model.encoder.parameters())
 
@@ -66,21 +67,21 @@ class DinoV2(nn.Module):
 
 
 def load_dino(folder: str | Path, device: torch.device | str = "cpu") -> DinoV2:
-    """The network in a transformers folder (config.json, model.safetensors). `ArtifactError` when it is none."""
+    """The network in a transformers folder (config.json, model.safetensors). `ArtifactError` for other content."""
     from transformers import Dinov2Model
 
     folder = Path(folder)
     weights = folder / "model.safetensors"
     if not (folder / "config.json").is_file() or not weights.is_file():
         raise ArtifactError(
-            f"{folder} holds no config.json and model.safetensors; FDD needs DINOv2 as transformers publishes it "
-            "(facebook/dinov2-large): copy that folder here and give its path"
+            f"{folder} has no config.json and model.safetensors; FDD needs DINOv2 as published for transformers "
+            "(facebook/dinov2-large): download that folder and give its path"
         )
     try:
         loaded: Any = Dinov2Model.from_pretrained(
             str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # transformers and safetensors raise what they like over a damaged folder
+    except Exception as error:  # transformers and safetensors raise many types for a damaged folder
         first = str(error).strip().partition("\n")[0][:200]
         raise ArtifactError(f"{folder}: no DINOv2 can be loaded: {first}") from None
     model, report = loaded

@@ -1,7 +1,7 @@
-"""The one evaluator: the held-out loss and scores of images, for `evaluate`, for studies and while a model trains.
+"""The evaluator of `evaluate`, of studies and of evaluation during training: the held-out loss and scores of images.
 
-Every process measures its share; sums and float64 moments are merged, so any number of processes gives the numbers of
-one. A number means nothing without its protocol, so `evaluate.json` says how each came about.
+Every process measures its share; sums and float64 moments are merged, so that the result does not depend on the number
+of processes. `evaluate.json` records the protocol with the numbers.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from fine_dist.evaluation.settings import EvaluateConfig, FeaturesConfig
 from fine_dist.sampling.renderer import ImageRenderer, make_renderer
 
 _BATCH = 256
-"""Questions that a model is asked at once for its held-out loss."""
+"""Batch size of the held-out loss."""
 
 
 @dataclass
 class Measurement:
     """The numbers of one model or one set of images.
 
-    held_out_loss: none where it was not asked for.
-    scores: by metric, such as `fid` or `fd_classifier`.
-    networks: the feature network behind each score.
-    images: how many were measured.
-    notes: what a reader of the numbers should know, such as too few samples.
+    held_out_loss: None if it was not requested.
+    scores: scores by metric, such as `fid` or `fd_classifier`.
+    networks: feature network of each score.
+    images: number of measured images.
+    notes: warnings, such as too few samples.
     """
 
     held_out_loss: float | None = None
@@ -52,26 +52,28 @@ class Measurement:
     notes: list[str] = field(default_factory=list)
 
     def numbers(self) -> dict[str, float]:
-        """Every number by its metric's name, the held-out loss included; what could not be measured is left out."""
+        """All values by metric, including the held-out loss; metrics that could not be computed are left out."""
         values = {metric: float(score.value) for metric, score in self.scores.items() if score.value is not None}
         return values if self.held_out_loss is None else {HELD_OUT_LOSS: self.held_out_loss, **values}
 
     def row(self) -> dict[str, Any]:
-        """The same as a row of evaluate.json."""
+        """The measurement as a row of evaluate.json."""
         scores = {metric: {**asdict(s), "network": self.networks[metric]} for metric, s in self.scores.items()}
         return {HELD_OUT_LOSS: self.held_out_loss, "images": self.images, "scores": scores, "notes": self.notes}
 
 
 class Evaluator:
-    """The measurements of a config, with what they share read once. All processes call alike.
+    """Measures models by one config; networks, references and held-out samples are read once.
+
+    All processes have to make the same calls.
 
     Args:
-        config: What is measured, on which data, with which sampler.
+        config: Metrics, data and sampler.
         world: The processes that measure together.
-        held_out_samples: Samples of `data.held_out` that are measured, from the first. Default: all of them.
+        held_out_samples: Number of samples of `data.held_out` to use, from the first. Default: all samples.
 
     Raises:
-        ConfigError: When nothing is asked for, or what a metric needs is not given.
+        ConfigError: No metric is requested, or an input of a metric is missing.
     """
 
     def __init__(self, config: EvaluateConfig, world: World, held_out_samples: int | None = None) -> None:
@@ -83,7 +85,7 @@ class Evaluator:
         self._held_out: dict[str, HeldOutLoss] = {}
 
     def __call__(self, path: str) -> dict[str, Any]:
-        """The numbers of a model or of a set of images at a path, and how they came about; JSON."""
+        """The row of evaluate.json for a model or a set of images at a path: measurement and protocol."""
         if is_images(path):
             measured = self._scored(self._of_files(path))
             return {"model": path, "arch": None, "method": "images", **measured.row()}
@@ -94,14 +96,15 @@ class Evaluator:
         return {"model": path, **about, **self.measure(renderer).row()}
 
     def renderer(self, path: str) -> ImageRenderer:
-        """A model on disk with its settings: what the config says, or else what the model's manifest says."""
+        """A model on disk with its sampling settings, from the config or else from the model's manifest."""
         return make_renderer(self.config, path, self.device)
 
     def measure(self, renderer: ImageRenderer) -> Measurement:
-        """All numbers of a model.
+        """All metrics of a model.
 
-        `DataError` when the held-out shards do not fit it or have other classes, `ConfigError` when scores of images
-        are asked of a model of latents without a VAE.
+        Raises:
+            DataError: The held-out shards do not fit the model or have other classes.
+            ConfigError: Scores of images are requested for a model of latents, and no VAE is given.
         """
         loss = None
         if HELD_OUT_LOSS in self.metrics:
@@ -117,13 +120,13 @@ class Evaluator:
     def held_out_loss(
         self, model: nn.Module, diffusion: DiffusionConfig, alone: bool = False, precision: Precision = "fp32"
     ) -> float:
-        """Mean loss of the process over the fixed inputs of `data.held_out`, of a dense or a composed model.
+        """Mean diffusion loss over the fixed inputs of `data.held_out`, of a dense or a composed model.
 
         Args:
-            model: A model that predicts as `diffusion` says.
-            diffusion: The process and its loss.
-            alone: Whether this process measures all inputs itself, as rank 0 does during training; otherwise each
-                process measures its share.
+            model: A model trained for `diffusion`.
+            diffusion: The diffusion process.
+            alone: Whether this process measures all inputs, as rank 0 does during training; otherwise each process
+                measures its share.
             precision: Arithmetic of the model.
         """
         # Models of different processes need different times and noise; models of one process share the inputs.
@@ -136,21 +139,21 @@ class Evaluator:
             model.to(self.device).eval(), self.device, _BATCH, rank, size, precision
         )
         if not alone:
-            # In fp64: sums of ranks then add up to the sum of one process in all digits that are shown.
+            # In fp64, so that the sum over ranks equals the sum of one process in all printed digits.
             total, count = all_reduce_sum(torch.tensor([total, count], dtype=torch.float64), self.world).tolist()
         return float(total / count)
 
     def scores(self, renderer: ImageRenderer, alone: bool = False) -> Measurement:
-        """Scores of samples; an image is drawn once and shown to every network. alone: as in `held_out_loss`."""
+        """Scores of samples; each image is sampled once for all networks. `alone` is that of `held_out_loss`."""
         if not renderer.pictures:
-            asked = ", ".join(metric for metric in self.metrics if metric != HELD_OUT_LOSS)
+            requested = ", ".join(metric for metric in self.metrics if metric != HELD_OUT_LOSS)
             raise ConfigError(
-                f"metrics: {asked} of {renderer.where} need pictures, and it makes latents of "
-                f"{renderer.model.arch.in_channels} channels; say what decodes them with --vae FOLDER"
+                f"metrics: {requested} of {renderer.where} need images, and the model samples latents of "
+                f"{renderer.model.arch.in_channels} channels; give their autoencoder with --vae FOLDER"
             )
         count = self.config.samples
         rank, size = (0, 1) if alone else (self.world.rank, self.world.world_size)
-        # Balanced classes, and an image's class and noise depend on its number alone, whichever process draws it.
+        # Classes are balanced, and the class and noise of an image depend on its number alone and not on the process.
         labels, mine = torch.arange(count) % renderer.model.arch.num_classes, torch.arange(rank, count, size)
         collectors = {
             name: Collector(self.references.network(name), count, self._selection, source=renderer.where)
@@ -162,13 +165,13 @@ class Evaluator:
                 collector.add(drawn.indices, images, labels[drawn.indices])
         if not alone:
             for collector in collectors.values():
-                # Sums over processes, whose statistics of disjoint images add up to those of one process.
+                # The statistics of disjoint images add up to those of one process.
                 collector.all_reduce()
         return self._scored({name: collector.result() for name, collector in collectors.items()})
 
     @property
     def _selection(self) -> Selection:
-        """Of samples: as of the reference, but all of them under ADM's protocol."""
+        """The selection of samples: that of the reference, or all samples under ADM's protocol."""
         reference = self.references.selection
         return Selection(None, reference.seed, consecutive=True) if self.config.protocol == "adm" else reference
 
@@ -198,7 +201,7 @@ class Evaluator:
         return result
 
     def protocol(self) -> dict[str, Any]:
-        """What decides the numbers, models apart; JSON."""
+        """Everything besides the model that determines the numbers; JSON."""
         config = self.config
         return {
             "metrics": self.metrics,
@@ -215,7 +218,7 @@ class Evaluator:
 
 
 def requested_metrics(config: EvaluateConfig) -> list[str]:
-    """The metrics, in the order asked. `ConfigError` when there are none, or what one needs is not given."""
+    """The requested metrics in order. `ConfigError` when there are none, or an input of one is missing."""
     wanted = list(dict.fromkeys(config.metrics))
     for metric in wanted:
         if metric not in (HELD_OUT_LOSS, *NETWORKS):
@@ -232,7 +235,7 @@ def requested_metrics(config: EvaluateConfig) -> list[str]:
         raise ConfigError("data.held_out: the held-out loss needs shards that were never trained on")
     if wanted != [HELD_OUT_LOSS] and not (config.reference or config.data.shards):
         raise ConfigError(
-            "reference: scores of images need real ones to compare with: --reference FILE (images or statistics), or "
+            "reference: scores of images need real images to compare with: --reference FILE (images or statistics), or "
             "--data.shards FOLDER"
         )
     return wanted
@@ -246,7 +249,7 @@ def networks_of(metrics: Sequence[str], features: FeaturesConfig) -> dict[str, l
     for name, its_metrics in usual.items():
         for metric in its_metrics:
             use = name
-            # With one network given there is only one that a user can have meant; with two the choice would be a guess.
+            # If exactly one network is given, it is used; with two the choice would be a guess.
             if not getattr(features, name) and metric in ANY_NETWORK and len(given) == 1:
                 use = given[0]
             if not getattr(features, use):

@@ -25,7 +25,7 @@ from fine_dist.evaluation.settings import EvaluateConfig
 
 
 def run(config: EvaluateConfig) -> Path:
-    """Measure every model, print a table, write evaluate.json; its path. Every process of the world takes part."""
+    """Measure every model, print a table and write evaluate.json; returns its path. All ranks take part."""
     if not config.models:
         raise ConfigError("models: give one folder or more with --models")
     if config.engine.threads:
@@ -51,7 +51,7 @@ def run(config: EvaluateConfig) -> Path:
 
 
 def mixed_processes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence where the held-out losses of rows cannot be compared, because their processes differ."""
+    """A warning if the held-out losses of rows cannot be compared, because their diffusion processes differ."""
     measured = [row["diffusion"] for row in rows if "diffusion" in row and row[HELD_OUT_LOSS] is not None]
     predictions = {f"{d['process']} ({DiffusionConfig.model_validate(d).predicts})" for d in measured}
     if len(predictions) < 2:
@@ -63,33 +63,33 @@ class EvaluateFile(Record):
     """evaluate.json: what was measured, and how."""
 
     protocol: dict[str, Any]
-    """What every number depends on; numbers of another protocol are in another file."""
+    """Everything that the numbers depend on; numbers of another protocol are in another file."""
     floors: dict[str, float] = Field(default_factory=dict)
-    """Metric -> its value for held-out real images."""
+    """Value of each Fréchet distance for held-out real images."""
     rows: list[dict[str, Any]]
-    """One for each model."""
+    """One row for each model."""
 
 
 def record(folder: Path, protocol: dict[str, Any], rows: list[dict[str, Any]], floors: dict[str, float]) -> Path:
-    """Write rows beside those of the same protocol; the file. Numbers of another protocol are never overwritten."""
-    # As it will be read back: tuples become lists, and a comparison with the file would otherwise never be equal.
+    """Add rows to the file of their protocol and return it. Numbers of another protocol are never overwritten."""
+    # In the form in which it is read back: JSON turns tuples into lists, and the comparison with the file needs that.
     protocol = json.loads(json.dumps(protocol))
     key = sha256_text(json.dumps(protocol, sort_keys=True))
     for path in (folder / "evaluate.json", folder / f"evaluate-{key[:8]}.json"):
-        # A second file is named after the protocol, so the same command finds it again and different ones never meet.
-        there = _read(path)
-        if there is None or there.get("protocol") == protocol:
+        # The second file is named after the protocol, so that the same command finds it again.
+        stored = _read(path)
+        if stored is None or stored.get("protocol") == protocol:
             break
-    mine = {_key_of(row) for row in rows}
-    before = [row for row in (there or {}).get("rows", ()) if _key_of(row) not in mine]
+    new = {_key_of(row) for row in rows}
+    before = [row for row in (stored or {}).get("rows", ()) if _key_of(row) not in new]
     text = json.dumps({"protocol": protocol, "floors": floors, "rows": [*before, *rows]}, indent=1)
-    # Rows of earlier commands stay in the file, so a crash in the middle of writing must not lose them.
+    # Written atomically: a crash must not lose the rows of earlier commands.
     write_atomic(path, text + "\n")
     return path
 
 
 def _key_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row is of: a model's weights, or a step of a run."""
+    """Identifies the subject of a row: a model's weights, or a step of a run."""
     return row.get("model"), row.get("hash"), row.get("step")
 
 

@@ -184,7 +184,7 @@ def test_labels_and_shapes_that_do_not_fit_the_model_are_refused(digit_shards, c
     assert "1x16x16" in refused(argv([tmp_path / "large"], run, classifier, digit_shards), capsys)
     words = ["--metrics", "fd_classifier"]
     message = refused(argv([tmp_path / "large"], run, classifier, digit_shards, *words), capsys)
-    assert "the classifier knows images of 1x8x8, not 1x16x16" in message
+    assert "the classifier takes images of 1x8x8, not 1x16x16" in message
 
 
 def test_latents_are_measured_through_their_vae_alone(latent_model, vae, classifier, digit_shards, tmp_path, capsys):  # noqa: F811

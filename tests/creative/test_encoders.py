@@ -134,7 +134,7 @@ def test_a_start_word_of_several_tokens_is_refused_naming_its_pieces(encoders):
 
 
 def test_a_prompt_beyond_the_encoders_reach_is_refused(encoders):
-    with pytest.raises(ConfigError, match="has 82 tokens and clip_l reads at most 77"):
+    with pytest.raises(ConfigError, match="has 82 tokens and clip_l takes at most 77"):
         encoders[0].ids("owl " * 80)
 
 
@@ -188,7 +188,7 @@ def test_what_is_missing_or_damaged_in_a_folder_is_named(pipeline_folder, tmp_pa
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ArtifactError, match="is no CLIP text encoder in safetensors"):
         load_encoders([str(tmp_path / "cut")], TOKEN)
-    with pytest.raises(ConfigError, match="hold 4 CLIP text encoders; one or two"):
+    with pytest.raises(ConfigError, match="have 4 CLIP text encoders; give one or two"):
         load_encoders([str(pipeline_folder), "tiny"], TOKEN)
     shutil.copytree(pipeline_folder, tmp_path / "json")
     (tmp_path / "json" / "model_index.json").write_text(json.dumps({"text_encoder": 1})[:-2])

@@ -172,7 +172,7 @@ def test_a_report_with_images_says_what_they_were_scored_against(run_folder, cli
 
 def test_images_that_cannot_be_scored_are_named(clip, images, tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(DataError, match=r"holds no image; legal endings: \.png"):
+    with pytest.raises(DataError, match=r"has no images; legal endings: \.png"):
         clip_scores(tmp_path / "none", clip, "an owl")
     with pytest.raises(ArtifactError, match="is no local folder of a CLIP model"):
         clip_scores(images, tmp_path / "none", "an owl")
@@ -184,5 +184,5 @@ def test_images_that_cannot_be_scored_are_named(clip, images, tmp_path):
         clip_scores(images, clip, "an owl")
     (images / "prompts.csv").unlink()
     (images / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"broken\.png is no image that can be read"):
+    with pytest.raises(DataError, match=r"broken\.png cannot be read as an image"):
         clip_scores(images, clip, "an owl")

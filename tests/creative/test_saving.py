@@ -65,13 +65,13 @@ def test_a_damaged_folder_is_refused_naming_the_file(token_folder, tmp_path):
     content = bytearray((token_folder / name).read_bytes())
     content[-1] ^= 1
     (token_folder / name).write_bytes(content)
-    with pytest.raises(ArtifactError, match=f"{name} is not what its manifest says"):
+    with pytest.raises(ArtifactError, match=f"{name} does not match its manifest"):
         read_token(token_folder)
     (token_folder / name).unlink()
     with pytest.raises(ArtifactError, match=f"a manifest but no {name}"):
         read_token(token_folder)
     (token_folder / "manifest.json").write_text(json.dumps({"format": 1, "kind": "learngene"}))
-    with pytest.raises(ArtifactError, match="is no token of this version"):
+    with pytest.raises(ArtifactError, match="is not a token of this version"):
         read_token(token_folder)
     (token_folder / "manifest.json").write_text("{")
     with pytest.raises(ArtifactError, match="is damaged"):

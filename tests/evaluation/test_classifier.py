@@ -12,10 +12,10 @@ from sklearn.datasets import load_digits
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
 from fine_dist.evaluation.classifier import (
     NUM_FEATURES,
-    effort,
     load_classifier,
     save_classifier,
     train_classifier,
+    training_length,
 )
 from fine_dist.evaluation.features import load_features
 from fine_dist.evaluation.frechet import frechet_distance
@@ -46,7 +46,12 @@ def test_it_trains_in_under_ten_seconds_of_one_core(trained):
 
 
 def test_many_images_are_not_shown_forty_times_each():
-    assert [effort(count) for count in (600, 1500, 60_000, 1_000_000)] == [(40, 50), (40, 50), (8, 100), (1, 100)]
+    assert [training_length(count) for count in (600, 1500, 60_000, 1_000_000)] == [
+        (40, 50),
+        (40, 50),
+        (8, 100),
+        (1, 100),
+    ]
 
 
 def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_own_randomness_alone(digits):

@@ -91,7 +91,7 @@ def test_a_run_with_repa_ends_in_a_plain_model_and_records_its_cost(dino, digit_
     ("more", "words"),
     [
         ([], "the shards hold no tokens to align with; give the transformers folder of a DINOv2 with --loss.repa-enc"),
-        (["--loss.repa-encoder", "nowhere"], "nowhere holds no config.json"),
+        (["--loss.repa-encoder", "nowhere"], "nowhere has no config.json"),
         (["--loss.repa-encoder", "DINO", "--loss.repa-block", "9"], "legal: 1..3"),
     ],
 )
