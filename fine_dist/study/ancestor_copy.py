@@ -1,6 +1,6 @@
 """A run of a study that copies an existing model into the study's folder, in this project's own layout.
 
-After that every stage, measurement and report finds the ancestor like any model that the study trained itself.
+Afterwards stages, measurements and reports treat the ancestor like a model that the study trained itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class AncestorCopyConfig(Config):
     source: str
     """The model: a folder or run of this project, DiT's `.pt`, a diffusers folder or a name on the hub."""
     run_dir: str
-    """Folder that gets the copy, in its `model/`."""
+    """Run directory of the copy, which is written to `model/` in it."""
     launch: LaunchConfig = LaunchConfig()
-    """What the job needs."""
+    """Resources of the job."""
 
 
 def run(config: AncestorCopyConfig) -> Path:
-    """Copy the model unless it is there already; returns its folder."""
+    """Copy the model unless the copy exists; returns its folder."""
     out = Path(config.run_dir) / "model"
     if not out.exists():
         model, about = load_model(config.source)

@@ -1,4 +1,4 @@
-"""The cost of a study before anything is run: FLOPs of every run, hours, and hours of accelerators."""
+"""The estimated cost of a study before it runs: FLOPs of every run, hours, and hours of accelerators."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fine_dist.study.graph import Graph, StudyRun, plan
 from fine_dist.study.tune import trials
 
 OVERHEAD_S = 2.0
-"""Seconds of a run on a CPU besides its steps: it starts, measures and saves."""
+"""Seconds of a run on a CPU in addition to its steps, for starting, measuring and saving."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Estimate:
     runs: int
     flops: float
     machine_hours: float
-    """Of accelerators, or of CPU cores where a study asks for none."""
+    """Hours of accelerators, or of CPU cores if the study uses no accelerators."""
     hours: float
-    """Hours with `launch.max_parallel` runs at once (None: as many as are ready), and at least those of the longest
-    chain of runs that need each other."""
+    """Hours with `launch.max_parallel` runs at once (None: all that are ready); at least the duration of the longest
+    chain of dependent runs."""
     accelerators: bool
     gflops: float
-    """GFLOP/s of one CPU core, assumed or measured, where a study asks for no accelerators."""
+    """GFLOP/s of one CPU core, assumed or measured, for studies without accelerators."""
 
     def line(self, what: str) -> str:
         unit = "GPU-hours" if self.accelerators else "core-hours"
@@ -48,12 +48,12 @@ class Estimate:
 
 
 def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = CORE_GFLOPS) -> Estimate:
-    """The cost of a study, whatever is done already.
+    """The cost of a study, including runs that are done already.
 
     Args:
         study: The study.
-        graph: Other runs of it, such as those of tuning; None: all its runs.
-        gflops: GFLOP/s of one CPU core, where the study asks for no accelerators.
+        graph: The runs to estimate, such as those of tuning. None: all runs of the study.
+        gflops: GFLOP/s of one CPU core, for studies without accelerators.
     """
     graph = graph or plan(study)
     launch, accelerators = study.launch, study.launch.gpus > 0
@@ -72,7 +72,7 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
             chain[name] = hours[name] + max((longest(before) for before in graph[name].after), default=0.0)
         return chain[name]
 
-    # No number of machines shortens a chain of runs that wait for each other.
+    # More machines do not shorten a chain of dependent runs.
     least = max((longest(run.name) for run in graph.runs), default=0.0)
     wide = launch.max_parallel
     return Estimate(
@@ -86,7 +86,7 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
 
 
 def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate | None:
-    """The cost of tuning, without extensions of grids; None where nothing is tuned."""
+    """The cost of tuning, without extensions of grids; None if nothing is tuned."""
     if not study.tune:
         return None
     graph, tried = trials(study)
@@ -94,13 +94,13 @@ def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate
 
 
 def run_flops(study: StudyConfig, graph: Graph, run: StudyRun, counted: dict[str, float]) -> float:
-    """FLOPs of one run: stage 1 as its method counts them, otherwise those of a dense model. A run that continues a
-    shorter one counts its own part."""
+    """FLOPs of one run: of stage 1 by its method's count, otherwise those of a dense model. A run that continues a
+    shorter one counts only its additional steps."""
     if run.module in (settings.MODULES["encode"], settings.COPY_MODULE):
         return 0.0
     steps = run.steps - (graph[run.grows].steps if run.grows else 0)
     if run.module == settings.MODULES["condense"]:
-        # counting builds the model on the meta device, and runs of several seeds have the same one
+        # counting builds the model on the meta device; runs that differ only in their seed share the result
         key = run.config.model_dump_json(include={"arch", "method", "loss", "batch"}) + str(bool(run.config.ancestor))
         if key not in counted:
             counted[key] = settings.stage_1_flops(run.config) or 0.0
@@ -110,9 +110,9 @@ def run_flops(study: StudyConfig, graph: Graph, run: StudyRun, counted: dict[str
 
 
 def measuring_hours(study: StudyConfig, gflops: float = CORE_GFLOPS) -> float:
-    """Hours that measuring the models takes: their samples and their held-out loss.
+    """Estimated hours for measuring the models: their samples and their held-out loss.
 
-    The held-out loss is taken as if each of 1,000 images were noised at 10 timesteps.
+    The held-out loss counts as 10,000 forward passes.
     """
     arch = validate(Arch, study.stages["train"]["arch"], "stages.train.arch")
     # A step is a forward pass and a backward pass of twice its cost.
@@ -132,7 +132,7 @@ def measured_gflops(seconds: float = 1.5) -> float:
     torch.set_num_threads(1)
     try:
         output = model(z, t, y)
-        # CPU time, not wall time: a shared machine would look slower than its cores are.
+        # CPU time and not wall time, so that the load of a shared machine does not count.
         steps, begun = 0, time.process_time()
         while time.process_time() - begun < seconds:
             output = model(z, t, y)

@@ -28,13 +28,13 @@ from fine_dist.study.report.measurements import Ancestor, Picture
 from fine_dist.study.report.results import Results
 
 MIN_ACCURACY = 0.9
-"""Held-out accuracy of a classifier below which its features are not trusted."""
+"""Held-out accuracy of a classifier below which a note says that its features mean little."""
 SMALL, SHOWN = 32, 44
 """Images with fewer pixels on a side than `SMALL` are enlarged smoothly to about `SHOWN` pixels for a grid."""
 
 
 def collect_results(graph: Graph) -> Results:
-    """Measure the models of a study whose runs are all done, and put them together with what the runs recorded."""
+    """Measure the models of a study whose runs are all done, and combine the results with the records of the runs."""
     collector = _Collector(graph)
     measure_ahead(collector.measuring)
     return collector.collect()
@@ -100,19 +100,18 @@ class _Collector:
     # --- the parent of an entry's targets ----------------------------------------------------------------------------
 
     def _parent(self, entry: StudyEntry, seed: int) -> tuple[StudyRun, Artifact] | None:
-        """The run that made the parent, and its product; read once."""
+        """The run that produced the parent, and its artifact, which is read once. None without a parent."""
         parent = self.graph.parent_of(entry, seed)
         return (parent[0], self._artifact(parent[0])) if parent else None
 
     def _artifact(self, run: StudyRun) -> Artifact:
-        # One parent stands behind many targets, and hashing its
-        # tensors at every look would take longer than the report.
+        # Many targets have the same parent, and hashing its tensors each time would take longer than the report.
         if run.name not in self._artifacts:
             self._artifacts[run.name] = load_artifact(find_artifact(run.run_dir))
         return self._artifacts[run.name]
 
     def _shared(self, entry: StudyEntry, seed: int) -> tuple[RunCost, float]:
-        """The cost that an entry's targets share, and the FLOPs in it that trained ancestors."""
+        """(cost that an entry's targets share, the part of its FLOPs spent on training ancestors)."""
         cost, ancestors = RunCost(), 0.0
         for run in self.graph.lineage(entry, seed):
             own = cost_of(run.run_dir)
@@ -195,8 +194,8 @@ class _Collector:
         self._trained(results, entry, depth, seed, before, common | paid, numbers, sampled)
 
     def _points(self, entry: StudyEntry, run: StudyRun, metrics: Path) -> dict[int, float]:
-        """Held-out losses by step during a run; none where it measured fewer samples than the study does, because the
-        mean over other samples is another number."""
+        """Held-out losses by step during a run; empty if the run used fewer held-out samples than the study, because
+        the means would not be comparable."""
         config = run.config
         data = next((domain.data for domain in getattr(config, "domains", {}).values()), config.data)
         if data.held_out_samples < self.measuring.held_out_count(entry):
@@ -206,7 +205,7 @@ class _Collector:
     def _final_stage(
         self, results: Results, points: dict[int, float], cost: RunCost, common: dict[str, Any], end: dict[str, Any]
     ) -> None:
-        """The curve of a target whose stage 2 is all its training."""
+        """Add the curve of a target whose stage 2 is its only training."""
         for step, loss in sorted((points | {cost.steps: end["held_out_loss"]}).items()):
             now, last = part_of(cost, step), step == cost.steps
             results.add(
@@ -218,7 +217,7 @@ class _Collector:
         self, results: Results, entry: StudyEntry, depth: int, seed: int, before: RunCost, common: dict[str, Any],
         ends: list[dict[str, Any]], sampled: bool,
     ) -> None:  # fmt: skip
-        """The curves of a target's runs of stage 3, and the measurements of the models they ended with."""
+        """Add the curves of a target's runs of stage 3, with the measurements of their final models."""
         runs = self.graph.train(entry, depth, seed)
         if not runs:
             return
@@ -230,11 +229,11 @@ class _Collector:
             cost = cost_of(run.run_dir)
             points = self._points(entry, run, run.run_dir / "metrics.jsonl")
             if run is not runs[-1] and not run.grows and len(runs) > 1:
-                points = {}  # of several runs with schedules of their own, the longest gives the curve
+                points = {}  # of several runs with separate schedules, only the longest contributes its curve
             points = {s: loss for s, loss in points.items() if s not in ended} | {run.steps: end["held_out_loss"]}
             for step, loss in sorted(points.items()):
                 if run.grows and step <= measured:
-                    continue  # a row of the shorter run already
+                    continue  # already added from the shorter run
                 now, last = together(before, part_of(cost, step)), step == run.steps
                 results.add(
                     stage="train", step=step, held_out_loss=loss, **_distances(end if last else {}), end=last,
@@ -250,9 +249,9 @@ class _Collector:
 
     def _has_samples(self, entry: StudyEntry, depth: int | None = None) -> bool:
         study = self.study
-        wanted = not study.sample_entries or entry.name in study.sample_entries
-        deep = depth is None or not study.sample_depths or depth in study.sample_depths
-        return bool(study.pictures) and wanted and deep
+        has_entry = not study.sample_entries or entry.name in study.sample_entries
+        has_depth = depth is None or not study.sample_depths or depth in study.sample_depths
+        return bool(study.pictures) and has_entry and has_depth
 
     def _samples(self, entry: StudyEntry, model: Any) -> Tensor:
         """A grid of samples: the same noise and labels for every model of the study."""
@@ -260,7 +259,7 @@ class _Collector:
 
 
 def real_images(study: StudyConfig) -> Picture:
-    """Held-out real images in the order of the sample grids: the labels in turn."""
+    """A grid of held-out real images, with the labels in the order of the sample grids."""
     images, labels = read_all(study.shards_of(next(iter(study.data))).held_out)
     classes = labels.unique()
     each = max(1, study.pictures // len(classes))
@@ -270,7 +269,7 @@ def real_images(study: StudyConfig) -> Picture:
 
 
 def _grid(study: StudyConfig, images: Tensor) -> Tensor:
-    """Images [N, C, H, H] as one picture. Small ones are enlarged here, because a viewer would blur across the gaps."""
+    """Images [N, C, H, H] as one grid. Small images are enlarged before tiling; a viewer would blur across the gaps."""
     low, high = (1.0, -1.0) if study.invert_colors else (-1.0, 1.0)
     shown = images[:, : 3 if images.shape[1] >= 3 else 1].float()
     if shown.shape[-1] < SMALL:
@@ -279,7 +278,7 @@ def _grid(study: StudyConfig, images: Tensor) -> Tensor:
 
 
 def cost_of(folder: Path) -> RunCost:
-    """What a finished run or target has recorded of its cost.
+    """The cost that a finished run or target recorded in its DONE.json.
 
     Raises:
         RunDirError: DONE.json is missing, damaged, or of an older version without costs.
@@ -294,14 +293,14 @@ def cost_of(folder: Path) -> RunCost:
 
 
 def together(a: RunCost, b: RunCost) -> RunCost:
-    """Two stages one after the other: what both have cost, and what the last one stores and trains."""
+    """The cost of two stages in sequence: their sum, with the stored and trained numbers of the second."""
     return RunCost(
         a.steps + b.steps, a.samples + b.samples, a.flops + b.flops, a.seconds + b.seconds, b.stored, b.trained
     )
 
 
 def part_of(cost: RunCost, steps: int) -> RunCost:
-    """The part of a run's cost that its first `steps` steps took."""
+    """The part of a run's cost that belongs to its first `steps` steps."""
     share = steps / cost.steps if cost.steps else 0.0
     return RunCost(
         steps, round(cost.samples * share), cost.flops * share, cost.seconds * share, cost.stored, cost.trained
@@ -313,7 +312,7 @@ def _distances(numbers: dict[str, Any]) -> dict[str, float | None]:
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions, for the report's last section."""
+    """Facts about the machine and library versions, for the report's last section."""
     facts = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in facts.pop("versions").items())
     return {"processor": platform.machine(), **{k: v for k, v in facts.items() if k != "host"}, "versions": versions}

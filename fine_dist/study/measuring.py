@@ -1,6 +1,6 @@
-"""Measuring a study's models: each once, and several at a time where the study runs several jobs.
+"""Measurements of a study's models: each model once, several in parallel if the study runs several jobs.
 
-The measurements of a model are kept in RUN_DIR/measures, so that a study that grows measures only what is new.
+The measurements are stored in RUN_DIR/measures, so that an extended study measures only its new models.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fine_dist.study.graph import Graph
 
 
 class Measure(Record):
-    """A file of RUN_DIR/measures: what was measured of one model."""
+    """A file of RUN_DIR/measures with the measurements of one model."""
 
     key: str
     """sha256 of everything that the numbers depend on."""
@@ -57,19 +57,19 @@ class Measure(Record):
 UNTRAINED = "untrained"
 """Variant of a target before stage 2."""
 DISTANCES = ("fd_classifier", "accuracy")
-"""What is measured on samples."""
+"""Measurements that are computed from samples."""
 
 
 class MeasuredModel(NamedTuple):
     """A finished model of a study that is to be measured."""
 
     name: str
-    """Name of the files of its measurements."""
+    """Name of the files of the measurements."""
     folder: Path
     data: str
-    """Data set it is measured on."""
+    """Name of the data set that the model is measured on."""
     distances: bool = False
-    """Whether its samples are measured too."""
+    """Whether samples are measured as well."""
 
 
 class Measuring:
@@ -85,7 +85,7 @@ class Measuring:
         self._evaluators: dict[str, Evaluator] = {}
 
     def on(self, data: str) -> Evaluator:
-        """The evaluator of a data set: that of `python -m fine_dist.evaluate`, so that the numbers are the same."""
+        """The evaluator of a data set; it is that of `fine-dist evaluate`, so that the numbers are the same."""
         if data not in self._evaluators:
             shards = self.study.shards_of(data)
             config = EvaluateConfig(
@@ -107,7 +107,7 @@ class Measuring:
 
     @property
     def floor(self) -> tuple[float, int] | None:
-        """Fréchet distance of held-out real images to the training data, and their number; None without features."""
+        """(Fréchet distance of held-out real images to the training data, their number); None without features."""
         data = next(iter(self.study.data))
         floor = self.on(data).references.floors().get("fd_classifier")
         manifest, _ = locate(self.study.shards_of(data).held_out, DataConfig())
@@ -119,7 +119,7 @@ class Measuring:
         return locate(shards.held_out, DataConfig())[0].count
 
     def parent(self, entry: StudyEntry, seed: int) -> MeasuredModel | None:
-        """The parent of an entry's targets, measured on the data it was trained on; None where there is none."""
+        """The parent of an entry's targets, measured on its own training data set; None without a parent."""
         parent = self.graph.parent_of(entry, seed)
         if parent is None:
             return None
@@ -131,7 +131,7 @@ class Measuring:
         return MeasuredModel(run.name, run.run_dir, data or next(iter(self.study.data)), distances)
 
     def models(self, entry: StudyEntry, depth: int, seed: int) -> list[MeasuredModel]:
-        """The models of one target: as initialized, where it has a stage 2, and after each training."""
+        """The models of one target: after stage 2, if it has one, and after each run of stage 3."""
         data, distances = settings.data_of(self.study, "train", entry), self._has_distances(entry, depth, seed)
         models = []
         if entry.init:
@@ -144,8 +144,8 @@ class Measuring:
 
     def _has_distances(self, entry: StudyEntry, depth: int, seed: int) -> bool:
         study = self.study
-        wanted = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
-        return all(not chosen or value in chosen for chosen, value in wanted)
+        filters = ((study.frechet, entry.name), (study.frechet_depths, depth), (study.frechet_seeds, seed))
+        return all(not chosen or value in chosen for chosen, value in filters)
 
     def numbers(self, model: MeasuredModel) -> dict[str, Any]:
         """Held-out loss and distances of a model on disk, measured once for these weights and settings."""
@@ -168,8 +168,8 @@ class Measuring:
     def untrained(self, entry: StudyEntry, depth: int, seed: int) -> dict[str, dict[str, Any]]:
         """Measurements of an entry's target before any training, by variant.
 
-        The variant is "" where step 0 is the target as the method makes it, and UNTRAINED where step 0 is the end of
-        stage 2. Variants of the method itself (`StudyEntry.untrained`) have their held-out loss alone.
+        The variant is "" if the entry has no stage 2, so that the untrained target is its step 0, and UNTRAINED if step
+        0 is the end of stage 2. For variants of the method (`StudyEntry.untrained`) only the held-out loss is measured.
         """
         if not has_untrained(entry):
             return {}
@@ -181,7 +181,7 @@ class Measuring:
             model = self.untrained_model(entry, depth, seed)
             numbers: dict[str, Any] = {"held_out_loss": evaluator.held_out_loss(model, diffusion)}
             if distances and parent:
-                # the parent's settings of sampling, with the target in the parent's place
+                # the parent's sampling settings, with the target as the model
                 renderer = dataclasses.replace(evaluator.renderer(str(parent[1])), model=model.eval())
                 scores = evaluator.scores(renderer).numbers()
                 numbers |= {key: scores.get(key) for key in DISTANCES}
@@ -202,7 +202,7 @@ class Measuring:
         return DiffusionConfig.model_validate(stage.get("diffusion", {}))
 
     def samples(self, entry: StudyEntry, model: Any) -> Any:
-        """The latents [N, C, H, H] of an entry's sample grid, drawn from a model in memory: the same noise for all."""
+        """Latents [N, C, H, H] of an entry's sample grid; all models of the study get the same noise and labels."""
         labels = torch.arange(self.study.pictures) % model.arch.num_classes
         sampler = self.study.sampler.model_copy(update={"guidance": self.study.sample_guidance})
         return sample(
@@ -216,7 +216,7 @@ class Measuring:
         return [(axis, value) for axis, values in method.variants().items() for value in values]
 
     def _method(self, entry: StudyEntry, seed: int) -> dict[str, Any]:
-        """Settings of the method that makes the targets: of the learngene, where the entry condenses its own."""
+        """Settings of the method that initializes the targets; from the learngene if the entry has a stage 1."""
         parent = self.graph.parent_of(entry, seed)
         if parent is None or not entry.condense:
             return entry.method
@@ -234,13 +234,12 @@ class Measuring:
         return settings.untrained(method, artifact, artifact.arch.with_depth(depth), seed)
 
     def _once(self, name: str, key: list[Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The stored measurement if everything it depends on (`key`) is unchanged, else a new one."""
+        """The stored measurement if everything that it depends on (`key`) is unchanged, otherwise a new one."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         file = self.study.root / "measures" / f"{name}.json"
         if file.is_file():
-            stored = read_record(Measure, file, RunDirError, "delete it, to have it measured again")
-            # The key holds the manifest with the hashes of its tensors,
-            # so a retrained model is measured again without a word.
+            stored = read_record(Measure, file, RunDirError, "delete it to measure the model again")
+            # The key contains the manifest with the hashes of the tensors, so a retrained model is measured again.
             if stored.key == digest:
                 return dict(stored.numbers)
         numbers = measure()
@@ -249,12 +248,12 @@ class Measuring:
 
 
 def has_untrained(entry: StudyEntry) -> bool:
-    """Whether an entry's targets can be measured before any training, with the shell and the labels they will have."""
+    """Whether an entry's targets can be measured before training: their shell and labels must not change later."""
     return entry.shell == "inherited" and entry.labels == "keep" and not (entry.init and entry.init.final)
 
 
 def classifier_of(study: StudyConfig) -> tuple[str | None, float | None]:
-    """Folder and held-out accuracy of the classifier behind the Fréchet distance; trained once where asked for."""
+    """(folder, held-out accuracy) of the classifier of the Fréchet distance, trained if needed; Nones without one."""
     if study.features is None:
         return None, None
     if study.features != "classifier":
@@ -264,23 +263,23 @@ def classifier_of(study: StudyConfig) -> tuple[str | None, float | None]:
 
 
 def check_features(study: StudyConfig) -> None:
-    """Refuse a study whose feature network is not there, before hours are spent.
+    """Check before any run that the study's feature network exists.
 
     Raises:
-        ArtifactError: The folder holds no classifier.
+        ArtifactError: The folder has no classifier.
     """
     if study.features not in (None, "classifier"):
         load_classifier(study.features)
 
 
-# --- several at a time -----------------------------------------------------------------------------------------------
+# --- several processes -----------------------------------------------------------------------------------------------
 
 
 def measure_ahead(measuring: Measuring) -> None:
     """Measure all models of a study in as many processes as the study runs jobs (`launch.max_parallel`).
 
-    Each process gets a share of the cores: small models in two processes are done sooner than by two threads. Nothing
-    is done where that is one process, or where models are measured on an accelerator.
+    Each process gets a share of the cores: for small models two processes are faster than two threads. With one
+    process, or on an accelerator, this does nothing, and `Measuring` measures each model when it is needed.
 
     Raises:
         TrainingError: A process was killed.
@@ -289,32 +288,32 @@ def measure_ahead(measuring: Measuring) -> None:
     processes = min(study.launch.max_parallel or 1, num_cores())
     if processes < 2 or pick_device("auto").type != "cpu":
         return
-    # threads of one small model spend their time waiting for each other, all the more on a machine with other work
+    # threads of a small model mostly wait for each other, in particular on a machine with other load
     torch.set_num_threads(num_cores() // processes)
     targets = [(entry, depth, seed) for seed in study.seeds for entry in study.rows for depth in study.depths_of(entry)]
     parents = [measuring.parent(entry, seed) for seed in study.seeds for entry in study.rows]
     models = [*filter(None, parents), *(model for target in targets for model in measuring.models(*target))]
-    models = list(dict.fromkeys(models))  # several rows may have one parent
-    given = (measuring.graph, num_cores() // processes, os.getpid())
+    models = list(dict.fromkeys(models))  # several entries may have the same parent
+    arguments = (measuring.graph, num_cores() // processes, os.getpid())
     try:
-        with ProcessPoolExecutor(processes, get_context("spawn"), _begin, given) as pool:
+        with ProcessPoolExecutor(processes, get_context("spawn"), _start_worker, arguments) as pool:
             done = itertools.chain(pool.map(_numbers, models), pool.map(_untrained, targets))
             list(tqdm(done, total=len(models) + len(targets), desc="measure", unit="model", leave=False))
     except BrokenProcessPool as error:
         raise TrainingError(
-            f"a process that measured models of {study.root} was killed (out of memory?). What is measured is kept; "
-            "run the same command to resume, with launch.max_parallel 1 to measure one model at a time"
+            f"a process that measured models of {study.root} was killed (out of memory?). Finished measurements are "
+            "saved; run the same command to resume, with launch.max_parallel 1 to measure one model at a time"
         ) from error
 
 
 _worker: Measuring
-"""The measurements of a process of the pool."""
+"""The measurements of this worker of the pool."""
 
 
-def _begin(graph: Graph, threads: int, parent: int) -> None:
+def _start_worker(graph: Graph, threads: int, parent: int) -> None:
     global _worker
     die_with_parent(parent)
-    # Ctrl-C reaches the whole process group. The parent reports it; here it just ends the process.
+    # Ctrl-C reaches all processes of the group. The parent reports it; a worker just ends.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TQDM_DISABLE"] = "1"  # the parent shows the progress
     torch.set_num_threads(threads)

@@ -3,7 +3,7 @@
     study = load_study("configs/study/digits_demo.yaml", seeds=[0, 1, 2])
     page = run_study(study, launcher="auto")
 
-The same call again resumes: it runs only what is not done.
+The same call again resumes: it runs only the runs that are not done.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fine_dist.study.tune import tune_study
 
 
 def run_study(study: StudyConfig, launcher: str = "auto", echo: bool = True) -> Path:
-    """Run everything that is not done yet, measure it and write the report.
+    """Run all runs that are not done, measure the models and write the report.
 
     Args:
         study: The study.
@@ -38,13 +38,13 @@ def run_study(study: StudyConfig, launcher: str = "auto", echo: bool = True) -> 
         The path of the report's page.
 
     Raises:
-        TrainingError: Some runs failed; it names them, with the ends of their logs, after all others have ended.
+        TrainingError: Some runs failed. It is raised after all other runs have ended, with the ends of the logs.
     """
     return write_report(study.root / "report", results_of(study, launcher), echo=echo)
 
 
 def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
-    """Run everything that is not done yet, tuning first, and measure it. Raises as `run_study` does."""
+    """Run all runs that are not done, tuning first, and measure the models. Raises as `run_study` does."""
     check_features(study)
     tuned, tried = tune_study(study, launcher)
     graph = plan(tuned)
@@ -55,9 +55,9 @@ def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
 
 
 def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: bool = True) -> dict[str, Results]:
-    """Run several studies, and write the report of each and one of all beside them. Raises as `run_study` does."""
+    """Run several studies, and write a report of each and one of all. Raises as `run_study` does."""
     for study in studies.values():
-        plan(study)  # what cannot be planned is refused before anything runs
+        plan(study)  # errors of the plan are raised before anything runs
     results = {name: results_of(study, launcher) for name, study in studies.items()}
     root = next(iter(studies.values())).root.parent
     pages = [write_report(studies[name].root / "report", part, echo=echo) for name, part in results.items()]
@@ -74,10 +74,10 @@ def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: b
 
 
 def rows_of(part: str, results: Results) -> list[dict[str, Any]]:
-    """One row per method, target, seed and length of training: its quality and everything it has cost.
+    """One row per method, target, seed and length of training, with quality and cost.
 
-    `flops` counts everything behind the model, ancestors' training and teachers' forward passes included; `own_flops`
-    counts its own stages alone. `steps` are training steps after initialization.
+    `flops` includes the training of ancestors and the forward passes of teachers; `own_flops` counts only the target's
+    own stages. `steps` are training steps after initialization.
     """
     rows = []
     for m in results.measurements:
@@ -110,7 +110,7 @@ def rows_of(part: str, results: Results) -> list[dict[str, Any]]:
 
 
 def describe(studies: dict[str, StudyConfig], gflops: float | None = None, runs: bool = True) -> list[str]:
-    """Every run of every study, and estimates of what they take.
+    """Lines with every run of every study and the estimated costs.
 
     Args:
         studies: The studies.

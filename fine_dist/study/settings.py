@@ -1,4 +1,4 @@
-"""The configs that a study gives to the stages, and what it asks of methods: the only place that knows their keys."""
+"""The configs of a study's runs, and the calls of methods; no other file of a study knows the keys of stages."""
 
 from __future__ import annotations
 
@@ -34,51 +34,52 @@ COPY_MODULE = "fine_dist.study.ancestor_copy"
 
 
 def stage_config(study: StudyConfig, stage: str, run: str, entry: StudyEntry, changes: dict[str, Any]) -> Any:
-    """The config of one run: the study's settings of the stage, the entry's over them, then `changes`."""
-    own = _own(entry, stage)
+    """The config of one run: the study's settings of the stage, overridden by the entry's, then by `changes`."""
+    entry_stage = _stage_of(entry, stage)
     name = data_of(study, stage, entry)
     shards = study.shards_of(name)
-    values = merged(study.stages[stage], own.settings if own else entry.settings)
+    values = merged(study.stages[stage], entry_stage.settings if entry_stage else entry.settings)
     values["data"] = {**values.get("data", {}), "shards": shards.train, "held_out": shards.held_out}
     if stage == "init" and entry.labels == "new":
         values["domains"] = {name: {"data": values.pop("data"), "labels": "new"}}
     if stage == "train" and entry.shell != "inherited":
         values["shell"] = entry.shell
     values["run_dir"] = str(study.root / run)
-    values["launch"] = merged(_needs(study), values.get("launch", {}))
+    values["launch"] = merged(_launch_settings(study), values.get("launch", {}))
     kind = getattr(importlib.import_module(MODULES[stage]), f"{stage.capitalize()}Config")
     return validate(kind, merged(values, changes), f"{stage} of entry {entry.name}")
 
 
 def data_of(study: StudyConfig, stage: str, entry: StudyEntry) -> str:
     """The name of the data set that a stage of an entry reads."""
-    own = _own(entry, stage)
-    return (own.data if own else None) or (None if stage == "condense" else entry.data) or next(iter(study.data))
+    entry_stage = _stage_of(entry, stage)
+    entry_data = entry_stage.data if entry_stage else None
+    return entry_data or (None if stage == "condense" else entry.data) or next(iter(study.data))
 
 
-def _own(entry: StudyEntry, stage: str) -> StudyStage | None:
+def _stage_of(entry: StudyEntry, stage: str) -> StudyStage | None:
     return {"condense": entry.condense, "init": entry.init}.get(stage)
 
 
-def _needs(study: StudyConfig) -> dict[str, Any]:
-    """What a job of a study needs; how many run at once is decided by the study itself."""
+def _launch_settings(study: StudyConfig) -> dict[str, Any]:
+    """Launch settings of a job, without `max_parallel`, which the scheduler of the study applies."""
     return study.launch.model_dump(exclude={"max_parallel"})
 
 
 def encode_config(study: StudyConfig, name: str) -> Config:
-    """The config that makes a data set."""
-    values = {**study.data[name], "out": str(study.root / name), "launch": _needs(study)}
+    """The config of the run that encodes a data set."""
+    values = {**study.data[name], "out": str(study.root / name), "launch": _launch_settings(study)}
     return validate(EncodeConfig, values, f"data.{name}")
 
 
 def copy_config(study: StudyConfig, entry: StudyEntry) -> Config:
-    """The config that copies an existing model into the study."""
-    values = {"source": entry.source, "run_dir": str(study.root / entry.name), "launch": _needs(study)}
+    """The config of the run that copies an existing model into the study."""
+    values = {"source": entry.source, "run_dir": str(study.root / entry.name), "launch": _launch_settings(study)}
     return validate(AncestorCopyConfig, values, f"entries.{entry.name}")
 
 
 def condense_settings(entry: StudyEntry, seed: int, steps: int, ancestor: Path | None) -> dict[str, Any]:
-    """Stage 1 of an entry."""
+    """Settings of stage 1 that follow from an entry."""
     values = {"method": entry.method, "seed": seed, "steps": steps}
     return {**values, "ancestor": str(ancestor)} if ancestor else values
 
@@ -86,7 +87,8 @@ def condense_settings(entry: StudyEntry, seed: int, steps: int, ancestor: Path |
 def init_settings(
     entry: StudyEntry, seed: int, steps: int, depths: tuple[int, ...], parent: Path | None, own: bool
 ) -> dict[str, Any]:
-    """Stage 2 of an entry. own: the parent is the entry's own learngene, whose method decides."""
+    """Settings of stage 2 that follow from an entry. `own`: whether the parent is the entry's own learngene, whose
+    manifest then determines the method."""
     values: dict[str, Any] = {"depths": list(depths), "seeds": [seed], "steps": steps}
     if parent is not None:
         values["parent"] = str(parent)
@@ -96,7 +98,8 @@ def init_settings(
 def train_settings(
     entry: StudyEntry, seed: int, steps: int, depth: int, parent: Path | None, target: Path | None
 ) -> dict[str, Any]:
-    """Stage 3 of one target: from what stage 2 made (`target`), or as the method lets it descend from `parent`."""
+    """Settings of stage 3 of one target, which starts from stage 2's result (`target`) or is initialized from `parent`
+    by the entry's method."""
     values: dict[str, Any] = {"seed": seed, "steps": steps}
     if target is not None:
         return {**values, "parent": str(target), "arch": None, "method": None}
@@ -105,7 +108,7 @@ def train_settings(
 
 
 def target_folder(config: Any, depth: int) -> Path:
-    """Where an init run puts the target of a depth."""
+    """Folder of the target of a depth in an init run."""
     return Path(config.run_dir) / next(member.name for member in expand(config) if member.depth == depth)
 
 
@@ -113,7 +116,7 @@ def target_folder(config: Any, depth: int) -> Path:
 
 
 def finished(module: str, config: Any) -> bool | None:
-    """Whether a run's directory holds its product; None for a stage whose directory does not tell."""
+    """Whether a run's directory contains its result; None for stages that do not record it there."""
     folder = Path(config.run_dir)
     if module == MODULES["init"]:
         return all(result_of(member.folder) is not None for member in expand(config))
@@ -122,7 +125,7 @@ def finished(module: str, config: Any) -> bool | None:
     return None
 
 
-# --- questions to a method -------------------------------------------------------------------------------------------
+# --- calls of methods ------------------------------------------------------------------------------------------------
 
 
 def method_of(settings: dict[str, Any]) -> Method[MethodConfig]:
@@ -131,13 +134,13 @@ def method_of(settings: dict[str, Any]) -> Method[MethodConfig]:
 
 
 def check_depths(entry: StudyEntry, depths: tuple[int, ...], parent: Arch, trained: bool) -> None:
-    """Refuse depths that an entry's targets cannot have, before anything is run.
+    """Check before any run that an entry's method can make targets of these depths.
 
     Args:
         entry: The entry.
         depths: Layers of its targets.
-        parent: Shape of what they come from.
-        trained: Whether that is an ordinary trained model, and not a learngene.
+        parent: Architecture of the parent.
+        trained: Whether the parent is an ordinary trained model and not a learngene.
 
     Raises:
         ConfigError: The method cannot make a target of one of these depths.
@@ -148,11 +151,11 @@ def check_depths(entry: StudyEntry, depths: tuple[int, ...], parent: Arch, train
             raise ConfigError(f"{where}: method {method.config.name} keeps the {parent.num_layers} layers of its "
                               f"learngene, and depths are {list(depths)}; leave one of them out")  # fmt: skip
         return
-    weights = {"blocks.0.qkv.weight": torch.empty(0)}  # what tells an ordinary model apart; its values do not matter
-    stands = Artifact(Path("the ancestor"), "model", SCRATCH.model_dump(), parent, weights, {}, "")
+    weights = {"blocks.0.qkv.weight": torch.empty(0)}  # its name marks an ordinary model; `check` reads no values
+    placeholder = Artifact(Path("the ancestor"), "model", SCRATCH.model_dump(), parent, weights, {}, "")
     for depth in depths:
         try:
-            check(method, stands, method.shape_of(parent.with_depth(depth), parent))
+            check(method, placeholder, method.shape_of(parent.with_depth(depth), parent))
         except ArtifactError as error:
             raise ConfigError(f"{where}: {error}") from None
 
@@ -164,12 +167,12 @@ def label_of(entry: StudyEntry) -> str:
 
 
 def untrained(method: Method[MethodConfig], parent: Artifact | None, arch: Arch, seed: int) -> Any:
-    """A target of this shape before any training, as a model that can be measured."""
+    """A target of this architecture before any training, as a model."""
     return descend(method, parent_of(parent) if parent else None, arch, seed).model
 
 
 def depth_tables(folder: Path) -> dict[str, Tensor]:
-    """Tables [L, R] over depth of a learngene or target by name; empty where its method has none."""
+    """Tables [L, R] over depth of a learngene or target by name; empty if its method has none."""
     method, model = load_unmerged(folder)
     return method.tables(model)
 

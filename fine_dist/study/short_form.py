@@ -1,6 +1,6 @@
-"""From the file of a study to the studies that are run.
+"""From the file of a study to the configs of its studies.
 
-The short form is written out to the full one: methods become entries (`recipes.yaml`), and the budget becomes steps.
+The short form is expanded to the full form: methods become entries (`recipes.yaml`), and the budget becomes steps.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from fine_dist.study.config import StudyConfig, merged
 from fine_dist.study.study_file import StudyFile, recipes, seconds_of
 
 ANCESTOR = "ancestor"
-"""Entry of the short form that stands for the trained model."""
+"""Name of the entry for the trained model in an expanded short form."""
 MIN_STEPS = 20
-"""Least N that a budget may come to."""
+"""Smallest N that a budget may allow."""
 SAFETY = 0.85
-"""Share of a budget that is planned; the rest is for encoding, start-up and the report."""
+"""Fraction of a budget that is planned; the rest is for encoding, start-up and the report."""
 PLAN = "planned.json"
-"""File in a study's folder with the steps that its budget came to: a later start takes them from there."""
+"""File in a study's folder with the steps planned for its budget, which later starts reuse."""
 
 
 class PlannedSteps(Record):
     """planned.json of a study in its short form."""
 
     asked: dict[str, Any]
-    """What the steps were planned for; other settings, such as more methods, leave them as they are."""
+    """The settings that the plan depends on. Other settings, such as additional methods, do not change the steps."""
     steps: int = Field(ge=1)
-    """N, from which all lengths follow."""
+    """N, from which all lengths are derived."""
 
 
 def studies_of(
@@ -54,16 +54,16 @@ def studies_of(
 
     Args:
         file: The file's settings.
-        source: Its path, for messages and for the command in the report.
-        changes: `KEY=VALUE` with dotted keys of a study, laid over every part.
-        quick: Whether the quick settings are laid over as well.
-        gflops: Measured GFLOP/s of a core, by which the short form plans steps. None: assumed.
+        source: Path of the file, for messages and for the command in the report.
+        changes: `KEY=VALUE` with dotted keys of a study, which override the settings of every part.
+        quick: Whether the quick settings override them as well.
+        gflops: Measured GFLOP/s of a core, from which the short form plans steps. None: assumed.
 
     Raises:
-        ConfigError: The settings are no legal study, or the budget is too small.
+        ConfigError: The settings are not a legal study, or the budget is too small.
     """
-    given = [_change(text) for text in changes]
-    root = next((change["run_dir"] for change in reversed(given) if "run_dir" in change), file.run_dir)
+    overrides = [_change(text) for text in changes]
+    root = next((change["run_dir"] for change in reversed(overrides) if "run_dir" in change), file.run_dir)
     options = "".join(f" --set {text}" for text in changes if not text.startswith("run_dir="))
     command = f"python -m fine_dist.study --config {source}{options}{' --quick' if quick else ''}"
     parts = file.parts or {"study": written_out(file)}
@@ -72,7 +72,7 @@ def studies_of(
         values = merged(file.study, part) if file.parts else merged(part, file.study)
         if quick:
             values = merged(merged(values, file.quick_settings), file.quick_part_settings.get(name, {}))
-        for change in given:
+        for change in overrides:
             values = merged(values, {key: value for key, value in change.items() if key != "run_dir"})
         values |= {"run_dir": str(Path(root) / name), "command": command}
         studies[name] = validate(StudyConfig, values, f"{source}, part {name}")
@@ -82,12 +82,12 @@ def studies_of(
 
 
 def _planned(study: StudyConfig, file: StudyFile, gflops: float | None) -> StudyConfig:
-    """The study with the steps that were planned when it first ran, else with those that its budget comes to now.
+    """The study with the steps that were planned when it first ran, otherwise with a new plan for its budget.
 
-    The measured speed of a machine differs from one start to the next, and with other steps nothing would be resumed.
+    The measured speed of a machine varies between starts, and with another number of steps no run could be resumed.
     """
     try:
-        earlier = read_record(PlannedSteps, study.root / PLAN, RunDirError, "delete it, to plan the steps anew")
+        earlier = read_record(PlannedSteps, study.root / PLAN, RunDirError, "delete it to plan the steps again")
     except FileNotFoundError:
         earlier = None
     if earlier and earlier.asked == _asked(file):
@@ -96,12 +96,12 @@ def _planned(study: StudyConfig, file: StudyFile, gflops: float | None) -> Study
 
 
 def plans_steps(file: StudyFile, changes: Sequence[str]) -> bool:
-    """Whether the steps follow from a budget: in the short form, unless they are set."""
+    """Whether the steps are planned from the budget: in the short form, unless they are set."""
     return file.data is not None and not any("steps" in change for change in [*map(_change, changes), file.study])
 
 
 def keep_plan(study: StudyConfig, file: StudyFile) -> None:
-    """Write down the steps that a budget came to, for `_planned`."""
+    """Write the planned steps to planned.json, which `_planned` reads."""
     plan = {"asked": _asked(file), "steps": study.steps["N"]}
     write_atomic(study.root / PLAN, json.dumps(plan, indent=1) + "\n")
 
@@ -126,7 +126,7 @@ def _change(text: str) -> dict[str, Any]:
 
 
 def written_out(file: StudyFile) -> dict[str, Any]:
-    """The full study that a short form stands for, with the least steps; `fitted` replaces them."""
+    """The full form of a short form, with the smallest steps; `fitted` replaces them."""
     assert file.data is not None  # checked when the file was read
     arch = _shape(file)
     num_classes = arch["num_classes"]
@@ -162,7 +162,7 @@ def written_out(file: StudyFile) -> dict[str, Any]:
         "samples": 500,
         "sampler": {"scheduler": "dpm", "steps": 15},
         "pictures": 20 if arch["in_channels"] in (1, 3) else 0,
-        "sample_columns": 20,  # one row for each state of a model: a figure that fits a page
+        "sample_columns": 20,  # one row of images for each state of a model, so that the figure fits a page
         "sample_depths": [sorted(file.depths)[len(file.depths) // 2]],
         "launch": file.launch.model_dump(),
         "stages": {
@@ -180,7 +180,7 @@ def written_out(file: StudyFile) -> dict[str, Any]:
 
 
 def _entry(name: str, own_ancestor: bool) -> dict[str, Any]:
-    """A method's name as an entry."""
+    """The entry of a method's name."""
     entry = dict(recipes().get(name) or {"method": {"name": name}})
     traits = from_manifest(entry["method"]).traits
     if "condense" not in entry and "none" not in traits.parents:
@@ -193,14 +193,14 @@ def _uses_ancestor(entry: dict[str, Any]) -> bool:
 
 
 def _shape(file: StudyFile) -> dict[str, Any]:
-    """The architecture: what `arch` says or the ancestor's, with the latents and classes of the data."""
+    """The architecture: the ancestor's, or `arch` with the latents and classes of the data."""
     assert file.data is not None
     if file.ancestor != "train":
         return dict(facts_of(file.ancestor).arch.model_dump())
     manifest, _ = locate(file.data.shards, DataConfig())
     channels, height, width = manifest.latent_shape
-    own = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
-    return dict(validate(Arch, {**own, **file.arch}, "arch").model_dump())
+    of_data = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
+    return dict(validate(Arch, {**of_data, **file.arch}, "arch").model_dump())
 
 
 def steps_for(n: int) -> dict[str, int]:
@@ -209,10 +209,10 @@ def steps_for(n: int) -> dict[str, int]:
 
 
 def fitted(study: StudyConfig, hours: float, gflops: float | None = None) -> StudyConfig:
-    """The study with as many steps as fit into so many hours, tuning and measuring included.
+    """The study with as many steps as fit into `hours`, including tuning and measuring.
 
     Raises:
-        ConfigError: Even the least steps do not fit.
+        ConfigError: Even the smallest number of steps does not fit.
     """
     low, high = MIN_STEPS, MIN_STEPS
     needed = hours_of(_with_steps(study, low), gflops)
@@ -239,7 +239,7 @@ def _with_steps(study: StudyConfig, n: int) -> StudyConfig:
 
 
 def hours_of(study: StudyConfig, gflops: float | None = None) -> float:
-    """Estimated hours of a study with its tuning and measurements, over the share of a budget that is planned."""
+    """Estimated hours of a study with tuning and measuring, divided by `SAFETY`."""
     rate = gflops or CORE_GFLOPS
     tuning = tuning_estimate(study, rate)
     hours = estimate(study, gflops=rate).hours + (tuning.hours if tuning else 0.0)
