@@ -160,9 +160,7 @@ def _model(part: EncoderSource) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if not Path(part.source).is_dir():
             raise _unreachable(part.source, error) from None
-            raise ArtifactError(
-                f"encoders: {part} is no CLIP text encoder in safetensors ({first_line(error)})"
-            ) from None
+        raise ArtifactError(f"encoders: {part} is no CLIP text encoder in safetensors ({first_line(error)})") from None
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -187,9 +185,9 @@ def _tokenizer(part: EncoderSource) -> Any:
     except (OSError, ValueError, TypeError) as error:
         if not Path(part.source).is_dir():
             raise _unreachable(part.source, error) from None
-            raise ArtifactError(
-                f"encoders: {part} has no CLIP tokenizer ({first_line(error)}); put its files beside it"
-            ) from None
+        raise ArtifactError(
+            f"encoders: {part} has no CLIP tokenizer ({first_line(error)}); put its files beside it"
+        ) from None
     if len(tokenizer) < 10:  # transformers makes an empty vocabulary if it finds no files
         where = f"{part.source}/{part.tokenizer}".rstrip("/")
         raise ArtifactError(f"encoders: {where} has no vocabulary (tokenizer.json, or vocab.json and merges.txt)")

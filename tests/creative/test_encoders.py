@@ -134,7 +134,7 @@ def test_a_start_word_of_several_tokens_is_refused_naming_its_pieces(encoders):
 
 
 def test_a_prompt_beyond_the_encoders_reach_is_refused(encoders):
-    with pytest.raises(ConfigError, match="has 82 tokens and clip_l takes at most 77"):
+    with pytest.raises(ConfigError, match="has 82 tokens, and clip_l takes at most 77"):
         encoders[0].ids("owl " * 80)
 
 

@@ -177,7 +177,7 @@ def test_images_that_cannot_be_scored_are_named(clip, images, tmp_path):
     with pytest.raises(ArtifactError, match="is no local folder of a CLIP model"):
         clip_scores(images, tmp_path / "none", "an owl")
     (images / "prompts.csv").write_text("file,prompt\n7.png,an owl\n")
-    with pytest.raises(DataError, match=r"'7\.png' is no file of"):
+    with pytest.raises(DataError, match=r"there is no file '7\.png' in"):
         clip_scores(images, clip, "an owl")
     (images / "prompts.csv").write_text("image,text\n")
     with pytest.raises(DataError, match="columns file and prompt are needed"):

@@ -59,7 +59,7 @@ def test_a_folder_is_replaced_as_a_whole(token_folder):
 
 
 def test_a_damaged_folder_is_refused_naming_the_file(token_folder, tmp_path):
-    with pytest.raises(ArtifactError, match=r"holds no manifest\.json"):
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         read_token(tmp_path / "nowhere")
     name = "learned_embeds_2.safetensors"
     content = bytearray((token_folder / name).read_bytes())
