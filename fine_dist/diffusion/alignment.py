@@ -52,7 +52,7 @@ class AlignedModel(nn.Module):
         projected = self.projector(output.features[f"block.{self.block}"])  #                              [B, T, E]
         return ModelOutput(output.out, {**output.features, FEATURE: projected})
 
-    # The engine compiles and recomputes blocks of the module that it is given: these are the student's.
+    # The engine compiles and recomputes `blocks` of its model; here they are those of the student.
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -75,10 +75,10 @@ class AlignedModel(nn.Module):
 class RepresentationAlignment:
     """1 minus the cosine of projected tokens and the encoder's tokens of the clean image, averaged over tokens.
 
-    The paper's term is the negative cosine, of the same gradient; this one is 0 where they agree.
+    The paper's term is the negative cosine, which has the same gradient; this term is 0 if the tokens agree.
 
     Args:
-        encode: Clean latents [B, C, H, W] -> tokens [B, E, h, w], without gradients. None: batches have the tokens.
+        encode: Clean latents [B, C, H, W] -> tokens [B, E, h, w], without gradients. None: batches contain the tokens.
         weight: Weight of the term; the paper's is 0.5.
         grid: Rows and columns of the model's tokens.
     """
@@ -98,7 +98,7 @@ class RepresentationAlignment:
 
 
 def resize_tokens(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A grid of tokens [B, E, h, w] as the tokens [B, T, E] of another grid, bilinearly; the same where it is."""
+    """A grid of tokens [B, E, h, w] resized bilinearly to the tokens [B, T, E] of another grid."""
     if tokens.shape[2:] != grid:
         tokens = F.interpolate(tokens, grid, mode="bilinear", antialias=True, align_corners=False)
     return tokens.flatten(2).transpose(1, 2)

@@ -14,16 +14,16 @@ from fine_dist.core.seeds import mix
 from fine_dist.diffusion.process import arithmetic, make_process
 from fine_dist.diffusion.settings import DiffusionConfig, Precision
 
-ENOUGH = 10_000
-"""Number of (sample, time) pairs beyond which further times of each sample cost time and change little."""
+NUM_PAIRS = 10_000
+"""Number of (sample, time) pairs above which further times of each sample change the mean little."""
 
 
 class HeldOutLoss:
     """Mean squared error of the model's prediction at fixed times and noise: `loss(model) -> {"held_out_loss": float}`.
 
-    Every sample is measured at one to four times, enough to make `ENOUGH` pairs. The times are the quantiles of the
-    process's law of training times, spread evenly, and each pair has its own fixed noise and its true label. Two models
-    are therefore compared on identical inputs. Samples are not weighted.
+    Every sample is measured at one to four times, for about `NUM_PAIRS` pairs. The times are evenly spaced quantiles of
+    the distribution of training times, and each pair has its own fixed noise and its true label, so that all models are
+    compared on identical inputs. Samples are not weighted.
 
     Args:
         latents: Clean latents [N, C, H, H].
@@ -36,10 +36,10 @@ class HeldOutLoss:
         self.process = make_process(config)
         self.samples = n = len(latents)
         shape = latents.shape[1:]
-        per_sample = min(4, max(1, ENOUGH // n))
+        per_sample = min(4, max(1, NUM_PAIRS // n))
         generator = torch.Generator().manual_seed(mix(seed, 0x4E1D))
         stratum = torch.arange(n * per_sample).double()
-        # Quantiles instead of draws: a stratified sample of times has far less variance for the same cost.
+        # Quantiles instead of random times: a stratified sample has far less variance for the same cost.
         self.t = self.process.times(((stratum + 0.5) / (n * per_sample)).tolist())
         # Without a permutation the first samples would always have the cleanest times.
         order = torch.randperm(n * per_sample, generator=generator)
@@ -63,14 +63,14 @@ class HeldOutLoss:
         size: int,
         precision: Precision = "fp32",
     ) -> tuple[float, int]:
-        """(sum of losses, number of pairs) of one rank's share: whole batches, dealt out in turn.
+        """(sum of losses, number of pairs) of one rank's share: every `size`-th batch.
 
-        The batches are those of a single process, so the sums over all ranks are its sums up to their order.
-        `precision` is the arithmetic of the model; the loss itself is computed in float32 and summed in float64.
+        The batches are those of a single process, so the sum over all ranks equals its sum up to the order of terms.
+        `precision` is the arithmetic of the model; the loss is computed in float32 and summed in float64.
         """
         total, count = torch.zeros((), dtype=torch.float64), 0
         self.process.to(device)
-        # Whole batches by turns: each batch has the same content on any number of ranks, hence the same rounding.
+        # Ranks take complete batches in turn: on any number of ranks a batch has the same content and rounding.
         for start in range(rank * batch, len(self.t), batch * size):
             z, y, t, eps = (x[start : start + batch].to(device) for x in (self.z, self.y, self.t, self.eps))
             with arithmetic(precision, device):

@@ -27,7 +27,7 @@ Model = Callable[[Tensor, Tensor, Tensor], "Tensor | ModelOutput"]
 
 
 class LatentBatch(Protocol):
-    """What a loss needs of a batch (`fine_dist.data.batch.Batch`)."""
+    """The attributes of a batch that a loss uses (`fine_dist.data.batch.Batch`)."""
 
     @property
     def step(self) -> int: ...
@@ -74,8 +74,8 @@ class Objective:
         seed: Seeds times, noise and dropped labels.
         terms: Terms of the loss. Default: the process's own loss alone.
         num_classes: The null label, which dropped labels become. Default: the architecture's.
-        ahead: Draw the next step's randomness in a thread while this one computes. Turn it off where a thread calls
-            this already.
+        ahead: Draw the next step's random numbers in a thread while this step computes. Turn it off if the objective is
+            called in a thread already.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Objective:
 
     @property
     def term_names(self) -> tuple[str, ...]:
-        """Names of the terms where there are several, which are then also summed one by one; else none."""
+        """Names of the terms if there are several, which are then also summed separately; otherwise empty."""
         return tuple(term.name for term in self.terms) if len(self.terms) > 1 else ()
 
     def take_terms(self) -> Tensor:
-        """The unweighted sum of every term over all samples since the last call, fp64 [terms], on their device."""
+        """The unweighted sum of each term over all samples since the last call, fp64 [terms], on their device."""
         if self._sums is None:
             raise ValueError("no losses were computed since the last call")
         sums, self._sums = self._sums, None
@@ -121,7 +121,7 @@ class Objective:
     def sample_noise(self, batch: LatentBatch) -> NoisedBatch:
         """The noised inputs of a batch, on the batch's device; drawn from (seed, step, position) alone."""
         device = batch.latents.device
-        # Drawn on the CPU and copied: a GPU's generator gives other numbers on another model of GPU.
+        # Drawn on the CPU and copied, because the numbers of a GPU generator depend on the GPU model.
         draws = self.draws(batch.step, batch.positions, pin=device.type == "cuda")
         t, eps, drop = (x.to(device, non_blocking=True) for x in (draws.t, draws.noise, draws.drop))
         self.process.to(device)
@@ -136,10 +136,10 @@ class Objective:
         if not losses:
             raise ValueError("an objective needs a term whose weight is not 0")
         if len(losses) > 1:
-            # Kept on the device and added up over micro-batches; the loop reads them once a step.
+            # Summed on the device over micro-batches; the loop reads the sums once a step.
             sums = torch.stack([loss.detach().sum(dtype=torch.float64) for loss in losses])
             self._sums = sums if self._sums is None else self._sums + sums
-        # A weight of exactly 1 multiplies nothing, so a loss of one term has the same bits as without terms.
+        # A weight of exactly 1 is not multiplied, so that a single term has the bits of the plain loss.
         weighted = [loss if term.weight == 1 else term.weight * loss for term, loss in zip(self.terms, losses)]
         total = weighted[0]
         for loss in weighted[1:]:
@@ -148,9 +148,9 @@ class Objective:
 
 
 class DiffusionLoss:
-    """The process's own loss: squared error of the prediction, and the variance's bound where the model predicts one.
+    """The diffusion loss: squared error of the prediction, plus the variational bound of a learned variance.
 
-    The error is the mean over a sample's numbers, times the process's weight of its time.
+    The error is the mean over the numbers of a sample, times the process's weight at its time.
     """
 
     name = "diffusion"
@@ -159,7 +159,7 @@ class DiffusionLoss:
         self.process, self.weight = process, weight
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
-        # The loss is computed in fp32 whatever the model computes in: squares of bf16 differences lose most digits.
+        # Always in fp32: squares of bf16 differences would lose most digits.
         out = output.out.float()
         target = self.process.target(batch.z, batch.t, batch.eps)
         losses = (out[:, : batch.z.shape[1]] - target).square().flatten(1).mean(1)
@@ -170,14 +170,14 @@ class DiffusionLoss:
 
 
 class Teacher:
-    """A frozen model that is run once a batch, however many terms imitate it.
+    """A frozen model that runs once for each batch, however many terms use it.
 
     Args:
         model: A DiT of the student's latent shape and classes, of any depth and width. It is put into eval mode and
             frozen here.
-        blocks: Numbers of the blocks whose features are wanted.
-        process: The process that the teacher was trained for, and the student's. Where their predictions differ, the
-            teacher's output is converted to the student's, exactly. Default: both are the same.
+        blocks: Numbers of the blocks whose features are needed.
+        process: The process that the teacher was trained for, and the student's. If their predictions differ, the
+            teacher's output is converted exactly to the student's. Default: both are the same.
     """
 
     def __init__(
@@ -194,11 +194,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, batch: NoisedBatch) -> ModelOutput:
-        # Compared by identity: several terms ask for the same batch, and the teacher runs once.
+        # Compared by identity: several terms use the same batch, and the teacher runs once.
         if self._last is None or self._last[0] is not batch:
             t = batch.t
             if self._processes:
-                # The teacher must see the noise level that it was trained for, whatever its convention of time.
+                # The teacher's time for the same noise level, in its own time convention.
                 t = self._processes[0].time_from(self._processes[1], t)
             inputs = (batch.z_t.to(self.model.patch.weight.dtype), t, batch.y)
             if self.blocks:
@@ -206,14 +206,14 @@ class Teacher:
             else:
                 output = ModelOutput(self.model(*inputs), {})
             if self._processes:
-                theirs, ours = self._processes
-                output = ModelOutput(ours.convert_from(theirs, batch.z_t, t, output.out.float()), output.features)
+                teacher, student = self._processes
+                output = ModelOutput(student.convert_from(teacher, batch.z_t, t, output.out.float()), output.features)
             self._last = (batch, output)
         return self._last[1]
 
 
 class OutputDistillation:
-    """Mean squared difference to the teacher's full output, variance channels included where both have them."""
+    """Mean squared difference to the teacher's full output, including the variance channels if both have them."""
 
     name = "output"
 
@@ -221,10 +221,10 @@ class OutputDistillation:
         self.teacher, self.weight = teacher, weight
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
-        wanted, out = self.teacher(batch).out.float(), output.out.float()
-        # One of the two may predict a variance and the other not; the noise prediction comes first in both.
-        channels = min(wanted.shape[1], out.shape[1])
-        return (out[:, :channels] - wanted[:, :channels]).square().flatten(1).mean(1)
+        target, out = self.teacher(batch).out.float(), output.out.float()
+        # Only one of the two may predict a variance; the prediction comes first in both.
+        channels = min(target.shape[1], out.shape[1])
+        return (out[:, :channels] - target[:, :channels]).square().flatten(1).mean(1)
 
 
 class FeatureDistillation:
@@ -232,9 +232,9 @@ class FeatureDistillation:
 
     Args:
         teacher: Gives the features to match.
-        pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`. The student's are projected
-            to the teacher's width already. An output may hold the features of some pairs only, where a step trains a
-            part of the model; the mean is over those.
+        pairs: (student's feature, teacher's feature), named as in `ModelOutput.features`. The student's features are
+            already projected to the teacher's width. If a step trains only a part of the model, its output may have the
+            features of some pairs only; the mean is over those.
         weight: Weight of the term.
     """
 
@@ -244,11 +244,11 @@ class FeatureDistillation:
         self.teacher, self.pairs, self.weight = teacher, tuple(pairs), weight
 
     def __call__(self, batch: NoisedBatch, output: ModelOutput) -> Tensor:
-        wanted = self.teacher(batch).features
+        targets = self.teacher(batch).features
         parts = [
-            (output.features[ours].float() - wanted[theirs].float()).square().flatten(1).mean(1)
-            for ours, theirs in self.pairs
-            if ours in output.features
+            (output.features[student].float() - targets[teacher].float()).square().flatten(1).mean(1)
+            for student, teacher in self.pairs
+            if student in output.features
         ]
         if not parts:
             raise ValueError(f"the output has features {sorted(output.features)}, and no pair names one of them")

@@ -1,7 +1,7 @@
 """The forward process of diffusion as one object: times, noised latents, the target, its weight, and conversions.
 
-`make_process(config)` gives a `DdpmProcess` (arXiv 2006.11239, 2102.09672) or a `FlowProcess` (SiT, 2401.08740). The
-objective, the held-out loss, distillation and samplers ask it, and nothing else tests which process it is.
+`make_process(config)` returns a `DdpmProcess` (arXiv 2006.11239, 2102.09672) or a `FlowProcess` (SiT, 2401.08740). The
+objective, the held-out loss, distillation and samplers only use this interface.
 
 Notation: z a clean latent, eps noise, z_t the noised latent, all [B, C, H, H]; t times [B] as the model sees them; out
 the model's output [B, C or 2C, H, H], of which the first C channels are the prediction.
@@ -26,7 +26,7 @@ def make_process(config: DiffusionConfig) -> Process:
 
 
 class Process(nn.Module, ABC):
-    """What the rest of the code asks of a forward process."""
+    """The interface of a forward process."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def times(self, uniform: Sequence[float]) -> Tensor:
-        """Times [B] of uniform numbers in [0, 1), by inverse transform: one draw a sample whatever the law."""
+        """Times [B] of uniform numbers in [0, 1), by inverse transform: one random number for each sample."""
 
     def random_times(self, count: int, generator: torch.Generator) -> Tensor:
-        """Times [count] of a generator's next numbers, for a use outside the training stream."""
+        """Random times [count] from a generator, for use outside of the training stream."""
         return self.times(torch.rand(count, generator=generator, dtype=torch.float64).tolist())
 
     @abstractmethod
     def noise_level(self, t: Tensor) -> Tensor:
-        """How far a time is from data: 0 (clean) to 1 (noise), [B]. Guidance intervals are given in it."""
+        """Noise level of a time, 0 (clean) to 1 (noise), [B]. Guidance intervals are in these units."""
 
     @abstractmethod
     def add_noise(self, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -55,18 +55,18 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def clean(self, z_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """The clean latent that a prediction means."""
+        """The clean latent that corresponds to a prediction."""
 
     @abstractmethod
     def noise(self, z_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """The noise that a prediction means."""
+        """The noise that corresponds to a prediction."""
 
     def weight(self, t: Tensor) -> Tensor | None:
         """Weights [B] of the samples' losses; None stands for ones."""
         return None
 
     def variance_bound(self, out: Tensor, z: Tensor, z_t: Tensor, t: Tensor) -> Tensor | None:
-        """A further loss [B] of an output that has channels of a learned variance; None where it has no such loss."""
+        """The additional loss [B] of an output with channels of a learned variance; None without such channels."""
         return None
 
     def clamp(self, z_t: Tensor, t: Tensor, out: Tensor, limit: float) -> Tensor:
@@ -80,16 +80,16 @@ class Process(nn.Module, ABC):
 
     @abstractmethod
     def noise_of(self, z_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """The noise that makes z_t of a clean latent z."""
+        """The noise that leads from a clean latent z to z_t."""
 
     def time_from(self, other: Process, t: Tensor) -> Tensor:
-        """The time of this process at which the noise level is `other`'s at its time t."""
+        """The time of this process with the noise level that `other` has at its time t."""
         return t
 
     def convert_from(self, other: Process, z_t: Tensor, t: Tensor, out: Tensor) -> Tensor:
-        """Another model's output at the same z_t, as a prediction of this process; t is the other process's time.
+        """Another model's output at the same z_t as a prediction of this process; t is the other process's time.
 
-        Exact wherever the noise levels agree: noise to v and back, and between the conventions of a flow.
+        Exact if the noise levels agree: between noise and v prediction, and between the conventions of a flow.
         """
         if self.config == other.config:
             return out
@@ -103,14 +103,13 @@ class DdpmProcess(Process):
 
     def __init__(self, config: DiffusionConfig) -> None:
         super().__init__(config)
-        # Tables are computed in fp64 and stored in fp32: a product
-        # of a thousand factors in fp32 would lose three digits.
+        # Computed in fp64 and stored in fp32: a product of a thousand factors in fp32 would lose three digits.
         beta = torch.linspace(config.beta_start, config.beta_end, config.num_timesteps, dtype=torch.float64)
         alpha_bar = torch.cumprod(1 - beta, 0)
         if config.zero_terminal_snr:
             alpha_bar = zero_terminal(alpha_bar)
             beta = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
-        # alpha_bar of the step before the first is 1: nothing is noised there.
+        # alpha_bar before the first step is 1: no noise.
         previous = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
         posterior = beta * (1 - previous) / (1 - alpha_bar)
         # The posterior's variance is zero at t = 0; its logarithm is taken at t = 1 there (Improved DDPM, section 3.1).
@@ -132,13 +131,12 @@ class DdpmProcess(Process):
     def _loss_weights(self, alpha_bar: Tensor) -> Tensor:
         """Min-SNR (arXiv 2303.09556, eq. 5, and section 3.3 for v): min(SNR, gamma) over its own weight."""
         ratio = alpha_bar / (1 - alpha_bar)
-        # With an SNR of zero at the last step, `bounded / ratio` is 0
-        # / 0 for noise prediction; such a schedule needs v prediction.
+        # At an SNR of zero `bounded / ratio` would be 0 / 0 for noise prediction; such a schedule needs v prediction.
         bounded = ratio.clamp(max=self.config.min_snr_gamma)
         return bounded / (ratio + 1) if self.prediction == "v" else bounded / ratio
 
     def at(self, name: str, t: Tensor) -> Tensor:
-        """A table's entries at times [B], shaped [B, 1, 1, 1]."""
+        """Entries of a table at times [B], as [B, 1, 1, 1]."""
         return self.get_buffer(name)[t][:, None, None, None]
 
     def times(self, uniform: Sequence[float]) -> Tensor:
@@ -190,7 +188,7 @@ class DdpmProcess(Process):
         square = (true_mean - mean).square()
         kl = 0.5 * (log_var - true_log + (true_log - log_var).exp() + square * (-log_var).exp() - 1)
         nll = -discretized_log_likelihood(z, mean, log_var)
-        # Both branches are computed for all samples. Selecting rows first would make the host wait for t.
+        # Both branches are computed for all samples, because selecting rows would make the host wait for t.
         return torch.where(t == 0, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2)
 
 
@@ -215,7 +213,7 @@ class FlowProcess(Process):
         return self.time_at(self.shift(level)).float()
 
     def shift(self, level: Tensor) -> Tensor:
-        """Noise levels moved towards noise by `time_shift` (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
+        """Noise levels shifted towards noise by `time_shift` (Stable Diffusion 3, arXiv 2403.03206, eq. 23)."""
         s = self.config.time_shift
         return level if s == 1 else s * level / (1 + (s - 1) * level)
 
@@ -245,7 +243,7 @@ class FlowProcess(Process):
 
     def noise_of(self, z_t: Tensor, t: Tensor, z: Tensor) -> Tensor:
         s = self._level(t)
-        # At s = 0 there is no noise in z_t, and any value is right; the bound avoids 0 / 0.
+        # At s = 0 there is no noise in z_t, and any value is correct; the bound avoids 0 / 0.
         return (z_t - (1 - s) * z) / s.clamp_min(torch.finfo(z_t.dtype).tiny)
 
     def time_from(self, other: Process, t: Tensor) -> Tensor:
@@ -254,12 +252,12 @@ class FlowProcess(Process):
 
 @contextlib.contextmanager
 def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
-    """The arithmetic of a model that samples or is measured: `fp32` is exact, `tf32` concerns a GPU's products only."""
+    """Context with the arithmetic of sampling and evaluation; `tf32` only affects matrix products on a GPU."""
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16):
             yield
         return
-    # Restored afterwards: the same process trains with another precision.
+    # Restored afterwards, because the same operating-system process may train with another precision.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
@@ -280,7 +278,7 @@ def discretized_log_likelihood(z: Tensor, mean: Tensor, log_var: Tensor) -> Tens
     """log of a Gaussian's mass in a bin of width 2/255 around z (DDPM, arXiv 2006.11239, eq. 13).
 
     It uses the exact normal distribution function. The original code approximates it by a tanh, so that its loss at
-    t = 0 differs from this by about 5e-4 of its value.
+    t = 0 differs by about 5e-4 of its value.
     """
     precision = (-0.5 * log_var).exp()
 
@@ -290,5 +288,5 @@ def discretized_log_likelihood(z: Tensor, mean: Tensor, log_var: Tensor) -> Tens
     above, below = cdf(z - mean + 1 / 255), cdf(z - mean - 1 / 255)
     # The outermost bins reach to infinity: pixels are clipped to [-1, 1].
     mass = torch.where(z < -0.999, above, torch.where(z > 0.999, 1 - below, above - below))
-    # A mean far away gives a mass of 0 in fp32, and its logarithm would be -Inf.
+    # For a distant mean the mass is 0 in fp32, and its logarithm would be -Inf.
     return mass.clamp(min=1e-12).log()

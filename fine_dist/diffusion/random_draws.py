@@ -21,7 +21,7 @@ from fine_dist.core.seeds import mix
 
 @dataclass(frozen=True)
 class RandomDraws:
-    """The randomness of a step: times [B] as the model sees them, noise [B, C, H, H], dropped labels [B] bool."""
+    """Random numbers of a step: times [B] as the model gets them, noise [B, C, H, H], dropped labels [B] bool."""
 
     t: Tensor
     noise: Tensor
@@ -38,9 +38,9 @@ def draw(
     label_drop: float,
     pin: bool = False,
 ) -> RandomDraws:
-    """Draw the randomness of some positions of a step's global batch.
+    """Draw the random numbers of some positions of a step's global batch.
 
-    Each position has its own generator, so a position's draws are the same whichever others are asked for.
+    Each position has its own seed, so its numbers do not depend on the other positions.
 
     Args:
         seed: Seed of the run.
@@ -57,8 +57,8 @@ def draw(
     for position, values in zip(positions.tolist(), noise):
         # One generator, seeded anew for each position: creating a generator takes longer than drawing with it.
         generator.manual_seed(mix(seed, step, position))
-        # In fp64, because quantile functions of times stretch the rounding of a uniform number. Both are
-        # drawn even where labels are never dropped: the noise behind them must not depend on that setting.
+        # In fp64, because quantile functions of times magnify the rounding of a uniform number. Both numbers are always
+        # drawn, so that the noise after them does not depend on `label_drop`.
         time, chance = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         uniform.append(time)
         dropped.append(chance < label_drop)
@@ -68,10 +68,10 @@ def draw(
 
 
 class PrefetchedDraws:
-    """Draws of a step, of which the next step's are made by a thread while the current step computes.
+    """Random numbers of steps; a thread draws those of the next step while the current step computes.
 
-    A draw is a function of (seed, step, position). What was prefetched and is not asked for (the run resumed at another
-    step) is dropped, and what was not prefetched is drawn at once: both are the same numbers.
+    They are a function of (seed, step, position), so prefetching does not change them: a prefetched step that is not
+    requested (the run resumed elsewhere) is dropped, and a step that was not prefetched is drawn immediately.
 
     Args:
         draw: `draw` with its other arguments bound: `(step, positions, pin=...) -> RandomDraws`.
@@ -83,28 +83,28 @@ class PrefetchedDraws:
         self._pool: ThreadPoolExecutor | None = None
 
     def __call__(self, step: int, positions: Tensor, pin: bool = False) -> RandomDraws:
-        """The draws of these positions of a step."""
-        # The thread starts with the first call: a forked rank would not inherit one that its parent had started.
+        """The random numbers of these positions of a step."""
+        # The thread starts with the first call, because a forked rank does not inherit the threads of its parent.
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="draws")
         key = positions.numpy().tobytes()
-        # Draws of steps that lie behind are never asked for again, and would stay in memory.
+        # Earlier steps are never requested again and would stay in memory.
         for stale in [entry for entry in self._ready if entry[0] < step]:
             self._ready.pop(stale).cancel()
         ready = self._ready.pop((step, key), None)
-        # Queued before this step's draws are waited for, so that the thread never idles.
+        # Submitted before waiting for this step's numbers, so that the thread never idles.
         if (step + 1, key) not in self._ready:
             self._ready[step + 1, key] = self._pool.submit(self._draw, step + 1, positions, pin=pin)
         return self._draw(step, positions, pin=pin) if ready is None else ready.result()
 
 
 def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random stream of one sampled image: its initial noise first, then one draw a step. Always on the CPU.
+    """The generator of one sampled image, on the CPU: first its initial noise, then the noise of each step.
 
     A CPU generator keeps only 32 bits of its seed. The mapping below is one-to-one in `index` for each `seed`, so two
     images of a run never share their noise. Hashing to random 32-bit seeds would make 50,000 images share one pair in
     one run out of four.
     """
-    # The seed shifts the whole sequence, so that image i of two seeds has different noise.
+    # The seed shifts the sequence, so that image i has different noise under different seeds.
     offset = int.from_bytes(hashlib.blake2b(f"fine_dist.sample {seed}".encode(), digest_size=4).digest(), "little")
     x = (index + offset) & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finalizer of MurmurHash3, a bijection

@@ -1,4 +1,4 @@
-"""Test tools: real ranks on one machine, and the contract that every method keeps, for this project and for others."""
+"""Test tools for this project and for other packages: real ranks on one machine, and the contract of methods."""
 
 from fine_dist.testing.contract import MethodContract
 from fine_dist.testing.ranks import Ranks, run_distributed

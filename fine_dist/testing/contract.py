@@ -1,6 +1,6 @@
-"""The contract of methods: what the stages, packs, exports and studies rely on, whatever a method's rule is.
+"""The contract of methods: tests of everything that stages, packs, exports and studies assume about a method.
 
-The author of a method subclasses `MethodContract` in a test file, and pytest runs its checks on a tiny model:
+The author of a method subclasses `MethodContract` in a test file, and pytest runs its tests on a tiny model:
 
     from fine_dist.testing import MethodContract
 
@@ -48,13 +48,13 @@ from fine_dist.model.dit import FinalLayer
 from fine_dist.testing.tiny_models import NoiseBatch, condensed, inputs, lively, moved, saved, tiny_arch, trained
 
 PROCESSES = (DiffusionConfig(), DiffusionConfig(process="flow", time="logit_normal", time_shift=2.0))
-"""Diffusion processes that a target has to train and be sampled under."""
+"""Diffusion processes under which a target must train and be sampled."""
 TOLERANCE = 1e-5
-"""Of outputs near 1: two orders of summation in float32."""
+"""Tolerance of outputs of order 1 that are summed in another order in float32."""
 
 
 class MethodContract:
-    """What every method keeps. Subclass it and set `name`; the rest has defaults that suit most methods."""
+    """Tests that every method must pass. Subclass it and set `name`; the defaults suit most methods."""
 
     name: ClassVar[str]
     """The method's name, as in `method.name`."""
@@ -67,11 +67,11 @@ class MethodContract:
     wide_depth: ClassVar[int] = 3
     """Depth of that target, where the depth may differ as well."""
     learngene: ClassVar[MethodConfig] = CONDENSES
-    """What condenses the parent's learngene, for a method that takes learngenes and does not condense itself."""
+    """Method that condenses the parent's learngene, for a method that takes learngenes and has no stage 1."""
 
     @classmethod
     def check(cls) -> None:
-        """Run every check; the first that fails raises `AssertionError`."""
+        """Run all tests; the first failure raises `AssertionError`."""
         for attribute in dir(cls):
             if attribute.startswith("test_"):
                 getattr(cls(), attribute)()
@@ -85,18 +85,18 @@ class MethodContract:
 
     @classmethod
     def artifact(cls) -> Artifact | None:
-        """What targets come from: a learngene, an ordinary model, or nothing."""
-        return _artifact_of(cls)  # type: ignore[arg-type]  # classes are hashable, whatever mypy thinks
+        """The parent of targets: a learngene, an ordinary model, or None."""
+        return _artifact_of(cls)  # type: ignore[arg-type]  # classes are hashable, which mypy does not accept
 
     @classmethod
     def parent(cls) -> Parent | None:
-        """The same with its module."""
+        """The parent with its module."""
         artifact = cls.artifact()
         return parent_of(artifact) if artifact else None
 
     @classmethod
     def targets(cls) -> dict[str, Arch]:
-        """Shapes of targets that the method says it can make, by what is different in them."""
+        """Architectures of targets that the method's traits allow, by what differs from the parent."""
         traits = cls.method().traits
         targets = {f"L{d}": tiny_arch(num_layers=d) for d in cls.depths if "depth" in traits.varies or d == 4}
         if "width" in traits.varies:
@@ -108,18 +108,18 @@ class MethodContract:
 
     @classmethod
     def descent(cls, kind: str, seed: int = 0) -> Descent:
-        """One target at its beginning, by the way that every stage takes."""
+        """One initialized target, built as the stages build it."""
         return make_target(cls.method(), cls.parent(), cls.targets()[kind], seed)
 
     @classmethod
     def last(cls) -> str:
-        """The target that is least like its parent."""
+        """The last of `targets`, which differs most from its parent."""
         return list(cls.targets())[-1]
 
     # --- targets ----------------------------------------------------------------------------------------------------
 
     def test_a_target_has_the_shape_asked_for_and_is_the_same_for_the_same_seed(self) -> None:
-        """The shape is the one asked for, outputs are finite, and the seed decides every number."""
+        """A target has the requested architecture and finite outputs, and is a function of the seed."""
         for kind, arch in self.targets().items():
             one, two = (self.descent(kind).model for _ in range(2))
             assert one.arch == arch, kind
@@ -137,14 +137,14 @@ class MethodContract:
         for kind in self.targets():
             model = moved(self.descent(kind))
             if not method.traits.dense:
-                assert merged(method, model) is model, "a product that is no dense DiT is itself"
+                assert merged(method, model) is model, "a model that is not a dense DiT is returned unchanged"
                 continue
             same_outputs(merged(method, model), model, kind)  # loading is strict
             second = method.merge(model)
             assert all(torch.equal(tensor, second[key]) for key, tensor in method.merge(model).items()), kind
 
     def test_one_step_moves_only_what_may_move(self) -> None:
-        """Parameters that do not train keep their bits, and something trains."""
+        """Frozen parameters keep their bits, and some parameters train."""
         descent = self.descent(self.last())
         model: Any = descent.model
         if descent.trains == "all":
@@ -154,13 +154,13 @@ class MethodContract:
                 if isinstance(inner, FinalLayer) and isinstance(inner.linear, nn.Linear):
                     inner.linear.weight.normal_(generator=torch.Generator().manual_seed(1))
         before = copy.deepcopy(model.state_dict())
-        may = {name for name, p in model.named_parameters() if p.requires_grad}
-        assert descent.trains != "some" or 0 < len(may) < len(list(model.parameters()))
+        trained_names = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert descent.trains != "some" or 0 < len(trained_names) < len(list(model.parameters()))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
         (model(*inputs(model.arch)) - 1).square().mean().backward()
         optimizer.step()
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-        assert changed and changed <= may, f"{sorted(changed - may)[:5]} moved without training"
+        assert changed and changed <= trained_names, f"frozen parameters changed: {sorted(changed - trained_names)[:5]}"
 
     def test_a_target_has_a_finite_loss_and_a_gradient_and_can_be_sampled_under_every_process(self) -> None:
         """DDPM and flow matching."""
@@ -185,7 +185,7 @@ class MethodContract:
         state = model.state_dict()
         empty = method.module(arch, state)
         empty.load_state_dict(state)
-        same_outputs(empty, model, "module")  # by another compute path, maybe
+        same_outputs(empty, model, "module")  # possibly by another compute path
         cost = method.cost(model, 2)
         assert cost.stored == sum(p.numel() for p in model.parameters())
         assert cost.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -213,7 +213,7 @@ class MethodContract:
     # --- stage 1 ----------------------------------------------------------------------------------------------------
 
     def test_stage_1_begins_the_same_for_the_same_seed_and_as_its_blueprint_says(self) -> None:
-        """The seed decides every number; `blueprint` has the shapes of what is trained."""
+        """Stage 1 is a function of the seed; `blueprint` has the parameters of the trained module."""
         method = self.method()
         if not method.traits.condenses:
             return
@@ -227,7 +227,7 @@ class MethodContract:
         assert method.cost(plan, 2).stored == sum(p.numel() for p in condensation.module.parameters())
 
     def test_latents_need_not_be_square(self) -> None:
-        """A learngene, or a target that needs no parent, of latents of another width than height."""
+        """A learngene, or a target without a parent, takes latents whose width and height differ."""
         method, arch = self.method(), tiny_arch(input_size=(4, 8))
         models = []
         if method.traits.condenses:
@@ -240,7 +240,7 @@ class MethodContract:
             assert out.shape == (3, 1, 4, 8) and out.isfinite().all()
 
     def test_every_number_of_stage_1_meets_its_loss(self) -> None:
-        """No parameter of stage 1 is without a gradient, over a few steps and under every process."""
+        """Every parameter of stage 1 gets a gradient within a few steps, under every process."""
         method = self.method()
         if not method.traits.condenses:
             return
@@ -256,12 +256,12 @@ class MethodContract:
                 FeatureDistillation(teacher, condensation.pairs, weights.features),
             ]
             objective = Objective(process, arch, seed=0, terms=terms)
-            for step in range(4):  # a path that is drawn for a step leaves others alone
+            for step in range(4):  # a random route of one step may not reach all parameters
                 if condensation.before_step:
                     condensation.before_step(step, torch.Generator().manual_seed(step))
                 objective(module, NoiseBatch(step, arch)).mean().backward()
-            silent = [key for key, p in module.named_parameters() if p.grad is None or not p.grad.any()]
-            assert not silent, f"no gradient reaches {silent[:5]}"
+            without = [key for key, p in module.named_parameters() if p.grad is None or not p.grad.any()]
+            assert not without, f"parameters without a gradient: {without[:5]}"
 
     def test_a_learngene_comes_back_from_disk_and_is_a_model_itself(self) -> None:
         """A learngene reads back bit by bit, and merges into a model of its own depth."""
@@ -277,7 +277,7 @@ class MethodContract:
         assert method.cost(module).stored == sum(p.numel() for p in module.parameters())
         assert all(table.shape[0] == artifact.arch.num_layers for table in method.tables(module).values())
 
-    # --- what is said and refused -----------------------------------------------------------------------------------
+    # --- settings and errors ----------------------------------------------------------------------------------------
 
     def test_settings_survive_the_manifest(self) -> None:
         """An artifact's manifest holds the settings; lists and reports have a label, a line and a source."""
@@ -287,7 +287,7 @@ class MethodContract:
         assert method.summary and method.paper and method.label
 
     def test_a_target_that_a_method_does_not_claim_is_refused_with_the_reason(self) -> None:
-        """A target that differs in what `traits.varies` does not name is an error that says so; so is no parent."""
+        """A target that differs in a property outside `traits.varies`, or a missing parent, is a named error."""
         method, artifact = self.method(), self.artifact()
         if artifact is None:
             return
@@ -308,20 +308,20 @@ class MethodContract:
 
 
 def same_outputs(one: nn.Module, other: nn.Module, what: str) -> None:
-    """Two models give the same outputs for the same inputs, up to rounding."""
+    """Assert that two models give the same outputs for the same inputs, up to rounding."""
     arch: Any = other.arch
     batch = inputs(arch)
     torch.testing.assert_close(one(*batch), other(*batch), atol=TOLERANCE, rtol=TOLERANCE, msg=lambda m: f"{what}: {m}")
 
 
 def refused(call: Callable[[], object], pattern: str) -> None:
-    """The call raises an `ArtifactError` whose message has the pattern."""
+    """Assert that the call raises an `ArtifactError` whose message matches the pattern."""
     try:
         call()
     except ArtifactError as error:
         assert re.search(pattern, str(error)), f"{pattern!r} is not in: {error}"
     else:
-        raise AssertionError(f"nothing was refused; an error with {pattern!r} is due")
+        raise AssertionError(f"no error was raised; expected an ArtifactError with {pattern!r}")
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The test tool for several processes: `run_distributed(fn, world_size)` runs a function on real ranks (gloo).
 
-Ranks are forked from a small server that has imported torch and the engine once, so that a world of four starts in a
-fraction of a second.
+Ranks are forked from a small server that has imported torch and the engine once, so that four ranks start in a fraction
+of a second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "erro
 
 
 class Ranks:
-    """Running ranks; `processes[r].pid` is there to be killed, `logs/rankN.log` gets what rank N prints."""
+    """Running ranks. A test may kill `processes[r].pid`; rank N prints to `logs/rankN.log`."""
 
     def __init__(
         self,
@@ -40,18 +40,19 @@ class Ranks:
         self.processes = []
         self._pipes: list[Connection] = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
+            receiver, sender = context.Pipe(duplex=False)
             torchrun_variables = rank_words(rank, world_size, rank, world_size, "127.0.0.1", port)
             variables = {**_QUIET, **torchrun_variables, **(env or {})}
             log = str(logs / f"rank{rank}.log") if logs else None
-            process = context.Process(target=_rank, args=(fn, args, variables, theirs, log), daemon=True)
+            process = context.Process(target=_rank, args=(fn, args, variables, sender, log), daemon=True)
             process.start()
-            theirs.close()
+            # The parent's copy of the sender is closed, so that the pipe reports EOF when the rank ends.
+            sender.close()
             self.processes.append(process)
-            self._pipes.append(ours)
+            self._pipes.append(receiver)
 
     def wait(self, timeout_s: float = 120) -> list[int]:
-        """Exit codes in rank order, negative for a signal. `TimeoutError` when a rank still runs."""
+        """Exit codes in rank order, negative for a signal. `TimeoutError` when a rank runs too long."""
         until = time.monotonic() + timeout_s
         for rank, process in enumerate(self.processes):
             process.join(max(0.0, until - time.monotonic()))
@@ -61,7 +62,7 @@ class Ranks:
         return [process.exitcode or 0 for process in self.processes]
 
     def results(self, timeout_s: float = 120) -> list[Any]:
-        """What each rank's function returned. `RuntimeError` with the first failing rank's traceback."""
+        """Return values of the ranks, in rank order. `RuntimeError` with the traceback of the first rank that fails."""
         values: dict[int, Any] = {}
         until = time.monotonic() + timeout_s
         while len(values) < len(self._pipes):
@@ -86,7 +87,7 @@ class Ranks:
         return [values[rank] for rank in range(len(self._pipes))]
 
     def kill(self) -> None:
-        """End what still runs."""
+        """Kill the ranks that still run."""
         for process in self.processes:
             if process.exitcode is None:
                 process.kill()
@@ -99,13 +100,18 @@ def run_distributed(
     timeout_s: float = 120,
     env: dict[str, str] | None = None,
 ) -> list[Any]:
-    """Call `fn(*args)` in `world_size` processes that find themselves through torchrun's words; their results.
-
-    Raises RuntimeError with a failing rank's traceback, TimeoutError when they take too long.
+    """Call `fn(*args)` in `world_size` processes with torchrun's environment variables; returns their results.
 
     Args:
-        fn: Importable at the top level of a module; it calls `engine.dist.world()` itself.
-        env: More environment variables.
+        fn: A function at the top level of a module; it calls `engine.dist.world()` itself.
+        world_size: Number of ranks.
+        args: Arguments of the function.
+        timeout_s: Seconds until all ranks are killed.
+        env: Further environment variables.
+
+    Raises:
+        RuntimeError: A rank failed; the message has its traceback.
+        TimeoutError: The ranks took too long.
     """
     ranks = Ranks(fn, world_size, *args, env=env)
     try:
@@ -117,8 +123,8 @@ def run_distributed(
 def preloaded() -> list[str]:
     """Modules that the server imports for all ranks.
 
-    DeepSpeed chooses its accelerator when it is imported. Where there is a GPU, each rank imports it by itself, for the
-    device that its test names.
+    DeepSpeed chooses its accelerator when it is imported. On a machine with a GPU each rank imports it, for the device
+    of its test.
     """
     modules = ["torch.utils.tensorboard", "fine_dist.engine.loop", "fine_dist.testing"]
     return modules if torch.cuda.is_available() else [*modules, "deepspeed", "fine_dist.engine.deepspeed_backend"]
@@ -127,7 +133,7 @@ def preloaded() -> list[str]:
 def _server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preloaded())
-    # The server reads these when it imports torch; its children inherit what it read.
+    # torch reads these variables when the server imports it; the forked ranks inherit the result.
     before = {key: os.environ.get(key) for key in _QUIET}
     os.environ.update(_QUIET)
     try:
@@ -162,5 +168,5 @@ def _rank(fn: Callable[..., Any], args: Sequence[Any], env: dict[str, str], pipe
 
 
 def _send(pipe: Connection, value: Any) -> None:
-    """By value: a connection's own `send` would share a tensor's memory with a process that is about to end."""
+    """Send by value: `Connection.send` would share a tensor's memory with a process that is about to end."""
     pipe.send_bytes(pickle.dumps(value))

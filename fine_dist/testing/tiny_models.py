@@ -25,7 +25,7 @@ def tiny_arch(**fields: Any) -> Arch:
 
 
 def lively(model: nn.Module, seed: int = 0, std: float = 0.2) -> nn.Module:
-    """Every parameter drawn anew, so that nothing is zero and every path matters to the output."""
+    """The model with random normal parameters, so that no parameter is zero and every path affects the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,12 +43,12 @@ def inputs(arch: Arch, batch: int = 3, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 def trained(arch: Arch, seed: int = 0) -> DiT:
-    """An ordinary model that has moved from its beginning."""
+    """An ordinary model with random parameters, in place of a trained one."""
     return lively(DiT(arch), seed, std=0.15)  # type: ignore[return-value]
 
 
 def moved(descent: Descent) -> nn.Module:
-    """A target as after some steps: what trains beside frozen parts has moved a little, anything else is drawn anew."""
+    """A target as after some steps: trained parameters are perturbed; without frozen parts all are random."""
     if descent.trains != "some":
         return lively(descent.model)
     generator = torch.Generator().manual_seed(0)
@@ -60,7 +60,7 @@ def moved(descent: Descent) -> nn.Module:
 
 
 def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> tuple[Condensation, nn.Module]:
-    """(condensation, what is kept of it) of a method, at its beginning."""
+    """(condensation, its learngene module) of a method before training."""
     traits, arch = method.traits, method.auxiliary(arch or tiny_arch())
     ancestor = trained(arch if traits.same_shape else arch.with_depth(5)) if traits.ancestor != "no" else None
     condensation = method.condense(arch, ancestor, torch.Generator().manual_seed(seed))
@@ -72,7 +72,7 @@ def condensed(method: Method[Any], arch: Arch | None = None, seed: int = 0) -> t
 
 
 def saved(folder: Path, kind: str, method: Method[Any], module: nn.Module) -> Artifact:
-    """A learngene or model written to disk and read again."""
+    """A learngene or model that was written to disk and read again."""
     arch: Any = module.arch
     settings = method.config.model_dump(mode="json")
     save_artifact(folder, kind=kind, method=settings, arch=arch, tensors=module.state_dict())
