@@ -1,8 +1,8 @@
-"""How figures are drawn: matplotlib without a display, one style, and SVG that a page can make interactive.
+"""Drawing of figures: matplotlib without a display, one style, and SVG that a page can make interactive.
 
-A figure on the page has no key of its own: the page's key of series stands above all figures, and hides and shows what
-belongs to a series in all of them. For that, `tag` marks an artist with the number of its series, and `svg_of` turns
-the mark into an attribute. Points that answer to the mouse are circles laid over the drawing.
+Figures on the page have no legend: the page has one legend of all series above the figures, which hides and shows a
+series in all of them. For that, `tag` marks a matplotlib artist with the number of its series, and `svg_of` turns the
+mark into an attribute. Points with a tooltip are circles on top of the drawing.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "legend.frameon": False,
 }
-# colors of Okabe and Ito, which people with any color vision can tell apart; yellow, too pale on white, is left out
+# the colors of Okabe and Ito, distinguishable with any color vision; yellow is left out, because it is pale on white
 _MAIN, _BASELINE = "#0072b2", "#d55e00"
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d", "#8c6d31")
 _MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 
 
 class Mark(NamedTuple):
-    """A point that shows `text` under the mouse, in the data coordinates of its axis."""
+    """A point with the tooltip `text`, in the data coordinates of its axis."""
 
     axis: Any
     x: float
@@ -81,7 +81,7 @@ def color_of(series: str, results: Results) -> str:
 
 
 def marker_of(series: str, results: Results) -> str:
-    """The marker of a series, the same in every figure; it tells series apart where their colors are much alike."""
+    """The marker of a series, the same in every figure; it distinguishes series with similar colors."""
     if series in (results.main, results.baseline):
         return "o"
     others = [s for s in results.series if s not in (results.main, results.baseline)]
@@ -121,14 +121,14 @@ def style() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure made without pyplot, which keeps every figure alive and looks for a display."""
+    """A figure without pyplot, which would keep every figure in memory and look for a display."""
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.03))
     FigureCanvasAgg(figure)
     return figure
 
 
 def key_below(figure: Any, axes: list[Any]) -> None:
-    """A key below a figure that stands alone (PNG); the figure grows by the room it takes, so no curve is covered."""
+    """Add a legend below a separate figure (PNG); the figure grows by its height, so that no curve is covered."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels()):
@@ -154,9 +154,9 @@ def svg_of(figure: Any, name: str, title: str, marks: list[Mark] | None = None) 
 
     Args:
         figure: The figure.
-        name: Makes ids of this figure differ from those of other figures on the page.
-        title: What a screen reader says.
-        marks: Points with a text under the mouse.
+        name: Salt of the figure's ids, which must differ from those of other figures on the page.
+        title: Text for screen readers.
+        marks: Points with a tooltip.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
@@ -184,7 +184,7 @@ def svg_of(figure: Any, name: str, title: str, marks: list[Mark] | None = None) 
 
 
 def _circle(mark: Mark, height: float, scale: float) -> str:
-    """The layout is done by now, so data coordinates can be turned into points of the SVG (72 to the inch)."""
+    """The SVG circle of a mark. The layout must be final, because data coordinates become points (72 to the inch)."""
     x, y = mark.axis.transData.transform((mark.x, mark.y)) * scale
     return (
         f'<circle class="series mark" data-series="{mark.series}" cx="{x:.1f}" cy="{height - y:.1f}" r="6">'
@@ -193,12 +193,12 @@ def _circle(mark: Mark, height: float, scale: float) -> str:
 
 
 def pixels_of(picture: Picture) -> np.ndarray:
-    """A picture as [H, W] or [H, W, 3]."""
+    """The pixels of a sample grid as [H, W] or [H, W, 3]."""
     return picture.image[0] if picture.image.shape[0] == 1 else picture.image.transpose(1, 2, 0)
 
 
 def picture_png(picture: Picture, width: int = 480) -> bytes:
-    """The PNG of a picture, zoomed by a whole number to about `width` pixels, because browsers blur small images."""
+    """The PNG of a sample grid, enlarged by an integer to about `width` pixels, because browsers blur small images."""
     pixels = (np.clip(pixels_of(picture), 0, 1) * 255).round().astype(np.uint8)
     zoom = max(1, math.ceil(width / pixels.shape[1]))
     buffer = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Which claims hold on the measurements, each decided by a comparison of means.
+"""Verdicts of claims on the measurements, by comparisons of means.
 
-A claim is a chain of comparisons "left is lower than right", one for every target and measure, or it says that a table
-follows a straight line over depth. A comparison without a measurement on both sides is *not measured*: nothing is
+A claim is a chain of comparisons "left is lower than right", one for every target and measure, or states that a table
+follows a straight line over depth. A comparison without measurements on both sides is *not measured*: nothing is
 interpolated or taken from another step.
 """
 
@@ -23,7 +23,7 @@ HELD, NOISE, FAILED, MISSING = "held", "within noise", "did not hold", "not meas
 
 @dataclass(frozen=True)
 class Comparison:
-    """Whether `left` is lower than `right` (`or_equal`: no higher) at one target by one measure."""
+    """Whether `left` is lower than `right` (with `or_equal`, not higher) at one target by one measure."""
 
     target: int
     measure: str
@@ -35,7 +35,7 @@ class Comparison:
 
     @property
     def held(self) -> bool | None:
-        """The comparison of the means alone; None: not measured."""
+        """The result of comparing the means; None: not measured."""
         if self.left_value is None or self.right_value is None:
             return None
         a, b = self.left_value.mean, self.right_value.mean
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """A difference within the seeds' spread decides nothing, unless the claim is "no higher" and it holds."""
+        """The verdict. A difference within the spread is noise, unless the claim is "not higher" and it holds."""
         if self.held is None:
             return MISSING
         if self.within_spread and not (self.or_equal and self.held):
@@ -82,16 +82,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One claim and what the measurements say about it."""
+    """One claim and its verdict on the measurements."""
 
     claim: str
     source: str
     comparisons: list[Comparison] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
-    """Pairs (what, value) for a claim that does not compare two means."""
+    """Pairs (name, value) for a claim that does not compare means."""
     note: str = ""
     decided: bool | None = None
-    """The decision where `facts` decide; None where comparisons do."""
+    """Whether the claim holds, for a claim with `facts`; None for a claim with comparisons."""
 
     def of(self, measure: str) -> list[Comparison]:
         return [c for c in self.comparisons if c.measure == measure]

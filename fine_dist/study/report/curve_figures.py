@@ -14,20 +14,20 @@ from fine_dist.study.report.results import Results
 from fine_dist.study.report.worth import end_curve
 
 WIDEST = 8.2
-"""Training curves are drawn up to so many times N; a longer run is in the figure of lengths."""
-_LONG = 3
-"""Points from which a series is drawn as a line; fewer are drawn as points."""
+"""Training curves are drawn up to this multiple of N; longer runs are in the figure of training lengths."""
+_MIN_POINTS = 3
+"""Number of points from which a series is drawn as a line; fewer are drawn as separate points."""
 
 
 def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float, Mean]], where: str) -> list[Mark]:
-    """A series on an axis: a line with a band of one standard deviation, or points where there are few of them.
+    """Draw a series: a line with a band of one standard deviation, or points if there are few of them.
 
     Args:
         results: The results, for color, name and number of the series.
         axis: The axis.
         series: The series.
         points: x and the mean there, ascending.
-        where: Format of the text under the mouse, with `x` and `mean`.
+        where: Format of the tooltip, with `x` and `mean`.
     """
     points = list(points)
     if not points:
@@ -36,12 +36,12 @@ def draw(results: Results, axis: Any, series: str, points: Iterable[tuple[float,
     xs = [x for x, _ in points]
     means, spreads = (np.array([getattr(mean, key) for _, mean in points]) for key in ("mean", "spread"))
     strong = series in (results.main, results.baseline)
-    look: dict[str, Any] = {"lw": 2.2 if strong else 1.4, "ms": 4.2, "marker": marker_of(series, results)}
-    if len(points) < _LONG:
-        look |= {"lw": 0, "ms": 6}
-    tag(axis.plot(xs, means, color=color, label=results.name_of(series), **look)[0], index)
+    line_style: dict[str, Any] = {"lw": 2.2 if strong else 1.4, "ms": 4.2, "marker": marker_of(series, results)}
+    if len(points) < _MIN_POINTS:
+        line_style |= {"lw": 0, "ms": 6}
+    tag(axis.plot(xs, means, color=color, label=results.name_of(series), **line_style)[0], index)
     if spreads.any():
-        if len(points) < _LONG:
+        if len(points) < _MIN_POINTS:
             _, _, bars = axis.errorbar(xs, means, yerr=spreads, color=color, lw=0, elinewidth=1.2)
             tag(bars[0], index)
         else:
@@ -90,7 +90,7 @@ def curve_panels(axes: list[Any], results: Results, targets: list[int]) -> list[
 
 
 def _mark_budget(axis: Any, results: Results, target: int) -> None:
-    """A dashed level at the main series' loss after N steps: where another curve crosses it is what is saved."""
+    """Draw a dashed line at the main series' loss after N steps; its crossing with a curve shows the saved steps."""
     budget = results.budget
     ours = results.mean(results.main, target, budget) if budget else None
     if budget is None or ours is None:
@@ -105,9 +105,9 @@ def _mark_budget(axis: Any, results: Results, target: int) -> None:
 
 
 def _loss_range(results: Results, targets: list[int]) -> tuple[float, float]:
-    """(top, bottom) of the loss axis: down to the least value, up to all of the main series and of others from N/3 on.
+    """(top, bottom) of the loss axis: it shows the main series completely and the other series from N/3 on.
 
-    An untrained model predicts no noise at all (a loss of 1); a scale that shows that hides all differences.
+    An untrained model has a loss of about 1; an axis that includes it would hide all differences.
     """
     values, tops = [], []
     for target in targets:
@@ -136,7 +136,9 @@ def map_svg(results: Results) -> str | None:
 
 def map_targets(results: Results) -> list[int]:
     """Depths at which some series was trained for three lengths or more."""
-    return [t for t in results.targets if any(len(end_curve(results, s, t).steps) >= _LONG for s in results.series)]
+    return [
+        t for t in results.targets if any(len(end_curve(results, s, t).steps) >= _MIN_POINTS for s in results.series)
+    ]
 
 
 def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:

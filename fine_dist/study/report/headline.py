@@ -1,4 +1,4 @@
-"""What the demo prints of its results: four sentences, a table, and where its page and its picture are."""
+"""The output of the demo: four sentences, a table, and the paths of its page and its image."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from fine_dist.study.report.worth import end_curve, steps_to_reach
 
 
 def show(results: Results, folder: Path, seconds: float) -> Path:
-    """Write the report and the picture of samples into a folder, and print what came out; returns the page.
+    """Write the report and the image of samples into a folder and print the results; returns the path of the page.
 
     Args:
-        seconds: What everything took.
+        results: The results.
+        folder: Folder of the report.
+        seconds: Duration of the demo.
     """
     page = write_report(folder, results, echo=False)
     picture = save_poster("samples", results, folder / "samples.png")
@@ -38,7 +40,7 @@ def show(results: Results, folder: Path, seconds: float) -> Path:
 
 
 def headline(results: Results) -> list[str]:
-    """What a reader should take away, in four sentences computed from the measurements of one depth."""
+    """The main results in four sentences, computed from the measurements of one depth."""
     main, baseline = results.main, results.baseline
     targets = [t for t in results.targets if results.ends(baseline, t)]
     target = targets[len(targets) // 2]

@@ -46,22 +46,22 @@ def steps_of(formula: int | str, symbols: Mapping[str, int]) -> int:
 
 
 class PublishedClaim(Config):
-    """One ordering that a paper claims or a control demands. Exactly one of `chain` and `on_a_line` is given."""
+    """An ordering that a paper claims or that a control requires. Exactly one of `chain` and `on_a_line` is set."""
 
     text: str
     """The claim as a sentence without its full stop."""
     source: str
     """Paper and table, or the kind of control."""
     chain: tuple[tuple[str, int | str], ...] = ()
-    """Pairs (series, training steps), each with a lower value than the next. Steps are a number or a formula: N, 3N."""
+    """Pairs (series, training steps) in ascending order of their values. Steps are a number or a formula: N, 3N."""
     or_equal: bool = False
-    """Whether each pair may also be equal to the next ("no worse") instead of lower ("better")."""
+    """Whether values may also be equal ("no worse" instead of "better")."""
     on_a_line: str | None = None
     """Key of `Results.tables` whose tables should follow a straight line over depth."""
     bound: float = Field(0.9, gt=0, le=1)
-    """Least correlation with depth that the first principal component of every matrix needs (`on_a_line`)."""
+    """Minimum correlation with depth of the first principal component of every matrix (`on_a_line`)."""
     note: str = ""
-    """What a reader should know to judge the verdict."""
+    """A note for the reader about the verdict."""
 
 
 class ReportRecord(BaseModel):
@@ -71,12 +71,12 @@ class ReportRecord(BaseModel):
 
 
 class TargetMeasurement(ReportRecord):
-    """The quality of one target at one point of its training, and what it had cost by then."""
+    """The quality of one target at one step of its training, and its cost up to that step."""
 
     method: str
     """Name of the series: how the target was initialized."""
     variant: str = ""
-    """A second setting of the same series, such as where an untrained target starts; empty for the series itself."""
+    """A variant of the series, such as another start of an untrained target; empty for the series itself."""
     target: int = Field(ge=1)
     """Depth of the target in layers."""
     seed: int
@@ -89,17 +89,17 @@ class TargetMeasurement(ReportRecord):
     fd_classifier: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Squared Fréchet distance between samples and training data on the classifier's features; None: not measured."""
     accuracy: float | None = Field(None, ge=0, le=1)
-    """Share of samples that the classifier assigns to the class they were drawn for; None: not measured."""
+    """Fraction of samples that the classifier assigns to the class of their label; None: not measured."""
     steps_condense: int = Field(0, ge=0)
-    """Steps of stage 1 and of every ancestor's training behind this target; paid once for all targets."""
+    """Steps of stage 1 and of the training of all ancestors, which all targets share."""
     steps_init: int = Field(0, ge=0)
     """Initialization steps (stage 2) of this target so far."""
     end: bool = False
-    """Whether a run ended here: these are the weights it saved, at the end of its learning-rate schedule."""
+    """Whether a run ended at this step, so that these are its saved weights, at the end of its schedule."""
     steps_train: int = Field(0, ge=0)
     """Ordinary training steps (stage 3) of this target so far."""
     samples: int = Field(0, ge=0)
-    """Training samples that this target's own stages have seen so far."""
+    """Training samples of this target's own stages so far."""
     samples_condense: int = Field(0, ge=0)
     """Training samples of stage 1 and of the ancestors' training."""
     flops: float = Field(0.0, ge=0)
@@ -107,11 +107,11 @@ class TargetMeasurement(ReportRecord):
     flops_condense: float = Field(0.0, ge=0)
     """FLOPs of stage 1 (its teacher's forward passes included) and of the ancestors' training."""
     flops_ancestor: float = Field(0.0, ge=0)
-    """The part of `flops_condense` spent on training ancestors; a free public checkpoint would save it."""
+    """The part of `flops_condense` for training ancestors, which a free public checkpoint would save."""
     stored: int = Field(0, ge=0)
-    """Numbers in this target's own file, without what it shares with other targets."""
+    """Numbers in this target's own file, without those that it shares with other targets."""
     trained: int = Field(0, ge=0)
-    """Numbers that the last stage trained."""
+    """Number of parameters that the last stage trained."""
     seconds: float = Field(0.0, ge=0)
     """Wall-clock seconds of this target's own stages so far."""
     seconds_condense: float = Field(0.0, ge=0)
@@ -123,7 +123,7 @@ class TargetMeasurement(ReportRecord):
 
 
 class Ancestor(ReportRecord):
-    """The model that a series' targets start from, and what it cost. Means over seeds."""
+    """The model that a series' targets start from, and its cost. Means over seeds."""
 
     name: str
     """Name of the architecture, such as `DiT-D64/2-L8`."""
@@ -163,7 +163,7 @@ class Picture(ReportRecord):
     def _asas_array(cls, value: Any) -> np.ndarray:
         image = as_array(value)
         if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise ValueError(f"a picture is [1 or 3, H, W], not {list(image.shape)}")
+            raise ValueError(f"a grid of samples is [1 or 3, H, W], not {list(image.shape)}")
         return image
 
 

@@ -1,4 +1,4 @@
-"""Figures that stand alone, as PNG: for a README, a document, or the end of a demo."""
+"""Separate figures as PNG, for a README, a document, or the end of a demo."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def save_poster(name: str, results: Results, path: str | Path, series: Sequence[
     Args:
         name: Name of the poster.
         results: The results.
-        path: Where the PNG goes.
-        series: Series to draw; None: all.
+        path: Path of the PNG.
+        series: Series to draw. None: all series.
 
     Raises:
-        ConfigError: There is no such poster or series, or the results lack what it shows.
+        ConfigError: There is no such poster or series, or the results have no data for it.
     """
     if name not in POSTERS:
         raise ConfigError(f"figure {name!r} is unknown; legal are {', '.join(POSTERS)}")
@@ -78,7 +78,7 @@ def _break_even(results: Results) -> Any:
 
 
 def _samples(results: Results) -> Any:
-    """Samples side by side: a strip for each state of each series, all from the same noise, and its loss beside it."""
+    """Strips of samples, one for each state of each series, all from the same noise, labeled with the loss."""
     strips = sample_strips(results)
     if not any(strip.picture.method for strip in strips):
         raise ConfigError("samples: these results have no sample grids of targets")
@@ -104,11 +104,11 @@ def _samples(results: Results) -> Any:
 
 
 STRIP, NAMES = 9.0, 4.2
-"""Width in inches of a strip of samples, and of the names beside it."""
+"""Width in inches of a strip of samples, and of the labels to its left."""
 
 
 class Strip(NamedTuple):
-    """A sample grid with the text beside it. `heading` is set where a group begins."""
+    """A sample grid with its labels. `heading` is set for the first strip of a group."""
 
     picture: Picture
     name: str

@@ -41,10 +41,10 @@ def write_report(
     """Write `results.json`, `report.html` and `pictures/*.png` into a folder.
 
     Args:
-        folder: Where they go.
+        folder: Folder of the report.
         results: The results.
         echo: Whether to print the table as well.
-        console: Where to print; None: stdout.
+        console: Console to print to. None: stdout.
         claims: Whether the verdicts are printed.
 
     Returns:
@@ -93,7 +93,7 @@ class PageSection(NamedTuple):
 
 
 def page(*parts: Results) -> str:
-    """One self-contained HTML file of one report, or of several below each other."""
+    """One self-contained HTML file of one report or of several."""
     environment = Environment(
         loader=PackageLoader("fine_dist.study.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -131,7 +131,7 @@ def _section(results: Results, key: str, title: str) -> PageSection | None:
 
 
 def _gallery(results: Results) -> list[tuple[str, list[Card]]]:
-    """Real data and ancestors first, then the targets by depth; of each series the training lengths in order."""
+    """Sample grids by title: real data and ancestors first, then targets by depth, series and training length."""
     groups: dict[str, list[Card]] = {}
     order = {series: i for i, series in enumerate(results.series)}
     shown = [p for p in results.pictures if p.method is None or p.series in order]
@@ -166,12 +166,12 @@ def print_report(results: Results, console: Console | None = None, claims: bool 
 
     Args:
         results: The results.
-        console: Where to print; None: stdout.
+        console: Console to print to. None: stdout.
         claims: Whether the verdicts are printed as well.
     """
     console = console or Console()
     table = rows(results)
-    if console.width < 110:  # costs are on the page; in a narrow terminal every number is shown whole or not at all
+    if console.width < 110:  # a narrow terminal shows fewer columns instead of truncated numbers
         table = table.without("FLOPs", "stored", "accuracy")
     print_table(table, console, results.title)
     for line in recommendation(results):
@@ -190,7 +190,7 @@ def print_table(table: ReportTable, console: Console, title: str = "") -> None:
                   box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     for i, head in enumerate(table.heads):
         justify: Literal["left", "right"] = "left" if i == table.text_columns - 1 else "right"
-        # heads break at their spaces, cells never: a number is shown whole
+        # heads may break at spaces; cells never break
         shown.add_column(head.replace(" ", "\n"), justify=justify, no_wrap=True)
     before: list[str] = []
     for row, after in zip(table.rows, [*table.rows[1:], None]):

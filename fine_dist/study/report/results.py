@@ -59,34 +59,34 @@ class Results(BaseModel):
     created: str = ""
     """Time of creation as ISO 8601 text."""
     dataset: str = ""
-    """The training data, in words."""
+    """Description of the training data."""
     command: str = ""
     """The command that reproduces these results."""
     main: str = ""
     """The series that the report is about."""
     baseline: str = ""
-    """The series it is compared with first."""
+    """The series that the main series is compared with first."""
     steps: dict[str, int] = {}
     """Values of the symbols in formulas of steps: N (training), I (initialization), C (stage 1)."""
     display_names: dict[str, str] = {}
-    """How series are called in text and figures; others are called by their own name."""
+    """Names of series in text and figures. Default: the series itself."""
     colors: dict[str, str] = {}
-    """Colors of series as #rrggbb; the others get one of their own."""
+    """Colors of series as #rrggbb. Default: the next free color."""
     claims: list[PublishedClaim] = []
     sections: dict[str, str] = SECTIONS
     """Sections of the page in order, by key, with their titles."""
     measurements: list[TargetMeasurement] = []
     ancestors: dict[str, Ancestor] = {}
-    """By series."""
+    """Ancestors by series."""
     tuning: dict[str, list[dict[str, Any]]] = {}
-    """By series, every value tried on the tuning seed: {values, held_out_loss, chosen}."""
+    """All points that were tried on the tuning seed, by series: {values, held_out_loss, chosen}."""
     target_params: dict[int, int] = {}
     """Numbers in a dense model of each depth."""
     tables: dict[str, dict[str, Any]] = {}
-    """Owner ("learngene", "target 4") -> matrix -> [L, R] (tensors and arrays become nested lists). The others are
-    projected onto the first one's principal component."""
+    """Owner ("learngene", "target 4") -> matrix -> [L, R] (tensors and arrays become nested lists). Tables of later
+    owners are projected onto the principal component of the first owner."""
     tables_note: str = ""
-    """What the numbers in `tables` are."""
+    """Explanation of the numbers in `tables`."""
     pictures: list[Picture] = []
     classifier_accuracy: float | None = None
     """Held-out accuracy (0..1) of the classifier whose features the Fréchet distance uses."""
@@ -137,22 +137,22 @@ class Results(BaseModel):
 
     @property
     def series(self) -> list[str]:
-        """The published series: main one, baseline, the others in the order of `display_names`, then by name."""
+        """The published series: main, baseline, the others in the order of `display_names`, then by name."""
         order = [self.main, self.baseline, *self.display_names]
         present = {m.series for m in self.measurements} - self.unpublished
         return [s for s in dict.fromkeys(order) if s in present] + sorted(present - set(order))
 
     @property
     def unpublished(self) -> set[str]:
-        """Series whose best tuned value is the least or greatest one tried: a better one may lie beyond the grid."""
+        """Series whose best tuned value lies at an end of the grid: a better value may lie beyond it."""
         return {series for series in self.tuning if self.at_grid_end(series)}
 
     def tuned_values(self, series: str) -> dict[str, Any]:
-        """The tuned values of a series by key; empty where nothing was tuned."""
+        """The tuned values of a series by key; empty if nothing was tuned."""
         return next((row["values"] for row in self.tuning.get(series, []) if row["chosen"]), {})
 
     def at_grid_end(self, series: str) -> bool:
-        """Whether a tuned value of a series is the least or the greatest of the numbers that were tried."""
+        """Whether a tuned value of a series is the smallest or the largest number that was tried."""
         for key, value in self.tuned_values(series).items():
             tried = {row["values"][key] for row in self.tuning[series]}
             numeric = all(isinstance(x, (int, float)) for x in tried)
@@ -163,8 +163,8 @@ class Results(BaseModel):
     def name_of(self, series: str) -> str:
         """The display name of a series."""
         name, _, variant = series.partition(":")
-        known = self.display_names.get(name, name)
-        return self.display_names.get(series, f"{known} {variant}" if variant else known)
+        display_name = self.display_names.get(name, name)
+        return self.display_names.get(series, f"{display_name} {variant}" if variant else display_name)
 
     @property
     def seeds(self) -> list[int]:
@@ -181,7 +181,7 @@ class Results(BaseModel):
         return {step: list(by_seed.values()) for step, by_seed in sorted(values.items())}
 
     def mean(self, series: str, target: int, step: int, measure: str = "held_out_loss") -> Mean | None:
-        """Mean and spread over seeds at exactly this step; None where it was not measured or is not published."""
+        """Mean and spread over seeds at exactly this step; None if it was not measured or is not published."""
         values = self.points(series, target, measure).get(step)
         if not values or series in self.unpublished:
             return None
@@ -190,23 +190,23 @@ class Results(BaseModel):
 
     @property
     def budget(self) -> int | None:
-        """N: the training steps after which series are compared; None where it has no value."""
+        """N: the training steps after which series are compared; None if it has no value."""
         return self.steps.get("N")
 
     def trained_steps(self, series: str, target: int) -> int:
-        """The most training steps that a target of this series had."""
+        """The maximum number of training steps of a target of this series."""
         steps = (m.step for m in self.measurements if (m.series, m.target, m.stage) == (series, target, "train"))
         return max(steps, default=0)
 
     def reported_steps(self, series: str, target: int) -> list[int]:
         """Training steps at which tables show a series: N, its last step, and every step that a claim names."""
-        named = {steps_of(at, self.steps) for claim in self.claims for name, at in claim.chain if name == series}
-        wanted = {self.budget, self.trained_steps(series, target), *named}
+        claimed = {steps_of(at, self.steps) for claim in self.claims for name, at in claim.chain if name == series}
+        shown = {self.budget, self.trained_steps(series, target), *claimed}
         measured = {m.step for m in self.measurements if (m.series, m.target, m.stage) == (series, target, "train")}
-        return sorted(measured & wanted)
+        return sorted(measured & shown)
 
     def ends(self, series: str, target: int) -> list[int]:
-        """Training steps at which a run of this series ended: those with costs of the last training step."""
+        """Training steps at which runs of this series ended, ascending."""
         full = [m for m in self.measurements if (m.series, m.target, m.stage) == (series, target, "train")]
         return sorted({m.step for m in full if m.end})
 
@@ -215,7 +215,7 @@ class Results(BaseModel):
         return max((m.steps_init for m in self.measurements if (m.series, m.target) == (series, target)), default=0)
 
     def at(self, series: str, target: int, step: int) -> list[TargetMeasurement]:
-        """The measurements of one state, one or more per seed."""
+        """The measurements at one step, one or more per seed."""
         return [m for m in self.measurements if (m.series, m.target, m.step) == (series, target, step)]
 
     def seconds(self, series: str, target: int, step: int) -> float | None:
@@ -225,10 +225,10 @@ class Results(BaseModel):
 
 
 def read_results(folder: str | Path) -> Results:
-    """Read what `write_report` wrote to `folder`, pictures included.
+    """Read the report that `write_report` wrote to a folder, including its sample grids.
 
     Raises:
-        ArtifactError: The folder holds no report, or one that cannot be read.
+        ArtifactError: The folder has no report, or the report cannot be read.
     """
     folder = Path(folder)
     try:

@@ -1,4 +1,4 @@
-"""The tables of a report, each made once from the measurements; `render` shows them on every medium."""
+"""The tables of a report, computed from the measurements; `render` shows them on the page, in terminals and Markdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TableCell(NamedTuple):
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row. `series` is what the page hides and shows it by; `strong` rows are set in bold."""
+    """One row. The page hides and shows rows by `series`; `strong` rows are bold."""
 
     cells: list[TableCell]
     series: str = ""
@@ -34,7 +34,7 @@ class TableRow:
 
 @dataclass(frozen=True)
 class ReportTable:
-    """A table: the heads of its columns, its rows, and a sentence about it. `text_columns` are aligned to the left."""
+    """A table with column heads, rows and a caption. The first `text_columns` columns are left-aligned."""
 
     heads: list[str]
     rows: list[TableRow] = field(default_factory=list)
@@ -121,7 +121,7 @@ def milestones(results: Results, target: int) -> list[int]:
         last = {results.trained_steps(series, target) for series in results.series}
         total = results.budget + results.init_steps(results.main, target)
         ended = {step for series in results.series for step in results.ends(series, target)}
-        # the middle of a run whose rate decays over its whole length says nothing about a run that ends there
+        # with a decaying schedule, the middle of a run does not predict the loss of a run that ends there
         middle = set() if ended else {total}
         return sorted({0, results.budget, *middle, *ended, *(step for step in last if step >= results.budget)})
     ends = [list(results.points(series, target)) for series in results.series]
@@ -170,7 +170,7 @@ def ranking(results: Results) -> ReportTable:
 
 
 def costs(results: Results) -> ReportTable:
-    """What each series has spent at its last step, in stages of its own and in those that its targets share."""
+    """The cost of each series at its last step, of its own stages and of the stages that its targets share."""
     heads = "method|layers|shared steps|init steps|train steps|own samples|shared FLOPs|own FLOPs|shared seconds"
     heads += "|own seconds|stored|trained"
     body = []
@@ -190,7 +190,7 @@ def costs(results: Results) -> ReportTable:
 
 
 class StoredNumbers(NamedTuple):
-    """Numbers to keep for the initialized targets of a series: those that all share, and those of each target."""
+    """Numbers to store for the initialized targets of a series: those that all share, and those of each target."""
 
     series: str
     label: str
@@ -203,11 +203,11 @@ class StoredNumbers(NamedTuple):
 
 
 def storage_of(results: Results) -> list[StoredNumbers]:
-    """Storage of every series with a parent at its largest depth, before stage 3; first that of dense models.
+    """Storage of every series with a parent at its largest depth, before stage 3; the first row is that of dense models.
 
-    A series without a stage 2 makes its targets from the parent alone, so a target has no numbers of its own until
-    it is trained. A series whose stage 2 is all its training keeps what that stage trained. Rows that differ only in
-    the shell of stage 3 store the same and appear once.
+    Without a stage 2 targets follow from the parent alone, so that a target has no numbers of its own before training.
+    A series whose stage 2 is its only training stores the parameters that it trained. Rows that differ only in the
+    shell of stage 3 store the same numbers and appear once.
     """
     if not results.target_params:
         return []
@@ -260,7 +260,7 @@ def _models(count: int) -> str:
 
 
 def saved(results: Results) -> ReportTable:
-    """How many steps of training from scratch each start is worth, by depth and training length."""
+    """Steps of training from scratch that each initialization saves, by depth and training length."""
     lines = saved_steps(results)
     lengths = sorted({length for line in lines for length in line.saved})
     body = []
@@ -278,7 +278,7 @@ def saved(results: Results) -> ReportTable:
 
 
 def tuning(results: Results) -> ReportTable:
-    """Every value that was tried for each series, with its loss; the chosen one is marked."""
+    """All tuning values of each series with their losses; the chosen value is marked."""
     points = list(dict.fromkeys(plain(row["values"]) for tried in results.tuning.values() for row in tried))
     points.sort(key=lambda text: [float(word) if _is_number(word) else 0.0 for word in text.split()])
     body = []

@@ -1,4 +1,4 @@
-"""The sentences of a report: its lead, its first figures, and the captions, as plain text."""
+"""The sentences of a report as plain text: its lead, its key figures, and the captions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seeds(results: Results) -> str:
 
 
 def lead(results: Results) -> str:
-    """The comparison that matters most: main series against baseline at equal steps, then at its longest run."""
+    """The main comparison: main series against baseline at equal steps, then at the baseline's longest run."""
     ours, theirs = results.name_of(results.main), results.name_of(results.baseline)
     known = _against(results, "N") if results.main and results.baseline and results.budget else []
     if not known or results.budget is None:
@@ -48,7 +48,7 @@ def _layers(depths: list[int]) -> str:
 
 
 def tiles(results: Results) -> list[tuple[str, str, str]]:
-    """The first figures a reader sees: (figure, what it is, details)."""
+    """The key figures at the top of the page: (figure, description, details)."""
     figures = []
     ancestor = results.ancestors.get(results.main)
     for c in _against(results, "N") if results.budget and results.main and results.baseline else []:
@@ -69,7 +69,7 @@ def tiles(results: Results) -> list[tuple[str, str, str]]:
 
 
 def about(results: Results) -> str:
-    """What was run, in a few sentences."""
+    """A description of the study in a few sentences."""
     seeds = ", ".join(map(str, results.seeds))
     steps = ", ".join(f"{name} = {value:,}" for name, value in results.steps.items())
     parts = [f"{f'Data: {results.dataset}. ' if results.dataset else ''}Seeds {seeds}; {steps}. Lower is better."]
@@ -92,7 +92,7 @@ def left_out(results: Results) -> str:
 
 
 def made(results: Results) -> str:
-    """How many measurements there are, over how many seeds, and when they were made."""
+    """The number of measurements and seeds, and the time of the report."""
     created = f", {results.created}" if results.created else ""
     return f"{len(results.measurements):,} measurements, {seeds(results)}{created}"
 
@@ -115,7 +115,7 @@ def curves(results: Results) -> str:
 
 
 def bars(results: Results) -> str:
-    """Caption of the Fréchet distances, with what the distance of real images means."""
+    """Caption of the Fréchet distances, including the distance of real images."""
     caption = "Lower is better. Pale bars had more or fewer than N training steps."
     caption += " Whiskers are one standard deviation over seeds." if len(results.seeds) > 1 else ""
     caption += f" {results.fd_samples:,} samples each." if results.fd_samples else ""
@@ -125,7 +125,7 @@ def bars(results: Results) -> str:
 
 
 def floor(results: Results) -> str:
-    """What the distance between held-out real images and the training data says, and why a model can be below it."""
+    """Explanation of the distance between held-out real images and the training data; empty if not measured."""
     if results.fd_floor is None:
         return ""
     count = f"{results.fd_floor_samples:,} " if results.fd_floor_samples else ""

@@ -1,7 +1,7 @@
-"""What a start is worth: steps of scratch that it saves, and the number of models from which its shared cost pays.
+"""The value of an initialization: training steps that it saves, and the number of models that amortize its cost.
 
-Both use the loss at the *ends* of runs only. A learning-rate schedule that decays makes every length a run of its
-own, and the loss in the middle of a longer run says nothing about a run that ends there.
+Both use only the loss at the *ends* of runs. With a decaying learning-rate schedule every length is a separate run, and
+the loss in the middle of a longer run does not predict the loss of a run that ends there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fine_dist.study.report.results import Results
 COUNTS = (1, 3, 10, 30, 100)
 """Numbers of models for which tables give totals."""
 MODELS = 100
-"""Break-even is looked for up to this many models."""
+"""Maximum number of models in the search for the break-even point."""
 
 
 class Curve(NamedTuple):
@@ -37,7 +37,7 @@ def end_curve(results: Results, series: str, target: int) -> Curve:
 
 
 def steps_to_reach(curve: Curve, loss: float) -> float | None:
-    """Training steps after which a curve first reaches a loss, interpolated in log(steps); None where it never does."""
+    """Training steps at which a curve first reaches a loss, interpolated in log(steps); None if it never does."""
     for i, (step, value) in enumerate(zip(curve.steps, curve.losses)):
         if value <= loss:
             if i == 0 or value == loss:
@@ -52,7 +52,7 @@ def steps_to_reach(curve: Curve, loss: float) -> float | None:
 
 
 class Saving(NamedTuple):
-    """Steps of scratch that a start saves; `at_least` where scratch never reached the loss."""
+    """Baseline steps that an initialization saves; `at_least` if the baseline never reached the loss."""
 
     steps: float
     at_least: bool
@@ -60,7 +60,7 @@ class Saving(NamedTuple):
 
 @dataclass(frozen=True)
 class SavedSteps:
-    """What a series saves at one depth, by its training length."""
+    """Steps that a series saves at one depth, by its training length."""
 
     series: str
     target: int
@@ -73,10 +73,10 @@ class SavedSteps:
 
 
 def saved_steps(results: Results) -> list[SavedSteps]:
-    """For every series but the baseline: the steps of the baseline that equal it, minus the target's own steps.
+    """For every other series: the baseline steps with the same loss, minus the target's own steps.
 
-    Empty unless the baseline has two lengths or more. A loss that the baseline beats with its shortest run counts as
-    that run, so a series can also lose steps.
+    Empty unless the baseline has two training lengths or more. A loss above that of the baseline's shortest run counts
+    as the shortest run, so the saving can be negative.
     """
     savings = []
     for target in results.targets:
@@ -126,7 +126,7 @@ class BreakEven:
     """Series that do not reach that loss in the steps they had."""
 
     def caption(self, results: Results) -> str:
-        """What the totals are, in two sentences."""
+        """A description of the totals in two sentences."""
         losses = ", ".join(f"{number(loss)} at {target} layers" for target, loss in self.losses.items())
         missed = ", ".join(results.name_of(series) for series in self.missed)
         return (
@@ -137,9 +137,9 @@ class BreakEven:
 
 
 def break_even(results: Results, steps: int | None = None) -> BreakEven | None:
-    """Total costs at the baseline's loss after `steps` steps; None where no other series reaches it.
+    """Total costs at the baseline's loss after `steps` steps; None if no other series reaches that loss.
 
-    Without `steps` it is the longest run of the baseline whose loss another series reaches.
+    The default of `steps` is the longest run of the baseline whose loss another series reaches.
     """
     if steps is None:
         for length in sorted(common_lengths(results), reverse=True):
@@ -229,7 +229,7 @@ def cheapest_lines(results: Results, costs: BreakEven) -> list[str]:
 
 
 def recommendation(results: Results) -> list[str]:
-    """What to use for how many models, with the figures behind it, at each quality that the baseline's runs define."""
+    """Lines that recommend a series by number of models, at each quality that the baseline's runs define."""
     if not results.baseline or not results.targets:
         return []
     best, lines = break_even(results), []
