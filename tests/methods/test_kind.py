@@ -198,13 +198,13 @@ def test_classes_that_follow_each_other_form_groups_of_nearly_one_size():
 
 
 def test_impossible_gates_are_refused():
-    with pytest.raises(ConfigError, match=r"tailors: 7 cannot be divided into 2 groups; such as 8"):
+    with pytest.raises(ConfigError, match=r"tailors: 7 cannot be divided into 2 groups; try 8"):
         tiny("kind", tailors=7).auxiliary(tiny_arch())
     with pytest.raises(ConfigError, match=r"a group from 0 to 1 for each of 10 classes"):
         tiny("kind", table=(0, 1, 2)).auxiliary(tiny_arch())
     with pytest.raises(ArtifactError, match="has no group 2; legal: 0 to 1"):
         check(tiny("kind", deploy=(2,)), artifact_for("kind"), tiny_arch())
-    with pytest.raises(ArtifactError, match="tailors are deployed for their own classes"):
+    with pytest.raises(ArtifactError, match="deployed tailors are for the parent.s classes"):
         check(tiny("kind", deploy=(0,)), artifact_for("kind"), tiny_arch(num_classes=7))
 
 

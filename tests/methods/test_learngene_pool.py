@@ -58,7 +58,7 @@ def test_anchors_are_those_of_the_paper_for_dit_b():
 
     archs = method_of("learngene_pool").archs(named("DiT-B/2-L6"))
     assert [(a.hidden_size, a.num_heads, a.num_layers) for a in archs] == [(192, 3, 6), (384, 6, 6), (768, 12, 6)]
-    with pytest.raises(ConfigError, match="rising, the last one 1"):
+    with pytest.raises(ConfigError, match="ascending, the last one 1"):
         from fine_dist.methods import from_manifest
 
         from_manifest({"name": "learngene_pool", "widths": [0.5, 0.25]})

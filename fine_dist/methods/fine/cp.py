@@ -1,8 +1,8 @@
 """FINE's form as a tensor decomposition: one matrix's weights, stacked over layers, in CP (PARAFAC) form.
 
-`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`: L layers, m x n a matrix, R components. It is found by alternating
+`W[l, i, j] = sum_k sigma[l, k] U[i, k] V[j, k]`: L layers, m x n a matrix, R components. It is computed by alternating
 least squares: U, then V, then sigma is the least-squares solution given the other two. Khatri-Rao products are never
-formed; for a DiT-XL's adaLN and R = D they alone would take 37 GB, where these steps need what the weights need.
+formed: for a DiT-XL's adaLN and R = D they would take 37 GB; these steps need about the memory of the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fine_dist.core.errors import ArtifactError
 
 @dataclass(frozen=True)
 class Fit:
-    """A decomposition: U [m, R] and V [n, R] with columns of unit norm, sigma [L, R], and what it leaves out.
+    """A decomposition: U [m, R] and V [n, R] with columns of unit norm, sigma [L, R], and its error.
 
     error:   ||W(l) - U diag(sigma(l)) V^T|| / ||W(l)|| for each layer, [L].
     history: the relative error of the whole stack after each sweep.
@@ -31,14 +31,14 @@ class Fit:
 
 
 def sweep_flops(layers: int, m: int, n: int, rank: int) -> float:
-    """FLOPs of one sweep over a stack [L, m, n]: its two products with the weights, most of the work."""
+    """FLOPs of the two products with the weights in one sweep over a stack [L, m, n], which dominate its cost."""
     return 4.0 * layers * m * n * rank
 
 
 def decompose(
     weights: Tensor, rank: int, *, sweeps: int = 50, tolerance: float = 1e-5, generator: torch.Generator | None = None
 ) -> Fit:
-    """CP of `weights` [L, m, n] at `rank`, computed where the weights lie: the best of some starts, polished by ALS.
+    """CP decomposition of `weights` [L, m, n], on their device: the best of several starts, refined by ALS.
 
     The starts are the leading singular vectors of the stack along each side (random directions beyond them); for R up
     to min(m, n) Jennrich's closed form, which is exact for a stack that is of CP form; and for larger R the layers'
@@ -51,7 +51,7 @@ def decompose(
     """
     weights = weights.float()
     if not bool(torch.isfinite(weights).all()):
-        raise ArtifactError("the weights to decompose hold NaN or Inf; take a model or checkpoint from before they did")
+        raise ArtifactError("the weights to decompose contain NaN or Inf; use an earlier checkpoint of the ancestor")
     sides = directions(weights)
     starts = [
         tuple(leading(vectors, rank, generator) for _, vectors in sides),
@@ -69,7 +69,7 @@ def decompose(
         # `across` is reused: sigma's right-hand side needs the same product.
         candidate = measured(weights, u, v, across)
         gain = best[0] - candidate[0]
-        # Rounding can make a sweep worse near the optimum; the better of the two is kept.
+        # Near the optimum rounding can make a sweep worse, so the better of the two is kept.
         best = min(candidate, best, key=lambda fit: fit[0])
         history.append(best[0])
         if gain < tolerance:
@@ -79,15 +79,16 @@ def decompose(
     return Fit(u, v, sigma, rest / weights.flatten(1).norm(dim=1).clamp_min(1e-30), tuple(history))
 
 
-_TRUSTED = 0.02
-"""Relative error above which the normal equations give it to float32's precision."""
+_EXACT_ABOVE = 0.02
+"""Relative error above which the normal equations give the error accurately in float32."""
 
 
 def measured(weights: Tensor, u: Tensor, v: Tensor, across: Tensor) -> tuple[float, Tensor, Tensor, Tensor]:
-    """(relative error, U, V, the least-squares sigma of these factors). across: `W(l)^T U` [L, n, R].
+    """(relative error, U, V, the least-squares sigma of these factors). `across` is `W(l)^T U` [L, n, R].
 
-    `||W - W'||^2 = ||W||^2 - 2 <W, W'> + ||W'||^2`, in which both last terms follow from `across` and Gram matrices, so
-    that W' need not be made. The difference of large numbers is only trusted where much is left.
+    `||W - W'||^2 = ||W||^2 - 2 <W, W'> + ||W'||^2`, in which the last two terms follow from `across` and Gram matrices,
+    so that W' need not be computed. For small errors this difference of large numbers is inaccurate, and W' is
+    computed.
     """
     right = torch.einsum("jk,ljk->lk", v, across)  #                                                          [L, R]
     grams = gram(u) * gram(v)
@@ -96,14 +97,14 @@ def measured(weights: Tensor, u: Tensor, v: Tensor, across: Tensor) -> tuple[flo
     own = (gram(sigma) * grams).sum() - 2 * (sigma.double() * right.double()).sum()
     # Below zero only by rounding.
     error = float((1 + own / norm.square()).clamp_min(0).sqrt())
-    if error < _TRUSTED:
+    if error < _EXACT_ABOVE:
         error = float((weights - compose(u, v, sigma)).norm() / norm)
     return error, u, v, sigma
 
 
 def directions(weights: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """For the m side and the n side of a stack: how much lies along each of its singular directions (squared, falling),
-    and those directions as columns, float64."""
+    """For the m side and the n side of a stack: the squared singular values, descending, and the singular vectors as
+    columns, float64."""
     stack = weights.double()
     sides = []
     for equation in ("lij,lkj->ik", "lij,lik->jk"):
@@ -208,6 +209,6 @@ def leading(vectors: Tensor, rank: int, generator: torch.Generator | None) -> Te
 
 
 def unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns scaled to norm one, and their norms."""
+    """(columns scaled to norm one, their norms)."""
     norm = matrix.norm(dim=0).clamp_min(1e-30)
     return matrix / norm, norm

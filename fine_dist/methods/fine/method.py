@@ -1,12 +1,12 @@
 """FINE (arXiv 2409.19289): `W(l) = U diag(sigma(l)) V^T` with U and V shared by all layers.
 
-Stage 1 trains U, V, sigma and what is outside the blocks on the plain diffusion loss (eq. 5), from random factors
-(`joint`) or from the CP decomposition of an ancestor's weights (`decompose`). Stage 2 trains a target's sigma alone.
+Stage 1 trains U, V, sigma and the shell on the plain diffusion loss (eq. 5), from random factors (`joint`) or from the
+CP decomposition of an ancestor's weights (`decompose`). Stage 2 trains a target's sigma alone.
 
-Choices where the paper is silent: R = D; biases are a layer's own, carried over to a target like sigma and frozen in
-stage 2; sigma of adaLN starts at zero (adaLN-zero), the others' on a line in depth (`line_in_depth`). The paper starts
-a target's sigma at random; ours starts at `segment`, `aligned` or `nearest`, and the paper's is the value `random`.
-Ours, not the paper's: `depths`, which trains the learngene's shallower models while condensing.
+Choices where the paper does not say: R = D; each layer has its own biases, which are transferred to a target like sigma
+and frozen in stage 2; sigma of adaLN starts at zero (adaLN-zero), that of the other matrices on a line in depth
+(`line_in_depth`). The paper initializes a target's sigma at random (`random`); the default here is `segment`, `aligned`
+or `nearest`. `depths`, which also trains shallower models in stage 1, is not in the paper.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class FactoredTargets(Method[M]):
-    """Targets that are a `FactoredDiT`: how they merge, are packed and drawn."""
+    """Base class of methods whose targets are a `FactoredDiT`: merging, packing and tables."""
 
     tables_of: ClassVar[str] = "sigma"
 
@@ -94,8 +94,7 @@ class Fine(FactoredTargets[FineConfig]):
         """CP of each matrix's weights over layers, into a `FactoredDiT`; block biases are copied.
 
         Returns:
-            `carried_over`: what was done, in words. `decomposition_error`: what is left of the weights, relative to
-            their norm, by matrix and layer.
+            `carried_over`: a description. `decomposition_error`: the relative error of the weights by matrix and layer.
         """
         student: Any = module
         depth, state = range(ancestor.arch.num_layers), ancestor.state_dict()
@@ -104,7 +103,7 @@ class Fine(FactoredTargets[FineConfig]):
         errors: dict[str, list[float]] = {}
         for matrix in MATRICES:
             begun = time.monotonic()
-            # One matrix type at a time: only one stack and its products are in memory.
+            # One matrix type at a time, so that only one stack and its products are in memory.
             stack = torch.stack([state[f"blocks.{layer}.{matrix}.weight"] for layer in depth]).to(device)
             fit = decompose(
                 stack,
@@ -140,10 +139,10 @@ class Fine(FactoredTargets[FineConfig]):
             )
 
     def sigma_initial(self, made_by: Mapping[str, Any]) -> str:
-        """Where a target's sigma starts, by the settings its learngene was made with.
+        """The rule for a target's initial sigma, which depends on the settings of its learngene (`made_by`).
 
-        Neighboring layers of a decomposed ancestor have no common course over depth that a mean could keep, so a
-        target's layer takes one of them as it is.
+        Neighboring layers of a decomposed ancestor are unrelated, so their mean is meaningless, and a target's layer
+        copies one of them.
         """
         if made_by.get("depths"):
             return self.config.sigma or "nearest"
@@ -166,24 +165,24 @@ class Fine(FactoredTargets[FineConfig]):
         train_only(model, "scaler", *(("bias",) if self.config.trains == "sigma_and_biases" else ()))
         return Descent(model, "some")
 
-    # --- what becomes of it -----------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         return factored_module(arch, tensors, self.config.path)
 
 
 def at_several_depths(module: DiT, depths: Sequence[int]) -> Callable[[int, torch.Generator], None] | None:
-    """A hook that makes every other step run the layers that a target of a random one of these depths starts from.
+    """A hook that runs, in every other step, only the layers from which a target of a random depth would start.
 
-    The published stage 1 trains the learngene at its own depth alone, and layers taken out of it do not fit together
-    before sigma has trained. This is ours; docs/benchmark.md measures what it is worth. None without depths.
+    The published stage 1 trains the learngene at its own depth alone, and a subset of its layers does not work well
+    before sigma has trained. This is not in the paper; docs/benchmark.md has measurements. None without depths.
     """
     if not depths:
         return None
 
     def before_step(step: int, generator: torch.Generator) -> None:
         module.active = None
-        # Every other step at full depth: the learngene must stay a good model at its own depth as well.
+        # Every other step at full depth, so that the learngene stays a good model at its own depth.
         if step % 2:
             depth = depths[int(torch.randint(len(depths), (1,), generator=generator))]
             module.active = nearest_layers(len(module.blocks), depth).tolist()
@@ -192,7 +191,7 @@ def at_several_depths(module: DiT, depths: Sequence[int]) -> Callable[[int, torc
 
 
 def factored_module(arch: Arch, tensors: dict[str, Tensor], path: str = "auto") -> FactoredDiT:
-    """An empty `FactoredDiT` that these tensors load into; their own rank."""
+    """A `FactoredDiT` of the rank of these tensors, into which they can be loaded."""
     try:
         rank = tensors["genes.qkv.U"].shape[1]
     except KeyError:

@@ -19,17 +19,18 @@ class KindConfig(MethodConfig):
     learngenes: int | None = Field(None, ge=1, le=2**16)
     """Components of every matrix that all classes use. Default: half the width."""
     tailors: int | None = Field(None, ge=0, le=2**16)
-    """Components of every matrix that single groups of classes use, counted over all groups. Default: half the
+    """Components of every matrix that only one group of classes uses, summed over all groups. Default: half the
     width."""
     groups: int = Field(2, ge=1, le=2**16)
     """Number of groups of classes; a sample uses the tailors of its class's group."""
     table: tuple[Group, ...] | None = None
-    """The group of each class, from 0. Default: classes that follow each other form groups of near-equal size."""
+    """The group of each class, from 0. Default: consecutive classes form groups of near-equal size."""
     transfer: Literal["keep", "redraw"] = "keep"
-    """Start of a target's tailors: `keep` takes the learngene's, `redraw` draws new ones, for a large shift of
-    domain."""
+    """Initial tailors of a target: `keep` copies the learngene's, `redraw` draws new random ones, for a large domain
+    shift."""
     trains: Literal["tailors", "tailors_and_shell"] = "tailors"
-    """What a transfer trains: tailors and the label embedder, or the other embedders and the final layer as well."""
+    """Parameters that a transfer trains: tailors and the label embedder, or also the other embedders and the final
+    layer."""
     deploy: tuple[Group, ...] | None = None
-    """Groups whose tailors a target keeps, ready for use without training. Default: the target trains tailors and label
+    """Groups whose tailors a target keeps for use without training. Default: the target trains tailors and label
     embedder."""

@@ -1,8 +1,8 @@
-"""Components behind a gate that each sample's label opens (KIND, arXiv 2408.07337).
+"""Components with a gate that depends on each sample's label (KIND, arXiv 2408.07337).
 
-`y = ((x V) * (sigma * g(label))) U^T + bias`. A layer's own components are learngenes, which every sample uses, and
+`y = ((x V) * (sigma * g(label))) U^T + bias`. The components of a layer are learngenes, which every sample uses, and
 tailors in groups, which only samples of the group's classes use; the null label uses learngenes alone. The factored
-path can gate each sample by itself; where a component is masked its product is zero, and so is every gradient of it.
+path gates each sample separately; a masked component contributes zero and gets no gradient.
 
 Shapes: B batch, m out features, n in features, G learngene components, R tailors of all groups, C classes.
 """
@@ -21,7 +21,7 @@ from fine_dist.model.factors import factored_product, sigma_std, spread_columns
 from fine_dist.model.roles import Role, of_role
 
 GATED = ("qkv", "o", "in", "out")
-"""Matrices made of components; the modulation is an ordinary one."""
+"""Matrices with gated components; adaln is an ordinary matrix."""
 
 
 class Gate(nn.Module):
@@ -69,7 +69,7 @@ class GatedLinear(nn.Module):
         self._gate = (gate,)
         tailors = gate.opens.shape[1]
         u, v = (spread_columns(side, learngenes + tailors, generator) for side in (m, n))
-        std = sigma_std(m, n, learngenes + active)  # what a sample meets has the variance of Xavier's
+        std = sigma_std(m, n, learngenes + active)  # the active components give W the variance of Xavier's
         sigma = torch.randn(learngenes + tailors, generator=generator) * std
         self.U, self.tailor_U = (nn.Parameter(part.clone()) for part in u.split([learngenes, tailors], 1))
         self.V, self.tailor_V = (nn.Parameter(part.clone()) for part in v.split([learngenes, tailors], 1))
@@ -98,12 +98,12 @@ class GatedLinear(nn.Module):
         return total
 
     def saved_for_backward(self, rows: int) -> int:
-        """Numbers kept for the backward pass beyond a dense product's: thin products before and after sigma."""
+        """Numbers saved for the backward pass in addition to a dense product's: the thin products, twice."""
         return 2 * rows * (len(self.sigma) + len(self.tailor_sigma))
 
 
 class GatedDiT(DiT):
-    """A DiT whose token matrices are components behind a gate.
+    """A DiT whose token matrices have gated components.
 
     Args:
         arch: Architecture.
@@ -150,7 +150,7 @@ class GatedDiT(DiT):
         """The same model with the tailors of some groups; classes of the others then use learngenes alone."""
         learngenes, tailors, _ = self.sizes
         table = [groups.index(group) if group in groups else -1 for group in self.gate.table]
-        # Tailors of a group are consecutive columns, so a group is kept by a range of columns.
+        # The tailors of a group are consecutive columns.
         columns = torch.cat([torch.arange(tailors) + group * tailors for group in groups] or [torch.zeros(0).long()])
         state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("gate.")}
         for layer, matrix, _ in self.gated():
@@ -180,13 +180,13 @@ class GatedDiT(DiT):
 
 
 def opens(groups: int, tailors: int) -> Tensor:
-    """The tailors of each group, [groups + 1, groups x tailors]: its own; the last row opens none."""
+    """Mask of the tailors of each group, [groups + 1, groups x tailors]; the last row is zero."""
     table = torch.zeros(groups + 1, groups * tailors)
     table[:groups] = torch.eye(groups).repeat_interleave(tailors, 1)
     return table
 
 
 def neighbours(num_classes: int, groups: int) -> list[int]:
-    """The group of each label [C + 1] where classes that follow each other form near-equal groups; the null's is -1."""
+    """The group of each label [C + 1] if consecutive classes form near-equal groups; -1 for the null label."""
     # Integer division spreads the remainder over the groups.
     return [label * groups // num_classes for label in range(num_classes)] + [-1]

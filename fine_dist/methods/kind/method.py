@@ -1,11 +1,11 @@
 """KIND (arXiv 2408.07337, ICML 2025): learngenes for all classes, tailors for groups of them, behind a class gate.
 
-A token matrix of a layer is `U diag(sigma * g(y)) V^T`, nothing of it shared over depth; g opens the learngenes and
-the tailors of the group of the sample's class (`kind/gates.py`). Stage 1 trains everything on the plain diffusion
-loss. A target is either *deployed* (`deploy` names groups; other tailors are dropped, nothing trains) or *transferred*
-to new classes: learngenes, biases and the rest are frozen, tailors and the label embedder train.
+A token matrix of a layer is `U diag(sigma * g(y)) V^T`, without sharing over depth; g selects the learngenes and the
+tailors of the group of the sample's class (`kind/gates.py`). Stage 1 trains everything on the plain diffusion loss. A
+target is either *deployed* (`deploy` names groups; other tailors are dropped, nothing trains) or *transferred* to new
+classes: learngenes, biases and the rest are frozen, tailors and the label embedder train.
 
-Choices where the paper is silent: the null label uses learngenes alone; adaLN is an ordinary matrix (the FLOPs that the
+Choices where the paper does not say: the null label uses learngenes alone; adaLN is an ordinary matrix (the FLOPs the
 paper saves, 77.31G - 0.10066G r on DiT-L/2, are those of the other four); sizes as in the preset that the same group
 published later: as many learngenes as tailors, D/2 of each, in two groups; classes that follow each other (ImageNet's
 are sorted by meaning) form a group. A model with a gate is no ordinary DiT and saves and loads as itself;
@@ -52,7 +52,7 @@ class Kind(Method[KindConfig]):
         if target.num_classes != parent.arch.num_classes:
             raise ArtifactError(
                 f"method.deploy: num_classes is {parent.arch.num_classes} in the parent, {target.num_classes} in the "
-                "target; tailors are deployed for their own classes; leave deploy out to train for new ones"
+                "target; deployed tailors are for the parent's classes; leave deploy out to train for new classes"
             )
 
     def variants(self) -> dict[str, tuple[str, ...]]:
@@ -79,7 +79,7 @@ class Kind(Method[KindConfig]):
         tailors = half // groups * groups if self.config.tailors is None else self.config.tailors
         if tailors % groups:
             near = max(1, round(tailors / groups)) * groups
-            raise ConfigError(f"method.tailors: {tailors} cannot be divided into {groups} groups; such as {near}")
+            raise ConfigError(f"method.tailors: {tailors} cannot be divided into {groups} groups; try {near}")
         return self.config.learngenes or half, tailors // groups
 
     def _table(self, num_classes: int, groups: int) -> list[int]:
@@ -104,14 +104,14 @@ class Kind(Method[KindConfig]):
         same = target.num_classes == source.arch.num_classes
         keeps_table = same and self.config.table is None
         table = source.gate.table if keeps_table else self._table(target.num_classes, groups)
-        # a seed of their own: this generator may well be seeded as stage 1's was, and would draw its tailors again
-        anew = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        model = GatedDiT(target, learngenes, each, groups, table, anew)
-        taken = of_role(source, *_ROLES, *(_TAILORS if self.config.transfer == "keep" else ()))
+        # A separate seed: this generator may have the seed of stage 1, and would draw the same tailors again.
+        fresh = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        model = GatedDiT(target, learngenes, each, groups, table, fresh)
+        inherited = of_role(source, *_ROLES, *(_TAILORS if self.config.transfer == "keep" else ()))
         if not same:
-            null = taken["label.weight"][-1]
-            taken["label.weight"] = labels_from_null(null, target.num_classes, generator).weight.detach()
-        model.load_state_dict({**model.state_dict(), **taken})
+            null = inherited["label.weight"][-1]
+            inherited["label.weight"] = labels_from_null(null, target.num_classes, generator).weight.detach()
+        model.load_state_dict({**model.state_dict(), **inherited})
         trained: tuple[Role, ...] = ("tailor", "shell") if self.config.trains == "tailors_and_shell" else ("tailor",)
         train_only(model, *trained)
         model.label.requires_grad_(True)
@@ -130,5 +130,5 @@ class Kind(Method[KindConfig]):
 
 
 _ROLES: tuple[Role, ...] = ("gene", "weight", "bias", "shell")
-"""What a target inherits whatever becomes of its tailors."""
+"""Roles of the parameters that every target inherits."""
 _TAILORS: tuple[Role, ...] = ("tailor",)

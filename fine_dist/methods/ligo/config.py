@@ -15,5 +15,5 @@ class LigoConfig(MethodConfig):
     name: Literal["ligo"] = "ligo"
     """LiGO."""
     noise: float = Field(0.03, ge=0)
-    """Width of the uniform noise that depth operators start with on top of stacked layers; the authors' is the
-    default."""
+    """Width of the uniform noise that is added to the initial depth operators (stacked layers). Default: the authors'
+    value."""

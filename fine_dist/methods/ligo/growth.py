@@ -2,10 +2,10 @@
 
     W(l) = B_rows (sum_j w[l, j] W_j) B_columns^T,    B = [I; M]:    depth first, then width
 
-A width operator belongs to a space (`methods.axes`), so that rows which write a space and columns that read it grow
-alike: that ties operators over matrices and layers. Depth operators belong to a matrix.
+A width operator belongs to a space (`methods.axes`), so that rows that write to a space and columns that read from it
+grow in the same way: this ties operators over matrices and layers. Depth operators belong to a matrix type.
 
-Shapes: D1, L1 the source's width and layers, D2, L2 the target's; m x n a matrix, g stretches of an axis.
+Shapes: D1, L1 the source's width and layers, D2, L2 the target's; m x n a matrix, g chunks of an axis.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fine_dist.model.roles import Role
 
 
 class Widen(nn.Module):
-    """A width operator `[I; M]` [d2, d1]: the first d1 units stay, M [d2 - d1, d1] mixes them into new ones.
+    """A width operator `[I; M]` [d2, d1]: the first d1 units are copied, M [d2 - d1, d1] mixes them into new units.
 
-    M begins with uniform rows of sum one. There is none where nothing grows.
+    M starts with uniform random rows of sum one. M is None if d1 equals d2.
     """
 
     roles: ClassVar[dict[str, Role]] = {"M": "scaler"}
@@ -36,23 +36,22 @@ class Widen(nn.Module):
         self.M = nn.Parameter(new / new.sum(1, keepdim=True)) if d2 > d1 else None
 
     def forward(self, tensor: Tensor, dim: int, groups: int) -> Tensor:
-        """Grow a dimension of `groups` stretches of d1 entries to as many of d2."""
+        """Grow a dimension of `groups` chunks of d1 entries to chunks of d2 entries."""
         if self.M is None:
             return tensor
         parts = tensor.movedim(dim, -1).unflatten(-1, (groups, -1))  #                                 [..., g, d1]
-        # `[I; M]` is never formed: the first d1 entries are copied, only the new ones are computed.
+        # `[I; M]` is never formed: the first d1 entries are copied, and only the new entries are computed.
         return torch.cat([parts, parts @ self.M.T], -1).flatten(-2).movedim(-1, dim)
 
     def multiply_adds(self, others: int, groups: int) -> int:
-        """Of growing a dimension of a tensor whose other dimensions have so many entries."""
+        """Multiply-adds of growing a dimension; `others` is the product of the tensor's other dimensions."""
         return 0 if self.M is None else others * groups * self.M.numel()
 
 
 class SourceWeights(nn.Module):
     """A matrix's weights [L1, m, n] and biases [L1, m] in the source's layers, frozen, and its depth operator [L2, L1].
 
-    Outside the blocks there is one layer and no depth operator. Under ZeRO-3 the weights are gathered because this
-    module is called.
+    Outside the blocks there is one layer and no depth operator. ZeRO-3 gathers the weights when this module is called.
     """
 
     roles: ClassVar[dict[str, Role]] = {"weight": "gene", "bias": "gene", "depth": "scaler"}
@@ -67,7 +66,7 @@ class SourceWeights(nn.Module):
         """The weight [m, n] and bias [m] mixed for the target's layer, an int64 scalar."""
         if self.depth is None:
             return self.weight[0], None if self.bias is None else self.bias[0]
-        # `index_select` with a tensor: an int index would be a constant of the compiled block, another for every layer.
+        # `index_select` with a tensor, because an int index would be compiled as a constant, separately for each layer.
         mix = self.depth.index_select(0, layer.view(1))[0]  #                                                  [L1]
         return torch.tensordot(mix, self.weight, 1), None if self.bias is None else torch.tensordot(mix, self.bias, 1)
 
@@ -81,14 +80,13 @@ def stacked(num_layers: int, source: int, noise: float, generator: torch.Generat
 
 
 class Grown(nn.Module):
-    """A linear map whose weight and bias are grown at every use. All tensors that it uses belong to the model's
-    root."""
+    """A linear map whose weight and bias are grown at every call. Its tensors belong to the model's root."""
 
     layer: Tensor
 
     def __init__(self, source: SourceWeights, layer: int, axes: tuple[Axis | None, Axis | None], widen: Any):
         super().__init__()
-        # A tensor, not an int: compiled blocks take it as an input, where an int would compile every layer again.
+        # A tensor, not an int: a compiled block takes it as an input, and an int would compile every layer again.
         self.register_buffer("layer", torch.tensor(layer), persistent=False)
         self._axes = axes
         # In tuples, which register nothing: operators and source weights belong to the root, once.
@@ -117,7 +115,7 @@ class Grown(nn.Module):
         return F.linear(x, *self.grow())
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows, the growing of its weight included; with its backward pass if there is one."""
+        """Multiply-adds of growing the weight and a product of `rows` rows; `backward` adds the backward pass."""
         source: SourceWeights = self._source[0]
         _, m1, n1 = source.weight.shape
         mix = source.weight.numel() if source.depth is not None else 0
@@ -136,16 +134,16 @@ class Grown(nn.Module):
 
 
 class GrownEmbedding(Grown):
-    """The label embedder: its rows are classes, which stay."""
+    """The label embedder, whose rows are classes and do not grow."""
 
     def forward(self, x: Tensor, condition: Condition | None = None) -> Tensor:
         return F.embedding(x, self.weight)
 
 
 class GrownDiT(DiT):
-    """A DiT of the shape `arch`, all of which is grown from a DiT of `width` and `layers`.
+    """A DiT of architecture `arch` whose weights are all grown from a DiT of `width` and `layers`.
 
-    noise: of the depth operators' beginning.
+    `noise` is the width of the uniform noise in the initial depth operators.
     """
 
     def __init__(
@@ -195,7 +193,7 @@ class GrownDiT(DiT):
                 state[f"{name}.weight"] = weight.clone()
                 if bias is not None:
                     state[f"{name}.bias"] = bias.clone()
-        state.setdefault("label.weight", self.label.weight.detach().clone())  # a target's own labels grow from nothing
+        state.setdefault("label.weight", self.label.weight.detach().clone())  # a target's own labels are not grown
         return state
 
 

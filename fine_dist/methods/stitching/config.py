@@ -13,10 +13,10 @@ class StitchingConfig(MethodConfig):
     """Settings of the methods that stitch anchors of several widths."""
 
     widths: tuple[float, ...] = (0.25, 0.5, 1.0)
-    """Widths of the anchors as fractions of arch's, narrow ones first; the last is 1. The default gives 192, 384 and
-    768 for DiT-B."""
+    """Widths of the anchors as fractions of the width of `arch`, ascending; the last is 1. The default gives 192, 384
+    and 768 for DiT-B."""
     route: str | None = None
-    """The one route that a target keeps: an anchor (`1`), or block 3 of anchor 0 into block 2 of anchor 1 (`0.3-1.2`).
+    """The only route that a target keeps: an anchor (`1`), or block 3 of anchor 0 into block 2 of anchor 1 (`0.3-1.2`).
     Default: all routes."""
 
     @field_validator("route", mode="before")
@@ -28,7 +28,7 @@ class StitchingConfig(MethodConfig):
     @classmethod
     def _rising(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
         if len(widths) < 2 or list(widths) != sorted(set(widths)) or widths[0] <= 0 or widths[-1] != 1:
-            raise ValueError(f"{list(widths)} are no widths: give two fractions or more, rising, the last one 1")
+            raise ValueError(f"{list(widths)} are not widths: give two fractions or more, ascending, the last one 1")
         return widths
 
 
@@ -38,7 +38,7 @@ class SnnetConfig(StitchingConfig):
     name: Literal["snnet"] = "snnet"
     """SN-Net."""
     images: int = Field(100, ge=1, le=1_000_000)
-    """Number of images on which the least-squares maps between anchors are solved; the paper's is the default."""
+    """Number of images for the least-squares maps between anchors. Default: the paper's value."""
 
 
 class LearngenePoolConfig(StitchingConfig):

@@ -47,20 +47,19 @@ class Templates(nn.Module):
     def __init__(self, count: int, side: int, order: Order, generator: torch.Generator | None = None):
         super().__init__()
         self.order: Order = order
-        # Orthonormal, so that the variance of W depends on the
-        # number of templates alone and no two templates start alike.
+        # Orthonormal, so that the variance of W depends only on the number of templates and all templates differ.
         self.T = nn.Parameter(spread_columns(side * side, count, generator).T.reshape(count, side, side).contiguous())
 
     def forward(self, x: Tensor, scaler: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, self.compose(scaler), bias)
 
     def compose(self, scaler: Tensor) -> Tensor:
-        """The weight [m, n] that these scalers make."""
+        """The weight [m, n] of these scalers."""
         return kron_sum(scaler, self.T, self.order)
 
 
 class KronLinear(nn.Module):
-    """One layer's matrix: its own scalers S [K, a, b] and bias [m]; the templates stay with the root."""
+    """One layer's matrix: its own scalers S [K, a, b] and bias [m]; the templates belong to the root."""
 
     roles: ClassVar[dict[str, Role]] = {"S": "scaler", "bias": "bias"}
 
@@ -79,7 +78,7 @@ class KronLinear(nn.Module):
         return self._templates[0].compose(self.S), self.bias
 
     def multiply_adds(self, rows: int, *, backward: bool) -> int:
-        """Of one product of `rows` rows and the making of its weight; with its backward pass if there is one."""
+        """Multiply-adds of computing W and a product of `rows` rows; `backward` adds those of the backward pass."""
         [templates] = self._templates
         weight = self._numbers
         make, product = weight * len(templates.T), rows * weight
@@ -87,7 +86,7 @@ class KronLinear(nn.Module):
         return make + product * (1 + backward) + (backward and bool(trained)) * (product + make * trained)
 
     def saved_for_backward(self, rows: int) -> int:
-        """Numbers that its backward pass keeps beyond a dense product's: the weight that was made."""
+        """Numbers saved for the backward pass in addition to a dense product's: the computed weight."""
         return self._numbers
 
     @property

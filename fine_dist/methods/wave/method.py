@@ -8,7 +8,7 @@ Choices: `kron(S, T)`, which tiles whole scaled templates (a note on the paper h
 `order`); templates of 192 x 192, which divide the widths 384 and 768, for all five matrices; as many of a matrix as it
 has tiles, so that they could make any one layer exactly. S starts on a line in depth, and a target's as FINE's sigma
 does (`scalers`; the value `random` draws it anew). Biases go with S over depth. To another width tiles are repeated or
-left out at uniform spacing, outside the blocks too (`model/width.py`); with heads of the same size a target of twice
+left out at uniform spacing, outside the blocks too (`wave/width.py`); with heads of the same size a target of twice
 the width then begins as the parent's own function, but for the position table, which is fixed: stage 2 relearns
 positions. (With `kron(T, S)` features are repeated one by one, in which the table's frequencies nearly agree: such a
 target begins closer, and both end alike.)
@@ -109,7 +109,7 @@ class Wave(Method[WaveConfig]):
         train_only(model, "scaler")
         return Descent(model, "some")
 
-    # --- what becomes of it -----------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------------
 
     def module(self, arch: Arch, tensors: dict[str, Tensor]) -> nn.Module:
         try:
@@ -122,6 +122,6 @@ class Wave(Method[WaveConfig]):
         return dense_state(model)
 
     def tables(self, model: nn.Module) -> dict[str, Tensor]:
-        """How much of each template a layer takes: the norm of its scalers, [L, K] a matrix."""
+        """The norm of each layer's scalers by template, [L, K] for each matrix."""
         source: Any = model
         return {matrix: source.layers_of(matrix)[0].flatten(2).norm(dim=2) for matrix in MATRICES}

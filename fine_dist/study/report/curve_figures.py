@@ -136,9 +136,8 @@ def map_svg(results: Results) -> str | None:
 
 def map_targets(results: Results) -> list[int]:
     """Depths at which some series was trained for three lengths or more."""
-    return [
-        t for t in results.targets if any(len(end_curve(results, s, t).steps) >= _MIN_POINTS for s in results.series)
-    ]
+    lengths = {t: [len(end_curve(results, s, t).steps) for s in results.series] for t in results.targets}
+    return [target for target, counts in lengths.items() if max(counts, default=0) >= _MIN_POINTS]
 
 
 def map_panels(axes: list[Any], results: Results, targets: list[int]) -> list[Mark]:

@@ -1,4 +1,4 @@
-"""The tables of a report, computed from the measurements; `render` shows them on the page, in terminals and Markdown."""
+"""The tables of a report, computed from the measurements; `render` writes them as HTML, text and Markdown."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ class StoredNumbers(NamedTuple):
 
 
 def storage_of(results: Results) -> list[StoredNumbers]:
-    """Storage of every series with a parent at its largest depth, before stage 3; the first row is that of dense models.
+    """Storage of every series with a parent at its largest depth, before stage 3; the first row is for dense models.
 
     Without a stage 2 targets follow from the parent alone, so that a target has no numbers of its own before training.
     A series whose stage 2 is its only training stores the parameters that it trained. Rows that differ only in the
