@@ -204,7 +204,7 @@ def test_impossible_gates_are_refused():
         tiny("kind", table=(0, 1, 2)).auxiliary(tiny_arch())
     with pytest.raises(ArtifactError, match="has no group 2; legal: 0 to 1"):
         check(tiny("kind", deploy=(2,)), artifact_for("kind"), tiny_arch())
-    with pytest.raises(ArtifactError, match="deployed tailors are for the parent.s classes"):
+    with pytest.raises(ArtifactError, match="deployed tailors are for the parent's classes"):
         check(tiny("kind", deploy=(0,)), artifact_for("kind"), tiny_arch(num_classes=7))
 
 
