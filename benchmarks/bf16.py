@@ -49,7 +49,7 @@ def curve(folder: Path, kind: str, seed: int, steps: int, every: int, engine: di
     from fine_dist.diffusion.objective import Objective
     from fine_dist.diffusion.settings import DiffusionConfig
     from fine_dist.engine import dist
-    from fine_dist.engine.loop import fit
+    from fine_dist.engine.fit import fit
     from fine_dist.engine.program import Program
     from fine_dist.engine.run_dir import RunDir
     from fine_dist.engine.settings import EngineConfig, OptimConfig
@@ -67,7 +67,7 @@ def curve(folder: Path, kind: str, seed: int, steps: int, every: int, engine: di
     generator = torch.Generator().manual_seed(seed)
     model = DiT(arch, generator=generator) if kind == "dense" else FactoredDiT(arch, 64, generator)
     images, labels = (torch.from_numpy(x) for x in digits("held_out"))
-    here = dist.alone("cpu")
+    here = dist.single_process("cpu")
     batch = 64
     with LatentStream(DataConfig(shards=str(shards / "train")), seed=seed, global_batch=batch, expect=arch) as stream:
         program = Program(

@@ -23,8 +23,9 @@ import webdataset as wds
 
 from benchmarks.encoding import encoding
 from benchmarks.rows import BenchmarkRow, interleaved, median, median_of_ratios, say, seconds
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest, ShardWriter, write_shards
+from fine_dist.data.shards import ShardWriter, write_shards
 from fine_dist.data.stream import LatentStream
 
 SHAPE, BATCH, CLASSES, FACTOR = (4, 32, 32), 256, 1000, 0.18215

@@ -356,7 +356,7 @@ def _artifact(root: Path) -> list[BenchmarkRow]:
     sizes = {"sigma": lambda m: arch.hidden_size, "bias": lambda m: arch.matrix(m)[0]}
     own = {f"blocks.{i}.{m}.{part}": torch.randn(size(m)) for i in range(12) for m in MATRICES for part, size in sizes.items()}  # fmt: skip  # noqa: E501
     save_target(
-        root / "target", method=CONDENSES.model_dump(), parent=None, arch=arch, own=own, names=list(own), facts={}
+        root / "target", method=CONDENSES.model_dump(), parent=None, arch=arch, tensors=own, names=list(own), facts={}
     )
     size = sum(file.stat().st_size for file in (root / "target").iterdir())
     return [BenchmarkRow("artifact of a DiT-B target of 12 layers", size / 2**20, "MiB", 1.0, "lower")]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.reading import read_artifact
-from fine_dist.artifacts.targets import descend, own_tensors, save_target
+from fine_dist.artifacts.targets import changed_tensors, descend, save_target
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.data.shards import write_shards
@@ -297,10 +297,10 @@ def _untrained(config: InitConfig, folder: Path) -> Path:
     made = descend(method, source, arch, config.seeds[0])
     names = list(made.model.state_dict())
     facts = {"seed": config.seeds[0], "steps": 0}
-    own = own_tensors(made.model, source)
+    own = changed_tensors(made.model, source)
     target = folder / "target"
     settings = method.config.model_dump()
-    save_target(target, method=settings, parent=source, arch=arch, own=own, names=names, facts=facts)
+    save_target(target, method=settings, parent=source, arch=arch, tensors=own, names=names, facts=facts)
     return target
 
 

@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
 def _of_shards(config: EncodeConfig, options: argparse.Namespace) -> list[str]:
     """What `--inspect`, `--verify` or `--index` prints."""
     from fine_dist.data import audit
-    from fine_dist.data.encoding import show, verified
+    from fine_dist.data.encoding import summary_lines, verify_splits
 
     if options.inspect:
-        return show(audit.inspect(expand_path(options.inspect)))
+        return summary_lines(audit.inspect(expand_path(options.inspect)))
     if options.verify is not None:
-        return verified(config, options.verify)
+        return verify_splits(config, options.verify)
     manifest = audit.index_folder(
         expand_path(options.index),
         num_classes=config.num_classes,

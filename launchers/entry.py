@@ -10,7 +10,7 @@ from pathlib import Path
 from fine_dist.core.arguments import Call, parse
 from fine_dist.core.config import Config, dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater, guard
-from fine_dist.engine.run_dir import STOP, STOPPED, promise_of, was_stopped
+from fine_dist.engine.run_dir import STOP, STOPPED, resumption_note, was_stopped
 from fine_dist.launchers.code_snapshot import code_root, snapshot
 from fine_dist.launchers.launcher import CommandTarget, Job, Launcher
 from fine_dist.launchers.local import Here, run_here
@@ -133,7 +133,7 @@ def run_command(
         run_dir = run_dir_of(call.config)
         return launch(module, call.config, call.launcher)
 
-    return guard(body, lambda: promise if promise is not None else promise_of(run_dir) if run_dir else "")
+    return guard(body, lambda: promise if promise is not None else resumption_note(run_dir) if run_dir else "")
 
 
 def plain_dry_run(call: Call) -> list[str]:

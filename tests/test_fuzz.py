@@ -32,7 +32,7 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError, guard
 from fine_dist.core.help import Setting
 from fine_dist.core.help import settings as settings_of
-from fine_dist.data.shards import Manifest
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig
 from fine_dist.encode import main as encode_main

@@ -46,8 +46,8 @@ OWNERS = {
     "deepspeed": ("fine_dist/engine/",),
     "ray": ("launchers/",),
     "submitit": ("launchers/",),
-    "wandb": ("fine_dist/engine/trackers.py",),
-    "mlflow": ("fine_dist/engine/trackers.py",),
+    "wandb": ("fine_dist/engine/tracker_services.py",),
+    "mlflow": ("fine_dist/engine/tracker_services.py",),
     "webdataset": ("fine_dist/data/",),
     "diffusers": ("fine_dist/artifacts/", "fine_dist/diffusion/", "fine_dist/data/codecs.py", "fine_dist/creative/"),
 }

@@ -17,7 +17,7 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, DataError
 from fine_dist.data.batch import by_channel
 from fine_dist.data.codecs import load_autoencoder, scales_itself, scaling_of
-from fine_dist.data.shards import Channels
+from fine_dist.data.manifest import Channels
 from fine_dist.diffusion.samplers import SampledBatch
 
 
@@ -85,29 +85,31 @@ class Decoder:
         return torch.cat(parts)
 
 
-def check_scaling(name: str, found: tuple[Channels, Channels], wanted: tuple[Channels | None, Channels | None]) -> None:
+def check_scaling(
+    name: str, scaling: tuple[Channels, Channels], wanted: tuple[Channels | None, Channels | None]
+) -> None:
     """`ArtifactError` when a VAE's (scale, shift) is not that of the latents.
 
     Args:
         name: What the VAE is called.
-        found: Its own.
+        scaling: The scale and shift of the VAE.
         wanted: Those of the latents; None where nothing tells. A scale for each channel passes: it may be measured.
     """
     if isinstance(wanted[0], tuple):
         return
-    words = (("scaling_factor", "scaled by"), ("shift_factor", "shifted by"))
-    for (key, did), own, theirs in zip(words, found, wanted):
+    labels = (("scaling_factor", "scaled by"), ("shift_factor", "shifted by"))
+    for (key, verb), value, theirs in zip(labels, scaling, wanted):
         if theirs is None or isinstance(theirs, tuple):
             continue
-        if isinstance(own, tuple) or abs(own - theirs) > 1e-6 * max(abs(theirs), abs(own)):
-            said = "one for each channel" if isinstance(own, tuple) else f"{own:g}" if own else "none"
+        if isinstance(value, tuple) or abs(value - theirs) > 1e-6 * max(abs(theirs), abs(value)):
+            text = "one for each channel" if isinstance(value, tuple) else f"{value:g}" if value else "none"
             raise ArtifactError(
-                f"vae {name}: its {key} is {said}, and the latents that the model was trained on were {did} "
+                f"vae {name}: its {key} is {text}, and the latents that the model was trained on were {verb} "
                 f"{theirs:g}: it is not the VAE that encoded them"
             )
 
 
-def decoded(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:
+def decode_batches(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:
     """Each batch with its images uint8 [B, 3, H, W]; a thread decodes one batch while the next is sampled.
 
     On a GPU the decoder's kernels run in a stream of their own beside the sampler's. At most one batch waits, which

@@ -53,9 +53,9 @@ def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -
         *card.protocol.items(),
     ]
     table = "\n".join(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows)
-    words = "\n\n".join([*card.notes, how_to_load])
+    body = "\n\n".join([*card.notes, how_to_load])
     front_text = yaml.safe_dump(front, sort_keys=False)
-    return f"---\n{front_text}---\n# {arch.name}, initialized by {card.method}\n\n| | |\n|-|-|\n{table}\n\n{words}\n"
+    return f"---\n{front_text}---\n# {arch.name}, initialized by {card.method}\n\n| | |\n|-|-|\n{table}\n\n{body}\n"
 
 
 def _cell(value: Any) -> str:
@@ -76,5 +76,5 @@ def licence_of_card(path: Path) -> str | None:
         values = yaml.safe_load(matter[1])
     except yaml.YAMLError:
         return None
-    found = values.get("license") if isinstance(values, dict) else None
-    return str(found) if found else None
+    licence = values.get("license") if isinstance(values, dict) else None
+    return str(licence) if licence else None

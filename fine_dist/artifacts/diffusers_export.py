@@ -36,7 +36,7 @@ from fine_dist.artifacts.scheduler_config import scheduler_of
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import atomic_folder, library_write
 from fine_dist.data.codecs import scaling_of
-from fine_dist.data.shards import Channels
+from fine_dist.data.manifest import Channels
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 
@@ -213,10 +213,14 @@ def _copy_vae(
         raise ArtifactError(
             f"vae {name}: its latents have {vae.config.latent_channels} channels, not {arch.in_channels}"
         )
-    own = scaling_of(vae)
-    check_scaling(str(name), own, scaling)
-    if isinstance(scaling[0] or own[0], tuple) or (diffusion.process == "ddpm" and own[1]):
-        what = "a scale for each channel" if isinstance(scaling[0] or own[0], tuple) else f"a shift of {own[1]:g}"
+    vae_scaling = scaling_of(vae)
+    check_scaling(str(name), vae_scaling, scaling)
+    if isinstance(scaling[0] or vae_scaling[0], tuple) or (diffusion.process == "ddpm" and vae_scaling[1]):
+        what = (
+            "a scale for each channel"
+            if isinstance(scaling[0] or vae_scaling[0], tuple)
+            else f"a shift of {vae_scaling[1]:g}"
+        )
         raise ConfigError(
             f"vae {name}: the model's latents have {what}, which the exported pipeline would not undo; leave --vae out "
             "and decode with fine_dist (fine-dist sample --vae)"
@@ -248,8 +252,8 @@ def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
             'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)\n'
             "images = pipe([0, 1], num_inference_steps=50).images"
         )
-        words = "Load it with diffusers; `pipeline.py` in the folder samples it by flow matching:"
-        return f"{words}\n\n```python\n{code}\n```"
+        sentence = "Load it with diffusers; `pipeline.py` in the folder samples it by flow matching:"
+        return f"{sentence}\n\n```python\n{code}\n```"
     load = (
         'pipe = DiTPipeline.from_pretrained("FOLDER")'
         if pipeline
@@ -257,18 +261,18 @@ def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
     )
     name, kind = ("pipe.transformer", "DiTPipeline") if pipeline else ("model", "DiTTransformer2DModel")
     lines = [f"from diffusers import {kind}", load]
-    words = "Load it with diffusers"
+    sentence = "Load it with diffusers"
     if not arch.frequency_shift:
         # diffusers has no setting for this in config.json, so the card must tell a user to set it.
         lines.append(f"for block in {name}.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0")
-        words += " (the last lines give it the time frequencies it was trained with; diffusers' own differ)"
+        sentence += " (the last lines give it the time frequencies it was trained with; diffusers' own differ)"
     if diffusion.process == "flow":
-        words += f"; it predicts velocities ({diffusion.direction}) at times 0 to {diffusion.time_scale:g}"
+        sentence += f"; it predicts velocities ({diffusion.direction}) at times 0 to {diffusion.time_scale:g}"
     elif arch.num_classes > PIPELINE_NULL:
-        words += f"; DiTPipeline guides with label {PIPELINE_NULL}, which is a class here: use guidance_scale 1"
-    words += ":"
+        sentence += f"; DiTPipeline guides with label {PIPELINE_NULL}, which is a class here: use guidance_scale 1"
+    sentence += ":"
     code = "\n".join(lines)
-    return f"{words}\n\n```python\n{code}\n```"
+    return f"{sentence}\n\n```python\n{code}\n```"
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

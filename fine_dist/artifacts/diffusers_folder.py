@@ -91,9 +91,9 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
     folder = Path(source)
     if not folder.is_dir():
         folder = fetch(str(source))
-    found = _read_configs(folder)
-    tensors, sha256, variant = read_weights_folder(found.transformer)
-    config, where = found.config, str(source)
+    configs = _read_configs(folder)
+    tensors, sha256, variant = read_weights_folder(configs.transformer)
+    config, where = configs.config, str(source)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ArtifactError(f"{where}: {name} is a {type(tensor).__name__}, and a tensor is needed")
@@ -101,11 +101,11 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
     notes: list[str] = []
     if variant:
         notes.append(f"its weights are of variant {variant}, in reduced precision; there is no file without a variant")
-    shift = _shift(found, str(source), hints, notes)
-    arch = _arch_of(config, hints, shift, found, where)
+    shift = _shift(configs, str(source), hints, notes)
+    arch = _arch_of(config, hints, shift, configs, where)
     state = {}
     check_keys((name for name, _ in _their_names(arch.num_layers)), tensors, where, "a DiTTransformer2DModel")
-    for ours, theirs in _EMBED.items():
+    for our_name, theirs in _EMBED.items():
         first = tensors[f"transformer_blocks.0.norm1.emb.{theirs}"]
         for layer in range(1, arch.num_layers):
             name = f"transformer_blocks.{layer}.norm1.emb.{theirs}"
@@ -114,24 +114,24 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
                     f"{where}: {name} is not block 0's: its blocks were trained with embedders of their own, which a "
                     "DiT (one time and one label embedder) cannot hold"
                 )
-        state[ours] = first
+        state[our_name] = first
     state["label.weight"] = state["label.weight"][: arch.num_classes + 1]
-    for ours, theirs in _OUTSIDE.items():
+    for our_name, theirs in _OUTSIDE.items():
         for part in ("weight", "bias"):
-            state[f"{ours}.{part}"] = tensors[f"{theirs}.{part}"]
+            state[f"{our_name}.{part}"] = tensors[f"{theirs}.{part}"]
     state["patch.weight"] = state["patch.weight"].flatten(1)
     for layer in range(arch.num_layers):
         at = f"transformer_blocks.{layer}."
         for part in ("weight", "bias"):
-            for ours, theirs in _BLOCK.items():
-                state[f"blocks.{layer}.{ours}.{part}"] = tensors[f"{at}{theirs}.{part}"]
+            for our_name, theirs in _BLOCK.items():
+                state[f"blocks.{layer}.{our_name}.{part}"] = tensors[f"{at}{theirs}.{part}"]
             state[f"blocks.{layer}.qkv.{part}"] = torch.cat([tensors[f"{at}{name}.{part}"] for name in _QKV])
     epsilon = config.get("norm_eps", 1e-5)
     if not isinstance(epsilon, (int, float)):
         raise ArtifactError(f"{where}: norm_eps is {epsilon!r}, and a number is needed")
     if epsilon != 1e-6:
         notes.append(f"norm_eps {epsilon:g} of its MLPs' LayerNorms becomes DiT's 1e-6")
-    licence = hints.licence or found.marker.licence or licence_of_card(found.root / "README.md")
+    licence = hints.licence or configs.marker.licence or licence_of_card(configs.root / "README.md")
     if not licence and _is_published(str(source)):
         licence = DIT_LICENCE
     if not licence:
@@ -143,9 +143,9 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
         layout="diffusers",
         sha256=sha256,
         licence=licence or UNKNOWN_LICENCE,
-        diffusion=diffusion_from_scheduler(found.scheduler, found.marker.diffusion, where, notes),
-        scaling_factor=_scaling_factor(found.vae, where),
-        class_names=found.class_names,
+        diffusion=diffusion_from_scheduler(configs.scheduler, configs.marker.diffusion, where, notes),
+        scaling_factor=_scaling_factor(configs.vae, where),
+        class_names=configs.class_names,
         notes=tuple(notes),
     )
 
@@ -174,8 +174,8 @@ def read_marker(path: Path) -> Marker:
         return Marker.model_validate(read_json(path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise ArtifactError(f"{path} is damaged: {place}: {first['msg']}; export the model again") from None
+        key = ".".join(map(str, first["loc"]))
+        raise ArtifactError(f"{path} is damaged: {key}: {first['msg']}; export the model again") from None
 
 
 def read_class_names(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
@@ -187,23 +187,23 @@ def read_class_names(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
 
 
 def _scaling_factor(vae: Mapping[str, Any], where: str) -> float | None:
-    found = vae.get("scaling_factor")
-    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float)) or not found > 0):
-        raise ArtifactError(f"{where}: scaling_factor of its vae is {found!r}; a number above 0 is needed")
-    return None if found is None else float(found)
+    factor = vae.get("scaling_factor")
+    if factor is not None and (isinstance(factor, bool) or not isinstance(factor, (int, float)) or not factor > 0):
+        raise ArtifactError(f"{where}: scaling_factor of its vae is {factor!r}; a number above 0 is needed")
+    return None if factor is None else float(factor)
 
 
 def _is_published(source: str) -> bool:
     return Path(source).name.startswith(("DiT-XL-2-256", "DiT-XL-2-512")) and "facebook" in source
 
 
-def _shift(found: PipelineFolder, source: str, hints: HintsConfig, notes: list[str]) -> int:
+def _shift(configs: PipelineFolder, source: str, hints: HintsConfig, notes: list[str]) -> int:
     """0 for weights that were trained with DiT's frequencies, 1 for those trained in diffusers."""
     if hints.frequency_shift is not None:
         return hints.frequency_shift
-    if found.marker.frequency_shift is not None:
-        return found.marker.frequency_shift
-    if found.config["_class_name"] == "Transformer2DModel" or _is_published(source):
+    if configs.marker.frequency_shift is not None:
+        return configs.marker.frequency_shift
+    if configs.config["_class_name"] == "Transformer2DModel" or _is_published(source):
         notes.append("frequency_shift 0: converted from the original DiT, whose time frequencies its weights know")
         return 0
     notes.append(
@@ -212,7 +212,7 @@ def _shift(found: PipelineFolder, source: str, hints: HintsConfig, notes: list[s
     return 1
 
 
-def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, found: PipelineFolder, where: str) -> Arch:
+def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, configs: PipelineFolder, where: str) -> Arch:
     for key, wanted in _FIXED.items():
         if config.get(key, wanted) != wanted:
             raise ArtifactError(f"{where}: {key} is {config[key]!r}, and a DiT's is {wanted!r}")
@@ -224,7 +224,7 @@ def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, found: P
         out = int(config.get("out_channels") or channels)
         if out not in (channels, 2 * channels):
             raise ArtifactError(f"{where}: out_channels is {out} and in_channels {channels}; a DiT has C or 2C")
-        classes = hints.num_classes or found.marker.num_classes or config.get("num_embeds_ada_norm", 1000)
+        classes = hints.num_classes or configs.marker.num_classes or config.get("num_embeds_ada_norm", 1000)
         return Arch(
             hidden_size=heads * head_size,
             num_layers=int(config.get("num_layers", 28)),

@@ -78,18 +78,18 @@ def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["
         ArtifactError: The file is damaged, holds code, or is another model's.
     """
     path = Path(path)
-    found = unwrap(read_tensor_file(path), weights, path)
-    state, notes = found.state, found.notes
+    unwrapped = unwrap(read_tensor_file(path), weights, path)
+    state, notes = unwrapped.state, unwrapped.notes
     _refuse_relatives(state, str(path))
-    arch, has_null = _arch_of(state, hints, found.arguments, str(path))
+    arch, has_null = _arch_of(state, hints, unwrapped.arguments, str(path))
     if not has_null:
         notes.append(
             "no null label: its label table has one row a class; it cannot be guided, and a row of zeros is added"
         )
         state[_LABEL] = torch.cat([state[_LABEL], torch.zeros_like(state[_LABEL][:1])])
     arch = _with_positions(state.pop(_POSITION, None), arch, str(path))
-    ours = {mine: state[theirs] for mine, theirs in names(arch.num_layers)}
-    ours["patch.weight"] = ours["patch.weight"].flatten(1)
+    tensors = {our_name: state[their_name] for our_name, their_name in names(arch.num_layers)}
+    tensors["patch.weight"] = tensors["patch.weight"].flatten(1)
     licence = hints.licence or (DIT_LICENCE if _PUBLISHED.match(path.name) else UNKNOWN_LICENCE)
     if licence == UNKNOWN_LICENCE:
         notes.append(
@@ -97,23 +97,23 @@ def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["
         )
     return ImportedModel(
         arch=arch,
-        state=checked_state(ours, arch, str(path)),
+        state=checked_state(tensors, arch, str(path)),
         source=str(path),
         layout="dit",
         sha256=sha256_of(path),
         licence=licence,
-        diffusion=_process_of(hints, found, path, has_null),
+        diffusion=_process_of(hints, unwrapped, path, has_null),
         notes=tuple(notes),
     )
 
 
-def _process_of(hints: HintsConfig, found: Unwrapped, path: Path, has_null: bool) -> DiffusionConfig:
+def _process_of(hints: HintsConfig, unwrapped: Unwrapped, path: Path, has_null: bool) -> DiffusionConfig:
     """The process by the hint, else by REPA's projectors and arguments, else by SiT's name, else DDPM."""
     drop = {} if has_null else {"label_drop": 0.0}
-    names_model = f"{path.name} {found.arguments.get('model', '')}".lower()
+    names_model = f"{path.name} {unwrapped.arguments.get('model', '')}".lower()
     kind = hints.process
     if kind is None and (
-        found.dropped or "proj_coeff" in found.arguments or "repa" in re.split(r"[^a-z]+", names_model)
+        unwrapped.dropped or "proj_coeff" in unwrapped.arguments or "repa" in re.split(r"[^a-z]+", names_model)
     ):
         kind = "repa"
     if kind is None and "sit" in re.split(r"[^a-z]+", names_model):
@@ -121,13 +121,13 @@ def _process_of(hints: HintsConfig, found: Unwrapped, path: Path, has_null: bool
     if kind in (None, "ddpm"):
         return DiffusionConfig(**drop)
     for name, legal in (("path_type", ("linear", "Linear")), ("prediction", ("v", "velocity"))):
-        if found.arguments.get(name, legal[0]) not in legal:
+        if unwrapped.arguments.get(name, legal[0]) not in legal:
             raise ArtifactError(
-                f"{path}: it was trained with {name} {found.arguments[name]!r}; legal: {legal[0]}, the linear "
+                f"{path}: it was trained with {name} {unwrapped.arguments[name]!r}; legal: {legal[0]}, the linear "
                 "interpolant with velocity prediction"
             )
     direction: Literal["data_to_noise", "noise_to_data"] = "data_to_noise" if kind == "repa" else "noise_to_data"
-    found.notes.append(f"flow matching in the convention of {kind} (--hints.process says otherwise)")
+    unwrapped.notes.append(f"flow matching in the convention of {kind} (--hints.process says otherwise)")
     return DiffusionConfig(process="flow", direction=direction, **drop)
 
 
@@ -139,10 +139,10 @@ def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
         "rotary positions (feat_rope)": any(name.startswith("feat_rope.") for name in state),
         "normalized queries and keys": any(".attn.q_norm." in name for name in state),
     }
-    found = [part for part, there in parts.items() if there]
-    if len(found) > 1 or (found and "SwiGLU" in found[0]):
+    present = [part for part, is_present in parts.items() if is_present]
+    if len(present) > 1 or (present and "SwiGLU" in present[0]):
         raise ArtifactError(
-            f"{where} looks like a LightningDiT: it has {', '.join(found)}. Methods here share the five matrices of "
+            f"{where} looks like a LightningDiT: it has {', '.join(present)}. Methods here share the five matrices of "
             "DiT's blocks, which those blocks do not have; take a model of DiT's, SiT's or REPA's layout"
         )
 
@@ -151,7 +151,7 @@ def _arch_of(
     state: Mapping[str, Tensor], hints: HintsConfig, arguments: Mapping[str, Any], where: str
 ) -> tuple[Arch, bool]:
     """The architecture that the shapes determine, and whether the label table has a null label."""
-    layers = {int(found[1]) for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     # A damaged or hostile file could name block 10^9, and the list of expected names would fill the memory.
     if layers and max(layers) > 10_000:
         raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
@@ -219,8 +219,8 @@ def _input_size(table: Tensor | None, patch: int, hints: HintsConfig, where: str
     if hints.input_size is not None:
         height, width = both(hints.input_size)
         if height * width != tokens * patch * patch:
-            found = " x ".join(str(patch * n) for n in grid)
-            raise ArtifactError(f"{where}: input_size {hints.input_size}: its position table is for {found}")
+            size = " x ".join(str(patch * n) for n in grid)
+            raise ArtifactError(f"{where}: input_size {hints.input_size}: its position table is for {size}")
         return hints.input_size
     return sides(patch * grid[0], patch * grid[1])
 
@@ -255,8 +255,10 @@ def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
     gaps = [_gap(table[0], positions_of(shape)) for shape in shapes]
     if min(gaps) <= max(1e-5, torch.finfo(table.dtype).eps / 2):
         return shapes[gaps.index(min(gaps))]
-    says = f"differs from that by up to {gaps[0]:.3g}" if math.isfinite(gaps[0]) else f"is {list(table.shape)}"
-    raise ArtifactError(f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it {says}); it cannot be kept")
+    difference = f"differs from that by up to {gaps[0]:.3g}" if math.isfinite(gaps[0]) else f"is {list(table.shape)}"
+    raise ArtifactError(
+        f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it {difference}); it cannot be kept"
+    )
 
 
 def _trained(sines: Tensor) -> int:

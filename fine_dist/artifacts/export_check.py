@@ -36,16 +36,16 @@ class ExportComparison:
         model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()}, assign=True)
         # A buffer outside the state dict, which the meta device left without values.
         model.pos = positions_of(arch)
-        self.ours = model.eval()(*self.inputs)
+        self.expected = model.eval()(*self.inputs)
 
     @torch.no_grad()
-    def error(self, other: Forward) -> float:
+    def error(self, forward: Forward) -> float:
         """max |ours - other| / max(1, max |ours|)."""
-        return float((self.ours - other(*self.inputs)).abs().max() / self.ours.abs().max().clamp(min=1))
+        return float((self.expected - forward(*self.inputs)).abs().max() / self.expected.abs().max().clamp(min=1))
 
-    def confirm(self, other: Forward, where: str) -> float:
+    def confirm(self, forward: Forward, where: str) -> float:
         """`error`, and `ArtifactError` when it is above `LIMIT`."""
-        error = self.error(other)
+        error = self.error(forward)
         # Written so that a NaN counts as an error; `error > LIMIT` would let it pass.
         if not error <= LIMIT:
             raise ArtifactError(

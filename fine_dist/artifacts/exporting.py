@@ -27,12 +27,12 @@ from fine_dist.model.dit import DiT
 Format = Literal["fine_dist", "diffusers", "dit"]
 
 
-def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | None = None) -> list[str]:
+def export(model: DiT, metadata: dict[str, Any], to: Format, out: Path, vae: str | None = None) -> list[str]:
     """Write a dense model with its card.
 
     Args:
         model: The model.
-        about: What is known of it, as `load_model` returns it.
+        metadata: The model's kind, method, hash and manifest, as `load_model` returns them.
         to: The format.
         out: A folder or file that does not exist yet.
         vae: A folder or hub name; it completes a diffusers folder to a pipeline.
@@ -50,8 +50,8 @@ def export(model: DiT, about: dict[str, Any], to: Format, out: Path, vae: str | 
         raise ConfigError(f"vae: only a diffusers folder holds a VAE, not --to {to}; leave it out, or --to diffusers")
     _check_dense(model, to)
     if to == "diffusers":
-        return _diffusers(model, about, out, vae)
-    return _dit(model, about, out) if to == "dit" else _ours(model, about, out)
+        return _export_diffusers(model, metadata, out, vae)
+    return _export_dit(model, metadata, out) if to == "dit" else _export_native(model, metadata, out)
 
 
 def check_png(picture: Path) -> None:
@@ -63,37 +63,39 @@ def check_png(picture: Path) -> None:
 def show_samples(out: Path, picture: Path) -> None:
     """Copy a picture of samples beside an export's card, and show it there."""
     card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
-    there = out / "samples.png" if out.is_dir() else out.with_suffix(".png")
-    write_atomic(there, read_bytes(picture))
+    copy = out / "samples.png" if out.is_dir() else out.with_suffix(".png")
+    write_atomic(copy, read_bytes(picture))
     text = card.read_text(encoding="utf-8")
-    write_atomic(card, f"{text}\n## Samples\n\n![Samples of the model]({there.name})\n")
+    write_atomic(card, f"{text}\n## Samples\n\n![Samples of the model]({copy.name})\n")
 
 
-def card_of(about: dict[str, Any]) -> ModelCard:
+def card_of(metadata: dict[str, Any]) -> ModelCard:
     """The model card of a manifest: method, learngene, licence, ancestor, losses, process and sampler."""
-    imported = about.get("imported") or (about.get("ancestor") or {}).get("imported") or {}
-    ancestor = about.get("ancestor") or {}
-    gene = about["hash"] if about["kind"] == "learngene" else (about.get("parent_hash") or about.get("origin"))
-    parent = about.get("parent")
+    imported = metadata.get("imported") or (metadata.get("ancestor") or {}).get("imported") or {}
+    ancestor = metadata.get("ancestor") or {}
+    gene = (
+        metadata["hash"] if metadata["kind"] == "learngene" else (metadata.get("parent_hash") or metadata.get("origin"))
+    )
+    parent = metadata.get("parent")
     if isinstance(parent, dict):
         gene = parent["hash"]
-    losses = {**(about.get("losses") or {}), **_numbers(about.get("init") or {})}
+    losses = {**(metadata.get("losses") or {}), **_numbers(metadata.get("init") or {})}
     metrics = {name.replace("_", " "): value for name, value in losses.items() if isinstance(value, (int, float))}
-    foreign = "imported" in about and not gene
+    foreign = "imported" in metadata and not gene
     return ModelCard(
-        method="none" if foreign else str(about["method"]["name"]),
+        method="none" if foreign else str(metadata["method"]["name"]),
         learngene=gene,
-        licence=licence_of(about) or UNKNOWN_LICENCE,
-        source=imported.get("source") or ancestor.get("path") or about.get("folder"),
+        licence=licence_of(metadata) or UNKNOWN_LICENCE,
+        source=imported.get("source") or ancestor.get("path") or metadata.get("folder"),
         metrics=metrics,
-        protocol=_protocol(about),
+        protocol=_protocol(metadata),
         notes=tuple(imported.get("notes", ())),
     )
 
 
-def _protocol(about: dict[str, Any]) -> dict[str, str]:
+def _protocol(metadata: dict[str, Any]) -> dict[str, str]:
     """What a reader needs to sample the model and to understand its losses."""
-    diffusion = diffusion_of(about) or DiffusionConfig()
+    diffusion = diffusion_of(metadata) or DiffusionConfig()
     if diffusion.process == "flow":
         process = f"flow matching, velocity prediction, {diffusion.direction}, time scale {diffusion.time_scale:g}"
         process += f", shift {diffusion.time_shift:g}" if diffusion.time_shift != 1 else ""
@@ -101,14 +103,17 @@ def _protocol(about: dict[str, Any]) -> dict[str, str]:
         chain = f"{diffusion.num_timesteps} linear steps {diffusion.beta_start:g}..{diffusion.beta_end:g}"
         process = f"DDPM, {diffusion.predicts} prediction, {chain}"
         process += ", zero terminal SNR" if diffusion.zero_terminal_snr else ""
-    facts = model_facts_of(about)
+    facts = model_facts_of(metadata)
     sampler = ", ".join(f"{key} {value}" for key, value in facts.sampler.items() if value is not None)
-    found = {"process": process, "loss protocol": "mean squared error of the prediction at fixed times and noise"}
-    return {**found, "sampler": sampler} if sampler else found
+    facts_of_protocol = {
+        "process": process,
+        "loss protocol": "mean squared error of the prediction at fixed times and noise",
+    }
+    return {**facts_of_protocol, "sampler": sampler} if sampler else facts_of_protocol
 
 
-def _numbers(made: dict[str, Any]) -> dict[str, Any]:
-    return {name: made[name] for name in ("loss", "held_out_loss") if made.get(name) is not None}
+def _numbers(init: dict[str, Any]) -> dict[str, Any]:
+    return {name: init[name] for name in ("loss", "held_out_loss") if init.get(name) is not None}
 
 
 def _check_dense(model: Any, to: Format) -> None:
@@ -116,8 +121,8 @@ def _check_dense(model: Any, to: Format) -> None:
         raise ConfigError(f"to {to}: the model is a {type(model).__name__}, which only --to fine_dist can hold")
 
 
-def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) -> list[str]:
-    facts = model_facts_of(about)
+def _export_diffusers(model: DiT, metadata: dict[str, Any], out: Path, vae: str | None) -> list[str]:
+    facts = model_facts_of(metadata)
     written = write_diffusers(
         out,
         model.arch,
@@ -128,7 +133,7 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
         shift_factor=facts.shift_factor,
         class_names=facts.class_names,
         clip=facts.sampler.get("clip"),
-        card=card_of(about),
+        card=card_of(metadata),
     )
     kind = "a FlowDiTPipeline" if facts.diffusion and facts.diffusion.process == "flow" else "a DiTPipeline"
     what = kind if written.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
@@ -142,22 +147,22 @@ def _diffusers(model: DiT, about: dict[str, Any], out: Path, vae: str | None) ->
     return lines
 
 
-def _dit(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
+def _export_dit(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]:
     error = write_dit(out, model.arch, model.state_dict())
     load = f"A state dict under the original DiT's names: `torch.load({out.name!r}, weights_only=True)`."
     if out.suffix == ".safetensors":
         load = f"A state dict under the original DiT's names: `safetensors.torch.load_file({out.name!r})`."
     numbers = sum(p.numel() for p in model.parameters())
-    write_atomic(out.with_suffix(".md"), card_text(card_of(about), model.arch, numbers, load))
+    write_atomic(out.with_suffix(".md"), card_text(card_of(metadata), model.arch, numbers, load))
     return [f"export: {model.arch.name} as DiT's state dict in {out}", _compared("the original layout", error)]
 
 
-def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
-    extra = {**inherited_facts(about), "exported_from": about["folder"], "origin": about["hash"]}
-    if "imported" in about:
-        extra["imported"] = about["imported"]
+def _export_native(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]:
+    extra = {**inherited_facts(metadata), "exported_from": metadata["folder"], "origin": metadata["hash"]}
+    if "imported" in metadata:
+        extra["imported"] = metadata["imported"]
     manifest = save_artifact(
-        out, kind="model", method=about["method"], arch=model.arch, tensors=model.state_dict(), extra=extra
+        out, kind="model", method=metadata["method"], arch=model.arch, tensors=model.state_dict(), extra=extra
     )
     try:
         error = _read_back(model, out)
@@ -165,16 +170,16 @@ def _ours(model: DiT, about: dict[str, Any], out: Path) -> list[str]:
         shutil.rmtree(out)
         raise
     load = f"Load it with `fine_dist.artifacts.load.load_model({out.name!r})`."
-    write_atomic(out / "README.md", card_text(card_of(about), model.arch, manifest["num_numbers"], load))
+    write_atomic(out / "README.md", card_text(card_of(metadata), model.arch, manifest["num_numbers"], load))
     size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
     return [f"export: {model.arch.name}, {size} in {out}", _compared("the folder", error)]
 
 
 def _read_back(model: DiT, out: Path) -> float:
-    again, _ = load_model(out)
+    loaded, _ = load_model(out)
     if type(model) is not DiT:
         return 0.0
-    return ExportComparison(model.arch, model.state_dict()).confirm(again.eval(), str(out))
+    return ExportComparison(model.arch, model.state_dict()).confirm(loaded.eval(), str(out))
 
 
 def _compared(where: str, error: float) -> str:

@@ -64,25 +64,25 @@ class ImportedModel:
 def heads_of(width: int, hint: int | None, named: int | None, where: str) -> int:
     """Attention heads: from the hint, the file, or DiT's size of this width. `ArtifactError` when none says."""
     usual = next((heads for size, _, heads in SIZES.values() if size == width), None)
-    found = hint or named or usual
-    if found is None:
+    num_heads = hint or named or usual
+    if num_heads is None:
         raise ArtifactError(
             f"{where}: a state dict does not say how many heads its attention has, and width {width} is not one of "
             f"DiT's ({', '.join(str(size) for size, _, _ in SIZES.values())}); give them with --hints.num-heads"
         )
-    if width % found:
-        raise ArtifactError(f"{where}: num_heads {found} does not divide the width {width}; see --hints.num-heads")
-    return found
+    if width % num_heads:
+        raise ArtifactError(f"{where}: num_heads {num_heads} does not divide the width {width}; see --hints.num-heads")
+    return num_heads
 
 
-def check_keys(expected: Iterable[str], found: Iterable[str], where: str, what: str) -> None:
+def check_keys(expected: Iterable[str], names_in_file: Iterable[str], where: str, what: str) -> None:
     """`ArtifactError` that lists missing and unknown tensors, when the names are not those of a DiT."""
-    expected, found = set(expected), set(found)
-    missing, foreign = sorted(expected - found), sorted(found - expected)
+    expected, names_in_file = set(expected), set(names_in_file)
+    missing, foreign = sorted(expected - names_in_file), sorted(names_in_file - expected)
     if missing or foreign:
         parts = [f"{len(names)} {word}: {_some(names)}" for names, word in ((missing, "missing"), (foreign, "unknown"))]
-        told = "; ".join(part for part, names in zip(parts, (missing, foreign)) if names)
-        raise ArtifactError(f"{where} does not have the tensors of {what} ({told})")
+        differences = "; ".join(part for part, names in zip(parts, (missing, foreign)) if names)
+        raise ArtifactError(f"{where} does not have the tensors of {what} ({differences})")
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -39,5 +39,5 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json_files.read_json(path, ArtifactError, remedy)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; {remedy}") from None
-    found: dict[str, Any] = json_files.as_record(dict[str, Any], values, path, ArtifactError, remedy)
-    return found
+    record: dict[str, Any] = json_files.as_record(dict[str, Any], values, path, ArtifactError, remedy)
+    return record

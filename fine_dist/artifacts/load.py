@@ -46,8 +46,8 @@ def load_model(
         artifact = read_artifact(path, hints, weights)
         parent = parent_of(artifact)
         model = merged(from_manifest(artifact.method), parent.module) if artifact.kind == "learngene" else parent.module
-    about = {"kind": artifact.kind, "method": artifact.method, "hash": artifact.hash, "folder": str(artifact.folder)}
-    return model, {**about, **artifact.extra}
+    metadata = {"kind": artifact.kind, "method": artifact.method, "hash": artifact.hash, "folder": str(artifact.folder)}
+    return model, {**metadata, **artifact.extra}
 
 
 def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tuple[Method[MethodConfig], nn.Module]:

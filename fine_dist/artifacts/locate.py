@@ -17,9 +17,9 @@ _FOLDERS = ("runs", "models", "data", "checkpoints", "output", "outputs")
 def find_artifact(path: str | Path) -> Path:
     """The artifact of ours in a folder: itself, or the one that lies in a run's directory."""
     folder = Path(expand_path(str(path)))
-    found = _own(folder)
-    if found is not None:
-        return found
+    artifact = _artifact_in(folder)
+    if artifact is not None:
+        return artifact
     if not folder.exists():
         raise ArtifactError(f"{folder} does not exist; give a folder that condense, init or train wrote")
     raise ArtifactError(
@@ -31,7 +31,7 @@ def is_foreign(source: str | Path) -> bool:
     """Whether a source is another project's: a tensor file, a diffusers folder, or a name on the hub."""
     path = Path(expand_path(str(source)))
     if path.is_dir():
-        return _own(path) is None and is_diffusers_folder(path)
+        return _artifact_in(path) is None and is_diffusers_folder(path)
     return path.exists() or path.suffix in SUFFIXES or is_hub_name(source)
 
 
@@ -48,6 +48,6 @@ def exists_locally(source: str | Path) -> bool:
     return Path(expand_path(str(source))).exists()
 
 
-def _own(folder: Path) -> Path | None:
+def _artifact_in(folder: Path) -> Path | None:
     candidates = (folder, *(folder / name for name in ARTIFACT_FOLDERS))
     return next((candidate for candidate in candidates if (candidate / "manifest.json").is_file()), None)

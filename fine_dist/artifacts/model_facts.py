@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from fine_dist.artifacts.settings import SamplerOverrides
 from fine_dist.core.errors import ArtifactError, ConfigError
-from fine_dist.data.shards import Channels
+from fine_dist.data.manifest import Channels
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 
 _MODELS_OWN = ("guidance", "guidance_channels", "clip")
@@ -48,24 +48,26 @@ class ModelFacts:
         return channels in (1, 3) and self.codec in (None, "identity")
 
 
-def model_facts_of(about: dict[str, Any]) -> ModelFacts:
+def model_facts_of(metadata: dict[str, Any]) -> ModelFacts:
     """The facts in what `load_model` returns, or in a manifest's extra. `ArtifactError` where they are impossible."""
-    codec = about.get("codec") or {}
-    sampler = about.get("sampler") or {}
-    names = about.get("class_names") or ()
+    codec = metadata.get("codec") or {}
+    sampler = metadata.get("sampler") or {}
+    names = metadata.get("class_names") or ()
     if not (isinstance(codec, dict) and isinstance(sampler, dict) and isinstance(names, (list, tuple))):
-        raise ArtifactError(f"{about.get('folder', 'manifest')}: codec, sampler or class_names is of a wrong type")
-    name, own = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODELS_OWN}
+        raise ArtifactError(f"{metadata.get('folder', 'manifest')}: codec, sampler or class_names is of a wrong type")
+    name, sampler_settings = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODELS_OWN}
     try:
-        SamplerConfig.model_validate(own)
+        SamplerConfig.model_validate(sampler_settings)
         scaling_factor, shift_factor = (
             None if name == "identity" else _channels(codec.get(key)) for key in ("scaling_factor", "shift_factor")
         )
     except (ValidationError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{about.get('folder', 'manifest')}: sampler or codec is damaged: {_line(error)}") from None
+        raise ArtifactError(
+            f"{metadata.get('folder', 'manifest')}: sampler or codec is damaged: {_line(error)}"
+        ) from None
     return ModelFacts(
-        diffusion=diffusion_of(about),
-        sampler=own,
+        diffusion=diffusion_of(metadata),
+        sampler=sampler_settings,
         codec=name,
         scaling_factor=scaling_factor,
         shift_factor=shift_factor,
@@ -80,15 +82,15 @@ def _channels(value: Any) -> Channels | None:
     return None if value is None else float(value)
 
 
-def diffusion_of(about: dict[str, Any]) -> DiffusionConfig | None:
+def diffusion_of(metadata: dict[str, Any]) -> DiffusionConfig | None:
     """The process that a manifest names; None where it names none. `ArtifactError` where it is impossible."""
-    diffusion = about.get("diffusion")
+    diffusion = metadata.get("diffusion")
     if not diffusion:
         return None
     try:
         return DiffusionConfig.model_validate(diffusion)
     except ValidationError as error:
-        where = about.get("folder", "manifest")
+        where = metadata.get("folder", "manifest")
         raise ArtifactError(f"{where}: diffusion is damaged: {_line(error)}; copy the folder again") from None
 
 
@@ -107,46 +109,48 @@ def check_parent_process(
     if parent is None:
         return
     keys = [key for key in _FORWARD[wanted.process] if not (teacher and key in _SETTLED_BY_LEVEL)]
-    theirs, ours = parent.model_dump(), wanted.model_dump()
+    parent_values, wanted_values = parent.model_dump(), wanted.model_dump()
     if not teacher:
         keys.append("prediction")
-        theirs["prediction"], ours["prediction"] = parent.predicts, wanted.predicts
-    differs = [key for key in keys if theirs[key] != ours[key]]
+        parent_values["prediction"], wanted_values["prediction"] = parent.predicts, wanted.predicts
+    differs = [key for key in keys if parent_values[key] != wanted_values[key]]
     if differs:
-        told = ", ".join(f"{key} {_word(theirs[key])} (the run: {_word(ours[key])})" for key in differs)
-        flags = " ".join(f"--diffusion.{key.replace('_', '-')} {_word(theirs[key])}" for key in differs)
+        differences = ", ".join(
+            f"{key} {_word(parent_values[key])} (the run: {_word(wanted_values[key])})" for key in differs
+        )
+        flags = " ".join(f"--diffusion.{key.replace('_', '-')} {_word(parent_values[key])}" for key in differs)
         raise ConfigError(
-            f"diffusion: {where} was trained with {told}, so its weights mean something else here; set {flags}, or "
-            "take a parent of this process"
+            f"diffusion: {where} was trained with {differences}, so its weights mean something else here; "
+            f"set {flags}, or take a parent of this process"
         )
 
 
 def resolve_sampling(
-    given: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
+    overrides: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
 ) -> tuple[SamplerConfig, DiffusionConfig, list[str]]:
     """The settings that a model is sampled with, and a line for each that contradicts its manifest.
 
     Args:
-        given: The user's sampler settings; None in a field is the model's.
+        overrides: The user's sampler settings; None in a field is the model's.
         diffusion: The user's process; None is the model's.
         facts: What the model's manifest says.
         where: The model's name, for the lines.
     """
-    own = SamplerConfig().model_dump() | facts.sampler
-    notes, found = [], {}
-    for key, value in given.model_dump().items():
+    defaults = SamplerConfig().model_dump() | facts.sampler
+    notes, settings = [], {}
+    for key, value in overrides.model_dump().items():
         if value is None:
-            found[key] = own[key]
+            settings[key] = defaults[key]
             continue
-        found[key] = None if value in ("off", "all") else value
-        if key in facts.sampler and found[key] != facts.sampler[key]:
+        settings[key] = None if value in ("off", "all") else value
+        if key in facts.sampler and settings[key] != facts.sampler[key]:
             notes.append(f"sampler.{key} {_word(value)} is used; {where} was trained with {_word(facts.sampler[key])}")
     if diffusion is not None and facts.diffusion is not None:
         for key, value in diffusion.model_dump().items():
             theirs = getattr(facts.diffusion, key)
             if value != theirs:
                 notes.append(f"diffusion.{key} {_word(value)} is used; {where} was trained with {_word(theirs)}")
-    return SamplerConfig(**found), diffusion or facts.diffusion or DiffusionConfig(), notes
+    return SamplerConfig(**settings), diffusion or facts.diffusion or DiffusionConfig(), notes
 
 
 def _word(value: Any) -> str:

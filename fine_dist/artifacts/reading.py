@@ -65,9 +65,9 @@ def hash_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> str:
 
 def inherited_facts(extra: dict[str, Any]) -> dict[str, Any]:
     """What is inherited from a parent's manifest. A licence may be written beside an ancestor of its own."""
-    found = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
+    facts = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
     licence = licence_of(extra)
-    return {**found, "licence": licence} if licence else found
+    return {**facts, "licence": licence} if licence else facts
 
 
 def licence_of(extra: dict[str, Any]) -> str | None:
@@ -82,8 +82,8 @@ def _facts(source: str, hints: str, stamp: int) -> SourceFacts:
     Args:
         stamp: When the file was last written, so that another file of the name is another entry of the cache.
     """
-    found = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
-    return SourceFacts(found.kind, found.arch, found.hash, found.extra)
+    artifact = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
+    return SourceFacts(artifact.kind, artifact.arch, artifact.hash, artifact.extra)
 
 
 def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> ImportedModel:
@@ -107,16 +107,16 @@ def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Wei
 
 
 def _read_foreign(source: str, hints: HintsConfig, weights: Weights) -> Artifact:
-    found = import_model(source, hints, weights)
+    imported = import_model(source, hints, weights)
     extra: dict[str, Any] = {
-        "imported": {**found.provenance(), "hints": hints.model_dump(), "notes": list(found.notes)},
-        "diffusion": found.diffusion.model_dump(),
+        "imported": {**imported.provenance(), "hints": hints.model_dump(), "notes": list(imported.notes)},
+        "diffusion": imported.diffusion.model_dump(),
     }
-    if found.licence != UNKNOWN_LICENCE:
-        extra["licence"] = found.licence
-    if found.class_names:
-        extra["class_names"] = list(found.class_names)
-    if found.scaling_factor is not None:
-        extra["codec"] = {"name": "vae", "scaling_factor": found.scaling_factor}
+    if imported.licence != UNKNOWN_LICENCE:
+        extra["licence"] = imported.licence
+    if imported.class_names:
+        extra["class_names"] = list(imported.class_names)
+    if imported.scaling_factor is not None:
+        extra["codec"] = {"name": "vae", "scaling_factor": imported.scaling_factor}
     method = SCRATCH.model_dump(mode="json")
-    return Artifact(Path(source), "model", method, found.arch, found.state, extra, found.sha256)
+    return Artifact(Path(source), "model", method, imported.arch, imported.state, extra, imported.sha256)

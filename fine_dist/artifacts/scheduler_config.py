@@ -20,13 +20,13 @@ _NAMES = {"noise": "epsilon", "v": "v_prediction"}
 
 
 def diffusion_from_scheduler(
-    scheduler: Mapping[str, Any], ours: DiffusionConfig | None, where: str, notes: list[str]
+    scheduler: Mapping[str, Any], marked: DiffusionConfig | None, where: str, notes: list[str]
 ) -> DiffusionConfig:
     """The process that a folder was trained for.
 
     Args:
         scheduler: The scheduler's config; empty where there is none.
-        ours: What this project wrote beside it, which also knows a flow's convention; None without it.
+        marked: The process in the folder's `fine_dist.json`, which also states a flow's convention. None: no such file.
         where: The folder's name, for messages.
         notes: Gets a sentence for what is assumed.
 
@@ -34,22 +34,22 @@ def diffusion_from_scheduler(
         ArtifactError: The process is none of this project's, or the config is damaged.
     """
     if not scheduler:
-        if ours is None:
+        if marked is None:
             notes.append("it has no scheduler: taken for DiT's process, 1000 linear steps of noise prediction")
-        return ours or DiffusionConfig()
+        return marked or DiffusionConfig()
     try:
         read = _flow(scheduler, where) if _is_flow(scheduler) else _ddpm(scheduler, where)
     except (ValidationError, TypeError, ValueError, OverflowError) as error:
         line = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise ArtifactError(f"{where}: its scheduler_config.json is damaged: {line[:200]}") from None
-    if ours is None:
+    if marked is None:
         return read
-    if _trained(read) != _trained(ours):
+    if _trained(read) != _trained(marked):
         raise ArtifactError(
             f"{where}: its scheduler and its fine_dist.json name different processes; the scheduler was changed after "
             "the export. Put back the scheduler, or remove fine_dist.json if the scheduler is right"
         )
-    return ours
+    return marked
 
 
 def _trained(config: DiffusionConfig) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Settings of commands that read models: hints about other projects' files, and a sampler's settings. Without torch."""
+"""Settings of commands that read models: hints about other projects' files, and sampling. Read without torch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,30 @@ from fine_dist.model.arch import SidesKey
 
 
 class HintsConfig(Config):
-    """What another project's file may not say of itself. Default of each: as the file says, or as is usual."""
+    """Facts that another project's model file may not state. Default of each: read from the file, else the usual
+    value."""
 
     num_heads: int | None = Field(None, ge=1, le=4096)
-    """Attention heads of a state dict, which does not say them. Default: by width for DiT's sizes S, B, L and XL."""
+    """Number of attention heads, which a state dict does not contain. Default: by width, for DiT's sizes S, B, L and
+    XL."""
     num_classes: int | None = Field(None, ge=1, le=10_000_000)
-    """Classes without the null label. Default: one less than the label table has rows."""
+    """Number of classes without the null label. Default: the rows of the label table minus one."""
     input_size: SidesKey | None = None
-    """Side of a latent, or its height and width. Default: from the position table or the config, where there is one."""
+    """Side of a latent, or its height and width. Default: from the position table or the config."""
     frequency_shift: int | None = Field(None, ge=0, le=1)
-    """Time frequencies: 0 as in DiT, 1 as in models trained in diffusers. Default: by where the folder comes from."""
+    """Time frequencies: 0 as in DiT, 1 as in models trained in diffusers. Default: by the origin of the folder."""
     process: Literal["ddpm", "sit", "repa"] | None = None
-    """What a state dict was trained for: ddpm (noise prediction), sit (flow, time 0 is noise) or repa (flow, time 0 is
-    data). Default: by the file's name and saved arguments, else ddpm."""
+    """Diffusion process that a state dict was trained for: ddpm (noise prediction), sit (flow, time 0 is noise) or repa
+    (flow, time 0 is data). Default: by the file's name and saved arguments, else ddpm."""
     licence: str | None = None
-    """Licence of the weights, as an SPDX name such as cc-by-nc-4.0. Default: as the file says, else unknown."""
+    """License of the weights, as an SPDX name such as cc-by-nc-4.0. Default: the license in the file, else unknown."""
 
 
 NO_HINTS = HintsConfig()
 
 
 class SamplerOverrides(Config):
-    """Sampling of a saved model. Settings that are not given are as the model's manifest has them."""
+    """Sampling of a saved model. Settings that are not given come from the model's manifest."""
 
     scheduler: SchedulerName = "auto"
     """Solver. For ddpm: `ddpm` (ancestral), `ddim`, `dpm` (DPM-Solver++). For flow: `euler`, `heun`, `sde`. `auto`:
@@ -43,27 +45,32 @@ class SamplerOverrides(Config):
     guidance: float | None = Field(None, ge=0, le=1e4)
     """Scale of classifier-free guidance; 1 is no guidance. Default: the model's own, else 1."""
     guidance_channels: int | Literal["all"] | None = None
-    """Number of latent channels that guidance moves, from the first, or `all`. Default: the model's own, else all. The
+    """Number of leading latent channels that guidance changes, or `all`. Default: the model's own, else all. The
     original DiT uses 3."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Noise levels, from 0 (clean) to 1 (noise), between which guidance acts (arXiv 2404.07724). Default: all."""
     clip: float | Literal["off"] | None = None
-    """Predicted clean latents are clamped to [-clip, clip], or `off`. Default: the model's own, else off."""
+    """Limit of predicted clean latents, which are clamped to [-clip, clip], or `off`. Default: the model's own, else
+    off."""
     precision: Precision = "fp32"
     """Arithmetic of the model: fp32, tf32 (matrix products on a GPU) or bf16; part of a score's protocol. bf16 is
     several times faster on a GPU."""
     compile: bool = False
-    """Compile the model's blocks with torch.compile, which pays for itself from a few hundred images on a GPU."""
+    """Compile the model's blocks with torch.compile; worthwhile for more than a few hundred images on a GPU."""
     batch: int = Field(64, ge=1, le=65_536)
     """Number of images sampled together; it changes speed and memory only."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_sampler_config(cls, value: Any) -> Any:
-        """A `SamplerConfig` leaves nothing open: its None means off or all."""
+        """Read a `SamplerConfig`, in which None means off or all instead of the model's own."""
         if isinstance(value, SamplerConfig):
-            given = value.model_dump()
-            return {**given, "clip": given["clip"] or "off", "guidance_channels": given["guidance_channels"] or "all"}
+            settings = value.model_dump()
+            return {
+                **settings,
+                "clip": settings["clip"] or "off",
+                "guidance_channels": settings["guidance_channels"] or "all",
+            }
         return value
 
     @model_validator(mode="after")

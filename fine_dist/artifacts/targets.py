@@ -70,7 +70,7 @@ def check_target(
     return parent, target
 
 
-def own_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:
+def changed_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:
     """Tensors of a target that are not, bit for bit, its parent's of the same name (copies, on the CPU)."""
     theirs = parent.artifact.tensors if parent else {}
     return {
@@ -86,7 +86,7 @@ def save_target(
     method: Mapping[str, Any],
     parent: Parent | None,
     arch: Arch,
-    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     names: list[str],
     facts: Mapping[str, Any],
 ) -> ArtifactManifest:
@@ -97,31 +97,31 @@ def save_target(
         method: Settings of the method.
         parent: What it was made from.
         arch: Its shape.
-        own: Its tensors that are not the parent's.
+        tensors: Its tensors that are not the parent's.
         names: Names of all its tensors.
         facts: How it was made (seed, losses, steps, learning rate, seconds); JSON.
     """
-    extra: dict[str, Any] = {"inherited": sorted(set(names) - own.keys())}
+    extra: dict[str, Any] = {"inherited": sorted(set(names) - tensors.keys())}
     if parent is not None:
-        place = parent.artifact.folder.absolute()
+        parent_folder = parent.artifact.folder.absolute()
         extra |= _inherited_by(parent, arch)
         extra["parent"] = {
             "hash": parent.artifact.hash,
-            "path": str(place),
-            "from_here": os.path.relpath(place, Path(folder).absolute()),
+            "path": str(parent_folder),
+            "from_here": os.path.relpath(parent_folder, Path(folder).absolute()),
         }
         if imported := parent.artifact.extra.get("imported"):
             extra["parent"] |= {"source": imported["source"], "hints": imported["hints"]}
     extra |= facts
-    return save_artifact(folder, kind="target", method=dict(method), arch=arch, tensors=dict(own), extra=extra)
+    return save_artifact(folder, kind="target", method=dict(method), arch=arch, tensors=dict(tensors), extra=extra)
 
 
 def _inherited_by(parent: Parent, arch: Arch) -> dict[str, Any]:
     """Facts a target inherits from its parent; class names only where its classes are the parent's."""
-    found = inherited_facts(parent.artifact.extra)
+    facts = inherited_facts(parent.artifact.extra)
     if arch.num_classes != parent.arch.num_classes:
-        found.pop("class_names", None)
-    return found
+        facts.pop("class_names", None)
+    return facts
 
 
 def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[DiT, Artifact]:
@@ -174,20 +174,20 @@ def _assembled(artifact: Artifact, parent: Parent | None) -> nn.Module:
     return loaded(from_manifest(artifact.method), artifact.arch, state, artifact.folder)
 
 
-def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
+def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
     named = artifact.extra.get("parent")
     if named is None:
         return None
     if not (isinstance(named, dict) and all(isinstance(named.get(key), str) for key in ("hash", "path", "from_here"))):
         raise ArtifactError(f"{artifact.folder}: parent in its manifest.json is damaged; copy the folder again")
-    places = [artifact.folder / named["from_here"], Path(named["path"])]
-    if given:
-        places = [Path(given), *(Path(given) / name for name in ARTIFACT_FOLDERS)]
-    place = next((place for place in places if (place / MANIFEST).is_file()), None)
+    candidates = [artifact.folder / named["from_here"], Path(named["path"])]
+    if learngene:
+        candidates = [Path(learngene), *(Path(learngene) / name for name in ARTIFACT_FOLDERS)]
+    place = next((place for place in candidates if (place / MANIFEST).is_file()), None)
     if place is not None:
         parent = load_artifact(place)
     else:
-        parent = _foreign_parent(artifact, named, places)
+        parent = _foreign_parent(artifact, named, candidates)
     if parent.hash != named["hash"]:
         raise ArtifactError(
             f"{artifact.folder} was made from the parent {named['hash'][:12]}..., and {parent.folder} is another one "
@@ -196,16 +196,16 @@ def _parent(artifact: Artifact, given: str | Path | None) -> Parent | None:
     return parent_of(parent)
 
 
-def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], places: list[Path]) -> Artifact:
+def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], candidates: list[Path]) -> Artifact:
     """A parent that is another project's model: a file or folder where it lay or lies, or a name on the hub."""
     hints = HintsConfig(**named.get("hints", {}))
-    sources = [place for place in places if place.exists() and is_foreign(place)]
+    sources = [place for place in candidates if place.exists() and is_foreign(place)]
     if not sources and "source" in named and is_foreign(named["source"]):
         sources = [named["source"]]
     if sources:
         return read_artifact(sources[0], hints)
     raise ArtifactError(
         f"{artifact.folder} needs its parent (hash {named['hash'][:12]}...), which is not in "
-        + " or ".join(str(p) for p in places[:2])
+        + " or ".join(str(p) for p in candidates[:2])
         + "; say where it lies now with --learngene FOLDER"
     )

@@ -49,8 +49,8 @@ def _read_pt(path: Path) -> Any:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except pickle.UnpicklingError as error:
-                told = str(error)
-                if "weights_only" in told.lower() or "unsupported" in told.lower():
+                message = str(error)
+                if "weights_only" in message.lower() or "unsupported" in message.lower():
                     raise ArtifactError(
                         f"{path} holds more than tensors and plain values, and nothing in it was run: save its state "
                         "dict alone (torch.save(model.state_dict(), ...)), or as safetensors"
@@ -80,10 +80,10 @@ def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
     The variant is the word in `diffusion_pytorch_model.fp16.safetensors`, as `save_pretrained(variant="fp16")` writes
     it, or "" for none. Files without one are preferred, as the more exact ones, and safetensors before `.bin`.
     """
-    found = sorted((parsed, path) for path in folder.glob(f"{_STEM}*") if (parsed := _parse_name(path)))
-    if not found:
+    files = sorted((parsed, path) for path in folder.glob(f"{_STEM}*") if (parsed := _parse_name(path)))
+    if not files:
         raise ArtifactError(f"{folder} holds no {_STEM}.safetensors or .bin: copy the model's folder whole")
-    (_, _, is_index, variant), file = found[0]
+    (_, _, is_index, variant), file = files[0]
     if not is_index:
         return read_tensor_file(file), sha256_of(file), variant
     pieces = read_json(file).get("weight_map")

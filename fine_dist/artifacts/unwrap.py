@@ -64,11 +64,11 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     Where there is one set only, `ema` takes it; `raw` refuses a file of averages alone. `ArtifactError` when there are
     no tensors by name.
     """
-    found = _candidates(content, ())
-    if not found:
+    candidates = _candidates(content, ())
+    if not candidates:
         return _without_anchor(content, path)
-    averages = [candidate for candidate in found if candidate.is_average]
-    plain = [candidate for candidate in found if not candidate.is_average]
+    averages = [candidate for candidate in candidates if candidate.is_average]
+    plain = [candidate for candidate in candidates if not candidate.is_average]
     if weights == "raw" and not plain:
         raise ArtifactError(f"{path} holds averaged weights only ({_names(averages)}); leave weights at ema")
     # The average first: published figures were sampled with it.
@@ -79,15 +79,15 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     for name in dropped:
         del state[name]
     result = Unwrapped(state, _arguments(content), dropped)
-    if len(found) > 1 or choice.path:
-        others = [candidate for candidate in found if candidate is not choice]
-        beside = f" (beside {_names(others)})" if others else ""
+    if len(candidates) > 1 or choice.path:
+        unused = [candidate for candidate in candidates if candidate is not choice]
+        beside = f" (beside {_names(unused)})" if unused else ""
         result.notes.append(f"weights: {choice.name}{beside}")
     if choice.prefix:
         result.notes.append(f"the prefix {choice.prefix!r} was taken off every name")
     left = sorted(name for name in named if not name.startswith(choice.prefix))
     # Tensors of the other candidates were not dropped but not chosen, which the note above says already.
-    left = [name for name in left if not any(name.startswith(c.prefix) for c in found if c.tensors is named)]
+    left = [name for name in left if not any(name.startswith(c.prefix) for c in candidates if c.tensors is named)]
     if left:
         result.notes.append(f"dropped, as no part of the model: {_few(left)}")
     if dropped:
@@ -101,34 +101,34 @@ def _candidates(content: Mapping[Any, Any], path: tuple[str, ...]) -> list[_Cand
     }
     # One mapping may hold several models (ema_pytorch stores both), so every patch embedder is a candidate of its own.
     prefixes = sorted(name[: -len(ANCHOR)] for name in tensors if name.endswith(ANCHOR))
-    found = [_Candidate(path, prefix, tensors) for prefix in prefixes]
+    candidates = [_Candidate(path, prefix, tensors) for prefix in prefixes]
     if len(path) < _DEPTH:
         for key, value in content.items():
             if isinstance(key, str) and isinstance(value, Mapping) and key not in NOT_WEIGHTS:
-                found += _candidates(value, (*path, key))
-    return found
+                candidates += _candidates(value, (*path, key))
+    return candidates
 
 
 def _plain(name: str) -> str:
     """A name without the words of wrappers; `module` comes off the front only, where it is DataParallel's or DDP's."""
-    words = [word for word in name.split(".") if word not in WRAPPERS]
+    parts = [word for word in name.split(".") if word not in WRAPPERS]
     # Behind the front, `module` may be the name of a model's own part.
-    while len(words) > 1 and words[0] == "module":
-        words = words[1:]
-    return ".".join(words)
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def _without_anchor(content: Mapping[Any, Any], path: Path) -> Unwrapped:
     """A file without a patch embedder: its tensors as they are, so that the reader can say what is missing."""
-    place: Mapping[Any, Any] = content
+    mapping: Mapping[Any, Any] = content
     for _ in range(_DEPTH):
-        nested = [v for k, v in place.items() if k not in NOT_WEIGHTS and isinstance(v, Mapping)]
-        if any(isinstance(value, Tensor) for value in place.values()) or not nested:
+        nested = [v for k, v in mapping.items() if k not in NOT_WEIGHTS and isinstance(v, Mapping)]
+        if any(isinstance(value, Tensor) for value in mapping.values()) or not nested:
             break
-        place = nested[0]
-    state = {_plain(k): v for k, v in place.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        mapping = nested[0]
+    state = {_plain(k): v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
-        keys = ", ".join(str(key)[:40] for key in list(place)[:8])
+        keys = ", ".join(str(key)[:40] for key in list(mapping)[:8])
         raise ArtifactError(f"{path} holds no tensors by name (its keys: {keys or 'none'})")
     return Unwrapped(state, _arguments(content))
 
@@ -136,8 +136,8 @@ def _without_anchor(content: Mapping[Any, Any], path: Path) -> Unwrapped:
 def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
     """What a training script saved of its arguments; they are believed only where the tensors are silent."""
     args = content.get("args")
-    found = dict(args) if isinstance(args, Mapping) else dict(vars(args)) if hasattr(args, "__dict__") else {}
-    return {str(key): value for key, value in found.items()}
+    values = dict(args) if isinstance(args, Mapping) else dict(vars(args)) if hasattr(args, "__dict__") else {}
+    return {str(key): value for key, value in values.items()}
 
 
 def _names(candidates: list[_Candidate]) -> str:

@@ -33,7 +33,7 @@ from fine_dist.creative.pairs import Pairs, PairStream, make_pairs
 from fine_dist.creative.saving import save_token
 from fine_dist.creative.tokens import RowSpec, TokenObjective, Tokens
 from fine_dist.engine import dist
-from fine_dist.engine.loop import fit
+from fine_dist.engine.fit import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.world import World

@@ -1,8 +1,8 @@
-"""A batch of latents: as the shards store them, and as float32 where they are used.
+"""A batch of latents: stored numbers as the shards hold them, converted to float32 latents on the device.
 
-A stream gives the stored float16 numbers, which are half the bytes of float32. They become `(float32(x) - shift) *
-float32(scale)` where they are used. Each operation is rounded once on every device, so every device and batch size
-gives the same bits.
+A stream yields the stored float16 numbers, which are half the bytes of float32. The batch converts them to `(float32(x)
+- shift) * float32(scale)` on the device. Each operation is rounded once, so that every device and batch size gives the
+same bits.
 
 Letters: B samples of a batch, C channels, H height, W width.
 """
@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 import torch
 
-from fine_dist.data.shards import Channels
+from fine_dist.data.manifest import Channels
 
 _NOISE = 0x6D6F6D656E7473
 """Random stream of the noise of moments, different from every other use of (seed, step, position)."""
@@ -27,11 +27,11 @@ class Batch:
 
     Attributes:
         stored: [B, C, H, W] in the shards' dtype, unscaled; for moments, the sampled and scaled latents in float32.
-        scale, shift: latents are `(stored - shift) * scale`, for all channels alike or each its own.
+        scale, shift: Of `(stored - shift) * scale`, one number for all channels or one for each.
         labels: int64 [B].
         positions: int64 [B], positions in the global batch; all randomness of a sample is seeded by (seed, step,
             position).
-        tokens: [B, E, h, w], an image encoder's tokens of the clean images, where the stream reads them.
+        tokens: [B, E, h, w], an image encoder's tokens of the clean images, if the stream reads them.
     """
 
     step: int
@@ -52,10 +52,10 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, in the stored dtype; positions stay in host memory, where randomness is drawn."""
+        """The batch on a device, in the stored dtype. Positions stay in host memory, where random numbers are drawn."""
         if device.type == "cpu":
             return self
-        # only a copy from page-locked memory runs while the host continues
+        # Only a copy from page-locked memory is asynchronous.
         stored, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.stored, self.labels))
         tokens = None if self.tokens is None else self.tokens.pin_memory().to(device, non_blocking=True)
         return replace(self, stored=stored, labels=labels, tokens=tokens)
@@ -84,7 +84,7 @@ def as_float(stored: torch.Tensor, scale: Channels, shift: Channels = 0.0) -> to
 
 @lru_cache(maxsize=64)
 def by_channel(values: Channels, device: torch.device) -> torch.Tensor:
-    """Numbers of channels as float32 [C, 1, 1] ([1, 1, 1] for one number), kept on the device."""
+    """One number per channel as float32 [C, 1, 1] ([1, 1, 1] for a single number) on the device, cached."""
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
@@ -92,8 +92,11 @@ def draw_moments(moments: torch.Tensor, seed: int, step: int, first: int) -> tor
     """Sample latents [B, C, H, W] from their moments [B, 2C, H, W] (mean, then standard deviation).
 
     Args:
-        first: position of row 0 in the global batch. The noise of a sample is seeded by (seed, step, position), so it
-            does not depend on the world size.
+        moments: float [B, 2C, H, W].
+        seed: Seed of the run.
+        step: Step of the batch.
+        first: Position of row 0 in the global batch. The noise of a sample is seeded by (seed, step, position), so that
+            it does not depend on the world size.
     """
     mean, std = moments.chunk(2, dim=1)
     noise = np.empty(mean.shape, np.float32)

@@ -17,14 +17,14 @@ _PART = ".part"
 
 
 class Cache:
-    """Files in `folder`, `cap_bytes` in all at most. The least recently used ones are removed first."""
+    """A folder of at most `cap_bytes` of files, from which the least recently used files are removed first."""
 
     def __init__(self, folder: str | Path, cap_bytes: int) -> None:
         self.folder, self.cap_bytes = Path(folder), cap_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def open(self, name: str, size: int, fetch: Callable[[BinaryIO], None]) -> int | None:
-        """Open a file of the cache, which is fetched first if it is missing.
+        """Open a file of the cache and fetch it first if it is missing.
 
         Args:
             name: Name of the file in the cache.
@@ -38,8 +38,8 @@ class Cache:
         if fd is not None:
             return fd
         with self._own_part(name) as part:
-            # Asked again, since this process may have waited for minutes while another fetched the file.
-            fd = self._hit(name, size)  # another process brought it while this one waited
+            # Checked again: this process may have waited for minutes while another one fetched the file.
+            fd = self._hit(name, size)
             if fd is not None:
                 return fd
             if not self._reserve(part, size):
@@ -48,10 +48,11 @@ class Cache:
             part.flush()
             if os.fstat(part.fileno()).st_size != size:
                 return None
-            with self._alone():
+            with self._exclusive():
                 os.replace(self.folder / (name + _PART), self.folder / name)
             part.seek(0)
-            return os.dup(part.fileno())  # by its name another process may have removed it already
+            # The descriptor and not the name: another process may have removed the file from the cache already.
+            return os.dup(part.fileno())
 
     def _hit(self, name: str, size: int) -> int | None:
         try:
@@ -61,40 +62,39 @@ class Cache:
         if os.fstat(fd).st_size != size:
             os.close(fd)
             return None
-        # The time of change is the time of last use here: it orders which file goes first.
+        # The modification time records the last use: the oldest files are evicted first.
         os.utime(fd)
         return fd
 
     @contextmanager
     def _own_part(self, name: str) -> Iterator[BinaryIO]:
-        """A context with the locked, unfinished file. It is removed if the block has not renamed it."""
+        """A context with the locked, unfinished file. It is removed unless the block has renamed it."""
         path = self.folder / (name + _PART)
         while True:
             with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b") as part:
-                # Waits for the process that fetches this very file, instead of fetching it a second time.
+                # Blocks while another process fetches this file, instead of fetching it a second time.
                 fcntl.flock(part, fcntl.LOCK_EX)
                 if not _is_still(path, part):
-                    continue  # the one before finished or gave up, and this file is no longer at its path
+                    continue  # the previous owner renamed or removed the file, so that this lock protects nothing
                 try:
                     yield part
                 finally:
-                    with self._alone():
+                    with self._exclusive():
                         if _is_still(path, part):
                             path.unlink()
                 return
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """A context in which no other process adds, renames or removes a file."""
         with open(self.folder / ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _reserve(self, part: BinaryIO, size: int) -> bool:
-        """Remove old files until `size` bytes fit, and reserve them by extending the part; returns whether that
-        worked."""
-        with self._alone():
-            # A part that a killed process left has a length; it must not count twice.
+        """Remove old files until `size` bytes fit, and reserve the bytes by extending the part; whether they fit."""
+        with self._exclusive():
+            # The part may have the length that a killed process reserved, which must not count twice.
             os.ftruncate(part.fileno(), 0)
             files, total = [], 0
             for entry in os.scandir(self.folder):
@@ -118,19 +118,19 @@ class Cache:
 
 
 def _is_still(path: Path, part: BinaryIO) -> bool:
-    """Whether this open file is the one at that path."""
+    """Whether this open file is the file at the path."""
     try:
         return os.stat(path).st_ino == os.fstat(part.fileno()).st_ino
     except FileNotFoundError:
         return False
 
 
-def _is_dead(path: str, own: BinaryIO) -> bool:
-    """Whether a part belongs to no living process: nobody holds its lock."""
+def _is_dead(path: str, own_part: BinaryIO) -> bool:
+    """Whether a part belongs to no running process, that is whether nobody holds its lock."""
     try:
         with open(path, "rb") as part:
-            # The own part: opening it a second time and locking that would conflict with the own lock.
-            if os.fstat(part.fileno()).st_ino == os.fstat(own.fileno()).st_ino:
+            # A second descriptor of this process's own part would conflict with its own lock.
+            if os.fstat(part.fileno()).st_ino == os.fstat(own_part.fileno()).st_ino:
                 return False
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True

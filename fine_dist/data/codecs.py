@@ -1,4 +1,4 @@
-"""Codecs that turn images into latents: the identity (pixels), or an autoencoder of diffusers.
+"""Codecs that encode images as latents: the identity (pixels), or an autoencoder of diffusers.
 
 Letters: B images of a batch, C channels of a latent, H, W height and width of an image.
 """
@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import torch
 
 from fine_dist.core.errors import DataError
-from fine_dist.data.shards import Channels
+from fine_dist.data.manifest import Channels
 
 
 class Codec(Protocol):
-    """Turns images into latents; the stream later gives `(latent - shift_factor) * scaling_factor`.
+    """Encodes images as latents. The stream later yields `(latent - shift_factor) * scaling_factor`.
 
-    Both are one number for all channels, or one for each.
+    The scaling factor and the shift are one number for all channels or one for each.
     """
 
     name: str
@@ -24,27 +24,27 @@ class Codec(Protocol):
     shift_factor: Channels
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Shape of the latent of an image [C, H, W]."""
+        """Shape (C, h, w) of the latent of an image of shape (channels, H, W)."""
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mean and standard deviation (None: the codec is deterministic) of float32 images [B, C, H, W] in [-1, 1]."""
 
 
 class TokenEncoder(Protocol):
-    """An image encoder whose tokens are stored beside the latents."""
+    """An image encoder whose tokens are stored with the latents."""
 
     @property
     def name(self) -> str: ...
     @property
     def identity(self) -> str:
-        """sha256 of its weights."""
+        """sha256 of the weights."""
 
     def grid_tokens(self, images: torch.Tensor) -> torch.Tensor:
         """Tokens [B, E, h, w] of float32 images [B, C, H, W] in [-1, 1], C being 1 or 3."""
 
 
 class Identity:
-    """Pixels are the latents."""
+    """The codec whose latents are the pixels."""
 
     name = "identity"
     scaling_factor: Channels = 1.0
@@ -59,15 +59,20 @@ class Identity:
 
 
 def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) -> Any:
-    """An autoencoder of diffusers, of whichever class its config names, from a local folder or a hub name.
+    """Load an autoencoder of diffusers, of the class that its config names.
 
-    Raises `DataError` when it cannot be loaded, has no safetensors weights, or is no autoencoder.
+    Args:
+        name: A local folder or a hub name.
+        subfolder: Folder of the autoencoder in a pipeline's repository. None: the root.
+        dtype: Data type of the weights.
+
+    Raises:
+        DataError: It cannot be loaded, has no safetensors weights, or is no autoencoder.
     """
     import diffusers
 
     try:
-        # The config's own class name decides: loading DC-AE's weights
-        # into AutoencoderKL would fail with a wall of missing keys.
+        # The class is the one in the config: DC-AE's weights in an AutoencoderKL would be a list of missing keys.
         kind = str(diffusers.AutoencoderKL.load_config(name, subfolder=subfolder).get("_class_name", "AutoencoderKL"))
         model_class: Any = getattr(diffusers, kind, None)
         if callable(getattr(model_class, "encode", None)) and callable(getattr(model_class, "decode", None)):
@@ -82,9 +87,9 @@ def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) ->
 
 
 def scaling_of(vae: Any) -> tuple[Channels, Channels]:
-    """(scale, shift) by which a pipeline of diffusers uses this autoencoder's latents: `(latent - shift) * scale`.
+    """(scale, shift) that diffusers' pipelines apply to this autoencoder's latents: `(latent - shift) * scale`.
 
-    With `latents_mean` and `latents_std` in its config, each channel has its own.
+    They are channel-wise if the config has `latents_mean` and `latents_std`.
     """
     if scales_itself(vae):
         return 1.0, 0.0
@@ -96,16 +101,16 @@ def scaling_of(vae: Any) -> tuple[Channels, Channels]:
 
 
 def scales_itself(vae: Any) -> bool:
-    """Whether encoding and decoding apply the config's scale and statistics themselves, and images are 0 to 1, not -1
-    to 1: representation autoencoders (RAE, arXiv 2510.11690)."""
+    """Whether the model applies the config's scale and statistics itself and expects images in [0, 1]: representation
+    autoencoders (RAE, arXiv 2510.11690)."""
     return type(vae).__name__ == "AutoencoderRAE"
 
 
 class Autoencoder:
     """An image autoencoder of diffusers: AutoencoderKL, AutoencoderDC and others that encode [B, C, H, W].
 
-    Channels and down-sampling are the autoencoder's own: 4 x 32 x 32 of 256 pixels for Stable Diffusion's, 16 channels
-    for SD3's, 32 x 8 x 8 for DC-AE f32.
+    The shape of a latent depends on the autoencoder: for images of 256 pixels it is 4 x 32 x 32 with Stable
+    Diffusion's, 16 x 32 x 32 with SD3's and 32 x 8 x 8 with DC-AE f32.
     """
 
     def __init__(self, name: str, *, subfolder: str | None, device: str, precision: str) -> None:
@@ -117,8 +122,7 @@ class Autoencoder:
         self.scaling_factor, self.shift_factor = scaling_of(vae)
 
     def shape(self, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Shape of the latent of an image; a blank image is encoded, because autoencoders name their factors
-        differently."""
+        """Shape of an image's latent, found by encoding a blank image: configs name the down-sampling differently."""
         blank = torch.zeros(1, *image_shape)
         try:
             latent = self.encode(blank)[0]
@@ -138,9 +142,9 @@ class Autoencoder:
     @torch.inference_mode()
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         images = images.to(self.device, self.dtype)
-        found = self.vae.encode((images + 1) / 2 if scales_itself(self.vae) else images)
-        # KL autoencoders return a distribution, deterministic ones a `latent` or `latents`, by class.
-        if hasattr(found, "latent_dist"):
-            return found.latent_dist.mean.float().cpu(), found.latent_dist.std.float().cpu()
-        latent = found.latent if hasattr(found, "latent") else found.latents
+        encoding = self.vae.encode((images + 1) / 2 if scales_itself(self.vae) else images)
+        # KL autoencoders return a distribution; deterministic ones have `latent` or `latents`, depending on the class.
+        if hasattr(encoding, "latent_dist"):
+            return encoding.latent_dist.mean.float().cpu(), encoding.latent_dist.std.float().cpu()
+        latent = encoding.latent if hasattr(encoding, "latent") else encoding.latents
         return latent.float().cpu(), None

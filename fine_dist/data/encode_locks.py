@@ -1,8 +1,8 @@
-"""Coordination of several encoding processes, which share nothing but the folder that they write to.
+"""Coordination of encoding processes, which share only the folder that they write to.
 
-A process holds a lock on the unit that it encodes, and writes a small file when the unit is done. The process that
-finishes last writes the manifest and removes those files. The lock of a killed process is free, so another process
-encodes its unit again.
+A process holds a lock on the unit that it encodes and writes a small file when the unit is done. The process that
+finishes last writes the manifest and removes these files. The kernel releases the lock of a killed process, so that
+another process encodes its unit again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,7 @@ from fine_dist.core.regular_files import read_bytes
 from fine_dist.core.temp_files import open_temp_file, remove_stale_temp_files
 from fine_dist.data.codecs import Codec, TokenEncoder
 from fine_dist.data.images import ImageSource
-from fine_dist.data.shards import (
-    MANIFEST,
-    SHARD_NAME,
-    BadInput,
-    Manifest,
-    ShardInfo,
-    TokenInfo,
-)
+from fine_dist.data.manifest import MANIFEST, SHARD_NAME, BadInput, Manifest, ShardInfo, TokenInfo
 
 _SETTINGS, _MERGING = ".encode.json", ".merge.lock"
 _MOST_NAMES = 1000
@@ -41,7 +34,7 @@ _MOST_NAMES = 1000
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """How to encode. `settings` is what must be the same when an interrupted encoding is continued."""
+    """How to encode. `settings` must be the same when an interrupted encoding is resumed."""
 
     folder: Path
     settings: dict[str, Any]
@@ -54,25 +47,29 @@ class EncodeJob:
     max_bad_fraction: float = 0.001
     normalize_channels: bool = False
     scaled_like: Path | None = None
-    """Shards whose scaling is taken over, in place of the codec's: those that models are trained on."""
+    """Folder of the training shards, whose scaling replaces the codec's. None: the codec's scaling."""
     tokens: TokenEncoder | None = None
-    """Image encoder whose tokens are stored as well."""
+    """Image encoder whose tokens are stored with the latents. None: no tokens."""
     tokens_dtype: Literal["float16", "float32"] = "float16"
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of a complete encoding, or None. `DataError` when it was made with other settings."""
+def finished_manifest(folder: Path, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest of a complete encoding; None while it is incomplete.
+
+    Raises:
+        DataError: It was made with other settings.
+    """
     path = folder / MANIFEST
     if not path.exists():
         return None
     manifest = Manifest.parse(read_bytes(path), str(path))
     made_by = {key: value for key, value in manifest.made_by.items() if key != "fingerprint"}
-    _same(made_by, json.loads(json.dumps(settings)), folder)
+    _check_same_settings(made_by, json.loads(json.dumps(settings)), folder)
     remove_stale_temp_files(folder)
     return manifest
 
 
-def agree(folder: Path, settings: dict[str, Any]) -> None:
+def record_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Record the settings of the encoding in this folder, or compare them with those that another process recorded.
 
     Raises:
@@ -80,40 +77,40 @@ def agree(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / _SETTINGS
     remove_stale_temp_files(folder)
-    # The file is complete before it has its name: whoever finds it can compare settings at once.
+    # The file is complete before it gets its name, so that a process which finds it can compare settings at once.
     with open_temp_file(path) as draft:
         draft.write(json.dumps(settings, indent=1).encode())
         try:
-            # Exactly one of the processes that start together succeeds; the others compare with what it wrote.
+            # `rename_new` succeeds in exactly one of several processes; the others compare with its file.
             rename_new(draft.name, path)
         except FileExistsError:
-            _same(_read_mark(path), json.loads(json.dumps(settings)), folder)
+            _check_same_settings(_read_mark(path), json.loads(json.dumps(settings)), folder)
         finally:
             Path(draft.name).unlink(missing_ok=True)
 
 
 def _read_mark(path: Path) -> Any:
-    """The JSON in one of the small files here. `DataError` when it is damaged."""
+    """Read the JSON of a coordination file. `DataError` when it is damaged."""
     return read_json(path, DataError, "delete it, and encode again")
 
 
-def _same(there: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
-    different = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
+def _check_same_settings(recorded: dict[str, Any], wanted: dict[str, Any], folder: Path) -> None:
+    different = sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key))
     if different:
         key = different[0]
         raise DataError(
             f"{folder} holds latents made with other settings: {', '.join(different)} "
-            f"({key} was {there.get(key)!r}, now {wanted.get(key)!r}); choose another out, or delete that folder"
+            f"({key} was {recorded.get(key)!r}, now {wanted.get(key)!r}); choose another out, or delete that folder"
         )
 
 
 class UnitDone(BaseModel):
-    """The record of a finished unit, which is kept until the manifest is written."""
+    """The record of a finished unit, stored until the manifest is written."""
 
     model_config = ConfigDict(extra="forbid")
 
     shard: ShardInfo | None
-    """None when no image of the unit could be read."""
+    """Entry of the shard. None: no image of the unit could be read."""
     bad: tuple[BadInput, ...]
     largest_label: int
     shape: tuple[int, ...] | None
@@ -139,7 +136,8 @@ def _read_done(folder: Path, unit: int) -> UnitDone:
 
 
 def is_done(folder: Path, unit: int) -> bool:
-    """Whether a unit is done. The order of the two tests matters: marks are removed after the manifest is written."""
+    """Whether a unit is done."""
+    # In this order, because records of units are removed only after the manifest is written.
     return _done_path(folder, unit).exists() or (folder / MANIFEST).exists()
 
 
@@ -161,7 +159,8 @@ def _lock_path(folder: Path, unit: int) -> Path:
 class UnitClaims:
     """An iterator over the units that are not done, each locked until it is released.
 
-    Units that no process holds come first; then it waits for those that others held. It yields None before each wait.
+    Units that no process holds come first; then it waits for the units of other processes. It yields None before each
+    wait.
     """
 
     def __init__(self, folder: Path, units: int) -> None:
@@ -173,8 +172,8 @@ class UnitClaims:
         for unit in range(self.units):
             if is_done(self.folder, unit):
                 continue
-            # Free units first. Only when none is left does this process
-            # wait for those that others hold, which may have died.
+            # Free units first. Only when none is left does this process wait
+            # for the units of other processes, any of which may be killed.
             if not self._lock(unit, fcntl.LOCK_NB):
                 busy.append(unit)
             elif self._is_open(unit):
@@ -201,11 +200,11 @@ class UnitClaims:
         return True
 
     def _is_open(self, unit: int) -> bool:
-        """Whether a unit that was just locked is not done; if so, the draft of a dead process is removed."""
+        """Whether a unit that was just locked still has to be encoded; removes the draft of a killed process."""
         if is_done(self.folder, unit):
             self.release(unit)
             return False
-        # The lock is ours, so its writer is dead, whatever the age of the file.
+        # This process holds the lock, so the draft's writer has ended, however new the file is.
         for leftover in self.folder.glob(f".{SHARD_NAME.format(unit)}.*.part"):
             leftover.unlink()
         return True
@@ -216,7 +215,7 @@ class UnitClaims:
     def release(self, unit: int) -> None:
         """Release a unit; if it is done, its lock file is removed."""
         if is_done(self.folder, unit):
-            # Removed while it is still locked. A process that opens it now finds the unit done and lets go.
+            # Removed while it is still locked. A process that has it open already finds the unit done and releases it.
             self._path(unit).unlink(missing_ok=True)
         os.close(self._held.pop(unit))
 
@@ -227,25 +226,29 @@ class UnitClaims:
 
 
 def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
-    """Write the manifest from the records of all units, once. `DataError` when too many images were unreadable."""
+    """Write the manifest from the records of all units, unless it exists; returns it.
+
+    Raises:
+        DataError: Too many images were unreadable.
+    """
     with open(job.folder / _MERGING, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         path = job.folder / MANIFEST
         if path.exists():
             manifest = Manifest.parse(read_bytes(path), str(path))
-            _tidy(job.folder, source.units)
+            _remove_coordination_files(job.folder, source.units)
             return manifest
-        # Every process computes the same manifest from the same marks, so it does not matter which one writes it.
+        # Every process computes the same manifest from the same records, so it does not matter which one writes it.
         parts = [_read_done(job.folder, unit) for unit in range(source.units)]
         bad = [each for part in parts for each in part.bad]
         shards = tuple(part.shard for part in parts if part.shard)
         count = sum(shard.count for shard in shards)
         images = len(bad) + count // (2 if job.flips else 1)
         if not count or len(bad) > job.max_bad_fraction * images:
-            raise DataError(too_many(job, len(bad), images, bad[-1] if bad else None))
+            raise DataError(too_many_bad_images(job, len(bad), images, bad[-1] if bad else None))
         channels, height, width = next(part.shape for part in parts if part.shape)
         count_C, sum_C, square_C = np.sum([part.sums for part in parts if part.shard], axis=0)
-        # Sums of all units give the exact mean and deviation without a second pass over the shards.
+        # The sums of all units give exact statistics without a second pass over the shards.
         mean_C = sum_C / count_C
         std_C = np.sqrt(np.maximum(square_C / count_C - mean_C**2, 0))
         manifest = Manifest(
@@ -269,19 +272,19 @@ def merge(source: ImageSource, codec: Codec, job: EncodeJob) -> Manifest:
             num_left_out=len(source.left_out),
         )
         manifest.save(job.folder)
-        _tidy(job.folder, source.units)
+        _remove_coordination_files(job.folder, source.units)
         return manifest
 
 
 def _tokens(job: EncodeJob, shapes: list[tuple[int, int, int]]) -> TokenInfo | None:
-    """The manifest's entry about the image encoder's tokens."""
+    """The manifest's entry of the image encoder's tokens."""
     if job.tokens is None:
         return None
     return TokenInfo(encoder=job.tokens.name, sha256=job.tokens.identity, shape=shapes[0], dtype=job.tokens_dtype)
 
 
 def _scaling(job: EncodeJob, codec: Codec, mean_C: np.ndarray, std_C: np.ndarray) -> dict[str, Any]:
-    """The manifest's fields that say how the stream scales latents."""
+    """The manifest's fields for the scaling that the stream applies."""
     scale, shift = codec.scaling_factor, codec.shift_factor
     if job.scaled_like is not None:
         path = job.scaled_like / MANIFEST
@@ -297,8 +300,8 @@ def _scaling(job: EncodeJob, codec: Codec, mean_C: np.ndarray, std_C: np.ndarray
     return {"scaling_factor": scale, "shift_factor": shift}
 
 
-def _tidy(folder: Path, units: int) -> None:
-    """Remove the files that only a running encoding needs, those of killed processes included."""
+def _remove_coordination_files(folder: Path, units: int) -> None:
+    """Remove the files that only a running encoding needs, including those of killed processes."""
     for unit in range(units):
         _done_path(folder, unit).unlink(missing_ok=True)
         _lock_path(folder, unit).unlink(missing_ok=True)
@@ -307,7 +310,8 @@ def _tidy(folder: Path, units: int) -> None:
     remove_stale_temp_files(folder)
 
 
-def too_many(job: EncodeJob, bad: int, count: int, last: BadInput | None) -> str:
+def too_many_bad_images(job: EncodeJob, bad: int, count: int, last: BadInput | None) -> str:
+    """The error message for `bad` unreadable images among `count`, with the last one as an example."""
     example = f"; the last: {last.source}: {last.error}" if last else ""
     return (
         f"{bad} of {count} images cannot be read, more than max_bad_fraction {job.max_bad_fraction:g} allows{example} "

@@ -27,15 +27,24 @@ from tqdm import tqdm
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.codecs import Codec
-from fine_dist.data.encode_locks import EncodeJob, UnitClaims, UnitDone, agree, count_done, mark_done, merge, too_many
+from fine_dist.data.encode_locks import (
+    EncodeJob,
+    UnitClaims,
+    UnitDone,
+    count_done,
+    mark_done,
+    merge,
+    record_settings,
+    too_many_bad_images,
+)
 from fine_dist.data.images import ImageItem, ImageSource
-from fine_dist.data.shards import BadInput, Manifest
+from fine_dist.data.manifest import BadInput, Manifest
 from fine_dist.data.unit_writer import UnitWriter
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The result of one process: images that it encoded, seconds, and seconds in which the codec waited for images."""
+    """The result of one process: the images that it encoded, its seconds, and the seconds that the codec waited."""
 
     manifest: Manifest
     images: int
@@ -44,35 +53,35 @@ class Encoded:
 
 
 def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool = False) -> Encoded:
-    """Encode all images of `source` into `job.folder`, together with all processes that do the same.
+    """Encode all images of `source` into `job.folder`, together with the other processes that run the same call.
 
-    It returns when everything is encoded and the manifest is written.
+    Returns when everything is encoded and the manifest is written.
 
     Args:
         source: The images.
-        codec: Makes latents of them.
+        codec: Encodes images as latents.
         job: How to encode.
-        progress: Whether to show the progress of all processes together.
+        progress: Whether to show a progress bar of all processes together.
 
     Raises:
         DataError: The folder holds latents of other settings, or too many images cannot be read.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
-    agree(job.folder, {**job.settings, "fingerprint": source.fingerprint})
+    record_settings(job.folder, {**job.settings, "fingerprint": source.fingerprint})
     claims = UnitClaims(job.folder, source.units)
     started, waited, images, bad = time.perf_counter(), 0.0, 0, 0
     with _Threads(job.workers) as threads, closing(claims):
         bar = EncodeProgress(job.folder, source.count, source.units) if progress else None
         with closing(_decoded(threads.images, source, claims, job)) as results, closing(bar) if bar else nullcontext():
             for first in results:
-                tell = partial(bar.show, count_done(job.folder, source.units)) if bar else None
-                part = _encode_unit(first, results, codec, job, threads, tell)
+                report_progress = partial(bar.show, count_done(job.folder, source.units)) if bar else None
+                part = _encode_unit(first, results, codec, job, threads, report_progress)
                 claims.release(first[0])
                 if bar:
                     bar.show(count_done(job.folder, source.units), 0)
                 waited, images, bad = waited + part.waited_s, images + part.images, bad + part.bad
                 if source.count is not None and bad > job.max_bad_fraction * source.count:
-                    raise DataError(too_many(job, bad, source.count, part.last_bad))
+                    raise DataError(too_many_bad_images(job, bad, source.count, part.last_bad))
         seconds = time.perf_counter() - started
         manifest = merge(source, codec, job)
     return Encoded(manifest, images, seconds, waited)
@@ -81,15 +90,15 @@ def encode(source: ImageSource, codec: Codec, job: EncodeJob, *, progress: bool 
 # --- one process's share -------------------------------------------------------------------------------------------
 
 Result = tuple[int, ImageItem | None, Any]
-"""(unit, one of its images, the image's array or what is wrong with it). No image marks the end of the unit."""
+"""(unit, one of its images, the image's array or the error). None as the image marks the end of the unit."""
 
 
 def _decoded(
     pool: ThreadPoolExecutor, source: ImageSource, claims: UnitClaims, job: EncodeJob
 ) -> Generator[Result, None, None]:
-    """The images of the units that this process claims, in order, read ahead by the pool's threads."""
+    """The images of the units that this process claims, in order; the pool's threads read ahead."""
     ahead: deque[tuple[int, ImageItem | None, Future[Any] | None]] = deque()
-    # A batch with the codec, one stacked and one being read, and a few for threads that finish out of order.
+    # One batch in the codec, one stacked, one being read, and a few images for threads that finish out of order.
     most = 3 * job.batch + 2 * job.workers
 
     def oldest() -> Result:
@@ -98,7 +107,7 @@ def _decoded(
 
     try:
         for unit in claims:
-            if unit is None:  # the next claim may wait for another process, which may wait for what this one holds
+            if unit is None:  # Finish the own units first: the other process may wait for one of them.
                 while ahead:
                     yield oldest()
                 continue
@@ -116,16 +125,16 @@ def _decoded(
 
 
 def _read(item: ImageItem) -> np.ndarray | BadInput:
-    """The array of an image, or the manifest's entry that says why it could not be read."""
+    """The array of an image, or the manifest's entry with the reason why it cannot be read."""
     try:
         return item.read()
-    except Exception as error:  # decoders raise whatever they like; the manifest lists it
+    except Exception as error:  # decoders raise errors of many types; the manifest lists them
         text = str(error).replace(str(item.source), "").strip() or type(error).__name__
         return BadInput(source=item.source, error=text.partition("\n")[0][:200])
 
 
 class _Threads:
-    """Who works beside the codec: `images` read, `stack` makes batches of them, `write` fills shards."""
+    """The thread pools that work in parallel with the codec: reading images, stacking batches, writing shards."""
 
     def __init__(self, workers: int) -> None:
         self.images = ThreadPoolExecutor(max(1, workers), thread_name_prefix="images")
@@ -150,32 +159,32 @@ class _UnitResult:
 
 def _encode_unit(
     first: Result,
-    rest: Iterator[Result],
+    results: Iterator[Result],
     codec: Codec,
     job: EncodeJob,
     threads: _Threads,
-    tell: Callable[[int], None] | None,
+    report_progress: Callable[[int], None] | None,
 ) -> _UnitResult:
-    """Encode one unit into its shard and mark it as done. `tell` is called with the number of images so far."""
+    """Encode one unit into its shard and mark it as done. `report_progress` gets the number of images so far."""
     part, bad = _UnitResult(), list[BadInput]()
     shard = UnitWriter(threads.write, job, first[0])
-    batches = _stacked(chain([first], rest), threads.stack, job, bad)
+    batches = _stacked(chain([first], results), threads.stack, job, bad)
     try:
         while True:
             started = time.perf_counter()
-            found = next(batches, None)
-            sides = found[0].result() if found else []
+            batch = next(batches, None)
+            sides = batch[0].result() if batch else []
             part.waited_s += time.perf_counter() - started
-            if not found:
+            if not batch:
                 break
-            # Of a mirror image the mirror image's own tokens: they never belong to the other side.
+            # A mirror image has tokens of its own, which are computed from the mirror image.
             tokens = [job.tokens.grid_tokens(pixels).cpu().numpy() for pixels in sides] if job.tokens else None
-            shard.add([codec.encode(pixels) for pixels in sides], found[1], tokens)
-            if tell:
-                tell(shard.images)
+            shard.add([codec.encode(pixels) for pixels in sides], batch[1], tokens)
+            if report_progress:
+                report_progress(shard.images)
         info = shard.close()
     except BaseException:
-        # The unit stays open for another process: nothing of it was marked as done.
+        # The unit is not marked as done, so that another process can encode it.
         shard.abandon()
         raise
     rows = tuple(tuple(row) for row in shard.sums.tolist())
@@ -187,7 +196,7 @@ def _encode_unit(
         tokens_shape=shard.tokens_shape,
         sums=rows,
     )
-    # Last, after the shard is on disk under its name.
+    # Last, because the record states that the shard is on disk.
     mark_done(job.folder, shard.unit, done)
     part.images, part.bad, part.last_bad = shard.images, len(bad), bad[-1] if bad else None
     return part
@@ -196,7 +205,7 @@ def _encode_unit(
 def _stacked(
     results: Iterator[Result], stack: ThreadPoolExecutor, job: EncodeJob, bad: list[BadInput]
 ) -> Iterator[tuple[Future[list[torch.Tensor]], list[int]]]:
-    """The batches of one unit with their labels; the next one is stacked while the codec works on one.
+    """The batches of one unit with their labels; the next batch is stacked while the codec encodes the current one.
 
     Images that could not be read are appended to `bad`.
     """
@@ -204,19 +213,19 @@ def _stacked(
     first, ended = True, False
     while not ended:
         images, labels = list[np.ndarray](), list[int]()
-        for _, item, found in results:
+        for _, item, content in results:
             ended = item is None
-            if item is not None and isinstance(found, BadInput):
-                bad.append(found)
+            if item is not None and isinstance(content, BadInput):
+                bad.append(content)
             elif item is not None:
-                images.append(found)
+                images.append(content)
                 labels.append(item.label)
             if ended or len(images) == job.batch:
                 break
         following = (stack.submit(_pixels, images, job.flips), labels) if images else None
         if ready:
             yield ready
-        elif first and following:  # the codec has nothing to do yet, and should not wait for a second batch
+        elif first and following:  # the codec is idle and should not wait until a second batch is read
             yield following
             following = None
         first, ready = False, following
@@ -225,7 +234,7 @@ def _stacked(
 
 
 def _pixels(images: list[np.ndarray], flips: bool) -> list[torch.Tensor]:
-    """A batch as the codec takes it, float32 [B, C, H, W] in [-1, 1]; with `flips` followed by its mirror image."""
+    """The codec's input of a batch, float32 [B, C, H, W] in [-1, 1]; with `flips` also that of the mirror images."""
     batch = torch.from_numpy(np.stack(images))
     x = batch.float().div_(127.5).sub_(1) if batch.dtype == torch.uint8 else batch
     return [x, x.flip(-1)] if flips else [x]
@@ -252,7 +261,7 @@ class EncodeProgress:
         self.unit = " shards" if total is None else " images"
         self._a_unit = self.total / max(1, units)
         self._started: float | None = None
-        self._first, self._said = 0.0, time.monotonic()
+        self._first, self._logged_at = 0.0, time.monotonic()
         self._bar = tqdm(
             total=self.total, unit=self.unit, desc=f"encode {folder}", disable=not sys.stderr.isatty(), smoothing=0.1
         )
@@ -265,19 +274,19 @@ class EncodeProgress:
             within: Images of the unit that this process is working on.
         """
         count = min(self.total, round(done_units * self._a_unit) + (within if self.unit == " images" else 0))
-        if self._started is None:  # what was there before this process began took none of its time
+        if self._started is None:  # units that were done before this process started do not count for its rate
             self._started, self._first = time.monotonic(), count
             self._bar.initial = count
             self._bar.start_t = time.time()
         self._bar.n = max(self._bar.n, count)
         self._bar.update(0)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= EVERY_S:
-            self._said = now
+        if self._bar.disable and now - self._logged_at >= EVERY_S:
+            self._logged_at = now
             print(self.line(count, now - self._started), flush=True)
 
     def line(self, count: int, seconds: float) -> str:
-        """The line for a log: images done and in all, rate, and time left."""
+        """A line for a log: images done, total, rate, and time left."""
         rate = (count - self._first) / max(seconds, 1e-9)
         left = tqdm.format_interval((self.total - count) / rate) if rate else "unknown"
         return f"encode: {self._folder}: {count:,} of {self.total:,}{self.unit}, {rate:.3g}/s, {left} left"

@@ -1,4 +1,4 @@
-"""The stage `encode`: from its settings to shards; also the reports about existing shards."""
+"""The stage `encode`: encodes images as latent shards from its settings, and reports on existing shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fine_dist.core.errors import ConfigError, DataError
 from fine_dist.core.processes import rank_here
 from fine_dist.data.audit import Summary, verify
 from fine_dist.data.codecs import Autoencoder, Codec, Identity, TokenEncoder
-from fine_dist.data.encode_locks import EncodeJob, finished
+from fine_dist.data.encode_locks import EncodeJob, finished_manifest
 from fine_dist.data.encoder import encode
 from fine_dist.data.images import (
     ONE_CLASS,
@@ -26,24 +26,27 @@ from fine_dist.data.images import (
     class_folders,
     describe_left_out,
 )
+from fine_dist.data.manifest import MANIFEST, Manifest, check_classes
 from fine_dist.data.settings import IDX, DataConfig, EncodeConfig, digits_side
-from fine_dist.data.shards import MANIFEST, Manifest, check_classes
 from fine_dist.data.small_images import SPLITS, DigitImages, IdxImages
 from fine_dist.model.arch import both
 
 LoadEncoder = Callable[[str, str], TokenEncoder]
-"""Loads the image encoder in a folder onto a device."""
+"""(folder, device) -> the image encoder in the folder, on the device."""
 
 
 def no_encoder(folder: str, device: str) -> TokenEncoder:
-    """The loader where none is given."""
+    """The default loader, which refuses: only the command `encode` can load an image encoder."""
     raise ConfigError(f"repa_encoder: {folder} is loaded by the command `fine-dist encode` alone")
 
 
 def run(config: EncodeConfig, load_encoder: LoadEncoder = no_encoder) -> Path:
-    """Encode all splits of a config, together with all processes that run the same; returns the folder of the splits.
+    """Encode all splits of a config, together with the other processes that run the same call.
 
-    An interrupted encoding is resumed by the same call. When every split is complete, nothing is done.
+    The same call resumes an interrupted encoding. Nothing is done for a split that is complete.
+
+    Returns:
+        The folder of the splits.
 
     Raises:
         DataError: The splits have different classes, a split's folder holds latents of other settings, or too many
@@ -53,7 +56,7 @@ def run(config: EncodeConfig, load_encoder: LoadEncoder = no_encoder) -> Path:
     _check_classes(config, splits)
     for split in splits:
         folder = config.folder() / split
-        manifest = finished(folder, config.settings(split))
+        manifest = finished_manifest(folder, config.settings(split))
         if manifest is not None:
             print(
                 f"encode: {folder} is complete: {manifest.count} samples in {len(manifest.shards)} shards"
@@ -79,9 +82,9 @@ def _splits(config: EncodeConfig) -> tuple[str, ...]:
 
 
 def _check_classes(config: EncodeConfig, splits: tuple[str, ...]) -> None:
-    """Refuse splits in which one label stands for different classes.
+    """Check that every label means the same class in all splits.
 
-    Splits that separate commands encode are compared as well, through the manifests in `out`.
+    Splits that other commands have encoded are compared as well, by their manifests in `out`.
 
     Raises:
         DataError: The class names of two splits differ.
@@ -96,7 +99,7 @@ def _check_classes(config: EncodeConfig, splits: tuple[str, ...]) -> None:
 
 
 def _class_names(config: EncodeConfig, split: str) -> tuple[str, ...]:
-    """Names of a folder's classes in the order of labels, without listing its images; none for other sources."""
+    """Names of the classes of an image folder, in the order of labels; empty for other sources."""
     if not config.is_folder:
         return ()
     names = class_folders(config.source_of(split)) or ONE_CLASS
@@ -168,7 +171,7 @@ def _encode(config: EncodeConfig, split: str, folder: Path, load_encoder: LoadEn
         codec = Autoencoder(
             expand_path(config.vae), subfolder=config.vae_subfolder, device=_device(config), precision=config.precision
         )
-        # One blank image finds a wrong size or autoencoder now, not after the first thousand images were read.
+        # Encoding one blank image reports a wrong size or autoencoder before thousands of images are read.
         codec.shape((3, *both(config.image_size)))
     if config.kind == "moments" and codec.encode(torch.zeros(1, 3, *both(config.image_size)))[1] is None:
         raise ConfigError(f"kind: {codec.name} has no moments; legal with it: sample")
@@ -189,7 +192,7 @@ def _left_out(manifest: Manifest) -> str:
 
 
 def _device(config: EncodeConfig) -> str:
-    """`cpu`, or this process's own GPU."""
+    """`cpu`, or the GPU of this process."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():
@@ -198,7 +201,7 @@ def _device(config: EncodeConfig) -> str:
 
 
 def dry_run(config: EncodeConfig) -> list[str]:
-    """The resolved config, and the number of samples and shards of each split; a missing source is only named."""
+    """The lines of a dry run: the resolved config, and samples and shards of each split, or why its source fails."""
     lines = [dump_yaml(config)]
     for split in _splits(config):
         try:
@@ -212,7 +215,7 @@ def dry_run(config: EncodeConfig) -> list[str]:
     return [*lines, "dry run: nothing was done"]
 
 
-def show(summary: Summary) -> list[str]:
+def summary_lines(summary: Summary) -> list[str]:
     """The lines that describe a summary of shards."""
     manifest, counts = summary.manifest, summary.histogram
     shape = "x".join(str(n) for n in manifest.latent_shape)
@@ -248,22 +251,22 @@ def show(summary: Summary) -> list[str]:
     return lines + [f"warning: {text}" for text in summary.warnings]
 
 
-def verified(config: EncodeConfig, where: str) -> list[str]:
-    """Verify shards byte by byte; returns a line for each set.
+def verify_splits(config: EncodeConfig, where: str) -> list[str]:
+    """Verify every byte of shards; returns one line for each set.
 
     Args:
         config: Gives the folders of the splits.
         where: Folder of the shards; empty: all splits in `out`.
 
     Raises:
-        DataError: Something is wrong; the message lists the problems.
+        DataError: A set has problems; the message lists the first of them.
     """
     lines = []
-    for place in [where] if where else [str(config.folder() / split) for split in _splits(config)]:
-        manifest, problems = verify(place)
+    for folder in [where] if where else [str(config.folder() / split) for split in _splits(config)]:
+        manifest, problems = verify(folder)
         if problems:
             listed = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-            raise DataError(f"{place}: {len(problems)} problems:\n  {listed}")
+            raise DataError(f"{folder}: {len(problems)} problems:\n  {listed}")
         count = f"{manifest.count} samples in {len(manifest.shards)} shards"
-        lines.append(f"verified: {place}: {count} are as the manifest says")
+        lines.append(f"verified: {folder}: {count} are as the manifest says")
     return lines

@@ -1,4 +1,4 @@
-"""Sources of images to encode, class folders and webdataset shards, divided into units of one shard each.
+"""Sources of images to encode: class folders and webdataset shards, divided into units of one shard each.
 
 Shapes: images are uint8 [3, H, W], the image size; those of `small_images.py` have one channel.
 """
@@ -12,37 +12,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import webdataset as wds
-from PIL import Image, ImageOps
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
-from fine_dist.core.regular_files import check_regular
+from fine_dist.data.image_decoding import SUFFIXES, WHITE, Color, read_image
 from fine_dist.data.records import LABEL_DIGITS
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import copy, expand_braces, is_remote, local_path
-from fine_dist.model.arch import Sides, both
+from fine_dist.model.arch import Sides
 
-FORMATS = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
-    "PNG": ("png",),
-    "WEBP": ("webp",),
-    "GIF": ("gif",),
-    "TIFF": ("tif", "tiff"),
-    "BMP": ("bmp",),
-    "PPM": ("ppm", "pgm", "pbm", "pnm"),
-}
-"""Formats that are read (Pillow's names, recognized by content), and the endings of their files."""
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-"""Endings of image files, upper or lower case."""
-WHITE = (255, 255, 255)
 ONE_CLASS = ("all",)
 """The class of a folder of images without class folders."""
-Color: TypeAlias = tuple[int, int, int]
-"""Red, green, blue, 0 to 255."""
 _ORDER = 0x696D61676573
 """Random stream of the order of images, different from other uses of the seed."""
 
@@ -57,7 +41,7 @@ class ImageItem:
 
 
 class ImageSource(Protocol):
-    """Images in units. A unit has the same images in the same order in every process."""
+    """Images in units. A unit holds the same images in the same order in every process."""
 
     @property
     def units(self) -> int:
@@ -65,15 +49,15 @@ class ImageSource(Protocol):
 
     @property
     def count(self) -> int | None:
-        """Number of images, where it is known beforehand."""
+        """Number of images, if it is known in advance."""
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, where it is known beforehand."""
+        """Number of classes, if it is known in advance."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes in the order of labels, where they are known."""
+        """Names of the classes in the order of labels, if they are known."""
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -87,70 +71,13 @@ class ImageSource(Protocol):
         """The images of a unit."""
 
 
-def center_crop(image: Image.Image, size: Sides, background: Color = WHITE) -> np.ndarray:
-    """The central part of an image, resized to a height and width or to a square: uint8 [3, H, W].
-
-    The arithmetic is that of ADM (arXiv 2105.05233), on which FIDs in the literature are based: halve with a box filter
-    while both sides are at least twice what is wanted, resize bicubically until one fits and the other is no smaller,
-    and crop the center. Before that the image is rotated as its EXIF orientation says, and transparent parts get the
-    background.
-
-    Raises:
-        ValueError: Pixel values have an unknown white level.
-    """
-    image = to_rgb(ImageOps.exif_transpose(image), background)
-    height, width = both(size)
-    # Bicubic alone would skip pixels when it shrinks an image by more than half, which aliases.
-    while image.height >= 2 * height and image.width >= 2 * width:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(height / image.height, width / image.width)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)))  # [H, W, 3]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def to_rgb(image: Image.Image, background: Color = WHITE) -> Image.Image:
-    """An image in 8-bit RGB: 16-bit values are scaled down, transparent parts are composited onto the background."""
-    # Pillow's `convert` clips 16-bit values at 255, which makes most of such an image white.
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_8_bit(image)
-    bands = image.getbands()
-    if "A" in bands or "a" in bands or "transparency" in image.info:
-        under = Image.new("RGBA", image.size, (*background, 255))
-        return Image.alpha_composite(under, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """8-bit gray of 16-bit values (white is 65535) or floats (white is 1); Pillow's own conversion would clip."""
-    values, white = np.asarray(image), 1 if image.mode == "F" else 65535
-    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
-    if not (low >= 0 and high <= white):
-        raise ValueError(f"gray from {low:g} to {high:g} in mode {image.mode}; legal: 0 to {white}")
-    gray = Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-    clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        gray.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return gray
-
-
-def read_image(file: BinaryIO | Path, size: Sides, background: Color) -> np.ndarray:
-    """A file's `center_crop`; of several pictures in one file (animations, pages) the first."""
-    if isinstance(file, Path):
-        check_regular(file)
-    # Only these decoders: others, such as PostScript's, run external programs.
-    with Image.open(file, formats=[*FORMATS]) as image:
-        return center_crop(image, size, background)
-
-
 class FolderImages:
     """ImageNet's layout: one sub-folder of images per class; a label is its sub-folder's rank in sorted order.
 
-    The images are shuffled once, by the seed, so that every shard holds many classes. Damaged ones are found when they
-    are read. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`), and everything else that is neither an
-    image nor the folder of a class, are listed in `left_out`. Links are followed. A folder that holds images and no
-    folders is one class, `all`.
+    The images are shuffled once, by the seed, so that every shard holds many classes. Damaged images are detected when
+    they are read. Hidden files and folders (`.ipynb_checkpoints`, macOS's `._x.jpg`), and everything else that is
+    neither an image nor the folder of a class, are listed in `left_out`. Links are followed. A folder of images without
+    sub-folders is one class, `all`.
 
     Args:
         root: folder of class folders.
@@ -183,25 +110,25 @@ class FolderImages:
         self.class_names = class_folders(root) or ONE_CLASS
         entries = sorted(os.scandir(self.root), key=lambda entry: entry.name)
         flat = self.class_names == ONE_CLASS and not (self.root / ONE_CLASS[0]).is_dir()
-        files, others = [], []
+        files, left_out = [], []
         if not flat:
-            others = [entry.name + "/" * entry.is_dir() for entry in entries if not _is_class(entry)]
+            left_out = [entry.name + "/" * entry.is_dir() for entry in entries if not _is_class(entry)]
         for label, name in enumerate(self.class_names):
-            found, within = [], "" if flat else f"{name}/"
+            class_files, within = [], "" if flat else f"{name}/"
             for entry in sorted(os.scandir(self.root / within), key=lambda entry: entry.name):
                 if _is_image(entry):
-                    found.append((f"{within}{entry.name}", label))
+                    class_files.append((f"{within}{entry.name}", label))
                 else:
-                    others.append(f"{within}{entry.name}" + "/" * entry.is_dir())
-            files += found if part is None else _part_of(found, part, fraction)
-        self.left_out = tuple(others)
+                    left_out.append(f"{within}{entry.name}" + "/" * entry.is_dir())
+            files += class_files if part is None else _part_of(class_files, part, fraction)
+        self.left_out = tuple(left_out)
         if not files:
             raise DataError(
                 f"source: {self.root} has no images, neither directly nor in one sub-folder per class; kinds: "
                 + ", ".join(SUFFIXES)
-                + (f"; {describe_left_out(self.left_out)}" if others else "")
+                + (f"; {describe_left_out(self.left_out)}" if left_out else "")
             )
-        # Sorted names, then a seeded order: listings of folders come in another order on every file system.
+        # Sorted before the seeded shuffle, because file systems list folders in different orders.
         order = np.random.default_rng([seed, _ORDER]).permutation(len(files))[:limit]
         self.files = [files[i] for i in order]
         self.count = len(self.files)
@@ -231,13 +158,13 @@ def _is_class(entry: os.DirEntry[str]) -> bool:
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
     name = entry.name
-    # is_file follows links, and is False for FIFOs and sockets, which would be waited for
+    # `is_file` follows links and is False for FIFOs and sockets, whose reading would block.
     return not name.startswith(".") and name.rpartition(".")[2].lower() in SUFFIXES and entry.is_file()
 
 
 def _part_of(files: list[tuple[str, int]], part: str, fraction: float) -> list[tuple[str, int]]:
-    """Every n-th image of a class is held out, the last where there are fewer than n but more than one."""
-    # By rank in the sorted names and not at random, so that adding a class leaves the split of the others as it is.
+    """One part of a class's images: every n-th is held out, or the last one of fewer than n but more than one."""
+    # By position in the sorted names and not at random, so that adding a class does not change the split of others.
     every = max(2, round(1 / fraction))
     last = len(files) - 1 if 1 < len(files) < every else -1
     held_out = {number for number in range(len(files)) if number % every == every - 1 or number == last}
@@ -245,7 +172,7 @@ def _part_of(files: list[tuple[str, int]], part: str, fraction: float) -> list[t
 
 
 class TarImages:
-    """webdataset image shards (`KEY.jpg`, `KEY.cls`), each of which becomes one latent shard, in the same order.
+    """webdataset image shards (`KEY.jpg`, `KEY.cls`). Each becomes one latent shard with samples in the same order.
 
     Args:
         pattern: Paths or URLs of .tar files, with braces.
@@ -324,15 +251,15 @@ class TarImages:
 
 
 class ChosenClasses:
-    """Some classes of another source; the first one given becomes label 0. The number of units stays.
+    """Some classes of another source, renumbered so that the first one given becomes label 0. Units stay the same.
 
     Raises:
         DataError: The source lacks a class, a class is given twice, or there are no images.
     """
 
     def __init__(self, source: ImageSource, classes: Sequence[int]) -> None:
-        self.source, self.places = source, {label: place for place, label in enumerate(classes)}
-        if len(self.places) < len(classes):
+        self.source, self.new_labels = source, {label: number for number, label in enumerate(classes)}
+        if len(self.new_labels) < len(classes):
             raise DataError(f"classes: {list(classes)} names one twice")
         known = source.num_classes
         beyond = [label for label in classes if label < 0 or (known is not None and label >= known)]
@@ -349,8 +276,8 @@ class ChosenClasses:
 
     def items(self, unit: int) -> Iterator[ImageItem]:
         for item in self.source.items(unit):
-            if item.label in self.places:
-                yield replace(item, label=self.places[item.label])
+            if item.label in self.new_labels:
+                yield replace(item, label=self.new_labels[item.label])
 
 
 def describe_left_out(names: Sequence[str], count: int | None = None) -> str:

@@ -2,11 +2,11 @@
 
 The shards of an epoch, in a seeded order, form one sequence of N samples. It is cut into C equal spans, one for each
 canonical stream; a global batch takes B/C samples from every stream. Within a stream, windows of whole shards are
-shuffled. The order does not depend on processes or workers, and the step is the whole state.
+shuffled. The order does not depend on processes or workers, and the step is the only state.
 
-An epoch's tail is carried: where N is not a multiple of B, the last batch of an epoch is filled with the beginning of
-the next. Stream s has read floor((e N + s) / C) samples when epoch e begins; over the C streams this adds up to e N
-exactly (Hermite's identity), so every sample comes once an epoch although C need not divide N.
+If N is not a multiple of B, the last batch of an epoch is filled with the first samples of the next epoch. Stream s has
+read floor((e N + s) / C) samples when epoch e begins; over the C streams this adds up to e N exactly (Hermite's
+identity), so every sample comes once an epoch although C need not divide N.
 
 Letters: N samples, S shards, C streams, B global batch, e epoch, s stream, j number of a sample in its stream.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 _SHARDS, _CUT, _WINDOW = 1, 2, 3
-"""What a generator is for: the order of shards, of samples in a shard that two streams share, within a window."""
+"""Purposes of generators: the order of shards, the split of a shard between two streams, the order in a window."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Order:
         self.counts = np.asarray(counts, np.int64)
         self.total = int(self.counts.sum())
         self.seed, self.global_batch, self.window = seed, global_batch, window
-        # A stream without a shard of its own would share one with its neighbor and read it a second time.
+        # With more streams than shards, neighboring streams would share a shard and read it twice.
         limit = min(streams, int((self.counts > 0).sum()), global_batch)
         # B / C samples from each stream must be a whole number.
         self.streams = max(c for c in range(1, limit + 1) if global_batch % c == 0)
@@ -83,20 +83,20 @@ class Order:
         return np.concatenate(shards), np.concatenate(indices)
 
     def window_at(self, stream: int, j: int) -> ShuffleWindow:
-        """The window that holds sample j of a stream. The last two of each stream are kept."""
-        kept = self._windows.setdefault(stream, [])
-        for window in kept:
+        """The window that holds sample j of a stream. The last two windows of each stream are cached."""
+        recent = self._windows.setdefault(stream, [])
+        for window in recent:
             if window.start <= j < window.stop:
                 return window
         # The inverse of floor((e N + s) / C) <= j: the last epoch e in which stream s has begun at or before j.
         epoch = (j * self.streams + self.streams - 1 - stream) // self.total
         begin, pieces_of_windows = self._plan(stream, epoch)
-        # Windows of an epoch are not stored, only where each begins; any one can be made from its number.
+        # Only the offsets of windows are stored; a window can be computed from its number.
         number = int(np.searchsorted([start for start, _ in pieces_of_windows], j - begin, side="right")) - 1
         start, pieces = pieces_of_windows[number]
         window = self._shuffled(stream, epoch, number, begin + start, pieces)
-        # Two are kept, because a batch may end one window and begin the next.
-        self._windows[stream] = [*kept[-1:], window]
+        # Two are cached, because a batch may span the end of one window and the start of the next.
+        self._windows[stream] = [*recent[-1:], window]
         return window
 
     def _plan(self, stream: int, epoch: int) -> tuple[int, list[tuple[int, list[tuple[int, int, int]]]]]:
@@ -105,7 +105,7 @@ class Order:
         known = self._plans.get(stream)
         if known and known[0] == epoch:
             return known[1], known[2]
-        # Integer arithmetic throughout: with floats the spans of large epochs would overlap or leave samples out.
+        # Integer arithmetic: with floats the spans of large epochs would overlap or omit samples.
         begins_C = (epoch * self.total + np.arange(self.streams)) // self.streams
         lengths_C = ((epoch + 1) * self.total + np.arange(self.streams)) // self.streams - begins_C
         low = int(lengths_C[:stream].sum())
@@ -146,9 +146,9 @@ class Order:
         shards, indices = [], []
         for shard, low, high in pieces:
             count = int(self.counts[shard])
-            # two streams that share a shard share it by a permutation, so that neither always has its beginning
-            whole = high - low == count
-            line = np.arange(count) if whole else self._rng(_CUT, epoch, shard).permutation(count)[low:high]
+            # Two streams that share a shard divide a permutation of it, so that neither always reads its first samples.
+            is_full = high - low == count
+            line = np.arange(count) if is_full else self._rng(_CUT, epoch, shard).permutation(count)[low:high]
             indices.append(line)
             shards.append(np.full(len(line), shard))
         order = self._rng(_WINDOW, epoch, stream, number).permutation(sum(len(part) for part in indices))
@@ -160,6 +160,6 @@ class Order:
             shards=tuple(shard for shard, _, _ in pieces),
         )
 
-    def _rng(self, *words: int) -> np.random.Generator:
-        # A generator for each purpose and place, so that no draw depends on which others were made before.
-        return np.random.default_rng([self.seed, *words])
+    def _rng(self, *keys: int) -> np.random.Generator:
+        # One generator per purpose and position, so that no draw depends on earlier draws.
+        return np.random.default_rng([self.seed, *keys])

@@ -1,4 +1,4 @@
-"""Reads records out of many shards: one positioned read for each sample, directly into the batch, and then checks.
+"""Reads records of many shards: one positioned read per sample, directly into the batch, and checks them.
 
 Letters: B rows of a read, S shards.
 """
@@ -17,16 +17,16 @@ import torch
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.batch import as_float
+from fine_dist.data.manifest import Channels
 from fine_dist.data.records import PREFIX_BYTES, TOKENS, all_finite
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.shard_file import Indexes, Shard
-from fine_dist.data.shards import Channels
 from fine_dist.data.sources import is_remote, locate
 
 _CHUNK = 64
-"""Records that are read and checked together: they should fit into the processor's cache."""
+"""Number of records that are read and checked together; they should fit into the processor's cache."""
 _FETCHERS = 8
-"""Threads that bring remote shards."""
+"""Threads that fetch remote shards."""
 _SHORT, NOT_FINITE = "the file ends, or cannot be read, within this sample", "the latent has NaN or Inf"
 
 
@@ -38,8 +38,8 @@ class Rows:
         stored: [B, ...] in the shards' dtype, unscaled.
         labels: int64 [B].
         scale, shift: Scale and shift that `latents` applies.
-        faults: What is wrong with damaged rows, by row; the numbers of such a row are meaningless.
-        tokens: [B, E, h, w], where they were asked for.
+        faults: The error of each damaged row, by row. The values of such a row are undefined.
+        tokens: [B, E, h, w]; None unless they were requested.
     """
 
     stored: torch.Tensor
@@ -56,7 +56,7 @@ class Rows:
 
 
 class ShardSet:
-    """The shards of a manifest, with at most those open that the shuffle windows need."""
+    """The shards of a manifest. Only those that the shuffle windows need are open."""
 
     def __init__(self, where: str, config: DataConfig) -> None:
         self.manifest, self.base = locate(where, config)
@@ -74,18 +74,22 @@ class ShardSet:
         self._fetchers: ThreadPoolExecutor | None = None
         _allow_open_files()
 
-    def keep(self, live: set[int], ahead: list[int]) -> None:
-        """Close all shards but these, and open those in `ahead` in the background (with remote ones in `live`)."""
+    def keep_open(self, live: set[int], ahead: list[int]) -> None:
+        """Close all other shards, and open new ones in the background.
+
+        Args:
+            live: Numbers of shards that are being read. Remote ones are opened in the background as well.
+            ahead: Numbers of shards that will be read next.
+        """
         with self._lock:
-            # Files are closed by reference counting: a read that is under way in another thread holds its `Shard`.
+            # Files are closed by reference counting, because another thread may still read from a `Shard`.
             wanted = live.union(ahead)
             for number in [n for n in self._shards if n not in wanted]:
                 del self._shards[number]
             for number in [*(live if self.remote else ()), *ahead]:
                 if number not in self._shards:
                     self._fetchers = self._fetchers or ThreadPoolExecutor(_FETCHERS, thread_name_prefix="shards")
-                    # In the background: a window's first read would otherwise
-                    # wait for the network, once for each of its shards.
+                    # In the background, so that the first read of a window does not wait for the network.
                     self._fetchers.submit(self.shard(number).ready)
 
     def shard(self, number: int) -> Shard:
@@ -101,18 +105,18 @@ class ShardSet:
         Args:
             shard_B: int64, number of each record's shard.
             index_B: int64, number of each record in its shard.
-            scaled: Whether `latents` of the result applies the manifest's scale and shift.
-            tokens: Whether the image encoder's tokens are read as well, which the manifest must have.
+            scaled: Whether `Rows.latents` applies the manifest's scale and shift.
+            tokens: Whether the image encoder's tokens are read as well; the shards must hold them.
         """
         numbers = shard_B.tolist()
         with self._lock:
             shards = {number: self._shards.get(number) or self.shard(number) for number in set(numbers)}
-        # A list and not a generator: every shard must be opened, also behind one that is not regular.
+        # A list and not a generator, so that every shard is opened and `all` does not stop at the first irregular one.
         regular = all([shard.ready().regular for shard in shards.values()])
-        # a shard of fewer samples than the manifest says has an index and a fault: nothing in it is read by number
+        # A shard with fewer samples than the manifest states has an index and a fault, and is not read by number.
         sound = [shard.fault is None and shard.index and not shard.index.faults for shard in shards.values()]
         indexed = not regular and all(sound)
-        # NumPy's memory, not torch's aligned blocks: with those the heap was seen to grow by up to 90 MiB
+        # Allocated by NumPy: with torch's aligned blocks the heap grew by up to 90 MiB.
         stored = np.empty((len(numbers), *self._layout.shape), self._layout.dtype)
         rows = Rows(
             torch.from_numpy(stored),
@@ -130,7 +134,7 @@ class ShardSet:
         return rows
 
     def _read_tokens(self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, rows: Rows) -> None:
-        """Read the tokens that lie behind the latents; damage to them is damage of the sample."""
+        """Read the tokens that follow the latents. A damaged token makes the sample damaged."""
         layout = self._layout.tokens
         assert layout is not None
         tokens_B = np.empty((len(index_B), *layout.shape), layout.dtype)
@@ -164,8 +168,8 @@ class ShardSet:
     ) -> None:
         """Read records of regular shards: payloads into `stored_N`, heads into a buffer of this thread.
 
-        A chunk of records is read and checked while it is in the processor's cache. `first` is the row of `rows` that
-        the first record becomes.
+        A chunk of records is read and checked while it is in the processor's cache. The records fill `rows` from row
+        `first` on.
         """
         layout, count = self._layout, len(index_N)
         files, offsets = [shards[number].fd for number in shard_N.tolist()], (index_N * layout.stride).tolist()
@@ -175,17 +179,17 @@ class ShardSet:
         for start in range(0, count, _CHUNK):
             part = slice(start, start + _CHUNK)
             try:
-                # One system call a record scatters its head into scratch memory and its payload into the batch, so
-                # payloads are never copied. `map` keeps the loop in C; Python's lock is released inside each read.
+                # One system call per record scatters the head into scratch memory and the payload into the batch, so
+                # that payloads are never copied. `map` keeps the loop in C, and each read releases the GIL.
                 sizes += map(os.preadv, files[part], zip(heads, payloads_NP[part]), offsets[part])
             except OSError:
-                # The fast path stopped somewhere inside this chunk: its records are read again, one error at a time.
+                # The fast path failed somewhere in this chunk, so its records are read again, each with its own error.
                 del sizes[start:]
                 sizes += map(_try_to_read, files[part], zip(heads, payloads_NP[part]), offsets[part])
-            # Taken while the heads are in the cache; the scratch memory is overwritten by the next chunk.
+            # Gathered now, while the heads are in the cache and before the next chunk overwrites them.
             marks.append(layout.marks(heads_NH[: count - start]))
             finite = finite and all_finite(stored_N[part])
-        # Checked together, because NumPy's cost per call would dominate for 64 records.
+        # One check for all chunks, because NumPy's cost per call would dominate for 64 records.
         good_N, labels_N = layout.check(np.concatenate(marks), self._prefixes_SP[shard_N], index_N)
         good_N &= labels_N < self.manifest.num_classes
         rows.labels[first : first + count] = labels_N
@@ -202,26 +206,26 @@ class ShardSet:
     def _read_indexed(
         self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, stored_B: np.ndarray, rows: Rows
     ) -> None:
-        """Read samples of shards that another program wrote, whose heads were checked when they were opened."""
+        """Read samples of another program's shards, whose headers were checked when they were opened."""
         offsets_B = np.empty(len(shard_B), np.int64)
         for number, shard in shards.items():
             assert shard.index is not None
-            own = np.flatnonzero(shard_B == number)
-            offsets_B[own] = shard.index.offsets[index_B[own]]
-            rows.labels[own] = shard.index.labels[index_B[own]]
+            rows_of_shard = np.flatnonzero(shard_B == number)
+            offsets_B[rows_of_shard] = shard.index.offsets[index_B[rows_of_shard]]
+            rows.labels[rows_of_shard] = shard.index.labels[index_B[rows_of_shard]]
         files, size = [shards[number].fd for number in shard_B.tolist()], stored_B[:1].nbytes
         payloads_BP = stored_B.reshape(len(shard_B), -1).view(np.uint8)
         sizes = list(map(_try_to_read, files, zip(payloads_BP), offsets_B.tolist()))
         if min(sizes) == size and all_finite(stored_B):
             return
-        for row, got in enumerate(sizes):
-            if got != size:
+        for row, num_bytes in enumerate(sizes):
+            if num_bytes != size:
                 rows.faults[row] = _SHORT
             elif not all_finite(stored_B[row]):
                 rows.faults[row] = NOT_FINITE
 
     def _explain(self, shard: Shard, index: int) -> str:
-        """The reason why the check refused a record."""
+        """Why the check refused a record."""
         layout = self._layout
         record = os.pread(shard.fd, layout.size, index * layout.stride)
         return layout.explain(record, shard.key(index), self.manifest.num_classes)
@@ -229,7 +233,7 @@ class ShardSet:
     def _read_any(
         self, shards: dict[int, Shard], shard_B: np.ndarray, index_B: np.ndarray, stored_B: np.ndarray, rows: Rows
     ) -> None:
-        """Read samples of which some are in shards that another program wrote, or in damaged ones."""
+        """Read samples one by one, when some are in another program's shards or in damaged ones."""
         for row, (number, index) in enumerate(zip(shard_B.tolist(), index_B.tolist())):
             shard, one, stored = shards[number], slice(row, row + 1), stored_B[row]
             if shard.fault is not None:
@@ -239,21 +243,21 @@ class ShardSet:
             elif index in shard.index.faults:
                 rows.faults[row] = shard.index.faults[index]
             else:
-                got = os.preadv(shard.fd, (stored.data,), int(shard.index.offsets[index]))
+                num_bytes = os.preadv(shard.fd, (stored.data,), int(shard.index.offsets[index]))
                 rows.labels[row] = shard.index.labels[index]
-                if got != stored.nbytes:
+                if num_bytes != stored.nbytes:
                     rows.faults[row] = _SHORT
                 elif not all_finite(stored):
                     rows.faults[row] = NOT_FINITE
 
     def _scratch_for(self, count: int) -> tuple[np.ndarray, list[memoryview]]:
-        """This thread's scratch memory for the heads of so many records, and a view of each."""
-        # Thread-local: worker threads read at the same time.
-        kept: dict[Any, Any] = self._scratch.__dict__
-        if count not in kept:
+        """This thread's buffer for the heads of `count` records, and a view of each head."""
+        # Thread-local, because worker threads read concurrently.
+        buffers: dict[Any, Any] = self._scratch.__dict__
+        if count not in buffers:
             heads_NH = self._layout.heads(count)
-            kept[count] = (heads_NH, [memoryview(head) for head in heads_NH])
-        return kept[count]
+            buffers[count] = (heads_NH, [memoryview(head) for head in heads_NH])
+        return buffers[count]
 
     def count_bad(self, shard: int, index: int, fault: str) -> None:
         """Count a damaged sample, or all samples of a damaged shard, once.
@@ -264,21 +268,21 @@ class ShardSet:
         info = self.manifest.shards[shard]
         with self._lock:
             holder = self.shard(shard)
-            whole = holder.fault is not None
-            # A set, since the same damaged sample comes again every epoch and counts once.
-            mark = (shard, -1 if whole else index)
+            is_shard = holder.fault is not None
+            # A set, because a damaged sample recurs in every epoch and counts once.
+            mark = (shard, -1 if is_shard else index)
             if mark not in self._counted:
                 self._counted.add(mark)
-                self.bad += info.count if whole else 1
+                self.bad += info.count if is_shard else 1
         if self.bad > self._config.max_bad_fraction * self.manifest.count:
-            key = "" if whole else f" {holder.key(index)}:"
+            key = "" if is_shard else f" {holder.key(index)}:"
             raise DataError(
                 f"{holder.url}:{key} {fault} ({self.bad} of {self.manifest.count} samples are damaged; "
                 f"data.max_bad_fraction allows {self._config.max_bad_fraction:g} to be skipped)"
             )
 
     def close(self) -> None:
-        """Close all shards and stop opening others in the background."""
+        """Close all shards and stop opening shards in the background."""
         if self._fetchers:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._shards.clear()
@@ -293,7 +297,7 @@ def _try_to_read(file: int, views: tuple[Any, ...], offset: int) -> int:
 
 
 def _allow_open_files() -> None:
-    """Raise the soft limit of open files, to 4096 if the system allows it: windows of many streams need hundreds."""
+    """Raise the soft limit of open files to 4096 if allowed, because windows of many streams need hundreds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < 4096 and (hard == resource.RLIM_INFINITY or hard > soft):
         resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if hard == resource.RLIM_INFINITY else min(4096, hard), hard))

@@ -1,7 +1,7 @@
-"""The bytes of one sample in a shard (`KEY.cls`, then `KEY.latent.npy`), and how they are checked.
+"""The byte layout of one sample in a shard (`KEY.cls`, then `KEY.latent.npy`), and its checks.
 
-All records of a shard that this package writes have the same size: record i begins at byte `i * layout.stride`. One
-positioned read brings its head (tar headers and label) and, into another buffer, its payload (the numbers). The heads
+All records of a shard that this package writes have the same size: record i starts at byte `i * layout.stride`. One
+positioned read fetches its head (tar headers and label) and, into another buffer, its payload (the values). The heads
 of many records are compared with the layout at once.
 
 Shapes: N records, H bytes of a record's head, K bytes of a key.
@@ -18,41 +18,41 @@ import webdataset as wds
 BLOCK = 512
 """Bytes of a tar block."""
 KEY_DIGITS = 6
-"""A key is a shard's prefix, then the record's number in so many digits."""
+"""Digits of a record's number in its key, which is the shard's prefix and the number."""
 PREFIX_BYTES = 7
 """`000012-`: the number of the shard, and a dash."""
 LABEL_DIGITS = 9
 LATENT, LABEL = "latent.npy", "cls"
 """The two entries of a sample; the names are webdataset's."""
 TOKENS = "tokens.npy"
-"""A third entry, where an image encoder's tokens are stored beside the latents. webdataset writes entries in the order
-of their names, so that it lies behind the latent, and a reader of latents alone reads as without it."""
+"""The third entry of a sample with an image encoder's tokens. webdataset sorts entries by name, so that it follows the
+latent, and a reader of latents alone is not affected by it."""
 _KEY = PREFIX_BYTES + KEY_DIGITS
 _WORDS = {2: (np.uint16, np.int16, 0x7C00), 4: (np.uint32, np.int32, 0x7F800000)}
-"""By bytes of a float: words of its size, and the bits of +Inf, the first pattern that is no number."""
+"""By size of a float in bytes: unsigned and signed integers of that size, and the bit pattern of +Inf."""
 _LATENT = 2 * BLOCK
-"""Where the latent's entry begins in a record: after the label's header and content."""
+"""Offset of the latent's entry in a record: after the label's header and content."""
 
 
 def shard_prefix(number: int) -> str:
-    """The part of a key that its shard gives: `000012-`."""
+    """The prefix of all keys of a shard: `000012-`."""
     return f"{number:06d}-"
 
 
 def record_key(prefix: str, index: int) -> str:
-    """The key of a shard's record: `000012-000345`."""
+    """The key of a record: `000012-000345`."""
     return f"{prefix}{index:0{KEY_DIGITS}d}"
 
 
 def npy_bytes(array: np.ndarray) -> bytes:
-    """`array` as the bytes of a `.npy` file (never pickled)."""
+    """The bytes of a `.npy` file of `array`, without pickle."""
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(array), allow_pickle=False)
     return stream.getvalue()
 
 
 def tar_writer(stream: io.IOBase) -> wds.TarWriter:
-    """webdataset's writer, set so that equal samples give equal bytes (no times, no owners)."""
+    """webdataset's writer without times and owners, so that equal samples give equal bytes."""
     return wds.TarWriter(stream, encoder=False, mtime=0, user="nobody", group="nogroup", mode=0o444)
 
 
@@ -60,21 +60,21 @@ class Layout:
     """The byte offsets of a record that holds one latent of some shape and dtype.
 
     Attributes:
-        stride: Bytes from the beginning of one record to the next.
+        stride: Bytes from the start of one record to the start of the next.
         head: Bytes before the payload (H).
-        size: Bytes of head and payload, without the padding behind them.
-        tokens: Where the image encoder's tokens lie; None in shards without them.
+        size: Bytes of head and payload, without padding.
+        tokens: Layout of the image encoder's tokens; None for shards without tokens.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: str, tokens: tuple[tuple[int, ...], str] | None = None) -> None:
-        # Little-endian on every machine: shards are read in place, without a swap of bytes.
+        # Little-endian on every machine: shards are read in place, without swapping bytes.
         self.shape, self.dtype = tuple(shape), np.dtype(dtype).newbyteorder("<")
         stream = io.BytesIO()
         with tar_writer(stream) as tar:
             latent = npy_bytes(np.zeros(self.shape, self.dtype))
             tar.write({"__key__": record_key(shard_prefix(0), 0), LABEL: b"0", LATENT: latent})
-        # A record is written by the same writer as the shards and taken as the pattern. If
-        # another version of webdataset wrote other headers, the pattern would follow it.
+        # The reference record is written by the same writer as the shards, so that it
+        # matches the headers of the installed version of webdataset.
         record = stream.getvalue()
         payload = int(np.prod(self.shape)) * self.dtype.itemsize
         self.head = 3 * BLOCK + len(latent) - payload
@@ -85,8 +85,8 @@ class Layout:
         self.tokens = TokenLayout(self.stride, *tokens) if tokens else None
         self.stride += self.tokens.length if self.tokens else 0
         self._npy = latent[: len(latent) - payload]
-        # Heads are compared as 64-bit words, and only where they matter: the ends of both names, the size, what tar
-        # calls the types, and the whole .npy header. Keys and the label differ and are looked at apart.
+        # Heads are compared as 64-bit words, and only in the fields that are fixed: the suffixes of both names, the
+        # size, the type flags and the whole .npy header. Keys and labels differ and are checked separately.
         want = np.zeros(-(-self.head // 8) * 8, np.uint8)
         want[: self.head] = np.frombuffer(record[: self.head], np.uint8)
         mask = np.zeros_like(want)
@@ -108,18 +108,20 @@ class Layout:
             (_LATENT + BLOCK, self.head),
         ):
             mask[start:stop] = 255
-        # `mask` marks bytes that must be equal. Keys and label are needed as well, but are compared by their meaning.
+        # `mask` marks bytes that must be equal. `needed` adds keys and the label, which are parsed.
         needed = mask.copy()
         for start, length in ((0, _KEY), (BLOCK, LABEL_DIGITS), (_LATENT, _KEY)):
             needed[start : start + length] = 255
-        # Only the words that hold a needed byte are gathered, 35 of the 208 of a
-        # head: less to compare, and less to keep until the whole batch is compared.
-        self._words = np.flatnonzero(needed.view(np.uint64))
-        self._mask = mask.view(np.uint64)[self._words]
-        self._want = want.view(np.uint64)[self._words] & self._mask
-        # Where the label and the latent's key are found among the gathered words,
-        # in bytes. Each range begins at a multiple of 8 because BLOCK is one.
-        self._label_at, self._latent_at = (8 * int(np.searchsorted(self._words, at // 8)) for at in (BLOCK, _LATENT))
+        # Only words with a needed byte are gathered, 35 of the 208 of a head: less
+        # to compare, and less to store until the whole batch is compared.
+        self._word_indices = np.flatnonzero(needed.view(np.uint64))
+        self._mask = mask.view(np.uint64)[self._word_indices]
+        self._want = want.view(np.uint64)[self._word_indices] & self._mask
+        # Byte offsets of the label and of the latent's key among the gathered words.
+        # Both ranges start at a multiple of 8, because BLOCK is a multiple of 8.
+        self._label_at, self._latent_at = (
+            8 * int(np.searchsorted(self._word_indices, at // 8)) for at in (BLOCK, _LATENT)
+        )
         self._texts = np.empty((0, KEY_DIGITS), np.uint8)
 
     def heads(self, count: int) -> np.ndarray:
@@ -128,7 +130,7 @@ class Layout:
 
     def marks(self, heads_NH: np.ndarray) -> np.ndarray:
         """The words of the heads that `check` compares: uint64 [N, W]."""
-        return heads_NH.view(np.uint64).take(self._words, axis=1)
+        return heads_NH.view(np.uint64).take(self._word_indices, axis=1)
 
     def check(self, marks_NW: np.ndarray, prefixes_NP: np.ndarray, index_N: np.ndarray) -> tuple[np.ndarray, ...]:
         """Compare records with this layout and read their labels.
@@ -139,10 +141,10 @@ class Layout:
             index_N: int64, each record's number in its shard.
 
         Returns:
-            (good, labels): bool [N] and int64 [N]; the label of a record that is not good is meaningless.
+            (good, labels): bool [N] and int64 [N]. The label of a record that is not good is undefined.
         """
         same_NW = (marks_NW & self._mask) == self._want
-        # The usual case, all good, costs one reduction; rows are told apart only where something is wrong.
+        # If all are good, the usual case, one reduction is enough; rows are compared only if something is wrong.
         good_N = np.ones(len(marks_NW), bool) if same_NW.all() else same_NW.all(1)
         bytes_NM = marks_NW.view(np.uint8)
         keys_NK = self.keys(prefixes_NP, index_N)
@@ -163,13 +165,13 @@ class Layout:
         if most >= len(self._texts):
             numbers = np.arange(max(1024, 2 * most))
             tens = 10 ** np.arange(KEY_DIGITS - 1, -1, -1)
-            # A table of the digits of all numbers so far: formatting
-            # each key anew would take longer than reading the records.
+            # A table of the digits of all numbers so far, because formatting
+            # each key would take longer than reading the records.
             self._texts = (numbers[:, None] // tens % 10 + ord("0")).astype(np.uint8)
         return self._texts[index_N]
 
     def explain(self, raw: bytes, key: str, num_classes: int) -> str:
-        """The reason why a record of `size` bytes is not good, as one sentence."""
+        """Why a record of `size` bytes is not good, as a clause for a message."""
         for at, ending in ((0, LABEL), (_LATENT, LATENT)):
             name = raw[at : at + 100].split(b"\0")[0].decode("utf-8", "replace")
             if name != f"{key}.{ending}":
@@ -187,8 +189,8 @@ class Layout:
 def all_finite(numbers: np.ndarray) -> bool:
     """Whether a contiguous array of float16 or float32 has neither NaN nor Inf.
 
-    Infinities and NaNs are the largest bit patterns of their sign: as signed words those without a sign, and as
-    unsigned words those with one, lie above every number. So two maxima, which stream through the cache, say it.
+    Inf and NaN have the largest bit patterns of their sign. Positive ones are above every finite number as signed
+    integers, negative ones as unsigned integers. Two maxima are therefore enough, which stream through the cache.
     """
     unsigned, signed, infinity = _WORDS[numbers.itemsize]
     sign = 1 << (8 * numbers.itemsize - 1)
@@ -199,21 +201,24 @@ def all_finite(numbers: np.ndarray) -> bool:
 
 
 def _labels(text_NC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers in rows of ASCII digits that are padded with zero bytes, int64 [N], and which rows are valid, bool
-    [N]."""
-    text_CN = np.ascontiguousarray(text_NC.T)  # operations run along rows, many records at once
-    values_CN = text_CN - np.uint8(ord("0"))  # what is no digit becomes 10 or more
+    """Parse rows of ASCII digits that are padded with zero bytes, uint8 [N, C].
+
+    Returns:
+        The numbers, int64 [N], and whether each row is valid, bool [N].
+    """
+    text_CN = np.ascontiguousarray(text_NC.T)  # contiguous along records, so that each operation handles many records
+    values_CN = text_CN - np.uint8(ord("0"))  # everything else becomes 10 or more
     leading_CN = values_CN < 10
     good_N, labels_N = leading_CN[0].copy(), np.zeros(text_CN.shape[1], np.int64)
-    for place in range(len(text_CN)):
-        if place:
-            leading_CN[place] &= leading_CN[place - 1]
-        if not text_CN[place:].any():
+    for position in range(len(text_CN)):
+        if position:
+            leading_CN[position] &= leading_CN[position - 1]
+        if not text_CN[position:].any():
             break
-        digit_N = leading_CN[place]
-        # Behind the first byte that is no digit only zeros may follow, as tar's padding: `12\0x` is no label.
-        good_N &= digit_N | (text_CN[place] == 0)
-        labels_N = np.where(digit_N, labels_N * 10 + values_CN[place], labels_N)
+        digit_N = leading_CN[position]
+        # Only zeros, tar's padding, may follow the last digit: `12\0x` is not a label.
+        good_N &= digit_N | (text_CN[position] == 0)
+        labels_N = np.where(digit_N, labels_N * 10 + values_CN[position], labels_N)
     return labels_N, good_N
 
 
@@ -238,17 +243,17 @@ class TokenLayout:
         self.head = self.size - payload
         self.length = BLOCK + -(-len(entry) // BLOCK) * BLOCK
         self._want = np.frombuffer(stream.getvalue()[: self.head], np.uint8)
-        # The same fields as of the latent's header: the end of the name, the size, type, magic, prefix, .npy header.
+        # The same fields as in the latent's header: name suffix, size, type, magic, prefix, .npy header.
         ranges = ((_KEY, _KEY + len(TOKENS) + 2), (124, 136), (156, 157), (257, 265), (345, 346), (BLOCK, self.head))
         self._fields = np.concatenate([np.arange(start, stop) for start, stop in ranges])
 
     def check(self, heads_NH: np.ndarray, keys_NK: np.ndarray) -> np.ndarray:
-        """Whether the heads uint8 [N, H] of this entry are those of the records with these keys: bool [N]."""
+        """Whether the heads, uint8 [N, H], are those of token entries with the given keys, uint8 [N, K]: bool [N]."""
         same_N = (heads_NH[:, self._fields] == self._want[self._fields]).all(1)
         return same_N & (heads_NH[:, :_KEY] == keys_NK).all(1)
 
 
 @lru_cache(maxsize=16)
 def layout_of(shape: tuple[int, ...], dtype: str, tokens: tuple[tuple[int, ...], str] | None = None) -> Layout:
-    """The layout of records with latents, and tokens where there are any, of these shapes and dtypes."""
+    """The (cached) layout of records with a latent, and optionally tokens, of the given shapes and dtypes."""
     return Layout(shape, dtype, tokens)

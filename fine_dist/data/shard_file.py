@@ -1,4 +1,4 @@
-"""One open shard of a reader: it is opened and checked when it is first read, and closed when no read uses it."""
+"""One shard of a reader, which is opened and checked at its first read and closed when no read uses it any more."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import replace
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import sha256_of
+from fine_dist.data.manifest import Manifest, ShardInfo
 from fine_dist.data.records import BLOCK, record_key
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest, ShardInfo
 from fine_dist.data.sources import open_shard
 from fine_dist.data.tar_index import ShardIndex, TarError, index_tar
 
 Indexes = dict[str, tuple[tuple[int, int, int], ShardIndex]]
-"""By a shard's name: size, time of change and inode of the file that was walked, and what was found there."""
+"""By a shard's name: (size, modification time, inode) of the indexed file, and its index."""
 
 
 class Shard:
-    """One shard, which is opened when it is first read.
+    """One shard, which is opened at its first read.
 
     Attributes:
-        fault: Why the whole shard cannot be used; None: it can.
-        index: Offsets of its samples, for a tar of another program; None: all records have one size.
-        regular: Whether it can be used and all its records have one size.
+        fault: Why the shard cannot be used; None if it can.
+        index: Offsets of the samples in a tar of another program; None if all records have the same size.
+        regular: Whether the shard can be used and all its records have the same size.
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class Shard:
         self._opened = False
 
     def ready(self) -> Shard:
-        """Open the shard, once; other threads wait meanwhile. `DataError` when a remote shard cannot be copied."""
-        # Checked without the lock first: once it is open, which is nearly always, no thread waits for another.
+        """Open the shard unless it is open, while other threads wait. `DataError` when a remote shard cannot be
+        copied."""
+        # Checked without the lock first, so that threads do not wait for each other once the shard is open.
         if not self._opened:
             with self._lock:
                 if not self._opened:
@@ -53,7 +54,7 @@ class Shard:
         return self
 
     def _open(self) -> str | None:
-        """Open the file and return what is wrong with it."""
+        """Open the file; returns why it cannot be used, or None."""
         try:
             self.fd = open_shard(self.url, self.info, self._config)
         except (FileNotFoundError, NotADirectoryError):
@@ -64,26 +65,26 @@ class Shard:
             raise DataError(
                 f"{self.url}: too many open files; raise the limit (ulimit -n) or lower data.window or data.streams"
             ) from None
-        # Of the open file, not of its name: a file that is replaced meanwhile cannot mix with this one.
+        # The size of the open file and not of its path, because the file may be replaced at any time.
         size = os.fstat(self.fd).st_size
         if self._config.verify != "none" and size != self.info.bytes:
             return f"{size} bytes, but the manifest says {self.info.bytes}: truncated or replaced"
         if self._config.verify == "sha256" and sha256_of(f"/dev/fd/{self.fd}") != self.info.sha256:
             return "its sha256 is not the manifest's: damaged or replaced"
-        # ask the system to bring the file in one sweep: the reads that follow are in random order
+        # The following reads are in random order, so the kernel is asked to load the file sequentially.
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_WILLNEED)
         if self.info.key_prefix is not None:
             return self._count_regular(size)
         return self._find(size)
 
     def _count_regular(self, size: int) -> str | None:
-        """What is wrong with the number of records, or None. A tar ends with a block of zeros."""
+        """Why the number of records is wrong, or None. A tar ends with a block of zeros."""
         count, stride = self.info.count, self._manifest.layout.stride
         room = size // stride
         if room < count:
             return f"the manifest says {count} samples; it has {room}"
-        # The file's size and two reads replace a walk over all headers:
-        # they tell too few, too many, and records of another size.
+        # The file size and two reads replace a scan of all headers: they
+        # detect too few records, too many, and records of another size.
         if size >= count * stride + BLOCK and any(os.pread(self.fd, BLOCK, count * stride)):
             return f"the manifest says {count} samples; it has more, or records of another size"
         if count and not any(os.pread(self.fd, BLOCK, (count - 1) * stride)):
@@ -91,9 +92,9 @@ class Shard:
         return None
 
     def _find(self, size: int) -> str | None:
-        """Index the samples of a tar that another program wrote; the index of an unchanged file is used again."""
+        """Index the samples of another program's tar, or reuse the index of an unchanged file."""
         stat = os.fstat(self.fd)
-        # A file that was replaced by one of the same size still has another time or inode.
+        # A replacement of the same size has another modification time or inode.
         version = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
         known = self._indexes.get(self.info.name)
         if known and known[0] == version:
@@ -105,7 +106,7 @@ class Shard:
             return str(error)
         if len(self.index.keys) != self.info.count:
             return f"the manifest says {self.info.count} samples; it has {len(self.index.keys)}"
-        # without its keys, which are most of its memory and are asked for in error messages alone
+        # Cached without keys, which take most of the memory and are needed only in error messages.
         self._indexes[self.info.name] = (version, replace(self.index, keys=[]))
         return None
 
@@ -118,12 +119,12 @@ class Shard:
         """The key of a sample."""
         if self.index is None:
             return record_key(self.info.key_prefix or "", number)
-        # Walked once more, because an error message is rare and the keys of a large data set are gigabytes.
+        # Indexed again, because errors are rare and the keys of a large data set take gigabytes.
         if not self.index.keys:
             self.index = self._walk(os.fstat(self.fd).st_size)
         return self.index.keys[number]
 
     def __del__(self) -> None:
-        # readers hold the object while they read, so the file is closed under nobody
+        # Readers hold a reference while they read, so that no file is closed during a read.
         if self.fd >= 0:
             os.close(self.fd)

@@ -66,10 +66,10 @@ class DigitImages:
 
 
 FILES = {"train": "train", "held_out": "t10k"}
-"""What the names of a split's files begin with."""
+"""Prefix of the file names of each split."""
 PACKAGE = "apt-get install dataset-fashion-mnist (it puts them in /usr/share/datasets/fashion-mnist)"
 _BYTES = 8
-"""Type of unsigned bytes."""
+"""IDX type code of unsigned bytes."""
 
 
 class IdxImages:
@@ -120,7 +120,7 @@ def read_idx(folder: Path, name: str, axes: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"source: {path} cannot be read: {error}") from None
     head = 4 + 4 * axes
-    # The header is compared before anything is allocated by its numbers.
+    # The header is checked before memory is allocated by its numbers.
     if len(content) < head or content[:4] != bytes([0, 0, _BYTES, axes]):
         raise DataError(f"source: {path} is no IDX file of unsigned bytes with {axes} axes")
     shape = struct.unpack(f">{axes}I", content[4:head])

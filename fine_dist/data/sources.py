@@ -1,8 +1,8 @@
-"""Where shards come from: local paths, and through webdataset's openers everything else (http, s3, gs, hf, pipe).
+"""Access to shards: local paths, and webdataset's openers for everything else (http, s3, gs, hf, pipe).
 
-A remote shard is copied whole before it is read: into the cache if there is one, else into an unnamed temporary file.
-So a shuffle window costs disk and not memory, and a process that is killed leaves nothing behind. A copy that stalls,
-breaks off or has the wrong size is tried again.
+A remote shard is copied completely before it is read: into the cache if there is one, else into an unnamed temporary
+file. A shuffle window therefore costs disk space and not memory, and a killed process leaves no files behind. A copy
+that stalls, breaks off or has the wrong size is retried.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ from fine_dist.core.errors import DataError, NotAFile
 from fine_dist.core.files import sha256_of
 from fine_dist.core.regular_files import descriptor_of, open_regular
 from fine_dist.data.cache import Cache
+from fine_dist.data.manifest import MANIFEST, Manifest, ShardInfo
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import MANIFEST, Manifest, ShardInfo
 
 _PIECE = 1 << 20
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 10.0
-"""Pauses before another attempt: doubled each time."""
+"""Shortest and longest pause before a retry; the pause doubles each time."""
 
 
 def is_remote(url: str) -> bool:
-    """Whether webdataset's openers are needed; `file:` and plain paths are local."""
+    """Whether a URL needs webdataset's openers; `file:` URLs and plain paths are local."""
     return not url.startswith("file:") and ("://" in url or url.startswith("pipe:"))
 
 
 def local_path(url: str) -> str:
-    """A local path from a plain path or a `file:` URL."""
+    """The local path of a plain path or a `file:` URL."""
     return expand_path(url.removeprefix("file://").removeprefix("file:"))
 
 
 MAX_SHARDS = 1_000_000
-"""Maximum number of names that a brace pattern stands for: shards of a thousand latents for a data set of a billion."""
+"""Maximum number of names of a brace pattern: enough for a billion latents in shards of a thousand."""
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """The names that a pattern such as `data-{000..127}.tar` stands for.
+    """Expand a pattern such as `data-{000..127}.tar` into names.
 
-    They are counted before they are made, because `{0..999999999}` alone would fill the memory.
+    The names are counted before they are expanded, because `{0..999999999}` would fill the memory.
 
     Raises:
         DataError: There are more than `MAX_SHARDS`.
@@ -62,17 +62,16 @@ def expand_braces(pattern: str) -> list[str]:
         if max(len(first), len(last)) > 18:
             most = MAX_SHARDS + 1
             break
-        # An upper bound is enough: it is computed from the text,
-        # while expanding needs the memory that is to be protected.
+        # An upper bound is enough, and computing it needs no memory.
         most *= abs(int(last) - int(first)) // max(1, int(step or 1)) + 1
-    # a group of alternatives multiplies by their number, and groups inside each other by no more than all commas do
+    # A group of alternatives multiplies by their number, and nested groups by at most the number of commas.
     most *= math.prod(group.count(",") + 1 for group in re.findall(r"\{[^{}]*,[^{}]*", pattern))
     if most > MAX_SHARDS:
         raise DataError(
             f"{pattern[:200]}: this pattern stands for more than {MAX_SHARDS:,} files; name fewer, or give the folder"
         )
-    found: list[str] = wds.shardlists.expand_urls(pattern)
-    return found
+    names: list[str] = wds.shardlists.expand_urls(pattern)
+    return names
 
 
 def locate(where: str, config: DataConfig) -> tuple[Manifest, str]:
@@ -135,7 +134,7 @@ def _no_manifest(base: str) -> str:
 
 
 def read_bytes(url: str, config: DataConfig) -> bytes:
-    """The content of a small remote file, read with the same retries as a shard."""
+    """The content of a small remote file, with the same retries as a shard."""
     with tempfile.TemporaryFile() as stream:
         copy(url, stream, config)
         stream.seek(0)
@@ -161,14 +160,14 @@ def open_shard(url: str, info: ShardInfo, config: DataConfig) -> int:
 
     if config.cache_dir:
         cache = Cache(expand_path(config.cache_dir), config.cache_bytes)
-        # By content: two data sets whose shards have the same names share a cache without mixing.
+        # Named by content, so that data sets whose shards have equal names can share a cache.
         name = f"{info.sha256[:16]}-{info.name}"
         fd = cache.open(name, info.bytes, lambda stream: copy(url, stream, config, size, check))
         if fd is not None:
             return fd
     with tempfile.TemporaryFile(prefix="fine_dist-") as stream:
         copy(url, stream, config, size, check)
-        # The file has no name; it lives as long as this descriptor, and the system removes it with the process.
+        # The file has no name: the system frees it when this descriptor is closed or the process ends.
         return os.dup(stream.fileno())
 
 
@@ -186,7 +185,7 @@ def copy(
         to: File to write into, from its beginning.
         config: Retries and time limits.
         size: Size in bytes that the copy must have. None: any.
-        check: Returns what is wrong with the copy, or None.
+        check: Returns the problem of a copy, or None.
 
     Raises:
         FileNotFoundError: The server says that the file does not exist.
@@ -199,17 +198,17 @@ def copy(
             pause = min(2 * pause, _LONGEST_PAUSE_S)
         to.seek(0)
         try:
-            got = _copy_once(url, to, config.timeout_s)
+            num_bytes = _copy_once(url, to, config.timeout_s)
         except DataError:
             raise
-        except Exception as error:  # openers of other libraries raise errors of their own kinds
-            problem = _in_words(error)
+        except Exception as error:  # openers of other libraries raise their own types of errors
+            problem = _error_summary(error)
             if _is_absent(url):
                 raise FileNotFoundError(f"{url}: the server says that it is not there") from None
             continue
         # An earlier attempt may have left more bytes than this one wrote.
-        to.truncate(got)
-        wrong = f"{got} bytes came, not {size}" if size is not None and got != size else check and check(to)
+        to.truncate(num_bytes)
+        wrong = f"{num_bytes} bytes came, not {size}" if size is not None and num_bytes != size else check and check(to)
         if not wrong:
             return
         problem = wrong
@@ -220,7 +219,7 @@ def copy(
 
 
 def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
-    """One attempt; returns the bytes copied. `OSError` (`TimeoutError` after `timeout_s` without a byte)."""
+    """Copy in one attempt; returns the number of bytes. `TimeoutError` after `timeout_s` seconds without a byte."""
     scheme = url.partition("://")[0]
     if scheme == "s3" and "s3" not in gopen_schemes:
         url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
@@ -230,12 +229,12 @@ def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
     process = getattr(stream, "proc", None)
     size = 0
     try:
-        while piece := _piece(stream, process is not None, timeout_s):
+        while piece := _next_bytes(stream, process is not None, timeout_s):
             to.write(piece)
             size += len(piece)
     except BaseException:
         if process is not None:
-            # curl or aws would go on downloading after nobody reads the pipe.
+            # curl or aws would continue to download although nobody reads the pipe.
             process.kill()
             stream.ignore_errors = True
         stream.close()
@@ -245,11 +244,11 @@ def _copy_once(url: str, to: BinaryIO, timeout_s: float) -> int:
 
 
 _CURL = {6: "the host name is not known", 7: "the host refuses the connection", 22: "the server answers with an error"}
-"""Exit codes of curl, with which webdataset reads http."""
+"""Meaning of exit codes of curl, which webdataset uses for http."""
 
 
-def _in_words(error: Exception) -> str:
-    """The reason of a failed read in one line. The error of a pipe holds its whole command and the exit code."""
+def _error_summary(error: Exception) -> str:
+    """The reason of a failed read in one line. A pipe's own error is its command line and the exit code."""
     text = str(error).strip() or type(error).__name__
     code = re.search(r"exit (\d+) \(", text)
     if code is None:
@@ -259,19 +258,19 @@ def _in_words(error: Exception) -> str:
     return f"the program that reads it failed (exit {code[1]})"
 
 
-def _piece(stream: Any, is_pipe: bool, timeout_s: float) -> bytes:
-    """The next bytes that are available. Openers that are no pipes have time limits of their own."""
+def _next_bytes(stream: Any, is_pipe: bool, timeout_s: float) -> bytes:
+    """The next available bytes. Openers other than pipes have their own time limits."""
     if not is_pipe:
         return stream.read(_PIECE)
     fd = stream.stream.fileno()
-    # A pipe has no timeout of its own, and a server may stop sending without closing the connection.
+    # A pipe has no timeout, and a server may stop sending without closing the connection.
     if not select.select([fd], [], [], timeout_s)[0]:
         raise TimeoutError(f"no byte for {timeout_s:g} s")
     return os.read(fd, _PIECE)
 
 
 def _is_absent(url: str) -> bool:
-    """Whether an http server says that there is no such file; the opener's error does not tell."""
+    """Whether an http server answers that the file does not exist, which the opener's error does not state."""
     if not url.startswith(("http://", "https://")):
         return False
     try:

@@ -1,7 +1,7 @@
 """Latents as an endless, seeded sequence of batches.
 
     stream = LatentStream(config, seed=0, global_batch=256, rank=rank, world_size=world_size)
-    for batch in stream.batches(start_step):      # the step is the whole state
+    for batch in stream.batches(start_step):      # the step is the only state
         ...
 
 The order of samples depends on (shards, seed, global batch, streams, window) and on nothing else (`order.py`). A
@@ -23,14 +23,14 @@ import torch
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.batch import Batch, as_float, draw_moments
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.order import Order
 from fine_dist.data.reader import Rows, ShardSet
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest
 from fine_dist.model.arch import Arch
 
 _PLAN_SAMPLES = 8192
-"""Samples whose places are looked up at once; it changes speed only."""
+"""Number of samples that are located at once; it changes only speed."""
 
 
 class LatentStream:
@@ -43,11 +43,11 @@ class LatentStream:
         rank: Number of this process.
         world_size: Number of processes.
         shards: Folder, URL or pattern of the shards. None: `config.shards`.
-        expect: Architecture that the latents must fit. None: any latents are accepted.
-        tokens: Whether batches have the image encoder's tokens that lie beside the latents.
+        expect: Architecture that the latents must fit. None accepts any latents.
+        tokens: Whether batches contain the image encoder's tokens that are stored with the latents.
 
     Attributes:
-        manifest: What the shards hold.
+        manifest: Manifest of the shards.
         waited_s: Seconds that the consumer has waited for batches.
         bad: Number of damaged samples that this process has skipped; each is counted once.
 
@@ -111,7 +111,8 @@ class LatentStream:
         return self._order.streams
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
-        """An endless iterator of batches from `start_step` on. Starting at a late step costs no more than at step 0."""
+        """An endless iterator of batches from `start_step` on. Starting at a late step is as fast as starting at step
+        0."""
         plans = self._plans(start_step)
         if not self._workers:
             for plan in plans:
@@ -124,7 +125,7 @@ class LatentStream:
         try:
             for plan in plans:
                 ahead.append(self._pool.submit(self._read, *plan))
-                # Two batches a worker: one is read while the other waits, which hides the variance of single reads.
+                # Two batches per worker: one is read while the other is ready, which hides variance of single reads.
                 if len(ahead) <= 2 * self._workers:
                     continue
                 started = time.perf_counter()
@@ -133,7 +134,7 @@ class LatentStream:
                 yield batch
         finally:
             for future in ahead:
-                # The caller has stopped in the middle of a step; reads that have not begun are not wanted any more.
+                # The caller has stopped iterating, so reads that have not started are not needed.
                 future.cancel()
 
     def close(self) -> None:
@@ -166,7 +167,7 @@ class LatentStream:
         shards, indices, ahead = [], [], []
         live: set[int] = set()
         with self._lock:
-            # Only the streams that hold this rank's positions: B / C consecutive positions belong to each.
+            # Only the streams of this rank's positions; each stream has B / C consecutive positions.
             for stream in range(self._low // per, -(-self._high // per)):
                 start = step * per
                 shard, index = self._order.take(stream, start, num_steps * per)
@@ -176,9 +177,9 @@ class LatentStream:
                 last = self._order.window_at(stream, start + num_steps * per - 1)
                 live.update(np.unique(shard).tolist(), last.shards)
                 ahead.append((stream, last.stop))
-            # The next windows are planned now, so that their shards are opened before the step that needs them.
+            # The next windows are planned as well, so that their shards are opened before a step needs them.
             following = [self._order.window_at(stream, j).shards for stream, j in ahead]
-        self._set.keep(live, [shard for shards_of in following for shard in shards_of])
+        self._set.keep_open(live, [shard for shards_of in following for shard in shards_of])
         return np.concatenate(shards, 1), np.concatenate(indices, 1)
 
     # --- reading ---------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ class LatentStream:
             self._replace(step, row, rows)
         stored, scale, shift = rows.stored, rows.scale, rows.shift
         if self.manifest.kind == "moments":
-            # a sample of scaled moments is the scaled sample; the shift moves its mean alone
+            # A sample of scaled moments is the scaled sample. The shift changes only the mean.
             if isinstance(scale, tuple) or isinstance(shift, tuple):
                 moments = as_float(stored, scale, shift)
             else:
@@ -202,22 +203,23 @@ class LatentStream:
         return Batch(step, self._order.epoch(step), stored, scale, labels, self._positions, shift, rows.tokens)
 
     def _replace(self, step: int, row: int, rows: Rows) -> None:
-        """Put the stream's next good sample into a damaged one's place: the same on every world size, with no state."""
+        """Replace a damaged sample by the stream's next good one, independently of the world size and without state."""
         position = self._low + row
         stream, k = divmod(position, self._order.per_stream)
         j = step * self._order.per_stream + k
         for shard, index in self._candidates(stream, j):
-            found = self._set.read(shard, index, scaled=True, tokens=self._tokens)
-            if not found.faults:
-                rows.stored[row], rows.labels[row] = found.stored[0], found.labels[0]
-                if rows.tokens is not None and found.tokens is not None:
-                    rows.tokens[row] = found.tokens[0]
+            replacement = self._set.read(shard, index, scaled=True, tokens=self._tokens)
+            if not replacement.faults:
+                rows.stored[row], rows.labels[row] = replacement.stored[0], replacement.labels[0]
+                if rows.tokens is not None and replacement.tokens is not None:
+                    rows.tokens[row] = replacement.tokens[0]
                 return
-            self._set.count_bad(int(shard[0]), int(index[0]), found.faults[0])
+            self._set.count_bad(int(shard[0]), int(index[0]), replacement.faults[0])
         raise DataError(f"{self._set.base}: no sample of canonical stream {stream} can be read: {rows.faults[row]}")
 
     def _candidates(self, stream: int, j: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What may stand in for sample j: the rest of its window, cyclically, then what follows for one epoch."""
+        """Replacements of sample j: the other samples of its window, cyclically, then the following ones for an
+        epoch."""
         with self._lock:
             window = self._order.window_at(stream, j)
         size, at = len(window.shard), j - window.start
@@ -230,7 +232,12 @@ class LatentStream:
 
 
 def check_fit(manifest: Manifest, arch: Arch, where: str) -> None:
-    """Refuse shards that a model of this shape cannot be trained on.
+    """Check that a model of this architecture can be trained on shards.
+
+    Args:
+        manifest: Manifest of the shards.
+        arch: The architecture.
+        where: Path or URL of the shards, for messages.
 
     Raises:
         DataError: Latent shapes differ, or there are more classes than the model has.

@@ -1,4 +1,4 @@
-"""An index of the samples in a tar, made by reading its headers: for shards of other programs, and for verification.
+"""Indexes the samples of a tar by reading its headers: for shards of other programs, and for verification.
 
 Nothing is extracted or unpickled. A latent is accepted only with the exact dtype and shape that the manifest states.
 """
@@ -16,7 +16,7 @@ from fine_dist.core.config import shown
 from fine_dist.data.records import BLOCK, LABEL, LABEL_DIGITS, LATENT
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")
-"""Endings that some readers unpickle; a sample with such an entry is refused."""
+"""Extensions that some readers unpickle; a sample with such an entry is refused."""
 _MAX_HEADER = 1 << 12
 """Maximum bytes of a `.npy` header or a label."""
 
@@ -26,7 +26,7 @@ class TarError(Exception):
 
 
 class TarEntry(NamedTuple):
-    """A file in a tar: its name, and where its content lies."""
+    """A file in a tar: its name, and the offset and size of its content."""
 
     name: str
     offset: int
@@ -35,12 +35,13 @@ class TarEntry(NamedTuple):
 
 @dataclass
 class ShardIndex:
-    """The samples of a tar in the order in which they lie there, N of them.
+    """The N samples of a tar in file order.
 
-    offsets: int64 [N], where each latent's numbers begin (past the `.npy` header).
-    labels:  int64 [N].
-    keys:    what webdataset calls `__key__`.
-    faults:  number -> what is wrong with that sample (its offset and label are then void).
+    Attributes:
+        offsets: int64 [N], offset of each latent's values, after the `.npy` header.
+        labels: int64 [N].
+        keys: webdataset's `__key__` of each sample.
+        faults: The error of each damaged sample, by number. Its offset and label are undefined.
     """
 
     offsets: np.ndarray
@@ -50,13 +51,17 @@ class ShardIndex:
 
 
 def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
-    """The files in a tar (ustar, pax or GNU format) of `size` bytes. `TarError` when it is damaged or truncated."""
+    """Iterate over the files in a tar (ustar, pax or GNU format) of `size` bytes.
+
+    Raises:
+        TarError: The tar is damaged or truncated.
+    """
     at = 0
     override: dict[str, str] = {}
     while at + BLOCK <= size:
         stream.seek(at)
         header = stream.read(BLOCK)
-        # A block of zeros ends an archive; what follows is padding and is not looked at.
+        # A block of zeros ends an archive; everything after it is padding.
         if header.count(0) == BLOCK:
             return
         if len(header) < BLOCK or not _checksum_is_right(header):
@@ -72,7 +77,7 @@ def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
         at = begin + -(-length // BLOCK) * BLOCK
         if begin + length > size:
             raise TarError(f"truncated: {name} ends at byte {begin + length}, the file at {size}")
-        # GNU's way to store a name of more than 100 bytes: its content is the name of the next entry.
+        # GNU format: the content of an entry of type L is the name of the next entry, longer than 100 bytes.
         if kind == b"L":
             override["path"] = stream.read(length).rstrip(b"\0").decode("utf-8", "replace")
         elif kind == b"x":
@@ -89,14 +94,14 @@ def walk(stream: BinaryIO, size: int) -> Iterator[TarEntry]:
 def index_tar(
     stream: BinaryIO, size: int, shape: tuple[int, ...] | None, dtype: str | None, num_classes: int | None
 ) -> ShardIndex:
-    """Find the samples of a tar and check each.
+    """Find and check the samples of a tar.
 
     Args:
         stream: The tar, open for reading.
         size: Its size in bytes.
-        shape: Shape of every latent. None, with `dtype` None: that of the first.
+        shape: Shape of every latent. None, together with `dtype`: that of the first latent.
         dtype: Data type of every latent.
-        num_classes: Number of classes, above every label. None: any label is accepted.
+        num_classes: Number of classes, greater than every label. None accepts any label.
 
     Raises:
         TarError: The tar itself is damaged.
@@ -105,17 +110,17 @@ def index_tar(
     labels: list[int] = []
     keys: list[str] = []
     faults: dict[int, str] = {}
-    seen: set[str] = set()
+    known_keys: set[str] = set()
     headers: dict[bytes, tuple[tuple[int, ...], str] | str] = {}
     want = (tuple(shape), str(np.dtype(dtype))) if shape is not None and dtype is not None else None
     for key, entries in _samples(stream, size):
         number = len(keys)
-        offset, label, fault, found = _check(stream, entries, headers, want, num_classes)
-        if key in seen:
+        offset, label, fault, latent = _check(stream, entries, headers, want, num_classes)
+        if key in known_keys:
             fault = f"key {key!r} is there twice"
         elif fault is None and want is None:
-            want = found
-        seen.add(key)
+            want = latent
+        known_keys.add(key)
         keys.append(key)
         offsets.append(offset)
         labels.append(label)
@@ -125,31 +130,30 @@ def index_tar(
 
 
 def latent_type(stream: BinaryIO, size: int) -> tuple[tuple[int, ...], str] | None:
-    """Shape and dtype of the first readable latent of a tar; None when there is none."""
+    """Shape and dtype of the first readable latent of a tar; None if there is none."""
     for _, entries in _samples(stream, size):
-        found = _check(stream, entries, {}, None, None)[3]
-        if found is not None:
-            return found
+        latent = _check(stream, entries, {}, None, None)[3]
+        if latent is not None:
+            return latent
     return None
 
 
 def _samples(stream: BinaryIO, size: int) -> Iterator[tuple[str, list[tuple[str, TarEntry]]]]:
-    """Adjacent entries of one key, grouped as webdataset does: the key and its (extension, entry) pairs."""
+    """Group adjacent entries by key, as webdataset does: the key and its (extension, entry) pairs."""
     key: str | None = None
     entries: list[tuple[str, TarEntry]] = []
     for entry in walk(stream, size):
         folder, _, base = entry.name.rpartition("/")
         stem, dot, extension = base.partition(".")
-        # Names without an extension, such as `README`, are no samples; webdataset
-        # skips them too. One that leads outside is kept for `_check` to refuse.
+        # Names without an extension, such as `README`, are no samples; webdataset skips
+        # them as well. A path that leads outside is passed on, so that `_check` reports it.
         if not dot or not stem:
             if ".." in entry.name.split("/"):
                 stem, extension = base, ""
             else:
                 continue
         this = f"{folder}/{stem}" if folder else stem
-        # The same extension again under one key is the next sample
-        # with a duplicate key, and no further part of this one.
+        # A repeated extension starts a new sample with a duplicate key.
         repeated = any(extension.lower() == known for known, _ in entries)
         if key is not None and (this != key or repeated):
             yield key, entries
@@ -167,7 +171,7 @@ def _check(
     want: tuple[tuple[int, ...], str] | None,
     num_classes: int | None,
 ) -> tuple[int, int, str | None, tuple[tuple[int, ...], str] | None]:
-    """(offset, label, fault, (shape, dtype)) of one sample."""
+    """Check one sample; returns (offset, label, fault, (shape, dtype))."""
     parts = dict(entries)
     for extension, entry in entries:
         if ".." in entry.name.split("/") or entry.name.startswith("/"):
@@ -180,15 +184,15 @@ def _check(
     label, fault = _label(stream, parts[LABEL], num_classes)
     entry = parts[LATENT]
     stream.seek(entry.offset)
-    found, length = _npy_header(stream.read(min(entry.size, 12)), stream, entry, headers)
-    if isinstance(found, str):
-        return 0, label, fault or found, None
-    payload = int(np.prod(found[0], dtype=np.int64)) * np.dtype(found[1]).itemsize
-    if want is not None and found != want:
-        fault = fault or f"the latent is {describe(*found)}, not {describe(*want)}"
+    latent, length = _npy_header(stream.read(min(entry.size, 12)), stream, entry, headers)
+    if isinstance(latent, str):
+        return 0, label, fault or latent, None
+    payload = int(np.prod(latent[0], dtype=np.int64)) * np.dtype(latent[1]).itemsize
+    if want is not None and latent != want:
+        fault = fault or f"the latent is {describe(*latent)}, not {describe(*want)}"
     elif entry.size != length + payload:
         fault = fault or f"the latent has {entry.size - length} bytes of numbers, not {payload}"
-    return entry.offset + length, label, fault, found
+    return entry.offset + length, label, fault, latent
 
 
 def _label(stream: BinaryIO, entry: TarEntry, num_classes: int | None) -> tuple[int, str | None]:
@@ -205,7 +209,7 @@ def _label(stream: BinaryIO, entry: TarEntry, num_classes: int | None) -> tuple[
 def _npy_header(
     start: bytes, stream: BinaryIO, entry: TarEntry, headers: dict[bytes, tuple[tuple[int, ...], str] | str]
 ) -> tuple[tuple[tuple[int, ...], str] | str, int]:
-    """(shape and dtype of a `.npy` file, or what is wrong with it; the length of its header in bytes)."""
+    """((shape, dtype) of a `.npy` file or an error message, length of its header in bytes)."""
     if start[:6] != b"\x93NUMPY" or len(start) < 12:
         return "the latent is not a .npy file", 0
     wide = start[6] >= 2
@@ -214,7 +218,7 @@ def _npy_header(
         return "the latent's .npy header is damaged", 0
     stream.seek(entry.offset + (12 if wide else 10))
     header = stream.read(length - (12 if wide else 10))
-    # A header is parsed once for each of its contents: nearly all samples of a shard share one.
+    # Parsed headers are cached, because nearly all samples of a shard have the same header.
     if header not in headers:
         headers[header] = _parse_npy(header)
     return headers[header], length
@@ -222,13 +226,13 @@ def _npy_header(
 
 def _parse_npy(header: bytes) -> tuple[tuple[int, ...], str] | str:
     try:
-        # Evaluates literals only. A hostile header can at worst be refused.
+        # `literal_eval` runs no code, so that a malicious header is at worst refused.
         fields = ast.literal_eval(header.decode("latin1").strip())
         descr, shape, fortran = fields["descr"], tuple(int(n) for n in fields["shape"]), fields["fortran_order"]
         dtype = np.dtype(descr)
     except (ValueError, SyntaxError, LookupError, TypeError, OverflowError, RecursionError, MemoryError):
         return "the latent's .npy header is damaged"
-    # Bounded before anything of this shape is allocated.
+    # Bounded before an array of this shape is allocated.
     if not all(0 <= side < 2**16 for side in shape) or len(shape) > 8 or dtype.itemsize > 64:
         return f"the latent's .npy header says {shown(shape)}, which is no latent's shape"
     if dtype.hasobject:
@@ -246,12 +250,12 @@ def describe(shape: tuple[int, ...], dtype: str) -> str:
 
 
 def _checksum_is_right(header: bytes) -> bool:
-    # the checksum is taken with its own field read as blanks
+    # The checksum treats its own field as eight blanks.
     return sum(header) - sum(header[148:156]) + 8 * 32 == _number(header[148:156])
 
 
 def _number(octal: bytes) -> int:
-    # GNU's base-256 form, for numbers that do not fit into the octal field.
+    # GNU's base-256 encoding of numbers that do not fit into the octal field.
     if octal[:1] in (b"\x80", b"\xff"):
         return int.from_bytes(octal[1:], "big")
     try:
@@ -265,8 +269,8 @@ def _text(raw: bytes) -> str:
 
 
 def _pax(content: bytes) -> dict[str, str]:
-    """The `path` and `size` that a pax header gives to the next entry."""
-    found = {}
+    """The `path` and `size` that a pax header sets for the next entry."""
+    fields = {}
     while content:
         length, _, _ = content.partition(b" ")
         if not length.isdigit() or not 0 < int(length) <= len(content):
@@ -276,5 +280,5 @@ def _pax(content: bytes) -> dict[str, str]:
         if word == b"size" and not (value.isdigit() and len(value) < 20):
             raise TarError("a pax header is damaged")
         if word in (b"path", b"size"):
-            found[word.decode()] = value.decode("utf-8", "replace")
-    return found
+            fields[word.decode()] = value.decode("utf-8", "replace")
+    return fields

@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from fine_dist.data.encode_locks import EncodeJob
-from fine_dist.data.shards import ShardInfo, ShardWriter
+from fine_dist.data.manifest import ShardInfo
+from fine_dist.data.shards import ShardWriter
 
 _NOISE = 0x656E636F6465
-"""Random stream of the noise of sampled latents, different from other uses of the seed."""
+"""Constant that separates the noise of sampled latents from other uses of the seed."""
 _BEHIND = 2
-"""Maximum number of batches that wait to be written; beyond it the codec waits."""
+"""Maximum number of batches that wait to be written before the codec blocks."""
 EncodedBatch = tuple[torch.Tensor, torch.Tensor | None]
-"""Mean and standard deviation (None: there is none) of a batch, float32 [B, C, H, W]."""
+"""Mean and standard deviation (None for a deterministic codec) of a batch, float32 [B, C, H, W]."""
 
 
 class UnitWriter:
@@ -30,7 +31,7 @@ class UnitWriter:
         shape: Shape of a stored latent, once closed.
         tokens_shape: Shape of the image encoder's tokens, once closed; None without them.
         largest: Largest label, once closed.
-        sums: Number of values, their sum and their sum of squares, [3, C], once closed (of the means, for moments).
+        sums: Count, sum and sum of squares of the values (for moments, of the means), [3, C], once closed.
     """
 
     def __init__(self, thread: ThreadPoolExecutor, job: EncodeJob, unit: int) -> None:
@@ -43,22 +44,22 @@ class UnitWriter:
         self._behind: deque[Future[None]] = deque()
 
     def add(self, sides: list[EncodedBatch], labels: list[int], tokens: list[np.ndarray] | None = None) -> None:
-        """Append a batch: the codec's results for the images, and for their mirror images where `flips` is set.
+        """Append a batch.
 
         Args:
-            sides: Of the images and of their mirror images.
+            sides: The codec's results for the images and, with `flips`, for their mirror images.
             labels: Classes of the images.
-            tokens: [B, E, h, w] of both, where an image encoder's tokens are stored.
+            tokens: The image encoder's tokens [B, E, h, w] of each side. None: no tokens are stored.
         """
         while len(self._behind) >= _BEHIND:
-            # Bounded: a codec that is faster than the disk would otherwise fill the memory with latents.
+            # Bounded, because a codec that is faster than the disk would fill the memory with latents.
             self._behind.popleft().result()
         self._behind.append(self._thread.submit(self._write, sides, labels, tokens, self.images))
         self.images += len(labels)
         self.largest = max(self.largest, *labels)
 
     def close(self) -> ShardInfo | None:
-        """Finish the shard; None when it has no image."""
+        """Finish the shard; returns its manifest entry, or None if it has no image."""
         while self._behind:
             self._behind.popleft().result()
         return self._writer.close() if self._writer else None
@@ -74,11 +75,11 @@ class UnitWriter:
     def _write(self, sides: list[EncodedBatch], labels: list[int], tokens: list[np.ndarray] | None, first: int) -> None:
         latents = [self._latents(*encoded, side, first) for side, encoded in enumerate(sides)]
         for (mean, _), stored in zip(sides, latents):
-            # Statistics of what is stored, in fp64: sums over millions of latents lose digits in less.
+            # Statistics of the stored values in fp64, because fp32 sums over millions of latents lose digits.
             values = stored[:, : mean.shape[1]].astype(np.float64)
             count = np.full(values.shape[1], values.size / values.shape[1])
-            found = np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))])
-            self.sums = self.sums + found if self.sums.size else found
+            sums = np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))])
+            self.sums = self.sums + sums if self.sums.size else sums
         for row, label in enumerate(labels):
             for number, side in enumerate(latents):
                 beside = tokens[number][row] if tokens else None
@@ -91,8 +92,7 @@ class UnitWriter:
                 self._writer.add(side[row], label, beside)
 
     def _latents(self, mean: torch.Tensor, std: torch.Tensor | None, side: int, first: int) -> np.ndarray:
-        """The stored array of a batch: the moments, or mean + std * noise with noise seeded by (seed, side, image,
-        unit)."""
+        """The stored array of a batch: the moments, or mean + std * noise, seeded by (seed, side, image, unit)."""
         if std is None:
             return mean.numpy()
         if self._job.kind == "moments":

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import NamedTuple
 
 import torch
 
+from fine_dist.engine.settings import LoopConfig
+
+log = logging.getLogger(__name__)
+
 
 class Peak(NamedTuple):
-    """Dense TFLOP/s of one device, without structured sparsity and with fp32 sums; None: it has no such arithmetic."""
+    """Dense peak TFLOP/s of one device, without structured sparsity and with fp32 accumulation; None: unsupported."""
 
     fp32: float
     tf32: float | None
@@ -75,46 +80,59 @@ PEAKS: dict[str, Peak] = {
     "AMD Instinct MI325X": _MI300,
     "AMD Instinct MI355X": Peak(157.3, None, 2516.6),
 }
-"""By the exact name that the driver gives: `RTX A4000` is no `A40`, and a slice of a device (MIG) has another name."""
+"""Peaks by the driver's exact device name: `RTX A4000` is not `A40`, and a MIG slice has another name."""
 
 
 def peak_flops(device: torch.device, precision: str, stated_tflops: float | None = None) -> float | None:
     """Peak of one device in FLOP/s.
 
     Args:
+        device: The device.
         precision: `fp32`, `tf32` or `bf16`.
-        stated_tflops: What the config says, which comes before everything else.
+        stated_tflops: The peak in the config, which takes precedence.
 
     Returns:
-        The stated peak, the table's, or on a CPU a measured one; None when none of them is known.
+        The stated peak, the peak in the table, or for a CPU a measured one; None if the device is unknown.
     """
     if stated_tflops is not None:
         return stated_tflops * 1e12
     if device.type == "cpu":
         return measured_peak(torch.bfloat16 if precision == "bf16" else torch.float32)
-    # An unknown device gives no MFU instead of a guess: a figure against the wrong peak looks as sound as a right one.
+    # No guess for an unknown device, because an MFU with a wrong peak cannot be recognized as wrong.
     peak = PEAKS.get(torch.cuda.get_device_name(device))
     tflops = None if peak is None else getattr(peak, precision)
     return None if tflops is None else tflops * 1e12
 
 
+def known_peak(device: torch.device, engine: LoopConfig) -> float | None:
+    """`peak_flops` for a run's settings, in FLOP/s; logs a warning when the peak is unknown."""
+    peak = peak_flops(device, engine.precision, engine.peak_tflops)
+    if peak is None:
+        log.warning(
+            "the peak of %s in %s is not known, so rows have no MFU; give it as engine.peak_tflops",
+            torch.cuda.get_device_name(device),
+            engine.precision,
+        )
+    return peak
+
+
 def measured_peak(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on this CPU, with the threads that torch has now: the best of a short while."""
+    """Best FLOP/s of a square matrix product on this CPU within `seconds`, with torch's current number of threads."""
     n = 768
     a, b = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
     a @ b
-    # The product above is not timed: it pays for starting threads and packing buffers, which no later one pays again.
+    # The first product is not timed, because it also starts threads and allocates buffers.
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         begun = time.perf_counter()
         a @ b
-        # The best, not the mean: whatever else runs on the machine only ever makes a product slower.
+        # The best and not the mean, because other processes only make a product slower.
         best = min(best, time.perf_counter() - begun)
     return 2 * n**3 / best
 
 
 def emulates_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are emulated on this device, many times slower than fp32: on a CPU without AVX-512."""
+    """Whether bf16 products are emulated on this device, many times slower than fp32, as on a CPU without AVX-512."""
     if device.type != "cpu":
         return False
     return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""Makes the backend that a config names; DeepSpeed and FSDP2 are imported only where they are asked for."""
+"""Creates the backend of a config. DeepSpeed and FSDP2 are imported only if they are used."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fine_dist.engine.world import World
 def make_backend(
     model: nn.Module, optim: OptimConfig, engine: EngineConfig, world: World, micro_batch: int, accumulation: int
 ) -> Backend:
-    """The backend of a config, which takes `model` over and moves it to the world's device."""
+    """Create the backend of a config, which owns `model` from then on and moves it to the world's device."""
     if engine.backend == "plain":
         reduce_dtype = torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32
         return PlainBackend(model, optim, world, reduce_dtype, engine.precision == "bf16" and engine.bf16_copies)
     if engine.backend == "fsdp2":
-        # Imported only where it is asked for: torch's FSDP pulls in much that no other backend needs.
+        # Imported here, because torch's FSDP imports much that no other backend needs.
         from fine_dist.engine.fsdp_backend import FsdpBackend
 
         return FsdpBackend(model, optim, engine, world)

@@ -1,8 +1,7 @@
 """Callbacks of the training loop: held-out losses, preview images, histograms and texts.
 
-They see the averaged weights, in a second model that rank 0 has for this purpose, so that no measurement can touch the
-weights that train. The other ranks only help to gather the averages.
-"""
+They use the EMA weights in a second model on rank 0, so that no measurement can change the weights that are trained.
+The other ranks only take part in gathering the EMA."""
 
 from __future__ import annotations
 
@@ -21,31 +20,35 @@ from fine_dist.engine.stopping import Budget, Stopper
 from fine_dist.engine.world import World
 
 PREVIEW_S, PREVIEW_FRACTION = 60.0, 0.1
-"""What previews may take: so many seconds, or this fraction of the training time so far where that is more."""
+"""Time limit of a preview: this many seconds or this fraction of the training time so far, whichever is longer."""
 
 
 def evaluation_model(program: Program, engine: EngineConfig, world: World) -> nn.Module | None:
-    """A frozen copy of the program's model, made before anything prepares that one for training.
+    """A frozen copy of the program's model, made before the model is prepared for training; None if not needed.
 
-    Only rank 0 needs it, and only where something is evaluated or where a backend shards the model that trains.
+    Only rank 0 needs it, and only if something is evaluated or the backend shards the trained model.
     """
     evaluates = program.held_out or program.previews or program.histograms or program.texts
     if not (world.is_main and (evaluates or engine.backend != "plain")):
         return None
-    # Copied before compilation, sharding or hooks: those belong
-    # to the model that trains and cannot be copied afterwards.
+    # Copied before compilation, sharding and hooks, which belong
+    # to the trained model and cannot be copied.
     return copy.deepcopy(program.model).eval().requires_grad_(False)
 
 
 class EvaluationCallback:
-    """Evaluates and shows the averaged weights every so many steps. All ranks call it at the same points.
+    """Evaluates the EMA weights at regular steps. All ranks call it at the same points.
 
     Args:
         model: Rank 0's second model (`evaluation_model`).
-        program: Says what is measured and shown.
-        engine: Says how often.
-        steps: The last step of the run, after which everything is measured and shown once more.
-        device: Where rank 0 measures.
+        program: Defines the measurements, previews, histograms and texts.
+        engine: Settings with the intervals.
+        steps: The last step of the run, after which everything is evaluated once more.
+        device: Device of the evaluation on rank 0.
+        backend: Gathers the trained weights.
+        ema: The EMA of the weights.
+        monitor: Receives the results.
+        stopper: Collects requests to stop, which end a preview early.
     """
 
     def __init__(
@@ -64,22 +67,23 @@ class EvaluationCallback:
         self.model, self.program, self.engine, self.steps, self.device = model, program, engine, steps, device
         self.backend, self.ema, self.monitor = backend, ema, monitor
         self.held_out: dict[str, float] = {}
-        """The last measurement; part of a checkpoint."""
-        # Every rank gathers averages for rank 0, and only rank 0's program knows whether something uses them.
+        """Results of the last measurement by name; part of a checkpoint."""
+        # All ranks take part in gathering the EMA, and only rank 0's program knows whether it is needed.
         uses_averages = program.held_out or program.histograms or program.texts
         self._evaluates, self._previews = broadcast_object(
             [uses_averages is not None, program.previews is not None], backend.world
         )
 
     def is_due(self, step: int) -> bool:
-        """Whether something is measured or shown after `step` updates."""
+        """Whether an evaluation or a preview is due after `step` updates."""
         return step == self.steps or step % self.engine.eval_every == 0 or step % self.engine.preview_every == 0
 
     def after_step(self, step: int, seconds: float) -> None:
-        """Measure and show what is due after `step` updates; after the last, previews wait until its result is saved.
+        """Run the evaluation and the preview that are due after `step` updates, except the preview of the last step.
 
         Args:
-            seconds: What training has taken so far.
+            step: Updates that are done.
+            seconds: Seconds of training so far.
         """
         last = step == self.steps
         if step % self.engine.eval_every == 0 or last:
@@ -88,22 +92,22 @@ class EvaluationCallback:
             self.preview(step, seconds)
 
     def evaluate(self, step: int) -> None:
-        """Measure the held-out loss and write histograms and texts, on rank 0.
+        """Measure the held-out loss and log histograms and texts, on rank 0.
 
-        At the last step the weights without averaging are measured as well, under the prefix `raw_`.
+        At the last step the raw weights are measured as well, with the prefix `raw_`.
         """
         program = self.program
         if not self._evaluates:
             return
         averages = self.ema.gather()
-        # Gathering is collective, so every rank takes part before those without a second model leave.
+        # Gathering is collective, so all ranks take part before those without a second model return.
         raw = self.backend.weights() if step == self.steps and self.engine.ema_decay else {}
         if self.model is None:
             return
         model = self._with(averages)
         if program.held_out is not None:
-            # The averages come first and are put back after the raw
-            # weights: histograms and texts below show the averages.
+            # The EMA is measured first and restored after the raw
+            # weights, because histograms and texts below use it.
             measured = {key: float(value) for key, value in program.held_out(model).items()}
             if raw:
                 set_parameters(model, raw)
@@ -117,9 +121,9 @@ class EvaluationCallback:
             self.monitor.texts(step, program.texts(model))
 
     def preview(self, step: int, seconds: float) -> None:
-        """Write images that the averaged weights generate, on rank 0.
+        """Log images sampled from the EMA, on rank 0.
 
-        They may take a tenth of the time that training has taken so far, and a minute at least.
+        The time limit is a tenth of the training time so far, but at least a minute.
         """
         if not self._previews:
             return
@@ -129,20 +133,20 @@ class EvaluationCallback:
             self.monitor.images(step, self.program.previews(self._with(averages), step, budget))
 
     def _with(self, values: dict[str, Tensor]) -> nn.Module:
-        """The second model with these weights, on its device."""
+        """The second model with the given weights, on the device."""
         assert self.model is not None
-        model = self.model.to(self.device)  # first, so that no value takes the way through host memory twice
+        model = self.model.to(self.device)  # first, so that the values are copied to the device once
         set_parameters(model, values)
         return model
 
     def trained_model(self) -> nn.Module:
-        """The model with its trained weights; where a backend shards it, a copy on rank 0 with the gathered weights."""
+        """The model with its trained weights; with a sharding backend a copy on rank 0 with the gathered weights."""
         if self.engine.backend == "plain":
             return self.program.model
         weights = self.backend.weights()
         if self.model is None:
             return self.program.model
-        # A second copy, because the evaluation goes on using the first one for its previews.
+        # Another copy, because later previews still use the second model.
         model = copy.deepcopy(self.model)
         set_parameters(model, weights)
         for name, p in model.named_parameters():
@@ -152,7 +156,7 @@ class EvaluationCallback:
 
 @torch.no_grad()
 def set_parameters(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Copy values into a model's parameters, by name."""
+    """Copy values into the model's parameters of the same names."""
     for name, p in model.named_parameters():
         if name in values:
             p.copy_(values[name])

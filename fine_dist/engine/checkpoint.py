@@ -1,11 +1,11 @@
-"""Checkpoints of what trains: weights, AdamW's moments and averages as named flat ranges, complete or absent.
+"""Checkpoints of the training state: weights, AdamW moments and the EMA as named flat ranges, written atomically.
 
     checkpoints/LATEST                                 name of the newest checkpoint's folder, written last
-    checkpoints/step_00001000/rank0.safetensors ...    one file for each rank that owns something
+    checkpoints/step_00001000/rank0.safetensors ...    one file for each rank that owns a range
     checkpoints/step_00001000/manifest.json            step, identity, shapes, update counts, sha256 of every file
 
-Because a tensor is stored as ranges of a named parameter, any backend, ZeRO stage and world size reads what any other
-wrote. Frozen weights are not stored: the program makes them again, and `identity` says that it makes the same ones.
+A tensor is stored as ranges of a named parameter, so that any backend, ZeRO stage and world size can read a checkpoint
+of any other. Frozen weights are not stored: the program creates them, and `identity` ensures that they are the same.
 """
 
 from __future__ import annotations
@@ -37,74 +37,75 @@ from fine_dist.engine.world import World
 log = logging.getLogger(__name__)
 
 OTHER_RANKS_S = 600
-"""Seconds that rank 0 waits for the other ranks' files of one checkpoint."""
+"""Seconds that rank 0 waits for the other ranks' files of a checkpoint."""
 OTHER_RANKS_CLOSING_S = 3
-"""The same after the run has ended with an error."""
+"""Seconds that rank 0 waits for them after the run has ended with an error."""
 _NAME = re.compile(r"^step_(\d{8,})$")
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. All ranks make one and call it at the same points.
+    """The checkpoints of one run directory. All ranks create one and call its methods at the same points.
 
     Args:
-        folder: Where they are.
-        identity: What must match for a checkpoint to be of this run (JSON values).
-        keep: How many of the newest stay.
+        folder: Folder of the checkpoints.
+        world: Rank and world size of this process.
+        identity: Values that a checkpoint of this run must have (JSON).
+        keep: Number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, world: World, identity: dict[str, Any], keep: int) -> None:
         self.folder, self.world, self.keep = folder, world, keep
-        self.identity = json.loads(json.dumps(identity))  # as it is read back: tuples become lists, keys strings
+        self.identity = json.loads(json.dumps(identity))  # in the form that is read back: tuples become lists
         self.last_saved = -1
         self.stall_s = 0.0
-        """Seconds for which the last `save` held up the training."""
+        """Seconds for which the last `save` blocked training."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closing = threading.Event()
         self._staging: dict[str, Tensor] = {}
-        # Drafts of an earlier start cannot be taken for this start's, even at the same step.
-        # A restarted job may still have processes of the start before it that are writing, on a node that SLURM lost.
+        # The token in a draft's name separates this start from earlier ones at the same step:
+        # processes of an earlier start may still be writing, on a node that SLURM has lost.
         self._token: str = broadcast_object(f"{os.getpid()}-{time.time_ns():x}", world)
         if world.is_main:
-            # The run directory's lock is held, so nobody who may write here uses them any more.
+            # This process holds the lock of the run directory, so that no other start uses these drafts.
             for stale in folder.glob(".writing-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def newest(self) -> CheckpointReader | None:
-        """The newest undamaged checkpoint, the same on every rank; None when there is none.
+        """The newest undamaged checkpoint, the same on every rank; None if there is none.
 
-        Rank 0 looks for it and verifies it. A damaged one is named in a warning and renamed to `damaged-...`, and the
-        one before it is taken. The first rank of every other node verifies what its own node sees of that one.
+        Rank 0 finds and verifies it. A damaged checkpoint is renamed to `damaged-...` with a warning, and the one
+        before it is used. The first rank of every other node verifies the files that its node reads.
 
         Raises:
             DamagedStateError: All are damaged.
-            CheckpointError: The one found belongs to another run; the message says what differs. Or another node reads
-                something else than was written.
+            CheckpointError: The checkpoint belongs to another run; the message names the difference. Or another node
+                reads other bytes than were written.
         """
-        found: dict[str, Any] = {}
+        newest: dict[str, Any] = {}
         if self.world.is_main:
             try:
-                found["name"] = self._find_newest()
+                newest["name"] = self._find_newest()
             except CheckpointError as error:
-                found |= {"error": str(error), "damaged": isinstance(error, DamagedStateError)}
-        # One rank decides. If each looked for itself, a network file system could show
-        # them different newest checkpoints, and the ranks would resume at different steps.
-        found = broadcast_object(found, self.world)
-        if "error" in found:
-            raise (DamagedStateError if found["damaged"] else CheckpointError)(found["error"])
-        if found["name"] is None:
+                newest |= {"error": str(error), "damaged": isinstance(error, DamagedStateError)}
+        # One rank decides: a network file system could show each rank another newest
+        # checkpoint, and the ranks would resume at different steps.
+        newest = broadcast_object(newest, self.world)
+        if "error" in newest:
+            raise (DamagedStateError if newest["damaged"] else CheckpointError)(newest["error"])
+        if newest["name"] is None:
             return None
-        checkpoint, problem = self._as_this_node_sees_it(self.folder / found["name"])
-        problems = [said for said in gather_objects(problem, self.world) if said]
+        checkpoint, problem = self._open_on_this_node(self.folder / newest["name"])
+        problems = [text for text in gather_objects(problem, self.world) if text]
         if problems or checkpoint is None:
             raise CheckpointError(problems[0])
         self.last_saved = checkpoint.step
         return checkpoint
 
-    def _as_this_node_sees_it(self, folder: Path) -> tuple[CheckpointReader | None, str]:
-        """The checkpoint that rank 0 has verified, and what is wrong with it here."""
+    def _open_on_this_node(self, folder: Path) -> tuple[CheckpointReader | None, str]:
+        """Open the checkpoint that rank 0 has verified; returns it, or None and the problem on this node."""
         try:
             checkpoint = CheckpointReader(folder)
             if self.world.reads_storage and not self.world.is_main:
@@ -117,14 +118,14 @@ class Checkpoints:
             )
 
     def _find_newest(self) -> str | None:
-        found = self._folders()
-        for folder in reversed(found):
+        folders = self._folders()
+        for folder in reversed(folders):
             try:
                 checkpoint = CheckpointReader(folder)
                 checkpoint.verify()
             except (OSError, ValueError, CheckpointError) as error:
-                # Renamed, not removed: hours of training may be recoverable from it
-                # by hand. The time keeps two damaged checkpoints of one step apart.
+                # Renamed and not deleted, because hours of training may be recoverable
+                # by hand. The time distinguishes damaged checkpoints of the same step.
                 aside = folder.with_name(f"damaged-{folder.name}-{time.time_ns():x}")
                 os.replace(folder, aside)
                 log.warning(
@@ -137,7 +138,7 @@ class Checkpoints:
             self._refuse_other_run(checkpoint)
             return folder.name
         damaged = sorted(path.name for path in self.folder.glob("damaged-step_*"))
-        if damaged:  # also those that an earlier start has set aside: a run never starts over by itself
+        if damaged:  # including those that an earlier start has renamed: a run never restarts at step 0 by itself
             raise DamagedStateError(
                 f"all {len(damaged)} checkpoints in {self.folder} are damaged ({damaged[-1]} is the newest); copy one "
                 "back, start again in another run directory, or remove this folder to start over here at step 0"
@@ -167,25 +168,27 @@ class Checkpoints:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def save(self, step: int, backend: Backend, ema: Ema, extra: dict[str, Any]) -> None:
-        """Copy the state into host memory and write it in the background, while training goes on.
+        """Copy the state into host memory and write it in the background while training continues.
 
-        An error of an earlier write, such as a full disk, is raised here, by `check` or by `finish`.
+        An error of a write, such as a full disk, is raised by the next call of `save`, `check` or `finish`.
 
         Args:
-            step: Updates that the state has had.
-            extra: What else to keep (JSON values).
+            step: Number of updates of the state.
+            backend: Weights and optimizer state.
+            ema: The EMA of the weights.
+            extra: Further state (JSON values).
         """
         if step == self.last_saved:
             return
         begun = time.perf_counter()
         self._join()
         self.check()
-        # At most one write at a time: the host buffers below belong to the write before until it has ended.
+        # At most one write at a time, because the previous write uses the host buffers below until it has ended.
         values: dict[str, Tensor] = {}
         pieces = backend.pieces()
         for piece in pieces:
-            # Copies are made now, all at once, because the next update
-            # changes the live views while the thread still writes.
+            # These are live views, which the next update changes while
+            # the thread writes; they are copied below, all at once.
             parts = {"weight": piece.weight, "ema": ema.values[piece.name], **backend.moments(piece)}
             values |= {f"{key}:{piece.name}@{piece.start}": value for key, value in parts.items()}
         tensors = dict(
@@ -200,31 +203,31 @@ class Checkpoints:
             target=self._write, args=(step, tensors, part, header), name="fine-dist-checkpoint", daemon=True
         )
         self._thread.start()
-        # Before the write has succeeded: `check` sets it back when
-        # the write fails, so that a later save of this step runs.
+        # Set before the write has succeeded. `check` resets it if the
+        # write fails, so that this step can be saved again.
         self.last_saved = step
         self.stall_s = time.perf_counter() - begun
 
     @property
     def writing(self) -> bool:
-        """Whether this rank's last save is still being written."""
+        """Whether this rank is still writing its last save."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raise the error of a write that has failed, if any."""
+        """Raise the error of a failed write, if there is one."""
         if self._error is not None:
             error, self._error = self._error, None
             self.last_saved = -1
             raise error
 
     def finish(self) -> None:
-        """Wait until the last save of every rank is on disk, and raise what went wrong with it."""
+        """Wait until the last save of every rank is on disk, and raise its error, if there is one."""
         self._join()
         self.check()
-        barrier(self.world)  # rank 0 comes here when it has assembled the checkpoint
+        barrier(self.world)  # rank 0 arrives here after it has assembled the checkpoint
 
     def close(self) -> None:
-        """Let a write that is under way end, however the run ended; the files of dead ranks are not waited for."""
+        """Wait for a running write, without waiting for files of ranks that have ended."""
         self._closing.set()
         self._join()
 
@@ -234,9 +237,9 @@ class Checkpoints:
             self._thread = None
 
     def _buffer(self, key: str, value: Tensor) -> Tensor:
-        """Host memory for a value that every save uses again: only the first one pays for new pages."""
+        """Host memory for a value, which every save reuses, so that only the first save allocates pages."""
         buffer = self._staging.get(key)
-        # The moments are absent before the first update, so the first save after it brings new keys.
+        # The moments do not exist before the first update, so later saves may have more keys.
         if buffer is None or buffer.shape != value.shape:
             buffer = self._staging[key] = host_buffer(value)
         return buffer
@@ -248,27 +251,27 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             if tensors:
                 file = f"rank{self.world.rank}.safetensors"
-                # A rank writes only its own file. No tensor crosses the network for a checkpoint, whatever its size.
+                # A rank writes only its own file, so that no tensor crosses the network for a checkpoint.
                 part["files"] = {file: write_tensors(folder / file, tensors)}
-            # After the tensors, and synced: rank 0 takes this small file for the promise that the tensors are on disk.
+            # After the tensors, and synced, because rank 0 relies on this small file: the tensors are then on disk.
             write_atomic(folder / f"part{self.world.rank}.json", json.dumps(part))
             if self.world.is_main:
                 self._assemble(folder, name, header)
-        except BaseException as error:  # the training thread raises it: see `check`
+        except BaseException as error:  # raised in the training thread, by `check`
             if isinstance(error, OSError) and error.filename is None:
-                error = OSError(error.errno, error.strerror, str(folder))  # an error of `write` does not name a file
+                error = OSError(error.errno, error.strerror, str(folder))  # `write` does not name the file
             self._error = error
             if self.world.is_main:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _assemble(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
-        """Rank 0: wait for all ranks, write the manifest, give the folder its name, and point LATEST to it last."""
+        """On rank 0: wait for all ranks, write the manifest, rename the folder, and update LATEST last."""
         manifest = {**manifest, "world_size": self.world.world_size, "files": {}, "shapes": {}, "optimizer_steps": {}}
         until = time.monotonic() + OTHER_RANKS_S
         for rank in range(self.world.world_size):
             path = folder / f"part{rank}.json"
-            # Files and no collective: this is a background thread, and collectives of
-            # two threads of one process would pair up differently on different ranks.
+            # Files and no collective, because this is a background thread: collectives of
+            # two threads of a process could be matched in different orders on different ranks.
             while not path.exists():
                 if self._closing.is_set():
                     until = min(until, time.monotonic() + OTHER_RANKS_CLOSING_S)
@@ -278,20 +281,20 @@ class Checkpoints:
                         "run directory must be on a file system that all nodes share"
                     )
                 time.sleep(0.02)
-                os.listdir(folder)  # makes a network file system refresh what it knows of the folder
+                os.listdir(folder)  # makes a network file system refresh its cache of the folder
             part = json.loads(path.read_text(encoding="utf-8"))
             for key in ("files", "shapes", "optimizer_steps"):
                 manifest[key].update(part.get(key, {}))
             path.unlink()
-        manifest = json.loads(json.dumps(manifest))  # as it will be read
+        manifest = json.loads(json.dumps(manifest))  # in the form that will be read back
         write_atomic(folder / "manifest.json", json.dumps({**manifest, "digest": digest_of(manifest)}))
         sync_folder(folder)
-        # The manifest is inside before the rename, and a rename is atomic: a crash leaves either a complete
-        # checkpoint or a draft that no reader looks at. `sync_folder` makes the order hold over a power cut as well.
+        # The manifest is written before the rename, which is atomic: a crash leaves either a complete
+        # checkpoint or a draft that no reader uses. `sync_folder` ensures this order after a power cut as well.
         final = self.folder / name
         if final.exists():
-            # POSIX renames a folder only onto an absent or empty one. A run that
-            # was set back to an earlier checkpoint saves the same step again.
+            # POSIX cannot rename a folder onto one that is not empty. A run that
+            # resumed from an earlier checkpoint saves the same step again.
             os.replace(final, folder.with_name(f".writing-old-{name}-{self._token}"))
         os.replace(folder, final)
         sync_folder(self.folder)
@@ -299,7 +302,7 @@ class Checkpoints:
         self._prune()
 
     def _prune(self) -> None:
-        # Only after LATEST points to the new one: at every instant there is a complete checkpoint to resume from.
+        # Only after LATEST names the new checkpoint, so that there is always a complete one to resume from.
         for folder in self._folders()[: -self.keep]:
             remove_tree(folder)
         for folder in self.folder.glob(f".writing-old-*-{self._token}"):
@@ -307,6 +310,6 @@ class Checkpoints:
 
 
 def restore_ema(checkpoint: CheckpointReader, ema: Ema, pieces: list[Piece]) -> None:
-    """Set the averages of this rank's pieces from a checkpoint."""
+    """Load the EMA of this rank's pieces from a checkpoint."""
     for piece in pieces:
         ema.values[piece.name].copy_(checkpoint.read("ema", piece.name, piece.start, piece.stop))

@@ -1,8 +1,8 @@
-"""A checkpoint's files: tensors written and hashed in one pass, and read back whole or by range.
+"""The files of a checkpoint: tensors are written and hashed in one pass, and read completely or by range.
 
 The format is safetensors' (https://huggingface.co/docs/safetensors): eight bytes of header length, a JSON header, then
-the raw values. A key is `PART:NAME@START`, a flat range of a named parameter, so that any world size reads what any
-other wrote.
+the raw values. A key is `PART:NAME@START`, a flat range of a named parameter, so that the world size may change
+between writing and reading.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fine_dist.core.json_files import Record, as_record, read_json
 FORMAT = 1
 PARTS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 _BLOCK_BYTES = 1 << 22
-"""Bytes that are hashed and written at once. Both release Python's global lock meanwhile, so training runs on."""
+"""Bytes that are hashed and written at once. Both release the GIL, so that training continues."""
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.float64: "F64"}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write contiguous tensors in host memory as one synced safetensors file, without a second copy in memory.
+    """Write contiguous tensors in host memory as one safetensors file, and sync it, without a second copy in memory.
 
     Returns:
         `{"bytes": ..., "sha256": ...}` of the file.
@@ -48,8 +48,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    # Written by hand instead of by `safetensors.save`, which needs
-    # a second copy in memory and leaves the hash for a second pass.
+    # Written here instead of by `safetensors.save`, which needs a
+    # second copy in memory and a second pass for the hash.
     header_bytes = json.dumps(header, separators=(",", ":")).encode()
     header_bytes += b" " * (-len(header_bytes) % 8)  # the values start at a multiple of 8
     digest = hashlib.sha256()
@@ -58,22 +58,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
             digest.update(piece)
             _write_all(handle, memoryview(piece))
         for tensor in tensors.values():
-            # A view of the tensor's memory as bytes: nothing is copied,
-            # and bf16, which numpy lacks, needs no case of its own.
+            # A byte view of the tensor's memory, which copies nothing
+            # and also works for bf16, which NumPy does not have.
             raw = tensor.reshape(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), _BLOCK_BYTES):
                 block = raw[start : start + _BLOCK_BYTES]
                 digest.update(block)
                 _write_all(handle, block)
-        # The manifest that names this file may reach the disk before
-        # its pages do; after a power cut it would vouch for zeros.
+        # Without this the manifest could reach the disk before the file's
+        # pages, and a power cut would leave a valid manifest of zeros.
         os.fsync(handle.fileno())
     return {"bytes": 8 + len(header_bytes) + offset, "sha256": digest.hexdigest()}
 
 
 def _write_all(handle: Any, block: memoryview) -> None:
     while len(block):
-        # An unbuffered write may take only part of what it is given.
+        # An unbuffered write may write only part of a block.
         block = block[handle.write(block) :]
 
 
@@ -81,9 +81,9 @@ class SavedFile(Record):
     """One tensor file of a checkpoint."""
 
     bytes: int = Field(ge=0)
-    """Its size."""
+    """Size of the file."""
     sha256: str
-    """Of its content."""
+    """sha256 of the file."""
 
 
 Length = Annotated[int, Field(ge=0, le=2**48)]
@@ -93,21 +93,21 @@ class CheckpointManifest(Record):
     """manifest.json of a checkpoint."""
 
     format: Literal[1]
-    """Of the checkpoint's files."""
+    """Version of the file format."""
     step: int = Field(ge=0)
-    """Updates that were made."""
+    """Number of updates."""
     identity: dict[str, Any]
-    """What makes a run this run; another's checkpoint is refused."""
+    """Identity of the run; a checkpoint of another run is refused."""
     extra: dict[str, Any]
-    """What the loop keeps beside tensors: sums of an unfinished row, randomness, the stopping rule."""
+    """State of the loop besides tensors, such as the sums of an unfinished row of metrics."""
     files: dict[str, SavedFile]
     """Tensor files by name."""
     shapes: dict[str, list[Length]]
     """Shapes of parameters by name."""
     optimizer_steps: dict[str, int]
-    """Updates that the optimizer has made of each parameter."""
+    """Number of updates of each parameter."""
     digest: str
-    """`digest_of` all other keys: steps, shapes and sums of an altered manifest would be believed otherwise."""
+    """`digest_of` all other keys, which detects an edited manifest."""
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
@@ -116,7 +116,11 @@ def digest_of(manifest: dict[str, Any]) -> str:
 
 
 class CheckpointReader:
-    """An open checkpoint. Tensors are read by range, so a rank reads only what it owns."""
+    """An open checkpoint. Tensors are read by range, so that a rank reads only what it owns.
+
+    Raises:
+        CheckpointError: The manifest is missing, damaged or edited.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,26 +135,31 @@ class CheckpointReader:
         self._ranges: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
 
     def verify(self) -> None:
-        """Raise ValueError or OSError, saying what is wrong, unless every file is what was written."""
-        for name, about in self.files.items():
+        """Check size and sha256 of every file. Raises ValueError or OSError with the first problem."""
+        for name, saved in self.files.items():
             path = self.folder / name
-            # The size is compared first: a truncated file, the usual damage, is found without reading gigabytes.
-            if path.stat().st_size != about.bytes:
-                raise ValueError(f"{name} has {path.stat().st_size} bytes, {about.bytes} were written")
-            if sha256_of(path) != about.sha256:
+            # The size first: a truncated file, the usual damage, is detected without reading gigabytes.
+            if path.stat().st_size != saved.bytes:
+                raise ValueError(f"{name} has {path.stat().st_size} bytes, {saved.bytes} were written")
+            if sha256_of(path) != saved.sha256:
                 raise ValueError(f"{name} is not what was written (sha256)")
 
     def read(self, part: str, name: str, start: int, stop: int) -> Tensor:
-        """Values [start, stop) of a saved tensor, flat.
+        """Read the values [start, stop) of a flattened tensor: fp32 [stop - start].
 
         Args:
             part: One of `PARTS`.
             name: Name of the parameter.
+            start: First value.
+            stop: End of the range.
+
+        Raises:
+            CheckpointError: The checkpoint holds only part of the range.
         """
         if not self._ranges:
             self._index()
-        # What was saved as ranges of W ranks is read as ranges of another W: each overlap is one slice of a mapped
-        # file, so a rank reads its own bytes only. `filled` proves that no gap of uninitialized memory remains.
+        # The saved ranges may be those of another world size. Each overlap is one slice of a mapped file, so that a
+        # rank reads only its own bytes. `filled` ensures that no uninitialized memory remains.
         result = torch.empty(stop - start)
         filled = 0
         for lo, hi, file, key in self._ranges.get((part, name), ()):
@@ -162,12 +171,12 @@ class CheckpointReader:
             raise CheckpointError(f"checkpoint {self.folder}: {part} of {name!r} is stored in part only")
         return result
 
-    def whole(self, part: str, name: str) -> Tensor:
-        """A saved tensor, flat."""
+    def read_full(self, part: str, name: str) -> Tensor:
+        """Read all values of a tensor, flattened: fp32 [numel]."""
         return self.read(part, name, 0, torch.Size(self.shapes[name]).numel())
 
     def moments(self, name: str, start: int, stop: int) -> dict[str, Tensor]:
-        """AdamW's moments of a range, flat, in host memory; zeros when the parameter has had no update."""
+        """AdamW's moments of a range, fp32 [stop - start] in host memory; zeros for a parameter without updates."""
         if not self.optimizer_steps.get(name, 0):
             return {key: torch.zeros(stop - start) for key in ("exp_avg", "exp_avg_sq")}
         return {key: self.read(key, name, start, stop) for key in ("exp_avg", "exp_avg_sq")}
@@ -176,14 +185,14 @@ class CheckpointReader:
         for file in self.files:
             self._files[file] = safe_open(self.folder / file, framework="pt")
             for key in self._files[file].keys():  # noqa: SIM118 - not a dict
-                # Names hold dots but never `:`; `@` is searched from
-                # the right because the number behind it is always last.
-                part, _, rest = key.partition(":")
-                name, _, start = rest.rpartition("@")
+                # Names contain dots but no `:`. `@` is searched from the
+                # right, because the number after it is always last.
+                part, _, location = key.partition(":")
+                name, _, start = location.rpartition("@")
                 size = self._files[file].get_slice(key).get_shape()[0]
                 self._ranges.setdefault((part, name), []).append((int(start), int(start) + size, file, key))
 
     def close(self) -> None:
-        """Close the files, which are mapped into memory."""
+        """Close the memory-mapped files."""
         self._files.clear()
         self._ranges.clear()

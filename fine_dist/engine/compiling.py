@@ -1,7 +1,7 @@
-"""How a model's blocks are run: recomputed in the backward pass, and compiled once for all of them.
+"""Activation checkpointing and compilation of a model's blocks.
 
-Blocks of one class share one compiled function. Their parameters are its inputs, so layers and depths beyond the first
-compile nothing new.
+Blocks of one class share one compiled function. Their parameters are its inputs, so that further layers and depths
+compile nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) 
     """Set up the residual stream's dtype, activation checkpointing and compilation, block by block.
 
     Raises:
-        ConfigError: The model has no blocks for what is asked.
+        ConfigError: The model does not support a setting.
     """
     if engine.residual_dtype == "bf16":
         streams = [module for module in model.modules() if isinstance(module, DiT)]
@@ -46,47 +46,48 @@ def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) 
 
 
 def compiles(engine: LoopConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: as the config says, or else on a GPU, beside a C compiler, without sharding."""
+    """Whether blocks are compiled: by the config, else on a GPU with the plain backend and a C compiler."""
     if engine.compile is not None:
         return engine.compile
-    # Where a backend shards, compilation is left to whoever asks for it. Inductor builds the
-    # launchers of its kernels with a C compiler even on a GPU, hence the last condition.
+    # With a sharding backend compilation must be requested. Inductor builds the launchers of
+    # its kernels with a C compiler even on a GPU, hence the last condition.
     plain_gpu = device.type == "cuda" and engine.backend == "plain"
     return plain_gpu and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., Any] = "inductor") -> None:
-    """Replace each block's forward by its class's compiled one. When compilation fails, warn and run all without it.
+    """Replace each block's forward by the compiled one of its class. If compilation fails, warn and run without it.
 
     Args:
-        backend: As `torch.compile` takes it.
+        blocks: The blocks.
+        backend: Backend of `torch.compile`.
     """
     # a process that compiles nothing need not wait two seconds for dynamo
     from torch._dynamo.exc import TorchDynamoException
 
-    # `forward` of the class, not of the instance: all blocks of
-    # a class then share one code object and one set of graphs.
+    # `forward` of the class and not of the instance, so that all blocks
+    # of a class share one code object and one set of graphs.
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
     chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
 
-    # The class is the one that a block has now: FSDP2 gives it another, derived one.
+    # `kind` is the class at this time, because FSDP2 later replaces it by a derived class.
     def forward(kind: type, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return chosen[kind](block, *args, **kwargs)
         # What dynamo and inductor raise when they cannot compile. All other errors are the model's own and pass
         # through, among them running out of memory, and the exception by which torch ends a recomputation.
         except TorchDynamoException as error:
-            # The function that runs without compilation cannot raise this for compiling; it is
-            # an error of somebody else's compiled code inside, and falling back would repeat it.
+            # The eager function cannot raise this itself; the error comes from other compiled
+            # code inside it, and running it again would repeat the error.
             if chosen[kind] is eager[kind]:
                 raise
-            # All classes fall back together: what failed here (a compiler,
-            # a driver) fails for the others as well, minutes later.
+            # All classes fall back together, because a missing compiler or driver
+            # would make the others fail as well, minutes later.
             chosen.update(eager)
             reason = " ".join(str(error).split()[:40])
             log.warning("torch.compile failed, and blocks run without it: %s", reason)
             return eager[kind](block, *args, **kwargs)
 
     for block in blocks:
-        # An attribute of the instance: the class stays as it is, and blocks of other models run as before.
+        # An attribute of the instance, so that blocks of other models are not affected.
         block.forward = MethodType(functools.partial(forward, type(block)), block)

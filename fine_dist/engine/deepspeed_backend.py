@@ -20,8 +20,8 @@ from fine_dist.core.errors import ConfigError
 from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.deepspeed_json import deepspeed_json
-from fine_dist.engine.dist import join_alone
-from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.dist import init_single_process_group
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, set_lr, trainable, update_only_if, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.world import World
 
@@ -97,12 +97,12 @@ class DeepSpeedBackend(ShardedBackend):
         return self._pieces
 
     def _find_pieces(self) -> list[Piece]:
-        found = []
+        pieces = []
         for name, p in self.named.items():
             start, weight = self._range_of(p)
             if weight is not None and weight.numel():
-                found.append(Piece(name, self.shapes[name], start, weight))
-        return found
+                pieces.append(Piece(name, self.shapes[name], start, weight))
+        return pieces
 
     def _range_of(self, p: Any) -> tuple[int, Tensor | None]:
         """(start, live fp32 values) of what this rank updates of a parameter."""
@@ -112,8 +112,8 @@ class DeepSpeedBackend(ShardedBackend):
             group, offset, size = self.zero.grad_position[self.zero.get_param_id(p)]
             start = size * self.world.rank
             # Stage 3 cuts a parameter into equal shares of ceil(numel / W) values.
-            own = max(0, min(size, p.ds_numel - start))  # the last ranks' shares are padded
-            return start, self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, own)
+            num_values = max(0, min(size, p.ds_numel - start))  # the last ranks' shares are padded
+            return start, self.zero.fp32_partitioned_groups_flat[group].narrow(0, offset, num_values)
         mapping = p._hp_mapping
         if mapping is None:
             return 0, None
@@ -171,7 +171,7 @@ class DeepSpeedBackend(ShardedBackend):
             # stay gathered on every rank and need their copy as well.
             if p.data.numel() != p.ds_numel:
                 return
-        p.data.copy_(checkpoint.whole("weight", name).view(self.shapes[name]))
+        p.data.copy_(checkpoint.read_full("weight", name).view(self.shapes[name]))
 
 
 class _ClippingAdamW(torch.optim.AdamW):
@@ -191,7 +191,7 @@ class _ClippingAdamW(torch.optim.AdamW):
                 p.grad = torch.zeros_like(p)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self.norm = norm
-        with only_where(self, norm.isfinite(), clip_divisor(norm, self.clip_norm)):
+        with update_only_if(self, norm.isfinite(), clip_divisor(norm, self.clip_norm)):
             super().step(closure)
 
 
@@ -213,5 +213,5 @@ def import_deepspeed(world: World) -> Any:
     # gloo does this work; the shared-memory reductions would be compiled first, for half a minute, on every machine.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if world.world_size == 1:
-        join_alone(world.device)
+        init_single_process_group(world.device)
     return deepspeed

@@ -35,21 +35,21 @@ def deepspeed_json(
     Raises `ConfigError` naming every key of the file that says something else than our config, and every section that
     we do not leave to DeepSpeed. A value "auto" in the file means ours.
     """
-    choice = engine.deepspeed
-    if choice.offload_params and choice.stage != 3:
-        raise ConfigError(f"engine.deepspeed.offload_params needs stage 3 (stage is {choice.stage})")
-    if choice.offload_optimizer and choice.stage == 0:
+    settings = engine.deepspeed
+    if settings.offload_params and settings.stage != 3:
+        raise ConfigError(f"engine.deepspeed.offload_params needs stage 3 (stage is {settings.stage})")
+    if settings.offload_optimizer and settings.stage == 0:
         raise ConfigError("engine.deepspeed.offload_optimizer needs stage 1, 2 or 3 (stage is 0)")
-    zero: dict[str, Any] = {"stage": choice.stage}
-    if choice.offload_optimizer:
+    zero: dict[str, Any] = {"stage": settings.stage}
+    if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
-    if choice.offload_params:
+    if settings.offload_params:
         zero["offload_param"] = {"device": "cpu"}
-    ours: dict[str, Any] = {
+    generated: dict[str, Any] = {
         "train_batch_size": micro * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": (optim.clip_norm or 0.0) if choice.stage else 0.0,  # stage 0: `_ClippingAdamW` does
+        "gradient_clipping": (optim.clip_norm or 0.0) if settings.stage else 0.0,  # stage 0: `_ClippingAdamW` does
         "zero_optimization": zero,
         # Ours is AdamW from torch, fused where it can be; DeepSpeed's own would be compiled first.
         "zero_force_ds_cpu_optimizer": False,
@@ -64,22 +64,22 @@ def deepspeed_json(
             "lower_precision_safe_modules": [],
         },
     }
-    merged = ours if choice.extra is None else _with_extra(ours, choice)
-    for key, value in DEFAULTS.get(choice.stage, {}).items():
+    merged = generated if settings.extra is None else _with_extra(generated, settings)
+    for key, value in DEFAULTS.get(settings.stage, {}).items():
         merged["zero_optimization"].setdefault(key, value)
     return merged
 
 
-def _with_extra(ours: dict[str, Any], choice: DeepSpeedConfig) -> dict[str, Any]:
+def _with_extra(generated: dict[str, Any], settings: DeepSpeedConfig) -> dict[str, Any]:
     """Our JSON with the keys of the extra file."""
-    assert choice.extra is not None
+    assert settings.extra is not None
     remedy = "engine.deepspeed.extra needs a JSON file of DeepSpeed's keys"
     try:
-        extra = read_json(choice.extra, ConfigError, remedy)
+        extra = read_json(settings.extra, ConfigError, remedy)
     except FileNotFoundError as error:
-        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: {error.strerror}") from None
+        raise ConfigError(f"engine.deepspeed.extra: {settings.extra}: {error.strerror}") from None
     if not isinstance(extra, dict):
-        raise ConfigError(f"engine.deepspeed.extra: {choice.extra}: an object of DeepSpeed's keys is needed")
+        raise ConfigError(f"engine.deepspeed.extra: {settings.extra}: an object of DeepSpeed's keys is needed")
     conflicts = [
         f"{key}: {key} is set by our config (optim, engine), not by DeepSpeed's; remove it"
         for key in (
@@ -98,28 +98,28 @@ def _with_extra(ours: dict[str, Any], choice: DeepSpeedConfig) -> dict[str, Any]
     conflicts += [
         f"zero_optimization.{key}: in the file, and engine.deepspeed.{ours_key} is false"
         for key, ours_key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params"))
-        if key in zero_extra and key not in ours["zero_optimization"]
+        if key in zero_extra and key not in generated["zero_optimization"]
     ]
     merged = _merge(
-        ours, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
+        generated, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
     )
     if conflicts:
         raise ConfigError(
-            f"engine.deepspeed.extra: {choice.extra} contradicts this config:\n  "
+            f"engine.deepspeed.extra: {settings.extra} contradicts this config:\n  "
             + "\n  ".join(conflicts)
             + '\nremove these keys, write "auto" for them, or change the config'
         )
     return merged
 
 
-def _merge(ours: dict[str, Any], extra: dict[str, Any], conflicts: list[str], path: str = "") -> dict[str, Any]:
-    merged = dict(ours)
+def _merge(generated: dict[str, Any], extra: dict[str, Any], conflicts: list[str], path: str = "") -> dict[str, Any]:
+    merged = dict(generated)
     for key, value in extra.items():
-        here = path + key
-        if key not in ours:
+        dotted_key = path + key
+        if key not in generated:
             merged[key] = value
-        elif isinstance(ours[key], dict) and isinstance(value, dict):
-            merged[key] = _merge(ours[key], value, conflicts, here + ".")
-        elif value not in ("auto", ours[key]):
-            conflicts.append(f"{here}: {value!r} in the file, {ours[key]!r} by our config")
+        elif isinstance(generated[key], dict) and isinstance(value, dict):
+            merged[key] = _merge(generated[key], value, conflicts, dotted_key + ".")
+        elif value not in ("auto", generated[key]):
+            conflicts.append(f"{dotted_key}: {value!r} in the file, {generated[key]!r} by our config")
     return merged

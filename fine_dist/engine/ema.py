@@ -11,12 +11,13 @@ from fine_dist.engine.backend import Backend
 class Ema:
     """`ema <- decay * ema + (1 - decay) * weight` after each update, for the pieces that this rank owns.
 
-    Each rank averages what it owns, an equal share whatever the backend: nothing is gathered and nothing is held twice.
+    With every backend a rank owns an equal share, so that nothing is gathered and nothing is stored twice.
 
     Args:
-        decay: Share of the average that an update leaves; 0 makes the average equal to the weights.
-        warmup: Bound the decay of update t by (1 + t) / (10 + t), so that the average of a short run has left its
-            initial weights behind. Without it the decay is constant, as in DiT.
+        backend: Owner of the weights.
+        decay: Decay of the EMA; 0 makes it equal to the weights.
+        warmup: Limit the decay of update t to (1 + t) / (10 + t), so that the EMA of a short run forgets the initial
+            weights. Without it the decay is constant, as in DiT.
     """
 
     def __init__(self, backend: Backend, decay: float, warmup: bool = False) -> None:
@@ -26,17 +27,17 @@ class Ema:
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Move the average towards the weights as they are after `updates` updates."""
+        """Update the EMA with the weights after `updates` updates."""
         weights = [piece.weight for piece in self._backend.pieces()]
         if weights:
             # One kernel launch for many tensors: a large DiT has over a thousand
-            # parameters, and a launch each would cost more than the arithmetic.
+            # parameters, whose single launches would cost more than the arithmetic.
             torch._foreach_lerp_(list(self.values.values()), weights, 1.0 - self.decay_at(updates))
 
     def decay_at(self, updates: int) -> float:
-        """The decay of the update that makes the count `updates` (1, 2, ...)."""
+        """The decay of update number `updates` (1, 2, ...)."""
         return min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
 
     def gather(self) -> dict[str, Tensor]:
-        """The averages as whole tensors (fp32, host memory) on rank 0; empty on other ranks."""
+        """The EMA as full tensors (fp32, host memory) on rank 0; empty on other ranks."""
         return self._backend.gather(self.values)

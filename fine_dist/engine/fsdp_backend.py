@@ -22,8 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from fine_dist.core.errors import ConfigError
 from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
-from fine_dist.engine.dist import all_reduce_sum, join_alone
-from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.dist import all_reduce_sum, init_single_process_group
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, set_lr, trainable, update_only_if, updates_of
 from fine_dist.engine.settings import EngineConfig, OptimConfig
 from fine_dist.engine.world import World
 
@@ -43,7 +43,7 @@ class FsdpBackend(ShardedBackend):
         self.world = world
         self.clip_norm = optim.clip_norm
         if world.world_size == 1:
-            join_alone(world.device)
+            init_single_process_group(world.device)
         self.shapes = {name: tuple(p.shape) for name, p in trainable(model).items()}
         # FSDP2 shards along dimension 0, which such a parameter does not have.
         scalars = [name for name, p in model.named_parameters() if p.dim() == 0]
@@ -105,15 +105,15 @@ class FsdpBackend(ShardedBackend):
             gradient = self.sharded[name].grad
             shard.grad = gradient.to_local() if isinstance(gradient, DTensor) else torch.zeros_like(shard)
         gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
-        own = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+        local_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
         # Each value lies on exactly one rank, so squares add up to the global norm.
-        norm = all_reduce_sum(own.double().square(), self.world).sqrt()
+        norm = all_reduce_sum(local_norm.double().square(), self.world).sqrt()
         finite = norm.isfinite()
         if self.optimizer is not None:
             set_lr(self.optimizer, lr)
             # Even a rank without shards has taken part in the collective above; only the update is skipped for it.
             finite = finite if good is None else finite & good
-            with only_where(self.optimizer, finite, clip_divisor(norm, self.clip_norm)):
+            with update_only_if(self.optimizer, finite, clip_divisor(norm, self.clip_norm)):
                 self.optimizer.step()
         for name, p in self.sharded.items():
             # Freed and not zeroed: the next reduced gradient then

@@ -1,7 +1,7 @@
-"""Logs of a run that rank 0 writes while it trains: metrics.jsonl, its trackers and a progress bar.
+"""Logs of a run, which rank 0 writes during training: metrics.jsonl, the trackers and a progress bar.
 
 Every number is a mean over the steps since the last row, and losses are means over the samples of *all* ranks. The sums
-of an unfinished row are part of a checkpoint, so a resumed run writes the rows that an uninterrupted run writes.
+of an unfinished row are part of a checkpoint, so that a resumed run writes the same rows as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,32 +40,32 @@ class MetricSums:
     grad_norm: float = 0.0
     skipped: int = 0
     terms: dict[str, float] = field(default_factory=dict)
-    """The loss's terms by name, where there are several."""
+    """The loss terms by name, if there are several."""
 
 
 class MetricsLog:
-    """The numbers of one run: rows of metrics.jsonl, and the same in its trackers under `train/NAME`.
+    """The numbers of one run: rows of metrics.jsonl, which its trackers display as `train/NAME`.
 
     Args:
-        run: The run; rows after its step are cut off, and hidden in TensorBoard, so that no step shows twice.
-        trackers: As `engine.tracker` gives them.
+        run: The run. Rows after its step are removed, and hidden in TensorBoard, so that no step appears twice.
+        trackers: Names of trackers, as in the setting `engine.tracker`.
     """
 
     def __init__(self, run: TrackedRun, trackers: Sequence[str]) -> None:
         metrics = run.folder / METRICS
-        # Rows behind the checkpoint describe updates that are lost and will be made again, perhaps with other numbers.
-        self.rows = keep_rows(metrics, run.step)
-        # Appended without a buffer: a row is on its way to the disk when it is written, a reader never sees half of
-        # one unless the machine dies, and what failed is not in a buffer that the next row would flush once more.
+        # Rows after the checkpoint belong to updates that are lost and will be repeated.
+        self.rows = truncate_rows(metrics, run.step)
+        # Appended without a buffer: each row is one write, so that a reader never sees half a row unless the machine
+        # crashes, and a row whose write failed is not in a buffer that the next row would flush again.
         self._file = open(metrics, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self.trackers = Trackers(run, trackers)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a row; numbers that are None are left out."""
+        """Add a row; values that are None are omitted."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
         line = (json.dumps({key: _json_number(value) for key, value in row.items()}) + "\n").encode()
         while line:
-            # Shared file systems fail now and then for a moment, and a run of days should outlive that.
+            # Retried, because shared file systems fail for short times and a run of days should survive that.
             line = line[retry(lambda: self._file.write(line)) :]  # noqa: B023 - it is called at once
         self.rows.append(row)
         self.trackers.scalars(step, {f"train/{key}": value for key, value in row.items() if key != "step"})
@@ -75,21 +75,23 @@ class MetricsLog:
         return any(row["step"] == step and key in row for row in self.rows)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close metrics.jsonl and the trackers."""
         self._file.close()
         self.trackers.close()
 
 
 class Monitor:
-    """Rows of metrics. All ranks make one and call it at the same points; only rank 0 writes.
+    """Writes rows of metrics. All ranks create one and call its methods at the same points; only rank 0 writes.
 
     Args:
         title: Label of the progress bar.
         steps: Last step of the run.
-        flops_per_sample: Forward and backward pass of one sample, in FLOPs.
-        peak: FLOP/s of one accelerator; None: unknown, and MFU is left out.
+        global_batch: Samples per step, over all ranks.
+        tokens_per_sample: Number of tokens of a sample.
+        flops_per_sample: FLOPs of the forward and backward pass of one sample.
+        peak: Peak FLOP/s of one accelerator. None: unknown; rows have no MFU.
         log_every: Steps between two rows.
-        trackers: Where the run is shown, as `engine.tracker` gives them.
+        trackers: Names of trackers, as in the setting `engine.tracker`.
     """
 
     def __init__(
@@ -121,14 +123,15 @@ class Monitor:
     # --- opening and closing ----------------------------------------------------------------------------------------
 
     def start(self, step: int, state: dict[str, Any] | None) -> None:
-        """Open the logs at `step`; what an earlier start wrote after it is removed.
+        """Open the logs at `step` and remove rows that an earlier start wrote after it.
 
         Args:
-            state: The unfinished row of an earlier start, from a checkpoint; None: there is none.
+            step: Updates that are done.
+            state: The unfinished row of an earlier start, from a checkpoint. None: there is none.
         """
         if state:
             self.sums = MetricSums(**state)
-        # Speed is measured from here, since reading data and checkpoints before is not what a step costs.
+        # Speed is measured from here, because opening data and checkpoints is not part of a step.
         self._row_begun, self._row_first_step = time.perf_counter(), step
         if not self.world.is_main:
             return
@@ -141,17 +144,17 @@ class Monitor:
         folder = os.path.relpath(self.run_dir.path)
         folder = str(self.run_dir.path) if folder.startswith("..") else folder
         log.info("%s: %s %s", self.title, verb, folder)
-        # A terminal gets a live bar, a log file a line every half minute.
+        # A terminal shows a live bar; a log file gets one line every 30 seconds.
         quiet = {} if sys.stderr.isatty() else {"mininterval": 30.0, "ascii": True, "ncols": 100}
         self._bar = tqdm(total=self.steps, initial=step, desc=self.title, unit="step", dynamic_ncols=not quiet, **quiet)
 
     def has_row(self, step: int, key: str) -> bool:
-        """Whether an earlier start has logged `key` at `step`; true on a rank that writes nothing."""
+        """Whether metrics.jsonl has `key` at `step`; true on ranks that do not write."""
         return self._log is None or self._log.has(step, key)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; empty on a rank that writes nothing."""
+        """All rows of metrics.jsonl; empty on ranks that do not write."""
         return self._log.rows if self._log is not None else []
 
     def state(self) -> dict[str, Any]:
@@ -159,7 +162,7 @@ class Monitor:
         return asdict(self.sums)
 
     def close(self) -> None:
-        """Flush and close the logs."""
+        """Close the progress bar and the logs."""
         for output in (self._bar, self._log):
             if output is not None:
                 output.close()
@@ -178,14 +181,16 @@ class Monitor:
         damaged: int = 0,
         terms: Mapping[str, float] | None = None,
     ) -> None:
-        """Count a step and write a row when one is due.
+        """Add a step to the sums and write a row when one is due.
 
         Args:
-            step: Updates that are done now.
-            loss: Mean over all samples of the global batch.
+            step: Updates that are done, including this one.
+            loss: Mean over the samples of the global batch.
+            grad_norm: Global norm of the gradients before clipping.
+            lr: Learning rate of the step.
             waited_s: Seconds that this rank waited for data.
             damaged: Damaged samples that this rank's stream has skipped since it was opened.
-            terms: Means of the loss's terms, by name, where there are several.
+            terms: Means of the loss terms by name, if there are several.
         """
         self.damaged = damaged
         sums = self.sums
@@ -202,15 +207,15 @@ class Monitor:
             self._write_row(step, lr)
 
     def skipped(self) -> None:
-        """A step was skipped for a loss that was not finite."""
+        """Count a step that was skipped because its loss was not finite."""
         self.sums.skipped += 1
 
     def _write_row(self, step: int, lr: float) -> None:
         sums = self.sums
         seconds = time.perf_counter() - self._row_begun
-        # Speed is that of this start's own steps. Of waiting and memory, the largest value of all ranks counts.
+        # Speed is measured over the steps of this start only.
         rate = (step - self._row_first_step) / seconds
-        # The slowest rank holds up all others, so the largest wait is what the step lost, and a mean would hide it.
+        # The maximum over ranks: all ranks wait for the slowest one, which a mean would hide.
         largest = all_reduce_max(torch.tensor([self.waited_s, float(peak_memory(self.world.device))]), self.world)
         row = {
             "step": step,
@@ -234,22 +239,22 @@ class Monitor:
         self.scalars(step, row)
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Write numbers as one row of metrics.jsonl, which trackers show as well."""
+        """Write numbers as one row of metrics.jsonl and to the trackers."""
         if self._log is not None:
             self._log.write(step, values)
 
     def images(self, step: int, images: dict[str, Tensor]) -> None:
-        """Show images, [3, H, W] or [1, H, W] in 0..1."""
+        """Log images, [3, H, W] or [1, H, W] in 0..1, to the trackers."""
         if self._log is not None:
             self._log.trackers.images(step, images)
 
     def histograms(self, step: int, values: dict[str, Tensor]) -> None:
-        """Show histograms of tensors of any shape."""
+        """Log histograms of tensors of any shape to the trackers."""
         if self._log is not None:
             self._log.trackers.histograms(step, values)
 
     def texts(self, step: int, values: dict[str, str]) -> None:
-        """Show texts (Markdown)."""
+        """Log texts (Markdown) to the trackers."""
         if self._log is not None:
             self._log.trackers.texts(step, values)
 
@@ -264,38 +269,38 @@ class Monitor:
             log.warning(message)
 
 
-def keep_rows(path: Path, step: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl after its last row up to `step`, and return the rows that stay.
+def truncate_rows(path: Path, step: int) -> list[dict[str, Any]]:
+    """Truncate metrics.jsonl after the last row up to `step`; returns the remaining rows.
 
-    A line that a crash left incomplete ends the file as well.
+    The file is also truncated at a line that a crash has left incomplete.
     """
     if not path.exists():
         return []
-    rows, kept = [], 0
+    rows, num_bytes = [], 0
     with open_regular(path) as handle:
         for line in handle:
             row = as_row(line)
             if row is None or not line.endswith(b"\n") or row["step"] > step:
                 break
             rows.append(row)
-            kept += len(line)
-    # Cut in place: another program may follow the file (`tail -f`), which a rename would leave behind.
-    os.truncate(path, kept)
+            num_bytes += len(line)
+    # In place and not by a rename, because another program may follow the file (`tail -f`).
+    os.truncate(path, num_bytes)
     return rows
 
 
 def mfu(images_per_s: float, flops_per_sample: float, peak: float | None, world_size: int) -> float | None:
-    """Model FLOPs utilization: the share of all accelerators' peak that the model's arithmetic takes."""
+    """Model FLOPs utilization: the model's FLOP/s divided by the peak of all accelerators; None if it is unknown."""
     return images_per_s * flops_per_sample / (peak * world_size) if peak else None
 
 
 def peak_memory(device: torch.device | None) -> int:
-    """The most bytes that were allocated on the GPU, or the largest resident set of the process."""
+    """Peak bytes allocated on the GPU, or for a CPU the peak resident set of the process."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN: such a number is written as null."""
+    """NaN and Inf, which JSON does not have, as None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,7 @@ from fine_dist.engine.backend import Piece, ShardedBackend
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.gradient_buckets import GradientBuckets
 from fine_dist.engine.host_copy import copy_to_host
-from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, only_where, set_lr, trainable, updates_of
+from fine_dist.engine.optimizer import MOMENTS, adamw, clip_divisor, set_lr, trainable, update_only_if, updates_of
 from fine_dist.engine.replica_check import broadcast_tensors
 from fine_dist.engine.settings import OptimConfig
 from fine_dist.engine.weight_copies import WeightCopies
@@ -72,7 +72,9 @@ class PlainBackend(ShardedBackend):
         norm = torch.nn.utils.get_total_norm(self.buckets.flat if self.buckets else self._gradients())
         set_lr(self.optimizer, lr)
         finite = norm.isfinite()
-        with only_where(self.optimizer, finite if good is None else finite & good, clip_divisor(norm, self.clip_norm)):
+        with update_only_if(
+            self.optimizer, finite if good is None else finite & good, clip_divisor(norm, self.clip_norm)
+        ):
             self.optimizer.step()
         if self.buckets:
             self.buckets.zero()
@@ -133,9 +135,9 @@ class PlainBackend(ShardedBackend):
                     state: dict[str, Tensor] = {"step": torch.tensor(float(steps), device=p.device)}
                     self.optimizer.state[p] = {**state, **{key: torch.zeros_like(p) for key in MOMENTS}}
                 if self.world.rank == first:
-                    p.copy_(checkpoint.whole("weight", name).view_as(p))
+                    p.copy_(checkpoint.read_full("weight", name).view_as(p))
                     for key in MOMENTS if steps else ():
-                        self.optimizer.state[p][key].copy_(checkpoint.whole(key, name).view_as(p))
+                        self.optimizer.state[p][key].copy_(checkpoint.read_full(key, name).view_as(p))
             # Weights and moments travel together in few large messages; every rank has made room for them above.
             states = [self.optimizer.state[p] for p in self.parameters if p in self.optimizer.state]
             moments = [state[key] for state in states for key in MOMENTS]

@@ -1,4 +1,4 @@
-"""What the training loop is given, and what it returns."""
+"""The input of the training loop (`Program`) and its output (`FitResult`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ B = TypeVar("B", bound="TrainingBatch")
 
 
 class TrainingBatch(Protocol):
-    """This rank's part of a global batch: samples in a row, of any kind (`fine_dist.data.batch.Batch`)."""
+    """This rank's part of a global batch: samples of any kind (`fine_dist.data.batch.Batch`)."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -27,54 +27,54 @@ class TrainingBatch(Protocol):
         """The same batch on a device."""
 
     def part(self: B, start: int, size: int) -> B:
-        """`size` of its samples, from `start`: a micro-batch."""
+        """A micro-batch: `size` samples from `start` on."""
 
 
 class Stream(Protocol):
     """An endless stream of batches (`fine_dist.data.stream`)."""
 
     def batches(self, start_step: int = 0) -> Iterator[TrainingBatch]:
-        """Batches of this rank, from the one that a step of this number takes."""
+        """Batches of this rank, starting with the batch of step `start_step`."""
 
 
 @dataclass
 class Program:
-    """What is trained on what, and how it is evaluated meanwhile.
+    """A model, its loss and data, and its evaluation during training.
 
-    The parameters of `model` that require gradients train. The others are not in checkpoints, so whoever makes the
-    program makes them again, with the same values, when a run resumes.
+    The parameters of `model` that require gradients are trained. Frozen parameters are not in checkpoints: the caller
+    must create them with the same values when a run resumes.
     """
 
     model: nn.Module
     objective: Callable[[Callable[..., Tensor], Any], Tensor]
-    """(model, batch) -> losses [b], fp32, one a sample."""
+    """(model, batch) -> losses [b], fp32, one per sample."""
     stream: Stream
-    """Gives a `TrainingBatch` a step; only `objective` knows what is in it."""
+    """Yields one `TrainingBatch` per step, whose content only `objective` reads."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What must match for a run to resume (JSON values): architecture, method, rank, the data's hash."""
+    """Values that must match when a run resumes (JSON): architecture, method, rank, the data's hash."""
     held_out: Callable[[nn.Module], dict[str, float]] | None = None
-    """(model with averaged weights) -> named numbers, on rank 0."""
+    """(model with EMA weights) -> named numbers, on rank 0."""
     previews: Callable[[nn.Module, int, Budget], dict[str, Tensor]] | None = None
-    """(model with averaged weights, step, budget) -> named images [3 or 1, H, W] in 0..1. It ends early, with fewer
-    images, when the budget is used up or a stop is asked for."""
+    """(model with EMA weights, step, budget) -> named images [3 or 1, H, W] in 0..1. It returns early, with fewer
+    images, when the budget is used up or a stop is requested."""
     histograms: Callable[[nn.Module], dict[str, Tensor]] | None = None
-    """(model with averaged weights) -> named tensors to show as histograms."""
+    """(model with EMA weights) -> named tensors to log as histograms."""
     texts: Callable[[nn.Module], dict[str, str]] | None = None
-    """(model with averaged weights) -> named texts, such as the words nearest to an embedding."""
+    """(model with EMA weights) -> named texts, such as the words nearest to an embedding."""
     hparams: dict[str, Any] = field(default_factory=dict)
     """Settings by name, for the trackers' tables of runs."""
     evaluate_first: bool = False
-    """Whether it is also evaluated before the first step."""
+    """Whether the model is also evaluated before the first step."""
     before_step: Callable[[int, torch.Generator], None] | None = None
-    """Called on every rank before each step, with a generator that (seed, step) have seeded the same on all of them."""
+    """(step, generator) -> None, called on every rank before each step. The generator is seeded by (seed, step)."""
     term_names: tuple[str, ...] = ()
-    """Names of the loss's terms, where there are several: each is logged by itself as `loss_NAME`."""
+    """Names of the loss terms, if there are several; each is logged as `loss_NAME`."""
     take_terms: Callable[[], Tensor] | None = None
-    """The terms' sums over this rank's samples since the last call, fp64 [terms], on the device."""
+    """() -> sums of the terms over this rank's samples since the last call, fp64 [terms], on the device."""
     flops_per_sample: float = 0.0
-    """Forward and backward pass of one sample, in FLOPs (`fine_dist.model.flops.train_flops`)."""
+    """FLOPs of the forward and backward pass of one sample (`fine_dist.model.flops.train_flops`)."""
     tokens_per_sample: int = 1
-    """Tokens of one sample."""
+    """Number of tokens of one sample."""
 
 
 @dataclass
@@ -82,16 +82,16 @@ class FitResult:
     """A finished run. `model` and `ema` are complete on rank 0; on other ranks of a sharded run they are not."""
 
     model: nn.Module
-    """The trained model on its device; where a backend shards it, a copy with the gathered weights."""
+    """The trained model on its device; with a sharding backend, a copy with the gathered weights."""
     ema: dict[str, Tensor]
-    """Averages of all parameters that trained (fp32, host memory), on rank 0."""
+    """EMA of all trained parameters (fp32, host memory), on rank 0."""
     step: int
     losses: dict[str, float]
     """The last held-out measurement, and `loss`, the training loss of the last row."""
     rows: list[dict[str, Any]]
     """All rows of metrics.jsonl."""
     seconds: float
-    """Wall-clock seconds of training, those of earlier starts included."""
+    """Wall-clock seconds of training, including earlier starts."""
     world: World
 
 
@@ -99,11 +99,11 @@ def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) ->
     """The micro-batch and the accumulation steps, with `global = micro x accumulation x world size`.
 
     Raises:
-        ConfigError: The global batch cannot be divided that way; the message names what can.
+        ConfigError: The global batch cannot be divided that way; the message names values that can.
     """
-    # Ranks must have equal shares: a loss is a mean over the global batch, and gradients are summed with equal weights.
-    local, rest = divmod(global_batch, world_size)
-    if rest or not local:
+    # Ranks need equal shares, because the loss is a mean over the global batch and gradients are summed unweighted.
+    local, remainder = divmod(global_batch, world_size)
+    if remainder or not local:
         near = max(1, round(global_batch / world_size)) * world_size
         raise ConfigError(
             f"global batch {global_batch} cannot be divided over {world_size} processes; the nearest that can: {near}"
@@ -119,8 +119,21 @@ def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) ->
 
 
 def may_skip(engine: LoopConfig, skipped: int) -> bool:
-    """Whether a step whose loss or gradient is not finite is skipped, after `skipped` others were; else training ends.
+    """Whether a step whose loss or gradient is not finite is skipped, after `skipped` earlier ones; else training ends.
 
-    The loop and packs ask the same question, so `engine.on_bad_loss` and `engine.max_bad_steps` mean the same in both.
+    The loop and packs share this rule, so that `engine.on_bad_loss` and `engine.max_bad_steps` mean the same in both.
     """
     return engine.on_bad_loss == "skip" and skipped < engine.max_bad_steps
+
+
+def explain_stop(engine: LoopConfig, skipped: int) -> str:
+    """Why a step that is not finite ends training, after `skipped` others were skipped, and what the user can do."""
+    if engine.on_bad_loss == "stop":
+        return (
+            "nothing was updated and the last good checkpoint is kept. Lower optim.lr, or set "
+            "engine.on_bad_loss to skip"
+        )
+    return (
+        f"{skipped + 1} steps were bad and engine.max_bad_steps is {engine.max_bad_steps}. The last good checkpoint is "
+        "kept"
+    )

@@ -1,4 +1,4 @@
-"""A run directory: config, environment, checkpoints, logs and result of a run, owned by one live process at a time."""
+"""A run directory: config, environment, checkpoints, logs and result of a run. One process owns it at a time."""
 
 from __future__ import annotations
 
@@ -28,40 +28,40 @@ from fine_dist.engine.world import World, read_environment
 
 CONFIG, IDENTITY, DONE, METRICS = "config.yaml", "identity.json", "DONE.json", "metrics.jsonl"
 STOP, STOPPED = "STOP", "STOPPED"
-"""The file that a user leaves to stop a run for good, and its name once the run has seen it."""
+"""The file by which a user stops a run permanently, and its name after the run has read it."""
 
 _held: dict[str, Any] = {}
-"""Lock files that this process holds open: POSIX locks do not exclude a process from itself, so it has to remember."""
+"""Lock files that this process holds, by path. A POSIX lock does not exclude the process that holds it."""
 
 
 class RunIdentity(Record):
-    """identity.json: what must match for a run to be the same run."""
+    """identity.json: the settings and inputs that must match for a run to be resumed."""
 
     kind: str
-    """What runs here: `condense`, `train`, ..."""
+    """The kind of run: `condense`, `train`, ..."""
     identity: dict[str, Any]
     """Settings and hashes by name."""
 
 
 class EnvironmentFile(Record):
-    """environment.json: where a run was started."""
+    """environment.json: the machines on which a run was started."""
 
     starts: list[dict[str, Any]] = Field(default_factory=list)
-    """One for each start, the last hundred."""
+    """One entry for each of the last hundred starts."""
 
 
 class DoneFile(Record):
-    """DONE.json: what a finished run says about itself."""
+    """DONE.json: the result of a finished run."""
 
     steps: int | None = Field(None, ge=0)
-    """Updates that were made, where the run makes some."""
+    """Number of updates, if the run trains."""
 
 
 class RunDir:
     """Paths and ownership of a run directory.
 
-    `open` takes it for this process, `claim` makes it this run's before anything is written, and `close` (or leaving a
-    `with` block) frees it.
+    `open` locks it for this process, `claim` writes config and identity once the first step has worked, and `close` (or
+    leaving a `with` block) unlocks it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,12 +73,12 @@ class RunDir:
         self._identity: dict[str, Any] = {}
 
     def open(self, kind: str, identity: Mapping[str, Any], world: World | None = None) -> RunDir:
-        """Take the directory for this process. Nothing is written yet, and nothing of another run is touched.
+        """Lock the directory for this process. Nothing is written yet, and no file of another run is changed.
 
         Args:
-            kind: What runs here (`condense`, `train`, ...); a directory holds one kind.
-            identity: What must match for a run to be the same run (JSON values). Paths are no part of it.
-            world: When given, rank 0 opens the directory and every rank learns whether that worked.
+            kind: Kind of the run (`condense`, `train`, ...); a directory holds one kind.
+            identity: Values that must match for a run to be resumed (JSON), without paths.
+            world: If given, rank 0 opens the directory and all ranks receive the outcome.
 
         Raises:
             RunDirError: Another live process owns it, or it belongs to another run; the message says what differs.
@@ -91,7 +91,7 @@ class RunDir:
                 self._open()
             except (RunDirError, OSError) as error:
                 failure = error
-        # Rank 0's failure is broadcast before it is raised: other ranks would wait for it in their next collective.
+        # Rank 0's failure is broadcast before it is raised, or the others would wait in their next collective.
         if world is not None and world.world_size > 1:
             from fine_dist.engine.dist import broadcast_object  # needs torch; `status` reads run directories without it
 
@@ -102,7 +102,7 @@ class RunDir:
         return self
 
     def _open(self) -> None:
-        # Noted before the folder is made, so that a start that fails leaves no trace and the directory name stays free.
+        # Recorded before the folder is created, so that `close` can remove the folder if the start fails.
         self._new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -110,43 +110,44 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"run directory {self.path}: {error.strerror}; choose a place you may write to") from None
         try:
-            self._refuse_another()
+            self._check_identity()
             for folder in (self.path, self.checkpoints):
-                remove_stale_temp_files(folder, older_than_s=0)  # the lock is held, so nobody writes them any more
+                # no other process writes them, because this one holds the lock
+                remove_stale_temp_files(folder, older_than_s=0)
             (self.path / STOPPED).unlink(missing_ok=True)  # the run has been started again
         except BaseException:
             self.close()
             raise
 
     def check(self, kind: str, identity: Mapping[str, Any]) -> None:
-        """Raise what `open` would say of the run that is there, without taking the directory or writing to it."""
+        """Raise what `open` would raise about an existing run, without locking the directory or writing to it."""
         self._kind, self._identity = kind, json.loads(json.dumps(identity))
-        self._refuse_another()
+        self._check_identity()
 
     def claim(self, config: Config) -> None:
-        """Make the directory this run's once its first step has worked: write config, identity and environment."""
+        """Write config, identity and environment, after the first step has worked."""
         if self._lock is None:
             return
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise RunDirError(f"{self.checkpoints} is a file, and a folder is needed there; move it away")
         self.checkpoints.mkdir(exist_ok=True)
-        # Not before the first step has worked: a mistyped setting
-        # must not overwrite the config of the run that is there.
+        # Not before the first step has worked, so that a mistyped
+        # setting does not overwrite the config of an existing run.
         write_atomic(self.path / CONFIG, f"# kind: {self._kind}\n{dump_yaml(config)}")
-        about = {"kind": self._kind, "identity": self._identity}
-        write_atomic(self.path / IDENTITY, json.dumps(about, indent=1) + "\n")
+        record = {"kind": self._kind, "identity": self._identity}
+        write_atomic(self.path / IDENTITY, json.dumps(record, indent=1) + "\n")
         self._write_environment(self._kind)
-        (self.path / DONE).unlink(missing_ok=True)  # the run goes on for longer now
+        (self.path / DONE).unlink(missing_ok=True)  # a finished run continues with more steps
         self._new = False
 
     # --- ownership --------------------------------------------------------------------------------------------------
 
     def _take_lock(self) -> None:
-        """Take a POSIX lock: it ends with the process, is not inherited by data readers, and holds over NFS."""
+        """Take a POSIX lock, which ends with the process, is not inherited by child processes, and works on NFS."""
         path = str((self.path / "lock").resolve())
         if path in _held:
             raise RunDirError(f"run directory {self.path} is in use by this very process (pid {os.getpid()})")
-        # `a+` and not `w`: opening must not empty the file, which names its owner, before the lock is ours.
+        # `a+` and not `w`, because the file names its owner and must not be truncated before it is locked.
         handle = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for as long as the run has the directory
         if not try_lock(handle.fileno(), path, posix=True):
             handle.seek(0)
@@ -163,16 +164,16 @@ class RunDir:
         _held[path], self._lock = handle, path
 
     def close(self) -> None:
-        """Free the directory for another process."""
+        """Unlock the directory."""
         if self._lock is None:
             return
         if self._new:  # a start that failed before its first step leaves no files
-            with contextlib.suppress(OSError):  # another process has written there meanwhile
+            with contextlib.suppress(OSError):  # another process has written there in the meantime
                 Path(self._lock).unlink()
                 self.checkpoints.rmdir()
             with contextlib.suppress(OSError):
                 self.path.rmdir()
-        # The lock file stays: removing it would let a process that has it open lock a file that nobody else can find.
+        # The lock file is not removed: a process that has it open could then lock a file that others do not see.
         _held.pop(self._lock).close()
         self._lock = None
 
@@ -182,9 +183,9 @@ class RunDir:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what the directory says ----------------------------------------------------------------------------------
+    # --- reading and writing --------------------------------------------------------------------------------------
 
-    def _refuse_another(self) -> None:
+    def _check_identity(self) -> None:
         try:
             before = read_record(RunIdentity, self.path / IDENTITY, RunDirError, "choose another directory")
             kind, old = before.kind, flat(before.identity)
@@ -213,22 +214,22 @@ class RunDir:
         with contextlib.suppress(FileNotFoundError):
             remedy = "remove it: it is a note about machines and versions, and is written anew"
             starts = read_record(EnvironmentFile, path, RunDirError, remedy).starts
-        found = read_environment()
+        world = read_environment()
         starts.append(
             {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "host": socket.gethostname(),
                 "pid": os.getpid(),
-                "world_size": found.world_size,
+                "world_size": world.world_size,
                 "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("RAY_JOB_ID"),
             }
         )
-        about = {"kind": kind, **describe_environment(), "starts": starts[-100:]}
-        write_atomic(path, json.dumps(about, indent=1))
+        facts = {"kind": kind, **describe_environment(), "starts": starts[-100:]}
+        write_atomic(path, json.dumps(facts, indent=1))
 
     @property
     def kind(self) -> str | None:
-        """What runs here (`condense`, `train`, ...), or None before the first step."""
+        """Kind of the run (`condense`, `train`, ...), or None before the first step."""
         try:
             first = read_bytes(self.path / CONFIG, 200).partition(b"\n")[0]
         except FileNotFoundError:
@@ -240,7 +241,7 @@ class RunDir:
 
     @property
     def done(self) -> dict[str, Any] | None:
-        """What DONE.json says, or None while the run is not finished."""
+        """The content of DONE.json, or None while the run is not finished."""
         remedy = "delete it: the run then goes on from its last checkpoint"
         try:
             return read_record(DoneFile, self.path / DONE, RunDirError, remedy).model_dump(exclude_unset=True)
@@ -248,17 +249,17 @@ class RunDir:
             return None
 
     def finish(self, **facts: Any) -> None:
-        """Write DONE.json (JSON values), which says that the run is finished."""
+        """Write DONE.json (JSON values), which marks the run as finished."""
         write_atomic(self.path / DONE, json.dumps(facts, indent=1))
 
     def take_request(self, name: str) -> bool:
-        """Whether a user has put a file of this name (`STOP`, `SAVE`) into the directory; true once.
+        """Whether a user has put a file `STOP` or `SAVE` into the directory; the file is consumed.
 
         SAVE is removed. STOP is renamed to STOPPED until the run is started again, so that no launcher restarts it.
         """
         try:
             if name == STOP:
-                # A rename is atomic, so of several processes that look for the file exactly one takes the request.
+                # A rename is atomic, so that exactly one of several processes takes the request.
                 (self.path / name).replace(self.path / STOPPED)
             else:
                 (self.path / name).unlink()
@@ -267,8 +268,8 @@ class RunDir:
         return True
 
 
-def promise_of(path: str | Path) -> str:
-    """What happens to a run that is interrupted now, as a command tells its user."""
+def resumption_note(path: str | Path) -> str:
+    """A sentence for the user about a run that is interrupted now: whether and how it resumes."""
     if owner_of(path):
         return "the job goes on without this command"
     if (Path(path) / DONE).exists():
@@ -279,14 +280,14 @@ def promise_of(path: str | Path) -> str:
 
 
 def was_stopped(*folders: str | Path) -> bool:
-    """Whether a file STOP has stopped what runs in one of these folders, and nobody has started it again."""
+    """Whether a file STOP has stopped a run in one of these folders that has not been started again."""
     return any((Path(folder) / name).exists() for folder in folders for name in (STOP, STOPPED))
 
 
 def owner_of(path: str | Path) -> str | None:
-    """The process that owns a run directory now, such as `pid 12 on n1`; None when no live process does."""
+    """The process that owns a run directory, such as `pid 12 on n1`; None if no running process does."""
     lock = Path(path) / "lock"
-    if str(lock.resolve()) in _held:  # closing any file of a lock ends a process's own lock, so it is not opened here
+    if str(lock.resolve()) in _held:  # opening and closing the file would release this process's own lock
         return f"pid {os.getpid()} on {socket.gethostname()}"
     if not is_locked(lock, posix=True):
         return None
@@ -313,12 +314,12 @@ def describe_environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     """The commit of the source tree (with `+` when it has changes), or none outside of one."""
-    # Only a checkout has `.git` there; an installed package would
-    # otherwise report the commit of a repository around it.
+    # Only a checkout has `.git` there. Without this test an installed
+    # package would report the commit of a surrounding repository.
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    # without its optional locks: `git status` writes the index anew, and leaves a lock behind when it cannot
+    # Without optional locks, because `git status` rewrites the index and may leave a lock file behind.
     git = ["git", "--no-optional-locks", "-C", str(root)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
@@ -331,11 +332,11 @@ def _git_commit() -> str | None:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings into one mapping with dotted keys."""
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found.update(flat(value, f"{prefix}{key}."))
+            flattened.update(flat(value, f"{prefix}{key}."))
         else:
-            found[prefix + str(key)] = value
-    return found
+            flattened[prefix + str(key)] = value
+    return flattened

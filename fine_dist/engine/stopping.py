@@ -10,28 +10,28 @@ from typing import Any, Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 FILES_EVERY_S = 1.0
-"""Seconds between two looks of rank 0 for the files STOP and SAVE: a network file system is not asked at every step."""
+"""Seconds between two checks of rank 0 for the files STOP and SAVE, which limits the load on a network file system."""
 
 GO_ON, SAVE, STOP = 0, 1, 2
 
 
 class RequestFiles(Protocol):
-    """A folder in which a user may leave a file STOP or SAVE (`fine_dist.engine.run_dir.RunDir`)."""
+    """A folder in which a user may create a file STOP or SAVE (`fine_dist.engine.run_dir.RunDir`)."""
 
     def take_request(self, name: str) -> bool:
-        """Whether the file is there; it is taken away."""
+        """Whether the file exists; it is then removed or renamed."""
 
 
 class Stopper:
-    """A context that collects requests of this rank. The loop obeys the strongest request of all ranks.
+    """A context that collects the requests of this rank. The loop follows the strongest request of all ranks.
 
-    A signal is caught on any rank and only leaves a note, so the step that is under way is always finished. Ctrl-C is
-    one of the signals; pressed a second time it ends the process at once.
+    A signal handler only sets a flag, so that the current step is always finished. Ctrl-C is one of the signals; a
+    second one ends the process at once.
 
     Args:
-        files: Where a user may leave STOP or SAVE.
-        time_limit_min: Minutes after which to stop; None: never.
-        is_main: Whether this is rank 0, which alone looks for files.
+        files: Folder in which a user may create STOP or SAVE.
+        time_limit_min: Minutes after which to stop. None: no limit.
+        is_main: Whether this is rank 0, the only rank that checks for files.
     """
 
     def __init__(self, files: RequestFiles, time_limit_min: float | None, is_main: bool) -> None:
@@ -45,10 +45,10 @@ class Stopper:
         self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Stopper:
-        # Python delivers signals to the main thread only. In a Ray worker that thread is Ray's, which has handlers of
-        # its own.
+        # Python allows signal handlers only in the main thread, which in a Ray worker is Ray's and has its own
+        # handlers.
         if threading.current_thread() is threading.main_thread():
-            # Those of before are put back at the end: a launcher or a notebook may have its own.
+            # The previous handlers are restored on exit, because a launcher or a notebook may have its own.
             self._handlers_before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
@@ -58,30 +58,30 @@ class Stopper:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
-            raise KeyboardInterrupt  # pressed again: end now, without saving
-        # Nothing else is done in a handler: it may interrupt any line, a write or a collective included.
+            raise KeyboardInterrupt  # the second Ctrl-C ends the process without saving
+        # The handler does nothing else, because it may interrupt any line, such as a write or a collective.
         self._signal = number
 
     def stop_request(self, seconds_needed: float = 0.0) -> int:
-        """What this rank asks for now: GO_ON, SAVE or STOP.
+        """The current request of this rank: GO_ON, SAVE or STOP.
 
         Args:
-            seconds_needed: What one more step and a save take; both must end before the time limit.
+            seconds_needed: Duration of one more step and a save, which must end before the time limit.
         """
         if self.must_stop(seconds_needed):
             return STOP
         return SAVE if self._finds("SAVE") else GO_ON
 
     def must_stop(self, seconds_needed: float = 0.0) -> bool:
-        """Whether this rank asks to stop now; a request to save is left for the loop to find."""
+        """Whether this rank requests a stop. A request to save stays pending for the loop."""
         if self._signal is not None:
             self.reason = f"received {signal.Signals(self._signal).name}"
-        # The time that one more step and a save take is subtracted: a scheduler kills at its limit without asking.
+        # The time of one more step and a save is subtracted, because a scheduler kills the job at its limit.
         elif self._deadline is not None and time.monotonic() + seconds_needed >= self._deadline:
             self.reason = f"the time limit of {self._limit_min:g} min is reached"
         elif self._stop_file or self._finds("STOP"):
-            # Remembered, because the file is taken away by the first
-            # look, and the request must still stand at the next one.
+            # Remembered, because the first check removes the file
+            # and the request must still hold at the next check.
             self._stop_file = True
             self.reason = "a file STOP was in the run directory"
         else:
@@ -89,9 +89,9 @@ class Stopper:
         return True
 
     def _finds(self, name: str) -> bool:
-        """Whether rank 0 finds a file of this name; each is looked for once in `FILES_EVERY_S`."""
+        """Whether rank 0 finds a file of this name, which it checks once in `FILES_EVERY_S` seconds."""
         now = time.monotonic()
-        # Rank 0 alone looks: hundreds of ranks that ask for one file every second are a load on a metadata server.
+        # Only rank 0 checks: hundreds of ranks would load the metadata server of a shared file system.
         if not self.is_main or now < self._next_look.get(name, 0.0):
             return False
         self._next_look[name] = now + FILES_EVERY_S
@@ -99,10 +99,10 @@ class Stopper:
 
 
 class Budget:
-    """Time that something beside training may take, such as drawing previews: it ends early when a stop is asked for.
+    """A time limit of work besides training, such as previews; the work also ends when a stop is requested.
 
     Args:
-        stopper: Who may ask for a stop.
+        stopper: Collects requests to stop.
         seconds: Wall-clock seconds from now.
     """
 
@@ -111,7 +111,7 @@ class Budget:
         self._end = time.monotonic() + seconds
 
     def used_up(self) -> str:
-        """Why to end now; an empty string while there is time."""
+        """Why the work must end; an empty string while it may continue."""
         if self.stopper.must_stop():
             return self.stopper.reason
         return f"it took more than {self.seconds:.0f} s" if time.monotonic() > self._end else ""

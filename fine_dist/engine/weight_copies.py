@@ -23,19 +23,19 @@ DTYPE = torch.bfloat16
 
 def multiplied(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Parameters that products alone use, with the modules that own them and their names there."""
-    found = []
+    matches = []
     for module in model.modules():
         declared = ("weight", "bias") if type(module) is nn.Linear else getattr(type(module), "multiplied", ())
-        found += [(module, name, p) for name, p in module.named_parameters(recurse=False) if name in declared]
-    return found
+        matches += [(module, name, p) for name, p in module.named_parameters(recurse=False) if name in declared]
+    return matches
 
 
 class WeightCopies:
     """The copies of one model's weights, those of frozen ones among them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._places = multiplied(model)
-        masters = {id(p): p for _, _, p in self._places}
+        self._slots = multiplied(model)
+        masters = {id(p): p for _, _, p in self._slots}
         self._masters = list(masters.values())
         self._copies = [nn.Parameter(p.detach().to(DTYPE), p.requires_grad) for p in self._masters]
         self.of: dict[int, nn.Parameter] = dict(zip(masters, self._copies))
@@ -48,11 +48,11 @@ class WeightCopies:
         """A context in which the model's modules hold the copies, with the values that the masters have now."""
         self.refresh()
         try:
-            for module, name, master in self._places:
+            for module, name, master in self._slots:
                 module._parameters[name] = self.of[id(master)]
             yield
         finally:
-            for module, name, master in self._places:
+            for module, name, master in self._slots:
                 module._parameters[name] = master
             for copy in self._copies:
                 copy.grad = None
@@ -81,9 +81,9 @@ def add_gradients(pairs: Iterable[tuple[Tensor, nn.Parameter]]) -> None:
         grad, copy.grad = copy.grad, None
         if grad is None:
             continue
-        kept = more if master.grad is not None else fresh
+        pairs_of_kind = more if master.grad is not None else fresh
         master.grad = torch.empty_like(master) if master.grad is None else master.grad
-        kept.append((master.grad, grad))
+        pairs_of_kind.append((master.grad, grad))
     if fresh:
         torch._foreach_copy_([into for into, _ in fresh], [grad for _, grad in fresh])
     if more:

@@ -16,7 +16,7 @@ from torch import nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError, nearest
-from fine_dist.data.shards import check_classes
+from fine_dist.data.manifest import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
@@ -91,7 +91,7 @@ class Evaluator:
             return {"model": path, "arch": None, "method": "images", **measured.row()}
         renderer = self.renderer(path)
         arch, protocol = renderer.model.arch, renderer.protocol(self.config.seed)
-        about = {"arch": arch.name, "method": renderer.about["method"]["name"], **protocol}
+        about = {"arch": arch.name, "method": renderer.metadata["method"]["name"], **protocol}
         about["hash"] = about.pop("model")
         return {"model": path, **about, **self.measure(renderer).row()}
 

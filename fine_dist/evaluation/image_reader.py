@@ -21,7 +21,7 @@ from torch import Tensor
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import DataError
 from fine_dist.core.regular_files import check_regular, open_regular
-from fine_dist.data.images import FORMATS, SUFFIXES, WHITE, Color, to_rgb
+from fine_dist.data.image_decoding import FORMATS, SUFFIXES, WHITE, Color, to_rgb
 from fine_dist.sampling.npz import NpzImages
 
 

@@ -15,8 +15,8 @@ from fine_dist.artifacts.locate import find_artifact, is_foreign
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError, FineDistError, ReportedElsewhere
 from fine_dist.core.files import sha256_of
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.reader import ShardSet
-from fine_dist.data.shards import Manifest
 from fine_dist.data.sources import locate
 from fine_dist.engine.dist import broadcast_object
 from fine_dist.engine.world import World

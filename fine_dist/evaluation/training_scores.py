@@ -16,8 +16,8 @@ from fine_dist.artifacts.autoencoder import Decoder
 from fine_dist.artifacts.model_facts import ModelFacts
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 from fine_dist.engine.world import World
 from fine_dist.evaluation.comparison import HELD_OUT_LOSS

@@ -17,8 +17,8 @@ from fine_dist.core.errors import ConfigError, DataError, RunDirError
 from fine_dist.core.files import sha256_text
 from fine_dist.core.json_files import as_record, read_json
 from fine_dist.core.limits import FAR_BEYOND, GIB, memory_bytes
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.reader import ShardSet
-from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import check_fit, read_all
 from fine_dist.engine.trackers import check_installed
 from fine_dist.family.config import InitConfig

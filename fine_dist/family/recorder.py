@@ -203,7 +203,7 @@ def save_result(
         method=family.method(member).config.model_dump(mode="json"),
         parent=family.parent,
         arch=family.arch(member),
-        own=own,
+        tensors=own,
         names=names,
         facts={
             "seed": member.seed,

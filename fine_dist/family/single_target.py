@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fine_dist.artifacts.targets import own_tensors
+from fine_dist.artifacts.targets import changed_tensors
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import TrainingError
 from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.diffusion.held_out import HeldOutLoss
 from fine_dist.diffusion.objective import Objective
-from fine_dist.engine.loop import fit
+from fine_dist.engine.fit import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig
@@ -99,5 +99,5 @@ def _save(family: Family, member: Member, result: FitResult, flops: float) -> No
         "reason": None,
         "trained": sum(p.numel() for p in result.model.parameters() if p.requires_grad),
     }
-    own = own_tensors(result.model, family.parent)
+    own = changed_tensors(result.model, family.parent)
     save_result(family, member, own, list(result.model.state_dict()), facts, flops_per_sample=flops)

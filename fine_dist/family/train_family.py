@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fine_dist.artifacts.targets import descend, own_tensors
+from fine_dist.artifacts.targets import changed_tensors, descend
 from fine_dist.core.config import run_dir_of
 from fine_dist.core.errors import DamagedStateError, DataError, LaunchError, ResumeLater
 from fine_dist.engine import dist
@@ -202,7 +202,7 @@ def _train_packed(
         family,
         members,
         packed,
-        own=[own_tensors(model, family.parent) for model in models],
+        own=[changed_tensors(model, family.parent) for model in models],
         names=[list(model.state_dict()) for model in models],
         flops=[family.method(m).cost(model, config.batch).training for m, model in zip(members, models)],
         table=table,

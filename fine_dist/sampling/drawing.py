@@ -6,38 +6,34 @@ the first process makes the files when all images are there.
 
 from __future__ import annotations
 
-import io
-import json
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, exists_locally, is_foreign
 from fine_dist.artifacts.reading import facts_of
 from fine_dist.core.config import expand_path
-from fine_dist.core.errors import ConfigError, DataError, nearest
-from fine_dist.core.files import sha256_text, write_atomic
-from fine_dist.core.json_files import Record, read_record
+from fine_dist.core.errors import ConfigError, nearest
+from fine_dist.core.files import sha256_text
 from fine_dist.core.limits import FAR_BEYOND, GIB, memory_bytes
 from fine_dist.core.seeds import mix
-from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.engine.dist import all_reduce_max, all_reduce_sum, barrier, world
 from fine_dist.engine.world import World
 from fine_dist.model.arch import Arch
 from fine_dist.sampling.image_grid import labelled_grid, latents_as_images, save_png
-from fine_dist.sampling.image_store import ImageStore, LatentStore
 from fine_dist.sampling.renderer import ImageRenderer, class_name_of, make_renderer
+from fine_dist.sampling.sample_files import (
+    GRID_IMAGES,
+    OutputStores,
+    grid_title,
+    samples_exist,
+    write_files,
+    write_pngs,
+)
 from fine_dist.sampling.settings import ALL_CLASSES, DEFAULT_CLASSES, SampleConfig
-
-DONE = "samples.json"
-GRID_IMAGES = 100
-"""Images in a grid, at most: ten rows of ten can be looked at."""
 
 
 def run(config: SampleConfig) -> Path:
@@ -47,21 +43,21 @@ def run(config: SampleConfig) -> Path:
     paths, family = expand_family([*filter(None, [config.model]), *config.compare])
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
-    here = world(config.engine.device)
-    renderers = [make_renderer(config, path, here.device) for path in paths]
-    if here.is_main:
+    process = world(config.engine.device)
+    renderers = [make_renderer(config, path, process.device) for path in paths]
+    if process.is_main:
         print("".join(f"note: {note}\n" for renderer in renderers for note in renderer.notes), end="")
     labels = labels_of(config, renderers[0].model.arch.num_classes, renderers[0].facts.class_names)
-    if here.is_main:
+    if process.is_main:
         for renderer in renderers:
             print(f"sample: {renderer.estimate(len(labels))}", flush=True)
-    if here.device is None or here.device.type == "cpu":
+    if process.device is None or process.device.type == "cpu":
         for renderer in renderers:
             check_memory(config, renderer.model.arch, len(labels))
     folder = Path(expand_path(config.run_dir))
     if config.compare or family:
-        return compare(config, renderers, labels, folder, here)
-    return draw(config, renderers[0], labels, folder, here)
+        return compare(config, renderers, labels, folder, process)
+    return draw(config, renderers[0], labels, folder, process)
 
 
 def check(config: SampleConfig) -> None:
@@ -95,22 +91,22 @@ def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:
 
     Other things in a family's folder (tables, logs), which `FAMILY/*` names too, are left out.
     """
-    found: list[str] = []
+    models: list[str] = []
     family = False
     for path in paths:
         folder = Path(expand_path(path))
         if _has_artifact(folder):
-            found.append(path)
+            models.append(path)
         elif members := family_members(folder):
-            found += map(str, members)
+            models += map(str, members)
             family = True
         elif (is_foreign(path) and not folder.exists()) or not family_members(folder.parent):
-            found.append(path)  # another project's model, a hub name; or loading it says what is wrong with it
-    if not found:
+            models.append(path)  # another project's model, a hub name; or loading it says what is wrong with it
+    if not models:
         raise ConfigError(
             f"model: {', '.join(paths)}: none of these is a model; give the folder of a family or a model"
         )
-    return found, family
+    return models, family
 
 
 def family_members(folder: Path) -> list[Path]:
@@ -159,7 +155,7 @@ def _is_number(word: str) -> bool:
     return word.isascii() and word.lstrip("-").isdigit() and len(word) < 19
 
 
-def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path, here: World) -> Path:
+def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path, process: World) -> Path:
     """Draw all images into the files of a folder, with the other processes; returns the folder.
 
     Raises:
@@ -178,54 +174,54 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
         # 50,000 labels would make samples.json unreadable; their hash tells two orders apart just as well.
         "labels": labels.tolist() if len(labels) <= 1000 else sha256_text(" ".join(map(str, labels.tolist()))),
     }
-    if _is_done(folder, identity, wanted):
+    if samples_exist(folder, identity, wanted):
         return folder
     with OutputStores(folder, renderer, labels, identity, wanted) as stores:
         begun = time.perf_counter()
-        mine = stores.missing(here.rank, here.world_size)
-        progress = f"sample {renderer.model.arch.name}" if here.is_main else False
-        for batch, images in renderer.render(labels[mine], mine, config.seed, progress):
+        own_indices = stores.missing(process.rank, process.world_size)
+        progress = f"sample {renderer.model.arch.name}" if process.is_main else False
+        for batch, images in renderer.render(labels[own_indices], own_indices, config.seed, progress):
             stores.write(batch, images)
         # The slowest process that drew anything; a process without work spent its time waiting for files to open.
-        spent = torch.tensor([time.perf_counter() - begun if len(mine) else 0.0], dtype=torch.float64)
-        seconds = float(all_reduce_max(spent, here)[0])  # also waits for everybody's images
+        spent = torch.tensor([time.perf_counter() - begun if len(own_indices) else 0.0], dtype=torch.float64)
+        seconds = float(all_reduce_max(spent, process)[0])  # also waits for everybody's images
         if "png" in wanted and stores.images is not None:
-            _write_pngs(stores.images, renderer, labels, folder, here)
+            write_pngs(stores.images, renderer, labels, folder, process)
         # Rank 0 deletes the stores, so everybody's pictures must have been written from them before.
-        barrier(here)
-        if here.is_main:
-            _write_files(stores, config, renderer, labels, folder, identity, seconds)
-    barrier(here)
+        barrier(process)
+        if process.is_main:
+            write_files(stores, config, renderer, labels, folder, identity, seconds)
+    barrier(process)
     return folder
 
 
 def compare(
-    config: SampleConfig, renderers: Sequence[ImageRenderer], labels: Tensor, folder: Path, here: World
+    config: SampleConfig, renderers: Sequence[ImageRenderer], labels: Tensor, folder: Path, process: World
 ) -> Path:
     """One labeled grid, a row a model, of the same seeds and classes; returns the picture's path."""
     if len(labels) > GRID_IMAGES:
         raise ConfigError(f"compare: {len(labels)} images of each model are too many; {GRID_IMAGES} at most (--count)")
     rows = []
     for renderer in renderers:
-        found: dict[int, Tensor] = {}
-        mine = torch.arange(here.rank, len(labels), here.world_size)
-        progress = f"sample {Path(renderer.where).name}" if here.is_main else False
-        for batch, images in renderer.render(labels[mine], mine, config.seed, progress):
-            found.update(zip(batch.indices.tolist(), images if renderer.pictures else latents_as_images(images)))
-        rows.append(_gather(found, len(labels), renderer, here))
+        own_images: dict[int, Tensor] = {}
+        own_indices = torch.arange(process.rank, len(labels), process.world_size)
+        progress = f"sample {Path(renderer.where).name}" if process.is_main else False
+        for batch, images in renderer.render(labels[own_indices], own_indices, config.seed, progress):
+            own_images.update(zip(batch.indices.tolist(), images if renderer.pictures else latents_as_images(images)))
+        rows.append(_gather(own_images, len(labels), renderer, process))
     path = folder / "compare.png"
-    if here.is_main:
+    if process.is_main:
         sizes = {tuple(row.shape[1:]) for row in rows}
         if len(sizes) > 1:
-            told = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
-            raise ConfigError(f"compare: the models draw images of different sizes: {told}")
+            sizes_text = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
+            raise ConfigError(f"compare: the models draw images of different sizes: {sizes_text}")
         first = renderers[0]
         captions = [class_name_of(int(label), first.facts, first.model.arch.num_classes) for label in labels]
         grid = labelled_grid(
             torch.cat(rows),
             captions * len(rows),
             len(labels),
-            title=_title(first, config),
+            title=grid_title(first, config),
             rows=_short_names([renderer.where for renderer in renderers]),
         )
         save_png(grid, path)
@@ -233,141 +229,14 @@ def compare(
     return path
 
 
-# --- stores and files ------------------------------------------------------------------------------------------------
-
-
-class OutputStores:
-    """What is drawn, on disk: latents where they are wanted or there is nothing else, images where there are any."""
-
-    def __init__(
-        self, folder: Path, renderer: ImageRenderer, labels: Tensor, identity: dict[str, Any], wanted: set[Any]
-    ) -> None:
-        self.latents: LatentStore | None = None
-        self.images: ImageStore | None = None
-        shape, count = renderer.model.arch.latent_shape, len(labels)
-        if "npy" in wanted or not renderer.pictures:
-            self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
-        if renderer.pictures and wanted & {"grid", "png", "npz"}:
-            # The decoder alone knows the size of its images, and the
-            # store must be allocated before the first one is drawn.
-            one = renderer.finish(torch.zeros(1, *shape))
-            size = (int(one.shape[2]), int(one.shape[3]))
-            self.images = ImageStore(folder / "store" / "images", count, size, int(one.shape[1]), identity)
-
-    @property
-    def all(self) -> list[LatentStore | ImageStore]:
-        return [store for store in (self.latents, self.images) if store is not None]
-
-    def missing(self, rank: int, size: int) -> Tensor:
-        """Numbers of images that are not in every store yet, this process's share of them."""
-        return torch.cat([store.missing(rank, size) for store in self.all]).unique()
-
-    def write(self, batch: SampledBatch, images: Tensor) -> None:
-        """Store a batch; it is on disk when this returns."""
-        if self.latents is not None:
-            self.latents.write(batch.indices, batch.latents)
-        if self.images is not None:
-            self.images.write(batch.indices, images)
-
-    def __enter__(self) -> OutputStores:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for store in self.all:
-            store.close()
-
-
-class SamplesDone(Record):
-    """The file that says which images a folder holds."""
-
-    protocol: dict[str, Any]
-    """What decides every image: the model's hash, the sampler, the seed, the classes."""
-    formats: list[str]
-    """Formats that are complete."""
-
-
-def _is_done(folder: Path, identity: dict[str, Any], wanted: set[Any]) -> bool:
-    """Whether these images are in the folder. `DataError` when others are."""
-    try:
-        found = read_record(SamplesDone, folder / DONE, DataError, f"remove {folder}, or choose another --run-dir")
-    except FileNotFoundError:
-        return False
-    protocol = found.protocol
-    differs = [key for key in identity if protocol.get(key) != json.loads(json.dumps(identity[key]))]
-    if differs:
-        raise DataError(
-            f"{folder} holds other images (another {', '.join(differs)}); choose another --run-dir, or remove it"
-        )
-    if not wanted <= set(found.formats):
-        return False
-    print(f"sample: drawn before; the files are in {folder}")
-    return True
-
-
-def _write_files(
-    stores: OutputStores,
-    config: SampleConfig,
-    renderer: ImageRenderer,
-    labels: Tensor,
-    folder: Path,
-    identity: dict[str, Any],
-    seconds: float,
-) -> None:
-    if "npy" in config.formats and stores.latents is not None:
-        stores.latents.to_npy(folder / "samples.npy")
-    file = io.BytesIO()
-    np.save(file, labels.numpy())
-    write_atomic(folder / "labels.npy", file.getvalue())
-    if "npz" in config.formats and stores.images is not None:
-        stores.images.to_npz(folder / "samples.npz")
-    if "grid" in config.formats:
-        _write_grid(stores, config, renderer, labels, folder)
-    record = {"protocol": identity, "formats": config.formats, "count": len(labels), "source": renderer.where}
-    # From here on the same command does nothing, so it stands after every file that it promises.
-    write_atomic(folder / DONE, json.dumps(record, indent=1) + "\n")
-    # Last, after the record: an interruption before it costs disk space and no image.
-    shutil.rmtree(folder / "store")
-    rate = f", {len(labels) / seconds:.3g} images/s" if seconds else ""
-    print(f"sample: {len(labels)} images of {renderer.where}{rate}; {', '.join(config.formats)} in {folder}")
-
-
-def _write_grid(
-    stores: OutputStores, config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path
-) -> None:
-    num = min(len(labels), GRID_IMAGES)
-    if stores.images is not None:
-        images = torch.from_numpy(stores.images.read(0, num).copy()).permute(0, 3, 1, 2)
-    else:
-        assert stores.latents is not None
-        images = latents_as_images(torch.from_numpy(stores.latents.read(0, num).copy()))
-    captions = [class_name_of(int(label), renderer.facts, renderer.model.arch.num_classes) for label in labels[:num]]
-    columns = 10 if config.count or "balanced" in config.classes else config.per_class
-    grid = labelled_grid(images, captions, min(columns, 16), title=_title(renderer, config))
-    save_png(grid, folder / "samples.png")
-
-
-def _write_pngs(store: ImageStore, renderer: ImageRenderer, labels: Tensor, folder: Path, here: World) -> None:
-    for number in range(here.rank, len(labels), here.world_size):
-        name = class_name_of(int(labels[number]), renderer.facts, renderer.model.arch.num_classes)
-        safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
-        picture = torch.from_numpy(store.read(number, 1)[0].copy()).permute(2, 0, 1)
-        save_png(picture, folder / "images" / f"{number:06d}-{safe}.png")
-
-
-def _title(renderer: ImageRenderer, config: SampleConfig) -> str:
-    what = "" if renderer.pictures else "LATENTS, not decoded (--vae makes images of them); "
-    sampler = renderer.sampler
-    return f"{what}{sampler.scheduler} {sampler.steps} steps, guidance {sampler.guidance:g}, seed {config.seed}"
-
-
-def _gather(found: dict[int, Tensor], count: int, renderer: ImageRenderer, here: World) -> Tensor:
+def _gather(own_images: dict[int, Tensor], count: int, renderer: ImageRenderer, process: World) -> Tensor:
     """All images uint8 [N, C, H, W], from whichever process drew them, on every process."""
     zero = torch.zeros(1, *renderer.model.arch.latent_shape)
     one = renderer.finish(zero) if renderer.pictures else latents_as_images(zero)
     table = torch.zeros(count, *one.shape[1:], dtype=torch.int32)  # gloo has no sum of bytes on every platform
-    for number, image in found.items():
+    for number, image in own_images.items():
         table[number] = image.int()
-    return all_reduce_sum(table, here).to(torch.uint8)
+    return all_reduce_sum(table, process).to(torch.uint8)
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -46,23 +46,27 @@ class ArrayStore:
     def __init__(self, folder: str | Path, count: int, shape: tuple[int, ...], identity: dict[str, Any]) -> None:
         self.folder, self.count, self.shape = Path(folder), count, shape
         self.folder.mkdir(parents=True, exist_ok=True)
-        about = {"count": count, "shape": list(self.shape), **json.loads(json.dumps(identity))}
+        description = {"count": count, "shape": list(self.shape), **json.loads(json.dumps(identity))}
         try:
             # Exactly one process writes the file; all others compare with it.
-            write_new(self.folder / _ABOUT, json.dumps(about, indent=1) + "\n")
+            write_new(self.folder / _ABOUT, json.dumps(description, indent=1) + "\n")
         except FileExistsError:
-            self._agree(about)
+            self._check_description(description)
         self._bytes = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
         self._rows = self._open(self.file, count * self._bytes)
         self._done = self._open(_DONE, count)
 
-    def _agree(self, about: dict[str, Any]) -> None:
+    def _check_description(self, description: dict[str, Any]) -> None:
         path, remedy = self.folder / _ABOUT, "remove the folder to begin again"
-        found = as_record(dict[str, Any], read_json(path, DataError, remedy), path, DataError, remedy)
-        differs = sorted(key for key in {*about, *found} if about.get(key) != found.get(key))
+        recorded = as_record(dict[str, Any], read_json(path, DataError, remedy), path, DataError, remedy)
+        differs = sorted(key for key in {*description, *recorded} if description.get(key) != recorded.get(key))
         if differs:
-            told = "; ".join(f"{key}: {found.get(key)!r} there, {about.get(key)!r} now" for key in differs)
-            raise DataError(f"{self.folder} holds other {self.what} ({told}); choose another folder, or remove it")
+            differences = "; ".join(
+                f"{key}: {recorded.get(key)!r} there, {description.get(key)!r} now" for key in differs
+            )
+            raise DataError(
+                f"{self.folder} holds other {self.what} ({differences}); choose another folder, or remove it"
+            )
 
     def _open(self, name: str, size: int) -> int:
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -84,8 +88,8 @@ class ArrayStore:
         """Numbers int64 of the arrays that no process has written, of process `rank`'s share: rank, rank + W, ..."""
         # Read from the file at each call: other processes may have written since.
         done = np.frombuffer(os.pread(self._done, self.count, 0), np.uint8)
-        mine = np.arange(rank, self.count, world_size)
-        return torch.from_numpy(mine[done[mine] == 0])
+        share = np.arange(rank, self.count, world_size)
+        return torch.from_numpy(share[done[share] == 0])
 
     def _write(self, indices: Tensor, rows: np.ndarray) -> None:
         """Store rows [B, *shape] under their numbers [B]; on disk when this returns."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fine_dist.artifacts.autoencoder import Decoder, decoded
+from fine_dist.artifacts.autoencoder import Decoder, decode_batches
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import ModelFacts, model_facts_of, resolve_sampling
 from fine_dist.core.errors import ConfigError
@@ -36,7 +36,7 @@ class ImageRenderer:
     Args:
         model: The model, on its device.
         where: Its name, for messages and titles.
-        about: What is known of it, as `load_model` returns it.
+        metadata: What is known of it, as `load_model` returns it.
         facts: What its manifest says of sampling.
         sampler: The settled settings of the sampler.
         diffusion: The process it was trained for.
@@ -47,7 +47,7 @@ class ImageRenderer:
 
     model: DiT
     where: str
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     facts: ModelFacts
     sampler: SamplerConfig
     diffusion: DiffusionConfig
@@ -81,7 +81,7 @@ class ImageRenderer:
             progress=progress,
         )
         if self.decoder is not None:
-            yield from decoded(batches, self.decoder)
+            yield from decode_batches(batches, self.decoder)
             return
         for batch in batches:
             yield batch, self.finish(batch.latents) if self.pictures else batch.latents
@@ -89,7 +89,7 @@ class ImageRenderer:
     def protocol(self, seed: int) -> dict[str, Any]:
         """What decides an image of a number and a label; JSON."""
         return {
-            "model": self.about["hash"],
+            "model": self.metadata["hash"],
             # Noise belongs to an image's number, so the batch's size changes no image.
             "sampler": self.sampler.model_dump(mode="json", exclude={"batch"}),
             # Label dropout is a matter of training and changes no image.
@@ -139,8 +139,8 @@ def make_renderer(config: SamplingSettings, path: str, device: torch.device | No
         ArtifactError: The model or the VAE cannot be loaded.
         ConfigError: The settings do not fit the model.
     """
-    model, about = load_model(path, config.learngene, config.weights, config.hints)
-    facts = model_facts_of(about)
+    model, metadata = load_model(path, config.learngene, config.weights, config.hints)
+    facts = model_facts_of(metadata)
     sampler, diffusion, notes = resolve_sampling(config.sampler, config.diffusion, facts, path)
     pictures, decoder = facts.pictures(model.arch.in_channels), None
     if config.vae:
@@ -165,7 +165,7 @@ def make_renderer(config: SamplingSettings, path: str, device: torch.device | No
         compile_or_fall_back(list(blocks) if isinstance(blocks, nn.ModuleList) else [model])
     # A scheduler of `auto` becomes the process's own before the protocol is written, which must name what was used.
     sampler = resolve_scheduler(sampler, diffusion)
-    return ImageRenderer(model, path, about, facts, sampler, diffusion, decoder, pictures, notes)
+    return ImageRenderer(model, path, metadata, facts, sampler, diffusion, decoder, pictures, notes)
 
 
 def class_name_of(label: int, facts: ModelFacts, num_classes: int) -> str:

@@ -13,55 +13,55 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.settings import EngineConfig
 
 ALL_CLASSES = ("all", "balanced")
-"""Words for every class: per_class images of each, or all of them in turn."""
+"""Values of `classes` that mean every class: `all` is per_class images of each, `balanced` cycles through them."""
 DEFAULT_CLASSES = 10
-"""Classes that are drawn when none are named: one row of a grid each, chosen by the seed where there are more."""
+"""Number of classes when none are given. A model with more classes has this many chosen by the seed."""
 
 
 class SamplingSettings(Config):
-    """What all commands share that sample images from models."""
+    """Settings that all commands which sample images share."""
 
     vae: PathKey | None = None
     """Folder or hub name of the autoencoder that decodes latents. Default: latents are shown as they are."""
     vae_precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the decoder; bf16 is faster on a GPU and changes pixels by a level or two."""
     seed: Seed = 0
-    """Seeds the noise: image i of a seed is the same whatever the batch or the number of processes."""
+    """Random seed of the noise. Image i of a seed is the same for every batch size and number of processes."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to use: the exponential moving average (`ema`), or those of the last step (`raw`)."""
     learngene: PathKey | None = None
-    """Present place of the learngene that a target was made from, when it has moved since."""
+    """Current location of the learngene that a target was made from, if it has moved."""
     hints: HintsConfig = HintsConfig()
-    """Facts about another project's file that it does not state itself."""
+    """Facts about another project's model file that the file does not state."""
     sampler: SamplerOverrides = SamplerOverrides()
     """Solver, steps and guidance."""
     diffusion: DiffusionConfig | None = None
-    """The process that a model was trained for. Default: as its manifest says, which is nearly always right."""
+    """Diffusion process that the model was trained for. Default: from its manifest, which is nearly always right."""
     engine: EngineConfig = EngineConfig()
     """Device and threads; the other settings of a training loop are not used here."""
     launch: LaunchConfig = LaunchConfig()
-    """What the job needs of a machine, where it is submitted."""
+    """Resources of the job, if it is submitted to a cluster."""
 
 
 class SampleConfig(SamplingSettings):
-    """Draw images from a model, or the same images from several models (`--compare`). Guidance, clip and the process
-    are the model's own unless they are given."""
+    """Sample images from a model, or the same images from several models (`--compare`). Guidance, clip and the
+    diffusion process default to those in the model's manifest."""
 
     model: PathKey | None = None
-    """A model, a target, a learngene, a run or a family of targets; also DiT's `.pt`, a diffusers folder, or a name on
-    the hub. A family gives one grid with a row for each of its targets."""
+    """A model, a target, a learngene, a run directory or a family of targets; also a DiT `.pt` file, a diffusers
+    folder, or a name on the hub. A family gives one grid with one row per target."""
     compare: tuple[PathKey, ...] = ()
-    """Further models: one grid of the same seeds and classes, a row each, instead of the files. Other things in a
-    family's folder (`--compare FAMILY/*`) are left out."""
+    """Further models. The result is one grid with one row per model, of the same seeds and classes, instead of the
+    files. Entries of a family's folder that are no models (`--compare FAMILY/*`) are ignored."""
     run_dir: PathKey = "runs/samples"
-    """Folder of the results. The same command again continues what is there."""
+    """Folder of the results. Running the same command again resumes an interrupted one."""
     classes: tuple[int | str, ...] = ()
-    """Classes by number or name, per_class images of each; `all` for every class, `balanced` for every class in turn.
-    Default: all where there are at most 10, else 10 that the seed chooses."""
+    """Classes by number or name, with per_class images of each; `all` for every class, `balanced` to cycle through all
+    classes. Default: all classes if there are at most 10, else 10 chosen by the seed."""
     per_class: int = Field(8, ge=1, le=10_000_000)
-    """Number of images of each class, where `count` is not given."""
+    """Number of images of each class, if `count` is not given."""
     count: int | None = Field(None, ge=1, le=100_000_000)
-    """Number of images in all, classes in turn. Default: per_class of each class."""
+    """Total number of images, cycling through the classes. Default: per_class images of each class."""
     formats: tuple[Literal["npy", "grid", "png", "npz"], ...] = Field(("npy", "grid"), min_length=1)
-    """Files to write: `npy` (latents and labels), `grid` (samples.png), `png` (single pictures), `npz` (ADM's file of
-    all pictures, uint8)."""
+    """Files to write: `npy` (latents and labels), `grid` (samples.png), `png` (one file per image), `npz` (all images
+    in ADM's format, uint8)."""

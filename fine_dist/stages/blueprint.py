@@ -11,9 +11,9 @@ from torch import nn
 
 from fine_dist.core.config import expand_path, validate
 from fine_dist.core.errors import ConfigError, DataError
+from fine_dist.data.manifest import check_classes
 from fine_dist.data.reader import ShardSet
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.methods.base import Method, MethodConfig, Weights
 from fine_dist.model.arch import Arch, sides
@@ -51,11 +51,11 @@ class Stage(ABC, Generic[C]):
     """Kind of the artifact that it makes, and the artifact's folder in the run directory."""
 
     def __init__(self, config: C) -> None:
-        arch = self.given_arch(config)
+        arch = self.configured_arch(config)
         self.config = config.model_copy(update={"arch": fit_arch(arch, config.data)}) if arch else config
 
     @abstractmethod
-    def given_arch(self, config: C) -> Arch | None:
+    def configured_arch(self, config: C) -> Arch | None:
         """The architecture that the settings name. None where it is another model's."""
 
     @property
@@ -86,7 +86,7 @@ class Stage(ABC, Generic[C]):
         if config.data.shards is None:
             raise ConfigError("data.shards is not set: give the folder that `fine-dist encode` wrote")
         shards = ShardSet(expand_path(config.data.shards), config.data)
-        found = {
+        values = {
             **self.origin(),
             "data": {"hash": shards.manifest.hash, "streams": config.data.streams, "window": config.data.window},
             "seed": config.seed,
@@ -96,7 +96,7 @@ class Stage(ABC, Generic[C]):
             "engine": {key: getattr(config.engine, key) for key in BOUND},
         }
         shards.close()
-        return {**found, "steps": config.steps} if config.optim.depends_on_steps else found
+        return {**values, "steps": config.steps} if config.optim.depends_on_steps else values
 
 
 def hparams(stage: str, method: MethodConfig, arch: Arch, config: Any, *, seed: int, lr: float) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def fit_arch(arch: Arch, data: DataConfig) -> Arch:
         return arch  # the run itself says what is wrong with them
     channels, height, width = manifest.latent_shape
     known = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
-    given = {key: getattr(arch, key) for key in arch.model_fields_set}
-    return validate(Arch, {**given, **{key: known[key] for key in unset}}, "arch of the shards")
+    stated = {key: getattr(arch, key) for key in arch.model_fields_set}
+    return validate(Arch, {**stated, **{key: known[key] for key in unset}}, "arch of the shards")
 
 
 def check_labels(

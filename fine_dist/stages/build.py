@@ -10,8 +10,8 @@ from torch import nn
 
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ConfigError
+from fine_dist.data.manifest import check_classes
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import check_classes
 from fine_dist.data.sources import locate
 from fine_dist.data.stream import LatentStream, check_fit
 from fine_dist.diffusion.objective import (
@@ -45,7 +45,7 @@ class Plan:
     arch: Arch
     """Shape of what is kept."""
     method: Method[MethodConfig]
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     """What else is worth keeping in the manifest (JSON)."""
     weights: Weights = Weights()
     """Of the terms of the loss."""
@@ -68,9 +68,9 @@ class Plan:
         # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
         # REPA wraps the model; its projector is counted in extra_flops, so here the model inside counts alone.
         module = getattr(module, "student", module) if self.terms else module
-        own = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
+        cost = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
         return (
-            own.training
+            cost.training
             + self.extra_flops
             + (2.0 * forward_macs(self.teacher.arch) if self.teacher is not None else 0.0)
         )
@@ -89,13 +89,13 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         expect=plan.arch,
         tokens=plan.reads_tokens,
     )
-    kept = plan.condensation.product
+    product = plan.condensation.product
     decoder = decoder_of(config.vae, stream.manifest, world)
 
     def renderer(model: nn.Module) -> ImageRenderer:
         """What is kept of a (copy of the) trained module, as one that draws."""
         return training_renderer(
-            kept(model), config.run_dir, stream.manifest, decoder, config.sampler, config.diffusion
+            product(model), config.run_dir, stream.manifest, decoder, config.sampler, config.diffusion
         )
 
     quick = None
@@ -118,14 +118,14 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
 
     def scores(model: nn.Module) -> dict[str, float]:
         """Numbers of the averaged weights, by metric; on rank 0."""
-        found = {}
+        numbers = {}
         if evaluator is not None:
-            found["held_out_loss"] = evaluator.held_out_loss(kept(model), config.diffusion, alone=True)
-        return {**found, **(quick(renderer(model)) if quick is not None else {})}
+            numbers["held_out_loss"] = evaluator.held_out_loss(product(model), config.diffusion, alone=True)
+        return {**numbers, **(quick(renderer(model)) if quick is not None else {})}
 
-    drawn = plan.method if plan.draws else None
-    preview = PreviewCallback(drawn, config.seed)
-    histograms = histograms_of(drawn)
+    previewed = plan.method if plan.draws else None
+    preview = PreviewCallback(previewed, config.seed)
+    histograms = histograms_of(previewed)
     objective = Objective(config.diffusion, plan.arch, config.seed, make_terms(config, plan, world))
     return Program(
         model=plan.condensation.module,
@@ -137,7 +137,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         # The numbers are for the log, which rank 0 writes; the others wait at the next reduction.
         held_out=scores if world.is_main and (evaluator or quick) else None,
         previews=lambda model, step, budget: preview(renderer(model), step, budget),
-        histograms=lambda model: histograms(kept(model)),
+        histograms=lambda model: histograms(product(model)),
         before_step=quick.before_step(plan.condensation.before_step) if quick else plan.condensation.before_step,
         flops_per_sample=train_flops(plan.arch),
         tokens_per_sample=plan.arch.num_tokens,
@@ -181,10 +181,10 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
     return terms
 
 
-def weights_of(said: LossConfig, method: Weights) -> Weights:
+def weights_of(settings: LossConfig, method: Weights) -> Weights:
     """The user's weights over the method's own."""
-    pairs = ((f.name, getattr(said, f.name), getattr(method, f.name)) for f in fields(Weights))
-    return Weights(**{name: own if value is None else value for name, value, own in pairs})
+    pairs = ((f.name, getattr(settings, f.name), getattr(method, f.name)) for f in fields(Weights))
+    return Weights(**{name: default if value is None else value for name, value, default in pairs})
 
 
 def check_teacher(teacher: Arch, student: Arch, where: str) -> None:

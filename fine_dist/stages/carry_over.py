@@ -34,7 +34,7 @@ WAIT_S = 6 * 3600
 """Longest that a rank waits for rank 0's file; the launcher ends the others much sooner when rank 0 fails."""
 
 
-def begin_from(
+def start_from_ancestor(
     ancestor: DiT,
     condensation: Condensation,
     method: Method[MethodConfig],
@@ -74,21 +74,23 @@ def begin_from(
         else:
             facts = _read(run_dir, module, world)
     blocks = facts.pop("carried_over", "")
-    condensation.report = {**condensation.report, "carried_over": _words(copied, blocks), **facts}
-    condensation.lines = [*condensation.lines, f"ancestor: {_words(copied, blocks)}"]
+    condensation.report = {**condensation.report, "carried_over": _describe(copied, blocks), **facts}
+    condensation.lines = [*condensation.lines, f"ancestor: {_describe(copied, blocks)}"]
 
 
 def copy_shell(ancestor: DiT, module: nn.Module) -> bool:
     """Copy the embedders and the final layer where all their names and shapes agree; whether they do."""
-    theirs, own = of_role(ancestor, "shell"), of_role(module, "shell")
-    if {name: tensor.shape for name, tensor in theirs.items()} != {name: tensor.shape for name, tensor in own.items()}:
+    theirs, own_tensors = of_role(ancestor, "shell"), of_role(module, "shell")
+    if {name: tensor.shape for name, tensor in theirs.items()} != {
+        name: tensor.shape for name, tensor in own_tensors.items()
+    }:
         return False
-    for name, tensor in own.items():
+    for name, tensor in own_tensors.items():
         tensor.copy_(theirs[name])
     return True
 
 
-def _words(shell: bool, blocks: str) -> str:
+def _describe(shell: bool, blocks: str) -> str:
     if shell:
         return f"embedders and final layer copied, {blocks or 'blocks random'}"
     return f"{blocks}, embedders and final layer random" if blocks else "no weights copied, the loss alone imitates it"

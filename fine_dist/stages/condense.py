@@ -21,7 +21,7 @@ from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT
 from fine_dist.stages.blueprint import Blueprint, Stage, check_labels
 from fine_dist.stages.build import Plan, check_teacher, weights_of
-from fine_dist.stages.carry_over import begin_from
+from fine_dist.stages.carry_over import start_from_ancestor
 from fine_dist.stages.checking import check_stage
 from fine_dist.stages.settings import CondenseConfig
 from fine_dist.stages.stage import train_stage
@@ -33,11 +33,11 @@ class CondenseStage(Stage[CondenseConfig]):
     kind = "condense"
     product = "learngene"
 
-    def given_arch(self, config: CondenseConfig) -> Arch | None:
+    def configured_arch(self, config: CondenseConfig) -> Arch | None:
         return config.arch or (None if config.ancestor else Arch())
 
     @property
-    def settled(self) -> Method[MethodConfig]:
+    def resolved_method(self) -> Method[MethodConfig]:
         """The method, with settings filled in that depend on the ancestor; one that is not there yet is supposed to
         have the shape of stage 1."""
         config, method = self.config, build(self.config.method)
@@ -52,17 +52,17 @@ class CondenseStage(Stage[CondenseConfig]):
     def weights(self) -> Weights:
         """Weights of the loss's terms: the user's, else the method's own. An ancestor that a method could do without is
         given to be imitated, so the weight of its output is then 1."""
-        traits = self.settled.traits
-        own = replace(traits.loss, output=1.0) if self.config.ancestor and not traits.loss.output else traits.loss
-        return weights_of(self.config.loss, own)
+        traits = self.resolved_method.traits
+        defaults = replace(traits.loss, output=1.0) if self.config.ancestor and not traits.loss.output else traits.loss
+        return weights_of(self.config.loss, defaults)
 
     @property
     def shape(self) -> Arch:
         """Shape of the model that is trained and kept: `arch`, or else the ancestor's, in the method's own depth if it
         sets one. `ArtifactError` when neither can be known."""
         config = self.config
-        said = config.arch or (facts_of(config.ancestor, config.hints).arch if config.ancestor else Arch())
-        return build(config.method).auxiliary(said)
+        arch = config.arch or (facts_of(config.ancestor, config.hints).arch if config.ancestor else Arch())
+        return build(config.method).auxiliary(arch)
 
     @property
     def knows_ancestor(self) -> bool:
@@ -79,7 +79,7 @@ class CondenseStage(Stage[CondenseConfig]):
         config = self.config
         return {
             "arch": self.shape.model_dump(),
-            "method": self.settled.config.model_dump(mode="json"),
+            "method": self.resolved_method.config.model_dump(mode="json"),
             "ancestor": hash_of(config.ancestor, config.hints) if config.ancestor else None,
             "loss": vars(self.weights),
             **({} if config.shell == "inherited" else {"shell": config.shell}),
@@ -87,7 +87,7 @@ class CondenseStage(Stage[CondenseConfig]):
         }
 
     def blueprint(self) -> Blueprint:
-        method = self.settled
+        method = self.resolved_method
         shape = self.shape if self.knows_shape else method.auxiliary(Arch())
         with torch.device("meta"):
             module = method.blueprint(shape)
@@ -105,32 +105,34 @@ class CondenseStage(Stage[CondenseConfig]):
 def check(config: CondenseConfig) -> None:
     """Raise what `run` would refuse before its first step; an ancestor that is not on this machine is not read."""
     stage = CondenseStage(config)
-    here = not config.ancestor or exists_locally(config.ancestor)
-    if here:
+    is_local = not config.ancestor or exists_locally(config.ancestor)
+    if is_local:
         ancestor_of(stage)
-    check_stage(stage, stage.shape if here else stage.config.arch)
+    check_stage(stage, stage.shape if is_local else stage.config.arch)
 
 
 def run(config: CondenseConfig) -> Path:
     """Train the learngene; returns its folder. Raises `ResumeLater` when stopped early."""
     stage = CondenseStage(config)
     config = stage.config
-    ancestor, about = ancestor_of(stage)
-    method, shape = stage.settled, stage.shape
+    ancestor, metadata = ancestor_of(stage)
+    method, shape = stage.resolved_method, stage.shape
 
     def make(world: World) -> Plan:
         condensation = method.condense(shape, ancestor, torch.Generator().manual_seed(config.seed))
         if ancestor is not None:
             run_dir = Path(expand_path(config.run_dir))
-            begin_from(ancestor, condensation, method, run_dir, config.seed, config.shell == "inherited", world)
+            start_from_ancestor(
+                ancestor, condensation, method, run_dir, config.seed, config.shell == "inherited", world
+            )
         return Plan(
             condensation,
             arch=shape,
             method=method,
-            about=handed_on(config, about) if ancestor else {"ancestor": None},
+            metadata=ancestor_metadata(config, metadata) if ancestor else {"ancestor": None},
             weights=stage.weights,
             teacher=ancestor if stage.imitates else None,
-            teacher_process=diffusion_of(about),
+            teacher_process=diffusion_of(metadata),
         )
 
     return train_stage(stage, make)
@@ -147,14 +149,14 @@ def ancestor_of(stage: CondenseStage) -> tuple[DiT | None, dict[str, Any]]:
             why = "distillation imitates" if stage.imitates else f"method {config.method.name} as set begins with"
             raise ConfigError(f"ancestor: {why} a trained model; give its folder with --ancestor")
         return None, {}
-    traits = stage.settled.traits
+    traits = stage.resolved_method.traits
     if not stage.imitates and not traits.carries_over and config.shell == "scratch":
         raise ConfigError(
             f"ancestor: {config.ancestor} would be ignored: nothing of it is copied (shell: scratch), method "
             f"{config.method.name} as set starts from random weights, and no term of the loss imitates it. Set "
             "--loss.output 1 to distill from it, or leave --ancestor out."
         )
-    ancestor, about = load_model(config.ancestor, hints=config.hints)
+    ancestor, metadata = load_model(config.ancestor, hints=config.hints)
     shape = stage.shape
     if traits.same_shape and ancestor.arch != shape:
         raise ConfigError(
@@ -163,21 +165,21 @@ def ancestor_of(stage: CondenseStage) -> tuple[DiT | None, dict[str, Any]]:
         )
     check_teacher(ancestor.arch, shape, config.ancestor)
     check_labels(
-        about.get("class_names") or (),
+        metadata.get("class_names") or (),
         ancestor.arch.num_classes,
         config.ancestor,
         config.data,
         kept=config.keep_labels,
         remedy="give data of the ancestor's classes, or --keep-labels to use the labels as they are",
     )
-    check_parent_process(diffusion_of(about), config.diffusion, config.ancestor, teacher=not traits.carries_over)
-    return ancestor, about
+    check_parent_process(diffusion_of(metadata), config.diffusion, config.ancestor, teacher=not traits.carries_over)
+    return ancestor, metadata
 
 
-def handed_on(config: CondenseConfig, about: dict[str, Any]) -> dict[str, Any]:
+def ancestor_metadata(config: CondenseConfig, metadata: dict[str, Any]) -> dict[str, Any]:
     """What the learngene's manifest says of its ancestor, the licence of whose weights is its own."""
-    licence = config.ancestor_licence or licence_of(about)
-    source: dict[str, Any] = {"path": config.ancestor, "hash": about["hash"], "licence": licence}
-    if "imported" in about:
-        source["imported"] = about["imported"]
-    return {**inherited_facts(about), "licence": licence, "ancestor": source}
+    licence = config.ancestor_licence or licence_of(metadata)
+    source: dict[str, Any] = {"path": config.ancestor, "hash": metadata["hash"], "licence": licence}
+    if "imported" in metadata:
+        source["imported"] = metadata["imported"]
+    return {**inherited_facts(metadata), "licence": licence, "ancestor": source}

@@ -64,8 +64,8 @@ class PreviewCallback:
         try:
             for row in tqdm(range(ROWS), desc=f"preview at step {step}", unit="row", leave=False):
                 numbers = torch.arange(row * columns, (row + 1) * columns)
-                drawn = renderer.render(numbers % columns, numbers, self.seed, False)
-                rows.append(torch.cat([part for _, part in drawn]))
+                batches = renderer.render(numbers % columns, numbers, self.seed, False)
+                rows.append(torch.cat([part for _, part in batches]))
         except _OutOfTime as error:
             log.warning("the preview at step %d has %d of %d rows: %s", step, len(rows), ROWS, error)
         finally:

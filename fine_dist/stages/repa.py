@@ -13,7 +13,7 @@ from fine_dist.artifacts.autoencoder import Decoder
 from fine_dist.artifacts.layouts import read_json
 from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
-from fine_dist.data.shards import Manifest
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.sources import locate
 from fine_dist.diffusion.alignment import AlignedModel, RepresentationAlignment
 from fine_dist.engine.world import World
@@ -71,7 +71,7 @@ def with_alignment(config: StageConfig, plan: Plan, world: World) -> Plan:
         terms=(*plan.terms, RepresentationAlignment(encode, loss.repa, module.arch.grid)),
         extra_flops=plan.extra_flops + aligned.projector_flops() + encoder_flops,
         reads_tokens=encode is None,
-        about={**plan.about, "repa": {"block": block, "weight": loss.repa, "encoder": identity}},
+        metadata={**plan.metadata, "repa": {"block": block, "weight": loss.repa, "encoder": identity}},
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fine_dist.core.config import expand_path
 from fine_dist.data.sources import locate
 from fine_dist.engine import dist
-from fine_dist.engine.loop import fit
+from fine_dist.engine.fit import fit
 from fine_dist.engine.program import FitResult
 from fine_dist.engine.run_cost import RunCost
 from fine_dist.engine.run_dir import RunDir
@@ -112,31 +112,31 @@ def write_artifact(config: StageConfig, plan: Plan, result: FitResult, kind: str
         kind=kind,
         method=plan.method.config.model_dump(mode="json"),
         arch=plan.arch,
-        tensors=kept_tensors(result, prefix),
+        tensors=ema_tensors(result, prefix),
         raw=raw_tensors(result, prefix),
         extra={
-            **plan.about,
+            **plan.metadata,
             "steps": result.step,
             "losses": result.losses,
             "batch": config.batch,
             "seed": config.seed,
-            **used(config, plan),
+            **sampling_facts(config, plan),
             **plan.condensation.report,
         },
     )
 
 
-def used(config: StageConfig, plan: Plan) -> dict[str, Any]:
+def sampling_facts(config: StageConfig, plan: Plan) -> dict[str, Any]:
     """What a model must be sampled and measured with: its diffusion, its sampler, and what made its latents."""
     manifest, _ = locate(expand_path(str(config.data.shards)), config.data)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "diffusion": config.diffusion.model_dump(),
         "sampler": config.sampler.model_dump(),
         "codec": {"name": manifest.codec, "scaling_factor": manifest.scale, "shift_factor": manifest.shift},
     }
     if len(manifest.class_names) == plan.arch.num_classes:
-        found["class_names"] = list(manifest.class_names)
-    return found
+        facts["class_names"] = list(manifest.class_names)
+    return facts
 
 
 def raw_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ def raw_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): p.detach() for name, p in state.items()}
 
 
-def kept_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
+def ema_tensors(result: FitResult, prefix: str) -> dict[str, Tensor]:
     """The state dict of what is kept, with the EMA in place of what was trained."""
     # The EMA covers what trains and nothing else, so buffers and frozen tensors come from the model.
     state = {**result.model.state_dict(), **result.ema}

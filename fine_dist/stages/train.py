@@ -38,7 +38,7 @@ class TrainStage(Stage[TrainConfig]):
     kind = "train"
     product = "model"
 
-    def given_arch(self, config: TrainConfig) -> Arch | None:
+    def configured_arch(self, config: TrainConfig) -> Arch | None:
         return config.arch
 
     @property
@@ -66,10 +66,10 @@ class TrainStage(Stage[TrainConfig]):
         if arch is None and parent and (exists_locally(parent) or is_hub_name(parent)):
             arch = facts_of(parent, config.hints).arch
         if parent and exists_locally(parent) and not is_foreign(parent) and config.method is None:
-            made = from_manifest(read_manifest(find_artifact(parent))["method"])
-            if not made.traits.dense:
-                whole, _ = load_model(parent, config.learngene)  # what it is made of, its tensors alone tell
-                return Blueprint(whole.arch, whole.requires_grad_(True).to("meta"), made)
+            method = from_manifest(read_manifest(find_artifact(parent))["method"])
+            if not method.traits.dense:
+                model, _ = load_model(parent, config.learngene)  # what it is made of, its tensors alone tell
+                return Blueprint(model.arch, model.requires_grad_(True).to("meta"), method)
         if arch is None:
             return None
         with torch.device("meta"):
@@ -91,25 +91,25 @@ def check(config: TrainConfig) -> None:
     """Raise what `run` would refuse before its first step; a parent that is not on this machine is not read."""
     stage = TrainStage(config)
     if config.parent and exists_locally(config.parent):
-        shape = begin(stage.config)[0].arch
+        shape = initial_model(stage.config)[0].arch
         assert isinstance(shape, Arch)
         check_stage(stage, shape)
         return
     check_stage(stage, stage.config.arch)
 
 
-def begin(config: TrainConfig) -> tuple[nn.Module, Method[MethodConfig], dict[str, Any]]:
+def initial_model(config: TrainConfig) -> tuple[nn.Module, Method[MethodConfig], dict[str, Any]]:
     """The model before training, the method it comes from, and what its manifest says of what it comes from."""
     if config.method is None and config.parent:
-        model, about = load_model(config.parent, config.learngene, hints=config.hints)
-        check_parent_process(diffusion_of(about), config.diffusion, config.parent)
-        _check_labels(config, about.get("class_names") or (), model.arch.num_classes)
+        model, metadata = load_model(config.parent, config.learngene, hints=config.hints)
+        check_parent_process(diffusion_of(metadata), config.diffusion, config.parent)
+        _check_labels(config, metadata.get("class_names") or (), model.arch.num_classes)
         if config.arch is not None and model.arch != config.arch:
             raise ConfigError(
                 f"arch: {config.parent} is {model.arch}, and the config says {config.arch}; leave arch out, or name "
                 "the method that makes a target of another shape"
             )
-        return model.requires_grad_(True), from_manifest(about["method"]), _origin(about["hash"], about)
+        return model.requires_grad_(True), from_manifest(metadata["method"]), _origin(metadata["hash"], metadata)
     parent = parent_of(read_artifact(config.parent, config.hints)) if config.parent else None
     arch = config.arch or (parent.arch if parent else None)
     if arch is None:
@@ -155,8 +155,8 @@ def with_fresh_shell(model: nn.Module, seed: int) -> None:
     """What is outside the blocks as a model of this shape has it from scratch; the blocks stay as they are."""
     arch: Any = model.arch
     fresh = of_role(DiT(arch, generator=torch.Generator().manual_seed(seed)), "shell")
-    for name, own in of_role(model, "shell").items():
-        own.copy_(fresh[name])
+    for name, tensor in of_role(model, "shell").items():
+        tensor.copy_(fresh[name])
 
 
 def run(config: TrainConfig) -> Path:
@@ -169,26 +169,26 @@ def run(config: TrainConfig) -> Path:
         raise ConfigError(
             f"ancestor: {config.ancestor} would be ignored: loss.output is 0. Leave one of them out to imitate it."
         )
-    ancestor, about = load_model(config.ancestor, hints=config.hints) if config.ancestor else (None, {})
+    ancestor, metadata = load_model(config.ancestor, hints=config.hints) if config.ancestor else (None, {})
 
     def make(world: World) -> Plan:
-        model, method, origin = begin(config)
+        model, method, origin = initial_model(config)
         if config.shell == "scratch":
             with_fresh_shell(model, config.seed)
         arch: Any = model.arch
         if ancestor is not None:
             check_teacher(ancestor.arch, arch, str(config.ancestor))
-            check_parent_process(diffusion_of(about), config.diffusion, str(config.ancestor), teacher=True)
-            origin = {"taught_by": {"path": config.ancestor, "hash": about["hash"]}, **origin}
+            check_parent_process(diffusion_of(metadata), config.diffusion, str(config.ancestor), teacher=True)
+            origin = {"taught_by": {"path": config.ancestor, "hash": metadata["hash"]}, **origin}
         return Plan(
             Condensation(model, before_step=method.before_step(model)),
             arch=arch,
             method=method,
-            about={"parent": config.parent, **origin},
+            metadata={"parent": config.parent, **origin},
             weights=stage.weights,
             draws=False,
             teacher=ancestor,
-            teacher_process=diffusion_of(about),
+            teacher_process=diffusion_of(metadata),
         )
 
     return train_stage(stage, make)

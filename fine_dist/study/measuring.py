@@ -98,7 +98,7 @@ class Measuring:
                 ),
                 run_dir=str(self.study.root),
             )
-            self._evaluators[data] = Evaluator(config, dist.alone())
+            self._evaluators[data] = Evaluator(config, dist.single_process())
         return self._evaluators[data]
 
     def of(self, entry: StudyEntry) -> Evaluator:

@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from fine_dist.artifacts.targets import changed_tensors, load_target, merged, save_target
 from fine_dist.artifacts.targets import descend as make_target
-from fine_dist.artifacts.targets import load_target, merged, own_tensors, save_target
 from fine_dist.core.config import validate
 from fine_dist.core.errors import ArtifactError
 from fine_dist.diffusion.objective import (
@@ -204,9 +204,11 @@ class MethodContract:
                 back = parent_of(saved(folder, "model", method, model)).module
             else:
                 settings = method.config.model_dump(mode="json")
-                own, names = own_tensors(model, parent), list(model.state_dict())
+                own, names = changed_tensors(model, parent), list(model.state_dict())
                 facts = {"seed": 0}
-                save_target(folder, method=settings, parent=parent, arch=model.arch, own=own, names=names, facts=facts)
+                save_target(
+                    folder, method=settings, parent=parent, arch=model.arch, tensors=own, names=names, facts=facts
+                )
                 back, _ = load_target(folder)
             same_outputs(back, model, "read again")
 

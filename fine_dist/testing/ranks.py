@@ -126,7 +126,7 @@ def preloaded() -> list[str]:
     DeepSpeed chooses its accelerator when it is imported. On a machine with a GPU each rank imports it, for the device
     of its test.
     """
-    modules = ["torch.utils.tensorboard", "fine_dist.engine.loop", "fine_dist.testing"]
+    modules = ["torch.utils.tensorboard", "fine_dist.engine.fit", "fine_dist.testing"]
     return modules if torch.cuda.is_available() else [*modules, "deepspeed", "fine_dist.engine.deepspeed_backend"]
 
 

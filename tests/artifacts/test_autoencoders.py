@@ -15,7 +15,7 @@ from fine_dist.artifacts.autoencoder import Decoder
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import model_facts_of
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
-from fine_dist.data.shards import Manifest
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, run
 from tests.commands.conftest import FAST, command, refused

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fine_dist.artifacts.autoencoder import Decoder, decoded
+from fine_dist.artifacts.autoencoder import Decoder, decode_batches
 from fine_dist.core.errors import ArtifactError, DataError
 from fine_dist.diffusion.samplers import SampledBatch
 from fine_dist.sampling.image_store import ImageStore
@@ -49,7 +49,7 @@ def test_the_next_batch_is_drawn_while_one_is_decoded_and_order_is_kept(vae):
             yield SampledBatch(torch.tensor([i]), torch.tensor([0]), latents()[i : i + 1])
 
     seen = []
-    for batch, pictures in decoded(batches(), decoder):
+    for batch, pictures in decode_batches(batches(), decoder):
         seen.append((int(batch.indices), len(drawn)))
         assert torch.equal(pictures, decoder.decode(batch.latents))
     assert seen == [(0, 2), (1, 3), (2, 3)]
@@ -57,7 +57,9 @@ def test_the_next_batch_is_drawn_while_one_is_decoded_and_order_is_kept(vae):
 
 def test_an_error_in_decoding_reaches_the_caller(vae):
     with pytest.raises(DataError, match="the VAE decodes"):
-        list(decoded([SampledBatch(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 3, 8, 8))], Decoder(vae)))
+        list(
+            decode_batches([SampledBatch(torch.tensor([0]), torch.tensor([0]), torch.zeros(1, 3, 8, 8))], Decoder(vae))
+        )
 
 
 # --- the store -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fine_dist.artifacts.targets import descend, load_target, own_tensors, save_target
+from fine_dist.artifacts.targets import changed_tensors, descend, load_target, save_target
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import build, parent_of
 from fine_dist.methods.fine.config import FineConfig
@@ -24,8 +24,8 @@ def made(tmp_path):
     save_artifact(tmp_path / "learngene", kind="learngene", method=method, arch=model.arch, tensors=model.state_dict())
     parent = parent_of(load_artifact(tmp_path / "learngene"))
     made = descend(build(FineConfig(rank=16)), parent, tiny_arch(num_layers=3), 0).model
-    own, names = own_tensors(made, parent), list(made.state_dict())
-    save_target(tmp_path / "target", method=method, parent=parent, arch=made.arch, own=own, names=names, facts={})
+    own, names = changed_tensors(made, parent), list(made.state_dict())
+    save_target(tmp_path / "target", method=method, parent=parent, arch=made.arch, tensors=own, names=names, facts={})
     return made
 
 

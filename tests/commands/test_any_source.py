@@ -166,7 +166,7 @@ def drawn_title(path) -> str:
     from fine_dist.sampling import drawing, renderer
 
     config = drawing.SampleConfig(model=str(path), hints={"num_heads": 4}, sampler={"steps": 2})
-    return drawing._title(renderer.make_renderer(config, str(path), torch.device("cpu")), config)
+    return drawing.grid_title(renderer.make_renderer(config, str(path), torch.device("cpu")), config)
 
 
 def test_an_arch_that_contradicts_the_ancestor_is_refused(folder, digit_shards, tmp_path, capsys):

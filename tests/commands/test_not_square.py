@@ -13,7 +13,7 @@ from fine_dist.api import load
 from fine_dist.artifacts.dit_pt import read_dit, write_dit
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.settings import HintsConfig
-from fine_dist.data.images import center_crop
+from fine_dist.data.image_decoding import center_crop
 from fine_dist.data.stream import read_all
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import forward_macs

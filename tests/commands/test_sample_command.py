@@ -165,7 +165,7 @@ def test_latents_are_decoded_by_their_vae_or_called_latents(latent_model, vae, t
 def test_the_title_of_a_grid_says_that_latents_are_no_pictures(latent_model):  # noqa: F811
     config = drawing.SampleConfig(model=str(latent_model))
     made = renderer.make_renderer(config, str(latent_model), torch.device("cpu"))
-    assert not made.pictures and "LATENTS, not decoded" in drawing._title(made, config)
+    assert not made.pictures and "LATENTS, not decoded" in drawing.grid_title(made, config)
 
 
 def test_models_beside_each_other_in_one_grid(trained, short_chain, tmp_path):

@@ -41,7 +41,7 @@ def test_a_run_leaves_a_token_a_report_and_what_it_saw(tmp_path, encoders):
     done = json.loads((folder / "DONE.json").read_text())
     assert done["losses"]["held_out_cosine"] == pytest.approx(facts["cosines"]["the learned token"]["mean"], abs=1e-5)
     newest = CheckpointReader(folder / "checkpoints" / "step_00000030")
-    assert torch.equal(newest.whole("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
+    assert torch.equal(newest.read_full("weight", "clip_l").view(2, 32)[:1], saved.rows["clip_l"])
     assert logged_losses(folder)[-1] < logged_losses(folder)[0]
     board = EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/held_out_cosine", "train/norm_clip_l", "train/norm_clip_g"} <= set(

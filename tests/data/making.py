@@ -12,8 +12,9 @@ import torch
 import webdataset as wds
 
 from fine_dist.core.files import sha256_of
+from fine_dist.data.manifest import Manifest, ShardInfo
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest, ShardInfo, ShardWriter
+from fine_dist.data.shards import ShardWriter
 from fine_dist.data.stream import Batch, LatentStream
 
 SHAPE = (1, 4, 4)

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from fine_dist.core.errors import ConfigError, DataError
-from fine_dist.data.images import center_crop
+from fine_dist.data.image_decoding import center_crop
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest
 from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.encode import main, run
 from tests.data.picturing import config

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from fine_dist.core.errors import ConfigError, DataError
-from fine_dist.data.images import FolderImages, center_crop
+from fine_dist.data.image_decoding import center_crop
+from fine_dist.data.images import FolderImages
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest
 from fine_dist.encode import main, run
 from fine_dist.model.arch import Arch
 from fine_dist.stages.build import check_held_out

@@ -16,8 +16,9 @@ from PIL import Image
 from fine_dist.core.config import load
 from fine_dist.core.errors import DataError
 from fine_dist.data.audit import inspect
-from fine_dist.data.images import center_crop
-from fine_dist.data.shards import Manifest, write_shards
+from fine_dist.data.image_decoding import center_crop
+from fine_dist.data.manifest import Manifest
+from fine_dist.data.shards import write_shards
 from fine_dist.data.small_images import digits
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, main, run

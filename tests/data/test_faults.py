@@ -14,9 +14,10 @@ import torch
 
 from fine_dist.core.errors import DataError
 from fine_dist.data.audit import verify
+from fine_dist.data.manifest import MANIFEST, Manifest
 from fine_dist.data.records import all_finite, layout_of
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import MANIFEST, Manifest, ShardWriter
+from fine_dist.data.shards import ShardWriter
 from fine_dist.data.stream import read_all
 from fine_dist.encode import main
 from tests.data.making import SHAPE, make, make_foreign, npy, numbers, sample, stream, take
@@ -218,7 +219,7 @@ def test_a_tar_of_another_program_is_walked_once_and_again_when_it_changed(tmp_p
 
     def read():
         rows = shards.read(*every)
-        shards.keep(set(), [])
+        shards.keep_open(set(), [])
         assert rows.latents.flatten(1)[:, 0].tolist() == list(range(6)) and not rows.faults
 
     read()
@@ -226,7 +227,7 @@ def test_a_tar_of_another_program_is_walked_once_and_again_when_it_changed(tmp_p
     assert len(walked) == 1
     assert shards.shard(0).ready().key(4) == "sample0004"  # only who asks for a name walks again
     assert len(walked) == 2
-    shards.keep(set(), [])
+    shards.keep_open(set(), [])
     os.utime(tmp_path / "other-0.tar", (1, 1))
     read()
     assert len(walked) == 3

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fine_dist.core.errors import ConfigError, DataError
-from fine_dist.data.shards import Manifest
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.small_images import digits, read_idx
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, main, run

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fine_dist.data.images import center_crop, to_rgb
+from fine_dist.data.image_decoding import center_crop, to_rgb
 from fine_dist.data.stream import read_all
 from fine_dist.encode import EncodeConfig, main, run
 

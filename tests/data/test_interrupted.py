@@ -19,11 +19,12 @@ import pytest
 
 from fine_dist.core.errors import DataError
 from fine_dist.core.temp_files import open_temp_file, remove_stale_temp_files
-from fine_dist.data import images
+from fine_dist.data import image_decoding
 from fine_dist.data.codecs import Identity
 from fine_dist.data.encode_locks import EncodeJob
 from fine_dist.data.encoder import EncodeProgress, encode
-from fine_dist.data.images import FolderImages, center_crop
+from fine_dist.data.image_decoding import center_crop
+from fine_dist.data.images import FolderImages
 from fine_dist.encode import EncodeConfig, run
 from tests.data.picturing import config, hashes
 
@@ -103,7 +104,7 @@ def encode_slowly(settings: EncodeConfig, pause_s: float) -> None:
         time.sleep(pause_s)
         return center_crop(image, size, background)
 
-    images.center_crop = slowly
+    image_decoding.center_crop = slowly
     run(settings)
 
 
@@ -143,14 +144,14 @@ def test_an_interrupted_encoding_continues_and_a_finished_one_does_nothing(folde
             raise KeyboardInterrupt
         return center_crop(image, size, background)
 
-    monkeypatch.setattr("fine_dist.data.images.center_crop", interrupted)
+    monkeypatch.setattr("fine_dist.data.image_decoding.center_crop", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config(folder, out, workers=1))
     names = [path.name for path in (out / "train").iterdir()]
     assert "latents-000000.tar" in names and "latents-000003.tar" not in names
     assert "manifest.json" not in names and not any(name.endswith(".part") for name in names)
     first = (out / "train" / "latents-000000.tar").stat().st_mtime_ns
-    monkeypatch.setattr("fine_dist.data.images.center_crop", center_crop)
+    monkeypatch.setattr("fine_dist.data.image_decoding.center_crop", center_crop)
     assert hashes(run(config(folder, out)) / "train") == expected
     assert (out / "train" / "latents-000000.tar").stat().st_mtime_ns == first
     times = {path.name: path.stat().st_mtime_ns for path in (out / "train").iterdir()}

@@ -16,9 +16,10 @@ from PIL import Image
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import sha256_of
 from fine_dist.data.audit import index_folder, verify
-from fine_dist.data.images import center_crop
+from fine_dist.data.image_decoding import center_crop
+from fine_dist.data.manifest import Manifest
 from fine_dist.data.settings import DataConfig
-from fine_dist.data.shards import Manifest, ShardWriter
+from fine_dist.data.shards import ShardWriter
 from fine_dist.data.stream import LatentStream, read_all
 from fine_dist.encode import main, run
 from fine_dist.evaluation.dino import load_dino

@@ -30,7 +30,7 @@ def unjoined(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @WITHOUT_A_GPU
-@pytest.mark.parametrize("start", [dist.world, dist.alone])
+@pytest.mark.parametrize("start", [dist.world, dist.single_process])
 def test_a_process_that_asked_for_a_gpu_says_why_torch_has_none(unjoined, monkeypatch, start) -> None:
     monkeypatch.setenv(dist.GPU_REQUIRED, "1")
     with pytest.raises(

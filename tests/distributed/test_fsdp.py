@@ -99,7 +99,7 @@ def test_a_rank_holds_its_share_and_a_checkpoint_has_every_value_once(tmp_path: 
     assert min(sizes) > 0.45 * sum(sizes)
     checkpoint = CheckpointReader(folder)
     for name, shape in checkpoint.shapes.items():
-        assert checkpoint.whole("exp_avg_sq", name).numel() == torch.Size(shape).numel()
+        assert checkpoint.read_full("exp_avg_sq", name).numel() == torch.Size(shape).numel()
 
 
 def test_a_parameter_without_dimensions_is_refused_by_its_name() -> None:
@@ -108,7 +108,7 @@ def test_a_parameter_without_dimensions_is_refused_by_its_name() -> None:
     with pytest.raises(
         ConfigError, match=r"fsdp2 cannot shard parameters without dimensions \(gain\); legal here: plain"
     ):
-        make_backend(model, ToyConfig().optim, fsdp(), dist.alone("cpu"), 1, 1)
+        make_backend(model, ToyConfig().optim, fsdp(), dist.single_process("cpu"), 1, 1)
     dist.leave()
 
 

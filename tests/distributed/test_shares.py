@@ -115,7 +115,7 @@ def seen_by(folders: list[str], identity: dict[str, Any]) -> str:
 
 
 def test_a_node_that_sees_another_file_is_named_on_every_rank(tmp_path: Path) -> None:
-    toy_fit(tmp_path / "run", ToyConfig(steps=2), here=dist.alone("cpu"))
+    toy_fit(tmp_path / "run", ToyConfig(steps=2), here=dist.single_process("cpu"))
     shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "stale")
     [file] = (tmp_path / "stale/step_00000002").glob("*.safetensors")
     content = bytearray(file.read_bytes())

@@ -78,9 +78,9 @@ def test_shared_factors_under_zero_3_have_the_gradients_and_12_updates_of_a_sing
         ours = CheckpointReader(tmp_path / "sharded" / name / "checkpoints" / "step_00000012")
         theirs = CheckpointReader(tmp_path / "single" / name / "checkpoints" / "step_00000012")
         assert ours.shapes == theirs.shapes and ours.optimizer_steps == theirs.optimizer_steps
-        scale = max(float(theirs.whole("exp_avg", key).norm()) for key in theirs.shapes)
+        scale = max(float(theirs.read_full("exp_avg", key).norm()) for key in theirs.shapes)
         for key in theirs.shapes:
-            difference = (ours.whole("exp_avg", key) - theirs.whole("exp_avg", key)).norm()
+            difference = (ours.read_full("exp_avg", key) - theirs.read_full("exp_avg", key)).norm()
             assert difference < 1e-5 * scale, (name, key)
 
 
@@ -129,7 +129,7 @@ def test_resuming_at_the_same_world_size_is_bit_identical_in_every_stage(tmp_pat
     ours, theirs = (CheckpointReader(tmp_path / name / "checkpoints" / "step_00000009") for name in ("cut", "whole"))
     for key in theirs.shapes:
         for part in ("weight", "exp_avg", "exp_avg_sq", "ema"):
-            assert torch.equal(ours.whole(part, key), theirs.whole(part, key)), (part, key)
+            assert torch.equal(ours.read_full(part, key), theirs.read_full(part, key)), (part, key)
 
 
 def test_a_run_goes_on_at_other_world_sizes_and_stages_on_the_same_loss_curve(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_every_backend_and_stage_gathers_the_very_bits_of_one_checkpoint(tmp_pat
         assert len(tensors) == 3 * len(checkpoint.shapes)
         for key, tensor in tensors.items():
             part, _, parameter = key.partition(" ")
-            assert torch.equal(tensor.flatten(), checkpoint.whole(parts[part], parameter)), (name, key)
+            assert torch.equal(tensor.flatten(), checkpoint.read_full(parts[part], parameter)), (name, key)
         assert all(not rank[name] for rank in ranks[1:])  # whole tensors live on rank 0 only
 
 

@@ -37,7 +37,7 @@ def test_a_run_equals_a_naive_training_loop(tmp_path: Path) -> None:
     model = toy_model(config)
     naive = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     ema = {name: p.detach().clone() for name, p in model.named_parameters()}
-    objective, batches = Objective(DiffusionConfig(), ARCH, 0), ToyStream(8, dist.alone("cpu")).batches()
+    objective, batches = Objective(DiffusionConfig(), ARCH, 0), ToyStream(8, dist.single_process("cpu")).batches()
     losses = []
     for step in range(5):
         loss = objective(model, next(batches)).mean()
@@ -132,7 +132,7 @@ def test_a_sigma_only_checkpoint_of_dit_b_is_under_one_mib_and_the_frozen_weight
         model = FactoredDiT(b2, rank=768, generator=torch.Generator().manual_seed(1))
         for name, p in model.named_parameters():
             p.requires_grad_(name.endswith(".sigma"))
-        here = dist.alone("cpu")
+        here = dist.single_process("cpu")
         made = toy_program(ToyConfig(), here, model=model, objective=Objective(DiffusionConfig(), b2, 0))
         made.stream = ToyStream(8, here, b2)
         return toy_fit(tmp_path / "run", ToyConfig(steps=steps, engine=engine(micro_batch=8)), made)
@@ -181,11 +181,11 @@ def nan_at(step: int, here: World | None = None):
                     batch.latents[0] = float("nan")
                 yield batch
 
-    return Bad(8, here or dist.alone("cpu"))
+    return Bad(8, here or dist.single_process("cpu"))
 
 
 def test_a_nan_loss_stops_with_the_last_good_checkpoint_or_is_skipped_up_to_a_limit(tmp_path: Path) -> None:
-    here = dist.alone("cpu")
+    here = dist.single_process("cpu")
     config = ToyConfig(steps=6)
     with pytest.raises(TrainingError, match="step 4: the loss is nan on rank 0"):
         toy_fit(tmp_path / "stop", config, toy_program(config, here, stream=nan_at(3)))
@@ -215,7 +215,7 @@ def test_held_out_losses_pictures_and_histograms_are_made_with_the_ema_and_do_no
         "histograms": lambda model: {"sigma/qkv": torch.arange(4.0)},
     }
     config = ToyConfig(steps=4, engine=engine(eval_every=2, preview_every=2))
-    fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.alone("cpu"), **looks))
+    fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.single_process("cpu"), **looks))
     assert fitted.losses["held_out_loss"] == 0.25
     assert [row["step"] for row in fitted.rows if "held_out_loss" in row] == [2, 4]
     # the last look but one is at the average, the last at the weights themselves
@@ -270,7 +270,7 @@ def test_a_model_with_nothing_to_train_and_a_checkpoint_beyond_the_steps_are_ref
     config = ToyConfig(steps=4)
     frozen = toy_model(config).requires_grad_(False)
     with pytest.raises(ConfigError, match="every parameter of the model is frozen"):
-        toy_fit(tmp_path / "frozen", config, toy_program(config, dist.alone("cpu"), model=frozen))
+        toy_fit(tmp_path / "frozen", config, toy_program(config, dist.single_process("cpu"), model=frozen))
     toy_fit(tmp_path / "run", config)
     with pytest.raises(ConfigError, match="beyond the 3 asked"):
         toy_fit(tmp_path / "run", ToyConfig(steps=3))
@@ -285,14 +285,16 @@ def test_a_short_runs_average_has_left_its_beginning_behind(tmp_path: Path) -> N
         return float(sum((weights[name] - value).norm() for name, value in fitted.ema.items()))
 
     assert distance("warm", ema_warmup=True) < 0.25 * distance("constant", ema_warmup=False)
-    ema = Ema(PlainBackend(toy_model(ToyConfig()), OptimConfig(), dist.alone("cpu")), 0.9999, warmup=True)
+    ema = Ema(PlainBackend(toy_model(ToyConfig()), OptimConfig(), dist.single_process("cpu")), 0.9999, warmup=True)
     assert [ema.decay_at(updates) for updates in (1, 90, 10**6)] == [2 / 11, 91 / 100, 0.9999]
 
 
 def test_a_start_that_fails_before_its_first_step_leaves_the_directory_free(tmp_path: Path) -> None:
     config = ToyConfig(steps=2)
     broken = toy_program(
-        config, dist.alone("cpu"), objective=lambda model, batch: model.patch.weight.sum() * torch.full((8,), torch.nan)
+        config,
+        dist.single_process("cpu"),
+        objective=lambda model, batch: model.patch.weight.sum() * torch.full((8,), torch.nan),
     )
     with pytest.raises(TrainingError, match="loss is nan"):
         toy_fit(tmp_path / "run", config, broken)

@@ -98,7 +98,7 @@ from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 
 status = Path("/proc/self/status")
-here = dist.alone("cpu")
+here = dist.single_process("cpu")
 toy_fit(sys.argv[1] + "/warm", ToyConfig(steps=1))  # imports and allocators
 shape = arch("DiT-S/2", learn_sigma=False)
 before = kib(status, "VmRSS")

@@ -27,7 +27,7 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine import dist
 from fine_dist.engine.checkpoint_files import CheckpointReader
 from fine_dist.engine.loop import Run
-from fine_dist.engine.optimizer import adamw, only_where
+from fine_dist.engine.optimizer import adamw, update_only_if
 from fine_dist.engine.plain_backend import PlainBackend
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.stopping import Stopper
@@ -85,7 +85,7 @@ class Operators(TorchDispatchMode):
 @contextlib.contextmanager
 def started(folder: Path, config: ToyConfig, late: bool = True, **parts: Any) -> Iterator[Run]:
     """A run that reads its steps as an accelerator's does."""
-    here = dist.alone("cpu")
+    here = dist.single_process("cpu")
     program = toy_program(config, here, **parts)
     with RunDir(folder).open("toy", {}, here) as run_dir, Stopper(run_dir, None, True) as stopper:
         run = Run(
@@ -217,7 +217,7 @@ def test_an_update_is_taken_or_left_by_a_flag_that_the_host_does_not_read(good: 
         if not keeps:
             for p in parameters:
                 p.grad.fill_(torch.nan)
-        with only_where(guarded, torch.tensor(keeps)):
+        with update_only_if(guarded, torch.tensor(keeps)):
             guarded.step()
         if keeps:
             plain.step()
@@ -228,7 +228,7 @@ def test_an_update_is_taken_or_left_by_a_flag_that_the_host_does_not_read(good: 
 
 
 def test_a_first_step_that_is_bad_leaves_no_trace_in_the_optimizer() -> None:
-    backend = PlainBackend(torch.nn.Linear(3, 2), ToyConfig().optim, dist.alone("cpu"))
+    backend = PlainBackend(torch.nn.Linear(3, 2), ToyConfig().optim, dist.single_process("cpu"))
     before = backend.weights()
     backend.backward(backend.model(torch.randn(4, 3)).sum(1), global_batch=4, last=True)
     norm = backend.step(0.1, torch.tensor(False))

@@ -164,7 +164,7 @@ def test_a_checkpoint_of_another_data_set_rank_or_architecture_is_refused_naming
         toy_fit(tmp_path, ToyConfig(steps=2, rank=8))
     forget(tmp_path)
     wider = Arch(**{**ARCH.model_dump(), "hidden_size": 64})
-    program = toy_program(ToyConfig(), dist.alone("cpu"), model=toy_model(ToyConfig(), wider))
+    program = toy_program(ToyConfig(), dist.single_process("cpu"), model=toy_model(ToyConfig(), wider))
     program.identity["arch"] = wider.model_dump()
     with pytest.raises(CheckpointError, match=r"arch.hidden_size: 32 in the checkpoint, 64 now") as caught:
         toy_fit(tmp_path, ToyConfig(steps=2), program)

@@ -23,7 +23,8 @@ from fine_dist.core.config import validate
 from fine_dist.core.errors import ConfigError, guard
 from fine_dist.engine import dist, trackers
 from fine_dist.engine.settings import LoopConfig
-from fine_dist.engine.trackers import TensorBoardTracker, TrackedRun, Trackers, check_installed
+from fine_dist.engine.tracker_services import TensorBoardTracker
+from fine_dist.engine.trackers import TrackedRun, Trackers, check_installed
 from tests.engine.toy import ToyConfig, engine, toy_fit, toy_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +194,7 @@ def test_events_that_cannot_be_written_are_one_warning_and_the_run_goes_on(
         "previews": lambda model, step, budget: {"samples": torch.zeros(1, 8, 8)},
         "histograms": lambda model: {"sigma/qkv": torch.arange(4.0)},
     }
-    fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.alone("cpu"), **looks))
+    fitted = toy_fit(tmp_path / "run", config, toy_program(config, dist.single_process("cpu"), **looks))
     assert fitted.step == 8 and [row["step"] for row in fitted.rows if "loss" in row] == list(range(1, 9))
     warnings = [record.getMessage() for record in caplog.records if "tensorboard" in record.getMessage()]
     assert len(warnings) == 1 and os.strerror(number) in warnings[0] and "metrics.jsonl" in warnings[0]

@@ -15,7 +15,7 @@ from fine_dist.core.seeds import mix
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.dist import world
-from fine_dist.engine.loop import fit
+from fine_dist.engine.fit import fit
 from fine_dist.engine.program import FitResult, Program
 from fine_dist.engine.run_dir import RunDir
 from fine_dist.engine.settings import EngineConfig, OptimConfig

@@ -79,7 +79,7 @@ def test_a_studys_numbers_are_those_of_evaluate(model, features, digit_shards, t
 
 def test_alone_and_with_others_a_model_gets_the_same_numbers(model, features, digit_shards):
     """What rank 0 measures by itself while a model trains is what all ranks measure together."""
-    evaluator = Evaluator(config(digit_shards, features, metrics=("held_out_loss", "kid")), dist.alone("cpu"))
+    evaluator = Evaluator(config(digit_shards, features, metrics=("held_out_loss", "kid")), dist.single_process("cpu"))
     renderer = evaluator.renderer(str(model))
     together = evaluator.measure(renderer).numbers()
     alone = evaluator.scores(renderer, alone=True).numbers()
@@ -93,7 +93,7 @@ def test_adms_protocol_is_recorded_and_keeps_every_sample(model, features, digit
     for module in (image_statistics, references):
         monkeypatch.setattr(module, "SUBSET", 10)
     evaluator = Evaluator(
-        config(digit_shards, features, metrics=("precision", "recall"), protocol="adm"), dist.alone("cpu")
+        config(digit_shards, features, metrics=("precision", "recall"), protocol="adm"), dist.single_process("cpu")
     )
     assert evaluator.protocol()["protocol"] == "adm"
     notes = " ".join(evaluator.scores(evaluator.renderer(str(model))).notes)
@@ -107,7 +107,9 @@ def test_held_out_data_of_other_classes_are_refused(features, digit_shards, tmp_
         tmp_path / "m", kind="model", method={"name": "scratch"}, arch=net.arch, tensors=net.state_dict(), extra=about
     )
     with pytest.raises(DataError, match=r"label 0 is 'a' in .* and '0' in"):
-        Evaluator(config(digit_shards, features, metrics=("held_out_loss",)), dist.alone("cpu"))(str(tmp_path / "m"))
+        Evaluator(config(digit_shards, features, metrics=("held_out_loss",)), dist.single_process("cpu"))(
+            str(tmp_path / "m")
+        )
 
 
 def test_the_same_model_at_another_step_is_a_row_of_its_own(tmp_path):

@@ -186,7 +186,7 @@ def test_a_data_set_that_broke_after_the_check_fails_its_own_targets_alone(learn
     (broken / "manifest.json").unlink()
     table = StateTable(tmp_path / "run")
     table.add([member.name for member in family.members])
-    run_pack(Family(config), pack, table, dist.alone("cpu"))
+    run_pack(Family(config), pack, table, dist.single_process("cpu"))
     rows = {row.name: row for row in table.rows()}
     assert rows["L2-good-s0-lr0.01"].state == "done"
     assert rows["L2-broken-s0-lr0.01"].state == "failed" and str(broken) in rows["L2-broken-s0-lr0.01"].reason

@@ -88,7 +88,7 @@ def test_a_time_limit_or_the_word_stop_saves_and_the_same_command_goes_on(family
     )  # fmt: skip
     table = StateTable(run_dir)
     with pytest.raises(ResumeLater, match="STOP"):
-        run_pack(Family(config), Family(config).packs()[0], table, dist.alone("cpu"))
+        run_pack(Family(config), Family(config).packs()[0], table, dist.single_process("cpu"))
     assert {row.deaths for row in table.rows()} == {0}  # a clean stop is no death: packs stay as large as they were
     done = run_here(command)
     assert done.returncode == 0, done.stderr
@@ -125,10 +125,10 @@ def test_targets_planned_apart_train_one_after_the_other_and_go_on_where_they_we
     stop = tmp_path / "run/STOP"
     stop.touch()
     with pytest.raises(ResumeLater, match="the state of 1 targets is saved"):
-        run_pack(family, pack, table, dist.alone("cpu"))
+        run_pack(family, pack, table, dist.single_process("cpu"))
     stop.unlink()
     assert [len(logged_rows(tmp_path / "run" / pack.jobs[0])), (tmp_path / "run" / pack.jobs[1]).exists()] == [1, False]
-    run_pack(family, pack, table, dist.alone("cpu"))
+    run_pack(family, pack, table, dist.single_process("cpu"))
     for name in pack.jobs:
         losses, _ = solo(learngene, (int(name[1]), 0, 0.01), shards / "train", 6)
         assert [row["loss"] for row in logged_rows(tmp_path / "run" / name)] == pytest.approx(losses, rel=1e-5)

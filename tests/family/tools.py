@@ -91,7 +91,7 @@ def packed(
     """A pack of these jobs, not trained yet; losses are recorded at every step. models: default targets if None."""
     recorder = Recorder()
     how = {"optim": OptimConfig(), "engine": EngineConfig(device="cpu", log_every=1), **how}
-    how.setdefault("world", dist.alone("cpu"))
+    how.setdefault("world", dist.single_process("cpu"))
     diffusion = how.pop("diffusion", DiffusionConfig())
     run = PackRun(
         PackedDiT(map(form, models or [target(learngene, depth, seed) for depth, seed, _ in points])),

@@ -23,4 +23,4 @@ def here() -> World:
         pytest.fail(f"FINE_DIST_GPU_TESTS={ASKED}; legal: cpu, cuda")
     if ASKED == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU is at hand; FINE_DIST_GPU_TESTS=cpu runs this test on the CPU")
-    return dist.alone(ASKED)
+    return dist.single_process(ASKED)

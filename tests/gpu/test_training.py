@@ -58,7 +58,7 @@ def test_gradients_in_full_fp32_are_the_cpus(here: World, kind: str) -> None:
 def test_losses_are_the_cpus(tmp_path: Path, here: World, kind: str) -> None:
     config = ToyConfig(kind=kind, steps=10, optim=OPTIM)
     ours = outcome(tmp_path / "here", here, config)
-    cpu = outcome(tmp_path / "cpu", dist.alone("cpu"), config)
+    cpu = outcome(tmp_path / "cpu", dist.single_process("cpu"), config)
     assert len(cpu.losses) == 10 and cpu.losses[0] != cpu.losses[-1]
     assert ours.losses == pytest.approx(cpu.losses, rel=SUMS)
 
@@ -107,9 +107,9 @@ def test_a_deterministic_run_that_is_resumed_is_bit_identical(tmp_path: Path, he
 
 
 def test_a_checkpoint_of_one_device_is_read_on_the_other(tmp_path: Path, here: World) -> None:
-    whole = outcome(tmp_path / "whole", dist.alone("cpu"), ToyConfig(steps=6, optim=OPTIM))
+    whole = outcome(tmp_path / "whole", dist.single_process("cpu"), ToyConfig(steps=6, optim=OPTIM))
     outcome(tmp_path / "moved", here, ToyConfig(steps=4, optim=OPTIM))
-    moved = outcome(tmp_path / "moved", dist.alone("cpu"), ToyConfig(steps=6, optim=OPTIM))
+    moved = outcome(tmp_path / "moved", dist.single_process("cpu"), ToyConfig(steps=6, optim=OPTIM))
     assert moved.losses == pytest.approx(whole.losses, rel=SUMS)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fine_dist.artifacts.targets import load_target_module, own_tensors, save_target
+from fine_dist.artifacts.targets import changed_tensors, load_target_module, save_target
 from fine_dist.core.config import validate
 from fine_dist.methods import METHODS, build, parent_of
 from fine_dist.methods.base import Method, Parent
@@ -76,14 +76,14 @@ def nudge(model: torch.nn.Module, std: float = 0.05, seed: int = 5) -> torch.nn.
 
 def saved_and_read(folder: Path, method: Method[Any], model: torch.nn.Module, parent: Parent | None):
     """A target through its artifact: the module that comes back, and the names it took from its parent."""
-    own = own_tensors(model, parent)
+    own = changed_tensors(model, parent)
     settings = method.config.model_dump(mode="json")
     save_target(
         folder,
         method=settings,
         parent=parent,
         arch=model.arch,
-        own=own,
+        tensors=own,
         names=list(model.state_dict()),
         facts={},
     )

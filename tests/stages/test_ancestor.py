@@ -16,7 +16,7 @@ from fine_dist.engine.world import World
 from fine_dist.methods.fine import method as fine
 from fine_dist.model.artifact import load_artifact, save_artifact
 from fine_dist.model.dit import DiT
-from fine_dist.stages.carry_over import START, begin_from
+from fine_dist.stages.carry_over import START, start_from_ancestor
 from fine_dist.stages.condense import CondenseStage, run
 from fine_dist.stages.settings import CondenseConfig
 from tests.conftest import lively, tiny_arch
@@ -50,7 +50,7 @@ def test_an_ancestor_of_the_same_shape_is_decomposed_and_imitated_unless_said_ot
     where = ancestor(tmp_path / "a")
     stage = CondenseStage(settings(digit_shards, tmp_path / "r", ancestor=str(where)))
     assert (stage.weights.diffusion, stage.weights.output) == (1.0, 1.0)
-    assert stage.settled.config.initial == "decompose"
+    assert stage.resolved_method.config.initial == "decompose"
     learngene = condense(digit_shards, tmp_path / "r", ancestor=str(where), method={"name": "fine", "rank": 96})
     said = "ancestor: embedders and final layer copied, block biases copied, block weights decomposed"
     assert said in capsys.readouterr().out
@@ -125,7 +125,7 @@ def test_ranks_but_the_first_wait_for_its_decomposition_and_read_no_weights(tmp_
 
     def start(rank: int) -> None:
         world = World(rank, 2, rank, 2, torch.device("cpu"))
-        begin_from(old, found[rank], method, tmp_path, 0, True, world)
+        start_from_ancestor(old, found[rank], method, tmp_path, 0, True, world)
 
     waiting = threading.Thread(target=start, args=(1,), daemon=True)
     waiting.start()

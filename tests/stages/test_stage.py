@@ -116,7 +116,7 @@ def test_a_runs_held_out_loss_is_the_evaluators(model, digit_shards):
     data = settings(digit_shards, model)["data"]
     config = EvaluateConfig(data=data, metrics=("held_out_loss",))
     trained = load_model(model)[0]
-    alone = Evaluator(config, dist.alone("cpu"), held_out_samples=16)
+    alone = Evaluator(config, dist.single_process("cpu"), held_out_samples=16)
     assert alone.held_out_loss(trained, DiffusionConfig()) == done(model)["losses"]["held_out_loss"]
 
 

@@ -127,5 +127,5 @@ def test_a_final_loss_is_of_the_whole_held_out_set_also_where_runs_ask_a_part_of
     asked = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     data = study.root / "data"
     config = EvaluateConfig(data=DataConfig(shards=str(data / "train"), held_out=str(data / "held_out")))
-    assert rows[-1].held_out_loss == Evaluator(config, dist.alone())(str(folder))["held_out_loss"]
+    assert rows[-1].held_out_loss == Evaluator(config, dist.single_process())(str(folder))["held_out_loss"]
     assert rows[-1].held_out_loss not in [row.get("held_out_loss") for row in asked]
