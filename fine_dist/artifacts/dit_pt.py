@@ -53,14 +53,12 @@ _PUBLISHED = re.compile(r"^DiT-XL-2-(256x256|512x512)\.pt$")
 
 def names(num_layers: int) -> Iterator[tuple[str, str]]:
     """Pairs (our name, the original's name) of all trained tensors."""
-    for ours, theirs in _OUTSIDE.items():
-        for part in ("weight", "bias"):
-            yield f"{ours}.{part}", f"{theirs}.{part}"
+    parts = ("weight", "bias")
+    yield from ((f"{ours}.{part}", f"{theirs}.{part}") for ours, theirs in _OUTSIDE.items() for part in parts)
     yield "label.weight", _LABEL
     for layer in range(num_layers):
-        for ours, theirs in _BLOCK.items():
-            for part in ("weight", "bias"):
-                yield f"blocks.{layer}.{ours}.{part}", f"blocks.{layer}.{theirs}.{part}"
+        at = f"blocks.{layer}."
+        yield from ((f"{at}{ours}.{part}", f"{at}{theirs}.{part}") for ours, theirs in _BLOCK.items() for part in parts)
 
 
 # --- in --------------------------------------------------------------------------------------------------------------
@@ -263,9 +261,7 @@ def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
 
 def _trained(sines: Tensor) -> int:
     """Side of the grid that a side's positions were rescaled from, by the sines of its positions."""
-    if len(sines) == 1:
-        return 1
-    return round(len(sines) * math.asin(max(-1.0, min(1.0, float(sines[1])))))
+    return 1 if len(sines) == 1 else round(len(sines) * math.asin(max(-1.0, min(1.0, float(sines[1])))))
 
 
 def _gap(table: Tensor, ours: Tensor) -> float:
@@ -279,9 +275,8 @@ def _gap(table: Tensor, ours: Tensor) -> float:
 
 def to_dit(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A dense DiT's tensors under the original's names, its position table included; float32."""
-    p, theirs = arch.patch_size, {}
-    for ours, name in names(arch.num_layers):
-        theirs[name] = state[ours].detach().cpu().float().contiguous()
+    p = arch.patch_size
+    theirs = {name: state[ours].detach().cpu().float().contiguous() for ours, name in names(arch.num_layers)}
     theirs["x_embedder.proj.weight"] = theirs["x_embedder.proj.weight"].reshape(-1, arch.in_channels, p, p)
     theirs[_POSITION] = positions_of(arch)[None]
     return theirs
