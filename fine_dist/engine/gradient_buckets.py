@@ -1,9 +1,8 @@
-"""Sums gradients over ranks while the backward pass still runs.
+"""Sums gradients over ranks while the backward pass is running.
 
-Gradients live in a few flat buckets, and each parameter's gradient is a view of its part. A backward pass completes
-them from the last layer to the first, so buckets are filled in that order, and a complete bucket is on its way to the
-other ranks while earlier layers are computed. All ranks send the buckets in the same order, whichever parameters each
-has used: collectives are matched by order alone.
+Gradients are views of a few flat buckets. A backward pass completes them from the last layer to the first, so buckets
+are filled in that order, and the all-reduce of a complete bucket overlaps with the computation of earlier layers. All
+ranks send buckets in the same order, whichever parameters each has used, because collectives are matched by order.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ class GradientBuckets:
     `wait`. Backward passes of earlier micro-batches run before `start` and only add.
 
     Args:
-        parameters: What trains, in the order of the forward pass.
-        dtype: What travels between ranks; gradients are fp32 before and after. bf16 halves the traffic and rounds each
+        parameters: The trained parameters, in the order of the forward pass.
+        dtype: Data type of the all-reduce; gradients are fp32 before and after. bf16 halves the traffic and rounds each
             rank's gradient to 8 bits.
         bucket_bytes: Size of a bucket, unless one parameter is larger.
         copies: Of some parameters, the bf16 copies that receive their gradients (`weight_copies`). A bucket takes them
@@ -65,19 +64,19 @@ class GradientBuckets:
 
     @property
     def flat(self) -> list[Tensor]:
-        """All gradients, a flat tensor a bucket."""
+        """All gradients, one flat tensor per bucket."""
         return [bucket.flat for bucket in self.buckets]
 
     def zero(self) -> None:
-        """Forget the gradients; a parameter that no sample uses has a zero gradient."""
-        # Zeroed in place and never set to None: `p.grad` must stay a view of the bucket,
-        # or autograd allocates a new tensor and the bucket that is sent holds nothing.
+        """Zero all gradients; a parameter that no sample uses keeps a zero gradient."""
+        # Zeroed in place and never set to None: `p.grad` must remain a view of the bucket,
+        # or autograd allocates a new tensor and the bucket that is sent stays zero.
         torch._foreach_zero_(self.flat)
         for bucket in self.buckets:
             bucket.attach()
 
     def start(self) -> None:
-        """Send buckets as soon as the coming backward pass completes them."""
+        """From now on send each bucket as soon as the backward pass completes it."""
         self._sending, self._next = True, 0
         for bucket in self.buckets:
             bucket.missing = set(bucket.parameters)
@@ -89,7 +88,7 @@ class GradientBuckets:
             self._send_next()
 
     def wait(self) -> None:
-        """Queue what follows behind the sums; on a GPU the host does not wait."""
+        """Make later work wait for the sums; on a GPU it is queued behind them and the host does not wait."""
         for bucket in self.buckets:
             bucket.wait()
 
@@ -127,8 +126,9 @@ class _Bucket:
 
     def send(self, dtype: torch.dtype) -> None:
         add_gradients(self._copies.items())
-        self._message = self.flat.to(dtype)  # the same tensor where it has this type
-        # On NCCL's own stream, behind what is queued now; the backward pass goes on beside it.
+        self._message = self.flat.to(dtype)  # the same tensor if it already has this dtype
+        # It runs on NCCL's stream, after the work that is queued now and in parallel with the rest of the backward
+        # pass.
         self._work = torch.distributed.all_reduce(self._message, async_op=True)
 
     def wait(self) -> None:

@@ -1,7 +1,7 @@
 """The plain backend: every rank holds all weights, and gradients are summed over ranks.
 
-All ranks hold the same weights and moments, so that any of them could write a checkpoint. Each owns an equal share of
-them, a range of all numbers laid end to end: it keeps the average of that range alone, and writes it.
+All ranks hold the same weights and moments. Each rank owns an equal share of them, a range of all values laid end to
+end: it stores the EMA of that range only, and writes that range to checkpoints.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class PlainBackend(ShardedBackend):
     """Holds all weights on every rank; each rank owns an equal share of them for averages and checkpoints.
 
     Args:
-        reduce_dtype: What gradients travel in between ranks.
-        bf16_copies: Whether products read bf16 copies of the weights (`weight_copies`).
+        reduce_dtype: Data type of gradients in the all-reduce.
+        bf16_copies: Whether products use bf16 copies of the weights (`weight_copies`).
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PlainBackend(ShardedBackend):
         self._layout = [self._share_of(rank) for rank in range(world.world_size)]
         self.optimizer = adamw(self.parameters, optim)
         self.copies = WeightCopies(self.model) if bf16_copies else None
-        # Alone, a rank lets autograd hand its gradients over: a bucket would add one more pass over all of them.
+        # With one rank autograd's own gradients are used, because a bucket would add a pass over all of them.
         copies = self.copies.trained if self.copies else {}
         self.buckets = GradientBuckets(self.parameters, reduce_dtype, copies=copies) if world.world_size > 1 else None
 
@@ -57,7 +57,7 @@ class PlainBackend(ShardedBackend):
 
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
         if self.buckets and last:
-            # Only the last micro-batch's backward pass may send: gradients are sums over all micro-batches.
+            # Only the last micro-batch may send, because gradients are sums over all micro-batches.
             self.buckets.start()
         (losses.sum() / global_batch).backward()
         if self.buckets and last:
@@ -68,7 +68,7 @@ class PlainBackend(ShardedBackend):
     def step(self, lr: float, good: Tensor | None = None) -> Tensor:
         if self.buckets:
             self.buckets.wait()
-        # Over flat buckets, so that a norm of a thousand parameters is a few kernels.
+        # Over flat buckets, so that the norm of a thousand parameters takes a few kernels.
         norm = torch.nn.utils.get_total_norm(self.buckets.flat if self.buckets else self._gradients())
         set_lr(self.optimizer, lr)
         finite = norm.isfinite()
@@ -79,19 +79,19 @@ class PlainBackend(ShardedBackend):
         if self.buckets:
             self.buckets.zero()
         else:
-            # Freed, so that the next backward pass writes gradients instead of adding to zeros.
+            # Freed, so that the next backward pass writes gradients instead of adding them to zeros.
             self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def _gradients(self) -> list[Tensor]:
-        """All gradients. One that no sample used is zero, not absent: the same arithmetic as in every other backend."""
+        """All gradients; those of unused parameters are zero and not None, as in every other backend."""
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         return [p.grad for p in self.parameters if p.grad is not None]
 
     def _share_of(self, rank: int) -> list[tuple[str, int, int]]:
-        """The ranges (name, start, stop) of a rank's share of all numbers."""
+        """The ranges (name, start, stop) of a rank's share of all values."""
         total, ranks = sum(p.numel() for p in self.parameters), self.world.world_size
         first, last = rank * total // ranks, (rank + 1) * total // ranks
         share, before = [], 0
@@ -128,7 +128,7 @@ class PlainBackend(ShardedBackend):
         with dist.node_group(self.world) as (first, node):
             for name, p in self.named.items():
                 steps = checkpoint.optimizer_steps.get(name, 0)
-                # The moments of a run that is resumed in a process that has trained before must not survive.
+                # The process may have trained before, and its moments must not remain.
                 self.optimizer.state.pop(p, None)
                 if steps:
                     # A fused optimizer counts its updates on the device.
@@ -138,7 +138,7 @@ class PlainBackend(ShardedBackend):
                     p.copy_(checkpoint.read_full("weight", name).view_as(p))
                     for key in MOMENTS if steps else ():
                         self.optimizer.state[p][key].copy_(checkpoint.read_full(key, name).view_as(p))
-            # Weights and moments travel together in few large messages; every rank has made room for them above.
+            # Weights and moments are sent together in few large messages; every rank has allocated them above.
             states = [self.optimizer.state[p] for p in self.parameters if p in self.optimizer.state]
             moments = [state[key] for state in states for key in MOMENTS]
             broadcast_tensors([*(p.data for p in self.parameters), *moments], self.world, first, node)

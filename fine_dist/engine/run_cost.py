@@ -1,4 +1,4 @@
-"""What a run has cost, as DONE.json records it: whoever compares runs reads it there and builds no model to count."""
+"""The cost of a run, as recorded in DONE.json, so that comparisons need not build a model to count FLOPs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunCost:
-    """The cost of everything that a run has trained so far, earlier starts included.
+    """The cost of a run so far, including earlier starts.
 
     steps:   updates.
     samples: samples that were trained on: updates x global batch.

@@ -1,8 +1,8 @@
 """The numbers of a step: reduced over ranks on the device, copied to the host in the background, read one step later.
 
-A host that asks an accelerator for a number waits until everything queued before it is done, and then the accelerator
-waits until the host has queued work again. So a step's numbers stay on the device, where they decide whether the update
-counts, and the host reads them while the device is busy with the next step.
+A host that reads a number from an accelerator waits for all work queued before it, and then the accelerator waits until
+the host has queued work again. A step's numbers therefore stay on the device, where they decide whether the update is
+applied, and the host reads them while the device computes the next step.
 
 Shapes: W ranks.
 """
@@ -20,19 +20,20 @@ from fine_dist.engine.world import World
 
 
 def reduce_flags(total: Tensor, stop_request: int, world: World, terms: Tensor | None = None) -> Tensor:
-    """Reduce what ranks have to agree on in one small message a step; the host does not wait for it.
+    """Reduce everything that ranks must agree on in one small message per step; the host does not wait for it.
 
     Args:
         total: The sum of this rank's losses, fp64 [], on the device.
-        stop_request: What this rank asks for (`stopping.GO_ON`, `SAVE` or `STOP`).
+        stop_request: This rank's request (`stopping.GO_ON`, `SAVE` or `STOP`).
+        world: Rank and world size of this process.
         terms: Sums of this rank's loss terms, fp64 [K]; None: K is 0.
 
     Returns:
         fp64 [1 + 2W + K]: the sum of all ranks' losses, a 1 for every rank whose own losses are not finite, the stop
         request of every rank, and the sums of the terms.
     """
-    # A sum over ranks is the only collective needed: each rank writes its flags into places
-    # that are zero on all others, so the sum is a gather. fp64 holds the integers exactly.
+    # One sum over ranks is enough: each rank writes its flags into entries that are zero on
+    # all others, so that the sum is a gather. fp64 represents the integers exactly.
     flags = torch.zeros(1 + 2 * world.world_size, dtype=torch.float64, device=total.device)
     flags[0] = total
     # Written by the device. An `if` here would make the host wait for the loss.
@@ -43,7 +44,7 @@ def reduce_flags(total: Tensor, stop_request: int, world: World, terms: Tensor |
 
 
 class AsyncHostCopy:
-    """Values of the device, fp64 [N], on their way to the host while both sides go on.
+    """An asynchronous copy of device values, fp64 [N], to the host.
 
     The copy needs page-locked memory to be asynchronous, and the event marks the point in the queue after which it is
     complete: waiting for the event waits for nothing that was queued later.
@@ -58,7 +59,7 @@ class AsyncHostCopy:
             self._copied.record()
 
     def read(self) -> list[float]:
-        """The values, as soon as the device has computed them."""
+        """Wait for the copy and return the values."""
         if self._copied is not None:
             self._copied.synchronize()
         return [float(value) for value in self._values.tolist()]
@@ -77,11 +78,11 @@ class StepResult:
     grad_norm: float
     """Global norm of the gradients before clipping."""
     terms: list[float]
-    """Means of the loss's terms over the samples of all ranks."""
+    """Means of the loss terms over the samples of all ranks."""
 
     @property
     def problem(self) -> str:
-        """What is wrong with the step, or an empty string."""
+        """Why the step is not finite, or an empty string."""
         if not math.isfinite(self.loss):
             return f"the loss is {self.loss} on rank {', '.join(map(str, self.bad_ranks))}"
         return "" if math.isfinite(self.grad_norm) else f"the gradient norm is {self.grad_norm}"
@@ -89,7 +90,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step whose update is queued on the device and whose numbers the host has not read."""
+    """A step whose update is queued on the device and whose numbers the host has not yet read."""
 
     step: int
     """Updates before this one."""
@@ -102,7 +103,7 @@ class PendingStep:
     """`reduce_flags`' values, followed by the gradient norm."""
 
     def read(self, world: World, global_batch: int) -> StepResult:
-        """Wait for this step, and for nothing that was queued after it."""
+        """Wait for this step, but not for work that was queued after it."""
         total, *flags, grad_norm = self.numbers.read()
         ranks = world.world_size
         bad_ranks = [rank for rank, flag in enumerate(flags[:ranks]) if flag]

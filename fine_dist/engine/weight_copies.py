@@ -1,7 +1,7 @@
-"""bf16 copies of the weights that matrix products read, beside the fp32 weights that train (their *masters*).
+"""bf16 copies of weights for matrix products, besides the fp32 weights that are trained (the *masters*).
 
-Under autocast every product casts its weight and bias, and every gradient is cast back: twenty small kernels a layer.
-Here the model holds bf16 copies while gradients are computed. One kernel for many parameters makes them from the
+Under autocast every product casts its weight and bias, and every gradient is cast back: twenty small kernels per layer.
+Here the model uses bf16 copies while gradients are computed. One kernel for many parameters makes them from the
 masters before a step's first micro-batch, and one brings their gradients into the masters' after each micro-batch. The
 optimizer, averages, checkpoints and evaluations see masters alone. A product reads the same bits either way, because
 autocast rounds the same weights.
@@ -22,7 +22,7 @@ DTYPE = torch.bfloat16
 
 
 def multiplied(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Parameters that products alone use, with the modules that own them and their names there."""
+    """Parameters that are used only in products, as (owning module, name in the module, parameter)."""
     matches = []
     for module in model.modules():
         declared = ("weight", "bias") if type(module) is nn.Linear else getattr(type(module), "multiplied", ())
@@ -31,7 +31,7 @@ def multiplied(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 
 
 class WeightCopies:
-    """The copies of one model's weights, those of frozen ones among them."""
+    """The bf16 copies of one model's weights, including frozen ones."""
 
     def __init__(self, model: nn.Module) -> None:
         self._slots = multiplied(model)
@@ -41,11 +41,11 @@ class WeightCopies:
         self.of: dict[int, nn.Parameter] = dict(zip(masters, self._copies))
         """Copies by the `id` of their master."""
         self.trained = {p: copy for p, copy in zip(self._masters, self._copies) if p.requires_grad}
-        """Copies of the masters that train."""
+        """Copies of the trained masters."""
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        """A context in which the model's modules hold the copies, with the values that the masters have now."""
+        """A context in which the model's modules hold the copies, refreshed from the masters."""
         self.refresh()
         try:
             for module, name, master in self._slots:
@@ -59,7 +59,7 @@ class WeightCopies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the masters that train into their copies. Frozen ones keep their values from the start."""
+        """Round the trained masters into their copies. Copies of frozen masters do not change."""
         if self.trained:
             torch._foreach_copy_(list(self.trained.values()), list(self.trained))
 
