@@ -22,17 +22,20 @@ RANDOM_ROWS = 16
 """Number of random rows whose mean is the random control."""
 _RANDOM_SEED = 0x72616E64
 START_WORD = 'the start word, "{}"'
-NOT_RUN = (
+NOT_MEASURED = (
     "The paper evaluates images: it reports VQAScore 0.835, PickScore 21.775 and ImageReward 1.065. This report does "
     "not measure images, and its cosines do not replace those scores."
 )
 
 
 class HeldOutPairs:
-    """Measurement during training: cosines to the held-out pairs and norms of the rows.
+    """Evaluation during training: cosines to the held-out pairs and norms of the rows.
 
     Args:
-        names: names of the reported rows, which are the first of the model; one empty name for a single run.
+        names: Names of the reported rows, the first rows of the model; one empty name for a single run.
+        num_trained: Number of training pairs, which come first.
+        num_pairs: Number of all pairs.
+        max_cosine: Clamp of the loss.
     """
 
     def __init__(self, names: Sequence[str], num_trained: int, num_pairs: int, max_cosine: float) -> None:
@@ -45,11 +48,11 @@ class HeldOutPairs:
         losses = per_row(cosines, self.max_cosine)
         values = {}
         for index, name in enumerate(self.names):
-            end = f"/{name}" if name else ""
-            values[f"held_out_cosine{end}"] = float(cosines[:, index].mean())
-            values[f"held_out_loss{end}"] = float(losses[:, index].mean())
+            suffix = f"/{name}" if name else ""
+            values[f"held_out_cosine{suffix}"] = float(cosines[:, index].mean())
+            values[f"held_out_loss{suffix}"] = float(losses[:, index].mean())
             for key, rows in model.named_parameters():
-                values[f"norm_{key}{end}"] = float(rows[index].detach().norm())
+                values[f"norm_{key}{suffix}"] = float(rows[index].detach().norm())
         return values
 
 
@@ -62,7 +65,7 @@ def held_out_cosines(model: Any, pairs: Tensor) -> Tensor:
 
 
 class NearestWords:
-    """Texts for TensorBoard: the words of the vocabulary nearest to a row."""
+    """Texts for TensorBoard: the words of the vocabulary that are nearest to each row."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
@@ -91,8 +94,12 @@ def measure(
     """Mean cosine to the restrictive prompts of pairs, both orders: {what: {encoder or `mean`: cosine}}.
 
     Args:
-        rows: What -> rows [D] by the encoder's name; the controls "creative", the start word and random rows are
-            added.
+        encoders: The text encoders.
+        template: The two prompts.
+        pairs: Pairs of concepts.
+        token: The token in prompts.
+        start: The start word.
+        rows: {what: {encoder: row [D]}}; the controls "creative", the start word and random rows are added.
     """
     cosines: dict[str, dict[str, float]] = {}
     for encoder in encoders:
@@ -109,7 +116,7 @@ def measure(
 
 
 class _Probe:
-    """The mean cosine of the adaptive prompt, with anything in the token's place, to the targets of pairs."""
+    """The mean cosine of the adaptive prompt, with any word or row in place of the token, to the targets of pairs."""
 
     def __init__(self, encoder: TextEncoder, template: Template, pairs: Sequence[Pair]) -> None:
         self.encoder, self.template = encoder, template
@@ -122,24 +129,26 @@ class _Probe:
         # An adaptive prompt without the pair's words is the same for all pairs and is embedded once.
         distinct = list(dict.fromkeys(prompts))
         embedded = F.normalize(self.encoder.embed(distinct, row), dim=1)
-        places = [distinct.index(prompt) for prompt in prompts]
-        return float((embedded[places] * self.targets).sum(1).mean())
+        indices = [distinct.index(prompt) for prompt in prompts]
+        return float((embedded[indices] * self.targets).sum(1).mean())
 
 
 def random_rows(encoder: TextEncoder) -> Tensor:
-    """Rows [RANDOM_ROWS, D] with each coordinate's mean and deviation over the vocabulary."""
+    """Random rows [RANDOM_ROWS, D] with the mean and deviation of each coordinate over the vocabulary."""
     table = encoder.table.float()
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
     noise = torch.randn(RANDOM_ROWS, encoder.width, generator=generator)
-    # Drawn like the vocabulary: a row of another length would differ from the token by that alone.
+    # Distributed like the vocabulary, because a row of another norm would differ from the token by its norm alone.
     return table.mean(0) + table.std(0) * noise.to(table.device)
 
 
 def report(title: str, facts: dict[str, Any], measured: dict[str, dict[str, float]]) -> str:
-    """A page of Markdown: the cosines as a table, the nearest words, and what was not measured.
+    """A report in Markdown: the cosines as a table, the nearest words, and a note about what is not measured.
 
     Args:
-        facts: A token's manifest.
+        title: Title of the report.
+        facts: The token's manifest.
+        measured: The result of `measure`.
     """
     keys = list(next(iter(measured.values())))
     lines = [
@@ -166,6 +175,6 @@ def report(title: str, facts: dict[str, Any], measured: dict[str, dict[str, floa
         )
         + ".",
         "",
-        NOT_RUN,
+        NOT_MEASURED,
     ]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,9 @@
-"""Pairs of concepts: where they come from, which are held out, and which pair each sample of a step is.
+"""Pairs of concepts: their sources, the held-out pairs, and the pair of each sample of a step.
 
-The pair at a position of a step is a function of (seed, step, position) alone, so neither the number of processes, nor
-a restart, nor the company of other runs in a pack changes what a run is trained on.
+The pair at a position of a step is a function of (seed, step, position) alone, so that the training data of a run does
+not depend on the number of processes, on restarts, or on other runs in its pack.
 
-b samples of a rank's batch, R rows that train together.
+Shapes: b samples of a rank's batch, B of the global batch, R rows that train together.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from fine_dist.creative.config import CreativeConfig
 
 Pair = tuple[str, str]
 _DRAW, _SPLIT = 0x70616972, 0x73706C69
-"""Keep the draw of pairs and the split apart from every other use of a seed."""
+"""Constants that separate the random streams of pairs and of the split from other uses of a seed."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs that are trained on, and pairs that are only measured."""
+    """Training pairs and held-out pairs."""
 
     trained: tuple[Pair, ...]
     held_out: tuple[Pair, ...]
 
     @property
     def all(self) -> tuple[Pair, ...]:
-        """The trained ones first."""
+        """All pairs, the training pairs first."""
         return self.trained + self.held_out
 
 
 def make_pairs(config: CreativeConfig) -> Pairs:
-    """The pairs of a config: the user's file, or pairs made of concepts; held-out ones by `split_seed`.
+    """The pairs of a config, from the user's file of pairs or from concepts, split by `split_seed`.
 
-    No pair is in both parts, in neither order. `DataError` when a file cannot be used or there are too few pairs.
+    No pair is in both parts, in either order. `DataError` when a file cannot be used or there are too few pairs.
     """
     draw = np.random.Generator(np.random.Philox(key=[config.split_seed, _SPLIT]))
     if config.pairs is not None:
@@ -71,7 +71,7 @@ def make_pairs(config: CreativeConfig) -> Pairs:
 
 
 def read_concepts(path: str | None) -> list[str]:
-    """Words of a file, one a line; the project's list for None. `DataError` for fewer than two words or a repeat."""
+    """Words of a file, one per line; None: the project's list. `DataError` for fewer than two words or a repeat."""
     if path is None:
         lines = resources.files("fine_dist.creative").joinpath("concepts.txt").read_text(encoding="utf-8").splitlines()
         return [line.strip() for line in lines if line.strip()]
@@ -79,14 +79,14 @@ def read_concepts(path: str | None) -> list[str]:
     if twice := [word for word, count in Counter(words).items() if count > 1]:
         raise DataError(f"{path}: {twice[0]!r} occurs twice; remove one of them")
     if len(words) < 2:
-        raise DataError(f"{path}: {len(words)} words make no pair; give one word a line, two or more")
+        raise DataError(f"{path}: {len(words)} words make no pair; give two words or more, one per line")
     return words
 
 
 def read_pairs(path: str) -> list[Pair]:
-    """Pairs of words, two columns split by a comma or a tab, as they stand in the file.
+    """Pairs of words in the order of the file, in two columns separated by a comma or a tab.
 
-    `DataError` names the line: one column or three, a pair that occurs twice (in either order).
+    `DataError` names the line of a wrong number of columns or of a pair that occurs twice (in either order).
     """
     lines = _read(path).splitlines()
     delimiter = "\t" if any("\t" in line for line in lines) else ","
@@ -137,8 +137,8 @@ def _read(path: str) -> str:
 class PairBatch:
     """A rank's part of a global batch.
 
-    positions: int64 [b], places in the global batch.
-    pairs:     int64 [b, R], the trained pair of each row that trains.
+    positions: int64 [b], positions in the global batch.
+    pairs:     int64 [b, R], number of the training pair of each sample and row.
     """
 
     step: int
@@ -149,7 +149,7 @@ class PairBatch:
         return len(self.positions)
 
     def to(self, device: torch.device) -> PairBatch:
-        """The pairs on the device."""
+        """The batch with its pairs on a device."""
         return replace(self, pairs=self.pairs.to(device, non_blocking=True))
 
     def part(self, start: int, size: int) -> PairBatch:
@@ -161,7 +161,7 @@ class PairBatch:
 class PairStream:
     """An endless stream of `PairBatch`; rank r of W has positions r B/W to (r + 1) B/W of each global batch of B.
 
-    seeds: of the R rows; rows of one seed see the same pairs.
+    `seeds` are those of the R rows; rows with the same seed get the same pairs.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class PairStream:
             yield PairBatch(step, self._positions, pairs)
 
     def _draw(self, seed: int, step: int) -> Tensor:
-        """Pairs [b] of this rank: every rank draws the whole batch (a few numbers) and takes its own positions."""
+        """Pairs [b] of this rank: every rank draws the complete batch (a few numbers) and selects its positions."""
         # A counter-based generator gives step 10,000 without drawing the steps before it, so a restart costs nothing.
         draw = np.random.Generator(np.random.Philox(key=[seed, _DRAW], counter=[0, 0, 0, step]))
         return torch.from_numpy(draw.integers(self.num_pairs, size=self.global_batch)[self._own])

@@ -15,13 +15,15 @@ from fine_dist.creative.training import LEARNED, SHUFFLED
 
 
 def evaluate_again(folder: str | Path, images: str | None = None, clip: str | None = None) -> str:
-    """The report of a token, measured again on its held-out pairs and written as report.md beside the token.
+    """Measure a token again on its held-out pairs and write report.md next to its folder; returns the report.
 
     Args:
-        images, clip: a folder of images and the CLIP model that scores them.
+        folder: The directory of a run, or the `token/` in it.
+        images: Folder of images to score. None: no CLIP score.
+        clip: Local folder of the CLIP model that scores them.
 
     Raises:
-        ArtifactError: the encoders are not those that the token was trained on.
+        ArtifactError: The encoders are not those that the token was trained on.
     """
     saved = read_token(folder)
     facts = saved.manifest

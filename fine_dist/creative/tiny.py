@@ -1,6 +1,6 @@
-"""Random text encoders with a real BPE vocabulary, to try things out: `encoders: [tiny]`, tests and benchmarks.
+"""Random text encoders with a real BPE vocabulary, for trials (`encoders: [tiny]`), tests and benchmarks.
 
-Nothing they say means anything; shapes, vocabularies and files are those of the real ones.
+Their embeddings are meaningless; shapes, vocabularies and files have the form of the real encoders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def make_tokenizer(words: Iterable[str] = ()) -> Any:
     """A `CLIPTokenizer` whose byte-pair encoding is learned from the project's concepts, a few prompts and `words`.
 
-    Its vocabulary is laid out as CLIP's: bytes, bytes that end a word, merged pieces in their order, start and end.
+    The vocabulary has CLIP's layout: bytes, bytes that end a word, merged pieces in order, start and end of text.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -43,12 +43,11 @@ def _merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def learn_merges(words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): the most frequent pair of pieces is merged, again and
-    again, until each word is one piece. Of equally frequent pairs the alphabetically first is taken, so that every
-    process learns the same.
+    """Byte-pair encoding (Sennrich et al., arXiv 1508.07909): the most frequent pair of pieces is merged until each
+    word is one piece. Ties are broken alphabetically, so that every process learns the same merges.
 
     Args:
-        words: How often each occurs.
+        words: Count of each word.
     """
     split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     merges = []
@@ -71,7 +70,7 @@ def make_model(
 ) -> Any:
     """A random `CLIPTextModelWithProjection` for a tokenizer, with `eos_token_id` 2 as published configs have it.
 
-    Its embeddings are drawn large enough for different prompts to have different embeddings, as a trained one's do.
+    Its weights are large enough that different prompts have clearly different embeddings.
     """
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 

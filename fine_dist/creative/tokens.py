@@ -2,7 +2,7 @@
 
 The adaptive prompt ("a photo of a <CreTok> mixture") is trained to agree with the restrictive prompts of a pair, in
 both orders ("a lettuce mantis", "a mantis lettuce"), on the pooled embeddings E of each encoder (CreTok, arXiv
-2410.24160; which embeddings are compared, and that the losses of encoders are added, are our choice):
+2410.24160; the choice of embeddings and the sum over encoders are this project's):
 
     loss = 1 - min(cos(E(restrictive), E(adaptive)), max_cosine), mean over the two orders, summed over the encoders
 
@@ -10,8 +10,8 @@ Restrictive prompts contain nothing trainable, so their embeddings are computed 
 words of the pair is the same for all samples, so it goes through the encoder once per step and run, from its first
 trainable position on (`causal.py`).
 
-b samples, R rows that train together, Q pairs, O = 2 orders, C encoders, M adaptive prompts, S positions of the longest
-from the first that is computed, D width, E projection, U prompts that a step needs.
+Shapes: b samples, R rows that train together, Q pairs, O = 2 orders, C encoders, M adaptive prompts, S computed
+positions of the longest prompt, D width, E projection, T sets of targets, U distinct prompts of a step.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SHUFFLE = 0x7368756666
 
 @dataclass(frozen=True)
 class RowSpec:
-    """A trainable row. A `shuffled` one is a control: the coordinates of its targets are permuted."""
+    """A trainable row. A `shuffled` row is a control: the coordinates of its targets are permuted."""
 
     template: Template
     seed: int
@@ -66,12 +66,12 @@ class EncoderPrompts:
         self.prompt_of = torch.from_numpy(table).to(device)  # [R, Q, O]
         self.targets, self.target_of = self._targets(specs, pairs)
 
-    # Copies of the module, such as that for evaluation, share it: encoders are frozen and far larger than the rows.
+    # Copies of the module, such as the EMA, share this object: encoders are frozen and far larger than the rows.
     def __deepcopy__(self, memo: dict[int, Any]) -> EncoderPrompts:
         return self
 
     def _targets(self, specs: Sequence[RowSpec], pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-        """Unit vectors [T, Q, O, E] of the restrictive prompts, and which of the T each row has [R]."""
+        """(unit vectors [T, Q, O, E] of the restrictive prompts, index [R] of each row's set of targets)."""
         orders = [pair for first, second in pairs for pair in ((first, second), (second, first))]
         templates = {spec.template.restrictive for spec in specs}
         plain = {
@@ -91,10 +91,10 @@ class EncoderPrompts:
 
     def embed(self, rows: Tensor, prompts: Tensor) -> Tensor:
         """Unit vectors [U, E], fp32, of adaptive prompts [U], each with its own row [U, D]."""
-        # `where` and not an assignment in place: the gradient must reach the rows through every place of the token.
+        # `where` and not an in-place assignment, so that the rows get a gradient from every occurrence of the token.
         x = torch.where(self.is_token[prompts], rows[:, None].to(self.embedded.dtype), self.embedded[prompts])
         hidden = causal.run(self.encoder.model, x, self.before)  # [U, S, D]
-        # In fp32: near 1 the cosines of bf16 are 0.004 apart, and the loss is what is missing to 1.
+        # In fp32: near 1 the spacing of bf16 numbers is 0.004, and the loss is the difference to 1.
         return F.normalize(causal.pool(self.encoder.model, hidden, self.ends[prompts]).float(), dim=1)
 
 
@@ -129,7 +129,8 @@ class Tokens(nn.Module):
         """Cosines [b, R, O, C] of the adaptive prompts to the restrictive prompts of pairs [b, R].
 
         Args:
-            against: The `own` targets of each row, or, for a shuffled row, the `true` ones.
+            pairs: Number of the pair of each sample and row, int64 [b, R].
+            against: `own`: the targets of each row; `true`: for shuffled rows the unshuffled targets.
         """
         cosines = []
         num_rows = len(self.specs)
@@ -152,16 +153,15 @@ class Tokens(nn.Module):
         return prompts_of_encoder.target_of[plain]
 
     def work(self, batch: int) -> tuple[float, int]:
-        """(FLOPs of the layers' matrices, positions computed) a sample, when a process takes `batch` samples at once.
+        """(FLOPs of the layers' matrices, computed positions) of one sample in a batch of `batch` samples.
 
-        The weights have no gradients: backward costs what forward does.
+        The weights have no gradients, so the backward pass costs as much as the forward pass.
         """
         flops, positions = 0.0, 0
         for prompts_of_encoder in self.prompts_by_encoder:
             layers = prompts_of_encoder.encoder.model.text_model.encoder.layers
             numbers = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
-            # One prompt for all pairs is encoded once a step and not
-            # once a sample, so its cost is divided by the batch.
+            # A prompt that all pairs share is encoded once for each step, so its cost is divided by the batch.
             fixed = len(self.specs) if all(len(p.unique()) == 1 for p in prompts_of_encoder.prompt_of) else 0
             prompts = fixed / batch if fixed else 2 * len(self.specs)
             positions += max(1, round(prompts * prompts_of_encoder.ids.shape[1]))
@@ -170,16 +170,16 @@ class Tokens(nn.Module):
 
 
 class TokenObjective:
-    """The loss of all rows. Rows do not interact: the loss is a sum, so each row's gradient is that of a run alone.
+    """The loss of all rows. It is a sum over rows, so that each row has the gradient of a run of its own.
 
-    The reported loss is the mean over the first `num_shown` rows; the rows after them are controls.
+    The reported loss is the mean over the first `num_shown` rows; the other rows are controls.
     """
 
     def __init__(self, max_cosine: float, num_shown: int) -> None:
         self.max_cosine, self.num_shown = max_cosine, num_shown
 
     def __call__(self, model: Any, batch: PairBatch) -> Tensor:
-        """Losses [b] whose value is the mean over shown rows and whose gradient is that of the sum over all rows."""
+        """Losses [b] with the value of the mean over shown rows and the gradient of the sum over all rows."""
         losses = per_row(model(batch.pairs), self.max_cosine)  # [b, R]
         total, shown = losses.sum(1), losses[:, : self.num_shown].mean(1)
         return total + (shown - total).detach()
@@ -191,7 +191,7 @@ def per_row(cosines: Tensor, max_cosine: float) -> Tensor:
 
 
 def shuffle(size: int, seed: int) -> Tensor:
-    """A fixed permutation of a target's coordinates: norms and cosines among targets stay, their meaning is lost."""
+    """A fixed permutation of a target's coordinates; it preserves norms and cosines among targets."""
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=[seed, _SHUFFLE])).permutation(size))
 
 

@@ -48,10 +48,11 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
     """Train the unfinished runs of a config, one pack after another, in this process; returns the run directory.
 
     Args:
-        table: state table with a row for each run, updated on rank 0.
+        config: The config.
+        table: State table with a row for each run, updated on rank 0.
 
     Raises:
-        ResumeLater: the run was stopped; the same command resumes it.
+        ResumeLater: The run was stopped; the same command resumes it.
     """
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -71,12 +72,12 @@ def train(config: CreativeConfig, table: StateTable | None = None) -> Path:
 
 
 def train_pack(config: CreativeConfig, members: Sequence[TokenRun], pack_folder: Path, world: World) -> None:
-    """Train some runs as one program with its checkpoints and logs in `place`, and write each one's token."""
+    """Train some runs as one program with checkpoints and logs in `pack_folder`, and write the token of each run."""
     if all(is_finished(member) for member in members):
         if world.is_main:
             print(f"creative: already finished: {', '.join(str(member.folder) for member in members)}", flush=True)
         return
-    # the directory is claimed only after the words, the encoders and the initial token were found to be valid
+    # the directory is claimed only after words, encoders and the initial token have been checked
     encoders = load_encoders(config.encoders, config.token, world.device)
     pairs = make_pairs(config)
     program = make_program(config, members, encoders, pairs, world)
@@ -99,12 +100,11 @@ def train_pack(config: CreativeConfig, members: Sequence[TokenRun], pack_folder:
             claim=lambda: run_dir.claim(_own(config, members)) if world.is_main else None,
         )
         if world.is_main:
-            # A token is a row for one particular encoder; an in-place
-            # change would make it useless without a sign of it.
+            # A token only fits the encoder it was trained on; a change of the weights would silently make it useless.
             if {encoder.key: encoder.hash() for encoder in encoders} != program.identity["encoders"]:
                 raise TrainingError("an encoder's weights changed while a token trained on it; nothing was saved")
             for index in range(len(members)):
-                keep(config, members, index, encoders, pairs, fitted, program.identity["encoders"])
+                save_run(config, members, index, encoders, pairs, fitted, program.identity["encoders"])
             facts = {"steps": fitted.step, "seconds": fitted.seconds, "losses": fitted.losses}
             for member in members:
                 write_atomic(member.folder / "DONE.json", json.dumps({"name": member.name, **facts}, indent=1) + "\n")
@@ -112,7 +112,7 @@ def train_pack(config: CreativeConfig, members: Sequence[TokenRun], pack_folder:
 
 
 def _own(config: CreativeConfig, members: Sequence[TokenRun]) -> CreativeConfig:
-    """A config of these runs alone, without speed settings: other runs may be added, and these packs still resume."""
+    """A config of these runs only and without speed settings, so that a pack resumes after other runs are added."""
     names = {member.name for member in members}
     templates = {key: t for key, t in config.templates.items() if any(n.startswith(f"{key}-s") for n in names)}
     seeds = tuple(seed for seed in config.seeds if any(member.seed == seed for member in members))
@@ -124,7 +124,7 @@ def _own(config: CreativeConfig, members: Sequence[TokenRun]) -> CreativeConfig:
 def make_program(
     config: CreativeConfig, members: Sequence[TokenRun], encoders: Sequence[TextEncoder], pairs: Pairs, world: World
 ) -> Program:
-    """The program of some runs: a row for each run and encoder, then the rows of the controls."""
+    """The program of some runs: one row for each run and encoder, followed by the rows of the controls."""
     specs = [RowSpec(member.template, member.seed) for member in members]
     if config.shuffled:
         specs += [RowSpec(member.template, member.seed, shuffled=True) for member in members]
@@ -158,7 +158,7 @@ def make_program(
     )
 
 
-def keep(
+def save_run(
     config: CreativeConfig,
     members: Sequence[TokenRun],
     index: int,

@@ -1,4 +1,4 @@
-"""What every feature network takes and gives, and how the weights of published ones are read.
+"""The interface of feature networks, and reading the weights of published networks.
 
 Shapes: N images, F pooled features, S spatial features, K classes of its own, C channels, H, W pixels.
 """
@@ -22,7 +22,7 @@ from fine_dist.sampling.image_grid import to_uint8
 
 @dataclass(frozen=True)
 class Extracted:
-    """Of a batch, float32: pooled [N, F]; spatial [N, S] and logits [N, K] where the network has them."""
+    """Features of a batch, float32: pooled [N, F]; spatial [N, S] and logits [N, K] if the network has them."""
 
     pooled: Tensor
     spatial: Tensor | None = None
@@ -30,12 +30,12 @@ class Extracted:
 
 
 class Features(Protocol):
-    """A frozen network: `features(images) -> Extracted`, on whatever device its weights are.
+    """A frozen network: `features(images) -> Extracted`, computed on the device of its weights.
 
     name:         `inception`, `dinov2` or `classifier`.
-    distance:     what the Fréchet distance on its pooled features is called: FID, FDD, FD-classifier.
+    distance:     name of the Fréchet distance on its pooled features: FID, FDD, FD-classifier.
     num_features: F.
-    identity:     sha256 of its weights (or their file): two numbers compare only where it is equal.
+    identity:     sha256 of its weights (or their file); only scores with equal identities are comparable.
     """
 
     @property
@@ -59,7 +59,7 @@ class Features(Protocol):
 
 
 def as_rgb(images: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] of any images that `to_uint8` takes; gray ones three times over."""
+    """uint8 [N, 3, H, W] of any images that `to_uint8` takes; gray images are repeated in all three channels."""
     images = to_uint8(images)
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1)
 
@@ -72,11 +72,11 @@ def as_signed(images: Tensor) -> Tensor:
 # --- weights from files that a user has; no code in them is run -----------------------------------------------------
 
 _COUNTER = ".num_batches_tracked"
-"""Batch normalization's counter of training steps, which some files have and no answer depends on."""
+"""Batch normalization's counter of training steps, which some files contain and evaluation does not use."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth` or `.safetensors` by name. `ArtifactError` when there are none to be had."""
+    """The tensors of a `.pth` or `.safetensors` file by name. `ArtifactError` when it cannot be read."""
     try:
         check_regular(path)
         if path.suffix == ".safetensors":
@@ -94,7 +94,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_tensors(model: nn.Module, state: dict[str, Any], where: str, what: str) -> None:
-    """`ArtifactError` that names tensors that are missing, too many, or of another shape."""
+    """Check names and shapes of tensors. `ArtifactError` names those that are missing, unknown, or of another shape."""
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(_COUNTER)}
     given = {name: tensor for name, tensor in state.items() if not name.endswith(_COUNTER)}
     missing, foreign = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())

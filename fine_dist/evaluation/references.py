@@ -1,4 +1,4 @@
-"""Real images to compare with: statistics of them under each network, read or measured once."""
+"""Statistics of the real images to compare with, under each network; read or measured once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BATCH = 256
 
 
 class References:
-    """Networks, and the statistics of real images under them. All processes call alike: they measure together."""
+    """Feature networks and the statistics of real images. All processes make the same calls and measure together."""
 
     def __init__(self, config: EvaluateConfig, networks: dict[str, list[str]], world: World) -> None:
         self.config, self.networks, self.world = config, networks, world
@@ -53,7 +53,7 @@ class References:
         return self._networks[name]
 
     def _trained_classifier(self) -> str:
-        """Folder of the classifier that rank 0 trains on the shards, where it is not there from an earlier start."""
+        """Folder of the classifier, which rank 0 trains on the shards unless it exists."""
         data, folder = self.config.data, Path(expand_path(self.config.run_dir)) / "classifier"
         failure: FineDistError | None = None
         if self.world.is_main:
@@ -61,11 +61,11 @@ class References:
                 if not data.shards:
                     raise ConfigError("features.classifier: train needs data.shards to train on")
                 accuracy = classifier_of_shards(folder, data.shards, data.held_out).accuracy
-                print(f"classifier: gets {accuracy:.1%} of held-out images right; {folder}", flush=True)
+                print(f"classifier: accuracy {accuracy:.1%} on held-out images; {folder}", flush=True)
             except FineDistError as error:
                 failure = error
-        # The others must leave as well, or they would wait for rank
-        # 0 in the next collective; the user reads one message.
+        # The other ranks must stop as well, because they would wait for rank 0 in the next collective; only rank 0
+        # prints the message.
         if broadcast_object(failure is not None, self.world) and failure is None:
             raise ReportedElsewhere("rank 0 could not train the classifier")
         if failure is not None:
@@ -73,7 +73,7 @@ class References:
         return str(folder)
 
     def statistics(self, name: str) -> Statistics:
-        """Of the real images under a network."""
+        """Statistics of the real images under a network."""
         if name not in self._statistics:
             config, world = self.config, self.world
             if config.reference:
@@ -91,7 +91,7 @@ class References:
         return self._statistics[name]
 
     def floors(self) -> dict[str, float]:
-        """Each Fréchet distance of held-out real images to the reference, by metric; where both are shards."""
+        """Fréchet distances of held-out real images to the reference, by metric; empty unless both are shards."""
         if self.config.reference or not self.config.data.held_out:
             return {}
         distances: dict[str, float] = {}
@@ -105,7 +105,7 @@ class References:
         return distances
 
     def of_shards(self, name: str, where: str) -> Statistics:
-        """Statistics of the pictures in shards; each process reads its part."""
+        """Statistics of the images in shards; each process reads its share."""
         shards = ShardSet(expand_path(where), self.config.data)
         try:
             return measure(
@@ -133,13 +133,13 @@ class References:
             yield torch.arange(part.start, part.stop), to_pictures(rows.latents[:, : manifest.latent_shape[0]])
 
     def _to_pictures(self, manifest: Manifest, where: str) -> Callable[[Tensor], Tensor]:
-        """What makes pictures of these shards' latents."""
+        """A function that turns the latents of these shards into uint8 images."""
         if manifest.codec == "identity" and manifest.latent_shape[0] in (1, 3):
             return lambda latents: to_uint8(latents.clamp(-1, 1))
         if not self.config.vae:
             raise ConfigError(
-                f"reference: {where} holds latents of {manifest.codec}; give real images with --reference FILE, or "
-                "what decodes them with --vae FOLDER"
+                f"reference: {where} holds latents of {manifest.codec}; give real images with --reference FILE, or the "
+                "autoencoder with --vae FOLDER"
             )
         if self._decoder is None:
             self._decoder = Decoder(
@@ -166,7 +166,7 @@ class References:
 
 
 def is_images(source: str) -> bool:
-    """Whether a source is a set of images, not a model: an .npz, a .tar, or a folder of pictures."""
+    """Whether a source is a set of images and not a model: an .npz, a .tar, or a folder of images."""
     path = Path(expand_path(source))
     if path.suffix in (".npz", ".tar"):
         return True

@@ -1,7 +1,7 @@
-"""Scores while a model trains: the held-out loss, and every so many steps those of a few samples of the EMA.
+"""Evaluation during training: the held-out loss, and at longer intervals the scores of a few samples of the EMA.
 
-Everything is measured by `Evaluator`, on rank 0, which alone has the averaged weights; the statistics of the real
-images are measured by all ranks together, once, before training.
+`Evaluator` measures on rank 0, the only rank with the averaged weights; all ranks together measure the statistics of
+the real images once before training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BeforeStep = Callable[[int, "torch.Generator"], None]
 
 
 def held_out_evaluator(data: DataConfig, world: World) -> Evaluator:
-    """What measures the held-out loss of a model that trains, on at most `data.held_out_samples` samples."""
+    """An evaluator of the held-out loss during training, on at most `data.held_out_samples` samples."""
     config = EvaluateConfig(metrics=(HELD_OUT_LOSS,), data=data)
     return Evaluator(config, world, data.held_out_samples)
 
@@ -43,18 +43,18 @@ def training_renderer(
     sampler: SamplerConfig,
     diffusion: DiffusionConfig,
 ) -> ImageRenderer:
-    """A model in training as one that draws, with the settings of its run. manifest: of the shards it trains on."""
+    """A renderer of a model in training with the settings of its run; `manifest` is that of its training shards."""
     facts = ModelFacts(codec=manifest.codec, class_names=manifest.class_names)
     pictures = decoder is not None or facts.pictures(manifest.latent_shape[0])
     return ImageRenderer(model, Path(run_dir).name, {}, facts, sampler, diffusion, decoder, pictures)
 
 
 def decoder_of(vae: str | None, manifest: Manifest, world: World) -> Decoder | None:
-    """What decodes a training run's pictures, on rank 0; none without a VAE, or where latents are pictures."""
+    """The decoder of a training run's samples on rank 0; None on other ranks and without a VAE."""
     if not vae:
         return None
     if manifest.codec == "identity":
-        raise ConfigError("vae: the shards hold pictures, not latents; leave it out")
+        raise ConfigError("vae: the shards hold images, not latents; leave it out")
     if not world.is_main:
         return None
     device = world.device or "cpu"
@@ -62,18 +62,20 @@ def decoder_of(vae: str | None, manifest: Manifest, world: World) -> Decoder | N
 
 
 class QuickEvaluation:
-    """Scores of the EMA's samples, `quick(model) -> {metric: value}`, when they are due; else nothing.
+    """Scores of samples of the EMA when they are due: `quick(renderer) -> {metric: value}`, otherwise empty.
 
-    All processes make one, because they measure the real images together; rank 0 alone calls it. The scores have the
-    names that `evaluate` gives them, and RUN_DIR/evaluate.json records them with their protocol, a row a step.
+    All processes create one, because they measure the real images together; only rank 0 calls it. The scores have the
+    names of `evaluate`, and RUN_DIR/evaluate.json records them with their protocol, one row for each step.
 
     Args:
-        config: How often, how many samples, which metrics.
-        data: The run's data; `shards` are the real images without a reference.
-        vae: What decodes samples, where they are latents.
+        config: Interval, number of samples and metrics.
+        data: The run's data; `shards` are the real images if there is no reference.
+        vae: Autoencoder that decodes samples of latents.
+        sampler: The sampler.
+        diffusion: The diffusion process of the model.
         run_dir: Folder of evaluate.json.
-        steps: The run's length; the last step is always measured.
-        seed: Of the samples' noise.
+        steps: Number of steps of the run; the last step is always measured.
+        seed: Seed of the samples' noise.
         world: The run's processes.
     """
 
@@ -94,7 +96,7 @@ class QuickEvaluation:
             raise ConfigError("quick.metrics: the held-out loss is measured every engine.eval_every steps anyway")
         if not config.metrics and not config.features.classifier:
             raise ConfigError("quick.metrics: say what is measured, such as fid, and its weights under quick.features")
-        asked = EvaluateConfig(
+        evaluate_config = EvaluateConfig(
             metrics=config.metrics,
             samples=config.samples,
             reference=config.reference,
@@ -107,15 +109,15 @@ class QuickEvaluation:
             seed=seed,
         )
         self.every, self.steps, self.run_dir, self.world = config.every, steps, run_dir, world
-        self.evaluator = Evaluator(asked, world)
-        # Now and by all ranks: later calls are rank 0's alone, which would wait in these collectives forever.
+        self.evaluator = Evaluator(evaluate_config, world)
+        # Measured now by all ranks: later only rank 0 makes calls, and it would wait in these collectives forever.
         for name in self.evaluator.networks:
             self.evaluator.references.statistics(name)
         self.protocol = self.evaluator.protocol()
         self.updates, self._measured_at = 0, 0
 
     def before_step(self, then: BeforeStep | None) -> BeforeStep:
-        """The hook that a run calls before each step, which also counts this evaluation's steps."""
+        """A hook for each step that counts steps for this evaluation and then calls `then`."""
 
         def hook(step: int, generator: torch.Generator) -> None:
             self.updates = step + 1  # of the model that is measured next
@@ -125,13 +127,13 @@ class QuickEvaluation:
         return hook
 
     def is_due(self) -> bool:
-        """Whether `every` steps have passed since the last time, or training has ended; true once a step."""
-        # Not `updates % every`: a run that was resumed, or evaluates at other steps, may never meet a multiple exactly.
+        """Whether `every` steps have passed since the last measurement, or training has ended; true once per step."""
+        # Not `updates % every`: a resumed run, or one that evaluates at other steps, may never hit a multiple exactly.
         passed = self.updates // self.every > self._measured_at // self.every
         return self.updates > self._measured_at and (passed or self.updates == self.steps)
 
     def __call__(self, renderer: ImageRenderer) -> dict[str, float]:
-        """Scores by metric; empty when they are not due."""
+        """Scores by metric; empty if they are not due."""
         if not self.is_due():
             return {}
         self._measured_at = self.updates

@@ -68,7 +68,7 @@ def test_data_sets_are_an_axis_of_the_grid(config):
         ({"depths": (2, 2)}, "listed twice"),
         ({"depths": ()}, "empty list"),
         ({"lrs": (1e-2, 1.0000000001e-2)}, "one name"),
-        ({"lrs": (0.0,)}, "no learning rate"),
+        ({"lrs": (0.0,)}, "is not a learning rate"),
         ({"seeds": tuple(range(101)), "limit": 200}, "202 targets, more than limit: 200; add --yes"),
         ({"only": ("L2-s0-lr0.02",)}, "did you mean 'L2-s0-lr0.01'"),
         ({"domains": {"a/b": DomainConfig()}}, "letters, digits"),

@@ -114,7 +114,7 @@ def test_best_without_data_says_what_to_do(parent):
 def test_wrong_layers_and_groups_are_refused(parent):
     for settings, says in (
         ({"layers": (0, 1)}, r"\[0, 1\] are 2 layers"),
-        ({"layers": (0, 1, 6)}, r"takes 3 of 0 to 5"),
+        ({"layers": (0, 1, 6)}, r"needs 3 layers of 0 to 5"),
         ({"choose": "learned", "groups": 2}, r"3 of 6 layers cannot be learned in 2 groups; legal: \[1, 3\]"),
     ):
         with pytest.raises(ArtifactError, match=says):
