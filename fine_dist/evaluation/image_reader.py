@@ -1,7 +1,7 @@
 """Images to measure: a folder of pictures, a tar of them, or ADM's `.npz`; all of one size, read in batches.
 
-Arrays are uint8 [B, C, H, W]. An image's number is its place in the sorted list (in a tar or `.npz`: its place). What
-`encode` reads is read here, in the same way: transparent pictures are laid over a background, and 16-bit ones are
+Arrays are uint8 [B, C, H, W]. The number of an image is its index in the sorted list of files (in a tar or `.npz`, its
+index in the file). Images are read as in `encode`: transparent images get a background color, and 16-bit images are
 scaled to 8 bits.
 """
 
@@ -26,7 +26,7 @@ from fine_dist.sampling.npz import NpzImages
 
 
 class Images(Protocol):
-    """Images in an order of their own."""
+    """A numbered set of images."""
 
     @property
     def count(self) -> int: ...
@@ -36,15 +36,19 @@ class Images(Protocol):
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a name is that of an image file, and not a hidden one such as macOS's `._` companions."""
+    """Whether a path has the suffix of an image and is not hidden, such as macOS's `._` files."""
     return path.suffix.lower().lstrip(".") in SUFFIXES and not path.name.startswith(".")
 
 
 def open_images(path: str | Path, background: Color = WHITE) -> Images:
-    """The images at a path. `DataError` when there are none, or it is no folder, `.tar` or `.npz`.
+    """The images at a path.
 
     Args:
-        background: What transparent pictures are laid over.
+        path: A folder of images, a `.tar` or an `.npz`.
+        background: Background color of transparent images.
+
+    Raises:
+        DataError: There are no images, or the path is none of these.
     """
     path = Path(expand_path(str(path)))
     if path.is_dir():
@@ -60,7 +64,7 @@ def open_images(path: str | Path, background: Color = WHITE) -> Images:
 
 
 class Pictures:
-    """Encoded pictures, each by a function that reads its bytes."""
+    """Encoded images as (name, function that reads the bytes)."""
 
     def __init__(self, where: str, files: list[tuple[str, Callable[[], bytes]]], background: Color = WHITE) -> None:
         if not files:
@@ -115,7 +119,7 @@ class _Npz:
 
 
 def _tar(path: Path, background: Color) -> Pictures:
-    """Members are found once and read by their place in the file; nothing is unpacked."""
+    """The images of a tar, which are read by their offsets without unpacking the file."""
     files: list[tuple[str, Callable[[], bytes]]] = []
 
     def reader(offset: int, size: int) -> Callable[[], bytes]:

@@ -1,6 +1,6 @@
-"""What metrics need of a set of images, gathered in one pass, by one process or several.
+"""Statistics of a set of images for all metrics, collected in one pass by one or several processes.
 
-Shapes: B images of a batch, F pooled features, S spatial ones, K classes.
+Shapes: B images of a batch, F pooled features, S spatial features, K classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fine_dist.evaluation.scores import IS_SPLIT, ClassSums
 from fine_dist.sampling.npz import has_statistics, read_statistics
 
 SUBSET = 10_000
-"""Images whose features are kept for precision, recall and KID, as the literature takes."""
+"""Number of images whose features are kept for precision, recall and KID, as in the literature."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,17 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of a set of images under one network.
+    """Statistics of a set of images under one network.
 
     source:    where the images came from.
-    count:     how many; none where a statistics file does not say.
-    features:  the network's name; identity: sha256 of its weights (none: a statistics file does not say).
-    distance:  what a Fréchet distance on it is called.
-    pooled, spatial: for Fréchet distances.
+    count:     number of images; None if a statistics file does not contain it.
+    features:  name of the network.
+    identity:  sha256 of the network's weights; None if a statistics file does not contain it.
+    distance:  name of the Fréchet distance on its pooled features.
+    pooled, spatial: Gaussians for Fréchet distances.
     kept:      features [up to `Selection.keep`, F] float32 of a random subset, in the order of the images' numbers.
-    classes:   Inception Score's mean and standard deviation.
-    accuracy:  fraction of images that the network gives the label they were made for; none without labels.
+    classes:   mean and standard deviation of the Inception Score.
+    accuracy:  fraction of images that the network assigns to their label; None without labels.
     """
 
     source: str
@@ -63,14 +64,14 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which images of a set precision, recall, KID and Inception Score's parts are made of.
+    """The images of a set that are used for precision, recall and KID, and the parts of the Inception Score.
 
-    Sets often come sorted by class (a folder a class; samples drawn class by class). The first images of such a set
-    are of its first classes alone, so what is kept is a random subset, the same in every process.
+    Sets are often sorted by class (one folder for each class; samples drawn class by class), so that their first images
+    belong to a few classes. Therefore the kept features are those of a random subset, the same in every process.
 
-    keep:        features that are kept, for precision, recall and KID; 0 keeps none, None all.
-    seed:        of the random subset and of the parts.
-    consecutive: Inception Score's parts are consecutive images, as in ADM's script, instead of random ones.
+    keep:        number of images whose features are kept; 0 keeps none, None all.
+    seed:        seed of the random subset and of the parts.
+    consecutive: whether the parts of the Inception Score are consecutive images, as in ADM's script, and not random.
     """
 
     keep: int | None = SUBSET
@@ -84,7 +85,7 @@ class Selection:
         return self._order(count)[: self.keep].sort().values
 
     def parts(self, count: int) -> Tensor:
-        """Which of Inception Score's parts of `IS_SPLIT` images each image belongs to, [count] int64."""
+        """The part of `IS_SPLIT` images of the Inception Score to which each image belongs, [count] int64."""
         if self.consecutive or count <= IS_SPLIT:
             return torch.arange(count) // IS_SPLIT
         # The inverse of the permutation: image order[i] belongs to part i // IS_SPLIT.
@@ -95,9 +96,9 @@ class Selection:
 
 
 class Collector:
-    """Takes batches in any order and number of processes: `add` each image once, then `all_reduce`, then `result`.
+    """Collects statistics of batches in any order and any number of processes: `add`, `all_reduce`, then `result`.
 
-    num_images: of the whole set, over all processes.
+    Every image must be added once. `num_images` is the size of the complete set, over all processes.
     """
 
     def __init__(
@@ -108,17 +109,20 @@ class Collector:
         self.spatial: Moments | None = None
         self.classes: ClassSums | None = None
         chosen = selection.subset(num_images)
-        # Computed for the whole set in every process, so that no process has to know which images another one has.
+        # Computed for the complete set in every process, so that processes need not exchange their image numbers.
         self._part = selection.parts(num_images)
-        # row of an image in the table of kept features; -1 for those that are not kept
+        # row of each image in the table of kept features; -1 for images that are not in the subset
         self._row = torch.full((num_images,), -1).scatter_(0, chosen, torch.arange(len(chosen)))
         self._table = torch.zeros(len(chosen), features.num_features)
         self._right = torch.zeros(2, dtype=torch.int64)  # images with their label, images that have one
 
     def add(self, numbers: Tensor, images: Tensor, labels: Tensor | None = None) -> None:
-        """numbers [B]: each image's place in the set, 0..num_images-1; images as the network takes them.
+        """Add a batch.
 
-        labels [B]: the classes that samples were drawn for.
+        Args:
+            numbers: Number of each image in the set, [B], 0..num_images-1.
+            images: Images as the network takes them.
+            labels: Classes of the samples, [B], for the accuracy.
         """
         extracted, numbers = self.features(images), numbers.cpu()
         self.pooled.update(extracted.pooled)
@@ -136,13 +140,11 @@ class Collector:
             self._table[rows[in_subset]] = extracted.pooled.cpu()[in_subset].float()
 
     def all_reduce(self, device: torch.device | str = "cpu") -> Collector:
-        """Merge over all processes of the default group; every process gets the same. Returns itself.
-
-        A process without images still takes part: all agree first on what the network gives.
-        """
+        """Merge over all processes of the default group; every process gets the same result. Returns itself."""
         if not (dist.is_available() and dist.is_initialized()):
             return self
-        # A collective must be called by all processes or by none, so they first agree on what there is to reduce.
+        # A collective must be called by all processes or by none. A process without images does not know whether the
+        # network has spatial features and logits, so the processes first agree on their sizes.
         sides = torch.zeros(2, dtype=torch.int64)
         if self.spatial is not None:
             sides[0] = len(self.spatial.mean)
@@ -160,15 +162,15 @@ class Collector:
         dist.all_reduce(right)
         self._right = right.cpu()
         if len(self._table):
-            # each process has written its own rows and left the others zero, so the sum is the whole table
+            # each process has written its own rows and left the others zero, so the sum is the complete table
             table = self._table.to(device)
             dist.all_reduce(table)
             self._table = table.cpu()
         return self
 
     def result(self) -> Statistics:
-        """The statistics. `DataError` for fewer than 2 images, or other than were announced."""
-        # A process that died in between, or an image that was added twice, would shift every score a little.
+        """The statistics. `DataError` for fewer than 2 images, or if their number is not `num_images`."""
+        # A missing or repeated image would change every score a little.
         if self.pooled.count != self.num_images:
             raise DataError(f"{self.source}: {self.pooled.count} images were measured, and {self.num_images} announced")
         return Statistics(
@@ -195,10 +197,16 @@ def measure(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> Statistics:
-    """Statistics of batches (numbers [B], images); with several processes each gives its own batches.
+    """Statistics of batches (numbers [B], images); each of several processes passes its own batches.
 
     Args:
-        device: Where the processes communicate.
+        features: The network.
+        batches: Numbers and images of each batch.
+        num_images: Number of images over all processes.
+        source: Description of the images, for messages.
+        selection: Images for precision, recall, KID and the parts of the Inception Score.
+        device: Device of the collectives.
+        progress: Whether to show a progress bar.
     """
     collector = Collector(features, num_images, selection, source)
     with tqdm(
@@ -252,8 +260,8 @@ def reference(
 ) -> Statistics:
     """Reference statistics: of an `.npz` that holds them (ADM's `mu, sigma, mu_s, sigma_s`), or of images at a path.
 
-    A file that holds images as well (`arr_0`) gives the kept features, too. options: as `measure_path`. `DataError`
-    when the statistics are of another number of features than the network has.
+    A file that also contains images (`arr_0`) provides the kept features as well. `options` are those of
+    `measure_path`. `DataError` when the statistics have another number of features than the network.
     """
     path = expand_path(str(path))
     if not (path.endswith(".npz") and has_statistics(path)):
@@ -281,7 +289,7 @@ def reference(
 def _features_of_subset(
     features: Features, path: str, selection: Selection, batch: int, rank: int, world_size: int, **options: Any
 ) -> Tensor | None:
-    """Features of the images that are kept of a file which has statistics already; none where it holds no images."""
+    """Features of the subset of a statistics file's images; None if the file has no images."""
     options.pop("background", None)
     try:
         images = open_images(path)
@@ -300,7 +308,7 @@ def _features_of_subset(
 
 
 def _only(chosen: Tensor, images: Images, batch: int, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The chosen ones of the images start..stop-1, numbered by their place among the chosen."""
+    """The chosen images among start..stop-1, numbered by their index in `chosen`."""
     for numbers, part in images.batches(batch, start, stop):
         wanted = torch.isin(numbers, chosen)
         if wanted.any():

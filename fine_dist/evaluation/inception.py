@@ -1,6 +1,6 @@
 """The Inception network of FID: Inception-v3 (arXiv 1512.00567) as TensorFlow published it in December 2015.
 
-The weights are a file that the user has (`pt_inception-2015-12-05-6726825d.pth`, 91 MB); its tensors are named as in
+The user provides the file of weights (`pt_inception-2015-12-05-6726825d.pth`, 91 MB); its tensors are named as in
 torchvision's `Inception3`, without the auxiliary head and with 1008 classes. The graph differs from torchvision's in
 three places, which move FID: padding does not count in average pools, the last block pools by maximum, and images are
 resized to 299 as TensorFlow 1 did.
@@ -8,9 +8,8 @@ resized to 299 as TensorFlow 1 did.
 Shapes: N images, 3 channels. What is extracted follows ADM's evaluation (arXiv 2105.05233):
 
 pooled   [N, 2048]  the average over the last block's 8 x 8 places: FID, precision, recall, KID.
-spatial  [N, 2023]  the first 7 channels of Mixed_6d's branch1x1 (17 x 17, after its activation), places first and
-                    channels last as TensorFlow lays them out: sFID. Which order it is matters to nobody but the
-                    covariance of reference statistics, which are published in this one.
+spatial  [N, 2023]  the first 7 channels of Mixed_6d's branch1x1 (17 x 17, after its activation), channels last as in
+                    TensorFlow: sFID. The order must be that of the published reference statistics.
 logits   [N, 1008]  `pooled @ weightᵀ` without the bias: Inception Score.
 """
 
@@ -31,7 +30,7 @@ from fine_dist.evaluation.feature_network import Extracted, as_rgb, check_tensor
 NUM_POOLED, NUM_CLASSES, SIDE = 2048, 1008, 299
 PUBLISHED = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{PUBLISHED}"
-"""The end of its name is the beginning of its sha256."""
+"""The file name ends with the first digits of its sha256."""
 
 Size = int | tuple[int, int]
 Layer = tuple[str, int, Size, int, Size]
@@ -99,7 +98,7 @@ class Mixed(nn.Module):
         elif self.pool == "max":
             outs.append(self.branch_pool(F.max_pool2d(x, 3, stride=1, padding=1)))
         else:
-            # TensorFlow's average pools divide by the number of pixels that lie inside the image.
+            # TensorFlow's average pools divide by the number of pixels inside the image.
             outs.append(self.branch_pool(F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)))
         return torch.cat(outs, dim=1)
 
@@ -212,9 +211,9 @@ class Inception(nn.Module):
 
 
 def resize_as_tensorflow_1(x: Tensor, side: int) -> Tensor:
-    """Bilinear, [N, C, H, W] -> [N, C, side, side]: pixel i comes from i H / side, and nothing is antialiased.
+    """Bilinear resize [N, C, H, W] -> [N, C, side, side] without antialiasing: pixel i is sampled at i H / side.
 
-    TensorFlow 1 laid pixels on the corners of their squares, so that the result lies half a pixel off today's.
+    TensorFlow 1 placed pixels at the corners of their squares, so the result is shifted by half a pixel.
     """
     for axis in (2, 3):
         size = x.shape[axis]
@@ -246,8 +245,8 @@ def from_state(state: dict[str, Any], where: str, identity: str) -> Inception:
     """The network with these tensors, frozen."""
     model = Inception()
     check_tensors(model, state, where, "FID's Inception (2015-12-05)")
-    # The published file also holds counters of batch normalization that
-    # this network has no use for; `check_tensors` has compared the rest.
+    # The published file also contains counters of batch normalization, which are not used; `check_tensors` has compared
+    # all other tensors.
     model.load_state_dict(state, strict=False)
     model.identity = identity
     return model.requires_grad_(False).eval()

@@ -19,12 +19,12 @@ IS_SPLIT = 5000
 
 @dataclass
 class ClassSums:
-    """What an Inception Score (arXiv 1606.03498) needs of class probabilities p, summed by part of `IS_SPLIT` images.
+    """Sums of class probabilities p for the Inception Score (arXiv 1606.03498), by part of `IS_SPLIT` images.
 
         IS = exp mean_i KL(p_i || mean_j p_j)
 
-    count [P], entropy [P] (the sums of Σ_k p log p), classes [P, K] (the sums of p), float64, P parts. Which part an
-    image belongs to depends on its number alone, so processes may share the images in any way.
+    count [P], entropy [P] (the sums of Σ_k p log p), classes [P, K] (the sums of p), float64, P parts. The part of an
+    image depends on its number alone, so processes may divide the images in any way.
     """
 
     count: Tensor
@@ -38,7 +38,7 @@ class ClassSums:
 
     def update(self, logits: Tensor, part: Tensor) -> None:
         """Add logits [N, K] of images that belong to these parts [N]."""
-        # In fp64 on the CPU, so that the sums do not depend on the device or on how images were divided into batches.
+        # In fp64 on the CPU, so that the sums do not depend on the device or the division into batches.
         log_p = logits.detach().cpu().double().log_softmax(dim=1)
         if not torch.isfinite(log_p).all():
             raise DataError("logits of an image are NaN or infinite")
@@ -48,7 +48,7 @@ class ClassSums:
         self.classes.index_add_(0, part, p)
 
     def all_reduce(self, device: torch.device | str = "cpu") -> None:
-        """Sum over the processes of the default group; without one, nothing is to be done."""
+        """Sum over the processes of the default group, if there is one."""
         if not (dist.is_available() and dist.is_initialized()):
             return
         for name in ("count", "entropy", "classes"):

@@ -1,13 +1,13 @@
-"""What methods that stitch anchors of several widths have in common; each of them has a file of its own.
+"""The base class of methods that stitch anchors of several widths.
 
-Stage 1 trains anchors, one a step; stage 2 joins them (`stitching.pool`) and trains one random route a step; any route
-deploys. Here are the settings, what is refused, and what an artifact holds.
+Stage 1 trains the anchors, one at each step; stage 2 joins them (`stitching.pool`) and trains one random route at each
+step; every route can be deployed.
 
-`arch` is the *widest* anchor's shape: latents, classes and depth are every anchor's, and the narrower widths follow
-from `widths`, so arch and settings rebuild the whole pool. A learngene is the anchors (and maps that distilled them),
-without stitches; it answers as its widest anchor. A target is all of it, the stitches with it, or with `route` set what
-that one route needs. A product is no dense DiT and loads as itself. Of a pool that was trained on (a `model`), setting
-`route` cuts that route out, ready to use.
+`arch` is the architecture of the *widest* anchor. All anchors have its latents, classes and depth, and the narrower
+widths follow from `widths`, so that arch and settings determine the complete pool. A learngene is the anchors (and the
+maps that distilled them) without stitches; it is evaluated as its widest anchor. A target is the complete pool with
+stitches or, if `route` is set, the modules of that route. A target is not a dense DiT and is loaded as a pool. From a
+trained pool (a `model`), setting `route` extracts that route without training.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ S = TypeVar("S", bound=StitchingConfig)
 
 
 class Stitching(Method[S]):
-    """What both have in common: anchors in stage 1, random routes in stage 2."""
+    """Anchors in stage 1, random routes in stage 2."""
 
     windows: ClassVar[bool]
     """Whether stitches are shared by sliding windows."""
 
-    # --- what it can do ---------------------------------------------------------------------------------------------
+    # --- abilities --------------------------------------------------------------------------------------------------
 
     def check_parent(self, parent: Artifact) -> None:
         method = parent.method.get("name")
@@ -77,7 +77,7 @@ class Stitching(Method[S]):
         return route
 
     def archs(self, arch: Arch) -> list[Arch]:
-        """The anchors' shapes, narrow ones first. `ConfigError` for a width that no DiT has."""
+        """The anchors' architectures, narrow ones first. `ConfigError` for a width that is not possible."""
         archs = []
         for fraction in self.config.widths:
             width, heads = arch.hidden_size * fraction, max(1, round(arch.num_heads * fraction))
@@ -90,7 +90,7 @@ class Stitching(Method[S]):
     # --- stages -----------------------------------------------------------------------------------------------------
 
     def pool_of(self, arch: Arch, generator: torch.Generator | None = None) -> Pool:
-        """Anchors alone."""
+        """A pool of the anchors without stitches and maps."""
         return Pool(self.archs(arch), self.windows, generator)
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Stitching(Method[S]):
 
     def descend(self, parent: Parent | None, target: Arch, generator: torch.Generator) -> Descent:
         source = needed(parent)
-        # A copy, because one parent makes many targets.
+        # A copy, because a parent is used for many targets.
         pool: Any = copy.deepcopy(source.module)
         if source.artifact.kind == "model":
             return Descent(pool.only(self.chosen(target)).requires_grad_(True))
@@ -125,11 +125,11 @@ class Stitching(Method[S]):
         return pool if self.config.route is None else pool.only(self.chosen(arch))
 
     def merge(self, model: nn.Module) -> dict[str, Tensor]:
-        """Always a `ConfigError`: what it makes is no dense DiT."""
+        """Always a `ConfigError`: a stitched model is not a dense DiT."""
         raise ConfigError(f"method {self.config.name}: a stitched model is no dense DiT, and deploys as it is")
 
     def deploy(self, model: nn.Module, route: str) -> tuple[Stitching[S], nn.Module]:
-        """One route cut out of a trained pool, with the method of the settings that it is saved under."""
+        """One route extracted from a trained pool, and the method with the settings under which it is saved."""
         method = type(self)(self.config.model_copy(update={"route": route}))
         pool: Any = model
         return method, pool.only(method.chosen(pool.arch))

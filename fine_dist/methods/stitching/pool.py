@@ -26,7 +26,7 @@ from fine_dist.model.roles import Role
 
 
 class Route(NamedTuple):
-    """Through `anchor` alone; or through its blocks up to `last`, then the next wider anchor's from `first`."""
+    """A route through `anchor` alone, or through its blocks up to `last` and the next wider anchor's from `first`."""
 
     anchor: int
     last: int | None = None
@@ -37,7 +37,7 @@ class Route(NamedTuple):
 
 
 def parse_route(text: str) -> Route | None:
-    """`1` or `0.3-1.2` as a route; none where it is neither."""
+    """The route of a text such as `1` or `0.3-1.2`; None for other texts."""
     match = re.fullmatch(r"(\d+)(?:\.(\d+)-(\d+)\.(\d+))?", text)
     if not match:
         return None
@@ -55,17 +55,17 @@ def all_routes(num_anchors: int, blocks: int) -> list[Route]:
 
 
 class Stitch(nn.Linear):
-    """A linear map of tokens between widths; a trained map from a student's features to a teacher's is one too."""
+    """A linear map of tokens between widths, or of a student's features to a teacher's width."""
 
     roles: ClassVar[dict[str, Role]] = {"weight": "weight", "bias": "bias"}
     multiplied: ClassVar[tuple[str, ...]] = ("weight", "bias")
 
 
 class Pool(nn.Module):
-    """`(z, t, y) -> output` by the route that is set: `pool.route = Route(...)`; at first the widest anchor.
+    """`(z, t, y) -> output` along the current route, `pool.route = Route(...)`; initially the widest anchor.
 
-    archs:   of the anchors, alike but for their widths, narrow ones first. `arch` is the widest one's.
-    windows: stitches are shared by sliding windows of two blocks, as in SN-Net; else each (last, first) has its own.
+    archs:   architectures of the anchors, which differ only in width, narrow ones first. `arch` is the widest one.
+    windows: whether sliding windows of two blocks share stitches, as in SN-Net; else each (last, first) has its own.
     """
 
     def __init__(self, archs: Sequence[Arch], windows: bool = False, generator: torch.Generator | None = None):
@@ -80,20 +80,20 @@ class Pool(nn.Module):
 
     @property
     def routes(self) -> list[Route]:
-        """What there is to choose from: the anchors alone before there are stitches."""
+        """All routes; only the anchors before stitches are added."""
         routes = all_routes(len(self.anchors), self.arch.num_layers)
         return routes if self.stitches else routes[: len(self.anchors)]
 
     def stitch_key(self, route: Route) -> str:
-        """The stitch of a route, by its name in `stitches`. The windows are (0, 1), (1, 2), ...; a pair of blocks
-        belongs to the first one that holds it."""
+        """Key in `stitches` of a route's stitch. The windows are (0, 1), (1, 2), ...; a pair of blocks belongs to the
+        first window that contains it."""
         assert route.last is not None and route.first is not None
         if self.windows:
             return f"{route.anchor}_{max(route.last, route.first, 1) - 1}"
         return f"{route.anchor}_{route.last}_{route.first}"
 
     def add_stitches(self, keys: Sequence[str] | None = None) -> None:
-        """Make the stitches, all or some of them, of whatever values."""
+        """Add stitches with arbitrary values: all of them, or those in `keys`."""
         stitched = [route for route in all_routes(len(self.anchors), self.arch.num_layers) if route.last is not None]
         for route in stitched:
             key = self.stitch_key(route)
@@ -101,7 +101,7 @@ class Pool(nn.Module):
                 self.stitches[key] = Stitch(self.width(route.anchor), self.width(route.anchor + 1))
 
     def add_map(self, key: str, anchor: int, width: int, generator: torch.Generator | None = None) -> None:
-        """A trained map from an anchor's features to a teacher's width."""
+        """Add a trainable map from an anchor's features to a teacher's width."""
         self.maps[key] = Stitch(self.width(anchor), width)
         nn.init.xavier_uniform_(self.maps[key].weight, generator=generator)  # type: ignore[arg-type]
         nn.init.zeros_(self.maps[key].bias)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ class Pool(nn.Module):
         return self.anchors[index]  # type: ignore[return-value]
 
     def segments(self, route: Route) -> list[tuple[DiT, range]]:
-        """The anchors of a route and which of their blocks it takes."""
+        """The anchors of a route, and the range of blocks that it uses of each."""
         everything = range(self.arch.num_layers)
         if route.last is None:
             return [(self.anchor(route.anchor), everything)]
@@ -129,14 +129,14 @@ class Pool(nn.Module):
         for layer in firsts:
             x = front.run(layer, front.blocks[layer], x, condition)  #                                   [B, T, D_a]
         x = self.stitches[self.stitch_key(self.route)](x).to(x.dtype)  #                                 [B, T, D_b]
-        # The back anchor's blocks were trained on its own embeddings, which the front's cannot replace: widths differ.
+        # The back anchor's blocks need its own condition, because the widths differ.
         condition = back.condition(t, y)
         for layer in lasts:
             x = back.run(layer, back.blocks[layer], x, condition)
         return back.unpatchify(back.final(x, condition.c))
 
     def only(self, route: Route) -> Pool:
-        """A copy of what one route needs, and nothing else, under the same names."""
+        """A copy with only the modules that one route needs, under the same names."""
         pool = copy.deepcopy(self)
         pool.route, pool.maps = route, nn.ModuleDict()
         segments = dict((id(anchor), blocks) for anchor, blocks in pool.segments(route))
@@ -146,7 +146,7 @@ class Pool(nn.Module):
         for index, anchor in enumerate(pool.anchors):
             blocks = segments.get(id(anchor))
             if blocks is None:
-                # A placeholder, so that the names of all remaining parameters stay as they are.
+                # A placeholder, so that the names of the remaining parameters do not change.
                 pool.anchors[index] = nn.Identity()
                 continue
             for layer in set(range(self.arch.num_layers)) - set(blocks):
@@ -164,7 +164,7 @@ class Pool(nn.Module):
 
     @property
     def recompute(self) -> str:
-        """How much is recomputed in the backward pass."""
+        """Blocks whose activations are computed again in the backward pass, as in `DiT`."""
         return next(anchor.recompute for anchor in self.anchors if isinstance(anchor, DiT))
 
     @recompute.setter
@@ -174,9 +174,9 @@ class Pool(nn.Module):
 
 
 class Imitating(nn.Module):
-    """`(z, t, y) -> ModelOutput`: a pool's anchor, with features through its maps: what distils a pool.
+    """`(z, t, y) -> ModelOutput` of a pool's current anchor, with features projected by its maps, for distillation.
 
-    taps: for each anchor, {map's key: (`block` or `attention`, layer)}; a feature has its map's name.
+    taps: for each anchor, {key of a map: (`block` or `attention`, layer)}; a feature has the name of its map.
     """
 
     def __init__(self, pool: Pool, taps: Sequence[dict[str, tuple[str, int]]]):
@@ -205,7 +205,7 @@ class Imitating(nn.Module):
 
 
 def drawn(pool: Pool, routes: Sequence[Route]) -> Callable[[int, torch.Generator], None]:
-    """Sets a random route before each step, the same on every rank."""
+    """A hook that sets a random route before each step, the same on every rank."""
 
     def before_step(step: int, generator: torch.Generator) -> None:
         pool.route = routes[int(torch.randint(len(routes), (1,), generator=generator))]
@@ -217,7 +217,7 @@ def drawn(pool: Pool, routes: Sequence[Route]) -> Callable[[int, torch.Generator
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The map of tokens x [N, D_a] to y [N, D_b] of least squared error: weight [D_b, D_a], bias [D_b], in fp64."""
+    """The least-squares map of tokens x [N, D_a] to y [N, D_b]: weight [D_b, D_a], bias [D_b], in fp64."""
     # A column of ones makes the bias part of the same solution.
     ones = torch.cat([x.double(), torch.ones(len(x), 1, dtype=torch.float64)], 1)
     solution = torch.linalg.lstsq(ones, y.double(), driver="gelsd").solution  # minimal norm, whatever the rank
@@ -235,14 +235,14 @@ def trace(model: DiT, z: Tensor, t: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
-    """Begin every stitch as the mean, over the routes that share it, of the least-squares maps from what the front
-    gives to what the back's block is used to being given."""
+    """Initialize every stitch as the mean, over the routes that share it, of the least-squares maps from the output of
+    the front block to the usual input of the back block."""
     traces = [trace(anchor, z, t, y) for anchor in pool.anchors]  # type: ignore[arg-type]
     solved: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for route in pool.routes:
         if route.last is not None and route.first is not None:
-            given, wanted = traces[route.anchor][route.last + 1], traces[route.anchor + 1][route.first]
-            solved.setdefault(pool.stitch_key(route), []).append(least_squares(given, wanted))
+            source, target = traces[route.anchor][route.last + 1], traces[route.anchor + 1][route.first]
+            solved.setdefault(pool.stitch_key(route), []).append(least_squares(source, target))
     with torch.no_grad():
         for key, maps in solved.items():
             stitch = pool.stitches[key]
@@ -254,7 +254,7 @@ def fit_stitches(pool: Pool, z: Tensor, t: Tensor, y: Tensor) -> None:
 
 
 def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) -> ModelCost:
-    """What a sample costs on the mean of these routes. also: multiply-adds of maps beside them, forward."""
+    """The mean cost of a sample over these routes. `also`: additional forward multiply-adds, such as those of maps."""
     parts = [_route_macs(pool, route, batch) for route in routes]
     forward, training, saved = (math.fsum(values) / len(parts) for values in zip(*parts))
     numbers = [(p.numel(), p.requires_grad) for p in pool.parameters()]
@@ -268,7 +268,7 @@ def pool_cost(pool: Pool, routes: Sequence[Route], batch: int, also: int = 0) ->
 
 
 def _route_macs(pool: Pool, route: Route, batch: int) -> tuple[float, float, float]:
-    """(forward alone, forward and backward, kept numbers) of one sample on a route."""
+    """(multiply-adds forward, forward and backward, numbers saved for the backward pass) of a sample on a route."""
     forward = training = saved = 0.0
     segments = pool.segments(route)
     for index, (anchor, blocks) in enumerate(segments):

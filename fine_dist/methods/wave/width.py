@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 CHUNKS = {"qkv": 3, "adaln": 6}
-"""Uses that share a matrix's rows."""
+"""Number of equal chunks in a matrix's rows (q, k and v; the six vectors of adaLN)."""
 LONG_ROWS, LONG_COLUMNS = {"in": 4}, {"out": 4}
-"""Widths of the hidden layer, in the rows of one matrix and the columns of the other."""
+"""Multiples of the width D in a matrix's rows or columns, for the MLP's hidden layer."""
 
 
 def uniform(source: int, target: int, chunks: int = 1) -> Tensor:
-    """Which of `source` units each of `target` takes, in each of some chunks of so many: int64 [chunks x target]."""
+    """The unit of `source` that each unit of `target` copies, within each chunk: int64 [chunks x target]."""
     # In integers: repeats and gaps are spread evenly, and equal widths give the identity.
     one = torch.arange(target) * source // target
     return torch.cat([one + chunk * source for chunk in range(chunks)])
 
 
 def fan_in(source: int, target: int) -> Tensor:
-    """What the inputs taken by `uniform` are multiplied by, [target]."""
+    """Factors of the inputs that `uniform` selects, [target]."""
     index = uniform(source, target)
     # A feature that is repeated k times is summed k times by the next matrix, so each copy counts 1/k.
     often = torch.bincount(index, minlength=source)[index].float()
@@ -51,18 +51,18 @@ class Widening:
     tiles: bool
 
     def features(self, chunks: int = 1, times: int = 1) -> Tensor:
-        """Which of the parent's features each of the target's is, [chunks x times x target]."""
+        """The parent's feature that each of the target's features copies, int64 [chunks x times x target]."""
         unit = self.side if self.tiles else 1
         index = uniform(self.source // unit * times, self.target // unit * times, chunks)
         return (index[:, None] * unit + torch.arange(unit)).flatten()
 
     def inputs(self) -> Tensor:
-        """What weights of these features as inputs are multiplied by, [target]."""
+        """Factors of weights whose inputs are these features, [target]."""
         unit = self.side if self.tiles else 1
         return fan_in(self.source // unit, self.target // unit).repeat_interleave(unit)
 
     def scalers(self, matrix: str, scalers: Tensor) -> Tensor:
-        """A matrix's scalers [K, a, b] on the target's grid [K, a', b']."""
+        """A matrix's scalers [K, a, b] resampled to the target's grid [K, a', b']."""
         source, target = self.source // self.side, self.target // self.side
         chunks, long = CHUNKS.get(matrix, 1), LONG_ROWS.get(matrix, 1)
         if not self.tiles:  # entries of all chunks lie between each other, and the whole grid is stretched
@@ -77,7 +77,7 @@ class Widening:
         return bias[self.features(CHUNKS.get(matrix, 1), LONG_ROWS.get(matrix, 1))]
 
     def shell(self, shell: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What is outside the blocks at the target's width, by the names of a DiT's state dict."""
+        """The tensors outside the blocks at the target's width, by the names of a DiT's state dict."""
         rows, pairs, inputs = self.features(), self.features(2), self.inputs()
         rules = {
             "patch.weight": lambda t: t[rows],
