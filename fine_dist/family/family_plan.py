@@ -50,7 +50,7 @@ class Family:
         return parent_of(read_artifact(self.config.parent, self.config.hints)) if self.config.parent else None
 
     @cached_property
-    def beside(self) -> dict[str, list[tuple[int, float]]]:
+    def baseline_losses(self) -> dict[str, list[tuple[int, float]]]:
         """(depth, held-out loss) of the baselines by label, for family.png. `ArtifactError` when one has no model."""
         return baselines(self.parent, self.config.baselines)
 
@@ -153,7 +153,7 @@ class Family:
             descend(method, self.parent, small, member.seed, new_labels=self.new_labels(member))
         for member in self.members:
             self.check_folder(member)
-        _ = self.beside
+        _ = self.baseline_losses
 
     # --- one target's identity --------------------------------------------------------------------------------------
 

@@ -115,7 +115,7 @@ class TargetRecorder:
                 run_dir_of(self.family.config),
                 members,
                 younger_than_s=DRAW_EVERY_S,
-                beside=self.family.beside,
+                baselines=self.family.baseline_losses,
                 trackers=trackers,
             )
 

@@ -191,7 +191,7 @@ def draw_family(
     run_dir: Path,
     members: Sequence[Member],
     younger_than_s: float = 0.0,
-    beside: Mapping[str, Sequence[tuple[int, float]]] | None = None,
+    baselines: Mapping[str, Sequence[tuple[int, float]]] | None = None,
     trackers: Sequence[str] = ("tensorboard",),
 ) -> Path | None:
     """Draw loss against depth for the family: `family.png`, and the same image in trackers. None without losses.
@@ -203,7 +203,7 @@ def draw_family(
         run_dir: Folder of the family.
         members: All targets of the family.
         younger_than_s: If positive, an image that is at most this many seconds old is not drawn again.
-        beside: The result of `baselines`: a horizontal line for a single depth, a dashed curve for several.
+        baselines: The result of `baselines`: a horizontal line for a single depth, a dashed curve for several.
         trackers: Trackers that show the image.
     """
     path = run_dir / "family.png"
@@ -237,7 +237,7 @@ def draw_family(
         axes.plot(depths, [sum(points[d]) / len(points[d]) for d in depths], marker="o", label=label)
     if open_points:
         axes.scatter(*zip(*open_points), facecolors="none", edgecolors="gray", label="still training")
-    for label, others in (beside or {}).items():
+    for label, others in (baselines or {}).items():
         if len({depth for depth, _ in others}) == 1:
             level = sum(loss for _, loss in others) / len(others)
             axes.axhline(level, color="gray", linestyle=":", label=f"{label} ({others[0][0]} layers)")

@@ -64,7 +64,7 @@ def run_family(family: Family, inside: bool) -> Path:
     if not inside:
         family.check()
         family.check_memory()
-    _ = family.beside  # read now, so that an error is raised before training
+    _ = family.baseline_losses  # read now, so that an error is raised before training
     table = StateTable(folder)
     names = [member.name for member in family.members]
     if world.is_main:
@@ -96,7 +96,7 @@ def run_family(family: Family, inside: bool) -> Path:
         others.sort(key=lambda member: member.name in started)
         if all(result_of(m.folder) or ((row := table.get(m.name)) and row.state == "failed") for m in others):
             # the last pack that ends draws the complete family
-            draw_family(folder, others, beside=family.beside, trackers=family.config.engine.tracker)
+            draw_family(folder, others, baselines=family.baseline_losses, trackers=family.config.engine.tracker)
     if refused:
         raise refused[0]
     return folder

@@ -34,7 +34,7 @@ def test_a_target_has_a_held_out_curve_and_the_figure_its_parents_and_the_baseli
         assert {0, 2, 4} <= {row["step"] for row in rows if "held_out_loss" in row}
     assert (tmp_path / "family.png").stat().st_size > 1000
     config = InitConfig(parent=str(learngene), baselines=(str(trained),), depths=(2, 4))
-    beside = Family(config).beside
+    beside = Family(config).baseline_losses
     losses = [json.loads((run / "DONE.json").read_text())["losses"]["held_out_loss"] for run in (learngene, trained)]
     assert list(beside) == ["its parent", "scratch, 4 steps"]
     assert [points[0] for points in beside.values()] == [(3, losses[0]), (3, losses[1])]
@@ -49,7 +49,7 @@ def test_the_axis_of_depth_has_whole_numbers_and_a_line_a_baseline(learngene, tm
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     monkeypatch.setattr(table, "result_of", lambda folder: {"held_out_loss": 0.5})
     family = Family(InitConfig(parent=str(learngene), depths=(2, 3), run_dir=str(tmp_path)))
-    table.draw_family(tmp_path, family.members, beside={"its parent": [(3, 0.4)], "scratch": [(2, 0.6), (3, 0.5)]})
+    table.draw_family(tmp_path, family.members, baselines={"its parent": [(3, 0.4)], "scratch": [(2, 0.6), (3, 0.5)]})
     axes = drawn[0].axes[0]
     assert all(tick == int(tick) for tick in axes.get_xticks())
     [legend] = drawn[0].legends
