@@ -112,7 +112,7 @@ class Family:
                 self.parent.arch.num_classes,
                 str(self.config.parent),
                 member.domain_config.data,
-                kept=member.domain_config.labels != "same" or arch.num_classes != self.parent.arch.num_classes,
+                keep_labels=member.domain_config.labels != "same" or arch.num_classes != self.parent.arch.num_classes,
                 remedy=f"set {key}: new to train a label embedder anew, or {key}: keep to use them as they are",
             )
 

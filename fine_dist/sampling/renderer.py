@@ -1,4 +1,4 @@
-"""A model that is ready to draw images: with its settled sampler, its process and the decoder of its latents."""
+"""A model with its sampler, diffusion process and decoder, ready to sample images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ImageRenderer:
         where: Its name, for messages and titles.
         metadata: What is known of it, as `load_model` returns it.
         facts: What its manifest says of sampling.
-        sampler: The settled settings of the sampler.
+        sampler: The resolved settings of the sampler.
         diffusion: The process it was trained for.
         decoder: Makes images of latents; None where latents are images themselves (`pictures` true) or stay latents.
         pictures: Whether `render` gives images, not latents.
@@ -87,7 +87,7 @@ class ImageRenderer:
             yield batch, self.finish(batch.latents) if self.pictures else batch.latents
 
     def protocol(self, seed: int) -> dict[str, Any]:
-        """What decides an image of a number and a label; JSON."""
+        """The settings that determine an image, given its number and label (JSON)."""
         return {
             "model": self.metadata["hash"],
             # Noise belongs to an image's number, so the batch's size changes no image.

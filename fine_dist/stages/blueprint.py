@@ -1,4 +1,4 @@
-"""What a stage trains, and what makes it the same run, from its settings alone: nothing is trained or written."""
+"""A training stage from its settings alone: its model without weights, and the identity of its run."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ C = TypeVar("C", bound=StageConfig)
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A stage's model without memory for its weights: what counts and estimates are made from."""
+    """A stage's model on the meta device, for counting parameters and estimating cost."""
 
     arch: Arch
-    """Shape of what the stage keeps."""
+    """Architecture of the model that the stage saves."""
     model: nn.Module
     """On the meta device."""
     method: Method[MethodConfig]
     teacher: Arch | None = None
-    """A frozen model that is asked at every step."""
+    """Architecture of a frozen teacher that runs at every step; None without one."""
 
 
 class Stage(ABC, Generic[C]):
-    """A stage that trains, with its settings.
+    """A training stage with its settings.
 
     Attributes:
-        config: The settings. What `arch` leaves open is taken from the shards.
+        config: The settings. Fields of `arch` that are not given are taken from the shards.
     """
 
     kind: ClassVar[str]
-    """What runs: `condense` or `train`."""
+    """Kind of the run: `condense` or `train`."""
     product: ClassVar[str]
-    """Kind of the artifact that it makes, and the artifact's folder in the run directory."""
+    """Kind of the resulting artifact, which is also its folder in the run directory."""
 
     def __init__(self, config: C) -> None:
         arch = self.configured_arch(config)
@@ -56,31 +56,34 @@ class Stage(ABC, Generic[C]):
 
     @abstractmethod
     def configured_arch(self, config: C) -> Arch | None:
-        """The architecture that the settings name. None where it is another model's."""
+        """The architecture in the settings. None: it is that of another model."""
 
     @property
     @abstractmethod
     def weights(self) -> Weights:
-        """Weights of the loss's terms."""
+        """Weights of the loss terms."""
 
     @property
     def imitates(self) -> bool:
-        """Whether a term of the loss imitates the ancestor."""
+        """Whether a loss term imitates the ancestor."""
         return self.weights.output > 0 or self.weights.features > 0
 
     @abstractmethod
     def origin(self) -> dict[str, Any]:
-        """What this run comes from, by hashes and settings: its own part of `identity`."""
+        """The stage's own part of `identity`: hashes and settings of what the run starts from."""
 
     @abstractmethod
     def blueprint(self) -> Blueprint | None:
-        """What would be trained; none while its shape is not known."""
+        """The model that would be trained; None while its architecture is unknown."""
 
     def identity(self) -> dict[str, Any]:
-        """What must match for a run to be the same run, whatever it is called and wherever things lie (JSON values).
+        """Values that must match when a run resumes (JSON), without names and paths.
 
-        Steps may grow, unless the schedule of the learning rate depends on how many there are. `DataError` for shards
-        that are not there, `ArtifactError` for a parent that is not.
+        The number of steps may grow, unless the learning-rate schedule depends on it.
+
+        Raises:
+            DataError: The shards do not exist.
+            ArtifactError: The parent or ancestor does not exist.
         """
         config = self.config
         if config.data.shards is None:
@@ -100,7 +103,7 @@ class Stage(ABC, Generic[C]):
 
 
 def hparams(stage: str, method: MethodConfig, arch: Arch, config: Any, *, seed: int, lr: float) -> dict[str, Any]:
-    """The settings of a run that trackers show in a table of runs, under the same names in every stage.
+    """Settings for the trackers' table of runs, with the same names in every stage.
 
     Args:
         config: Settings with `batch`, `steps` and `engine`.
@@ -113,9 +116,9 @@ def hparams(stage: str, method: MethodConfig, arch: Arch, config: Any, *, seed: 
 
 
 def fit_arch(arch: Arch, data: DataConfig) -> Arch:
-    """An architecture whose latent shape and number of classes are those of the shards, where it does not give them.
+    """Fill in the latent shape and the number of classes from the shards, where the architecture does not give them.
 
-    Without shards, or where they are not there yet, it stays as it is.
+    Without shards, or if they do not exist yet, the architecture is returned unchanged.
     """
     unset = {"in_channels", "input_size", "num_classes"} - arch.model_fields_set
     if not (unset and data.shards):
@@ -131,22 +134,22 @@ def fit_arch(arch: Arch, data: DataConfig) -> Arch:
 
 
 def check_labels(
-    names: Sequence[str], num_classes: int, parent: str, data: DataConfig, *, kept: bool, remedy: str
+    names: Sequence[str], num_classes: int, parent: str, data: DataConfig, *, keep_labels: bool, remedy: str
 ) -> None:
-    """Refuse data whose labels mean other classes than the parent's.
+    """Check that the labels of the data mean the parent's classes.
 
     Args:
-        names: The parent's class names, in the order of labels; empty where nothing tells.
-        num_classes: The parent's classes.
-        parent: What the parent is called.
-        data: Its shards are compared: by class names where both sides have them, else by the number of classes.
-        kept: Whether the user wants the labels to be used as they are.
-        remedy: Which settings the message names.
+        names: The parent's class names in the order of labels; empty if unknown.
+        num_classes: Number of the parent's classes.
+        parent: Name of the parent, for messages.
+        data: The data. Class names are compared if both sides have them, else the number of classes.
+        keep_labels: Whether the user has asked to use the labels as they are; nothing is checked then.
+        remedy: The remedy in the message.
 
     Raises:
         DataError: The classes differ.
     """
-    if kept or not data.shards:
+    if keep_labels or not data.shards:
         return
     where = expand_path(data.shards)
     manifest, _ = locate(where, data)

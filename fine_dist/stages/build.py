@@ -38,35 +38,35 @@ from fine_dist.stages.settings import LossConfig, StageConfig
 
 @dataclass
 class Plan:
-    """What a stage trains, as every rank builds it alike."""
+    """What a stage trains. Every rank builds the same plan."""
 
     condensation: Condensation
-    """The module, and what happens before a step."""
+    """The module to train, and its hook before each step."""
     arch: Arch
-    """Shape of what is kept."""
+    """Architecture of the model that is saved."""
     method: Method[MethodConfig]
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What else is worth keeping in the manifest (JSON)."""
+    """Further entries of the manifest (JSON)."""
     weights: Weights = Weights()
-    """Of the terms of the loss."""
+    """Weights of the loss terms."""
     draws: bool = True
-    """Whether the method's tables over depth are shown: of what it trains itself, not of an ordinary model."""
+    """Whether previews include the method's tables over depth; False for an ordinary dense model."""
     terms: tuple[LossTerm, ...] = ()
-    """Further terms of the loss, beside those of `weights`."""
+    """Loss terms besides those of `weights`."""
     extra_flops: float = 0.0
-    """FLOPs of a sample's step for what they compute."""
+    """FLOPs of these terms for one sample."""
     reads_tokens: bool = False
     """Whether a term needs the image encoder's tokens that the shards hold."""
     teacher: DiT | None = None
-    """Frozen, whatever its depth and width; asked at every step where a term wants it."""
+    """Frozen model of any depth and width, which runs at every step if a loss term needs it."""
     teacher_process: DiffusionConfig | None = None
-    """The process that the teacher was trained for, whose predictions are converted to the run's; None: the run's."""
+    """Process that the teacher was trained for. Its predictions are converted to the run's process. None: the same."""
 
     def training_flops(self, batch: int) -> float:
-        """FLOPs of one sample's step: forward and backward pass as things train, and a teacher's forward pass."""
+        """FLOPs of one sample: the forward and backward pass, and a teacher's forward pass."""
         module = self.condensation.module
-        # an ordinary DiT, whichever method it once came from, costs what ordinary DiTs cost
-        # REPA wraps the model; its projector is counted in extra_flops, so here the model inside counts alone.
+        # A dense DiT has the usual cost, whichever method it came from. REPA wraps the model; its projector is counted
+        # in `extra_flops`, so that only the inner model counts here.
         module = getattr(module, "student", module) if self.terms else module
         cost = model_cost(module, batch) if type(module) is DiT else self.method.cost(module, batch)
         return (
@@ -77,7 +77,7 @@ class Plan:
 
 
 def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[str, Any]) -> Program:
-    """What the engine trains, and how it is looked at."""
+    """The engine's program: model, objective, data stream, evaluation and previews."""
     if config.data.shards is None:
         raise ConfigError("data.shards is not set: give the folder that `fine-dist encode` wrote")
     stream = LatentStream(
@@ -93,7 +93,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
     decoder = decoder_of(config.vae, stream.manifest, world)
 
     def renderer(model: nn.Module) -> ImageRenderer:
-        """What is kept of a (copy of the) trained module, as one that draws."""
+        """A renderer of the product of a (copy of the) trained module."""
         return training_renderer(
             product(model), config.run_dir, stream.manifest, decoder, config.sampler, config.diffusion
         )
@@ -117,7 +117,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         evaluator = held_out_evaluator(config.data, world)
 
     def scores(model: nn.Module) -> dict[str, float]:
-        """Numbers of the averaged weights, by metric; on rank 0."""
+        """Scores of the EMA weights by metric, on rank 0."""
         numbers = {}
         if evaluator is not None:
             numbers["held_out_loss"] = evaluator.held_out_loss(product(model), config.diffusion, alone=True)
@@ -134,7 +134,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
         take_terms=objective.take_terms if objective.term_names else None,
         stream=stream,
         identity=identity,
-        # The numbers are for the log, which rank 0 writes; the others wait at the next reduction.
+        # Only rank 0 computes them, because it writes the log; the others wait in the next all-reduce.
         held_out=scores if world.is_main and (evaluator or quick) else None,
         previews=lambda model, step, budget: preview(renderer(model), step, budget),
         histograms=lambda model: histograms(product(model)),
@@ -145,7 +145,7 @@ def make_program(config: StageConfig, plan: Plan, world: World, identity: dict[s
 
 
 def check_held_out(data: DataConfig, arch: Arch) -> None:
-    """`DataError` unless held-out shards are there, fit the model and have the classes of the training shards."""
+    """`DataError` unless the held-out shards exist, fit the model and have the training shards' classes."""
     where = expand_path(str(data.held_out))
     manifest, _ = locate(where, data)
     check_fit(manifest, arch, where)
@@ -155,7 +155,7 @@ def check_held_out(data: DataConfig, arch: Arch) -> None:
 
 
 def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
-    """The terms of the loss whose weight is not 0, with the teacher frozen on this rank's device."""
+    """The loss terms with a weight above 0; the frozen teacher is moved to this rank's device."""
     weights = plan.weights
     terms: list[LossTerm] = []
     if weights.diffusion:
@@ -167,7 +167,7 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
         blocks = sorted({int(theirs.rpartition(".")[2]) for _, theirs in pairs}) if weights.features else []
         model = plan.teacher.to(world.device)
         processes = (plan.teacher_process, config.diffusion) if plan.teacher_process else None
-        # A frozen model needs no fp32 copy of its weights: nothing is ever added to them.
+        # A frozen model needs no fp32 master weights.
         teacher = Teacher(model.to(torch.bfloat16) if config.engine.precision == "bf16" else model, blocks, processes)
         if weights.output:
             terms.append(OutputDistillation(teacher, weights.output))
@@ -182,13 +182,13 @@ def make_terms(config: StageConfig, plan: Plan, world: World) -> list[LossTerm]:
 
 
 def weights_of(settings: LossConfig, method: Weights) -> Weights:
-    """The user's weights over the method's own."""
+    """The user's weights, with the method's as defaults."""
     pairs = ((f.name, getattr(settings, f.name), getattr(method, f.name)) for f in fields(Weights))
     return Weights(**{name: default if value is None else value for name, value, default in pairs})
 
 
 def check_teacher(teacher: Arch, student: Arch, where: str) -> None:
-    """`ConfigError` unless a teacher's answers can be compared with the student's: latent shape and classes agree."""
+    """`ConfigError` unless the teacher's latent shape and number of classes are the student's."""
     for name in ("in_channels", "input_size", "num_classes"):
         if getattr(teacher, name) != getattr(student, name):
             raise ConfigError(

@@ -169,7 +169,7 @@ def ancestor_of(stage: CondenseStage) -> tuple[DiT | None, dict[str, Any]]:
         ancestor.arch.num_classes,
         config.ancestor,
         config.data,
-        kept=config.keep_labels,
+        keep_labels=config.keep_labels,
         remedy="give data of the ancestor's classes, or --keep-labels to use the labels as they are",
     )
     check_parent_process(diffusion_of(metadata), config.diffusion, config.ancestor, teacher=not traits.carries_over)

@@ -137,7 +137,7 @@ def _check_labels(config: TrainConfig, names: Sequence[str], num_classes: int) -
         num_classes,
         str(config.parent),
         config.data,
-        kept=config.keep_labels or config.shell == "scratch",
+        keep_labels=config.keep_labels or config.shell == "scratch",
         remedy="set --shell scratch to train a label embedder anew, or --keep-labels to use the labels as they are",
     )
 

@@ -144,9 +144,9 @@ def test_other_classes_than_the_parents_are_refused_with_the_remedy(model, lette
 def test_without_names_the_number_of_classes_is_compared(digit_shards):
     data = DataConfig(shards=str(digit_shards / "train"))
     with pytest.raises(DataError, match=r"knows 1000 classes, and .* has 10: label 0 .*set this"):
-        check_labels((), 1000, "DiT-XL", data, kept=False, remedy="set this")
-    check_labels((), 10, "DiT-XL", data, kept=False, remedy="set this")
-    check_labels((), 1000, "DiT-XL", data, kept=True, remedy="set this")
+        check_labels((), 1000, "DiT-XL", data, keep_labels=False, remedy="set this")
+    check_labels((), 10, "DiT-XL", data, keep_labels=False, remedy="set this")
+    check_labels((), 1000, "DiT-XL", data, keep_labels=True, remedy="set this")
 
 
 def test_an_architecture_takes_from_the_shards_what_it_leaves_open(digit_shards):
