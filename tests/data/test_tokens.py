@@ -175,4 +175,4 @@ def test_what_cannot_be_stored_or_loaded_is_one_line(folder, tmp_path, capsys):
     argv = ["--source", str(folder), "--out", str(tmp_path / "o"), "--image-size", "16", "--launcher", "here"]
     assert main([*argv, "--repa-encoder", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert "holds no config.json and model.safetensors" in err and "Traceback" not in err
+    assert "has no config.json and model.safetensors" in err and "Traceback" not in err
