@@ -1,6 +1,6 @@
-"""A run of a study that copies an existing model into the study's folder, in this project's own layout.
+"""A run of a study that copies an existing model or learngene into the study's folder, in this project's own layout.
 
-Afterwards stages, measurements and reports treat the ancestor like a model that the study trained itself.
+Afterwards stages, measurements and reports treat it like one that the study trained itself.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from pathlib import Path
 
 from fine_dist.artifacts.exporting import export
 from fine_dist.artifacts.load import load_model
+from fine_dist.artifacts.locate import find_artifact, is_foreign
 from fine_dist.core.config import Config
 from fine_dist.core.settings import LaunchConfig
+from fine_dist.model.artifact import load_artifact, save_artifact
 
 
 class AncestorCopyConfig(Config):
-    """Copy a model of any source into a folder of this project's layout."""
+    """Copy a model of any source, or a learngene, into a folder of this project's layout."""
 
     source: str
-    """The model: a folder or run of this project, DiT's `.pt`, a diffusers folder or a name on the hub."""
+    """A model or learngene of this project (its folder or its run), DiT's `.pt`, a diffusers folder or a hub name."""
     run_dir: str
     """Run directory of the copy, which is written to `model/` in it."""
     launch: LaunchConfig = LaunchConfig()
@@ -25,9 +27,19 @@ class AncestorCopyConfig(Config):
 
 
 def run(config: AncestorCopyConfig) -> Path:
-    """Copy the model unless the copy exists; returns its folder."""
+    """Copy the source unless the copy exists; returns its folder."""
     out = Path(config.run_dir) / "model"
-    if not out.exists():
-        model, about = load_model(config.source)
-        export(model, about, "fine_dist", out, None)
+    if out.exists():
+        return out
+    if not is_foreign(config.source):
+        artifact = load_artifact(find_artifact(config.source))
+        # A learngene stays one: loading it as a model would merge its factors, which its targets share.
+        if artifact.kind == "learngene":
+            save_artifact(
+                out, kind=artifact.kind, method=artifact.method, arch=artifact.arch, tensors=artifact.tensors,
+                extra=artifact.extra,
+            )  # fmt: skip
+            return out
+    model, about = load_model(config.source)
+    export(model, about, "fine_dist", out, None)
     return out

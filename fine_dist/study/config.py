@@ -49,8 +49,8 @@ class StudyEntry(Config):
     method: dict[str, Any] = Field(default_factory=dict)
     """Settings of the method, such as {name: tleg}. Required unless `source` is given."""
     source: str | None = None
-    """An existing model that other entries start from: a folder or run of this project, DiT's `.pt`, a diffusers
-    folder or a name on the hub. Its cost counts as zero in the report, and the entry has no targets."""
+    """An existing model or learngene that other entries start from: a folder or run of this project, DiT's `.pt`, a
+    diffusers folder or a name on the hub. Its cost counts as zero in the report, and the entry has no targets."""
     parent: str | None = None
     """Entry whose learngene or model the targets start from. Default: the entry's own learngene if it has a stage 1,
     otherwise none."""

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from fine_dist.core.errors import ConfigError
+from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.study import ancestor_copy
 from fine_dist.study.config import load_study, merged
 from fine_dist.study.graph import plan
+from tests.methods.making import artifact_for
 from tests.study.studies import DIGITS, FINE, SCRATCH, study
 
 
@@ -119,6 +122,15 @@ def test_a_teacher_is_trained_before_what_imitates_it_and_counts_as_shared_cost(
     assert run.after == ("old-L4-s0",) and run.config.ancestor == str(graph["old-L4-s0"].run_dir / "model")
     assert [r.name for r in graph.lineage(graph.study.entry("taught"), 0)] == ["old-L4-s0"]
     assert graph.lineage(graph.study.entry("scratch"), 0) == []
+
+
+def test_a_learngene_that_exists_is_copied_as_a_learngene(tmp_path):
+    made = artifact_for("fine")
+    run = tmp_path / "run"
+    save_artifact(run / "learngene", kind=made.kind, method=made.method, arch=made.arch, tensors=made.tensors)
+    out = ancestor_copy.run(ancestor_copy.AncestorCopyConfig(source=str(run), run_dir=str(tmp_path / "copy")))
+    source, copy = load_artifact(run / "learngene"), load_artifact(out)
+    assert (copy.kind, copy.hash, copy.method) == ("learngene", source.hash, source.method)
 
 
 def test_a_model_that_exists_is_copied_once_and_costs_nothing():
