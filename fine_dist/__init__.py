@@ -17,8 +17,8 @@ import importlib
 import os
 from typing import Any
 
-# Results of MKL depend on where its inputs lie in memory, which a restart changes: without this a resumed run differs
-# from an uninterrupted one in the last bit. Read at the first call; it costs up to 4% of a matrix product on a CPU.
+# MKL's results depend on the memory alignment of its inputs, which a restart changes. Without this variable, a resumed
+# run differs from an uninterrupted one in the last bit. MKL reads it at its first call; products take up to 4% longer.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 __version__ = "0.2.0"
@@ -29,7 +29,7 @@ __all__ = ["Model", "condense", "evaluate", "initialise", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """The library's functions, imported when they are first used: they need torch, and `--help` does not."""
+    """The library's functions, imported at their first use: they need torch, and `--help` does not."""
     if name in _COMMANDS:
         return importlib.import_module(f"fine_dist.{name}")
     if name in __all__:

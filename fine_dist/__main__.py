@@ -19,14 +19,14 @@ COMMANDS = {
     "creative": 'CreTok: learn a token for "creative" on frozen text encoders',
     "plan": "check a job before it is submitted: memory, time, disk, the cluster's limits",
     "status": "show the tasks of a fan-out: pending, running, done, failed",
-    "doctor": "look at this machine, or at a cluster by one short job, and say what jobs can rely on",
+    "doctor": "check what jobs can rely on: this machine, or a cluster by one short job",
     "study": "run, measure and report a table of methods x targets x seeds",
     "init-project": "copy the configs and cluster scripts that a user edits into a folder",
     "demo": "run the whole method on the embedded data set and write a report",
 }
-"""Every command, with one line about it."""
+"""Every command with its one-line description."""
 
-ROOMS = ("creative", "study")
+PACKAGES = ("creative", "study")
 """Commands that are packages."""
 CONFIGURED = tuple(name for name in COMMANDS if name not in ("plan", "status", "study", "init-project"))
 """Commands whose flags are the settings of a config class of their own."""
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: fine-dist COMMAND [--config FILE] [--KEY VALUE ...]\n\ncommands:")
-        for name, what in COMMANDS.items():
-            print(f"  {name:12} {what}")
+        for name, about in COMMANDS.items():
+            print(f"  {name:12} {about}")
         print(
             "\n`fine-dist COMMAND --help` shows examples and the settings used most, `--help-all` all settings. "
             "\n`python -m fine_dist.COMMAND` runs a command too. `fine-dist completion bash` prints completions."
@@ -66,9 +66,9 @@ def _main(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise ConfigError(f"no command {argv[0]!r}; {nearest(argv[0], COMMANDS)}")
-    # a room that is also a command (`creative`, `study`) keeps it in a module of its own
+    # The commands `creative` and `study` are packages; their command is the module `command`.
     name = f"fine_dist.{argv[0].replace('-', '_')}"
-    command = importlib.import_module(f"{name}.command" if argv[0] in ROOMS else name)
+    command = importlib.import_module(f"{name}.command" if argv[0] in PACKAGES else name)
     return int(command.main(argv[1:]))
 
 

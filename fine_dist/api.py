@@ -1,7 +1,9 @@
 """The library in memory: `import fine_dist as fd`, then `fd.load`, `fd.condense`, `fd.initialise`, `fd.evaluate`.
 
-Each function is the command of that name with values in place of files: the same configs, the same training loop, the
-same artifacts, written to a temporary folder that lives as long as the result. Keep a result with `Model.save`.
+Each function is the command of that name with values in place of files: the same configs, the same training loop and
+the same artifacts, in a temporary folder that exists as long as the result. `Model.save` copies a result elsewhere.
+
+Shapes: B batch, C channels, H and W height and width in latents or pixels, N images.
 """
 
 from __future__ import annotations
@@ -46,18 +48,19 @@ Latents: TypeAlias = str | Path | Iterable[tuple[Any, Any]]
 
 @dataclass
 class Model:
-    """A model, an initialized target or a learngene, with everything that is known of it.
+    """A model, an initialized target or a learngene, with the facts of its manifest.
 
     Attributes:
-        path: Its artifact: a folder of tensors and a manifest.
+        path: Its artifact: a folder with tensors and a manifest.
         module: The dense DiT; it is called as `model(z, t, y)`, with z [B, C, H, W], t [B] and y int64 [B].
-        about: method, hash, license, losses and the other facts of the manifest.
+        about: The manifest's facts: method, hash, license, losses and others.
     """
 
     path: Path
     module: nn.Module
     about: dict[str, Any]
-    # The folder is deleted when its last owner is garbage, so a model keeps a reference to what it was read from.
+    # A TemporaryDirectory deletes its folder when it is garbage-collected, so a
+    # model holds references to its own folder and to the model it came from.
     _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     _parent: Model | None = field(default=None, repr=False)
 
@@ -70,7 +73,7 @@ class Model:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of labels, where they are known."""
+        """Names of the classes in the order of labels; empty if they are unknown."""
         return tuple(self.about.get("class_names") or ())
 
     def __call__(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -81,12 +84,12 @@ class Model:
     def sample(
         self, classes: Sequence[int | str] | None = None, *, per_class: int = 1, seed: int = 0, **settings: Any
     ) -> list[Image.Image]:
-        """Images of the model, `per_class` of each class in turn.
+        """Sample images, `per_class` of each class in turn.
 
         Args:
             classes: Labels or class names. Default: every class, at most ten.
             per_class: Number of images of each class.
-            seed: Seed of the noise; image i of a seed is the same on every machine and in every batch.
+            seed: Seed of the noise; image i of a seed does not depend on the number of images or the batch.
             **settings: Settings of `fine-dist sample`, such as `vae="stabilityai/sd-vae-ft-ema"` for a model of latents
                 or `sampler={"steps": 50, "guidance": 4.0}`.
 
@@ -110,15 +113,15 @@ class Model:
         if wrong:
             raise ConfigError(f"sample: there is no class {wrong[0]!r}; legal: 0 to {num_classes - 1}, or a name")
         label_N = torch.tensor([label for label in labels for _ in range(per_class)])
-        pictures = [found for _, found in renderer.render(label_N, torch.arange(len(label_N)), seed, progress=False)]
-        return [_picture(pixels) for pixels in torch.cat(pictures)]
+        images = [chunk for _, chunk in renderer.render(label_N, torch.arange(len(label_N)), seed, progress=False)]
+        return [_to_image(pixels) for pixels in torch.cat(images)]
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the model to a new folder that every command reads, as a dense model."""
+        """Write the model to a new folder as a dense model, which every command reads."""
         return Path(run_export(ExportConfig(model=str(self.path), out=str(folder))))
 
     def export(self, folder: str | Path, to: str = "diffusers", **settings: Any) -> Path:
-        """Write the model for others: `to="diffusers"` is a pipeline's folder, `"dit"` the original DiT's `.pt`.
+        """Write the model in another format: `"diffusers"` is a pipeline's folder, `"dit"` the original DiT's `.pt`.
 
         Args:
             **settings: Settings of `fine-dist export`, such as `vae`.
@@ -135,7 +138,7 @@ def load(source: str | Path | nn.Module | Model, **hints: Any) -> Model:
         **hints: Facts that a file of another project does not state, such as `num_heads=6`.
 
     Raises:
-        ArtifactError: It cannot be read, or is no DiT.
+        ArtifactError: It cannot be read, or is not a DiT.
     """
     if isinstance(source, Model):
         return source
@@ -167,11 +170,11 @@ def condense(
         method: Name of the method, or its settings with a `name`.
         arch: Shape of the learngene. Default: the ancestor's.
         held_out: Latents on which the held-out loss is measured.
-        run_dir: Folder of checkpoints and logs. Default: a temporary one, so nothing is kept but the result.
+        run_dir: Folder of checkpoints and logs. Default: a temporary one.
         **settings: Settings of `fine-dist condense`, such as `optim={"lr": 1e-3}, batch=64, seed=0`.
 
     Returns:
-        The learngene; as a model it is the dense DiT that its factors compose.
+        The learngene; its `module` is the dense DiT that its factors compose.
     """
     workspace = _Workspace(run_dir)
     values = {
@@ -186,8 +189,7 @@ def condense(
     parent = None if ancestor is None else load(ancestor)
     if parent is not None:
         values["ancestor"] = str(parent.path)
-    found = run_condense(validate(CondenseConfig, values, "condense"))
-    return workspace.model(found, parent)
+    return workspace.model(run_condense(validate(CondenseConfig, values, "condense")), parent)
 
 
 def initialise(
@@ -205,7 +207,7 @@ def initialise(
     Args:
         learngene: A learngene, or a model for methods that need none, such as depth pruning.
         depth: Number of layers.
-        data: Latents on which sigma (or what else the method trains) is trained. None: the target before any training.
+        data: Latents to train the method's scalers on, such as FINE's sigma. None returns the untrained target.
         steps: Number of optimizer steps.
         held_out: Latents on which the held-out loss is measured.
         run_dir: Folder of checkpoints and logs. Default: a temporary one.
@@ -236,11 +238,11 @@ def initialise(
 def evaluate(
     model: str | Path | nn.Module | Model, held_out: Latents | None = None, **settings: Any
 ) -> dict[str, float]:
-    """Numbers of a model by the names of their metrics (`fine-dist evaluate`).
+    """Metrics of a model, by name (`fine-dist evaluate`).
 
     Args:
         model: The model.
-        held_out: Latents of which the held-out loss is measured.
+        held_out: Latents on which the held-out loss is measured.
         **settings: Settings of `fine-dist evaluate`, such as `metrics=["fid"], samples=50_000, reference="FILE.npz",
             features={"inception": "FILE.pth"}`.
     """
@@ -254,32 +256,32 @@ def evaluate(
 
 
 class _Workspace:
-    """A folder for a run and for latents that came as an iterable; temporary unless a user named one."""
+    """Folders of a run and of latents that were given as an iterable; temporary unless `run_dir` is given."""
 
     def __init__(self, run_dir: str | Path | None) -> None:
         self.temporary = tempfile.TemporaryDirectory(prefix="fine_dist-")
         self.folder = Path(run_dir) if run_dir is not None else Path(self.temporary.name) / "run"
 
     def data(self, train: Latents, held_out: Latents | None) -> dict[str, Any]:
-        found = {"shards": self.shards(train, "train")}
-        return found if held_out is None else {**found, "held_out": self.shards(held_out, "held_out")}
+        paths = {"shards": self.shards(train, "train")}
+        return paths if held_out is None else {**paths, "held_out": self.shards(held_out, "held_out")}
 
     def shards(self, latents: Latents, name: str) -> str:
         if isinstance(latents, (str, Path)):
             return str(latents)
         pairs = [(np.asarray(latent, np.float32), int(label)) for latent, label in latents]
         if not pairs:
-            raise DataError(f"{name}: the iterable gave no (latent, label)")
+            raise DataError(f"{name}: the iterable is empty; (latent, label) pairs are needed")
         images, labels = np.stack([image for image, _ in pairs]), np.array([label for _, label in pairs])
         folder = Path(self.temporary.name) / name
         classes = int(labels.max()) + 1
         write_shards(
-            # Shards are what is divided among readers and shuffled; a single one would make both impossible.
             folder,
             images,
             labels,
             num_classes=classes,
             dtype="float32",
+            # Shards are divided among readers and shuffled; with a single shard neither is possible.
             shard_samples=max(1, len(pairs) // 16),
         )
         return str(folder)
@@ -294,10 +296,10 @@ def _untrained(config: InitConfig, folder: Path) -> Path:
     source = parent_of(read_artifact(str(config.parent), config.hints))
     method = from_manifest(config.method.model_dump() if config.method else source.artifact.method)
     arch = (config.arch or source.artifact.arch).model_copy(update={"num_layers": config.depths[0]})
-    made = descend(method, source, arch, config.seeds[0])
-    names = list(made.model.state_dict())
+    model = descend(method, source, arch, config.seeds[0]).model
+    names = list(model.state_dict())
     facts = {"seed": config.seeds[0], "steps": 0}
-    own = changed_tensors(made.model, source)
+    own = changed_tensors(model, source)
     target = folder / "target"
     settings = method.config.model_dump()
     save_target(target, method=settings, parent=source, arch=arch, tensors=own, names=names, facts=facts)
@@ -305,27 +307,27 @@ def _untrained(config: InitConfig, folder: Path) -> Path:
 
 
 def _from_module(module: nn.Module) -> Model:
-    """A module in memory as an artifact: our DiT, or whatever diffusers can write."""
+    """A module in memory as an artifact: a fine_dist DiT, or a model of diffusers."""
     folder = tempfile.TemporaryDirectory(prefix="fine_dist-")
     if isinstance(module, DiT):
         path = Path(folder.name) / "model"
         save_artifact(path, kind="model", method=SCRATCH.model_dump(), arch=module.arch, tensors=module.state_dict())
     elif callable(getattr(module, "save_pretrained", None)):
         path = Path(folder.name) / "transformer"
-        # Through the disk and the ordinary import: it checks names,
-        # shapes and numbers, and there is one way in to test.
+        # The module is saved and then imported like any other diffusers folder,
+        # because the import checks names, shapes and values.
         module.save_pretrained(str(path))  # type: ignore[operator]
     else:
         raise ConfigError(
             f"load: a {type(module).__name__} is neither a fine_dist DiT nor a model of diffusers; give a path, a hub "
             "name, a DiT or a DiTTransformer2DModel"
         )
-    found, about = load_model(path)
-    return Model(path, found, about, folder)
+    loaded, about = load_model(path)
+    return Model(path, loaded, about, folder)
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    """uint8 [C, H, W] as a picture; one channel is gray."""
+def _to_image(pixels: Tensor) -> Image.Image:
+    """Pixels uint8 [C, H, W] as an image; one channel is gray."""
     array = pixels.cpu().numpy()
     return Image.fromarray(array[0] if len(array) == 1 else array.transpose(1, 2, 0))
 

@@ -25,14 +25,14 @@ def run(config: CondenseConfig) -> Path:
 
 
 def check(config: CondenseConfig) -> None:
-    """Raise what `run` would refuse before its first step; an ancestor that is not on this machine is not read."""
+    """Raise the errors of `run` before its first step; an ancestor that is not on this machine is not read."""
     from fine_dist.stages import condense
 
     condense.check(config)
 
 
 def result_lines(config: CondenseConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Last lines of a successful command: the next command to run."""
     shards = f" --data.shards {config.data.shards}" if config.data.shards else ""
     return [f"next: fine-dist init --parent {Path(config.run_dir) / 'learngene'}{shards}"]
 
@@ -44,13 +44,13 @@ def dry_run(call: Call) -> list[str]:
 
     entry.check("fine_dist.condense", call.config, call.launcher)
     stage = CondenseStage(call.config)
-    absent = f"ancestor {stage.config.ancestor} is not there yet: counts and estimates are for DiT-B/2\n"
+    note = f"ancestor {stage.config.ancestor} does not exist yet: counts and estimates are for DiT-B/2\n"
     lines = estimates.dry_run(stage.config, stage.blueprint(), call.options.device)
-    return lines if stage.knows_shape else [absent, *lines]
+    return lines if stage.knows_shape else [note, *lines]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     return entry.run_command("fine_dist.condense", CondenseConfig, argv, dry_run, notes=_methods)
 
 

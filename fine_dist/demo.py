@@ -51,17 +51,17 @@ class DemoConfig(Config):
 def study_of(config: DemoConfig) -> StudyConfig:
     """The demo's study with the demo's settings."""
     changes: dict[str, Any] = {}
-    words = f" --seeds {config.seeds}" if config.seeds > 1 else ""
-    own = config.diffusion.model_dump(exclude_defaults=True)
-    if own:
-        stage, sampler = {"diffusion": own}, {"scheduler": "auto"}
-        with_pictures = {**stage, "sampler": sampler}
-        changes = {"sampler": sampler, "stages": {"condense": with_pictures, "init": stage, "train": with_pictures}}
-        words += "".join(f" --diffusion.{key.replace('_', '-')} {value}" for key, value in own.items())
+    flags = f" --seeds {config.seeds}" if config.seeds > 1 else ""
+    diffusion = config.diffusion.model_dump(exclude_defaults=True)
+    if diffusion:
+        stage, sampler = {"diffusion": diffusion}, {"scheduler": "auto"}
+        sampling_stage = {**stage, "sampler": sampler}
+        changes = {"sampler": sampler, "stages": {"condense": sampling_stage, "init": stage, "train": sampling_stage}}
+        flags += "".join(f" --diffusion.{key.replace('_', '-')} {value}" for key, value in diffusion.items())
     return load_study(
         config.study or STUDY,
         run_dir=config.run_dir,
-        command=f"python -m fine_dist demo{words}",
+        command=f"python -m fine_dist demo{flags}",
         **changes,
         seeds=list(range(config.seeds)),
         steps=config.steps,
@@ -72,18 +72,18 @@ def study_of(config: DemoConfig) -> StudyConfig:
 
 
 def run(config: DemoConfig, launcher: str = "auto") -> Path:
-    """Run everything that is not done yet, print what came out, and write the report; returns its page."""
+    """Run everything that is not done yet, print the results and write the report; returns the path of its page."""
     from fine_dist.study.report.headline import show
     from fine_dist.study.running import results_of
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     study = study_of(config)
     results = results_of(study, launcher)
-    return show(results, study.root / "report", time.perf_counter() - begun)
+    return show(results, study.root / "report", time.perf_counter() - start)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
 
     def body() -> int:
         call = parse(DemoConfig, argv, "fine-dist demo")

@@ -1,7 +1,7 @@
-"""Look at this machine, or at a cluster by one short job, and say what jobs can rely on: `fine-dist doctor`.
+"""Check what jobs can rely on, on this machine or, by one short job, on a cluster: `fine-dist doctor`.
 
-It checks environment, storage, locks, links, modes, limits, accelerators, network and requeues, and says what to put
-into slurm/site.sh.
+It checks environment, storage, locks, links, modes, limits, accelerators, network and requeues, and prints the lines
+that slurm/site.sh needs.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import Config, PathKey, dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_USER_ERROR, LaunchError, guard
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.launchers.doctor import TOKEN, diagnose, probe, read_reports
+from fine_dist.launchers.diagnosis import diagnose, read_reports
 from fine_dist.launchers.entry import launch
+from fine_dist.launchers.probes import TOKEN, probe
 from fine_dist.launchers.registry import pick
 
 PRELOAD = ()
 
 
 class DoctorConfig(Config):
-    """Look at this machine, or with `--launcher slurm` at a cluster by one short job, and say what to set."""
+    """Check this machine, or with `--launcher slurm` a cluster by one short job, and print what to set."""
 
     run_dir: PathKey = "runs/doctor"
-    """Folder that is tested: put it where your runs will lie, on storage that all nodes share."""
+    """Folder to test; choose one on the storage of your runs, which all nodes share."""
     launch: LaunchConfig = LaunchConfig(minutes=5)
-    """Resources of the job. Ask for what your jobs will ask for: `--launch.nodes 2 --launch.gpus 1`."""
+    """Resources of the job; request the same as your jobs will, such as `--launch.nodes 2 --launch.gpus 1`."""
 
 
 def run(config: DoctorConfig) -> Path:
@@ -59,7 +60,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _doctor(config: DoctorConfig, launcher: str, as_json: bool) -> int:
     run_dir = run_dir_of(config)
-    shutil.rmtree(run_dir / "doctor", ignore_errors=True)  # reports of an earlier look
+    shutil.rmtree(run_dir / "doctor", ignore_errors=True)  # reports of an earlier call
     os.environ[TOKEN] = token = secrets.token_hex(8)
     needs = config.launch.model_copy(update={"wait": True, "preflight": "off", "retries": 0})
     code = launch("fine_dist.doctor", config.model_copy(update={"launch": needs}), launcher)
@@ -67,12 +68,12 @@ def _doctor(config: DoctorConfig, launcher: str, as_json: bool) -> int:
     if not reports:
         raise LaunchError(f"the job ended with code {code} before any process reported; its logs are in {run_dir}/logs")
     target = pick(launcher, needs)
-    found, site = diagnose(reports, needs, token, target.name == "slurm")
-    stops = any(finding.level == "stop" for finding in found)
+    findings, site = diagnose(reports, needs, token, target.name == "slurm")
+    stops = any(finding.level == "stop" for finding in findings)
     if as_json:
-        print(json.dumps({"findings": [finding._asdict() for finding in found], "site": site}, indent=1))
+        print(json.dumps({"findings": [finding._asdict() for finding in findings], "site": site}, indent=1))
     else:
-        print("\n".join(f"{finding.level:5} {finding.what:12} {finding.text}" for finding in found))
+        print("\n".join(f"{finding.level:5} {finding.what:12} {finding.text}" for finding in findings))
         if site:
             print("\nput into slurm/site.sh (copy slurm/site.example.sh):\n" + "\n".join(f"  {line}" for line in site))
         if not stops:

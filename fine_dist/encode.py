@@ -1,4 +1,4 @@
-"""`python -m fine_dist.encode`: images become latent shards, once; `--inspect`, `--verify` and `--index` shards."""
+"""`python -m fine_dist.encode`: encode images into latent shards; inspect, verify and index shards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(config: EncodeConfig) -> Path:
 
 
 def result_lines(config: EncodeConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Last lines of a successful command: the next command to run."""
     return [f"next: fine-dist condense --data.shards {config.folder() / 'train'}"]
 
 
@@ -35,7 +35,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
 
     promise = ""
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         call = parse(EncodeConfig, argv, "fine-dist encode", options=_options)
         config: EncodeConfig = call.config
         if call.options.inspect or call.options.verify is not None or call.options.index:
-            print("\n".join(_of_shards(config, call.options)))
+            print("\n".join(_shard_lines(config, call.options)))
             return 0
         config.folder()
         if call.dry_run:
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     return guard(body, lambda: promise)
 
 
-def _of_shards(config: EncodeConfig, options: argparse.Namespace) -> list[str]:
-    """What `--inspect`, `--verify` or `--index` prints."""
+def _shard_lines(config: EncodeConfig, options: argparse.Namespace) -> list[str]:
+    """Output of `--inspect`, `--verify` or `--index`."""
     from fine_dist.data import audit
     from fine_dist.data.encoding import summary_lines, verify_splits
 

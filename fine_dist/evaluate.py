@@ -11,19 +11,19 @@ from fine_dist.launchers import entry
 
 
 def run(config: EvaluateConfig) -> Path:
-    """Measure every model, print a table, write evaluate.json; its path. Every process of the world takes part."""
-    from fine_dist.evaluation import recording  # with torch, which --help does without
+    """Measure every model, print a table and write evaluate.json; returns its path. Called by every rank."""
+    from fine_dist.evaluation import recording  # imports torch, which --help must not
 
     return recording.run(config)
 
 
 def result_lines(config: EvaluateConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Last lines of a successful command: the next command to run."""
     return [f"next: fine-dist sample --model {config.models[0]}"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     return entry.run_command("fine_dist.evaluate", EvaluateConfig, argv, entry.plain_dry_run, promise="")
 
 

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.export`: a model for others: dense, as diffusers' folder, as DiT's state dict, with its card."""
+"""`python -m fine_dist.export`: write a model as a dense one, for diffusers or in DiT's layout, with a model card."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fine_dist.core.errors import ConfigError, guard
 
 
 class ExportConfig(Config):
-    """Write a model as an ordinary dense one: for this project, for diffusers, or in the original DiT's layout. What
-    was written is read back and compared."""
+    """Write a model as an ordinary dense one: for this project, for diffusers, or in the original DiT's layout. The
+    result is read back and compared."""
 
     model: PathKey | None = None
-    """What to write: a model, target, learngene or run of ours, DiT's `.pt`, a diffusers folder or a hub name."""
+    """Model to write: a model, target, learngene or run of fine_dist, DiT's `.pt`, a diffusers folder or a hub name."""
     out: PathKey | None = None
     """Folder to write, or with `--to dit` a file that ends in .pt or .safetensors; it must not exist yet."""
     to: Literal["fine_dist", "diffusers", "dit"] = "fine_dist"
@@ -25,7 +25,7 @@ class ExportConfig(Config):
     vae: PathKey | None = None
     """Folder or hub name of the `AutoencoderKL` that completes a diffusers pipeline (with `--to diffusers`)."""
     learngene: PathKey | None = None
-    """Present place of the learngene that a target was made from, when it has moved since."""
+    """Present path of the learngene that a target was initialized from, if it has moved since."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights to write: their exponential moving average (`ema`), or those of the last step (`raw`)."""
     samples: PathKey | None = None
@@ -34,11 +34,11 @@ class ExportConfig(Config):
     """Repository OWNER/MODEL of the Hugging Face Hub to upload the export to, private if it is new. The card must
     name a licence. With --dry-run nothing is written or uploaded."""
     hints: HintsConfig = HintsConfig()
-    """Facts about another project's file that it does not state itself."""
+    """Facts about a file of another project that the file does not state."""
 
 
 def run(config: ExportConfig) -> Path:
-    """Write the model; returns where it is."""
+    """Write the model; returns its path."""
     from fine_dist.artifacts.exporting import check_png, export, show_samples
     from fine_dist.artifacts.hub import check_repository, push
     from fine_dist.artifacts.load import load_model
@@ -61,7 +61,7 @@ def run(config: ExportConfig) -> Path:
 
 
 def plan(config: ExportConfig) -> str:
-    """What a dry run says: what would be written, and uploaded, under which licence."""
+    """The text of a dry run: what would be written and uploaded, and under which licence."""
     from fine_dist.artifacts.hub import check_repository
     from fine_dist.artifacts.reading import facts_of, licence_of
 
@@ -72,13 +72,13 @@ def plan(config: ExportConfig) -> str:
     if config.push:
         check_repository(config.push)
         licence = config.hints.licence or licence_of(facts.extra)
-        told = f"under the licence {licence}" if licence else "and would be refused: no licence is known"
-        lines.append(f"would upload it to {config.push} of the Hugging Face Hub, {told}")
+        terms = f"under the licence {licence}" if licence else "and would be refused: no licence is known"
+        lines.append(f"would upload it to {config.push} of the Hugging Face Hub, {terms}")
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
 
     def body() -> int:
         call = parse(ExportConfig, argv, "fine-dist export")

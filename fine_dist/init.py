@@ -29,23 +29,23 @@ from fine_dist.launchers.worker import inside
 from fine_dist.methods import described
 
 PRELOAD = ("torch", "fine_dist.family.train_family")
-"""What a local pool imports once for all packs."""
+"""Modules that a local pool imports once for all packs."""
 
 
 def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
-    """One task a pack; its rows are its targets. Raises what is wrong with the family before anything is queued."""
+    """One task per pack, whose rows are its targets; errors of the family are raised before anything is queued."""
     from fine_dist.family.family_plan import Family
 
     family = Family(config)
     family.check()
     family.check_memory(capacity)
-    # A worker keeps the jobs of its pack together; how many go through at once it decides where it runs.
-    alone = config.pack.model_copy(update={"workers": 1})
+    # A worker trains its pack as one; how many jobs it computes at once depends on the machine where it runs.
+    one_worker = config.pack.model_copy(update={"workers": 1})
     complete = {member.name for member in family.members if family.done(member)}
     return [
         Task(
             pack.name,
-            config.model_copy(update={"only": pack.jobs, "pack": alone}),
+            config.model_copy(update={"only": pack.jobs, "pack": one_worker}),
             pack.jobs,
             tuple(name for name in pack.jobs if name in complete),
         )
@@ -54,7 +54,7 @@ def tasks(config: InitConfig, capacity: Capacity | None = None) -> list[Task]:
 
 
 def run(config: InitConfig) -> Path:
-    """Train the targets (`only` those named) that are not done, in this process; the family's folder."""
+    """Train the targets that are not done (with `only`, those named) in this process; returns the family's folder."""
     from fine_dist.family.family_plan import Family
     from fine_dist.family.train_family import run_family
 
@@ -62,7 +62,7 @@ def run(config: InitConfig) -> Path:
 
 
 def result_lines(config: InitConfig) -> list[str]:
-    """What the command prints at its end: the targets by held-out loss, where they are, and the next command."""
+    """Last lines of the command: the targets by held-out loss, their folder, and the next command."""
     from fine_dist.family.members import expand
     from fine_dist.family.summary import result_lines as lines
 
@@ -70,7 +70,7 @@ def result_lines(config: InitConfig) -> list[str]:
 
 
 def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
-    """The resolved config, every target, and the packs they would be trained in (once there is a parent)."""
+    """The resolved config, every target and, if the parent exists, the packs in which they would be trained."""
     from fine_dist.family.family_plan import Family
     from fine_dist.family.members import expand
 
@@ -80,7 +80,7 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
             dump_yaml(config).rstrip(),
             "",
             f"{len(names)} targets: {', '.join(names)}",
-            f"the parent {config.parent} is not there yet: how targets are packed depends on its width",
+            f"the parent {config.parent} does not exist yet: how targets are packed depends on its width",
             "dry run: nothing was done",
         ]
     family = Family(config)
@@ -92,9 +92,9 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
     lines = [dump_yaml(config).rstrip(), "", f"{len(members)} targets in {len(packs)} packs:"]
     for pack in packs:
         memory = pack.chunk * config.batch * bytes_of[pack.jobs[0]] / 2**20
-        how = "one after the other" if pack.sequential else f"{pack.chunk} at once"
+        schedule = "one after the other" if pack.sequential else f"{pack.chunk} at once"
         lines.append(
-            f"  {pack.name}: {len(pack.jobs)} targets, {how}, "
+            f"  {pack.name}: {len(pack.jobs)} targets, {schedule}, "
             f"{pack.layer_steps:,} layer-steps, about {memory:,.0f} MiB of activations"
         )
         lines += [f"    {name}: {config.steps} steps of {config.batch} at {members[name].lr:g}" for name in pack.jobs]
@@ -103,20 +103,20 @@ def dry_run(config: InitConfig, capacity: Capacity | None = None) -> list[str]:
 
 
 def capacity_of(config: InitConfig, launcher: str) -> Capacity | None:
-    """The machines that the family's packs would run on; none where this process does it all."""
-    place = pick(launcher, config.launch)
-    if inside() or not issubclass(place, Launcher) or not place.on_this_machine:
-        return None  # a cluster is not asked by a dry run
-    with place(config.launch) as runner:
+    """The capacity of this machine for the family's packs; None where this process trains them or a cluster does."""
+    target = pick(launcher, config.launch)
+    if inside() or not issubclass(target, Launcher) or not target.on_this_machine:
+        return None  # a dry run does not ask a cluster
+    with target(config.launch) as runner:
         return runner.capacity(make_spec("fine_dist.init", config, write=False))
 
 
 def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager[object]:
-    """A bar over the whole family while other processes train it."""
+    """A progress bar over the whole family while other processes train it."""
     from fine_dist.family.members import expand
 
-    # A bar follows jobs of this machine; those of a cluster may run long after this command has ended.
-    if inside() or not issubclass(place := pick(launcher, config.launch), Launcher) or place.detached:
+    # Jobs of a cluster may run long after this command has ended, so they have no progress bar.
+    if inside() or not issubclass(target := pick(launcher, config.launch), Launcher) or target.detached:
         return contextlib.nullcontext()
     from fine_dist.family.summary import FamilyBar
 
@@ -124,12 +124,12 @@ def _bar(config: InitConfig, launcher: str) -> contextlib.AbstractContextManager
 
 
 def promise_of(config: InitConfig) -> str:
-    """What is true of a family that is interrupted now."""
+    """What is done of an interrupted family, and what the same command would do."""
     rows = StateTable(run_dir_of(config)).rows()
     done = sum(row.state == "done" for row in rows)
     if not rows:
-        return "nothing was begun yet; the same command starts again"
-    return f"{done} of {len(rows)} targets are done and stay so; the same command continues the others"
+        return "nothing was started yet; the same command starts again"
+    return f"{done} of {len(rows)} targets are done; the same command continues the others"
 
 
 def _methods() -> list[str]:
@@ -137,7 +137,7 @@ def _methods() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
 
     config: InitConfig | None = None
 

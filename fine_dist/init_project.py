@@ -18,8 +18,8 @@ SITE = "slurm/site.sh"
 def run(folder: Path) -> list[Path]:
     """Copy `configs/`, `slurm/` and `examples/` into a folder, and write `slurm/site.sh` from its example.
 
-    Returns the written files. Files that are there already are left as they are, so that new files of a later version
-    can be added to a project.
+    Returns the written files. Existing files are left as they are, so that files of a later version can be added to a
+    project.
     """
     written = []
     for top in SHIPPED:
@@ -39,24 +39,24 @@ def run(folder: Path) -> list[Path]:
 
 
 def _copy(file: Path, target: Path) -> None:
-    """Copy a file with the mode that the umask gives a new one, since an installed package is often its owner's."""
+    """Copy a file with the umask's mode: files of an installed package are often readable by their owner only."""
     shutil.copyfile(file, target)
     os.chmod(target, (0o777 if file.stat().st_mode & 0o111 else 0o666) & ~umask())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     parser = FlagParser("fine-dist init-project")
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the project's folder; it is made if it is not there")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the project's folder; created if it does not exist")
 
     def body() -> int:
-        words = list(sys.argv[1:] if argv is None else argv)
-        parser.answer_help(words, "DIR", " ".join((__doc__ or "").split()))
-        folder: Path = parser.read(words).folder
+        args = list(sys.argv[1:] if argv is None else argv)
+        parser.exit_if_help(args, "DIR", " ".join((__doc__ or "").split()))
+        folder: Path = parser.parse_flags(args).folder
         if folder.exists() and not folder.is_dir():
             raise RunDirError(f"{folder} is a file; give a folder for the project")
         written = run(folder)
-        print(f"init-project: {len(written)} files written to {folder} (those that were there are unchanged)")
+        print(f"init-project: {len(written)} files written to {folder} (existing files are unchanged)")
         print(f"next: describe your cluster in {folder / SITE}, then, in {folder}: sbatch slurm/condense.sh")
         return 0
 

@@ -1,4 +1,4 @@
-"""`python -m fine_dist.sample`: draw images from a model."""
+"""`python -m fine_dist.sample`: sample images from a model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fine_dist.sampling.settings import SampleConfig
 
 
 def run(config: SampleConfig) -> Path:
-    """Draw what a config asks for, in this process among the others; returns where it is."""
-    from fine_dist.sampling import drawing  # with torch, which --help does without
+    """Sample the images of a config, this process its share of them; returns their folder."""
+    from fine_dist.sampling import drawing  # imports torch, which --help must not
 
     return drawing.run(config)
 
 
 def result_lines(config: SampleConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Last lines of a successful command: the next command to run."""
     models = " ".join([*filter(None, [config.model]), *config.compare])
     return [f"next: fine-dist evaluate --models {models} --data.held-out SHARDS"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     return entry.run_command(
         "fine_dist.sample", SampleConfig, argv, _dry_run, promise="the same command draws what is missing"
     )

@@ -1,6 +1,6 @@
 """Show the state of the tasks of a fan-out, or of a single run: `fine-dist status RUN_DIR`.
 
-It only reads: it works for another user's run and on a read-only mount, and never disturbs what runs.
+It only reads files: it works for another user's run and on a read-only mount, and does not disturb running jobs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _main(argv: list[str] | None) -> int:
         "--all", action="store_true", help="show all tasks (default: 40, failed and running ones first)"
     )
     logs.add_flags(parser)
-    parser.answer_help(argv, "RUN_DIR [--json] [--watch] [--all]", " ".join((__doc__ or "").split()))
-    args = parser.read(argv)
+    parser.exit_if_help(argv, "RUN_DIR [--json] [--watch] [--all]", " ".join((__doc__ or "").split()))
+    args = parser.parse_flags(argv)
     logs.configure(args)
     rows = read(args.run_dir)
     if args.json:

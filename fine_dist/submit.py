@@ -21,19 +21,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     one_job = "--spread" in argv[:1]
-    words = argv[one_job:]
-    if "-h" in words[:1] or "--help" in words[:1]:
+    args = argv[one_job:]
+    if args[:1] in (["-h"], ["--help"]):
         print(f"usage: {__doc__}")
         return 0
     from fine_dist.launchers.sbatch import prepare, spread
 
-    if words[:1] == ["prepare"] and len(words) > 1:
-        print(prepare(words[1], words[2:], one_job))
+    if args[:1] == ["prepare"] and len(args) > 1:
+        print(prepare(args[1], args[2:], one_job))
         return 0
-    if words[:1] == ["spread"] and len(words) == 2:
-        return spread(words[1])
+    if args[:1] == ["spread"] and len(args) == 2:
+        return spread(args[1])
     raise ConfigError(
-        f"submit: {' '.join(words[:2]) or 'nothing'!r} says no job; legal: `prepare MODULE [--KEY VALUE ...]`, "
+        f"submit: {' '.join(args[:2]) or 'nothing'!r} is not a job; legal: `prepare MODULE [--KEY VALUE ...]`, "
         "`spread JOB.json` (what slurm/*.sh call; `fine-dist COMMAND --launcher slurm` submits by itself)"
     )
 

@@ -15,7 +15,7 @@ from fine_dist.launchers.state_table import StateTable
 from fine_dist.stages.settings import PRELOAD, TrainConfig
 
 FALLBACK = "DiT-B/2"
-"""What a dry run counts while the parent that is to be trained does not exist yet."""
+"""Architecture that a dry run assumes while the parent does not exist yet."""
 
 
 def tasks(config: TrainConfig) -> list[Task] | None:
@@ -55,14 +55,14 @@ def run(config: TrainConfig) -> Path:
 
 
 def check(config: TrainConfig) -> None:
-    """Raise what `run` would refuse before its first step; a parent that is not on this machine is not read."""
+    """Raise the errors of `run` before its first step; a parent that is not on this machine is not read."""
     from fine_dist.stages import train
 
     train.check(config)
 
 
 def result_lines(config: TrainConfig) -> list[str]:
-    """What the command prints when it has succeeded: what to do next."""
+    """Last lines of a successful command: the next command to run."""
     run_dir = Path(config.run_dir)
     return [f"next: fine-dist sample --model {run_dir if config.parents else run_dir / 'model'}"]
 
@@ -74,19 +74,19 @@ def dry_run(call: Call) -> list[str]:
 
     entry.check("fine_dist.train", call.config, call.launcher)
     config, lines = call.config, []
-    if todo := tasks(config):
-        config = todo[0].config
-        lines.append(f"one task for each of {call.config.parents}; what follows is for {todo[0].name}\n")
+    if family := tasks(config):
+        config = family[0].config
+        lines.append(f"one task for each of {call.config.parents}; the estimates below are for {family[0].name}\n")
     stage = TrainStage(config)
     plan = stage.blueprint()
     if plan is None:
-        lines.append(f"parent {config.parent} is not there yet: counts and estimates are for {FALLBACK}\n")
+        lines.append(f"parent {config.parent} does not exist yet: counts and estimates are for {FALLBACK}\n")
         plan = stage.of_shape(FALLBACK).blueprint()
     return [*lines, *estimates.dry_run(stage.config, plan, call.options.device)]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code."""
+    """Run the command; returns its exit code."""
     return entry.run_command("fine_dist.train", TrainConfig, argv, dry_run)
 
 

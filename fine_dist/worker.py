@@ -1,10 +1,10 @@
-"""One process of a job, which every launcher starts: runs `module.run(config)` of a job file.
+"""One process of a job, as every launcher starts it: runs `module.run(config)` of a job file.
 
     python -m fine_dist.worker JOB.json          one process of a job (torchrun, srun, Ray or a pool set its rank)
     python -m fine_dist.worker --pool IN OUT     the server of a local pool, which forks one process for each job
 
-Exit codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 to be started again, 76 another live
-process runs this task.
+Exit codes: 0 done, 1 crashed, 2 a user's error, 3 some tasks of a pack failed, 75 stopped early and to be started
+again, 76 another live process runs this task.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from fine_dist.core.errors import EXIT_RESUME, EXIT_USER_ERROR
 from fine_dist.core.processes import die_with_parent
-from fine_dist.launchers.worker import EXIT_FILE, LIFELINE, run_job
+from fine_dist.launchers.worker import EXIT_FILE, PARENT_ENV, run_job
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    parent = os.environ.pop(LIFELINE, None)
+    parent = os.environ.pop(PARENT_ENV, None)
     if parent:
         die_with_parent(int(parent))
     if len(argv) == 3 and argv[0] == "--pool":

@@ -1,4 +1,4 @@
-"""`launch`: the function by which every command runs its stage here, in a local pool, on SLURM or on Ray."""
+"""`launch`: the function with which every command runs its stage, here, in a local pool, on SLURM or on Ray."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from fine_dist.core.config import Config, dump_yaml, run_dir_of
 from fine_dist.core.errors import EXIT_TASKS_FAILED, LaunchError, ResumeLater, guard
 from fine_dist.engine.run_dir import STOP, STOPPED, resumption_note, was_stopped
 from fine_dist.launchers.code_snapshot import code_root, snapshot
-from fine_dist.launchers.launcher import CommandTarget, Job, Launcher
+from fine_dist.launchers.launch_target import CommandTarget
+from fine_dist.launchers.launcher import Job, Launcher
 from fine_dist.launchers.local import Here, run_here
 from fine_dist.launchers.machine import require_accelerators
-from fine_dist.launchers.preflight import OF_THIS_MACHINE, beyond_this_machine, check_job, refuse
+from fine_dist.launchers.preflight import LOCAL_SUBJECTS, beyond_this_machine, check_job, refuse
 from fine_dist.launchers.prepare import fans_out, is_done, launch_of, make_spec, make_specs, result_lines, tasks_of
 from fine_dist.launchers.registry import pick
 from fine_dist.launchers.spec import JobSpec, Task
 from fine_dist.launchers.state_table import StateTable, Submissions, TaskRow
-from fine_dist.launchers.worker import EXIT_BUSY, MARK, inside, world_size
+from fine_dist.launchers.worker import EXIT_BUSY, JOB_ENV, inside, world_size
 
 log = logging.getLogger(__name__)
 
 
 def launch(module: str, config: Config, launcher: str = "auto") -> int:
-    """Run `module.run(config)` where `launcher` says.
+    """Run `module.run(config)` with a launcher.
 
     A module with `tasks(config)` or `tasks(config, capacity)` that returns a list of `Task` is a fan-out: each task is
     `run(task.config)`, recorded in the state table of `config.run_dir`, and a task that is complete is not run again.
-    When that function returns None, or there is none, the module is one job. `capacity` describes the machines that the
+    If that function returns None or does not exist, the module is one job. `capacity` describes the machines that the
     tasks will run on.
 
     Args:
@@ -48,7 +49,7 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     needs = launch_of(config)
     if inside():
         _refuse_single_rank(make_spec(module, config, write=False))
-    # A command that runs inside a job must not submit jobs of its own: an array task would fan out once more.
+    # A command inside a job must not submit jobs: a task of an array would fan out again.
     target = Here if inside() else pick(launcher, needs)
     if not inside() and target.on_this_machine and needs.preflight != "off":
         beyond = beyond_this_machine(config, make_spec(module, config, write=False))
@@ -80,9 +81,9 @@ def _on_launcher(runner: Launcher, module: str, config: Config) -> int:
 
 
 def _refuse_beyond(beyond: str, refuse: bool, note: Callable[[str], None]) -> None:
-    """Refuse what is far beyond this machine (`beyond_this_machine`; empty: nothing is), or say it by `note`."""
+    """Raise the sentence of `beyond_this_machine`, if there is one, as an error, or pass it to `note`."""
     if beyond and refuse:
-        raise LaunchError(f"{beyond} (--launch.preflight off tries it all the same)")
+        raise LaunchError(f"{beyond} (--launch.preflight off starts it anyway)")
     if beyond:
         note(beyond)
 
@@ -90,13 +91,13 @@ def _refuse_beyond(beyond: str, refuse: bool, note: Callable[[str], None]) -> No
 def _refuse_single_rank(spec: JobSpec) -> None:
     """Refuse to run one rank of a job that asks for several.
 
-    The shell of `srun --pty bash` has the variables of a task of a step of one: a command typed there looks like a
-    rank, and would train alone.
+    The shell of `srun --pty bash` has the environment variables of a step with one task, so that a command typed there
+    looks like a rank, and would train with one process.
 
     Raises:
         LaunchError: This process is the only one of its step, and the config asks for more.
     """
-    if MARK not in os.environ and world_size() == 1 and spec.world_size > 1:
+    if JOB_ENV not in os.environ and world_size() == 1 and spec.world_size > 1:
         raise LaunchError(
             f"launch asks for {spec.world_size} processes, and this process is the only one that torchrun or srun "
             "started (the shell of `srun --pty` is such a process); use `salloc` and --launcher slurm, start "
@@ -112,14 +113,14 @@ def run_command(
     promise: str | None = None,
     notes: Callable[[], list[str]] | None = None,
 ) -> int:
-    """The body of a command without flags of its own: parse, then print the dry run, or launch. Returns the exit code.
+    """Run a command that has no flags of its own: parse, then print the dry run or launch. Returns the exit code.
 
     Args:
         module: Importable name of the command's module.
         kind: Class of its settings.
-        argv: Command line; None: that of the process.
-        dry_run: What `--dry-run` prints.
-        promise: Text for a user who interrupts the command. None: as the run directory says.
+        argv: Command line. None: that of the process.
+        dry_run: Returns the lines that `--dry-run` prints.
+        promise: Text for a user who interrupts the command. None: `promise_of` the run directory.
         notes: Further lines of the help.
     """
     run_dir: Path | None = None
@@ -137,7 +138,7 @@ def run_command(
 
 
 def plain_dry_run(call: Call) -> list[str]:
-    """The resolved config, for commands that estimate nothing."""
+    """The dry run of commands without estimates: the resolved config."""
     return [dump_yaml(call.config), "dry run: nothing was done"]
 
 
@@ -179,18 +180,18 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
     with table.driver(f"{runner.name} fan-out"):
         if tasks:
             _preflight(runner, module, tasks[0].config, many=True)
-        for name in (STOP, STOPPED):  # left by an earlier run: starting it again withdraws the request
+        for name in (STOP, STOPPED):  # files of an earlier run; a new start cancels the request to stop
             (run_dir / name).unlink(missing_ok=True)
         specs = make_specs(module, config, tasks, code=_code(runner, module, config))
-        # Tasks that a scheduler still holds read `pending` in the
-        # table; without this they would be submitted a second time.
+        # Queued tasks of a scheduler are `pending` in the table;
+        # without this they would be submitted a second time.
         queued = {name for names in runner.alive(Submissions(run_dir).all()).values() for name in names}
-        todo = [spec for spec in specs if not is_done(table, spec) and queued.isdisjoint(spec.rows)]
-        print(f"{module}: {_counts(table, specs, todo, queued)}", flush=True)
+        remaining = [spec for spec in specs if not is_done(table, spec) and queued.isdisjoint(spec.rows)]
+        print(f"{module}: {_counts(table, specs, queued)}", flush=True)
         if runner.detached:
-            jobs = runner.submit_many(todo, needs.max_parallel, needs.retries) if todo else []
-            # Written after the submission, because only the scheduler
-            # knows the ids; `Submissions` says what follows from that.
+            jobs = runner.submit_many(remaining, needs.max_parallel, needs.retries) if remaining else []
+            # Written after the submission, because the ids come from the
+            # scheduler; see `Submissions`.
             Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
             if jobs:
                 print(f"submitted as {runner.name} jobs {jobs[0].id} to {jobs[-1].id}; "
@@ -198,15 +199,15 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
             if not needs.wait:
                 return 0
             follow(runner, table, jobs)
-        elif todo:
-            follow(runner, table, runner.submit_many(todo, needs.max_parallel, needs.retries))
+        elif remaining:
+            follow(runner, table, runner.submit_many(remaining, needs.max_parallel, needs.retries))
     code = report(table, specs)
     if code and was_stopped(run_dir):
         raise ResumeLater(f"a file STOP was in {run_dir}; the same command continues")
     return code
 
 
-def _counts(table: StateTable, specs: list[JobSpec], todo: list[JobSpec], queued: set[str]) -> str:
+def _counts(table: StateTable, specs: list[JobSpec], queued: set[str]) -> str:
     """`8 tasks in 2 jobs, 3 done before, 5 to run`: rows of the state table, which `status` counts as well."""
     names = [name for spec in specs for name in spec.rows]
     done = sum((row := table.get(name)) is not None and row.state == "done" for name in names)
@@ -217,23 +218,23 @@ def _counts(table: StateTable, specs: list[JobSpec], todo: list[JobSpec], queued
 
 
 def follow(runner: Launcher, table: StateTable, jobs: list[Job]) -> None:
-    """Wait for the jobs of a fan-out, and record the failure of those whose processes could not do so themselves."""
+    """Wait for the jobs of a fan-out, and record failures that the jobs' processes could not record themselves."""
     for job in runner.wait(jobs):
-        # Busy is no failure: the process that holds the task will record its end.
+        # EXIT_BUSY is not a failure: the process that holds the task records its end.
         if job.code in (0, EXIT_BUSY) or job.state == "cancelled":
             continue
         for name in job.spec.rows:
             row = table.get(name) or TaskRow(name=name)
-            # A process that could still write its own row has done so;
-            # only rows that nobody can write any more are ended here.
+            # A process records its own end unless it never started (row still pending)
+            # or was killed (row lost); only these rows are ended here.
             if row.state == "pending" or table.lost(row):
                 table.finish(name, "failed", job.reason)
 
 
 def report(table: StateTable, specs: list[JobSpec]) -> int:
     """Print how many tasks of a fan-out are done and name those that failed; returns the exit code."""
-    wanted = {name for spec in specs for name in spec.rows}
-    rows = [row for row in table.rows() if row.name in wanted]
+    names = {name for spec in specs for name in spec.rows}
+    rows = [row for row in table.rows() if row.name in names]
     failed = [row for row in rows if row.state == "failed"]
     print(f"{sum(row.state == 'done' for row in rows)} of {len(rows)} tasks done, {len(failed)} failed", flush=True)
     for row in failed[:20]:
@@ -244,17 +245,15 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
     needs, spec = launch_of(config), make_spec(module, config, write=False)
     if runner.on_this_machine:
-        require_accelerators(
-            spec
-        )  # of the preflight's notes the one that a start refuses, whatever launch.preflight is
+        require_accelerators(spec)  # refused even with launch.preflight off, and only a note in `plan`
     if needs.preflight != "off":
         refuse(needs, check_job(module, config, spec, runner, many=many, light=many))
 
 
 def _code(runner: Launcher, module: str, config: Config) -> str:
-    # The local pool starts at once and needs no copy; an edit cannot come between submission and start.
-    copied = launch_of(config).snapshot and runner.copies_code
-    return str(snapshot(run_dir_of(config), module)) if copied else code_root(module)
+    # The local pool starts jobs at once, so no edit can come between submission and start.
+    copies = launch_of(config).snapshot and runner.copies_code
+    return str(snapshot(run_dir_of(config), module)) if copies else code_root(module)
 
 
 # --- a dry run -------------------------------------------------------------------------------------------------------
@@ -263,8 +262,8 @@ def _code(runner: Launcher, module: str, config: Config) -> str:
 def check(module: str, config: Config, launcher: str = "auto") -> None:
     """Check a command without starting anything, for a dry run.
 
-    What the run would refuse is refused, except for what only this machine lacks (accelerators, data, disk): a dry run
-    is often typed on a laptop or a login node, and prints that as a note. No cluster is asked.
+    It refuses what the run would refuse, except for findings about this machine alone (accelerators, data, disk), which
+    are printed as notes: a dry run is often made on a laptop or a login node. No cluster is asked.
 
     Raises:
         LaunchError: The run would be refused, or there is no such launcher.
@@ -274,11 +273,11 @@ def check(module: str, config: Config, launcher: str = "auto") -> None:
     local = target.on_this_machine and not inside()
     with target(needs) if local else Here(needs) as runner:
         spec = make_spec(module, config, write=False)
-        found = check_job(module, config, spec, runner if local else None, light=True)
+        findings = check_job(module, config, spec, runner if local else None, light=True)
         beyond = beyond_this_machine(config, spec) if local else ""
-    # With `auto` a dry run may stand for a job on a larger machine.
+    # With `auto`, the job of the dry run may be meant for a larger machine.
     _refuse_beyond(beyond, launcher != "auto" and needs.preflight == "refuse", lambda text: print(f"note: {text}\n"))
-    refuse(needs, [finding for finding in found if finding.what not in OF_THIS_MACHINE])
-    for finding in found:
-        if finding.what in OF_THIS_MACHINE and finding.level != "ok":
+    refuse(needs, [finding for finding in findings if finding.what not in LOCAL_SUBJECTS])
+    for finding in findings:
+        if finding.what in LOCAL_SUBJECTS and finding.level != "ok":
             print(f"note: {finding.text}\n")

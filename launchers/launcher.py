@@ -1,28 +1,24 @@
-"""The interface of a launch target, the queue of a fan-out, and the retries that all launchers share.
-
-A `LaunchTarget` is what `--launcher` names. Most targets are launchers, to which a command submits jobs; a
-`CommandTarget` runs the command itself.
-"""
+"""The base class of launchers: the queue of jobs and the retries that all of them share, and what exit codes mean."""
 
 from __future__ import annotations
 
 import signal
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import ClassVar, Literal
 
-from fine_dist.core.config import Config
 from fine_dist.core.errors import EXIT_INTERRUPTED, EXIT_RESUME, EXIT_TASKS_FAILED, EXIT_USER_ERROR
 from fine_dist.core.limits import GIB
 from fine_dist.core.processes import stop_on_signals
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.engine.run_dir import was_stopped
+from fine_dist.launchers.launch_target import LaunchTarget
 from fine_dist.launchers.prepare import job_file
-from fine_dist.launchers.spec import Capacity, Finding, JobSpec
+from fine_dist.launchers.spec import Capacity, JobSpec
 from fine_dist.launchers.worker import EXIT_BUSY
 
 JobState = Literal["pending", "running", "done", "failed", "cancelled"]
@@ -53,16 +49,16 @@ class Job:
     restarts: int = 0
     """Number of times the job was started again without counting an attempt (exit code 75, a lost node)."""
     show: bool = False
-    """Whether its output goes to this terminal, where the launcher can do that, instead of its log."""
+    """Whether the output goes to this terminal instead of the log, if the launcher supports that."""
     handle: object = field(default=None, repr=False)
     """The launcher's own object for the running job."""
-    own_log: Path | None = None
+    scheduler_log: Path | None = None
     """Log file whose name the scheduler chose."""
 
     @property
     def log(self) -> Path:
         """File of the job's output."""
-        return self.own_log or Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
+        return self.scheduler_log or Path(self.spec.run_dir) / "logs" / f"{self.spec.name}.log"
 
     @property
     def ended(self) -> bool:
@@ -70,87 +66,14 @@ class Job:
         return self.state in FINAL_STATES
 
 
-# --- launch targets --------------------------------------------------------------------------------------------------
-
-
-class LaunchTarget(ABC):
-    """A value of `--launcher`. Use as a context manager.
-
-    Args:
-        needs: The `launch` settings of the config. None: the defaults.
-    """
-
-    name: ClassVar[str]
-    """The value of `--launcher`. Two targets may share a name when at most one of them serves an environment."""
-    on_this_machine: ClassVar[bool] = False
-    """Whether jobs use this machine's cores, memory and accelerators."""
-    detached: ClassVar[bool] = False
-    """Whether jobs outlive this process."""
-
-    def __init__(self, needs: LaunchConfig | None = None) -> None:
-        self.needs = needs or LaunchConfig()
-
-    @classmethod
-    def serves(cls, needs: LaunchConfig) -> bool:
-        """Whether the target works in this process's environment, for these needs."""
-        return True
-
-    @classmethod
-    def affinity(cls, needs: LaunchConfig) -> int:
-        """How well the target matches this process's environment; `--launcher auto` takes the highest."""
-        return 0
-
-    def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
-        """What can be known of a job before it starts here.
-
-        Args:
-            spec: The job, or one task of a fan-out.
-            many: Whether it is a task of a fan-out.
-        """
-        return []
-
-    def close(self) -> None:  # noqa: B027 - most targets hold nothing
-        """Free what the target holds."""
-
-    def __enter__(self: T) -> T:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-T = TypeVar("T", bound=LaunchTarget)
-K = TypeVar("K", bound=type[LaunchTarget])
-_registered: list[type[LaunchTarget]] = []
-
-
-def register(target: K) -> K:
-    """Class decorator: make a launch target known to `--launcher`."""
-    _registered.append(target)
-    return target
-
-
-def registered() -> tuple[type[LaunchTarget], ...]:
-    """The launch targets that were registered so far."""
-    return tuple(_registered)
-
-
-class CommandTarget(LaunchTarget):
-    """A target that runs a whole command, with all its tasks."""
-
-    @abstractmethod
-    def run(self, module: str, config: Config) -> int:
-        """Run `module.run(config)` there, with all its tasks; returns the exit code."""
-
-
 class Launcher(LaunchTarget):
-    """Submits jobs and follows them. A subclass starts, polls and cancels one job; the queue is here.
+    """Submits jobs and follows them. A subclass starts, polls and cancels single jobs; this class has the queue.
 
     Leaving the context manager cancels the jobs that still run.
     """
 
     max_restarts: ClassVar[int] = 20
-    """Restarts of one job that count as no attempt."""
+    """Restarts of one job that do not count as attempts."""
     copies_code: ClassVar[bool] = True
     """Whether jobs run a copy of the code, as `launch.snapshot` says, or the installed code."""
 
@@ -160,10 +83,10 @@ class Launcher(LaunchTarget):
         self._live: list[Job] = []
         self._width = 1
 
-    # --- what callers use
+    # --- interface for callers
 
     def runs_here(self, spec: JobSpec) -> bool:
-        """Whether a single such job needs no process of its own, because the command itself can run it."""
+        """Whether the command's own process can run a single such job."""
         return False
 
     def submit(self, spec: JobSpec, retries: int = 0, show: bool = False) -> Job:
@@ -172,7 +95,7 @@ class Launcher(LaunchTarget):
         Args:
             spec: The job.
             retries: Further attempts if it fails.
-            show: Whether its output goes to this terminal, where the launcher can do that.
+            show: Whether its output goes to this terminal, if the launcher supports that.
         """
         job = self._job(spec, retries)
         job.show = show
@@ -193,7 +116,7 @@ class Launcher(LaunchTarget):
         """
         jobs = [self._job(spec, retries) for spec in specs]
         self._queue.extend(jobs)
-        # The width holds for the whole queue, retries included, so that a retry never runs beside a full machine.
+        # The width limits the whole queue including retries, so that a retry never overloads a full machine.
         self._width = max_parallel or (self.fits(specs[0]) if specs else 1)
         self.poll()
         return jobs
@@ -205,7 +128,7 @@ class Launcher(LaunchTarget):
         return job.state
 
     def cancel(self, job: Job) -> None:
-        """Stop a job; one that has ended is left alone."""
+        """Stop a job, unless it has ended."""
         if job in self._queue:
             self._queue.remove(job)
         if not job.ended:
@@ -227,7 +150,7 @@ class Launcher(LaunchTarget):
         Args:
             jobs: The jobs to wait for.
             tick: Called about every 0.5 s.
-            every_s: Seconds between two looks at the jobs.
+            every_s: Seconds between two polls.
 
         Raises:
             ResumeLater: A signal arrived.
@@ -247,7 +170,7 @@ class Launcher(LaunchTarget):
                     time.sleep(every_s)
         except BaseException:
             if not self.detached:
-                # All jobs are asked before the first is waited for, so that they save at the same time.
+                # Every job is asked to stop before the first is waited for, so that all save at the same time.
                 for job in self._live:
                     self._request_stop(job)
                 for job in jobs:
@@ -262,7 +185,7 @@ class Launcher(LaunchTarget):
                 self._finish(job)
         while self._queue and len(self._live) < self._width:
             job = self._queue.popleft()
-            # Asked for each job, because a user may leave the file while earlier jobs still run.
+            # Tested for each job, because a user may create the file STOP while earlier jobs still run.
             if job.spec.table and was_stopped(job.spec.table):
                 job.state, job.code, job.reason = "cancelled", EXIT_RESUME, STOPPED_BY_FILE
             else:
@@ -278,7 +201,7 @@ class Launcher(LaunchTarget):
             self.cancel(job)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
-        """What the launcher's machines hold of such jobs; these are not the machine that this process is on.
+        """How many such jobs the launcher's machines run, and their memory; this machine is not one of them.
 
         Args:
             spec: One of the jobs.
@@ -292,7 +215,7 @@ class Launcher(LaunchTarget):
             host_bytes=spec.memory_gb * GIB if spec.memory_gb else None,
         )
 
-    # --- what a launcher implements
+    # --- methods that a launcher implements
 
     @abstractmethod
     def fits(self, spec: JobSpec) -> int:
@@ -317,7 +240,7 @@ class Launcher(LaunchTarget):
 
     def _job(self, spec: JobSpec, retries: int) -> Job:
         file = job_file(spec)
-        if not file.is_file():  # its name is a hash of its content
+        if not file.is_file():  # the name is a hash of the content, so an existing file is equal
             spec.save(file)
         return Job(spec, file, retries=retries)
 
@@ -326,7 +249,7 @@ class Launcher(LaunchTarget):
         job.state, job.code, job.reason = "running", None, None
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self._start(job)
-        # After the start: a job that could not be started is nothing that `close` would have to end.
+        # Only after the start: `close` need not end a job that could not be started.
         self._live.append(job)
 
     def _finish(self, job: Job) -> None:
@@ -337,15 +260,15 @@ class Launcher(LaunchTarget):
             job.state, job.reason = "cancelled", STOPPED_BY_FILE
             return
         job.reason = job.reason or explain(job.code)
-        # A job that was asked to stop, was lost with its node, or found its task still locked has not failed.
+        # A job that was asked to stop, was lost with its node, or found its task locked has not failed.
         if job.code in (None, EXIT_RESUME, EXIT_BUSY) and job.restarts < self.max_restarts:
             job.restarts += 1
-            # A preempted or lost job has done nothing wrong, so the
-            # attempt is given back; `max_restarts` bounds that instead.
+            # Preemption and lost nodes are not failures of the job, so this
+            # does not count as an attempt; `max_restarts` is the bound.
             job.attempts -= 1
             self._requeue(job)
         elif (
-            # A user's error or a cancelled job fails the same way each time; crashes and kills may not.
+            # A user's error fails the same way each time, and a cancelled job must not come back; a crash may pass.
             job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY, EXIT_INTERRUPTED)
             and job.attempts <= job.retries
         ):
@@ -359,7 +282,7 @@ class Launcher(LaunchTarget):
 
 
 def stopped(spec: JobSpec) -> bool:
-    """Whether a file STOP was left for this job or its fan-out; no launcher restarts such a job."""
+    """Whether a file STOP exists for this job or its fan-out; no launcher restarts such a job."""
     return was_stopped(spec.run_dir, spec.table or spec.run_dir)
 
 
@@ -385,11 +308,11 @@ def explain(code: int | None) -> str:
 def joint_code(codes: Sequence[int]) -> int:
     """The exit code of a job of several processes: its first failure, else 75 if any process ended with it, else 0.
 
-    A launcher ends the remaining processes by SIGTERM once one has failed; their codes are not failures of their own.
+    Once a process has failed, a launcher ends the others by SIGTERM, and their exit codes are not counted as failures.
     """
-    # Where every process was ended by SIGTERM there is no other code to report, and those count after all.
-    own = [code for code in codes if code != -signal.SIGTERM]
-    if not any(own):
-        own = list(codes)
-    failures = [code for code in own if code not in (0, EXIT_RESUME)]
-    return failures[0] if failures else max(own, default=0)
+    # If every process was ended by SIGTERM, there is no other code to report, and these count.
+    counted = [code for code in codes if code != -signal.SIGTERM]
+    if not any(counted):
+        counted = list(codes)
+    failures = [code for code in counted if code not in (0, EXIT_RESUME)]
+    return failures[0] if failures else max(counted, default=0)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from fine_dist.core.config import Config
 from fine_dist.core.errors import LaunchError
-from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.processes import free_port, rank_environment
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.launchers.launcher import CommandTarget, Job, Launcher, joint_code, register
+from fine_dist.launchers.launch_target import CommandTarget, register
+from fine_dist.launchers.launcher import Job, Launcher, joint_code
 from fine_dist.launchers.machine import (
     fits_here,
     local_capacity,
@@ -31,7 +32,7 @@ from fine_dist.launchers.machine import (
 )
 from fine_dist.launchers.prepare import make_spec
 from fine_dist.launchers.spec import Capacity, Finding, JobSpec
-from fine_dist.launchers.worker import LIFELINE, exit_code, import_module, inside
+from fine_dist.launchers.worker import PARENT_ENV, exit_code, import_module, inside
 
 GRACE_S = 30.0
 """Seconds that a job has to save after SIGTERM before it is killed."""
@@ -220,7 +221,7 @@ class ForkServer:
         commands_in, self._commands = os.pipe()
         self._replies, replies_out = os.pipe()
         command = [sys.executable, "-m", "fine_dist.worker", "--pool", str(commands_in), str(replies_out)]
-        env = {**os.environ, **spec.env, LIFELINE: str(os.getpid())}
+        env = {**os.environ, **spec.env, PARENT_ENV: str(os.getpid())}
         env.setdefault("OMP_NUM_THREADS", str(threads))
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
@@ -257,7 +258,7 @@ class ForkServer:
             return ProcessGroup(self, [self._start(file, env, log)])
         # Chosen anew for every start: the port of an attempt that was killed may linger in TIME_WAIT.
         port = free_port()
-        ranks = [{**rank_words(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
+        ranks = [{**rank_environment(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
         return ProcessGroup(self, [self._start(file, variables, log) for variables in ranks])
 
     def _start(self, file: Path, env: dict[str, str], log: Path | None) -> int:

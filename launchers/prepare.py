@@ -33,7 +33,7 @@ def tasks_of(module: str, config: Config, capacity: Capacity | None = None) -> l
     Args:
         module: Name of the module.
         config: Its config.
-        capacity: What the machines hold that the tasks will run on; passed on if the module's `tasks` takes it.
+        capacity: Capacity of the machines of the tasks; passed on if the module's `tasks` takes it.
 
     Returns:
         The tasks, or None if the module is one job for this config.
@@ -44,15 +44,15 @@ def tasks_of(module: str, config: Config, capacity: Capacity | None = None) -> l
     if not fans_out(module):
         return None
     make: Callable[..., list[Task] | None] = import_module(module).tasks
-    # The second parameter is optional, so that the tasks of a module which plans nothing take one line.
+    # The second parameter is optional, because most modules need not know the machines.
     takes_capacity = len(inspect.signature(make).parameters) > 1
     tasks = make(config, capacity) if takes_capacity else make(config)
     if tasks is None:
         return None
     names = [row for task in tasks for row in _rows(task)]
     if len(set(names)) < len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise LaunchError(f"{module}: two tasks are named {twice[0]!r}")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        raise LaunchError(f"{module}: two tasks are named {duplicates[0]!r}")
     return tasks
 
 
@@ -61,14 +61,14 @@ def _rows(task: Task) -> tuple[str, ...]:
 
 
 def result_lines(module: str, config: Config) -> list[str]:
-    """What a command prints when it has succeeded: its result and the next command, as its module says them."""
+    """The last lines of a successful command, from its module: its result and the next command."""
     lines: Callable[[Config], list[str]] | None = getattr(import_module(module), "result_lines", None)
     return lines(config) if lines else []
 
 
 def make_spec(
     module: str, config: Config, name: str | None = None, *, code: str | None = None, table: Path | None = None,
-    rows: Sequence[str] = (), write: bool = True, durable: bool = True, known: DumpCache | None = None,
+    rows: Sequence[str] = (), write: bool = True, durable: bool = True, cache: DumpCache | None = None,
 ) -> JobSpec:  # fmt: skip
     """The job of one config.
 
@@ -82,18 +82,17 @@ def make_spec(
         code: Folder with a copy of the code. None: the installed code.
         table: Run directory of the fan-out that the job is a task of.
         rows: Rows of its state table; empty: one row, `name`.
-        write: Whether the config is written; a plan writes nothing.
-        durable: Whether the file is synced; a caller that writes many syncs them together.
-        known: Cache of `dump_yaml` that the tasks of a fan-out share.
+        write: Whether to write the config; a plan writes nothing.
+        durable: Whether to sync the file; a caller that writes many files syncs them together.
+        cache: Cache of `dump_yaml` that the tasks of a fan-out share.
     """
     launch = launch_of(config)
     run_dir = run_dir_of(config)
-    _refuse_odd_path(run_dir)
+    _check_path(run_dir)
     name = name or module.rpartition(".")[2]
-    text = dump_yaml(config, known)
-    home = table or run_dir
-    path = home / "jobs" / f"{name}-{short_hash(text)}.yaml"
-    # The name holds a hash of the text, so a job that still waits keeps its file when the config is submitted again.
+    text = dump_yaml(config, cache)
+    path = (table or run_dir) / "jobs" / f"{name}-{short_hash(text)}.yaml"
+    # The name has a hash of the content, so that a waiting job keeps its file when the config is submitted again.
     if write:
         write_atomic(path, text, durable=durable)
     return JobSpec(
@@ -116,25 +115,25 @@ def make_spec(
     )
 
 
-def _refuse_odd_path(run_dir: Path) -> None:
-    """Refuse a run directory that scripts and schedulers cannot name: a job script is lines of text.
+def _check_path(run_dir: Path) -> None:
+    """Refuse a run directory that a job script, which is lines of text, cannot contain.
 
     Raises:
         LaunchError: The path holds a newline or another control character.
     """
-    odd = [char for char in str(run_dir) if ord(char) < 32 or ord(char) == 127]
-    if odd:
-        raise LaunchError(f"run_dir {str(run_dir)!r} holds the control character {odd[0]!r}; choose another name")
+    control = [char for char in str(run_dir) if ord(char) < 32 or ord(char) == 127]
+    if control:
+        raise LaunchError(f"run_dir {str(run_dir)!r} holds the control character {control[0]!r}; choose another name")
 
 
 def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str | None = None) -> list[JobSpec]:
     """The jobs of a fan-out, with configs and job files on disk and rows in the state table.
 
-    Rows that read `done` although the module says that their results are not complete for this config are opened again.
+    Rows that are `done` become `pending` if the module reports that their results are not complete for this config.
 
     Args:
         module: Importable name of the module.
-        config: Config of the fan-out; its `launch` settings hold for every task.
+        config: Config of the fan-out; its `launch` settings apply to every task.
         tasks: The tasks.
         code: Folder with a copy of the code. None: the installed code.
     """
@@ -142,39 +141,39 @@ def make_specs(module: str, config: Config, tasks: Sequence[Task], *, code: str 
     launch = launch_of(config)
     specs = []
     run_dirs: dict[str, str] = {}
-    known: DumpCache = {}
+    cache: DumpCache = {}
     for task in tasks:
         part = task.config
         if "launch" in type(part).model_fields:
-            # Resources are asked for once for the whole fan-out, by whoever typed the command.
+            # Every task gets the resources that the command line or the file states for the fan-out.
             part = part.model_copy(update={"launch": launch})
-        spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows, durable=False, known=known)
+        spec = make_spec(module, part, task.name, code=code, table=home, rows=task.rows, durable=False, cache=cache)
         spec.save(job_file(spec), durable=False)
         run_dirs |= dict.fromkeys(spec.rows, spec.run_dir)
         specs.append(spec)
     if specs:
-        sync_disk(home)  # once for all of them
-    # Rows are added only after the files that they stand for are durable.
+        sync_disk(home)  # one sync for all files
+    # Rows are added only after the job files are durable.
     table = StateTable(home)
     table.add([row for spec in specs for row in spec.rows], run_dirs)
-    agree(table, tasks)
+    reconcile(table, tasks)
     return specs
 
 
-def agree(table: StateTable, tasks: Sequence[Task]) -> None:
-    """Bring the state table in line with the results on disk, where a module can tell which are complete.
+def reconcile(table: StateTable, tasks: Sequence[Task]) -> None:
+    """Update the state table from the results on disk, for modules that report which are complete (`Task.complete`).
 
-    This is the one rule of what is left to do: more steps than before open a task again, and results that another
-    launcher, or no launcher, completed are done.
+    A done task whose config now has more steps becomes pending, and a pending task whose results are complete, because
+    another launcher or a single command has trained it, becomes done.
     """
     for task in tasks:
         if task.complete is not None:
             complete = set(task.complete)
             table.reopen(name for name in _rows(task) if name not in complete)
-            # Only rows that read `pending`: a running task is its own process's to record.
-            late = [name for name in complete if (row := table.get(name)) is not None and row.state == "pending"]
-            if late:
-                table.finish_all(late, "done")
+            # Only pending rows: the process of a running task records its end itself.
+            finished = [name for name in complete if (row := table.get(name)) is not None and row.state == "pending"]
+            if finished:
+                table.finish_all(finished, "done")
 
 
 def is_done(table: StateTable, spec: JobSpec) -> bool:
@@ -188,5 +187,5 @@ def job_file(spec: JobSpec) -> Path:
 
 
 def short_hash(text: str) -> str:
-    """Ten hex digits that tell one content from another in a file name."""
+    """Ten hex digits of the sha256 of a text, for file names."""
     return sha256_text(text)[:10]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO, TypedDict
 
-from fine_dist.core.processes import die_with_parent, leave
+from fine_dist.core.processes import die_with_parent, exit_process
 from fine_dist.launchers.spec import JobSpec
 from fine_dist.launchers.worker import run_job
 
@@ -72,7 +72,7 @@ def serve(commands_fd: int, replies_fd: int) -> int:
                 _preload(spec.module, spec.code)
             pid = os.fork()
             if pid == 0:
-                leave(_forked(request, server))
+                exit_process(_forked(request, server))
             children[pid] = request["id"]
             print(json.dumps({"id": request["id"], "pid": pid}), file=replies)
     for pid in children:

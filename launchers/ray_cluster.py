@@ -1,4 +1,4 @@
-"""A Ray cluster: the connection, what its nodes hold, whether it grows, whether its nodes share a directory."""
+"""A Ray cluster: the connection, the resources of its nodes, its autoscaler, and whether its nodes share a folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fine_dist.core.settings import LaunchConfig
 from fine_dist.launchers.spec import JobSpec
 
 _STATIC_NODE = re.compile(r"node_[0-9a-f]{20,}")
-"""Node types of a cluster that nobody scales: Ray's monitor names each after the node's id."""
+"""Node types of a cluster without an autoscaler: Ray's monitor names each after the id of its node."""
 
 
 class Demand(TypedDict, total=False):
-    """What one task or rank asks of Ray, as options of `ray.remote`."""
+    """Resources that one task or rank requests, as options of `ray.remote`."""
 
     num_cpus: float
     num_gpus: float
@@ -36,7 +36,7 @@ def inside_ray() -> bool:
 
 
 def address_of(needs: LaunchConfig) -> str:
-    """The address that a job names, or RAY_ADDRESS; empty without either."""
+    """The address in the settings, else RAY_ADDRESS; empty without either."""
     return needs.address or os.environ.get("RAY_ADDRESS") or ""
 
 
@@ -47,7 +47,7 @@ def connect(address: str | None) -> bool:
         address: Address of the cluster. None: RAY_ADDRESS, or the cluster of this machine.
 
     Returns:
-        Whether this call made the connection; False when there was one.
+        Whether this call made the connection; False if the process was connected already.
 
     Raises:
         LaunchError: There is no cluster at that address.
@@ -62,7 +62,7 @@ def connect(address: str | None) -> bool:
     )
     host, _, port = where.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
-        try:  # ray.init would wait for minutes
+        try:  # without this test, ray.init would wait for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise LaunchError(f"no Ray cluster at {where} ({error.strerror or error}); {remedy}") from None
@@ -83,8 +83,8 @@ def nodes() -> list[dict[str, float]]:
 def grows() -> bool:
     """Whether an autoscaler may add nodes to this cluster.
 
-    The head of every cluster publishes an autoscaling status, also where nothing can be added; there the node types are
-    named after the nodes themselves.
+    The head of every cluster publishes an autoscaling status. In a cluster without an autoscaler, the node types in it
+    are named after the nodes.
     """
     return any(not _STATIC_NODE.fullmatch(name) for name in _node_types())
 
@@ -94,7 +94,7 @@ def _node_types() -> set[str]:
     from ray.experimental.internal_kv import _internal_kv_get
 
     status = json.loads(_internal_kv_get("__autoscaling_status") or b"{}")
-    # Version 1 of the autoscaler writes its report under this key; version 2 leaves it empty and is asked below.
+    # Version 1 of the autoscaler writes its report under this key; version 2 leaves it empty and is queried below.
     report = status.get("autoscaler_report") or {}
     names = {name for key in ("active_nodes", "idle_nodes", "pending_launches") for name in report.get(key) or ()}
     if names:
@@ -110,14 +110,14 @@ def _node_types() -> set[str]:
 
 
 def one_rank(spec: JobSpec) -> JobSpec:
-    """The job of one process of a job: its share of the resources."""
+    """The job of a single process of a job, with its share of the resources."""
     size = spec.processes_per_node
     share = {"nodes": 1, "processes_per_node": 1, "accelerators_per_node": spec.accelerators_per_node / size}
     return spec.model_copy(update={**share, "memory_gb": spec.memory_gb and spec.memory_gb / size})
 
 
 def demand(spec: JobSpec) -> Demand:
-    """What one task of a fan-out asks of Ray; all its processes are on one node."""
+    """Resources that one task of a fan-out requests; all its processes are on one node."""
     options: Demand = {"num_cpus": spec.processes_per_node * spec.cpus_per_process}
     if spec.accelerators_per_node:
         options["num_gpus"] = spec.accelerators_per_node
@@ -129,26 +129,26 @@ def demand(spec: JobSpec) -> Demand:
 
 
 def resources_of(options: Demand) -> dict[str, float]:
-    """A demand by Ray's names of resources."""
-    wanted = {
+    """The requested resources by Ray's names."""
+    amounts = {
         "CPU": options.get("num_cpus", 0.0),
         "GPU": options.get("num_gpus", 0.0),
         "memory": options.get("memory", 0),
         **options.get("resources", {}),
     }
-    return {name: amount for name, amount in wanted.items() if amount}
+    return {name: amount for name, amount in amounts.items() if amount}
 
 
 def copies(node: Mapping[str, float], options: Demand) -> int:
-    """Number of tasks with such a demand that a node holds at once."""
+    """Number of such tasks that a node runs at once."""
     return min((int(node.get(name, 0) / amount + 1e-9) for name, amount in resources_of(options).items()), default=1)
 
 
 def check_storage(run_dir: Path) -> None:
-    """Check that every node sees the run directory of this process, and writes there too.
+    """Check that every node sees the run directory of this process and can write there.
 
     Raises:
-        LaunchError: A node does not, or cannot be asked.
+        LaunchError: A node cannot, or does not answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -159,30 +159,30 @@ def check_storage(run_dir: Path) -> None:
     answers = []
     for node in ray.nodes():
         if node["Alive"]:
-            # Hard affinity and no CPU: each node answers for itself, also while all its cores are busy.
+            # Hard affinity and no CPU: the task runs on this very node, even while all its cores are busy.
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            look = ray.remote(_sees).options(num_cpus=0, max_retries=1, scheduling_strategy=on_node)
-            answers.append(look.remote(str(run_dir / token)))
+            task = ray.remote(_sees_file).options(num_cpus=0, max_retries=1, scheduling_strategy=on_node)
+            answers.append(task.remote(str(run_dir / token)))
     try:
         seen_by = ray.get(answers, timeout=60)
     except ray.exceptions.RayError as error:
-        raise LaunchError(f"{run_dir}: the nodes could not be asked whether they see it ({error})") from None
+        raise LaunchError(f"{run_dir}: the nodes did not answer whether they see it ({error})") from None
     finally:
         (run_dir / token).unlink()
-    blind = sorted({host for host, seen in seen_by if not seen})
-    if blind:
+    unshared = sorted({host for host, seen in seen_by if not seen})
+    if unshared:
         raise LaunchError(
-            f"run_dir {run_dir} is not shared: {', '.join(blind)} cannot see what this process wrote there; use a path "
-            "on storage that every Ray node mounts"
+            f"run_dir {run_dir} is not shared: {', '.join(unshared)} cannot see a file that this process wrote; use a "
+            "path on storage that every Ray node mounts"
         )
 
 
-def _sees(token: str) -> tuple[str, bool]:
-    """On a node: its host name, and whether it sees a file; it also writes beside that file."""
+def _sees_file(token: str) -> tuple[str, bool]:
+    """Runs on a node: its host name, and whether it sees a file and can write beside it."""
     path = Path(token)
     if path.exists():
-        # Seeing is not enough: some sites mount project folders read-only on compute nodes.
-        mine = path.with_name(f"{path.name}-{os.getpid()}")
-        mine.touch()
-        mine.unlink()
+        # Reading is not enough: some sites mount project folders read-only on compute nodes.
+        probe = path.with_name(f"{path.name}-{os.getpid()}")
+        probe.touch()
+        probe.unlink()
     return socket.gethostname(), path.exists()

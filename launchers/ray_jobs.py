@@ -15,8 +15,8 @@ from fine_dist.core.config import Config, dump_yaml, expand_path
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.launchers.code_snapshot import stage_code
-from fine_dist.launchers.launcher import CommandTarget, register
-from fine_dist.launchers.preflight import refuse, upload
+from fine_dist.launchers.launch_target import CommandTarget, register
+from fine_dist.launchers.preflight import check_upload, refuse
 from fine_dist.launchers.prepare import launch_of
 from fine_dist.launchers.ray_cluster import address_of, inside_ray
 
@@ -83,7 +83,7 @@ def submit_command(module: str, config: Config, address: str) -> int:
     inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
     # Before the upload, while the current directory is still the one that the user's relative paths refer to.
     inner = with_absolute_paths(inner)
-    refuse(needs, [upload(module)])
+    refuse(needs, [check_upload(module)])
     with tempfile.TemporaryDirectory() as folder:
         stage_code(Path(folder), module)
         (Path(folder) / "job.yaml").write_text(dump_yaml(inner), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Which launch target `--launcher NAME` means: the built-in ones and those of installed packages.
 
 A package adds one by an entry point of the group `fine_dist.launchers` that names a module whose import registers it
-(`fine_dist.launchers.launcher.register`). No target imports Ray or submitit before it is used.
+(`fine_dist.launchers.launch_target.register`). No target imports Ray or submitit before it is used.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from importlib import metadata
 
 from fine_dist.core.errors import LaunchError, nearest
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.launchers.launcher import Launcher, LaunchTarget, registered
+from fine_dist.launchers.launch_target import LaunchTarget, registered
+from fine_dist.launchers.launcher import Launcher
 
-BUILT_IN = ("local", "ray_jobs", "ray_train", "slurm_steps", "slurm_submitit")
+BUILT_IN = ("local", "ray_jobs", "ray_launcher", "slurm_steps", "slurm_submitit")
 """Modules of this package that register targets."""
 ENTRY_POINTS = "fine_dist.launchers"
 

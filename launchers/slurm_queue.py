@@ -1,4 +1,4 @@
-"""Questions to SLURM: the limits of a partition, the states of jobs, whether a job would be accepted."""
+"""Queries to SLURM: the limits of a partition, the states of jobs, and whether a job would be accepted."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fine_dist.launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
 UNKNOWN_TO_CONTROLLER = "alive in the accounting only"
-"""Reason of a job that the accounting calls alive and the controller does not know: the controller lost it in a crash,
-or it has just ended."""
+"""Reason of a job that is alive according to the accounting but unknown to the controller: the controller lost it in a
+crash, or it has just ended."""
 RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
 
 
@@ -28,7 +28,7 @@ def slurm(*command: str) -> str:
     """The output of one of SLURM's commands.
 
     Raises:
-        LaunchError: The command failed, or is not installed; the message has the scheduler's words.
+        LaunchError: The command failed, or is not installed; the message quotes the scheduler.
     """
     if not shutil.which(command[0]):
         raise LaunchError(f"{command[0]} is not on this machine's PATH; submit from a login node of the SLURM cluster")
@@ -36,9 +36,9 @@ def slurm(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if "Unable to contact" not in done.stderr and "timed out" not in done.stderr:
             break
-        time.sleep(2)  # the controller restarts now and then, while jobs continue
+        time.sleep(2)  # the controller may be restarting, which does not affect running jobs
     if done.returncode:
-        raise LaunchError(f"{command[0]}: {scheduler_words(done.stderr or done.stdout)}")
+        raise LaunchError(f"{command[0]}: {scheduler_message(done.stderr or done.stdout)}")
     return done.stdout
 
 
@@ -65,21 +65,22 @@ def limits(partition: str | None = None) -> PartitionLimits:
     settings = slurm("scontrol", "show", "config")
     # The array limit is the cluster's, the others are the partition's.
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.M)
-    known = {}
+    partitions = {}
     for line in slurm("scontrol", "show", "partition", "-o").splitlines():
-        words = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        if "PartitionName" in words:
-            known[words["PartitionName"]] = words
-    if partition is None or partition.split(",")[0] not in known:  # sbatch itself refuses the name
-        chosen = next((name for name, words in known.items() if words.get("Default") == "YES"), next(iter(known), ""))
+        fields = dict(field.split("=", 1) for field in line.split() if "=" in field)
+        if "PartitionName" in fields:
+            partitions[fields["PartitionName"]] = fields
+    if partition is None or partition.split(",")[0] not in partitions:  # sbatch itself refuses an unknown name
+        defaults = (name for name, fields in partitions.items() if fields.get("Default") == "YES")
+        name = next(defaults, next(iter(partitions), ""))
     else:
-        chosen = partition.split(",")[0]
-    words = known.get(chosen, {})
-    longest = _minutes(words.get("MaxTime", ""))
-    usual = _minutes(words.get("DefaultTime", "")) or longest or 24 * 60
-    nodes = int(words.get("TotalNodes", "0"))
+        name = partition.split(",")[0]
+    fields = partitions.get(name, {})
+    max_minutes = _minutes(fields.get("MaxTime", ""))
+    minutes = _minutes(fields.get("DefaultTime", "")) or max_minutes or 24 * 60
+    nodes = int(fields.get("TotalNodes", "0"))
     # Indices 0 to MaxArraySize - 1 are legal.
-    return PartitionLimits(int(size[1]) if size else 1001, usual, longest, nodes, chosen, tuple(known))
+    return PartitionLimits(int(size[1]) if size else 1001, minutes, max_minutes, nodes, name, tuple(partitions))
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ def nodes_of(partition: str) -> list[Node]:
 
 
 def fits_on(nodes: Sequence[Node], spec: JobSpec) -> int:
-    """Number of such jobs that the nodes run at once; at least 1, because a job waits for what it needs."""
-    held = 0
+    """Number of such jobs that the nodes run at once; at least 1, because a job may wait for nodes."""
+    total = 0
     for node in nodes:
         capacity = node.cpus // (spec.processes_per_node * spec.cpus_per_process)
         if spec.accelerators_per_node:
             capacity = min(capacity, int(node.gpus // -(-spec.accelerators_per_node // 1)))
         if spec.memory_gb and node.memory_mb:
             capacity = min(capacity, int(node.memory_mb // (spec.memory_gb * 1024)))
-        held += capacity
-    return max(1, held // spec.nodes)
+        total += capacity
+    return max(1, total // spec.nodes)
 
 
 def slurm_findings(spec: JobSpec, needs: LaunchConfig, request: Sequence[str]) -> list[Finding]:
@@ -127,29 +128,29 @@ def slurm_findings(spec: JobSpec, needs: LaunchConfig, request: Sequence[str]) -
     Args:
         spec: The job.
         needs: Its `launch` settings.
-        request: The arguments that sbatch will be given, script included.
+        request: Arguments of sbatch, including the script.
     """
-    found = []
-    known = limits(needs.partition)
-    if spec.minutes and known.max_minutes and spec.minutes > known.max_minutes:
+    findings = []
+    bounds = limits(needs.partition)
+    if spec.minutes and bounds.max_minutes and spec.minutes > bounds.max_minutes:
         text = (
-            f"launch.minutes {spec.minutes} is over the {known.max_minutes} of partition {known.partition}: the job "
+            f"launch.minutes {spec.minutes} is over the {bounds.max_minutes} of partition {bounds.partition}: the job "
             "would wait forever; lower it: jobs save and requeue at the limit"
         )
-        found.append(Finding("slurm", "stop", text))
-    if known.nodes and spec.nodes > known.nodes:
+        findings.append(Finding("slurm", "stop", text))
+    if bounds.nodes and spec.nodes > bounds.nodes:
         text = (
-            f"launch.nodes {spec.nodes}: partition {known.partition} has {known.nodes}; lower it, or another partition"
+            f"launch.nodes {spec.nodes}: partition {bounds.partition} has {bounds.nodes}; lower it or change partition"
         )
-        found.append(Finding("slurm", "stop", text))
+        findings.append(Finding("slurm", "stop", text))
     command = ["sbatch", "--test-only", *request]
     with outside_allocation():
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and not found:
-        remedy = f"check launch.partition ({', '.join(known.partitions)}), nodes, gpus, memory_gb and launch.slurm"
-        found.append(Finding("slurm", "stop", f"{scheduler_words(done.stderr)}; {remedy}"))
-    about = f"partition {known.partition}: {known.nodes} nodes, at most {known.max_minutes or 'unlimited'} minutes"
-    return [*found, Finding("slurm", "ok", f"{about}; arrays of up to {known.array} tasks")]
+    if done.returncode and not findings:
+        remedy = f"check launch.partition ({', '.join(bounds.partitions)}), nodes, gpus, memory_gb and launch.slurm"
+        findings.append(Finding("slurm", "stop", f"{scheduler_message(done.stderr)}; {remedy}"))
+    about = f"partition {bounds.partition}: {bounds.nodes} nodes, at most {bounds.max_minutes or 'unlimited'} minutes"
+    return [*findings, Finding("slurm", "ok", f"{about}; arrays of up to {bounds.array} tasks")]
 
 
 def _minutes(text: str) -> int | None:
@@ -158,51 +159,51 @@ def _minutes(text: str) -> int | None:
 
 
 def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]]:
-    """State, exit code and reason of jobs, by job id. A job that nothing knows any more counts as failed."""
+    """State, exit code and reason of jobs, by job id. A job that SLURM does not know any more counts as failed."""
     states: dict[str, tuple[JobState, int | None, str]] = {}
     if not ids:
         return states
-    # One question for all tasks of an array: a thousand separate ones would be a load on the controller.
+    # One query for all tasks of an array, because a thousand separate ones would overload the controller.
     heads = ",".join(sorted({i.partition("_")[0] for i in ids}))
-    with contextlib.suppress(LaunchError):  # squeue refuses ids that it has forgotten; sacct knows them
+    with contextlib.suppress(LaunchError):  # squeue refuses ids of jobs that ended long ago; sacct has them
         # `-r` gives each task of an array its own line; `-t all` includes jobs that have just ended.
-        said = slurm(
+        listing = slurm(
             "squeue", "-h", "-r", "-t", "all", "-j", heads, "-O", "JobArrayID:60,State:30,exit_code:12,Reason:80"
         )
-        for line in said.splitlines():
-            words = line.split()
-            status = int(words[2]) if words[2].isdecimal() else 0
+        for line in listing.splitlines():
+            job, state, wait_status = line.split()[:3]
+            status = int(wait_status) if wait_status.isdecimal() else 0
             # As of wait(2): the exit code is in the upper byte, the signal in the lower seven bits.
-            states[words[0]] = _verdict(words[1], status >> 8, status & 127)
+            states[job] = _job_state(state, status >> 8, status & 127)
     missing = [i for i in ids if i not in states]
     if missing:
         with contextlib.suppress(LaunchError):  # a cluster without accounting
             for line in slurm("sacct", "-n", "-X", "-P", "-j", heads, "-o", "JobID,State,ExitCode").splitlines():
                 name, state, exit_code = line.split("|")
                 code, _, number = exit_code.partition(":")
-                verdict = _verdict(state.split()[0], int(code), int(number or 0))
-                # The controller has forgotten a job that the accounting still calls alive: see `UNKNOWN_TO_CONTROLLER`.
-                alive = verdict[0] in ("pending", "running")
-                states.setdefault(name, (*verdict[:2], UNKNOWN_TO_CONTROLLER) if alive else verdict)
+                result = _job_state(state.split()[0], int(code), int(number or 0))
+                # The controller does not list the job, but the accounting has it as alive: see `UNKNOWN_TO_CONTROLLER`.
+                alive = result[0] in ("pending", "running")
+                states.setdefault(name, (*result[:2], UNKNOWN_TO_CONTROLLER) if alive else result)
     return {i: states.get(i, ("failed", None, "unknown to SLURM")) for i in ids}
 
 
-def _verdict(word: str, code: int, number: int) -> tuple[JobState, int | None, str]:
-    if word in PENDING:
+def _job_state(state: str, code: int, number: int) -> tuple[JobState, int | None, str]:
+    if state in PENDING:
         return "pending", None, ""
-    if word in RUNNING:
+    if state in RUNNING:
         return "running", None, ""
-    if word == "COMPLETED":
+    if state == "COMPLETED":
         return "done", 0, ""
-    # No reason is given for a plain exit code; the launcher explains it as on every other machine.
-    if word == "FAILED" and code:
+    # A plain exit code gets no reason here; `launcher.explain` describes it.
+    if state == "FAILED" and code:
         return "failed", code, ""
-    if word == "CANCELLED":
+    if state == "CANCELLED":
         return "cancelled", EXIT_INTERRUPTED, ""
-    return "failed", -number if number else None, f"SLURM says {word}"
+    return "failed", -number if number else None, f"SLURM says {state}"
 
 
-def scheduler_words(text: str) -> str:
+def scheduler_message(text: str) -> str:
     """The lines that SLURM's commands wrote, without the traceback of a library around them."""
     lines = [
         line.strip() for line in text.splitlines() if re.match(r"\s*(sbatch|srun|slurm\w*|scontrol|squeue): ", line)
@@ -217,7 +218,7 @@ def outside_allocation() -> Iterator[None]:
     SBATCH_EXPORT is hidden too: with NONE, which some sites set for everybody, jobs would start without the variables
     that name their code and their config.
     """
-    # From the environment of this process, since submitit starts sbatch itself.
+    # They are removed from this process's environment, because submitit starts sbatch itself.
     hidden = {key: os.environ.pop(key) for key in list(os.environ) if _is_of_a_job(key)}
     try:
         yield
@@ -237,4 +238,6 @@ def refuse_pattern(path: str | Path) -> None:
     """
     odd = next((char for char in "%\\" if char in str(path)), None)
     if odd:
-        raise LaunchError(f"run_dir {path}: SLURM gives {odd!r} in paths of logs a meaning; choose a name without it")
+        raise LaunchError(
+            f"run_dir {path}: SLURM interprets {odd!r} in the paths of log files; choose a name without it"
+        )

@@ -11,9 +11,10 @@ import time
 from dataclasses import replace
 
 from fine_dist.core.errors import LaunchError
-from fine_dist.core.processes import number_in
+from fine_dist.core.processes import int_from_env
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.launchers.launcher import Job, Launcher, register
+from fine_dist.launchers.launch_target import register
+from fine_dist.launchers.launcher import Job, Launcher
 from fine_dist.launchers.site import SlurmSite
 from fine_dist.launchers.slurm_queue import Node, fits_on, refuse_pattern
 from fine_dist.launchers.spec import Capacity, JobSpec
@@ -39,14 +40,14 @@ class StepLauncher(Launcher):
     def fits(self, spec: JobSpec) -> int:
         env = os.environ
         nodes = [
-            Node(cpus, number_in(env, "SLURM_MEM_PER_NODE", 0) or None, _gpus())
+            Node(cpus, int_from_env(env, "SLURM_MEM_PER_NODE", 0) or None, _gpus())
             for cpus in _counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))
         ]
         return fits_on(nodes, spec)
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         capacity = super().capacity(spec, many)
-        whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
+        whole = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
         if whole and not capacity.host_bytes:
             # Rounded up: the fullest node decides how much memory a task may plan for.
             a_node = max(1, -(-capacity.workers // _nodes()))
@@ -73,7 +74,7 @@ class StepLauncher(Launcher):
         if spec.accelerators_per_node:
             # Each step states its share of the allocation's accelerators, as it does for cores and memory.
             command.append(site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
-        whole = number_in(os.environ, "SLURM_MEM_PER_NODE", 0)
+        whole = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
         elif whole:  # without --mem a step takes all memory of its nodes, and the next step waits for it
@@ -111,11 +112,11 @@ def _srun_of(job: Job) -> subprocess.Popen[bytes]:
 
 def _gpus() -> int:
     """Number of accelerators on a node of this allocation."""
-    return number_in(os.environ, "SLURM_GPUS_ON_NODE", 0)
+    return int_from_env(os.environ, "SLURM_GPUS_ON_NODE", 0)
 
 
 def _nodes() -> int:
-    return number_in(os.environ, "SLURM_JOB_NUM_NODES", 1, least=1)
+    return int_from_env(os.environ, "SLURM_JOB_NUM_NODES", 1, least=1)
 
 
 def _counts(text: str) -> list[int]:

@@ -1,7 +1,7 @@
 """SLURM through submitit: single jobs, and arrays for fan-outs.
 
-submitit writes the sbatch script and a small pickle of its own that names `WorkerCall` and a path; what runs is the job
-file on disk, with the code that was copied at submission.
+submitit writes the sbatch script and a small pickle that refers to `WorkerCall` and a path. The job itself runs the job
+file on disk with the code that was copied at submission.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 from fine_dist.core.config import load
 from fine_dist.core.errors import EXIT_RESUME, LaunchError
-from fine_dist.core.processes import number_in
+from fine_dist.core.processes import int_from_env
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.launchers import worker
-from fine_dist.launchers.launcher import Job, JobState, Launcher, register, stopped
+from fine_dist.launchers.launch_target import register
+from fine_dist.launchers.launcher import Job, JobState, Launcher, stopped
 from fine_dist.launchers.prepare import launch_of
 from fine_dist.launchers.site import SlurmSite
 from fine_dist.launchers.slurm_queue import (
@@ -34,7 +35,7 @@ from fine_dist.launchers.slurm_queue import (
     nodes_of,
     outside_allocation,
     refuse_pattern,
-    scheduler_words,
+    scheduler_message,
     slurm,
     slurm_findings,
 )
@@ -51,7 +52,7 @@ LOST_AFTER_S = 30.0
 SIGNAL_S = 120
 """Seconds before the time limit at which a job is asked to save."""
 GPU_OPTIONS = {"gpus-per-node", "gres", "gpus-per-task", "gpus"}
-"""Options of sbatch that request accelerators; one in `launch.slurm` replaces ours."""
+"""Options of sbatch that request accelerators; one in `launch.slurm` replaces the site's."""
 
 
 @register
@@ -70,18 +71,18 @@ class SlurmLauncher(Launcher):
         super().__init__(needs)
         self._limits = limits(self.needs.partition)
         self._site = SlurmSite.here()
-        self._next_look = 0.0
+        self._next_poll = 0.0
         self._width = sys.maxsize
         self._states: dict[str, tuple[JobState, int | None, str]] = {}
         self._unknown_since: dict[str | None, float] = {}
-        """When the controller was first found not to know a job."""
+        """Time at which the controller first did not know a job, by job id."""
 
     @classmethod
     def serves(cls, needs: LaunchConfig) -> bool:
         return "SLURM_JOB_ID" not in os.environ  # inside an allocation, jobs are its steps
 
     def fits(self, spec: JobSpec) -> int:
-        """Number of such jobs that the nodes of the partition hold, whatever else is queued."""
+        """Number of such jobs that the nodes of the partition run at once, other users' jobs not counted."""
         return fits_on(nodes_of(self._limits.partition), spec)
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
@@ -100,25 +101,25 @@ class SlurmLauncher(Launcher):
             for chunk in chunks:
                 self._submit(chunk, max_parallel)
         except BaseException:
-            # All or nothing: half of a fan-out in the queue would be submitted again by the next command.
+            # Otherwise the next command would submit the part of the fan-out that is queued a second time.
             self._scancel([job.id for job in jobs if job.id])
             raise
         self._live += jobs
         return jobs
 
     def poll(self) -> None:
-        """As any launcher; the scheduler is asked at most twice a second, and every two seconds about many jobs."""
-        if time.monotonic() >= self._next_look:
-            # One question to the scheduler answers for all jobs of this poll.
+        """As in `Launcher`, but the scheduler is asked at most every 0.5 s, or every 2 s for 100 jobs or more."""
+        if time.monotonic() >= self._next_poll:
+            # One call of squeue covers all jobs of this poll.
             self._states = job_states([job.id for job in self._live if job.id])
             super().poll()
-            self._next_look = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
+            self._next_poll = time.monotonic() + (0.5 if len(self._live) < 100 else 2.0)
 
     def findings(self, spec: JobSpec, many: bool) -> list[Finding]:
         with tempfile.TemporaryDirectory() as folder:
             executor = self._executor(spec, Path(folder), spec.name, self.needs.max_parallel)
             if many:
-                # submitit writes `--array` for a map, which has limits of its own.
+                # With a map count submitit adds `--array`, which has limits of its own.
                 executor.parameters["map_count"] = 1
             script = Path(folder, "request.sh")
             script.write_text(executor._make_submission_file_text("true", "request"), encoding="utf-8")
@@ -134,14 +135,14 @@ class SlurmLauncher(Launcher):
 
     def _start(self, job: Job) -> None:
         self._submit([job], None)
-        self._next_look = 0.0
+        self._next_poll = 0.0
 
     def _check(self, job: Job) -> bool:
         state, code, reason = self._states.get(job.id or "", ("running", None, ""))
         if reason != UNKNOWN_TO_CONTROLLER:
             self._unknown_since.pop(job.id, None)
         elif time.monotonic() - self._unknown_since.setdefault(job.id, time.monotonic()) > LOST_AFTER_S:
-            job.code, job.reason = None, "lost: the controller has forgotten it"
+            job.code, job.reason = None, "lost: SLURM's controller does not know it any more"
             return True
         if state in ("pending", "running"):
             job.state = state
@@ -165,8 +166,8 @@ class SlurmLauncher(Launcher):
         folder = Path(spec.table or spec.run_dir) / "logs" / "slurm"
         folder.mkdir(parents=True, exist_ok=True)
         name = spec.name if len(jobs) == 1 else spec.module.rpartition(".")[2]
-        # submitit leaves its pickles behind when sbatch refuses; they
-        # are found by comparison, because their names are random.
+        # submitit leaves its pickles behind when sbatch refuses. Their names
+        # are random, so they are identified as the new files of the folder.
         before = set(folder.iterdir())
         with outside_allocation():
             try:
@@ -174,13 +175,13 @@ class SlurmLauncher(Launcher):
                 calls = [WorkerCall(str(job.file), self.needs.max_restarts) for job in jobs]
                 handles = executor.map_array(_call, calls)
             except (RuntimeError, ValueError, OSError, submitit.core.utils.FailedJobError) as error:
-                for stray in set(folder.iterdir()) - before:
-                    stray.unlink()
-                raise LaunchError(f"sbatch refused {spec.name}: {scheduler_words(str(error))}") from None
+                for pickle in set(folder.iterdir()) - before:
+                    pickle.unlink()
+                raise LaunchError(f"sbatch refused {spec.name}: {scheduler_message(str(error))}") from None
         for job, handle in zip(jobs, handles):
             job.id = handle.job_id
-            # submitit chooses the name by the id, which is known only now.
-            job.own_log = folder / f"{handle.job_id}_0_log.out"
+            # submitit derives the name from the job id, which is known only now.
+            job.scheduler_log = folder / f"{handle.job_id}_0_log.out"
             job.state, job.attempts = "pending", job.attempts or 1
 
     def _executor(self, spec: JobSpec, folder: Path, name: str, max_parallel: int | None) -> SlurmExecutor:
@@ -199,7 +200,7 @@ class SlurmLauncher(Launcher):
         if spec.accelerators_per_node and not GPU_OPTIONS & extra.keys():
             option, _, count = self._site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node).partition("=")
             gpus = {option.removeprefix("--"): count}
-        # The job and its step get this environment whatever SBATCH_EXPORT or SLURM_EXPORT_ENV say.
+        # --export=ALL overrides SBATCH_EXPORT and SLURM_EXPORT_ENV for the job and its step.
         srun_args = ["--kill-on-bad-exit=1", "--export=ALL", f"--cpus-per-task={spec.cpus_per_process}"]
         pythonpath = f"export PYTHONPATH={shlex.quote(code)}${{PYTHONPATH:+:$PYTHONPATH}}"
         options: dict[str, object] = {
@@ -234,7 +235,7 @@ class WorkerCall:
     def __call__(self) -> None:
         code = worker.run_job(self.file)
         if code == EXIT_RESUME and not stopped(JobSpec.load(self.file)):
-            # One rank asks; the others wait for the requeue to end them.
+            # Rank 0 requeues the job; the other ranks wait until that ends them.
             if worker.rank() == 0:
                 requeue(self.file, self.max_restarts)
             time.sleep(30)  # the requeue ends this process; exiting now would fail the step, and with it the job
@@ -247,42 +248,42 @@ def _call(call: WorkerCall) -> None:
 
 
 RESTARTS = "FINE_DIST_RESTARTS"
-"""Environment variable: how often the job was submitted again, where `scontrol requeue` is not allowed."""
+"""Environment variable: number of times the job was submitted again, on sites without `scontrol requeue`."""
 
 
 def requeue(file: str, max_restarts: int) -> None:
-    """Put this job back into the queue, or submit it again where the site does not allow that.
+    """Requeue this job, or submit it again if the site does not allow requeues.
 
     Args:
         file: The job file.
         max_restarts: Maximum number of times.
 
     Raises:
-        SystemExit: With code 75, when the job was submitted again, was cancelled, or has been restarted too often.
+        SystemExit: With code 75 if the job was submitted again, was cancelled, or was restarted too often.
     """
     env = os.environ
     job = env["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in env:
         job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    # A job that was cancelled gets the same signal as one at its time limit, and must not come back.
+    # A cancelled job gets the same signal as a job at its time limit, but must not be requeued.
     state = slurm("squeue", "-h", "-j", job, "-o", "%T").strip()
-    restarts = number_in(env, "SLURM_RESTART_COUNT", 0) + number_in(env, RESTARTS, 0)
+    restarts = int_from_env(env, "SLURM_RESTART_COUNT", 0) + int_from_env(env, RESTARTS, 0)
     if state != "RUNNING":
         _exit_resume(f"the job is {state or 'gone'}: not requeued")
     if restarts >= max_restarts:
         _exit_resume(f"restarted {max_restarts} times already; the same command continues it")
     if SlurmSite.here().requeues:
-        log.info("saved; back into the queue")
+        log.info("saved; requeued")
         slurm("scontrol", "requeue", job)
         return
-    # A job that is submitted again starts with a count of 0; the variable carries the count over.
+    # SLURM counts the restarts of a job that is submitted again from 0; the variable keeps the sum.
     env[RESTARTS] = str(restarts + 1)
-    again = resubmit(JobSpec.load(file))
-    _exit_resume(f"saved; continues as job {again}")
+    next_job = resubmit(JobSpec.load(file))
+    _exit_resume(f"saved; continues as job {next_job}")
 
 
 def resubmit(spec: JobSpec) -> str | None:
-    """Submit a job once more; returns the scheduler's name of it."""
+    """Submit a job again; returns its id."""
     config = load(worker.config_class(worker.import_module(spec.module)), spec.config)
     launcher = SlurmLauncher(launch_of(config))
     job = launcher.submit(spec)

@@ -20,7 +20,7 @@ from typing import Literal
 from fine_dist.core import errors, logs
 from fine_dist.core.config import Config, load
 from fine_dist.core.errors import ConfigError, FineDistError, LaunchError, ResumeLater
-from fine_dist.core.processes import number_in
+from fine_dist.core.processes import int_from_env
 from fine_dist.launchers.spec import JobSpec
 from fine_dist.launchers.state_table import FINAL, StateTable
 
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 EXIT_BUSY = 76
 """Exit code of a process that found its task locked by another live process."""
 EXIT_FILE = "FINE_DIST_EXIT_FILE"
-"""Environment variable: a file that receives exit code 75. torchrun ends with 1 whatever its workers end with."""
-MARK = "FINE_DIST_JOB"
+"""Environment variable: file that receives exit code 75, because torchrun itself ends with 1 for all failures."""
+JOB_ENV = "FINE_DIST_JOB"
 """Environment variable: the job file, inside a worker. Commands there run in place instead of submitting jobs."""
-LIFELINE = "FINE_DIST_DIE_WITH_PARENT"
+PARENT_ENV = "FINE_DIST_DIE_WITH_PARENT"
 """Environment variable: process id of the parent. A worker is killed when that process ends."""
 SCRATCH = "FINE_DIST_SCRATCH"
-"""Environment variable: folder on the node's own disk, as the site file says. Not called SCRATCH, because that is a
-shared file system on many clusters."""
+"""Environment variable: folder on the node's own disk, from the site file. It is not called SCRATCH, because on many
+clusters that variable names a shared file system."""
 GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
 """Environment variable, set to 1 for a job that asked for accelerators: its processes never compute on the CPU."""
 
@@ -57,18 +57,18 @@ def run_job(path: str) -> int:
 
 def inside() -> bool:
     """Whether this process belongs to a job: a worker, or a process of torchrun, deepspeed or srun."""
-    return MARK in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_step()
+    return JOB_ENV in os.environ or ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or _in_step()
 
 
 def world_size() -> int:
     """Number of processes that torchrun or srun started together with this one; 1 alone.
 
     Raises:
-        LaunchError: The environment variable is no number.
+        LaunchError: The environment variable is not a number.
     """
     if "RANK" in os.environ:
-        return number_in(os.environ, "WORLD_SIZE", 1)
-    return number_in(os.environ, "SLURM_STEP_NUM_TASKS", 1) if _in_step() else 1
+        return int_from_env(os.environ, "WORLD_SIZE", 1)
+    return int_from_env(os.environ, "SLURM_STEP_NUM_TASKS", 1) if _in_step() else 1
 
 
 def _in_step() -> bool:
@@ -87,35 +87,35 @@ def _run_job(path: str) -> int:
     os.environ.update(spec.env)
     if spec.accelerators_per_node:
         os.environ[GPU_REQUIRED] = "1"
-    os.environ[MARK] = path
+    os.environ[JOB_ENV] = path
     _use_scratch()
     os.chdir(spec.cwd)
     sys.path[0:0] = [spec.code] if spec.code and spec.code not in sys.path else []
     if spec.table is None or rank() != 0:
         return _call(spec)
     table = StateTable(spec.table)
-    # Rank 0 claims for all ranks: one lock a task, held by a process that lives as long as the job.
+    # Rank 0 holds one lock per task for all ranks, because its process lives as long as the job.
     claim = table.claim(spec.rows)
     if claim is None:
         others = ", ".join(f"{r.name} ({r.host}, process {r.pid})" for n in spec.rows if (r := table.get(n)))
-        log.warning("another process runs this task; left to it: %s", others)
+        log.warning("another live process runs this task: %s", others)
         return EXIT_BUSY
     with claim:
         return _run_with_rows(spec, table)
 
 
 def _use_scratch() -> None:
-    """Put temporary files and compiled kernels into the node's own folder, if the site names one."""
+    """Put temporary files and compiled kernels on the node's own disk, if the site file names a folder there."""
     folder = os.environ.get(SCRATCH)
     if folder:
         os.makedirs(folder, exist_ok=True)
         os.environ |= {"TMPDIR": folder, "TORCH_EXTENSIONS_DIR": os.path.join(folder, "torch")}
-        tempfile.tempdir = None  # it was chosen when first asked for, maybe before
+        tempfile.tempdir = None  # the cached folder, which may have been chosen before
 
 
 def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     """Run the job and record its start and its end in its rows of the state table."""
-    # Rows may have been finished since the submission, by another launcher or by an earlier start of this pack.
+    # Rows may have been completed since the submission, by another launcher or an earlier start of this pack.
     open_rows = [n for n in spec.rows if (row := table.get(n)) is None or row.state != "done"]
     if not open_rows:
         log.info("%s: done already", spec.name)
@@ -129,7 +129,7 @@ def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     try:
         code = _call(spec)
     except ResumeLater as stop:
-        # Written before the error travels on: a requeued job may start on another node before this process has ended.
+        # Recorded before the error propagates: a requeued job may start on another node before this process ends.
         close("pending", f"stopped: {stop}")
         raise
     except FineDistError as error:
@@ -138,8 +138,8 @@ def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
     except KeyboardInterrupt:
         close("pending", "interrupted")
         raise
-    # Everything, SystemExit and a library's own exceptions included: a
-    # row must never read `running` after its process ended in order.
+    # Every exception, SystemExit included: a row must not stay `running` after its process
+    # has ended. Only a killed process leaves such a row, and `StateTable.lost` detects it.
     except BaseException as error:
         close("failed", f"{type(error).__name__}: {error}")
         traceback.print_exc()
@@ -155,7 +155,7 @@ def _call(spec: JobSpec) -> int:
 
 
 def exit_code(result: object) -> int:
-    """The exit code of what a stage's `run` returned: an int is one, anything else means success."""
+    """The exit code for the result of a stage's `run`: an int is the code itself, anything else means 0."""
     return result if isinstance(result, int) and not isinstance(result, bool) else 0
 
 
@@ -193,11 +193,11 @@ def rank() -> int:
     """Global rank of this process as torchrun or srun numbered it; 0 alone.
 
     Raises:
-        LaunchError: The environment variable is no number.
+        LaunchError: The environment variable is not a number.
     """
     if "RANK" in os.environ:
-        return number_in(os.environ, "RANK")
-    return number_in(os.environ, "SLURM_PROCID") if _in_step() else 0
+        return int_from_env(os.environ, "RANK")
+    return int_from_env(os.environ, "SLURM_PROCID") if _in_step() else 0
 
 
 def scheduler_job() -> str | None:

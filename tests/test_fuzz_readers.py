@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from fine_dist.__main__ import main as fine_dist
 from fine_dist.launchers.worker import run_job
 from tests.commands.conftest import ARCH, FAST, data
-from tests.test_fuzz import answered, changed, damaged, fuzz, nothing_is_executed  # noqa: F401 - a fixture
+from tests.fuzzing import answered, changed, damaged, fuzz, nothing_is_executed  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 ANSWERS = (0, 2, 3)

@@ -19,5 +19,5 @@ def make_callable(module: str, function: str) -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return getattr(importlib.import_module("fine_dist.api"), function)(*args, **kwargs)
 
-    # Allowed for modules: everything else about the module (name, file, content) stays as it is.
+    # Python allows this for modules; name, file and content of the module stay the same.
     sys.modules[module].__class__ = Command

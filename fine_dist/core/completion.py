@@ -1,8 +1,8 @@
-"""Completions for a shell: every command, every flag and the values of those that have a few, as one script.
+"""Shell completions: every command, every flag, and the values of flags that have few, as one script.
 
     source <(fine-dist completion bash)          in ~/.bashrc; `zsh` likewise in ~/.zshrc
 
-The script is made by shtab from an argparse parser that knows the names of all settings and reads none.
+shtab generates the script from an argparse parser that lists all settings but parses none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, typ
     """The script for a shell.
 
     Args:
-        argv: What was typed after `completion`: the shell's name.
-        commands: Every command, with one line about it.
+        argv: Arguments after `completion`: the shell's name.
+        commands: One-line description of every command, by name.
         kinds: The config classes of the commands that have one.
 
     Raises:
@@ -49,9 +49,9 @@ def script(argv: list[str], commands: Mapping[str, str], kinds: Mapping[str, typ
 def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) -> argparse.ArgumentParser:
     """A parser with every flag of every command, for listing them; commands do not parse with it."""
     root = argparse.ArgumentParser(prog="fine-dist")
-    chosen = root.add_subparsers(dest="command")
+    subcommands = root.add_subparsers(dest="command")
     for name, about in commands.items():
-        command = chosen.add_parser(name, help=about)
+        command = subcommands.add_parser(name, help=about)
         command.add_argument("--help-all", action="store_true", help="help with every setting")
         logs.add_flags(command)
         kind = kinds.get(name)
@@ -69,7 +69,7 @@ def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) ->
             flags.setdefault(flag, []).extend(_values(setting.shape))
             abouts.setdefault(flag, setting.about)
         for flag, values in flags.items():
-            # argparse fills a percent sign in a help text, and shtab prints it as it is
+            # argparse interpolates percent signs in help texts, and shtab prints them as they are.
             text = abouts[flag].replace("%", "%%")
             command.add_argument(flag, choices=list(dict.fromkeys(values)) or None, metavar="VALUE", help=text)
     return root
@@ -77,5 +77,5 @@ def parser_of(commands: Mapping[str, str], kinds: Mapping[str, type[Config]]) ->
 
 def _values(shape: str) -> list[str]:
     """The legal values of a setting that has few (`fp32|bf16`); an empty list for texts and numbers."""
-    words = shape.strip("[]").split("|")
-    return words if all(word.islower() and word.isidentifier() for word in words) else []
+    values = shape.strip("[]").split("|")
+    return values if all(value.islower() and value.isidentifier() for value in values) else []

@@ -16,26 +16,27 @@ from fine_dist.core.yaml_files import load_yaml, to_yaml
 
 C = TypeVar("C", bound="Config")
 MAX_DEPTH = 1000
-"""Layers of a model, at most: thirty times the deepest DiT. More is a slip, and would be built for hours."""
+"""Maximum number of layers: thirty times the deepest DiT. A larger number is a typing error that would take hours to
+build."""
 Depth = Annotated[int, Field(ge=1, le=MAX_DEPTH)]
-"""A number of layers."""
+"""Number of layers."""
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
-"""A seed, as torch's generators take it."""
+"""A seed in the range of torch's generators."""
 
 
 def _text_of(value: Any) -> Any:
-    """Numbers and booleans as the text that an environment variable or an option holds; other values unchanged."""
+    """Numbers and booleans as text, for environment variables and options; other values unchanged."""
     return str(value).lower() if isinstance(value, bool) else str(value) if isinstance(value, (int, float)) else value
 
 
 Text = Annotated[str, BeforeValidator(_text_of)]
-"""A text that may look like a number: `env: {OMP_NUM_THREADS: 4}`."""
+"""A text that YAML may parse as a number: `env: {OMP_NUM_THREADS: 4}`."""
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, and an unknown key is an error.
+    """Base class of all configs: frozen, and an unknown key is an error.
 
-    A group of keys that has a default of its own keeps it where a file or flag names only some of the group's keys.
+    Where a file or flag gives only some keys of a group, the other keys keep the default of that group.
     """
 
     model_config = ConfigDict(
@@ -44,29 +45,29 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_the_defaults(cls, value: Any) -> Any:
+    def _merge_defaults(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
         value = dict(value)
         for key, field in cls.model_fields.items():
-            # Otherwise a file that names one key of a group would silently
-            # replace the group's other defaults by those of its class.
+            # Without this, a file that gives one key of a group would replace
+            # the group's other defaults by those of its class.
             if isinstance(value.get(key), dict) and isinstance(field.default, Config):
-                value[key] = _over(field.default, value[key])
+                value[key] = _merge(field.default, value[key])
         return value
 
 
-def _over(default: Config, given: dict[str, Any]) -> dict[str, Any]:
-    """The given keys of a group over those of its default; unchanged where they name another variant of a union."""
-    own = {
+def _merge(default: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """The given keys of a group merged into its default; unchanged if they name another variant of a union."""
+    merged = {
         key: getattr(default, key) for key in default.model_fields_set | {"name"} if key in type(default).model_fields
     }
-    if given.get("name", own.get("name")) != own.get("name"):
+    if given.get("name", merged.get("name")) != merged.get("name"):
         return given
     for key, value in given.items():
-        inner = own.get(key)
-        own[key] = _over(inner, value) if isinstance(value, dict) and isinstance(inner, Config) else value
-    return own
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(value, dict) and isinstance(inner, Config) else value
+    return merged
 
 
 def validate(
@@ -83,65 +84,65 @@ def validate(
     Raises:
         ConfigError: The message names every wrong key by its full path, with its value and the legal values.
     """
-    refuse_strange_letters(values, where)
+    check_text(values, where)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        found: dict[str, list[str]] = {}
+        messages: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
             path, sentence = _explain(kind, item)
-            # An error belongs to a flag when one of the two paths begins
-            # with the other: `--arch X` is wrong about `arch.depth` too.
-            given = any(path[: len(flag)] == flag or (path and flag[: len(path)] == path) for flag in flags)
-            found.setdefault("command line" if given else where, []).append(sentence)
+            # An error belongs to a flag when one of the two paths is a prefix
+            # of the other: `--arch X` may also cause an error at `arch.depth`.
+            from_flag = any(path[: len(flag)] == flag or (path and flag[: len(path)] == path) for flag in flags)
+            messages.setdefault("command line" if from_flag else where, []).append(sentence)
     except RecursionError:
-        found = {where: ["values lie too deep inside each other to be a config"]}
-    raise ConfigError("\n  ".join(f"{place}: " + "\n  ".join(lines) for place, lines in found.items()))
+        messages = {where: ["values are nested too deeply for a config"]}
+    raise ConfigError("\n  ".join(f"{source}: " + "\n  ".join(lines) for source, lines in messages.items()))
 
 
-def refuse_strange_letters(values: Any, where: str) -> None:
-    """Refuse texts that neither a file name nor a config file can hold.
+def check_text(values: Any, where: str) -> None:
+    """Check that all texts can be written to a config file and used as file names.
 
     Raises:
         ConfigError: A text holds the character NUL, or is not valid Unicode.
     """
-    waiting: list[tuple[str, Any]] = [("", values)]
+    stack: list[tuple[str, Any]] = [("", values)]
     seen: set[int] = set()
-    while waiting:
-        path, value = waiting.pop()
+    while stack:
+        path, value = stack.pop()
         if isinstance(value, str):
             if "\0" in value:
-                raise ConfigError(f"{where}: {path}: a text cannot hold the character NUL (got {shown(value)})")
-            if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-                raise ConfigError(f"{where}: {path}: a name that is not UTF-8 (got {shown(value)}); rename it")
+                raise ConfigError(f"{where}: {path}: a text cannot hold the character NUL (got {short_repr(value)})")
+            if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+                raise ConfigError(f"{where}: {path}: a text must be valid UTF-8 (got {short_repr(value)}); rename it")
         elif isinstance(value, (dict, list)) and id(value) not in seen:
-            seen.add(id(value))  # YAML's anchors may hold one list ten thousand times
+            seen.add(id(value))  # with YAML's anchors one list may occur ten thousand times
             if isinstance(value, list):
-                waiting += [(path, item) for item in value]
+                stack += [(path, item) for item in value]
                 continue
-            waiting += [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
-            waiting += [(path, key) for key in value]
+            stack += [(f"{path}.{key}" if path else str(key), item) for key, item in value.items()]
+            stack += [(path, key) for key in value]
 
 
 DumpCache: typing.TypeAlias = dict[str, tuple[Any, str]]
 """Value and text of each key, shared by the calls of `dump_yaml` for many configs that differ in a few keys."""
 
 
-def dump_yaml(config: Config, known: DumpCache | None = None) -> str:
+def dump_yaml(config: Config, cache: DumpCache | None = None) -> str:
     """The resolved config as YAML; `validate(type(config), parse_yaml(text, "")) == config`.
 
     Args:
         config: The config.
-        known: Cache for many configs that differ in a few keys: a dictionary, empty at first, that is given to every
-            call. The result is the same without it.
+        cache: For many configs that differ in a few keys: a dictionary, empty at first, that is passed to every call.
+            The result is the same without it.
     """
-    known, text = {} if known is None else known, ""
+    cache, text = {} if cache is None else cache, ""
     for key in type(config).model_fields:
         value = getattr(config, key)
-        if key not in known or known[key][0] is not value:
-            # A fan-out writes thousands of configs that differ in two keys; YAML is slow enough to make that minutes.
-            known[key] = (value, to_yaml(config.model_dump(mode="json", include={key})))
-        text += known[key][1]
+        if key not in cache or cache[key][0] is not value:
+            # A fan-out writes thousands of configs that differ in two keys, which takes minutes without the cache.
+            cache[key] = (value, to_yaml(config.model_dump(mode="json", include={key})))
+        text += cache[key][1]
     return text or "{}\n"
 
 
@@ -151,9 +152,9 @@ def load(kind: type[C], path: str | Path) -> C:
 
 
 def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
-    """The path of a wrong key as the user wrote it, and the sentence about it."""
+    """The path of a wrong key as the user wrote it, and the error message about it."""
     parts, owners = _walk(kind, [str(part) for part in item["loc"]])
-    path, got = ".".join(parts), shown(item["input"])
+    path, got = ".".join(parts), short_repr(item["input"])
     fields = {key: field for model in owners for key, field in model.model_fields.items()}
     inner = models_in(fields[parts[-1]].annotation) if parts and parts[-1] in fields else []
     if item["type"] == "extra_forbidden":
@@ -163,7 +164,7 @@ def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
         name = item["input"].get("name") if isinstance(item["input"], dict) else item["input"]
         if name is None:
             return parts, f"{path}.name: a name is needed (got {got}); legal: {', '.join(sorted(names))}"
-        return (*parts, "name"), f"{path}.name: no variant is called {shown(name)}; {nearest(str(name), names)}"
+        return (*parts, "name"), f"{path}.name: no variant is called {short_repr(name)}; {nearest(str(name), names)}"
     if item["type"] in ("model_type", "dict_type"):
         keys = dict.fromkeys(key for model in inner for key in model.model_fields)
         hint = f"; legal keys: {', '.join(keys)}" if keys else ""
@@ -176,26 +177,26 @@ def _explain(kind: type[Config], item: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _walk(kind: type[Config], loc: list[str]) -> tuple[tuple[str, ...], list[type[Config]]]:
-    """A path without the names of union variants, which are pydantic's, and the classes that may own its last key."""
+    """The path without the names of union variants, which pydantic inserts, and the classes that may have its end."""
     path: list[str] = []
     owners: list[type[Config]] = []
-    here: list[type[Config]] = [kind]
+    models: list[type[Config]] = [kind]
     for part in loc:
-        # pydantic names the variant of a union in the path, and a user has written no such key.
-        tagged = [m for m in here if "name" in m.model_fields and m.model_fields["name"].default == part]
-        if tagged and len(here) > 1:
-            here = tagged
+        # pydantic inserts the name of the union's variant into the path; users write no such key.
+        tagged = [m for m in models if "name" in m.model_fields and m.model_fields["name"].default == part]
+        if tagged and len(models) > 1:
+            models = tagged
             continue
-        owners = here
-        fields = [m.model_fields[part].annotation for m in here if part in m.model_fields]
-        # a key of a free mapping is a field of none: its values are of the class that is there
-        here = [model for field in fields for model in models_in(field)] if fields else here
+        owners = models
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        # A key of a free mapping is a field of no class; the classes of the mapping's values remain.
+        models = [model for field in fields for model in models_in(field)] if fields else models
         path.append(part)
     return tuple(path), owners
 
 
-def shown(value: Any) -> str:
-    """A value in an error message: its `repr`, cut where it is long."""
+def short_repr(value: Any) -> str:
+    """The `repr` of a value for an error message, shortened if it is long."""
     return _SHORT.repr(value)
 
 
@@ -213,7 +214,7 @@ def models_in(annotation: Any) -> list[type[Config]]:
 
 
 def union_of(variants: list[type[Config]]) -> Any:
-    """The annotation of a field that holds one of several configs, told apart by their `name`."""
+    """The annotation of a field that holds one of several configs, which their `name` distinguishes."""
     return Annotated[typing.Union[tuple(variants)], Field(discriminator="name")] if len(variants) > 1 else variants[0]
 
 

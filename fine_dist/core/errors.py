@@ -14,9 +14,9 @@ from typing import TextIO
 EXIT_USER_ERROR = 2
 EXIT_TASKS_FAILED = 3
 EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 130, 141
-"""128 and the signal's number (SIGINT, SIGPIPE), as shells count."""
+"""128 plus the number of the signal (SIGINT, SIGPIPE), as in shells."""
 EXIT_RESUME = 75
-"""`EX_TEMPFAIL`: the run stopped well and the same command continues it; launchers requeue on this code."""
+"""`EX_TEMPFAIL`: the run saved its state and the same command continues it; launchers requeue on this code."""
 
 
 class FineDistError(Exception):
@@ -40,7 +40,7 @@ class CheckpointError(FineDistError):
 
 
 class DamagedStateError(CheckpointError):
-    """Every saved state of a run is damaged: it would start over, which it does only when its user asks for that."""
+    """Every saved state of a run is damaged. The run would start over, which it does only on the user's request."""
 
 
 class RunDirError(FineDistError):
@@ -67,10 +67,10 @@ class ResumeLater(Exception):
     """The run was asked to stop and has saved its state; the same command continues it (exit code 75)."""
 
 
-def nearest(word: str, legal: Iterable[str]) -> str:
-    """The end of an error message: a suggestion if a legal word is similar, then all legal words."""
+def nearest(value: str, legal: Iterable[str]) -> str:
+    """The end of an error message: a suggestion if a legal value is similar, then all legal values."""
     legal = sorted(legal)
-    close = difflib.get_close_matches(word, legal, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(value, legal, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}legal: {', '.join(legal)}"
 
@@ -84,7 +84,7 @@ EXTRAS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
 }
-"""Optional libraries, and the extra of this package that installs each."""
+"""The extra of this package that installs each optional library."""
 
 
 def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "") -> int:
@@ -96,7 +96,7 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
             a function that returns it. Empty: no text.
 
     Returns:
-        The exit code. When the reader of the output has ended (`| head`), it is the code that shells use for that.
+        The exit code. If the reader of stdout has ended (`| head`), it is the one that shells use (`EXIT_BROKEN_PIPE`).
 
     With `FINE_DIST_TRACEBACK=1` in the environment, user errors show their traceback.
     """
@@ -104,44 +104,46 @@ def guard(main: Callable[[], int | None], promise: str | Callable[[], str] = "")
     if os.environ.get("FINE_DIST_TRACEBACK"):
         return main() or 0
     try:
-        return _and_flush(main)
+        return _run_and_flush(main)
     except ResumeLater as stop:
-        _say(f"stopped: {stop}")
+        _print_error(f"stopped: {stop}")
         return EXIT_RESUME
     except ReportedElsewhere:
         return EXIT_USER_ERROR
     except FineDistError as error:
-        _say(f"error: {error}")
+        _print_error(f"error: {error}")
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        said = promise if isinstance(promise, str) else promise()
-        _say(f"interrupted; {said}" if said else "interrupted")
+        text = promise if isinstance(promise, str) else promise()
+        _print_error(f"interrupted; {text}" if text else "interrupted")
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
-        _say(f"error: this needs {error.name}, which is not installed; install it: pip install 'fine_dist[{extra}]'")
+        _print_error(
+            f"error: this needs {error.name}, which is not installed; install it: pip install 'fine_dist[{extra}]'"
+        )
         return EXIT_USER_ERROR
     except MemoryError as error:
-        _say(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches")
+        _print_error(f"error: not enough memory: {error or 'none is left'}; choose smaller sizes or batches")
         return EXIT_USER_ERROR
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+        if isinstance(error, BrokenPipeError) and _stdout_reader_ended():
             return EXIT_BROKEN_PIPE
-        if error.errno in _STORAGE_FAILS or (error.filename and error.errno in _SERVER_GONE):
+        if error.errno in _STORAGE_ERRORS or (error.filename and error.errno in _SERVER_ERRORS):
             where = f" at {error.filename}" if error.filename else ""
-            _say(f"stopped: the storage failed{where} ({error.strerror}); the same command continues")
+            _print_error(f"stopped: the storage failed{where} ({error.strerror}); the same command continues")
             return EXIT_RESUME
         remedy = "a regular file is needed there" if isinstance(error, NotAFile) else _REMEDIES.get(error.errno or 0)
-        # Errors that concern no file are faults of this program, and their traceback is what a report of a bug needs.
+        # An OSError without a file is most likely a bug of this program, and a bug report needs its traceback.
         if remedy is None and not error.filename:
             raise
         where = f": {error.filename}" if error.filename else ""
-        remedy = remedy or "look after the file system there; FINE_DIST_TRACEBACK=1 shows where this was met"
-        _say(f"error: {error.strerror}{where} ({remedy})")
+        remedy = remedy or "check the file system there; FINE_DIST_TRACEBACK=1 shows where in the program this happened"
+        _print_error(f"error: {error.strerror}{where} ({remedy})")
         if isinstance(error, _OutputFull):
-            _to_nowhere(sys.stdout)
+            _redirect_to_devnull(sys.stdout)
         return EXIT_USER_ERROR
 
 
@@ -152,7 +154,7 @@ def prepare_streams() -> None:
     With descriptor 1 or 2 closed, the next file that is opened would get its number, and whatever a C library writes
     to "stderr" would land in a checkpoint.
     """
-    # `open` returns the lowest free number, so closed descriptors below 3 are filled up one after the other.
+    # `open` returns the lowest free number, so this fills closed descriptors below 3 one after the other.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -164,18 +166,18 @@ def prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _say(text: str) -> None:
-    """Write a last message to stderr. If that is full or closed, the message is lost: there is no other place."""
+def _print_error(text: str) -> None:
+    """Write a last message to stderr. The message is lost if stderr is full or closed."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=sys.stderr, flush=True)
 
 
 class _OutputFull(OSError):
-    """The standard output could not be written."""
+    """Writing to stdout failed."""
 
 
-def _and_flush(main: Callable[[], int | None]) -> int:
-    """Run `main` and flush stdout here, where a reader that has ended or a full disk can still be reported."""
+def _run_and_flush(main: Callable[[], int | None]) -> int:
+    """Run `main` and flush stdout, so that a closed pipe or a full disk is reported and not lost at exit."""
     try:
         return main() or 0
     finally:
@@ -187,10 +189,10 @@ def _and_flush(main: Callable[[], int | None]) -> int:
             raise _OutputFull(error.errno, error.strerror, "standard output") from None
 
 
-def _reader_has_gone() -> bool:
-    """Whether the reader of this process's output has ended; other pipes (to workers, to Ray) can break as well.
+def _stdout_reader_ended() -> bool:
+    """Whether the reader of stdout has ended. A BrokenPipeError may also come from other pipes (to workers, to Ray).
 
-    If so, stdout is redirected to /dev/null, because the interpreter would report an error when it flushes at exit.
+    If so, stdout is redirected to /dev/null, because the interpreter flushes at exit and would report an error.
     """
     try:
         out = sys.stdout.fileno()
@@ -201,33 +203,33 @@ def _reader_has_gone() -> bool:
     poll.register(out, 0)
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    _to_nowhere(sys.stdout)
+    _redirect_to_devnull(sys.stdout)
     return True
 
 
-def _to_nowhere(stream: TextIO) -> None:
+def _redirect_to_devnull(stream: TextIO) -> None:
     """Redirect a stream's descriptor to /dev/null, so that flushing the rest of its buffer at exit cannot fail."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-_STORAGE_FAILS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EBUSY)
-"""Errors of a file server that have stayed through several attempts."""
-_SERVER_GONE = (errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
-"""The same, where the error is a file's: sockets know them too."""
+_STORAGE_ERRORS = (errno.ESTALE, errno.EIO, errno.ETIMEDOUT, errno.EBUSY)
+"""Errors of a file server, after several attempts."""
+_SERVER_ERRORS = (errno.ENOTCONN, errno.EHOSTDOWN, errno.EREMOTEIO)
+"""Further errors of a file server, if the error has a file: sockets raise them too."""
 _REMEDIES = {
-    errno.EACCES: "choose a place you may read and write, or have its owner change its permissions",
-    errno.EPERM: "choose a place you may read and write, or have its owner change its permissions",
-    errno.EROFS: "the file system is read-only; choose another place",
+    errno.EACCES: "choose a path that you may read and write, or have its owner change its permissions",
+    errno.EPERM: "choose a path that you may read and write, or have its owner change its permissions",
+    errno.EROFS: "the file system is read-only; choose another path",
     errno.ENOSPC: "free some space; what was saved before is intact, and the same command continues",
     errno.EDQUOT: "the quota is used up; what was saved before is intact, and the same command continues",
     errno.EFBIG: "a limit on the size of files (ulimit -f) is reached; what was saved before is intact",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
-    errno.EEXIST: "a folder is needed there, and it is a file; choose another path",
-    errno.EISDIR: "a file is needed there, and it is a folder",
+    errno.EEXIST: "a folder is needed there, but it is a file; choose another path",
+    errno.EISDIR: "a file is needed there, but it is a folder",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENFILE: "this machine has too many files open",
     errno.ENAMETOOLONG: "choose a shorter name",
-    errno.ELOOP: "links there lead in a circle",
+    errno.ELOOP: "its symbolic links form a cycle",
 }

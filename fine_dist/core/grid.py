@@ -17,7 +17,7 @@ class GridAxis(NamedTuple):
     """The setting, for messages."""
     values: Sequence[Any]
     label: Callable[[Any], str]
-    """A value's part of a point's name; an empty one leaves it out."""
+    """A value's part of a point's name; an empty label adds nothing to it."""
 
 
 class Point(NamedTuple):
@@ -37,21 +37,23 @@ def expand(axes: Sequence[GridAxis]) -> list[Point]:
         if not axis.values:
             raise ConfigError(f"{axis.name}: an empty list makes no target; give one value or more")
         seen = [str(value) for value in axis.values]
-        twice = sorted({value for value in seen if seen.count(value) > 1})
-        if twice:
-            raise ConfigError(f"{axis.name}: {twice[0]} is listed twice, and two targets would have one name")
+        duplicates = sorted({value for value in seen if seen.count(value) > 1})
+        if duplicates:
+            raise ConfigError(f"{axis.name}: {duplicates[0]} is listed twice, and two targets would have one name")
     points = []
     # The order is part of what users see: names, tables and indices of tasks follow it.
-    for chosen in itertools.product(*(axis.values for axis in axes)):
-        parts = [slug(axis.label(value)) for axis, value in zip(axes, chosen)]
-        points.append(Point("-".join(part for part in parts if part), chosen))
+    for values in itertools.product(*(axis.values for axis in axes)):
+        parts = [slug(axis.label(value)) for axis, value in zip(axes, values)]
+        points.append(Point("-".join(part for part in parts if part), values))
     names = {point.name for point in points}
     if len(names) < len(points):
-        raise ConfigError("two targets of this grid have one name: numbers are told apart by six digits")
+        raise ConfigError(
+            "two targets of this grid have one name: names have six digits of a number; change the values"
+        )
     return points
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name: other characters become `_`, and at most the last 40 are kept."""
+    """A text as part of a file name: characters that are not portable become `_`; only the last 40 remain."""
     text = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("_")
     return text if len(text) <= 40 else text[-40:]

@@ -26,8 +26,8 @@ _FLAGS = 34
 class Page:
     """The part of a command's short help that cannot be generated.
 
-    examples: words after the program's name.
-    usual: paths of the most used settings.
+    examples: arguments after the program's name.
+    usual: paths of the settings used most.
     """
 
     examples: tuple[str, ...]
@@ -134,30 +134,27 @@ def summary(
     Args:
         kind: Its config class.
         prog: What a user types to run it.
-        own: Its flags that are no settings.
-        notes: Gives further lines, such as a list of methods.
+        own: Its flags that are not settings.
+        notes: Returns further lines, such as a list of methods.
     """
     page = PAGES.get(re.split(r"[ .]", prog)[-1]) or Page((), tuple(kind.model_fields))
-    every = list(settings(kind))
+    all_settings = list(settings(kind))
     lines = _head(kind, prog)
     if page.examples:
-        lines += ["", "examples:", *(f"  {prog} {words}".rstrip() for words in page.examples)]
+        lines += ["", "examples:", *(f"  {prog} {arguments}".rstrip() for arguments in page.examples)]
     lines += ["", "the settings used most (keys of the YAML, and flags):"]
     for key in page.usual:
-        found = [each for each in every if each.path == key]  # a group has no line of its own, a union several
-        if len(found) > 1 and key.endswith(".name") and notes:
-            lines += replace(
-                found[0], shape="NAME", about=f"One of the list below. (default: {found[0].shape})"
-            ).lines()
-        elif len(found) > 1 and key.endswith(".name"):
-            names = ", ".join(each.shape for each in found)
-            lines += replace(found[0], shape="NAME", about=f"One of {names}. (default: {found[0].shape})").lines()
-        elif found:
-            lines += found[0].lines()
+        matches = [each for each in all_settings if each.path == key]  # none for a group, several for a union
+        if len(matches) > 1 and key.endswith(".name"):
+            names = "the list below" if notes else ", ".join(each.shape for each in matches)
+            about = f"One of {names}. (default: {matches[0].shape})"
+            lines += replace(matches[0], shape="NAME", about=about).lines()
+        elif matches:
+            lines += matches[0].lines()
     lines += ["", "flags of the command:", *_own_lines(own)]
     if notes:
         lines += ["", *notes()]
-    return "\n".join([*lines, "", f"--help-all lists all {len(every)} settings."])
+    return "\n".join([*lines, "", f"--help-all lists all {len(all_settings)} settings."])
 
 
 def flags_page(own: argparse.ArgumentParser, usage: str, about: str) -> str:
@@ -195,26 +192,20 @@ def _own_lines(own: argparse.ArgumentParser) -> list[str]:
     lines = []
     for action in own._actions:
         shape = "" if action.nargs == 0 else f" {_shape_of_flag(action)}"
-        lines += _columns(
-            (", ".join(action.option_strings) or str(action.metavar or action.dest.upper()))
-            + (f" [{shape[1:]}]" if action.nargs == "?" else shape).rstrip(),
-            action,
-        )
-    return lines + _columns("--help, --help-all", "this, briefly or with every setting")
+        name = ", ".join(action.option_strings) or str(action.metavar or action.dest.upper())
+        lines += _columns(name + (f" [{shape[1:]}]" if action.nargs == "?" else shape).rstrip(), action.help or "")
+    return lines + _columns("--help, --help-all", "print this page, briefly or with every setting")
 
 
 def _shape_of_flag(action: argparse.Action) -> str:
     names = action.metavar if isinstance(action.metavar, tuple) else (action.metavar or action.dest.upper(),)
     if isinstance(action.nargs, int):
         names = tuple(names[0] for _ in range(action.nargs)) if len(names) == 1 else names
-    word = " ".join(str(name) for name in names)
-    if action.choices:
-        word = "|".join(str(choice) for choice in action.choices)
-    return f"{word} ..." if action.nargs in ("+", "*") else "" if not action.option_strings else word
+    shape = "|".join(map(str, action.choices)) if action.choices else " ".join(map(str, names))
+    return f"{shape} ..." if action.nargs in ("+", "*") else "" if not action.option_strings else shape
 
 
-def _columns(left: str, right: argparse.Action | str) -> list[str]:
-    text = right if isinstance(right, str) else right.help or ""
+def _columns(left: str, text: str) -> list[str]:
     wrapped = textwrap.wrap(text, WIDTH - _FLAGS - 3) or [""]
     first = (
         [f"  {left:{_FLAGS}} {wrapped[0]}"] if len(left) <= _FLAGS else [f"  {left}", " " * (_FLAGS + 3) + wrapped[0]]
@@ -248,7 +239,7 @@ def settings(kind: type[Config], path: tuple[str, ...] = (), default: Any = None
     Args:
         kind: The config class.
         path: Keys of the group that `kind` is.
-        default: Config that gives the group's defaults. None: those of the class.
+        default: Config with the defaults of the group. None: the defaults of the class.
     """
     groups = []
     for key, field in kind.model_fields.items():
@@ -256,15 +247,15 @@ def settings(kind: type[Config], path: tuple[str, ...] = (), default: Any = None
         options = alternatives(field.annotation)
         models = [each for each in options if isinstance(each, type) and issubclass(each, Config)]
         inner = [model for each in options if get_origin(each) is dict for model in models_in(value_of_mapping(each))]
-        own = getattr(default, key, PydanticUndefined) if default is not None else field.default
+        value = getattr(default, key, PydanticUndefined) if default is not None else field.default
         about = " ".join((field.description or "").split())
-        if (not models and not inner) or has_a_name(models):
-            yield Setting(".".join(here), _group(path), shape_of(field.annotation), about + _default(own))
+        if (not models and not inner) or is_named(models):
+            yield Setting(".".join(here), ".".join(path), shape_of(field.annotation), about + _default(value))
         for model in models:
-            groups.append((model, here, own if isinstance(own, model) else None, len(models) > 1))
+            groups.append((model, here, value if isinstance(value, model) else None, len(models) > 1))
         groups += [(model, (*here, "NAME"), None, False) for model in inner]
-    for model, here, own, variant in groups:
-        inner_settings = settings(model, here, own)
+    for model, here, group_default, variant in groups:
+        inner_settings = settings(model, here, group_default)
         if not variant:
             yield from inner_settings
             continue
@@ -275,11 +266,7 @@ def settings(kind: type[Config], path: tuple[str, ...] = (), default: Any = None
             yield Setting(each.path, f"{each.group}, with --{'.'.join(here)}.name {name}", shape, about)
 
 
-def _group(path: tuple[str, ...]) -> str:
-    return ".".join(path)
-
-
-def has_a_name(models: list[type[Config]]) -> bool:
+def is_named(models: list[type[Config]]) -> bool:
     """Whether a group may be given as one name (`--arch DiT-B/2`)."""
     return any(getattr(model, "BY_NAME", False) for model in models)
 
@@ -310,7 +297,7 @@ def value_of_mapping(annotation: Any) -> Any:
 
 def shape_of(annotation: Any) -> str:
     """How a value is written: `NUMBER|none`, `fp32|bf16`, `INT ...`."""
-    words = {str: "TEXT", int: "INT", float: "NUMBER", bool: "[true|false]", type(None): "none"}
+    names = {str: "TEXT", int: "INT", float: "NUMBER", bool: "[true|false]", type(None): "none"}
     shapes = []
     for each in alternatives(annotation):
         origin = get_origin(each)
@@ -323,5 +310,5 @@ def shape_of(annotation: Any) -> str:
         elif origin is dict:
             shapes.append("KEY=VALUE ...")
         else:
-            shapes.append(words.get(each, "NAME"))
+            shapes.append(names.get(each, "NAME"))
     return "|".join(dict.fromkeys(shapes))

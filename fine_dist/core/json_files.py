@@ -6,7 +6,7 @@
 
     done = read_record(Done, path, RunDirError, "delete it: the run then goes on from its last checkpoint")
 
-A missing file raises `FileNotFoundError`, as `open` does; everything else raises the given error class.
+A missing file raises `FileNotFoundError`, as `open` does; every other fault raises the given error class.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from fine_dist.core.config import shown
+from fine_dist.core.config import short_repr
 from fine_dist.core.errors import FineDistError, NotAFile
 from fine_dist.core.regular_files import read_bytes
 from fine_dist.core.retry import retry
@@ -38,21 +38,22 @@ def read_json(path: str | Path, error: type[FineDistError], remedy: str) -> Any:
 
     Args:
         path: The file.
-        error: Class that is raised when the file is not a regular file, too large, not UTF-8, or not JSON.
-        remedy: End of the message, which says what a user can do.
+        error: Class to raise when the file is not a regular file, is too large, or is not JSON in UTF-8.
+        remedy: End of the message: what a user can do.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It cannot be read: the right to do so is missing, or the storage fails.
+        OSError: It cannot be read, for lack of permission or because the storage fails.
     """
     try:
-        # A limit, because a file that is none of ours may be as large as the disk.
+        # The size is limited, because a file that fine_dist did not write may be as large as the disk.
         content = retry(lambda: read_bytes(path, MAX_JSON_BYTES + 1))
-    except OSError as wrong:
-        # What may not be read, or not now, is not damaged, and its remedy is often to delete it.
-        if not isinstance(wrong, (NotAFile, IsADirectoryError, NotADirectoryError)):
+    except OSError as cause:
+        # A file without read permission, or on failing storage, is not damaged,
+        # and the remedy for a damaged file is often to delete it.
+        if not isinstance(cause, (NotAFile, IsADirectoryError, NotADirectoryError)):
             raise
-        raise error(f"{path}: {wrong.strerror}; {remedy}") from None
+        raise error(f"{path}: {cause.strerror}; {remedy}") from None
     if len(content) > MAX_JSON_BYTES:
         raise error(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: fine_dist writes none so large; {remedy}")
     return parse_json(content, path, error, remedy)
@@ -62,9 +63,9 @@ def parse_json(content: str | bytes, where: str | Path, error: type[FineDistErro
     """The value of a JSON text; `error` and `remedy` as in `read_json`."""
     try:
         return json.loads(content if isinstance(content, str) else content.decode("utf-8"))
-    except (ValueError, RecursionError) as wrong:
-        why = str(wrong).partition("\n")[0][:200]
-        raise error(f"{where} is damaged: {why}; {remedy}") from None
+    except (ValueError, RecursionError) as cause:
+        reason = str(cause).partition("\n")[0][:200]
+        raise error(f"{where} is damaged: {reason}; {remedy}") from None
 
 
 def read_record(kind: type[R], path: str | Path, error: type[FineDistError], remedy: str) -> R:
@@ -74,16 +75,16 @@ def read_record(kind: type[R], path: str | Path, error: type[FineDistError], rem
 
 
 def as_record(kind: Any, value: Any, where: str | Path, error: type[FineDistError], remedy: str) -> Any:
-    """A JSON value as a `kind`, which may be any type that pydantic checks; raises `error` with the first wrong key."""
+    """A JSON value as an instance of `kind`, any type that pydantic validates; `error` names the first wrong key."""
     try:
         return TypeAdapter(kind).validate_python(value)
-    except ValidationError as wrong:
-        first = wrong.errors(include_url=False)[0]
+    except ValidationError as cause:
+        first = cause.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
-        got = "" if first["type"] == "missing" else f" (got {shown(first['input'])})"
+        message = first["msg"].removeprefix("Value error, ")
+        got = "" if first["type"] == "missing" else f" (got {short_repr(first['input'])})"
         raise error(
-            f"{where} is damaged: {f'{key}: ' if key else ''}{said[0].lower()}{said[1:]}{got}; {remedy}"
+            f"{where} is damaged: {f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{got}; {remedy}"
         ) from None
     except RecursionError:
-        raise error(f"{where} is damaged: values lie too deep inside each other; {remedy}") from None
+        raise error(f"{where} is damaged: its values are nested too deeply; {remedy}") from None

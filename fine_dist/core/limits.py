@@ -9,8 +9,8 @@ from pathlib import Path
 
 GIB = 2**30
 FAR_BEYOND = 2.0
-"""Times the memory there is at which a job is refused before it starts: the kernel would kill it without a word. Its
-estimate may be off by some tens of percent, so that a job of a little more than there is may try."""
+"""A job whose estimated memory exceeds this multiple of the available memory is refused before it starts, because the
+kernel would kill it without a message. Estimates may be off by some tens of percent, so the multiple is above 1."""
 CGROUPS = Path("/sys/fs/cgroup")
 """Where the kernel's control groups are mounted."""
 
@@ -19,17 +19,17 @@ def num_cores() -> int:
     """CPU cores that this process may use: its affinity, and the quota of its container where that is less."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [quota for quota in _quotas() if quota > 0]
-    # a share of a core is no core: threads beyond the quota only wait for each other
+    # Quotas are rounded down, because threads beyond the quota only wait for each other.
     return max(1, min([cores, *(int(quota) for quota in quotas)]))
 
 
 def memory_bytes() -> int:
     """Host memory in bytes that this process may use: the machine's, or its container's limit where that is less."""
-    # The smallest of all: a container inside a container has both limits.
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    # The smallest limit counts: a container inside a container has both.
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name, controller in (("memory.max", ""), ("memory.limit_in_bytes", "memory")):
-        found += [int(text) for text in _read_all(name, controller) if text.isdecimal()]  # no limit: the word max
-    return min(found)
+        limits += [int(text) for text in _read_all(name, controller) if text.isdecimal()]  # "max": no limit
+    return min(limits)
 
 
 def _quotas() -> Iterator[float]:
@@ -38,7 +38,7 @@ def _quotas() -> Iterator[float]:
         quota, _, period = text.partition(" ")
         if quota.isdecimal() and period.isdecimal():
             yield int(quota) / int(period)
-    quotas, periods = (_read_all(f"cpu.cfs_{word}_us", "cpu") for word in ("quota", "period"))
+    quotas, periods = (_read_all(f"cpu.cfs_{name}_us", "cpu") for name in ("quota", "period"))
     for quota, period in zip(quotas, periods):
         if quota.isdecimal() and period.isdecimal():  # -1: no quota
             yield int(quota) / int(period)
@@ -60,14 +60,14 @@ def _read_all(name: str, controller: str) -> list[str]:
 
 def _groups(controller: str) -> list[Path]:
     """Folders of this process's control group and of those above it, as far as this process sees them."""
-    inside = "/"
+    group = "/"
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text(errors="replace").splitlines():
             _, controllers, path = line.split(":", 2)
             if controller in controllers.split(","):
-                inside = path
-    # version 1 mounts a folder for each controller, and beside them version 2 as `unified`
+                group = path
+    # Version 1 mounts one folder per controller, and version 2 beside them as `unified`.
     roots = [CGROUPS / controller] if controller else [CGROUPS, CGROUPS / "unified"]
-    # `..` appears in a path of a group that lies outside of this process's namespace, and leads nowhere here.
-    parts = [part for part in inside.split("/") if part not in ("", "..")]
+    # `..` appears in the path of a group outside of this process's namespace, which is not mounted here.
+    parts = [part for part in group.split("/") if part not in ("", "..")]
     return [root.joinpath(*parts[:end]) for root in roots for end in range(len(parts) + 1)]

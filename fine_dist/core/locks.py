@@ -24,10 +24,10 @@ def try_lock(file: int, where: str | Path, *, posix: bool = False) -> bool:
     Raises:
         RunDirError: The file system has no working locks.
     """
-    take = fcntl.lockf if posix else fcntl.flock
+    lock = fcntl.lockf if posix else fcntl.flock
     try:
-        # Never waits: a lock that is held is an answer for the user and no reason to hang.
-        take(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Without waiting: a held lock means that another process runs this, which the user should be told at once.
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except OSError as error:
         # Which of the two is returned for a held lock depends on the system and on the kind of lock.
@@ -47,17 +47,17 @@ def is_locked(path: str | Path, *, posix: bool = False) -> bool | None:
         posix: The kind of lock, as in `try_lock`. This process's own lock of that kind is not seen, and is lost.
 
     Returns:
-        None when it cannot be told: the file may not be read, or its file system has no locks.
+        None when that is unknown: the file is not readable, or its file system has no locks.
     """
-    take = fcntl.lockf if posix else fcntl.flock
+    lock = fcntl.lockf if posix else fcntl.flock
     try:
         with open(path, "rb") as file:
-            take(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock: readers on a read-only mount may take it
+            lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a shared lock: readers on a read-only mount may take it
             return False
     except FileNotFoundError:
         return False
     except OSError as error:
-        # EACCES has two meanings: held, or not readable. Only for a file that may be read is it the first.
+        # EACCES means either "held" or "no read permission"; for a readable file it means "held".
         return True if error.errno in (errno.EWOULDBLOCK, errno.EACCES) and os.access(path, os.R_OK) else None
 
 

@@ -1,7 +1,7 @@
-"""Messages about what a program does: records of `logging`, one line each on stderr, with the rank where several run.
+"""Logging: records of `logging` as one line each on stderr, with the rank where several processes run.
 
-A module says `log = logging.getLogger(__name__)`; a command calls `configure` once. What a command is asked for (a
-table, a path, a dry run) is its product, and is printed to stdout; everything else is a record:
+A module has `log = logging.getLogger(__name__)`; a command calls `configure` once. The result of a command (a table, a
+path, a dry run) is printed to stdout; everything else is a record:
 
     DEBUG    details for debugging, and messages of libraries on all ranks (shown with --verbose)
     INFO     progress and intermediate results (the default level)
@@ -22,16 +22,18 @@ from typing import Any
 from fine_dist.core.processes import rank_for_logs
 
 LEVEL = "FINE_DIST_LOG_LEVEL"
-"""Environment variable by which the processes that a command starts log as it does: debug, info or warning."""
+"""Environment variable with the level (debug, info or warning), inherited by the processes that a command starts."""
 OURS = ("fine_dist", "benchmarks")
-"""Names of loggers that are this project's; all others are libraries'."""
+"""Prefixes of the names of this project's loggers; all other loggers belong to libraries."""
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}
 _lock = threading.Lock()
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add `--verbose` and `--quiet`, which every command has."""
-    parser.add_argument("--verbose", action="store_true", help="also log details, and what libraries say on every rank")
+    parser.add_argument(
+        "--verbose", action="store_true", help="also log details, and libraries' messages on every rank"
+    )
     parser.add_argument("--quiet", action="store_true", help="log warnings and errors only; results are still printed")
 
 
@@ -50,18 +52,18 @@ def configure(options: argparse.Namespace | None = None) -> None:
     with _lock:
         if not any(isinstance(handler, _Terminal) for handler in root.handlers):
             root.addHandler(_Terminal())
-        # a library's INFO is for its own developers; its warnings are for whoever runs it
+        # INFO records of libraries concern their developers; their warnings concern users.
         root.setLevel(logging.DEBUG if level == logging.DEBUG else logging.WARNING)
         for name in OURS:
             logging.getLogger(name).setLevel(level)
-        for name in _CHATTY:
+        for name in _VERBOSE_LIBRARIES:
             logging.getLogger(name).setLevel(logging.WARNING)
         warnings.showwarning = _show_warning
         threading.excepthook = _show_thread_error
 
 
-_CHATTY = ("PIL", "matplotlib", "asyncio", "urllib3", "filelock", "fsspec", "h5py", "numba", "torch")
-"""Libraries whose DEBUG records are thousands of lines about themselves."""
+_VERBOSE_LIBRARIES = ("PIL", "matplotlib", "asyncio", "urllib3", "filelock", "fsspec", "h5py", "numba", "torch")
+"""Libraries whose DEBUG records would fill thousands of lines."""
 
 
 class _Terminal(logging.Handler):
@@ -69,7 +71,7 @@ class _Terminal(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._said: set[tuple[str, str]] = set()
+        self._shown: set[tuple[str, str]] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown. Those of libraries are shown once, and below ERROR by rank 0 alone."""
@@ -80,20 +82,20 @@ class _Terminal(logging.Handler):
         if rank and record.levelno < logging.ERROR:
             return False
         key = (record.name, record.getMessage())
-        if key in self._said:
+        if key in self._shown:
             return False
-        self._said.add(key)
+        self._shown.add(key)
         return True
 
     def format(self, record: logging.LogRecord) -> str:
         """`[rank 3] warning: text`, without the rank in a single process and without the level for INFO."""
         several = getattr(record, "world_size", 1) > 1
-        where = f"[rank {record.__dict__['rank']}] " if several else ""
+        prefix = f"[rank {record.__dict__['rank']}] " if several else ""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        return f"{where}{level}{text}"
+        return f"{prefix}{level}{text}"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record. A stderr that is closed or full loses it: a log line may not end a run."""
@@ -101,11 +103,11 @@ class _Terminal(logging.Handler):
             text = self.format(record)
             bars: Any = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
             if bars is not None and getattr(bars, "_instances", None):
-                bars.write(text, file=sys.stderr)  # takes the bars away, writes, and draws them again below
+                bars.write(text, file=sys.stderr)  # removes the bars, writes, and draws them again below
             else:
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
-        except (OSError, ValueError, AttributeError):  # full, closed, or none at all
+        except (OSError, ValueError, AttributeError):  # stderr is full, closed or None
             pass
 
 
@@ -121,7 +123,7 @@ def _show_thread_error(args: threading.ExceptHookArgs) -> None:
 def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
-    if file is not None:  # somebody wants it there
+    if file is not None:  # the caller of `showwarning` chose where
         print(warnings.formatwarning(message, category, filename, lineno, line), file=file, end="")
         return
     if f"{os.sep}fine_dist{os.sep}" in filename:
@@ -131,7 +133,7 @@ def _show_warning(
 
 
 def duration(seconds: float) -> str:
-    """A length of time in a unit that suits it: `50 s`, `12 min`, `3.5 h`, `140 h`."""
+    """A duration in seconds as text in a suitable unit: `50 s`, `12 min`, `3.5 h`, `140 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"

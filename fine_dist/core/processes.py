@@ -1,4 +1,4 @@
-"""Processes of one machine: free ports, torchrun's environment variables, signals, ending with the parent process."""
+"""Operating-system processes: free ports, torchrun's environment variables, signals, and ends with the parent."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from fine_dist.core.errors import LaunchError, ResumeLater
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free when it was asked for; another process may take it before it is used."""
+    """A TCP port that was free at the time of the call; another process may take it before it is used."""
     return free_ports(1, host)[0]
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
     """Several different TCP ports, free as in `free_port`."""
     with contextlib.ExitStack() as stack:
-        # All stay open until the last is bound, or the system could hand out one port twice.
+        # All sockets stay open until the last is bound, or the system could return one port twice.
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
             probe.bind((host, 0))
         return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def derived_port(*words: int) -> int:
-    """A port that every rank of a job computes from the job's numbers, below the range that the system assigns from."""
+def derived_port(*ids: int) -> int:
+    """A TCP port that every rank computes alike from the ids of its job, 20000 to 29999."""
     # Primes, so that jobs with neighboring numbers on one machine do not get neighboring
     # or equal ports. The result lies in 20000..29999, below Linux's range of ports for
     # outgoing connections (32768 and up). `slurm/env.sh` computes the same.
     weights = (131, 17, 7)
-    return 20000 + sum(word * weight for word, weight in zip(words, weights)) % 10000
+    return 20000 + sum(number * weight for number, weight in zip(ids, weights)) % 10000
 
 
-def rank_words(
+def rank_environment(
     rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int | str
 ) -> dict[str, str]:
     """The environment variables of one rank, as torchrun sets them; LOCAL_SIZE is DeepSpeed's LOCAL_WORLD_SIZE."""
-    words = {
+    variables = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
         "LOCAL_RANK": local_rank,
@@ -54,10 +54,10 @@ def rank_words(
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
-    return {key: str(value) for key, value in words.items()}
+    return {key: str(value) for key, value in variables.items()}
 
 
-def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0) -> int:
+def int_from_env(env: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0) -> int:
     """A whole number from an environment variable.
 
     Args:
@@ -67,7 +67,7 @@ def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, 
         least: Smallest legal value.
 
     Raises:
-        LaunchError: The text is no whole number, or the number is too small.
+        LaunchError: The text is not a whole number, or the number is below `least`.
     """
     text = env.get(name, "").strip()
     if not text and default is not None:
@@ -80,11 +80,11 @@ def number_in(env: Mapping[str, str], name: str, default: int | None = None, *, 
     return int(text)
 
 
-def seconds_in(env: Mapping[str, str], name: str, default: float) -> float:
+def seconds_from_env(env: Mapping[str, str], name: str, default: float) -> float:
     """A time in seconds from an environment variable, or `default` where it is absent or empty.
 
     Raises:
-        LaunchError: The text is no positive number.
+        LaunchError: The text is not a positive number.
     """
     text = env.get(name, "").strip()
     if not text:
@@ -98,31 +98,31 @@ def seconds_in(env: Mapping[str, str], name: str, default: float) -> float:
     return seconds
 
 
-def rank_here() -> tuple[int, int]:
-    """(rank, rank on this node) of this process as torchrun or srun numbered it; (0, 0) for a single process."""
+def current_rank() -> tuple[int, int]:
+    """(rank, rank on this node) of this process from torchrun's or srun's variables; (0, 0) for a single process."""
     env = os.environ
     if "RANK" in env:
-        return number_in(env, "RANK"), number_in(env, "LOCAL_RANK", 0)
+        return int_from_env(env, "RANK"), int_from_env(env, "LOCAL_RANK", 0)
     if "SLURM_STEP_NUM_TASKS" in env:
-        return number_in(env, "SLURM_PROCID", 0), number_in(env, "SLURM_LOCALID", 0)
+        return int_from_env(env, "SLURM_PROCID", 0), int_from_env(env, "SLURM_LOCALID", 0)
     return 0, 0
 
 
 def rank_for_logs() -> tuple[int, int]:
-    """(rank, number of processes) for a log line; (0, 1) where the environment variables make no sense."""
+    """(rank, number of processes) for a log line; (0, 1) where the environment variables are invalid."""
     env = os.environ
     for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
         if rank in env and size in env:
             with contextlib.suppress(LaunchError):
-                return number_in(env, rank), number_in(env, size, least=1)
+                return int_from_env(env, rank), int_from_env(env, size, least=1)
     return 0, 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends (Linux), so that no orphan goes on computing.
+    """Have the kernel kill this process when its parent ends (Linux), so that no orphan keeps computing.
 
     Args:
-        parent: Process id that the parent must still have. None: it is not checked.
+        parent: Process id that the parent must still have. None: this is not checked.
 
     Raises:
         SystemExit: The parent has ended already.
@@ -144,11 +144,11 @@ def stop_on_signals() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         # A scheduler often sends several signals in a row; a second
         # one must not interrupt the saving that the first has begun.
-        for known in old:
-            signal.signal(known, signal.SIG_IGN)
+        for handled in old:
+            signal.signal(handled, signal.SIG_IGN)
         raise ResumeLater(f"received {signal.Signals(number).name}; the same command continues")
 
-    # Python refuses to set handlers anywhere else.
+    # Python sets signal handlers in the main thread only.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2) if main else ()
     old = {number: signal.signal(number, stop) for number in numbers}
@@ -159,8 +159,8 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process after its threads, exit functions and output, but without the interpreter's own cleanup.
+def exit_process(code: int) -> NoReturn:
+    """End this process: wait for threads, run exit functions and flush, but skip the interpreter's own cleanup.
 
     With torch loaded, that cleanup takes most of a second.
     """

@@ -1,4 +1,4 @@
-"""Reading files that are regular ones, never a pipe or a device, and the rows of a metrics.jsonl."""
+"""Reading of regular files, never of pipes or devices, and of the rows of a metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_regular(path: str | Path) -> None:
     a folder passes: opening it raises the usual error.
 
     Raises:
-        NotAFile: The path is none of file, folder and missing.
+        NotAFile: The path is a pipe, a socket or a device.
     """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         # Before opening: opening alone makes some devices do something, such as rewinding a tape.
@@ -40,11 +40,12 @@ def open_regular(path: str | Path) -> BinaryIO:
 def descriptor_of(path: str | Path) -> int:
     """The descriptor of a regular file, open for reading. The caller closes it. Errors as in `open_regular`."""
     check_regular(path)
-    # not to wait, should it have become a pipe meanwhile; a regular file does not know this flag
+    # O_NONBLOCK: the path may have become a pipe since the check, and opening a pipe
+    # would wait for a writer. The flag has no effect on a regular file.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
-        # Asked of the descriptor, which cannot be exchanged any more, and no longer of the name.
+        # The descriptor is tested, not the path: another process can exchange what the path names.
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         _refuse_irregular(mode, path)

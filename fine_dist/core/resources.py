@@ -1,7 +1,7 @@
 """Files that are shipped with the package: configs, the scripts in `slurm/` and the examples.
 
-They lie at the top level of the repository, where users read and edit them. `fine_dist/resources/` holds links to
-them, so that a wheel contains the same files and one function finds them in both.
+They are at the top level of the repository, where users read and edit them. `fine_dist/resources/` holds links to
+them, so that a wheel contains the same files and one function locates them in both.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def resource(name: str) -> Path:
 
 
 def shipped_config(path: str | Path) -> Path:
-    """A config file as the user named it, or the shipped one of that name where the user's folder has none.
+    """The path as given if that file exists, else the shipped config of the same name.
 
     So `--config configs/condense/dit_b.yaml` works in any folder after `pip install`.
     """
     given = Path(path)
     if given.exists() or given.is_absolute() or given.parts[:1] != ("configs",) or ".." in given.parts:
         return given
-    there = Path(str(resources.files("fine_dist"))) / "resources" / given
-    return there if there.is_file() else given
+    shipped = Path(str(resources.files("fine_dist"))) / "resources" / given
+    return shipped if shipped.is_file() else given

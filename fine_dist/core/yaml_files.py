@@ -1,4 +1,4 @@
-"""YAML 1.2 (core schema), read by a loader that builds nothing but plain values.
+"""YAML 1.2 (core schema), read by a loader that constructs plain values only.
 
 PyYAML implements version 1.1, in which `24:00:00` is the number 86400, `off` is false, `010` is 8 and `1e-4` is a text.
 Here these are a text, a text, 10 and a number. Merge keys (`<<`) of version 1.1 are kept.
@@ -29,7 +29,7 @@ _SCHEMA = {
     "float": (_FLOAT, list("-+.0123456789")),
     "merge": (re.compile(r"^<<$"), ["<"]),
 }
-"""What a plain scalar must look like to be no text, and the letters it may begin with; the first that fits counts."""
+"""Pattern and first letters of the plain scalars of each type. The first match decides; no match is a text."""
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} {error.strerror}; {remedy}") from None
     except OSError as error:
         raise ConfigError(f"config file {path}: {error.strerror}; {remedy}") from None
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # the path holds NUL or is not valid Unicode
         raise ConfigError(f"config file {path!r}: {error}; {remedy}") from None
     if len(raw) > MAX_CONFIG_BYTES:
         raise ConfigError(f"config file {path} is larger than {MAX_CONFIG_BYTES >> 20} MiB; {remedy}")
@@ -74,24 +74,24 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         values = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ConfigError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
+        position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ConfigError(f"{where} is not YAML: {error.problem or error.context}{position}") from None
     except _UNREADABLE as error:
         raise ConfigError(f"{where} is not YAML: {str(error).partition(chr(10))[0]}") from None
     except RecursionError:
-        raise ConfigError(f"{where}: values lie too deep inside each other to be a config") from None
+        raise ConfigError(f"{where}: values are nested too deeply for a config") from None
     # An empty file is a config without settings, hence all defaults.
     if not isinstance(values if values is not None else {}, dict):
         raise ConfigError(f"{where}: a mapping of keys to values is needed, not {type(values).__name__}")
     return values or {}
 
 
-def parse_word(word: str) -> Any:
-    """The value of a command line's word in YAML: a scalar, list or mapping. A word that is no YAML stays a text."""
+def parse_value(text: str) -> Any:
+    """The value of a command-line argument as YAML: a scalar, list or mapping. Text that is not YAML stays text."""
     try:
-        return yaml.load(word, Loader=_Loader)
+        return yaml.load(text, Loader=_Loader)
     except (*_UNREADABLE, RecursionError):
-        return word
+        return text
 
 
 def to_yaml(values: Any) -> str:
@@ -105,29 +105,27 @@ _UNREADABLE = (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeEr
 class _Loader(yaml.SafeLoader):
     """The safe loader under the core schema; it refuses a key that is given twice."""
 
-    # Emptied, so that none of version 1.1's rules remain; those of version 1.2 are added at the end of this file.
+    # Empty, to drop the rules of version 1.1; those of version 1.2 are added at the end of this file.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own name
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As PyYAML does, but two equal keys are an error; PyYAML silently keeps the last."""
+        """As in PyYAML, but a key that is given twice is an error; PyYAML silently keeps the last value."""
         seen: dict[Any, int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode) or key.tag.endswith(":merge"):
                 continue
-            # PyYAML keeps the last of two equal keys. In a long file
-            # that is a setting which was typed and has no effect.
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"key {key.value!r} is there twice, first in line {seen[key.value] + 1}; keep one",
+                    f"key {key.value!r} is given twice, first in line {seen[key.value] + 1}; keep one",
                     key.start_mark,
                 )
             seen[key.value] = key.start_mark.line
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: Any) -> int:
-        """A whole number: decimal also with leading zeros, octal as `0o17`, hexadecimal as `0x1f`."""
+        """An integer: decimal (leading zeros allowed), octal as `0o17`, or hexadecimal as `0x1f`."""
         text = str(self.construct_scalar(node))
         for prefix, base in (("0o", 8), ("0x", 16)):
             if text.startswith(prefix):

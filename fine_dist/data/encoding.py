@@ -12,7 +12,7 @@ import torch
 
 from fine_dist.core.config import dump_yaml, expand_path
 from fine_dist.core.errors import ConfigError, DataError
-from fine_dist.core.processes import rank_here
+from fine_dist.core.processes import current_rank
 from fine_dist.data.audit import Summary, verify
 from fine_dist.data.codecs import Autoencoder, Codec, Identity, TokenEncoder
 from fine_dist.data.encode_locks import EncodeJob, finished_manifest
@@ -177,7 +177,7 @@ def _encode(config: EncodeConfig, split: str, folder: Path, load_encoder: LoadEn
         raise ConfigError(f"kind: {codec.name} has no moments; legal with it: sample")
     if config.scaling_factor:
         codec.scaling_factor = config.scaling_factor
-    done = encode(source, codec, job, progress=rank_here()[0] == 0)
+    done = encode(source, codec, job, progress=current_rank()[0] == 0)
     rate = done.images / max(done.seconds, 1e-9)
     print(
         f"encode: {folder}: {done.manifest.count} samples in {len(done.manifest.shards)} shards, "
@@ -197,7 +197,7 @@ def _device(config: EncodeConfig) -> str:
         return "cpu"
     if not torch.cuda.is_available():
         raise ConfigError("device: cuda was asked for, but there is no GPU; use auto or cpu")
-    return f"cuda:{rank_here()[1] % torch.cuda.device_count()}"
+    return f"cuda:{current_rank()[1] % torch.cuda.device_count()}"
 
 
 def dry_run(config: EncodeConfig) -> list[str]:

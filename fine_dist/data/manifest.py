@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from fine_dist.core.config import shown
+from fine_dist.core.config import short_repr
 from fine_dist.core.errors import DataError
 from fine_dist.core.files import write_atomic
 from fine_dist.data.records import BLOCK, Layout, layout_of
@@ -192,8 +192,8 @@ class Manifest(_Model):
             at = f"{key}: " if key else ""
             message = first["msg"][0].lower() + first["msg"][1:]
             raise DataError(
-                f"{where}: not a manifest of latent shards: {at}{message} (got {shown(first['input'])}); encode again, "
-                "or write one with `fine-dist encode --index FOLDER`"
+                f"{where}: not a manifest of latent shards: {at}{message} (got {short_repr(first['input'])}); encode "
+                "again, or write one with `fine-dist encode --index FOLDER`"
             ) from None
         if math.prod(manifest.stored_shape) > MAX_NUMBERS:
             shape = "x".join(map(str, manifest.stored_shape))

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from fine_dist.core.config import shown
+from fine_dist.core.config import short_repr
 from fine_dist.data.records import BLOCK, LABEL, LABEL_DIGITS, LATENT
 
 PICKLES = ("pth", "pt", "pkl", "pickle", "pyd", "pyobj", "joblib")
@@ -234,7 +234,7 @@ def _parse_npy(header: bytes) -> tuple[tuple[int, ...], str] | str:
         return "the latent's .npy header is damaged"
     # Bounded before an array of this shape is allocated.
     if not all(0 <= side < 2**16 for side in shape) or len(shape) > 8 or dtype.itemsize > 64:
-        return f"the latent's .npy header says {shown(shape)}, which is no latent's shape"
+        return f"the latent's .npy header says {short_repr(shape)}, which is no latent's shape"
     if dtype.hasobject:
         return "the latent is a pickled object array, which is never read"
     if fortran and len(shape) > 1:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from fine_dist.core.errors import ConfigError, LaunchError, ReportedElsewhere
-from fine_dist.core.processes import rank_words, seconds_in
+from fine_dist.core.processes import rank_environment, seconds_from_env
 from fine_dist.engine.world import World, read_environment
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -150,15 +150,15 @@ def _join(joining: World, facts: dict[str, str]) -> None:
     """
     assert joining.master is not None
     host, _, port = joining.master.rpartition(":")
-    # For libraries that read the environment themselves (DeepSpeed, NCCL, diffusers).
-    variables = rank_words(joining.rank, joining.world_size, joining.local_rank, joining.local_size, host, port)
+    # Libraries that read the environment themselves (DeepSpeed, NCCL, diffusers) find the same values.
+    variables = rank_environment(joining.rank, joining.world_size, joining.local_rank, joining.local_size, host, port)
     for key, value in variables.items():
         # Values that a launcher or a user has set are not changed.
         os.environ.setdefault(key, value)
     if dist.is_initialized():  # Ray has created the process group
         _refuse_wrong_devices(gather_objects(facts, joining), joining)
         return
-    timeout = timedelta(seconds=seconds_in(os.environ, "FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S))
+    timeout = timedelta(seconds=seconds_from_env(os.environ, "FINE_DIST_COLLECTIVE_TIMEOUT_S", COLLECTIVE_TIMEOUT_S))
     try:
         # The store of the later process group is used here already; prefixes separate the keys.
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))

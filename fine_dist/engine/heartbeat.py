@@ -25,7 +25,7 @@ import torch.distributed
 from torch.distributed import TCPStore
 
 from fine_dist.core.errors import EXIT_USER_ERROR, FineDistError, ReportedElsewhere, ResumeLater, TrainingError
-from fine_dist.core.processes import seconds_in
+from fine_dist.core.processes import seconds_from_env
 from fine_dist.engine.dist import barrier, broadcast_object
 from fine_dist.engine.world import World
 
@@ -73,7 +73,7 @@ class Heartbeat:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.dead_after_s = seconds_in(os.environ, "FINE_DIST_DEAD_AFTER_S", DEAD_AFTER_S)
+        self.dead_after_s = seconds_from_env(os.environ, "FINE_DIST_DEAD_AFTER_S", DEAD_AFTER_S)
         self._keys = [f"heartbeat/{rank}" for rank in range(world.world_size)]
         self._watched = range(world.world_size) if world.is_main else range(1)
         self._last_change: dict[int, tuple[bytes, float]] = {}

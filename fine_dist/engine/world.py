@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fine_dist.core.errors import LaunchError
-from fine_dist.core.processes import derived_port, number_in
+from fine_dist.core.processes import derived_port, int_from_env
 
 if TYPE_CHECKING:
     import torch
@@ -45,21 +45,21 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
     `srun` step only: a batch script also has SLURM_PROCID=0, but it is one process whatever SLURM_NTASKS says.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size = number_in(env, "RANK"), number_in(env, "WORLD_SIZE", least=1)
-        local = number_in(env, "LOCAL_RANK", rank)
-        local_size = number_in(env, "LOCAL_WORLD_SIZE", number_in(env, "LOCAL_SIZE", size, least=1), least=1)
+        rank, size = int_from_env(env, "RANK"), int_from_env(env, "WORLD_SIZE", least=1)
+        local = int_from_env(env, "LOCAL_RANK", rank)
+        local_size = int_from_env(env, "LOCAL_WORLD_SIZE", int_from_env(env, "LOCAL_SIZE", size, least=1), least=1)
         master = f"{env.get('MASTER_ADDR', '127.0.0.1')}:{env.get('MASTER_PORT', '29500')}"
     elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        rank, size = number_in(env, "SLURM_PROCID"), number_in(env, "SLURM_STEP_NUM_TASKS", least=1)
-        local = number_in(env, "SLURM_LOCALID", 0)
+        rank, size = int_from_env(env, "SLURM_PROCID"), int_from_env(env, "SLURM_STEP_NUM_TASKS", least=1)
+        local = int_from_env(env, "SLURM_LOCALID", 0)
         # SLURM compresses the list, as in `4(x2),3`: the first count is this node's
         # only where nodes are filled evenly, which is what the launchers ask for.
         per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
-        local_size = number_in({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
+        local_size = int_from_env({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
         # Every rank computes the port from the same numbers, so nothing has to be exchanged before the ranks can meet.
         port = env.get("MASTER_PORT") or derived_port(
-            number_in(env, "SLURM_JOB_ID", 0), number_in(env, "SLURM_STEP_ID", 0)
+            int_from_env(env, "SLURM_JOB_ID", 0), int_from_env(env, "SLURM_STEP_ID", 0)
         )
         master = f"{host}:{port}"
     else:

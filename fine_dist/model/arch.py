@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from fine_dist.core.config import Config, Depth, shown, validate
+from fine_dist.core.config import Config, Depth, short_repr, validate
 from fine_dist.core.errors import ConfigError, nearest
 from fine_dist.core.limits import GIB, memory_bytes
 
@@ -89,7 +89,7 @@ class Arch(Config):
             value = {"name": value}
         if isinstance(value, dict) and "name" in value:
             if not isinstance(value["name"], str):
-                raise ValueError(f"name: a name such as DiT-B/2-L6 is needed, not {shown(value['name'])}")
+                raise ValueError(f"name: a name such as DiT-B/2-L6 is needed, not {short_repr(value['name'])}")
             rest = {key: item for key, item in value.items() if key != "name"}
             value = {**parse_name(value["name"]), **rest}
         # Before validation, because pydantic would fill in the default of another width.

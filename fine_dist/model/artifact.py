@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fine_dist.core.config import shown, validate
+from fine_dist.core.config import short_repr, validate
 from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.core.files import atomic_folder, library_write, sha256_of, sha256_text
 from fine_dist.core.json_files import read_json
@@ -116,15 +116,15 @@ def read_manifest(folder: str | Path) -> ArtifactManifest:
     manifest = read_json(path, ArtifactError, "copy the folder again, or make it again")
     if not isinstance(manifest, dict):
         raise ArtifactError(
-            f"{path}: a JSON object is needed, not {shown(manifest)}; the file is damaged or another program's"
+            f"{path}: a JSON object is needed, not {short_repr(manifest)}; the file is damaged or another program's"
         )
     if manifest.get("format") != FORMAT:
         raise ArtifactError(
-            f"{path}: format {shown(manifest.get('format'))} is not the {FORMAT} that this version reads"
+            f"{path}: format {short_repr(manifest.get('format'))} is not the {FORMAT} that this version reads"
         )
     for key, kind in _KEYS.items():
         if not isinstance(manifest.get(key), kind):
-            problem = f"is {shown(manifest[key])}" if key in manifest else "is missing"
+            problem = f"is {short_repr(manifest[key])}" if key in manifest else "is missing"
             raise ArtifactError(f"{path}: {key} {problem}, and a {kind.__name__} is needed: the file is damaged")
     if not isinstance(manifest["sha256"].get(TENSORS), str) or not all(map(_is_text, manifest["sha256"].values())):
         raise ArtifactError(f"{path}: there is no sha256 of {TENSORS}: the file is damaged; copy the folder again")

@@ -1,1 +1,1 @@
-"""What a job will need, before it starts: memory, time of a step, many processes."""
+"""Estimates of a job before it starts: memory, the time of a step, and scaling to many processes."""

@@ -1,4 +1,4 @@
-"""The device that estimates assume: one that `--for` names, or the one that the job will use as far as is known."""
+"""The device that estimates assume: the one that `--for` names, else the one that the job will most likely use."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ ASSUMED_TFLOPS = 120.0
 CORE_GFLOPS = 40.0
 """Assumed rate of one CPU core, in GFLOP/s of fp32."""
 UNKNOWN = "NVIDIA A100-SXM4-80GB"
-"""Accelerator that is assumed where none is known."""
+"""Accelerator that is assumed if none is known."""
 MEMORY_GIB = {
     "A10": 24, "A10G": 24, "A30": 24, "A40": 48, "A4000": 16, "A5000": 24, "A6000": 48, "B200": 180, "B300": 270,
     "GB200": 186, "GB300": 278, "GH200": 96, "H100": 80, "H100 NVL": 94, "H20": 96, "H200": 141, "H800": 80, "L4": 24,
     "L40": 48, "L40S": 48, "MI210": 64, "MI250": 64, "MI250X": 64, "MI300A": 128, "MI300X": 192, "MI325X": 256,
     "MI355X": 288, "RTX 3090": 24, "RTX 4090": 24, "RTX 5090": 32, "RTX 6000 Ada": 48, "T4": 16,
 }  # fmt: skip
-"""Memory of one device in GiB, where its driver's name does not say it; of MI250 and MI250X of each half."""
+"""Memory of one device in GiB, if the driver's name does not state it; for MI250 and MI250X, of each half."""
 _VENDOR = re.compile(r"NVIDIA (GeForce )?|AMD Instinct |Tesla ")
 
 
@@ -36,7 +36,7 @@ class DeviceModel:
     """The device of one process, as estimates assume it."""
 
     name: str
-    """What it is, for messages: `an H100`, `8 CPU cores`."""
+    """Name for messages: `an H100`, `8 CPU cores`."""
     flops_per_s: float
     """Training rate of one process in FLOP/s."""
     accelerator: bool
@@ -46,39 +46,39 @@ class DeviceModel:
 
     @property
     def rate(self) -> str:
-        """The rate in words: `124.8 TFLOP/s (an A100 at 40% of its peak)`."""
+        """The rate as text: `124.8 TFLOP/s (an A100 at 40% of its peak)`."""
         share = f" at {UTILIZATION:.0%} of its peak" if self.accelerator else ""
         return f"{self.flops_per_s / 1e12:.3g} TFLOP/s ({self.name}{share})"
 
 
-def device_for(wish: str | None, launch: LaunchConfig, engine: EngineConfig | None = None) -> DeviceModel:
+def device_for(spec: str | None, launch: LaunchConfig, engine: EngineConfig | None = None) -> DeviceModel:
     """The device that one process of a job will use.
 
     Args:
-        wish: Value of `--for`: `gpu:h100`, `cpu` or `cpu:16`. None: by the settings. A job that asks for accelerators
-            gets this machine's if it has one, else an A100 is assumed; any other job uses the CPU, or this machine's
-            accelerator where there is one.
+        spec: Value of `--for`: `gpu:h100`, `cpu` or `cpu:16`. None derives the device from the settings: a job that
+            requests accelerators gets this machine's, or an A100 if it has none; any other job uses this machine's
+            accelerator if it has one, else the CPU.
         launch: The `launch` settings of the job.
         engine: The `engine` settings of a stage that trains.
 
     Raises:
-        ConfigError: `--for` names no known device.
+        ConfigError: `--for` does not name a known device.
     """
     precision = engine.precision if engine else "bf16"
-    kind, _, name = (wish or "").partition(":")
-    if wish is not None and kind not in ("gpu", "cpu"):
-        raise ConfigError(f"--for {wish!r}: no such kind of device; legal: gpu:NAME, such as gpu:h100, cpu, cpu:CORES")
+    kind, _, name = (spec or "").partition(":")
+    if spec is not None and kind not in ("gpu", "cpu"):
+        raise ConfigError(f"--for {spec!r}: no such kind of device; legal: gpu:NAME, such as gpu:h100, cpu, cpu:CORES")
     if kind == "gpu":
-        return _accelerator(_known(name), precision)
+        return _accelerator(_driver_name(name), precision)
     if kind == "cpu":
         if name and not (name.isascii() and name.isdecimal() and int(name) > 0):
-            raise ConfigError(f"--for {wish!r}: a number of cores is needed after cpu: (got {name!r})")
+            raise ConfigError(f"--for {spec!r}: a number of cores is needed after cpu: (got {name!r})")
         return _cores(int(name) if name else num_cores())
     if not launch.gpus and engine is not None and engine.device == "cpu":
         return _cores(engine.threads or num_cores())
-    here = _here()
-    if here is not None:
-        return _accelerator(here, precision)
+    local = _local_accelerator()
+    if local is not None:
+        return _accelerator(local, precision)
     if launch.gpus or (engine is not None and engine.device == "cuda"):
         return _accelerator(UNKNOWN, precision)
     return _cores((engine.threads if engine else None) or max(launch.cpus, num_cores()))
@@ -90,35 +90,35 @@ def _cores(count: int) -> DeviceModel:
 
 
 def _accelerator(name: str, precision: str) -> DeviceModel:
-    """The model of a device, by its driver's name; one that no table has is taken for `UNKNOWN`."""
+    """The model of a device, by its driver's name; for a device in no table, that of `UNKNOWN`."""
     peak = PEAKS.get(name, PEAKS[UNKNOWN])
     tflops = getattr(peak, precision) or peak.fp32
     short = _VENDOR.sub("", name)
     size = re.search(r"(\d+)GB", short)
-    # The longest match, because A10 begins A100 and L4 begins L40S.
+    # The longest match, because A10 is a prefix of A100, and L4 of L40S.
     known = max((key for key in MEMORY_GIB if short.removeprefix("RTX ").startswith(key) or short.startswith(key)),
                 key=len, default="")  # fmt: skip
-    # the figure in a Grace Hopper's name is its host memory
+    # The number in the name of a Grace Hopper is its host memory.
     memory = int(size[1]) if size and not short.startswith("GH") else MEMORY_GIB.get(known, 0)
     article = "an" if short[0] in "AHLMR" else "a"
     return DeviceModel(f"{article} {short}", UTILIZATION * tflops * 1e12, True, memory * GIB or None)
 
 
-def _known(name: str) -> str:
-    """The driver's name of the first device in the table that a user's word begins, whatever its case."""
-    word = _plain(name)
+def _driver_name(name: str) -> str:
+    """The driver's name of the first device in the table that starts with the user's name for it, ignoring case."""
+    prefix = _alphanumeric(name)
     for known in PEAKS:
-        short = _plain(_VENDOR.sub("", known))
-        if word and (short.startswith(word) or short.removeprefix("rtx").startswith(word)):
+        short = _alphanumeric(_VENDOR.sub("", known))
+        if prefix and (short.startswith(prefix) or short.removeprefix("rtx").startswith(prefix)):
             return known
     legal = [_VENDOR.sub("", known) for known in PEAKS]
     raise ConfigError(f"--for gpu:{name}: no such accelerator is known; {nearest(name.upper(), legal)}")
 
 
-def _plain(name: str) -> str:
+def _alphanumeric(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _here() -> str | None:
+def _local_accelerator() -> str | None:
     """The driver's name of this machine's accelerator, or None."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None

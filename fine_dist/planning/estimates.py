@@ -1,4 +1,4 @@
-"""What a stage needs, estimated before it starts: the lines of `--dry-run`, and what `fine-dist plan` compares."""
+"""Estimates of a stage's memory, disk space and time, for `--dry-run` and `fine-dist plan`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stage_of(config: Config) -> Stage[Any] | None:
 
 @dataclass(frozen=True)
 class StageEstimate:
-    """A stage with the model that it would train, which tells what the stage takes."""
+    """Estimates of a stage from its settings and the model that it would train."""
 
     config: StageConfig
     plan: Blueprint
@@ -38,15 +38,17 @@ class StageEstimate:
         return self.config.engine.micro_batch or max(1, self.config.batch // world_size)
 
     def projector(self) -> Projector | None:
-        """REPA's projector and image encoder, where the loss has that term."""
+        """REPA's projector and image encoder, if the loss has that term."""
         if not self.config.loss.repa:
             return None
         return Projector(self.config.loss.repa_width, *encoder_facts(self.config))
 
     def memory(self, world_size: int, accelerator: bool = False) -> Memory:
-        """The memory of one process, with that of its teacher and of REPA's encoder and projector.
+        """The memory of one process, including its teacher and REPA's encoder and projector.
 
-        accelerator: Whether the process runs on a GPU.
+        Args:
+            world_size: Number of processes.
+            accelerator: Whether the process runs on a GPU.
         """
         micro, plan = self.micro_batch(world_size), self.plan
         cost = plan.method.cost(plan.model, micro)
@@ -65,22 +67,22 @@ class StageEstimate:
         )
 
     def disk_bytes(self) -> int:
-        """Disk space of checkpoints and results. A checkpoint holds the trained numbers, two moments and the EMA in
-        fp32, and while one is written there is one more than are kept."""
+        """Disk space in bytes of checkpoints and results. A checkpoint has the trained parameters, two moments and the
+        EMA in fp32; while one is written, there is one more than `keep_checkpoints`."""
         cost, projector = self.plan.method.cost(self.plan.model), self.projector()
         trained = cost.trained + (projector.numbers(self.plan.arch) if projector else 0)
         return 4 * trained * 4 * (self.config.engine.keep_checkpoints + 1) + 8 * cost.stored
 
     def step_flops(self) -> float:
-        """FLOPs of an update, all processes together."""
+        """FLOPs of one update, summed over all processes."""
         return train_flops(self.plan.arch) * self.config.batch
 
-    def device(self, wish: str | None = None) -> DeviceModel:
-        """The device of each process: of `--for`, or the one that the job will use, as far as is known."""
-        return device_for(wish, self.config.launch, self.config.engine)
+    def device(self, spec: str | None = None) -> DeviceModel:
+        """The device of each process: the one that `--for` names, or the one that the job will most likely use."""
+        return device_for(spec, self.config.launch, self.config.engine)
 
     def hours(self, device: DeviceModel, world_size: int) -> float:
-        """Duration of the stage on so many devices."""
+        """Duration of the stage in hours on `world_size` devices."""
         return self.step_flops() * self.config.steps / (device.flops_per_s * world_size) / 3600
 
 
@@ -96,28 +98,28 @@ def dry_run(config: StageConfig, plan: Blueprint | None, device: str | None = No
 
     Args:
         config: Settings of the stage.
-        plan: Its model, without memory for weights.
-        device: Value of `--for`. None: the device that the job will use, as far as is known.
+        plan: The model that it would train, on the meta device.
+        device: Value of `--for`. None: the device that the job will most likely use.
 
     Raises:
-        ConfigError: The model's shape is not known, or the device is not.
+        ConfigError: The shape of the model or the device is unknown.
     """
     if plan is None:
-        raise ConfigError("arch: what would be trained is not known yet")
+        raise ConfigError("arch: the model's shape is not known yet; give --arch, or create the parent first")
     needs = StageEstimate(config, plan)
     world_size = max(read_environment().world_size, config.launch.nodes * config.launch.processes)
     micro, flops, assumed = needs.micro_batch(world_size), needs.step_flops(), needs.device(device)
     cost = plan.method.cost(plan.model, micro)
     parts = ", ".join(f"{name} {count:,}" for name, count in count_by_role(plan.model).items())
     paths: Any = getattr(plan.model, "paths", None)
-    chosen = [f"compute paths at {micro} samples: {', '.join(map(' '.join, paths(micro).items()))}"] if paths else []
+    choices = ", ".join(map(" ".join, paths(micro).items())) if paths else ""
     return [
         dump_yaml(config).rstrip(),
         "",
-        f"model: {plan.arch.name}, {cost.stored:,} numbers ({parts}), {cost.trained:,} of them train",
-        *chosen,
+        f"model: {plan.arch.name}, {cost.stored:,} parameters ({parts}), {cost.trained:,} of them trained",
+        *([f"compute paths at {micro} samples: {choices}"] if paths else []),
         f"work: {config.steps:,} steps of {config.batch} samples, {flops / 1e12:.3g} TFLOP a step, "
-        f"{flops * config.steps / 1e15:,.3f} PFLOP in all",
+        f"{flops * config.steps / 1e15:,.3f} PFLOP in total",
         f"time: {needs.hours(assumed, world_size):.2g} h, if each of {world_size} processes does {assumed.rate}",
         f"memory of a process ({world_size} of them, micro-batch {micro}, {config.engine.backend}, "
         f"{config.engine.precision}):",

@@ -1,6 +1,6 @@
-"""Measurements of `benchmarks scale` and `plan --gloo` in real processes: collectives, shared cores, the engine's step.
+"""Timings for `benchmarks scale` and `plan --gloo` in real processes: collectives, shared cores, the engine's step.
 
-Every function here is called by all ranks of a world (`fine_dist.testing.run_distributed`) and gives plain values.
+All ranks call every function here (`fine_dist.testing.run_distributed`); the results are plain values.
 """
 
 from __future__ import annotations
@@ -34,37 +34,39 @@ from fine_dist.model.dit import DiT
 from fine_dist.planning.scaling_model import HOPS, SIZE, Collective, Link, counts
 
 SMALL, LARGE, BURST = 1 << 8, 1 << 20, 16
-"""Sizes of the two messages that a link is measured with, and the number of small ones in a row."""
+"""Values in the two messages that measure a link, and the number of small messages in a row."""
 WARMUP = 3
 """Warm-up steps of a run, which are not counted."""
-OFTEN = 10**9
+NEVER = 10**9
+"""Interval in steps of what a timed run does not do."""
 
 
 def measure(arch: str, micro: int, steps: int, kinds: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """One world's round: its links, its shared cores, and a short run of the engine of each (model, ZeRO stage).
+    """Time the links, a computation on shared cores, and a short run of the engine for each (model, ZeRO stage).
 
     Returns `links` {collective: [bytes/s, s]}, `kernel_s`, and `runs` {"model stage": medians of `Clock`'s parts}.
     """
     cores = sorted(os.sched_getaffinity(0))
-    # bound to a core, as schedulers bind a job's processes: else those that talk are drawn together onto one
+    # Each process is bound to a core, as schedulers do. Otherwise Linux tends to
+    # move processes that communicate onto one core.
     os.sched_setaffinity(0, {cores[int(os.environ.get("LOCAL_RANK", 0)) % len(cores)]})
     world = dist.world("cpu")
-    found: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world), "runs": {}}
+    times: dict[str, Any] = {"kernel_s": kernel_s(world), "links": links(world), "runs": {}}
     for model, stage in kinds:
-        found["runs"][f"{model} {stage}"] = run(world, Arch.model_validate_json(arch), model, stage, micro, steps)
-    return found
+        times["runs"][f"{model} {stage}"] = time_run(world, Arch.model_validate_json(arch), model, stage, micro, steps)
+    return times
 
 
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
 def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
-    """A link for each collective: its latency from a small message, its bandwidth from a large one."""
+    """[bytes/s, seconds of latency] of a hop for each collective, from a small and a large message."""
     if world.world_size == 1:
         return {}
 
     def call(kind: Collective, whole: torch.Tensor, part: torch.Tensor, times: int) -> None:
-        if kind == "all_gather":  # ZeRO-3 asks for all that it needs before it waits for any
+        if kind == "all_gather":  # ZeRO-3 starts several gathers before it waits for the first
             for handle in [td.all_gather_into_tensor(whole, part, async_op=True) for _ in range(times)]:
                 handle.wait()
             return
@@ -74,7 +76,7 @@ def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
             else:
                 td.reduce_scatter_tensor(part, whole)
 
-    found: dict[Collective, list[float]] = {}
+    measured: dict[Collective, list[float]] = {}
     for kind, round_trips in HOPS.items():
         seconds = {}
         for numbers, times in ((SMALL, BURST), (LARGE, 1)):
@@ -83,28 +85,28 @@ def links(world: World, rounds: int = 9) -> dict[Collective, list[float]]:
             def body(k: Collective = kind, w: torch.Tensor = whole, p: torch.Tensor = part, n: int = times) -> None:
                 call(k, w, p, n)
 
-            seconds[numbers] = median([together(world, body) for _ in range(rounds)][2:]) / times
+            seconds[numbers] = median([slowest_rank_s(world, body) for _ in range(rounds)][2:]) / times
         hops = round_trips * (world.world_size - 1)
         moved = hops * SIZE * (LARGE - SMALL) / world.world_size
-        # From the difference of two sizes, in which the latency cancels.
-        found[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
-    return found
+        # The bandwidth is computed from the difference of two sizes, in which the latency cancels.
+        measured[kind] = [moved / max(seconds[LARGE] - seconds[SMALL], 1e-9), seconds[SMALL] / hops]
+    return measured
 
 
-def together(world: World, body: Callable[[], object]) -> float:
+def slowest_rank_s(world: World, body: Callable[[], object]) -> float:
     """Seconds from a barrier until the last rank has ended."""
     dist.barrier(world)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     body()
-    # The slowest rank's: a collective is over for the engine when it is over for all.
-    seconds = torch.tensor([time.perf_counter() - begun], dtype=torch.float64)
+    # The maximum over ranks, because the engine continues when the collective has ended on all.
+    seconds = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
     return float(dist.all_reduce_max(seconds, world))
 
 
 def kernel_s(world: World, rounds: int = 15) -> float:
     """Seconds of a fixed computation that all ranks do at once: products and passes over memory, as a block has them.
 
-    Over one process's, it says how much slower a process computes while the others of its node do.
+    Divided by the seconds of a single process, it is the slowdown by the other processes of the node.
     """
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(256, 128, generator=generator), torch.randn(128, 512, generator=generator) / 12
@@ -114,14 +116,14 @@ def kernel_s(world: World, rounds: int = 15) -> float:
             hidden = torch.nn.functional.gelu(torch.nn.functional.layer_norm(x, (128,)) @ w)
             hidden @ w.T
 
-    return median([together(world, body) for _ in range(rounds)][3:])
+    return median([slowest_rank_s(world, body) for _ in range(rounds)][3:])
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
-class MadeUpStream:
-    """The same noise as every batch; rank r of P takes every P-th sample."""
+class NoiseStream:
+    """A stream whose batches are the same noise; rank r of P has every P-th sample."""
 
     def __init__(self, arch: Arch, micro: int, world: World) -> None:
         generator = torch.Generator().manual_seed(world.rank)
@@ -141,50 +143,54 @@ class Clock:
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = [{}]
-        self._begun: float | None = None
+        self._start: float | None = None
 
     def timed(self, part: str, body: Callable[..., Any]) -> Callable[..., Any]:
         """Run `body` and count its seconds as a part of the current step."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             result = body(*args, **kwargs)
             row = self.rows[-1]
-            row[part] = row.get(part, 0.0) + time.perf_counter() - begun
+            row[part] = row.get(part, 0.0) + time.perf_counter() - start
             return result
 
         return call
 
     def next(self) -> None:
-        """Begin a step."""
+        """Start the next step."""
         now = time.perf_counter()
-        if self._begun is not None:
-            self.rows[-1]["step"] = now - self._begun
+        if self._start is not None:
+            self.rows[-1]["step"] = now - self._start
             self.rows.append({})
-        self._begun = now
+        self._start = now
 
     def medians(self) -> dict[str, float]:
-        """Seconds of the complete steps, without the first ones."""
+        """Median seconds of each part over complete steps, without the warm-up."""
         rows = [row for row in self.rows if "step" in row][WARMUP:]
         return {part: median([row.get(part, 0.0) for row in rows]) for part in rows[0]}
 
 
-def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int) -> dict[str, float]:
-    """A run of the engine, all its parts as they are, on made-up latents: medians of the parts of its steps.
+def time_run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int) -> dict[str, float]:
+    """Run the engine on latents of noise; returns median seconds of the parts of its steps, and the model's sizes.
 
-    Parts: forward, backward, step (all of it), `numbers` (AdamW and the EMA), `joined` (what the plain backend copies
-    around its all-reduce), `trained` numbers in so many `tensors`, `small` of them in so many `small_tensors`.
+    The keys are `forward`, `backward`, `step` (the whole step), `numbers` (AdamW and the EMA), `joined` (copies of the
+    plain backend around its all-reduce), and the four counts of `scaling_model.counts`.
 
     Args:
-        model: `dense`, or `learngene`: what stage 1 trains.
-        stage: Of ZeRO; 0 is the plain backend.
+        world: The processes.
+        arch: Shape of the model.
+        model: `dense`, or `learngene` for the module that stage 1 trains.
+        stage: Stage of ZeRO; 0 is the plain backend.
+        micro: Samples of a process.
+        steps: Number of steps.
     """
     generator = torch.Generator().manual_seed(0)
     module = (
         DiT(arch, generator=generator) if model == "dense" else build(CONDENSES).condense(arch, None, generator).module
     )
-    never = dict.fromkeys(("checkpoint_every", "log_every", "eval_every", "preview_every"), OFTEN)
-    settings = EngineConfig(**never, peak_tflops=1)  # a CPU's peak would be measured
+    never = dict.fromkeys(("checkpoint_every", "log_every", "eval_every", "preview_every"), NEVER)
+    settings = EngineConfig(**never, peak_tflops=1)  # otherwise the CPU's peak would be measured
     if stage:
         settings = settings.model_copy(
             update={"backend": "deepspeed", "deepspeed": settings.deepspeed.model_copy(update={"stage": stage})}
@@ -193,10 +199,10 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
     facts = dict(zip(("trained", "tensors", "small", "small_tensors"), map(float, counts(trained))))
     clock = Clock()
     program = Program(
-        module, clock.timed("forward", Objective(DiffusionConfig(), arch, 0)), MadeUpStream(arch, micro, world)
+        module, clock.timed("forward", Objective(DiffusionConfig(), arch, 0)), NoiseStream(arch, micro, world)
     )
 
-    # The engine's own loop and no copy of it, so that whatever the loop does is in the measured step.
+    # A subclass of the engine's loop, so that the measured step contains all that the loop does.
     class Timed(Run):
         def next_batch(self, batches: Any) -> tuple[Any, float]:
             clock.next()
@@ -208,21 +214,23 @@ def run(world: World, arch: Arch, model: str, stage: int, micro: int, steps: int
     folder = dist.broadcast_object(tempfile.mkdtemp(prefix="fine_dist-scale-") if world.is_main else "", world)
     with (
         RunDir(Path(folder) / "run").open("benchmark", {}, world) as run_dir,
-        Stopper(run_dir, None, world.is_main) as asked,
+        Stopper(run_dir, None, world.is_main) as stopper,
     ):
-        made = Timed(program, steps, micro * world.world_size, OptimConfig(), settings, run_dir, 0, model, world, asked)
-        backend: Backend = made.backend
+        run = Timed(
+            program, steps, micro * world.world_size, OptimConfig(), settings, run_dir, 0, model, world, stopper
+        )
+        backend: Backend = run.backend
         backend.backward = clock.timed("backward", backend.backward)  # type: ignore[method-assign]
         optimizer: Any = backend.optimizer  # type: ignore[attr-defined]
         optimizer.step = clock.timed("numbers", optimizer.step)
-        made.ema.update = clock.timed("numbers", made.ema.update)  # type: ignore[method-assign]
-        made.train()
-        made.monitor.close()
+        run.ema.update = clock.timed("numbers", run.ema.update)  # type: ignore[method-assign]
+        run.train()
+        run.monitor.close()
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)
     return {**clock.medians(), **facts, "joined": 0.0}
 
 
-def as_links(found: dict[Collective, list[float]]) -> dict[Collective, Link]:
-    """The result of `links` as links of the model."""
-    return {kind: Link(*values) for kind, values in found.items()}
+def as_links(measured: dict[Collective, list[float]]) -> dict[Collective, Link]:
+    """The result of `links` as links of `scaling_model`."""
+    return {kind: Link(*values) for kind, values in measured.items()}

@@ -1,4 +1,4 @@
-"""From a config and a request of `plan --scale` to predictions: parts measured or read, links as stated."""
+"""Predictions of `plan --scale` for a config, from measured or given parts of a step and the stated network."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ ANCESTOR = "its ancestor"
 
 @dataclass(frozen=True)
 class ScalingPrediction:
-    """Predictions by label, the parts that they were made from, and both as lines of text."""
+    """Predictions by label, the timings they are based on, and a description."""
 
     series: dict[str, list[Prediction]]
     parts: dict[str, Parts]
     measured: str
-    words: list[str]
+    notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """JSON values; `--parts` reads them back."""
-        made = [
+        rows = [
             {
                 "label": label,
                 **asdict(p),
@@ -51,51 +51,58 @@ class ScalingPrediction:
             for p in predictions
         ]
         parts = {label: step_timing.as_json(each) for label, each in self.parts.items()}
-        return {"measured": self.measured, "parts": parts, "words": self.words, "predictions": made}
+        return {"measured": self.measured, "parts": parts, "words": self.notes, "predictions": rows}
 
 
-def answer(
-    config: Config, asked: ScalingRequest, file: str | None,
+def predict_scaling(
+    config: Config, request: ScalingRequest, file: str | None,
     network_of: Callable[[int], tuple[Network, float]] | None = None,
 ) -> ScalingPrediction:  # fmt: skip
     """Predict a stage's step for every number of processes.
 
     Args:
-        file: Parts of an earlier measurement; none: they are measured here and now.
-        network_of: Links between so many processes and how much slower each computes, measured; none: as stated.
+        config: Config of a stage that trains one model.
+        request: What to predict, and the network.
+        file: Parts of an earlier measurement. None: they are measured now.
+        network_of: Measures the network of a number of processes and their slowdown. None: as in the request.
+
+    Raises:
+        ConfigError: The stage trains no single model, its shape is unknown, or the batch cannot be divided.
     """
     stage = stage_of(config)
     if stage is None:
-        raise ConfigError("--scale: predicts a stage that trains one model (condense, train); this config is another's")
+        raise ConfigError(
+            "--scale: predicts stages that train one model (condense, train), and this config is for another"
+        )
     plan: Blueprint | None = stage.blueprint()
     settings: StageConfig = stage.config
     if plan is None:
-        raise ConfigError("arch: what would be trained is not known yet")
-    if asked.gloo:
-        torch.set_num_threads(1)  # as each of the local processes has it
-    launched = settings.launch.nodes * settings.launch.processes
-    divided = shares(settings.batch, settings.engine.micro_batch, launched, asked.processes, asked.hold)
+        raise ConfigError("arch: the model's shape is not known yet; give --arch, or create the parent first")
+    if request.gloo:
+        torch.set_num_threads(1)  # as in each of the local processes
+    num_processes = settings.launch.nodes * settings.launch.processes
+    micro_batches = shares(settings.batch, settings.engine.micro_batch, num_processes, request.processes, request.hold)
     models = _models(settings, plan)
-    parts, measured = _measured(settings, models, max(micro for micro, _ in divided.values()), file)
-    threads = torch.get_num_threads() if asked.cores else 1
-    series: dict[str, list[Prediction]] = {f"{label}, {_name(s)}": [] for label in models for s in asked.stages}
+    parts, measured = _measured(settings, models, max(micro for micro, _ in micro_batches.values()), file)
+    threads = torch.get_num_threads() if request.cores else 1
+    series: dict[str, list[Prediction]] = {f"{label}, {_name(s)}": [] for label in models for s in request.stages}
     gathered = 0.5 if settings.engine.gather_dtype == "bf16" else 1.0
-    for processes in asked.processes:
-        network, slowdown = (network_of or (lambda p: _stated(asked, p, threads)))(processes)
+    for processes in request.processes:
+        network, slowdown = (network_of or (lambda p: _stated(request, p, threads)))(processes)
         for label in models:
-            for zero in asked.stages:
-                made = predict(
-                    parts[label], zero, network, processes, *divided[processes],
-                    overlap=asked.overlap, slowdown=slowdown, gathered=gathered,
+            for zero in request.stages:
+                prediction = predict(
+                    parts[label], zero, network, processes, *micro_batches[processes],
+                    overlap=request.overlap, slowdown=slowdown, gathered=gathered,
                 )  # fmt: skip
-                needed = _memory(settings, plan, label, zero, processes, divided[processes][0])
-                series[f"{label}, {_name(zero)}"].append(replace(made, memory_bytes=needed))
-    words = _words(asked, plan.arch.name, parts, measured, network_of is not None)
-    return ScalingPrediction(series, parts, measured, words)
+                memory = _memory(settings, plan, label, zero, processes, micro_batches[processes][0])
+                series[f"{label}, {_name(zero)}"].append(replace(prediction, memory_bytes=memory))
+    notes = _notes(request, plan.arch.name, parts, measured, network_of is not None)
+    return ScalingPrediction(series, parts, measured, notes)
 
 
 def _name(sharding: Sharding) -> str:
-    """A series in words."""
+    """The name of a way of sharding, as a label."""
     return "FSDP2" if sharding == FSDP2 else f"ZeRO-{sharding}"
 
 
@@ -108,34 +115,34 @@ def _memory(config: StageConfig, plan: Blueprint, label: str, sharding: Sharding
     engine = config.engine.model_copy(update=changes)
     if label != ANCESTOR:
         return StageEstimate(config.model_copy(update={"engine": engine}), plan).memory(processes).total
-    of = plan.teacher or plan.arch
+    arch = plan.teacher or plan.arch
     with torch.device("meta"):
-        groups = groups_of(DiT(of))
-    numbers = of.count()
+        groups = groups_of(DiT(arch))
+    num_params = arch.count()
     return estimate(
-        of,
+        arch,
         engine,
         micro_batch=micro,
         world_size=processes,
-        num_params=numbers,
-        num_trained=numbers,
+        num_params=num_params,
+        num_trained=num_params,
         groups=groups,
     ).total
 
 
-def _stated(asked: ScalingRequest, processes: int, threads: int) -> tuple[Network, float]:
-    here = min(processes, asked.per_node)
-    return asked.network, max(1.0, here * threads / asked.cores) if asked.cores else 1.0
+def _stated(request: ScalingRequest, processes: int, threads: int) -> tuple[Network, float]:
+    on_node = min(processes, request.per_node)
+    return request.network, max(1.0, on_node * threads / request.cores) if request.cores else 1.0
 
 
 def _models(config: StageConfig, plan: Blueprint) -> dict[str, tuple[Arch, Callable[[], nn.Module]]]:
     """The model that the stage trains and, for a learngene, the dense ancestor that it replaces."""
     if not isinstance(config, CondenseConfig):
         return {plan.arch.name: (plan.arch, lambda: DiT(plan.arch))}
-    of = plan.teacher or plan.arch
+    ancestor = plan.teacher or plan.arch
     return {
         f"{plan.method.label} stage 1": (plan.arch, lambda: plan.method.blueprint(plan.arch)),
-        ANCESTOR: (of, lambda: DiT(of)),
+        ANCESTOR: (ancestor, lambda: DiT(ancestor)),
     }
 
 
@@ -143,56 +150,58 @@ def _measured(
     config: StageConfig, models: dict[str, tuple[Arch, Callable[[], nn.Module]]], micro: int, file: str | None
 ) -> tuple[dict[str, Parts], str]:
     if file:
-        found, where = step_timing.read(file)
-        if missing := [label for label in models if label not in found]:
-            raise ConfigError(f"--parts {file}: has nothing of {missing[0]!r}; it was made for {', '.join(found)}")
-        return found, f"{where}, given by {file}"
+        saved, origin = step_timing.read(file)
+        if missing := [label for label in models if label not in saved]:
+            raise ConfigError(f"--parts {file}: {missing[0]!r} is not in the file, which has {', '.join(saved)}")
+        return saved, f"{origin}, given by {file}"
     device = pick_device(config.engine.device)
-    parts, words = {}, ""
+    parts, how = {}, ""
     for label, (arch, make) in models.items():
         log.info("measuring a step of %s on this %s ...", label, device.type)
-        parts[label], words = step_timing.measure(make(), arch, config.engine, config.optim, micro, device)
+        parts[label], how = step_timing.measure(make(), arch, config.engine, config.optim, micro, device)
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return parts, f"measured here: {words}{threads}, {config.engine.precision}"
+    return parts, f"measured here: {how}{threads}, {config.engine.precision}"
 
 
-def _words(asked: ScalingRequest, name: str, parts: dict[str, Parts], measured: str, gloo: bool) -> list[str]:
-    """How the figures were obtained."""
-    (g_in, g_out), (us_in, us_out) = asked.gigabytes_per_s, asked.microseconds
+def _notes(request: ScalingRequest, name: str, parts: dict[str, Parts], measured: str, gloo: bool) -> list[str]:
+    """Lines that state how the predictions were obtained."""
+    (g_in, g_out), (us_in, us_out) = request.gigabytes_per_s, request.microseconds
     stated = (
-        "links: measured between local gloo processes, as is how much slower each computes beside the others"
+        "links: measured between local gloo processes, as is the slowdown of each by the others"
         if gloo
-        else f"links, as stated: {g_in:g} GB/s and {us_in:g} us inside a node of {asked.per_node}, {g_out:g} GB/s and "
-        f"{us_out:g} us between nodes; ring collectives"
+        else f"links, as stated: {g_in:g} GB/s and {us_in:g} us inside a node of {request.per_node}, {g_out:g} GB/s "
+        f"and {us_out:g} us between nodes; ring collectives"
     )
-    held = "a process's share of the batch" if asked.hold == "process" else "the whole batch"
-    hides = f"{asked.overlap:.0%} of a pass's time"
-    found = [f"{name}; parts {measured}", stated, f"held fixed: {held}; communication may hide behind {hides}"]
-    if FSDP2 in asked.stages:
-        found.append("engine.compile: by default on a GPU with the plain backend alone; true: with ZeRO and FSDP2 too")
-    if asked.cores:
-        found.append(f"{min(asked.per_node, max(asked.processes))} processes of a node share {asked.cores} cores")
+    constant = "the batch per process" if request.hold == "process" else "the whole batch"
+    share = f"{request.overlap:.0%} of a pass's time"
+    notes = [f"{name}; parts {measured}", stated, f"constant: {constant}; communication may overlap with {share}"]
+    if FSDP2 in request.stages:
+        notes.append("engine.compile: by default on a GPU with the plain backend alone; true: with ZeRO and FSDP2 too")
+    if request.cores:
+        notes.append(f"{min(request.per_node, max(request.processes))} processes of a node share {request.cores} cores")
     counts = {label: each.trained for label, each in parts.items()}
     if len(counts) > 1:
-        (ours, few), (theirs, many) = counts.items()
-        found.append(f"{ours} sums {few:,} numbers a step, {theirs} {many:,}: {many / few:.1f} times as many")
-    return found
+        (name, few), (other, many) = counts.items()
+        notes.append(f"{name} reduces {few:,} gradients per step, {other} {many:,}: {many / few:.1f} times as many")
+    return notes
 
 
 def shares(
     batch: int, micro: int | None, start: int, processes: Sequence[int], hold: str
 ) -> dict[int, tuple[int, int]]:
-    """(micro-batch, accumulation) of each number of processes. `ConfigError` for a share that cannot be divided.
+    """(micro-batch, accumulation) of each number of processes. `ConfigError` if a batch cannot be divided.
 
     Args:
-        batch: Global batch of the config, over `start` processes.
-        hold: `process` keeps the share of each process, so that the batch grows with P; `batch` keeps the global
-            batch.
+        batch: Global batch of the config, divided over `start` processes.
+        micro: Micro-batch of the config. None: not set.
+        start: Number of processes of the config.
+        processes: Numbers of processes to predict for.
+        hold: `process` keeps the batch per process, so that the global batch grows; `batch` keeps the global batch.
     """
     if hold == "process":
         return dict.fromkeys(processes, divide_batch(batch, micro, start))
-    found = {}
+    divided = {}
     for p in processes:
         local = batch // p
-        found[p] = divide_batch(batch, micro if micro and local and local % micro == 0 else None, p)
-    return found
+        divided[p] = divide_batch(batch, micro if micro and local and local % micro == 0 else None, p)
+    return divided

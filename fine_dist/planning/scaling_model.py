@@ -1,24 +1,24 @@
 """The time of a step on P processes, predicted from its parts on one: the model behind `fine-dist plan --scale`.
 
-P processes, k micro-batches of b samples a process and step, n numbers that train; what travels is fp32, 4 bytes each.
+P processes, k micro-batches of b samples per process and step, n trained parameters; messages are fp32, 4 bytes each.
 
-    compute   s (k (forward(b) + backward(b)) + fixed + n-work)      n-work (AdamW, EMA): whole, or 1/P under ZeRO
-    ring      all-reduce      2 (P - 1) (a + m / (P B))              m bytes, a seconds a hop, B bytes/s a process
+    compute   s (k (forward(b) + backward(b)) + fixed + n-work)      n-work (AdamW, EMA): all, or 1/P under ZeRO
+    ring      all-reduce      2 (P - 1) (a + m / (P B))              m bytes, a seconds per hop, B bytes/s
               all-gather        (P - 1) (a + m / (P B))              reduce-scatter is the same
-    step      compute + communication - what is hidden behind the passes
+    step      compute + communication - communication that overlaps with the passes
 
-(ring: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) A ring over
-several nodes crosses the slowest link at every hop, so that link's a and B count. s >= 1 is how much slower a process
-computes while all of a node do, such as four on two cores.
+(ring: Patarasu and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) All
+hops of a ring advance together, so a and B are those of the slowest link. s >= 1 is the slowdown of a process by the
+others of its node, such as four on two cores.
 
-What is sent is what the engine sends, counted in `tests/planning/test_scale.py`:
+The messages are those of the engine, which `tests/planning/test_scale.py` counts:
 
-    ZeRO-0 (plain)  all-reduces of n in buckets, while the backward pass runs
-    ZeRO-1          all-reduces of n in buckets, once a step; an all-gather of the n updated weights
+    ZeRO-0 (plain)  all-reduces of n in buckets during the backward pass
+    ZeRO-1          all-reduces of n in buckets, once per step; an all-gather of the n updated weights
     ZeRO-2          the same, but gradients are summed for every micro-batch
-    ZeRO-3          an all-gather of n for every micro-batch, again in the backward pass of what was not kept (more than
-                    `LIVE` numbers are not), and a reduce-scatter of n; tensors of at most `PERSISTENT` numbers are
-                    gathered once instead, after the update
+    ZeRO-3          an all-gather of n for every micro-batch, in the backward pass again of what exceeds `LIVE`
+                    parameters, and a reduce-scatter of n; tensors of at most `PERSISTENT` values are gathered once
+                    instead, after the update
     FSDP2           for every micro-batch an all-gather of the root's parameters and of each block's, again of each
                     block's in the backward pass, frozen ones too (in bf16: half the bytes), and a reduce-scatter of n,
                     a message for each block and the root
@@ -44,11 +44,11 @@ Sharding: TypeAlias = int | str
 FSDP2 = "fsdp2"
 STAGES: tuple[Sharding, ...] = (0, 1, 2, 3, FSDP2)
 SIZE = 4
-"""Bytes of each number sent: gradients and weights are fp32 in every precision."""
+"""Bytes of each value that is sent: gradients and weights are fp32 in every precision."""
 
 
 PERSISTENT = 100_000
-"""Maximum size of a tensor that ZeRO-3 does not partition: DeepSpeed's default."""
+"""Maximum number of values of a tensor that ZeRO-3 does not partition: DeepSpeed's default."""
 
 
 class Affine(NamedTuple):
@@ -75,16 +75,16 @@ class Parts:
     trained: int
     """Number of trained parameters."""
     tensors: int = 1
-    """Number of their tensors; ZeRO-3 gathers each by itself where messages are not grouped."""
+    """Number of their tensors; ZeRO-3 gathers each separately if messages are not grouped."""
     small: int = 0
-    """Numbers of them in tensors of at most `PERSISTENT`."""
+    """Number of trained parameters in tensors of at most `PERSISTENT` values."""
     small_tensors: int = 0
     groups: Groups | None = None
-    """What fsdp2 gathers together; None (a file of an earlier version): all that trains, in one group."""
+    """Groups that fsdp2 gathers. None, as in files of an earlier version: all trained parameters in one group."""
 
 
 def counts(trained: Sequence[Any]) -> tuple[int, int, int, int]:
-    """Of parameters that train: numbers, tensors, and both of those of at most `PERSISTENT` numbers."""
+    """(values, tensors) of trained parameters, and the same for tensors of at most `PERSISTENT` values."""
     sizes = [p.numel() for p in trained]
     small = [size for size in sizes if size <= PERSISTENT]
     return sum(sizes), len(sizes), sum(small), len(small)
@@ -101,9 +101,12 @@ class Link(NamedTuple):
 class Network:
     """Nodes of `per_node` processes, and the links of a ring over them.
 
-    inside, between: of a process inside its node, and of a node to the next (the ring leaves each node once).
-    measured:        a link for each collective, in place of both; for the number of processes it was measured at.
-    grouped:         whether the messages of one bucket share their latency (NCCL's groups) or follow each other (gloo).
+    Attributes:
+        inside: Link of a process inside its node.
+        between: Link from a node to the next; a ring leaves each node once.
+        per_node: Processes per node.
+        measured: A link for each collective, which replaces both for the number of processes that was measured.
+        grouped: Whether messages of one bucket share their latency (NCCL's groups) or follow each other (gloo).
     """
 
     inside: Link
@@ -118,25 +121,25 @@ class Network:
             return self.measured[kind]
         if processes <= self.per_node:
             return self.inside
-        # All hops of a ring go in step, so each lasts as long as
-        # its slowest, even where one hop in eight leaves the node.
+        # All hops of a ring advance together, so each takes as long as the
+        # slowest, even if only one in eight leaves the node.
         bandwidth = min(self.inside.bytes_per_s, self.between.bytes_per_s)
         return Link(bandwidth, max(self.inside.latency_s, self.between.latency_s))
 
 
 class Message(NamedTuple):
-    """`times` collectives that move `numbers` between them, in one step."""
+    """`times` collectives in a step, which together move `numbers` values."""
 
     kind: Collective
     numbers: float
     times: int
     behind: Literal["forward", "backward"] | None = None
-    """The pass that it can overlap with, where the backend does that."""
+    """The pass with which the backend can overlap it. None: it does not overlap."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One step of P processes; a step's batch is P * micro * accumulation."""
+    """A step of P processes, whose batch is P * micro * accumulation samples."""
 
     processes: int
     stage: Sharding
@@ -151,7 +154,7 @@ class Prediction:
     alone_s: float
     """Time of a single process's step over the same number of samples."""
     memory_bytes: float = 0.0
-    """Memory of a process; 0 where it was not asked for."""
+    """Memory of a process in bytes; 0: not computed."""
 
     @property
     def step_s(self) -> float:
@@ -175,11 +178,11 @@ class Prediction:
 def messages(
     stage: Sharding, parts: Parts, accumulation: int, grouped: bool = True, gathered: float = 1.0
 ) -> list[Message]:
-    """The messages of the engine in a step (see the head of this file), without those of a few bytes.
+    """The messages of the engine in a step (see the head of this file), except those of a few bytes.
 
     Args:
         grouped: Whether messages of one bucket share their latency.
-        gathered: Bytes of a gathered number, over `SIZE`: 0.5 where fsdp2 gathers bf16.
+        gathered: Bytes of a gathered value divided by `SIZE`: 0.5 if fsdp2 gathers bf16.
     """
     if stage == FSDP2:
         groups, k = parts.groups or Groups(1, parts.trained, 0, 1, False), accumulation
@@ -192,32 +195,35 @@ def messages(
     if stage == 0:
         return [Message("all_reduce", n, max(1, math.ceil(SIZE * n / BUCKET_BYTES)), "backward")]
     if stage in (1, 2):
-        # ZeRO-2 keeps only its share of the gradients between micro-batches, so it must reduce each one's at once.
+        # ZeRO-2 stores only its share of the gradients, so it reduces them after every micro-batch.
         times = accumulation if stage == 2 else 1
         return [Message("all_reduce", n * times, buckets * times, "backward"), Message("all_gather", n, 1)]
-    found = [Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward")]
+    sent = [Message("reduce_scatter", n * accumulation, buckets * accumulation, "backward")]
     if parts.small:
-        found.append(Message("all_gather", parts.small, 1 if grouped else parts.small_tensors))
+        sent.append(Message("all_gather", parts.small, 1 if grouped else parts.small_tensors))
     if large := n - parts.small:
         gathers = max(1, math.ceil(large / BUCKET)) if grouped else parts.tensors - parts.small_tensors
-        found.append(Message("all_gather", large * accumulation, gathers * accumulation, "forward"))
-        # What stays within LIVE is still gathered from the forward pass and needs no second gathering.
-        if again := max(0, large - LIVE):
-            share = max(1, round(gathers * again / large))
-            found.append(Message("all_gather", again * accumulation, share * accumulation, "backward"))
-    return found
+        sent.append(Message("all_gather", large * accumulation, gathers * accumulation, "forward"))
+        # Up to LIVE parameters stay gathered after the forward pass; only the rest is gathered again.
+        if released := max(0, large - LIVE):
+            share = max(1, round(gathers * released / large))
+            sent.append(Message("all_gather", released * accumulation, share * accumulation, "backward"))
+    return sent
 
 
 def predict(
     parts: Parts, stage: Sharding, network: Network, processes: int, micro: int, accumulation: int = 1, *,
     overlap: float = 0.0, slowdown: float = 1.0, gathered: float = 1.0,
 ) -> Prediction:  # fmt: skip
-    """One step of `processes`, of which each takes `accumulation` micro-batches of `micro` samples.
+    """Predict a step of `processes`, each of which computes `accumulation` micro-batches of `micro` samples.
 
     Args:
-        overlap: Share (0 to 1) of a pass's seconds that communication may run beside.
-        slowdown: How much slower a process computes while the others of its node do.
-        gathered: As of `messages`.
+        parts: Timings of a step of a single process.
+        stage: Way of sharding.
+        network: Links between the processes.
+        overlap: Share (0 to 1) of a pass's time with which communication may overlap.
+        slowdown: Factor by which the other processes of its node slow a process down.
+        gathered: As in `messages`.
     """
     if stage not in STAGES:
         raise ConfigError(f"ZeRO stage {stage}: legal: {', '.join(map(str, STAGES))}")
@@ -227,55 +233,55 @@ def predict(
     compute = slowdown * (sum(passes.values()) + parts.fixed_s + parts.per_number_s * share)
     total, sent, hideable = 0.0, 0.0, {"forward": 0.0, "backward": 0.0}
     if processes > 1:
-        # and the loop's own few words, in which ranks agree on the loss
-        words = Message("all_reduce", 4.0 * (1 + processes), 1)
-        for message in [*messages(stage, parts, accumulation, network.grouped, gathered), words]:
+        # The loop's own small all-reduce, in which ranks agree on the loss.
+        losses = Message("all_reduce", 4.0 * (1 + processes), 1)
+        for message in [*messages(stage, parts, accumulation, network.grouped, gathered), losses]:
             seconds = ring_s(message, network, processes)
             total += seconds
             sent += HOPS[message.kind] * (processes - 1) / processes * SIZE * message.numbers
             if message.behind:
                 hideable[message.behind] += seconds
-    # Communication hides only behind its own pass, and never behind more of it than there is.
+    # Communication overlaps only with its own pass, and for no longer than the given share of it.
     hidden = sum(min(hideable[name], overlap * slowdown * passes[name]) for name in passes)
     return Prediction(processes, stage, micro, accumulation, compute, total, hidden, sent, alone)
 
 
 def ring_s(message: Message, network: Network, processes: int) -> float:
-    """Seconds of a message over a ring: hops of latency, and a P-th of its bytes at every hop."""
+    """Seconds of a message over a ring: at every hop the latency and the time of a P-th of its bytes."""
     link = network.link(message.kind, processes)
     hops = HOPS[message.kind] * (processes - 1)
     return hops * (message.times * link.latency_s + SIZE * message.numbers / processes / link.bytes_per_s)
 
 
-# --- what is asked for -----------------------------------------------------------------------------------------------
+# --- the request -----------------------------------------------------------------------------------------------------
 
 GLOO_PROCESSES = 16
-"""Local processes that links are measured between, at most."""
+"""Maximum number of local processes for measurements of links."""
 
 
 @dataclass(frozen=True)
 class ScalingRequest:
-    """What is predicted, and what is stated of the machines."""
+    """What to predict, and what the user states about the machines."""
 
     processes: tuple[int, ...]
     stages: tuple[Sharding, ...] = STAGES
     hold: str = "process"
     per_node: int = 8
     gigabytes_per_s: tuple[float, float] = (150.0, 25.0)
-    """Of a process inside its node, and between nodes."""
+    """GB/s of a process inside its node, and between nodes."""
     microseconds: tuple[float, float] = (5.0, 15.0)
     overlap: float = 0.0
     cores: int | None = None
-    """Cores of a node, which its processes share; none: each has its own device."""
+    """Cores of a node, which its processes share. None: each process has its own device."""
     gloo: bool = False
 
     def check(self) -> None:
-        """`ConfigError` for what no machine has."""
+        """Raise `ConfigError` for an impossible value."""
         for flag, values in (("scale", self.processes), ("per-node", (self.per_node,)), ("cores", (self.cores or 1,))):
             if low := [value for value in values if value < 1]:
                 raise ConfigError(f"--{flag}: {low[0]}; give 1 or more")
         if len(set(self.processes)) < len(self.processes):
-            raise ConfigError(f"--scale: {' '.join(map(str, self.processes))}: a number of processes is given twice")
+            raise ConfigError(f"--scale: {' '.join(map(str, self.processes))}: a number is given twice; give each once")
         if unknown := [stage for stage in self.stages if stage not in STAGES]:
             raise ConfigError(f"--zero: {unknown[0]}; legal: {', '.join(map(str, STAGES))}")
         for flag, pair, least in (("bandwidth", self.gigabytes_per_s, 1e-9), ("latency", self.microseconds, 0.0)):
@@ -285,12 +291,12 @@ class ScalingRequest:
             raise ConfigError(f"--overlap: {self.overlap:g}; give a share of the passes, from 0 to 1")
         if self.gloo and max(self.processes) > GLOO_PROCESSES:
             raise ConfigError(
-                f"--gloo: measures between local processes, {GLOO_PROCESSES} at most (got {max(self.processes)}); "
-                "for more, state --bandwidth and --latency"
+                f"--gloo: measures at most {GLOO_PROCESSES} local processes (got {max(self.processes)}); "
+                "for more, give --bandwidth and --latency"
             )
 
     @property
     def network(self) -> Network:
-        """The links as stated."""
+        """The network with the stated links."""
         inside, between = (Link(g * 1e9, us * 1e-6) for g, us in zip(self.gigabytes_per_s, self.microseconds))
         return Network(inside, between, self.per_node)

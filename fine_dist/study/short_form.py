@@ -18,7 +18,7 @@ from fine_dist.core.errors import ConfigError, RunDirError
 from fine_dist.core.files import write_atomic
 from fine_dist.core.json_files import Record, read_record
 from fine_dist.core.logs import duration
-from fine_dist.core.yaml_files import load_yaml, parse_word
+from fine_dist.core.yaml_files import load_yaml, parse_value
 from fine_dist.data.settings import DataConfig
 from fine_dist.data.sources import locate
 from fine_dist.methods import SCRATCH, from_manifest
@@ -119,7 +119,7 @@ def _change(text: str) -> dict[str, Any]:
     key, equals, word = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text!r} is not KEY=VALUE, such as --set seeds=[0] or --set steps.N=100")
-    value: Any = parse_word(word)
+    value: Any = parse_value(word)
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from fine_dist.core import logs
-from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.processes import free_port, rank_environment
 
 _QUIET = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "DS_LOG_LEVEL": "error", "TQDM_DISABLE": "1"}
 
@@ -41,7 +41,7 @@ class Ranks:
         self._pipes: list[Connection] = []
         for rank in range(world_size):
             receiver, sender = context.Pipe(duplex=False)
-            torchrun_variables = rank_words(rank, world_size, rank, world_size, "127.0.0.1", port)
+            torchrun_variables = rank_environment(rank, world_size, rank, world_size, "127.0.0.1", port)
             variables = {**_QUIET, **torchrun_variables, **(env or {})}
             log = str(logs / f"rank{rank}.log") if logs else None
             process = context.Process(target=_rank, args=(fn, args, variables, sender, log), daemon=True)

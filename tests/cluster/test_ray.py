@@ -85,7 +85,7 @@ def test_tasks_at_the_same_time_never_share_an_accelerator_though_their_workers_
 
 def test_what_no_node_has_is_refused_where_no_autoscaler_could_add_it(ray, tmp_path):
     done = ray.python(TOY, "--run-dir", tmp_path, "--launch.gpus", 3, check=False)
-    assert done.returncode == 2 and "1 processes, the nodes hold 0 of (CPU 1, GPU 3)" in done.stderr
+    assert done.returncode == 2 and "1 processes, the nodes run 0 of (CPU 1, GPU 3)" in done.stderr
     assert not list(tmp_path.glob("starts-*"))
 
 

@@ -42,7 +42,7 @@ def test_a_preempted_script_saves_and_goes_on_when_the_urgent_job_is_over(
     assert slurm.ends(other, 90) == "COMPLETED"
     assert slurm.ends(job, 120) == "COMPLETED"
     log = (run_dir / "logs" / f"condense-{job}.log").read_text()
-    assert "SIGUSR1" in log and "back into the queue" in log
+    assert "SIGUSR1" in log and "saved; requeued" in log
     assert digest(run_dir) == undisturbed
 
 
@@ -76,7 +76,7 @@ def test_a_cancelled_job_saves_stays_cancelled_and_the_same_command_continues_it
     slurm.run("scancel", job)
     assert slurm.ends(job) == "CANCELLED"
     logs = "".join(path.read_text() for end in ("log", "out") for path in run_dir.glob(f"logs/**/*.{end}"))
-    assert "stopped: signal 15" in logs and "back into the queue" not in logs
+    assert "stopped: signal 15" in logs and "saved; requeued" not in logs
     assert starts(run_dir) == 1
     again = submit(slurm, TOY, run_dir, "--sleep-first-s", 300)
     assert slurm.ends(again) == "COMPLETED" and starts(run_dir) == 2

@@ -22,13 +22,10 @@ from fine_dist.core.arguments import parse
 from fine_dist.core.config import load
 from fine_dist.core.yaml_files import load_yaml
 from fine_dist.model.artifact import load_artifact
+from tests.commands.conftest import ARCH, data
 from tests.conftest import inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-ARCH = [
-    *("--arch.hidden-size", "32", "--arch.num-layers", "3", "--arch.num-heads", "4", "--arch.in-channels", "1"),
-    *("--arch.input-size", "8", "--arch.num-classes", "10", "--arch.no-learn-sigma"),
-]
 FAST = [
     "--steps",
     "6",
@@ -41,10 +38,6 @@ FAST = [
     "--engine.device",
     "cpu",
 ]
-
-
-def data(shards: Path) -> list[str]:
-    return ["--data.shards", str(shards / "train"), "--data.held-out", str(shards / "held_out")]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from fine_dist.__main__ import main as fine_dist
 from fine_dist.core.regular_files import read_rows
 from fine_dist.launchers.state_table import StateTable
 from fine_dist.model.artifact import load_artifact
-from tests.commands.test_commands import ARCH, FAST, data
+from tests.commands.conftest import ARCH, data
+from tests.commands.test_commands import FAST
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,8 +153,8 @@ def test_an_interrupted_command_says_what_is_true_of_its_run(six, digit_shards, 
 
     family = tmp_path / "family"
     words = ["init", *data(digit_shards), "--run-dir", str(family), "--parent", str(six), "--depths", "2"]
-    assert fine_dist(words) == 130 and "nothing was begun yet" in capsys.readouterr().err
+    assert fine_dist(words) == 130 and "nothing was started yet" in capsys.readouterr().err
     table = StateTable(family)
     table.add(["L2", "L3"])
     table.finish("L2", "done")
-    assert fine_dist(words) == 130 and "1 of 2 targets are done and stay so" in capsys.readouterr().err
+    assert fine_dist(words) == 130 and "1 of 2 targets are done" in capsys.readouterr().err

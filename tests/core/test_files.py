@@ -15,7 +15,7 @@ import pytest
 from fine_dist.core.errors import NotAFile
 from fine_dist.core.files import atomic_file, atomic_folder, sha256_of, sync_disk, umask, write_atomic
 from fine_dist.core.locks import locked, try_lock
-from fine_dist.core.processes import derived_port, free_ports, rank_words
+from fine_dist.core.processes import derived_port, free_ports, rank_environment
 from fine_dist.core.regular_files import check_regular, last_row, open_regular, read_bytes, read_rows, read_text
 from fine_dist.core.temp_files import remove_stale_temp_files
 from fine_dist.launchers.torchrun import exit_code
@@ -128,7 +128,7 @@ def test_ports_are_different_when_free_and_alike_when_derived():
 
 
 def test_a_rank_is_told_in_torchruns_words():
-    words = rank_words(3, 8, 1, 2, "n1", 29400)
+    words = rank_environment(3, 8, 1, 2, "n1", 29400)
     assert json.dumps(words) == json.dumps({
         "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "LOCAL_SIZE": "2",
         "MASTER_ADDR": "n1", "MASTER_PORT": "29400",

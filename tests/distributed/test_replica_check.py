@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fine_dist.core.errors import ReportedElsewhere, TrainingError
-from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.processes import free_port, rank_environment
 from fine_dist.engine import dist, replica_check
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.model.artifact import load_artifact, save_artifact
@@ -39,7 +39,7 @@ def test_a_decomposition_on_mixed_processors_is_made_once(tmp_path, digit_shards
     port = free_port()
     ranks = []
     for rank in range(2):
-        env = {**os.environ, **rank_words(rank, 2, rank, 2, "127.0.0.1", port), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, **rank_environment(rank, 2, rank, 2, "127.0.0.1", port), "OMP_NUM_THREADS": "1"}
         env |= {"TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT), **(OTHER_PROCESSOR if rank else {})}
         ranks.append(subprocess.Popen(words, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     said = [process.communicate(timeout=200)[0] for process in ranks]

@@ -120,6 +120,6 @@ def test_the_whole_estimate_is_what_a_real_run_takes_at_dit_s(tmp_path):
     _, peak, numbers = done.stdout.split()[-3:]
     a = arch("DiT-S/2", learn_sigma=False)
     counts = {"micro_batch": 4, "world_size": 1, "num_params": int(numbers), "num_trained": int(numbers)}
-    promised = estimate(a, EngineConfig(), shows=False, **counts)
+    promised = estimate(a, EngineConfig(), evaluates=False, **counts)
     # On a CPU the accelerator's memory and the host's are one. 15%: the allocator's slack, temporaries of a product.
     assert int(peak) == pytest.approx(promised.total + promised.host, rel=0.15)

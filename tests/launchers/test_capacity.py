@@ -12,10 +12,9 @@ import pytest
 from fine_dist.core.errors import LaunchError
 from fine_dist.core.limits import GIB
 from fine_dist.core.settings import LaunchConfig
-from fine_dist.launchers import launcher as launcher_module
-from fine_dist.launchers import machine
+from fine_dist.launchers import launch_target, machine
 from fine_dist.launchers.entry import check, launch
-from fine_dist.launchers.launcher import register
+from fine_dist.launchers.launch_target import register
 from fine_dist.launchers.local import LocalLauncher
 from fine_dist.launchers.machine import Accelerators
 from fine_dist.launchers.prepare import make_spec, tasks_of
@@ -66,7 +65,7 @@ def test_a_launcher_of_another_package_registers_itself_and_is_chosen_by_its_aff
         def affinity(cls, needs):
             return 99
 
-    monkeypatch.setattr(launcher_module, "_registered", [*launcher_module._registered])
+    monkeypatch.setattr(launch_target, "_registered", [*launch_target._registered])
     register(Batch)
     targets.cache_clear()
     try:
@@ -200,9 +199,9 @@ create_package(sys.argv[1], pathlib.Path(sys.argv[2]), include_gitignore={gitign
 
 
 def test_the_code_of_this_checkout_is_far_below_what_ray_takes():
-    from fine_dist.launchers.preflight import upload
+    from fine_dist.launchers.preflight import check_upload
 
-    found = upload("fine_dist.init")
+    found = check_upload("fine_dist.init")
     assert found.level == "ok", found.text
 
 

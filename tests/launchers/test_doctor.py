@@ -8,7 +8,8 @@ import pytest
 
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.doctor import main
-from fine_dist.launchers.doctor import Report, _lock, diagnose
+from fine_dist.launchers.diagnosis import diagnose
+from fine_dist.launchers.probes import Report, _lock
 
 GOOD = {
     "token": "t", "cores": 4, "memory_bytes": 8 * 2**30, "devices": 1, "seen": True, "lock": "held", "link": "ok",

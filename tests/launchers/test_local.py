@@ -21,7 +21,7 @@ from fine_dist.launchers.launcher import joint_code
 from fine_dist.launchers.local import Here, LocalLauncher
 from fine_dist.launchers.prepare import make_spec
 from fine_dist.launchers.ray_jobs import RayJobs
-from fine_dist.launchers.ray_train import RayLauncher
+from fine_dist.launchers.ray_launcher import RayLauncher
 from fine_dist.launchers.registry import pick
 from fine_dist.launchers.slurm_steps import StepLauncher
 from fine_dist.launchers.slurm_submitit import SlurmLauncher
@@ -232,11 +232,11 @@ def test_fifty_trivial_tasks_take_at_most_ten_seconds(tmp_path, capsys):
 def test_a_process_that_leaves_keeps_its_promises_and_its_code():
     script = """
 import atexit, threading, time
-from fine_dist.core.processes import leave
+from fine_dist.core.processes import exit_process
 atexit.register(print, "exit function")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
 print("body")
-leave(7)
+exit_process(7)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.split("\n"), done.stderr) == (7, ["body", "thread", "exit function", ""], "")

@@ -13,7 +13,7 @@ from fine_dist.data.settings import DataConfig
 from fine_dist.engine.settings import EngineConfig
 from fine_dist.launchers import preflight as preflight_module
 from fine_dist.launchers.machine import local_capacity
-from fine_dist.launchers.preflight import file_system, preflight, refuse, weigh
+from fine_dist.launchers.preflight import check_code_size, file_system, preflight, refuse
 from fine_dist.launchers.prepare import make_spec
 from fine_dist.launchers.spec import Finding
 from fine_dist.plan import main
@@ -93,7 +93,7 @@ def test_an_objection_can_be_turned_into_a_warning(caplog):
 
 
 def test_code_too_large_to_upload_lists_its_largest_files():
-    found = weigh({"a.py": 10, "big/data.json": 90 * 2**20, "mid.json": 20 * 2**20})
+    found = check_code_size({"a.py": 10, "big/data.json": 90 * 2**20, "mid.json": 20 * 2**20})
     assert found.level == "stop"
     lines = found.text.splitlines()[1:]
     assert [line.split()[-1] for line in lines] == ["big/data.json", "mid.json", "a.py"]
@@ -117,7 +117,7 @@ def test_the_command_tells_the_stage_from_the_config(tmp_path, capsys):
     path.parent.mkdir()
     path.write_text(f"run_dir: {tmp_path}/run\nloss: {{output: 0.5}}\nancestor: models/none\n")
     assert main(["--config", str(path), "--launcher", "local"]) == 2
-    assert "ancestor models/none is not there" in capsys.readouterr().out
+    assert "ancestor models/none does not exist" in capsys.readouterr().out
     other = tmp_path / "y.yaml"
     other.write_text(f"run_dir: {tmp_path}/run\nancestor: models/none\nancestor_licence: MIT\n")
     assert main(["--config", str(other), "--launcher", "local"]) == 2

@@ -14,7 +14,7 @@ from fine_dist.launchers import slurm_queue, slurm_submitit
 from fine_dist.launchers.prepare import make_spec
 from fine_dist.launchers.sbatch import sbatch_flags
 from fine_dist.launchers.site import SlurmSite
-from fine_dist.launchers.slurm_queue import job_states, limits, scheduler_words
+from fine_dist.launchers.slurm_queue import job_states, limits, scheduler_message
 from fine_dist.launchers.slurm_steps import _counts
 from fine_dist.launchers.slurm_submitit import SlurmLauncher
 from fine_dist.launchers.spec import Capacity
@@ -210,8 +210,8 @@ def test_without_slurm_the_message_says_where_to_go(monkeypatch, tmp_path):
 
 def test_only_the_schedulers_words_are_shown():
     text = "Traceback (most recent call last):\n  x\nsbatch: error: invalid partition specified: a\nsbatch: error: b\n"
-    assert scheduler_words(text) == "sbatch: error: invalid partition specified: a; sbatch: error: b"
-    assert scheduler_words("odd") == "odd"
+    assert scheduler_message(text) == "sbatch: error: invalid partition specified: a; sbatch: error: b"
+    assert scheduler_message("odd") == "odd"
 
 
 def test_compressed_counts_are_read():

@@ -65,7 +65,7 @@ def test_communication_hides_behind_no_more_than_the_share_of_the_pass_that_is_s
         min(0.5 * 0.024, ring_s(messages(2, PARTS, 1)[0], network, 8))
     )
     assert some.step_s == pytest.approx(seen.step_s - some.hidden_s)
-    # what is gathered after the update has no pass to hide behind
+    # what is gathered after the update has no pass to overlap with
     endless = predict(Parts(**{**vars(PARTS), "backward": Affine(1e9, 0.0)}), 2, network, 8, 1, overlap=1.0)
     assert endless.communication_s - endless.hidden_s > ring_s(messages(2, PARTS, 1)[1], network, 8)
     plain = predict(PARTS, 0, network, 8, 1, overlap=1.0)
@@ -235,7 +235,7 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
     ("flags", "words"),
     [
         (["--scale", "0"], "--scale: 0; give 1 or more"),
-        (["--scale", "8", "8"], "a number of processes is given twice"),
+        (["--scale", "8", "8"], "a number is given twice"),
         (["--scale", "8", "--zero", "4"], "--zero: 4; legal: 0, 1, 2, 3, fsdp2"),
         (["--scale", "8", "--zero", "fsdp3"], "--zero: fsdp3; legal: 0, 1, 2, 3, fsdp2"),
         (["--scale", "8", "--bandwidth", "0", "25"], "--bandwidth: 0; give two numbers above 0"),
@@ -246,7 +246,7 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
         (["--scale", "8", "--out", "curve.txt"], "--out curve.txt: a picture's name ends in one of .png, .svg, .pdf"),
         (["--scale", "8", "--parts", "no.json"], "--parts no.json: No such file"),
         (["--scale", "64", "--hold", "batch"], "global batch 16 cannot be divided over 64"),
-        (["--overlap", "0.5"], "--overlap: belongs to --scale P"),
+        (["--overlap", "0.5"], "--overlap: needs --scale P"),
     ],
 )
 def test_a_wrong_flag_is_one_message(config, flags, words, capsys):
@@ -257,7 +257,7 @@ def test_a_wrong_flag_is_one_message(config, flags, words, capsys):
 def test_parts_of_another_model_and_a_config_of_no_training_stage_are_refused(config, tmp_path, capsys):
     (tmp_path / "odd.json").write_text('{"measured": "there", "parts": {}}')
     assert main([*config, "--scale", "8", "--parts", str(tmp_path / "odd.json")]) == 2
-    assert "has nothing of 'FINE stage 1'" in capsys.readouterr().err
+    assert "'FINE stage 1' is not in the file" in capsys.readouterr().err
     (tmp_path / "odd.json").write_text("[1]")
     assert main([*config, "--scale", "8", "--parts", str(tmp_path / "odd.json")]) == 2
     assert "not what `plan --scale P --json` prints" in capsys.readouterr().err

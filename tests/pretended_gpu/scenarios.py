@@ -360,7 +360,7 @@ def peak_memory(kind: str, arch: str, batch: int, **engine: Any) -> dict[str, An
         config,
         micro_batch=batch,
         world_size=1,
-        shows=False,
+        evaluates=False,
         kept=model_cost(model, batch).saved_for_backward,
         **counts,
     )

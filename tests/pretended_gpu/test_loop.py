@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fine_dist.core.processes import free_port, rank_words
+from fine_dist.core.processes import free_port, rank_environment
 from tests.pretended_gpu.worker import Worker
 
 LAUNCHES_A_LAYER = {"dense": 80, "joint": 135, "sigma": 96}
@@ -68,7 +68,7 @@ def test_the_peak_of_a_run_is_within_15_percent_of_the_estimate(gpu: Worker, kin
 def test_collectives_of_two_ranks_stay_on_one_kind_of_device_and_gradients_never_visit_the_host(gpu, tmp_path) -> None:
     """Real ranks meet over gloo; on a GPU the same calls go to NCCL by the device of their tensors."""
     port = free_port()
-    ranks = [Worker(rank_words(rank, 2, rank, 2, "127.0.0.1", port)) for rank in range(2)]
+    ranks = [Worker(rank_environment(rank, 2, rank, 2, "127.0.0.1", port)) for rank in range(2)]
     try:
         for rank in ranks:
             rank.start("loop_of_two_ranks", folder=str(tmp_path))
