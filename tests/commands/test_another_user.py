@@ -23,6 +23,7 @@ LOOKING = """
 import json, os, sys
 from pathlib import Path
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from fine_dist.__main__ import main
 from fine_dist import condense, evaluate, init, sample, status, train
 from fine_dist.evaluation import evaluator

@@ -75,7 +75,7 @@ def resumed(folder: str) -> tuple[int, int, list[float]]:
     """Files that this rank hashed, tensors that it read whole, and sums of the weights and moments that it has then."""
     of_two_nodes()
     toy_fit(folder, ToyConfig(steps=2))
-    counts = {"verify": 0, "whole": 0}
+    counts = {"verify": 0, "read_full": 0}
     for name in counts:
         body = getattr(CheckpointReader, name)
 
@@ -94,7 +94,7 @@ def resumed(folder: str) -> tuple[int, int, list[float]]:
 
     PlainBackend.load = loading  # type: ignore[method-assign]
     toy_fit(folder, ToyConfig(steps=3))
-    return counts["verify"], counts["whole"], states
+    return counts["verify"], counts["read_full"], states
 
 
 def test_the_first_rank_of_each_node_reads_and_hashes_and_its_node_gets_the_same(tmp_path: Path) -> None:

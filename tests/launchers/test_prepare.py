@@ -110,7 +110,7 @@ def test_a_task_that_another_process_runs_is_left_to_it(tmp_path, capsys):
     with StateTable(tmp_path).claim(["t"]):
         words = [sys.executable, "-m", "fine_dist.worker", str(spec.save(tmp_path / "job.json"))]
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 76 and "another process runs this task" in done.stderr
+    assert done.returncode == 76 and "another live process runs this task" in done.stderr
 
 
 def test_the_worker_answers_a_wrong_call_and_a_broken_job_with_one_message(tmp_path):

@@ -189,8 +189,8 @@ def test_a_job_that_only_the_accounting_believes_in_is_lost_after_a_while(fake, 
     job = launcher.submit(jobs[0])
     assert launcher.status(job) == "running"
     monkeypatch.setattr(slurm_submitit, "LOST_AFTER_S", -1.0)
-    launcher._next_look = 0.0
-    assert launcher.status(job) == "failed" and "forgotten" in job.reason
+    launcher._next_poll = 0.0
+    assert launcher.status(job) == "failed" and "does not know it" in job.reason
 
 
 def test_a_controller_that_is_away_for_a_moment_is_asked_again(fake, monkeypatch):

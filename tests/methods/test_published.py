@@ -25,7 +25,7 @@ def test_a_published_config_says_what_it_would_train(name, depth, numbers, weigh
     stage = CondenseStage(load(CondenseConfig, f"configs/condense/{name}.yaml"))
     plan = stage.blueprint()
     text = "\n".join(dry_run(stage.config, plan))
-    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in text
+    assert f"model: DiT-B/2-L{depth}, {numbers:,} parameters" in text
     assert stage.weights == weights and stage.imitates == bool(weights.output)
     assert "dry run: nothing was done" in text and "GiB" in text
     assert (plan.teacher is not None) == stage.imitates

@@ -35,7 +35,7 @@ def test_stage_1_of_a_pool_is_its_anchors_and_their_maps(name, depth, maps, weig
     stage = CondenseStage(load(CondenseConfig, f"configs/condense/{name}.yaml"))
     plan = stage.blueprint()
     numbers = sum(named("DiT-B/2", num_layers=depth, **fields).count() for fields in ANCHORS) + maps
-    assert f"model: DiT-B/2-L{depth}, {numbers:,} numbers" in "\n".join(dry_run(stage.config, plan))
+    assert f"model: DiT-B/2-L{depth}, {numbers:,} parameters" in "\n".join(dry_run(stage.config, plan))
     assert stage.weights == weights and stage.imitates == bool(weights.output)
     assert len(all_routes(3, depth)) == routes
 

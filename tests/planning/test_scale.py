@@ -242,8 +242,8 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
         (["--scale", "8", "--latency", "-1", "2"], "--latency: -1"),
         (["--scale", "8", "--overlap", "1.5"], "--overlap: 1.5; give a share"),
         (["--scale", "8", "--per-node", "0"], "--per-node: 0; give 1 or more"),
-        (["--scale", "32", "--gloo"], "--gloo: measures between local processes, 16 at most"),
-        (["--scale", "8", "--out", "curve.txt"], "--out curve.txt: a picture's name ends in one of .png, .svg, .pdf"),
+        (["--scale", "32", "--gloo"], "--gloo: measures at most 16 local processes"),
+        (["--scale", "8", "--out", "curve.txt"], "--out curve.txt: the name of a figure ends in one of .png, .svg, .pdf"),
         (["--scale", "8", "--parts", "no.json"], "--parts no.json: No such file"),
         (["--scale", "64", "--hold", "batch"], "global batch 16 cannot be divided over 64"),
         (["--overlap", "0.5"], "--overlap: needs --scale P"),
@@ -263,7 +263,7 @@ def test_parts_of_another_model_and_a_config_of_no_training_stage_are_refused(co
     assert "not what `plan --scale P --json` prints" in capsys.readouterr().err
     (tmp_path / "init.yaml").write_text("depths: [2]\n")
     assert main(["--stage", "init", "--config", str(tmp_path / "init.yaml"), "--scale", "8"]) == 2
-    assert "predicts a stage that trains one model" in capsys.readouterr().err
+    assert "predicts stages that train one model" in capsys.readouterr().err
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------

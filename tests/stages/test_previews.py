@@ -84,7 +84,7 @@ def test_settings_and_scores_are_a_row_of_tensorboards_table(plain):
     (["--quick.every", "2"], "quick.metrics"),
     (["--quick.every", "2", "--quick.metrics", "fid"], "features.inception"),
     (["--quick.every", "2", "--quick.metrics", "held_out_loss"], "eval_every"),
-    (["--vae", "nowhere"], "pictures, not latents"),
+    (["--vae", "nowhere"], "images, not latents"),
 ])  # fmt: skip
 def test_what_cannot_be_looked_at_is_refused_before_anything_is_written(more, words, digit_shards, tmp_path, capsys):
     assert words in refused(train(digit_shards, tmp_path / "t", *more), capsys)
