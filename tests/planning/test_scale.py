@@ -243,7 +243,10 @@ def test_the_command_predicts_both_models_at_every_stage_and_reads_its_own_parts
         (["--scale", "8", "--overlap", "1.5"], "--overlap: 1.5; give a share"),
         (["--scale", "8", "--per-node", "0"], "--per-node: 0; give 1 or more"),
         (["--scale", "32", "--gloo"], "--gloo: measures at most 16 local processes"),
-        (["--scale", "8", "--out", "curve.txt"], "--out curve.txt: the name of a figure ends in one of .png, .svg, .pdf"),
+        (
+            ["--scale", "8", "--out", "curve.txt"],
+            "--out curve.txt: the name of a figure ends in one of .png, .svg, .pdf",
+        ),
         (["--scale", "8", "--parts", "no.json"], "--parts no.json: No such file"),
         (["--scale", "64", "--hold", "batch"], "global batch 16 cannot be divided over 64"),
         (["--overlap", "0.5"], "--overlap: needs --scale P"),
