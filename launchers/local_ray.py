@@ -28,6 +28,7 @@ SETTINGS = {
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_health_check_failure_threshold": "3",
     "RAY_health_check_period_ms": "1000",
+    "RAY_worker_niceness": "0",  # Ray's own is 15: any other process of this machine would leave workers almost no CPU
     "RAY_memory_monitor_refresh_ms": "0",  # the machine's memory is not this cluster's
 }
 HEAD = "127.0.0.2"
