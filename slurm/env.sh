@@ -200,7 +200,7 @@ requeue() {
         echo "saved; continues as job $(RESUBMITTED=$((restarts + 1)) resubmit) (restart $((restarts + 1)) of at most $MAX_RESTARTS)"
         exit 75
     fi
-    echo "saved; back into the queue (restart $((restarts + 1)) of at most $MAX_RESTARTS)"
+    echo "saved; requeued (restart $((restarts + 1)) of at most $MAX_RESTARTS)"
     scontrol requeue "$SELF"
     exit 75
 }
