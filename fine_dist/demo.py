@@ -1,4 +1,4 @@
-"""`python -m fine_dist demo`: the whole method on the embedded digits, as a study of four minutes.
+"""`python -m fine_dist demo`: the whole method on the embedded digits, as a study of about five minutes.
 
 An ancestor is trained and condensed; models of two depths start from the learngene, beside pruning and training from
 scratch; samples and losses are compared. Every part is the ordinary command of its name, run as a job, and the same

@@ -245,6 +245,12 @@ def test_configs_methods_and_jobs_are_read_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_a_stage_starts_without_diffusers():
+    """It loads all of torch.compile, seconds that every process of a job would pay; drawing and exporting import it."""
+    code = "import sys, fine_dist.stages.condense, fine_dist.stages.train; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("command", ["", *NAMES])
 def test_help_answers_within_a_second(command):
     module = f"fine_dist.{command.replace('-', '_')}" if command else "fine_dist"

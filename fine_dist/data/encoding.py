@@ -70,14 +70,14 @@ def run(config: EncodeConfig, load_encoder: LoadEncoder = no_encoder) -> Path:
 def _splits(config: EncodeConfig) -> tuple[str, ...]:
     if config.codec == "identity" and config.kind == "moments":
         raise ConfigError("kind: identity has no moments; legal with it: sample")
-    if config.codec != "identity" and (digits_side(config.source) or config.source.startswith(IDX)):
+    if config.codec != "identity" and config.is_small_gray:
         raise ConfigError("codec: digits and idx files are small gray images, which no autoencoder takes; use identity")
     if config.held_out_fraction is not None and (config.held_out or not config.is_folder):
         why = f"held_out is {config.held_out!r}" if config.held_out else f"source is {config.source!r}"
         raise ConfigError(f"held_out_fraction: it divides a folder of class folders, and {why}; give one of the two")
     if config.split:
         return (config.split,)
-    both = digits_side(config.source) or config.source.startswith(IDX) or config.held_out or config.held_out_fraction
+    both = config.is_small_gray or config.held_out or config.held_out_fraction
     return SPLITS if both else ("train",)
 
 

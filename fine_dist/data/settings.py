@@ -151,10 +151,14 @@ class EncodeConfig(Config):
         return Path(expand_path(self.out))
 
     @property
+    def is_small_gray(self) -> bool:
+        """Whether the source is one of small gray images with both splits: the digits, or IDX files."""
+        return digits_side(self.source) is not None or self.source.startswith(IDX)
+
+    @property
     def is_folder(self) -> bool:
         """Whether the source is a folder of class folders."""
-        embedded = digits_side(self.source) or self.source.startswith((IDX, "pipe:"))
-        return not embedded and not self.source.endswith(".tar")
+        return not self.is_small_gray and not self.source.startswith("pipe:") and not self.source.endswith(".tar")
 
     def settings(self, split: str) -> dict[str, Any]:
         """The settings that determine the content of a split's shards."""

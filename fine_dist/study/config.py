@@ -150,7 +150,8 @@ class StudyConfig(Config):
     """Layers of the targets that are tuned. Default: the first depth of each entry."""
     tuned: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Values from an earlier tuning, by entry, such as {fine: {optim.lr: 1e-3}}; these entries are not tuned again.
-    null: every entry is tuned."""
+    Give in `tune` all values that the earlier tuning tried: a value at or beyond an end of that grid hides its row, as
+    for any other entry. null: every entry is tuned."""
     features: str | None = "classifier"
     """Feature network of the Fréchet distance: `classifier` trains one on the study's data, a path names the folder of
     a trained one, null leaves the distance out."""
