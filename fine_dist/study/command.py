@@ -39,11 +39,11 @@ def _run(argv: list[str] | None) -> int:
     # planning a study builds its models on the meta device: torch is needed from here on
     from fine_dist.study.budget import measured_gflops
     from fine_dist.study.running import describe, run_studies
-    from fine_dist.study.short_form import hours_of, keep_plan, plans_steps, studies_of
+    from fine_dist.study.short_form import hours_of, keep_plan, plans_steps, shape_of, studies_of
 
     options: Any = call.options
     file: StudyFile = call.config
-    gflops = measured_gflops() if file.data and not file.launch.gpus else None
+    gflops = measured_gflops(shape_of(file), file.batch) if file.data and not file.launch.gpus else None
     studies = studies_of(file, options.config or "FILE", options.set, options.quick, gflops)
     planned = []
     if plans_steps(file, options.set):

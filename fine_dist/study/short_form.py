@@ -128,7 +128,7 @@ def _change(text: str) -> dict[str, Any]:
 def written_out(file: StudyFile) -> dict[str, Any]:
     """The full form of a short form, with the smallest steps; `fitted` replaces them."""
     assert file.data is not None  # checked when the file was read
-    arch = _shape(file)
+    arch = shape_of(file).model_dump()
     num_classes = arch["num_classes"]
     own_ancestor = file.ancestor == "train"
     entries = [_entry(name, own_ancestor) for name in file.methods]
@@ -192,15 +192,15 @@ def _uses_ancestor(entry: dict[str, Any]) -> bool:
     return entry.get("parent") == ANCESTOR or (entry.get("condense") or {}).get("ancestor") == ANCESTOR
 
 
-def _shape(file: StudyFile) -> dict[str, Any]:
-    """The architecture: the ancestor's, or `arch` with the latents and classes of the data."""
+def shape_of(file: StudyFile) -> Arch:
+    """The architecture of a short form: the ancestor's, or `arch` with the latents and classes of the data."""
     assert file.data is not None
     if file.ancestor != "train":
-        return dict(facts_of(file.ancestor).arch.model_dump())
+        return facts_of(file.ancestor).arch
     manifest, _ = locate(file.data.shards, DataConfig())
     channels, height, width = manifest.latent_shape
     of_data = {"in_channels": channels, "input_size": sides(height, width), "num_classes": manifest.num_classes}
-    return dict(validate(Arch, {**of_data, **file.arch}, "arch").model_dump())
+    return validate(Arch, {**of_data, **file.arch}, "arch")
 
 
 def steps_for(n: int) -> dict[str, int]:
