@@ -1,4 +1,4 @@
-"""Models on disk in every layout: this project's artifacts, the original DiT's `.pt`, diffusers folders, the hub.
+"""Models on disk in every format: this project's artifacts, DiT's `.pt` files, diffusers folders, hub repositories.
 
-`load.load_model` reads any of them as a dense DiT, `exporting.export` writes one, with its model card.
+`load.load_model` reads any of them as a dense DiT; `exporting.export` writes one, with a model card.
 """

@@ -1,6 +1,6 @@
-"""Images from latents, by an autoencoder of diffusers.
+"""Decodes latents to images with an autoencoder of diffusers.
 
-Shapes: B images, C latent channels, h, w latent sides, H, W pixels.
+Shapes: B images, C latent channels, h, w height and width of a latent, H, W height and width of an image.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from fine_dist.diffusion.samplers import SampledBatch
 
 
 class Decoder:
-    """Decodes latents with a VAE of any class: `decode(latents [B, C, h, w]) -> uint8 [B, 3, H, W]` on the CPU.
+    """An autoencoder of diffusers, of any class, that decodes latents.
 
     Args:
-        name: A folder (the VAE's own, or a pipeline's with a `vae` in it) or a hub name.
-        scaling_factor: By which the training latents were multiplied (their manifest says it). A VAE with another one
-            is an error, because its images would have a wrong contrast; one for each channel may have been measured
-            over the data, and is undone.
-        shift_factor: What was subtracted from them before; None where it is not known.
-        device: Where it decodes.
-        precision: `fp32` or `bf16`.
-        batch: Latents decoded at once.
+        name: Folder of the autoencoder, folder of a pipeline with a `vae` subfolder, or hub name.
+        scaling_factor: Factor by which the training latents were multiplied, from the data's manifest; None if unknown.
+            A scalar that differs from the autoencoder's own is an error, because images would have the wrong contrast.
+            Factors per channel may be statistics of the data: they replace the autoencoder's own.
+        shift_factor: Value that was subtracted from the latents before they were scaled; None if unknown.
+        device: Device of the autoencoder.
+        precision: Data type of the autoencoder, `fp32` or `bf16`.
+        batch: Number of latents decoded at once.
 
     Raises:
-        ArtifactError: No VAE can be loaded, or it does not fit.
+        ArtifactError: The autoencoder cannot be loaded, or its scaling differs from that of the latents.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Decoder:
         self.device, self.batch = torch.device(device), batch
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         name = expand_path(str(name))
-        within = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
+        subfolder = "vae" if (Path(name) / "vae" / "config.json").is_file() else None
         try:
-            vae: Any = load_autoencoder(name, subfolder=within, dtype=self.dtype)
+            vae: Any = load_autoencoder(name, subfolder=subfolder, dtype=self.dtype)
         except DataError as error:
             raise ArtifactError(str(error)) from None
         self.scale, self.shift = scaling_of(vae)
@@ -62,38 +62,46 @@ class Decoder:
             self.scale, self.shift = scaling_factor, shift_factor or 0.0
         self.channels: int | None = getattr(vae.config, "latent_channels", None)
         self.vae = vae.to(self.device).eval().requires_grad_(False)
-        self._from_zero = scales_itself(vae)
+        self._outputs_unit_range = scales_itself(vae)  # images in [0, 1] instead of [-1, 1]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """`DataError` for latents of other channels than the VAE's, or of a size that it does not decode."""
+        """Decode latents [B, C, h, w], scaled as for training, to images uint8 [B, 3, H, W] on the CPU.
+
+        Raises:
+            DataError: The latents have another number of channels than the autoencoder's, or a size it cannot decode.
+        """
         if latents.ndim != 4 or latents.shape[1] != (self.channels or latents.shape[1]):
             raise DataError(f"latents are {list(latents.shape)}; the VAE decodes [B, {self.channels or 'C'}, h, w]")
         scale, shift = by_channel(self.scale, self.device), by_channel(self.shift, self.device)
-        parts = []
+        images = []
         for z in latents.split(self.batch):
             z = (z.to(self.device, torch.float32) / scale + shift).to(self.dtype)
             try:
                 pixels = self.vae.decode(z).sample.float()
             except (RuntimeError, ValueError) as error:
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, torch.OutOfMemoryError):  # a RuntimeError, but the latents are not at fault
                     raise
                 first = str(error).strip().partition("\n")[0]
                 raise DataError(f"latents are {list(latents.shape)}, which the VAE does not decode: {first}") from None
-            pixels = pixels * 255 if self._from_zero else (pixels + 1) * 127.5
-            parts.append(pixels.round().clamp(0, 255).to(torch.uint8).cpu())
-        return torch.cat(parts)
+            pixels = pixels * 255 if self._outputs_unit_range else (pixels + 1) * 127.5
+            images.append(pixels.round().clamp(0, 255).to(torch.uint8).cpu())
+        return torch.cat(images)
 
 
 def check_scaling(
     name: str, scaling: tuple[Channels, Channels], wanted: tuple[Channels | None, Channels | None]
 ) -> None:
-    """`ArtifactError` when a VAE's (scale, shift) is not that of the latents.
+    """Check that an autoencoder scales latents as the training data were scaled.
 
     Args:
-        name: What the VAE is called.
-        scaling: The scale and shift of the VAE.
-        wanted: Those of the latents; None where nothing tells. A scale for each channel passes: it may be measured.
+        name: Name of the autoencoder, for the message.
+        scaling: (scale, shift) of the autoencoder.
+        wanted: (scale, shift) of the training latents; None if unknown. Values per channel are not compared, because
+            they may be statistics of the data.
+
+    Raises:
+        ArtifactError: The scale or the shift differs by more than a relative 1e-6.
     """
     if isinstance(wanted[0], tuple):
         return
@@ -110,21 +118,21 @@ def check_scaling(
 
 
 def decode_batches(batches: Iterable[SampledBatch], decoder: Decoder) -> Iterator[tuple[SampledBatch, Tensor]]:
-    """Each batch with its images uint8 [B, 3, H, W]; a thread decodes one batch while the next is sampled.
+    """Yield each batch with its images uint8 [B, 3, H, W]. A thread decodes one batch while the next is sampled.
 
-    On a GPU the decoder's kernels run in a stream of their own beside the sampler's. At most one batch waits, which
-    bounds memory.
+    On a GPU the decoder has its own CUDA stream, so that its kernels overlap with the sampler's. Latents arrive on the
+    CPU, so the streams need no synchronization. At most one decoded batch is held back, which bounds memory.
     """
     stream = torch.cuda.Stream(decoder.device) if decoder.device.type == "cuda" else None
 
-    def work(batch: SampledBatch) -> Tensor:
-        with torch.cuda.stream(stream):  # does nothing where stream is None
+    def decode(batch: SampledBatch) -> Tensor:
+        with torch.cuda.stream(stream):  # a no-op if stream is None
             return decoder.decode(batch.latents)
 
     with ThreadPoolExecutor(1, thread_name_prefix="decode") as pool:
         waiting: tuple[SampledBatch, Future[Tensor]] | None = None
         for batch in batches:
-            following = (batch, pool.submit(work, batch))
+            following = (batch, pool.submit(decode, batch))
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = following

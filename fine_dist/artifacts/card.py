@@ -1,4 +1,4 @@
-"""The model card of an export: what the model is, what it was made from, its licence, and how to load it."""
+"""The model card of an export: architecture, origin, licence, metrics, and how to load the model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fine_dist.model.arch import Arch
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What an export's card says besides its sizes.
+    """Content of a model card besides the architecture.
 
     Args:
-        method: Name of the method that made it.
-        learngene: sha256 of the learngene it came from; None without one.
-        licence: An SPDX name, or `unknown`; that of the ancestor's weights, where there was one.
-        source: The ancestor's name, or what it was exported from.
-        metrics: Numbers by name.
-        protocol: How the numbers were measured and the model is sampled, by name.
-        notes: Further sentences.
+        method: Name of the method that made the model.
+        learngene: sha256 of the learngene that the model was initialized from; None if there was none.
+        licence: SPDX name of the weights' licence, which an ancestor's weights pass on; or `unknown`.
+        source: Name of the ancestor, or path of the artifact that was exported.
+        metrics: Losses and other numbers, by name.
+        protocol: Diffusion process, loss and sampler that the metrics refer to, by name.
+        notes: Further sentences, one paragraph each.
     """
 
     method: str = "unknown"
@@ -37,7 +37,14 @@ class ModelCard:
 
 
 def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -> str:
-    """Markdown with the front matter that model hubs read."""
+    """Return the card as Markdown, with the YAML front matter that the Hugging Face Hub reads.
+
+    Args:
+        card: Content of the card.
+        arch: Architecture of the model.
+        num_numbers: Number of parameters.
+        how_to_load: Last paragraph: how to load the model.
+    """
     front = {"license": card.licence, "library_name": "diffusers", "tags": ["dit", "learngene", card.method]}
     rows: list[tuple[str, Any]] = [
         ("method", card.method),
@@ -59,21 +66,21 @@ def card_text(card: ModelCard, arch: Arch, num_numbers: int, how_to_load: str) -
 
 
 def _cell(value: Any) -> str:
-    """A text in one cell of a table, whatever a user called things."""
+    """Escape text for one cell of a Markdown table; names in it may come from users."""
     return " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def licence_of_card(path: Path) -> str | None:
-    """The licence in a card's front matter; None where there is no card, or no licence in it."""
+    """Return the licence in a card's front matter, or None if there is no card or it names none."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    matter = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
-    if not matter:
+    front = re.match(r"---\s*\n(.*?)\n---", text, flags=re.DOTALL)
+    if not front:
         return None
     try:
-        values = yaml.safe_load(matter[1])
+        values = yaml.safe_load(front[1])
     except yaml.YAMLError:
         return None
     licence = values.get("license") if isinstance(values, dict) else None

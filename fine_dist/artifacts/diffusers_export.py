@@ -1,7 +1,7 @@
-"""Write a pipeline folder, and run it in diffusers before it gets its name.
+"""Export of a dense DiT as a diffusers folder, whose outputs diffusers must reproduce before it gets its final name.
 
-A DDPM becomes a `DiTPipeline` with a DDIM scheduler. A flow becomes a folder with diffusers' flow-matching scheduler
-and a pipeline of its own (`flow_pipeline.py`, copied as `pipeline.py`). `diffusers_folder` describes the layout.
+A DDPM model becomes a `DiTPipeline` with a DDIM scheduler. A flow model gets diffusers' flow-matching scheduler and the
+pipeline class of `flow_pipeline.py`, copied as `pipeline.py`. `diffusers_folder` describes the folder's layout.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ _DIT_CHAIN, _EMPTY_CARD = DiffusionConfig(), ModelCard()
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What the check after an export measured.
+    """Result of the comparison after an export; errors are those of `ExportComparison.error`.
 
     Args:
-        folder: Where the export is.
-        max_error: Largest difference of a forward pass in diffusers, with the model's own time frequencies, to ours.
-        stock_error: The same as diffusers loads the folder by itself; `max_error` for models of `frequency_shift` 1.
-        pipeline: Whether the folder is a whole pipeline (it has a VAE).
+        folder: The exported folder.
+        max_error: Error of diffusers' outputs with the time frequencies that the model was trained with.
+        stock_error: Error of diffusers' outputs as it loads the folder by itself, with its own time frequencies. Equal
+            to `max_error` for models with `frequency_shift` 1.
+        pipeline: Whether the folder is a complete pipeline, with an autoencoder.
     """
 
     folder: Path
@@ -73,23 +74,25 @@ def write_diffusers(
     clip: float | None = None,
     card: ModelCard = _EMPTY_CARD,
 ) -> ExportReport:
-    """Write transformer, scheduler, the VAE's copy, labels, model card and marker, and compare a forward pass.
+    """Write transformer, scheduler, autoencoder, class names, model card and marker, and compare a forward pass.
 
     Args:
         folder: A folder that does not exist yet.
-        arch: The model's shape.
-        state: The tensors of a dense DiT.
-        diffusion: The process; it decides the scheduler and the kind of pipeline.
-        vae: A folder or hub name of an `AutoencoderKL`. Default: no whole pipeline, which needs one.
-        scaling_factor: Of the codec that made the training latents; a VAE with another one is an error.
-        shift_factor: Likewise; None where nothing says.
-        class_names: Names by label, all or none.
-        clip: `SamplerConfig.clip`; a DDIM scheduler clamps predicted latents, too.
-        card: What the model card says.
+        arch: Architecture of the model.
+        state: Tensors of a dense DiT, by this project's names.
+        diffusion: The process that the model was trained for. It selects the scheduler and the pipeline class.
+        vae: Folder or hub name of an `AutoencoderKL`, which is copied. Default: transformer and scheduler only.
+        scaling_factor: Factor by which the training latents were multiplied; None if unknown.
+        shift_factor: Value that was subtracted from the training latents before; None if unknown.
+        class_names: Class names by label; empty, or one for each class.
+        clip: `SamplerConfig.clip`, which the DDIM scheduler applies as `clip_sample_range`.
+        card: Content of the model card.
 
     Raises:
-        ConfigError: The folder exists, or the names do not fit the classes.
-        ArtifactError: The VAE does not fit, or outputs differ by more than 1e-4.
+        ConfigError: The folder exists, there are not as many names as classes, or the pipeline format cannot hold the
+            model.
+        ArtifactError: The autoencoder's channels or scaling are not those of the latents, or outputs differ by more
+            than 1e-4.
     """
     folder = Path(folder)
     if folder.exists():
@@ -103,7 +106,7 @@ def write_diffusers(
         numbers = sum(tensor.numel() for tensor in theirs.values())
         with library_write(file := transformer / "diffusion_pytorch_model.safetensors"):
             save_file(theirs, file, metadata={"format": "pt"})
-        # The check below loads the file again, and a large model must not be in memory three times.
+        # Freed here, because the comparison below loads the file again and builds a second model.
         del theirs
         _write_json(transformer / "config.json", transformer_config(arch))
         scheduler = scheduler_of(diffusion, clip)
@@ -125,10 +128,11 @@ def write_diffusers(
                 "licence": card.licence,
             },
         )
-        (draft / "README.md").write_text(card_text(card, arch, numbers, _how_to_load(arch, diffusion, vae is not None)))
-        model = _transformer(transformer)
+        text = card_text(card, arch, numbers, _how_to_load(arch, diffusion, vae is not None))
+        (draft / "README.md").write_text(text, encoding="utf-8")
+        model = _load_transformer(transformer)
         comparison = ExportComparison(arch, state)
-        # Measured before the frequencies are set, since that is the state in which diffusers alone loads the folder.
+        # Before `set_frequencies`: this is the model as diffusers loads it by itself.
         stock = comparison.error(forward_of(model))
         set_frequencies(model, arch.frequency_shift)
         error = comparison.confirm(forward_of(model), str(folder))
@@ -136,7 +140,7 @@ def write_diffusers(
 
 
 def transformer_config(arch: Arch) -> dict[str, Any]:
-    """The `config.json` of a `DiTTransformer2DModel` of this shape."""
+    """Return the `config.json` of a `DiTTransformer2DModel` of this architecture."""
     return {
         "_class_name": "DiTTransformer2DModel",
         "_diffusers_version": diffusers.__version__,
@@ -160,50 +164,55 @@ def transformer_config(arch: Arch) -> dict[str, Any]:
 
 
 def load_pipeline(folder: str | Path) -> Any:
-    """A written folder as a diffusers pipeline that computes what the model was trained for.
+    """Load an exported folder as a diffusers pipeline with the time frequencies that the model was trained with.
 
-    A flow's pipeline is built from this package's own file: code in the folder is not run.
+    The pipeline class of a flow model is this package's `FlowDiTPipeline`; the folder's `pipeline.py` is not executed.
+
+    Raises:
+        ArtifactError: The folder is no complete pipeline, or its `fine_dist.json` or class names are damaged.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
         raise ArtifactError(f"{folder} is no whole pipeline (no model_index.json); export it with a VAE")
     marker = read_marker(folder / MARKER) if (folder / MARKER).is_file() else Marker()
+    frequency_shift = 1 if marker.frequency_shift is None else marker.frequency_shift
     if marker.diffusion is not None and marker.diffusion.process == "flow":
         names = read_class_names(read_json(folder / "model_index.json"), folder / "model_index.json")
         return flow_pipeline.FlowDiTPipeline(
-            _transformer(folder / "transformer"),
+            _load_transformer(folder / "transformer"),
             diffusers.AutoencoderKL.from_pretrained(str(folder / "vae"), use_safetensors=True),
             diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(str(folder / "scheduler")),
             id2label=dict(enumerate(names)) or None,
             direction=marker.diffusion.direction,
             time_scale=marker.diffusion.time_scale,
-            frequency_shift=1 if marker.frequency_shift is None else marker.frequency_shift,
+            frequency_shift=frequency_shift,
             null_label=PIPELINE_NULL if marker.num_classes is None else marker.num_classes,
         )
     pipeline = diffusers.DiTPipeline.from_pretrained(str(folder), use_safetensors=True)
-    set_frequencies(pipeline, 1 if marker.frequency_shift is None else marker.frequency_shift)
+    set_frequencies(pipeline, frequency_shift)
     return pipeline
 
 
 def set_frequencies(model: Any, frequency_shift: int) -> None:
-    """Give a `DiTPipeline` or `DiTTransformer2DModel` the time frequencies of `Arch.frequency_shift`."""
+    """Set the time frequencies of a `DiTPipeline` or `DiTTransformer2DModel`, see `Arch.frequency_shift`."""
     for block in getattr(model, "transformer", model).transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = frequency_shift
 
 
 def forward_of(model: Any) -> Any:
-    """A `DiTTransformer2DModel` as a function `(z, t, y) -> output`, dropping no labels."""
+    """Return the forward pass `(z, t, y) -> output` of a `DiTTransformer2DModel`, in eval mode: no label dropout."""
     model.eval()
     return lambda z, t, y: model(z, timestep=t, class_labels=y, return_dict=False)[0]
 
 
-def _transformer(folder: Path) -> Any:
+def _load_transformer(folder: Path) -> Any:
     return diffusers.DiTTransformer2DModel.from_pretrained(str(folder), use_safetensors=True)
 
 
 def _copy_vae(
     name: str | Path, to: Path, arch: Arch, scaling: tuple[Channels | None, Channels | None], diffusion: DiffusionConfig
 ) -> None:
+    """Copy an autoencoder in float32, after checking that diffusers' pipelines would decode the model's latents."""
     try:
         vae = diffusers.AutoencoderKL.from_pretrained(str(name), use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -215,12 +224,10 @@ def _copy_vae(
         )
     vae_scaling = scaling_of(vae)
     check_scaling(str(name), vae_scaling, scaling)
-    if isinstance(scaling[0] or vae_scaling[0], tuple) or (diffusion.process == "ddpm" and vae_scaling[1]):
-        what = (
-            "a scale for each channel"
-            if isinstance(scaling[0] or vae_scaling[0], tuple)
-            else f"a shift of {vae_scaling[1]:g}"
-        )
+    # DiTPipeline divides by one scaling factor and ignores shifts; FlowDiTPipeline undoes one shift as well.
+    per_channel = isinstance(scaling[0] or vae_scaling[0], tuple)
+    if per_channel or (diffusion.process == "ddpm" and vae_scaling[1]):
+        what = "a scale for each channel" if per_channel else f"a shift of {vae_scaling[1]:g}"
         raise ConfigError(
             f"vae {name}: the model's latents have {what}, which the exported pipeline would not undo; leave --vae out "
             "and decode with fine_dist (fine-dist sample --vae)"
@@ -230,10 +237,11 @@ def _copy_vae(
 
 
 def _index(arch: Arch, diffusion: DiffusionConfig, scheduler: str, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the content of `model_index.json`."""
     index: dict[str, Any] = {"_class_name": "DiTPipeline", "_diffusers_version": diffusers.__version__}
     if diffusion.process == "flow":
         index |= {
-            "_class_name": ["pipeline", "FlowDiTPipeline"],  # diffusers takes the class from pipeline.py
+            "_class_name": ["pipeline", "FlowDiTPipeline"],  # [file, class]: diffusers imports it from pipeline.py
             "direction": diffusion.direction,
             "time_scale": diffusion.time_scale,
             "frequency_shift": arch.frequency_shift,
@@ -246,6 +254,7 @@ def _index(arch: Arch, diffusion: DiffusionConfig, scheduler: str, class_names: 
 
 
 def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
+    """Return the paragraph of the model card that shows how to load the folder."""
     if pipeline and diffusion.process == "flow":
         code = (
             "from diffusers import DiffusionPipeline\n"
@@ -263,7 +272,7 @@ def _how_to_load(arch: Arch, diffusion: DiffusionConfig, pipeline: bool) -> str:
     lines = [f"from diffusers import {kind}", load]
     sentence = "Load it with diffusers"
     if not arch.frequency_shift:
-        # diffusers has no setting for this in config.json, so the card must tell a user to set it.
+        # DiTTransformer2DModel has no config key for this, so users must set it in code.
         lines.append(f"for block in {name}.transformer_blocks:\n    block.norm1.emb.time_proj.downscale_freq_shift = 0")
         sentence += " (the last lines give it the time frequencies it was trained with; diffusers' own differ)"
     if diffusion.process == "flow":

@@ -1,16 +1,16 @@
-"""diffusers' `DiTTransformer2DModel` and `DiTPipeline` folders, in and out.
+"""Reader of diffusers' `DiTPipeline` and `DiTTransformer2DModel` folders, and conversion of tensors to their names.
 
-diffusers gives every block a time and a label embedder of its own. Folders converted from DiT repeat one of each, which
-is checked on the way in and repeated on the way out.
+In diffusers every block has its own time and label embedders. In folders converted from DiT those of all blocks are
+equal: the reader checks this, and the conversion repeats our embedders for each block.
 
-Two facts about diffusers (0.42) decide what a folder means:
+Two facts about diffusers (0.42) affect the meaning of a folder:
 
 - Its time frequencies are `10000^(-i / 127)`, DiT's are `10000^(-i / 128)` (`Arch.frequency_shift` 1 and 0). The
-  published `facebook/DiT-XL-2-*` hold the original's weights, unchanged, so that diffusers runs them with frequencies
-  they were not trained with. A folder written here holds our weights unchanged, too; `load_pipeline` (or
-  `set_frequencies` on any pipeline) makes diffusers compute what the model was trained for.
-- `DiTPipeline` takes label 1000 for the null label. A label table of fewer classes is written with its null label in
-  every row up to 1000, so that guidance works; `fine_dist.json` beside it says how many rows are classes.
+  published `facebook/DiT-XL-2-*` hold DiT's weights unchanged, so diffusers runs them with frequencies that they were
+  not trained with. Folders written here hold the weights unchanged, too; `load_pipeline` (or `set_frequencies` on any
+  pipeline) sets the frequencies of the training.
+- `DiTPipeline` uses label 1000 as the null label. A label table of fewer classes is written with its null label in
+  every row up to 1000, so that guidance works; `fine_dist.json` in the folder states the number of classes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch
 
 MARKER = "fine_dist.json"
-"""What diffusers' own files cannot say; written beside them."""
+"""File in an exported folder with the facts for which diffusers' own files have no keys."""
 PIPELINE_NULL = 1000
-"""The label that `DiTPipeline` takes for the null label, whatever the model."""
+"""The label that `DiTPipeline` uses as the null label for every model."""
 
+# Names of modules: ours, and diffusers'. Those of a block are relative to it.
 _OUTSIDE = {"patch": "pos_embed.proj", "final.adaln": "proj_out_1", "final.linear": "proj_out_2"}
 _BLOCK = {"o": "attn1.to_out.0", "in": "ff.net.0.proj", "out": "ff.net.2", "adaln": "norm1.linear"}
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
@@ -56,12 +57,17 @@ _EMBED = {
     "time.out.bias": "timestep_embedder.linear_2.bias",
     "label.weight": "class_embedder.embedding_table.weight",
 }
-_FIXED = {"norm_type": "ada_norm_zero", "activation_fn": "gelu-approximate", "norm_elementwise_affine": False}
-_FIXED |= {"attention_bias": True}
+_FIXED = {
+    "norm_type": "ada_norm_zero",
+    "activation_fn": "gelu-approximate",
+    "norm_elementwise_affine": False,
+    "attention_bias": True,
+}
+"""Keys of the transformer's `config.json` that have one value in every DiT."""
 
 
 class Marker(BaseModel):
-    """`fine_dist.json`: what diffusers' own files cannot say. Keys that are not known here are left alone."""
+    """Schema of `fine_dist.json`. Unknown keys are ignored, because a later version may write more."""
 
     frequency_shift: Literal[0, 1] | None = None
     num_classes: int | None = Field(None, ge=1)
@@ -72,7 +78,7 @@ class Marker(BaseModel):
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """What a folder says besides its weights. vae, scheduler: their configs, empty where there are none."""
+    """A folder's metadata. `config` is the transformer's; `scheduler` and `vae` are empty if the folder has none."""
 
     root: Path
     transformer: Path
@@ -84,16 +90,22 @@ class PipelineFolder:
 
 
 def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> ImportedModel:
-    """A pipeline's or a transformer's folder, or a name on the hub.
+    """Read a DiT from the folder of a pipeline or transformer, or from a repository on the hub.
 
-    `ArtifactError` when it is damaged, another model's, its per-block embedders differ, or it cannot be downloaded.
+    Args:
+        source: The folder, or the repository's name OWNER/MODEL.
+        hints: Facts that the files do not state.
+
+    Raises:
+        ArtifactError: The files are damaged or of another model, the embedders of its blocks differ, or the repository
+            cannot be downloaded.
     """
-    folder = Path(source)
+    folder, where = Path(source), str(source)
     if not folder.is_dir():
-        folder = fetch(str(source))
+        folder = fetch(where)
     configs = _read_configs(folder)
+    config = configs.config
     tensors, sha256, variant = read_weights_folder(configs.transformer)
-    config, where = configs.config, str(source)
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ArtifactError(f"{where}: {name} is a {type(tensor).__name__}, and a tensor is needed")
@@ -101,10 +113,9 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
     notes: list[str] = []
     if variant:
         notes.append(f"its weights are of variant {variant}, in reduced precision; there is no file without a variant")
-    shift = _shift(configs, str(source), hints, notes)
-    arch = _arch_of(config, hints, shift, configs, where)
+    arch = _arch_of(configs, hints, _frequency_shift(configs, where, hints, notes), where)
+    check_keys((name for name, _ in _tensor_names(arch.num_layers)), tensors, where, "a DiTTransformer2DModel")
     state = {}
-    check_keys((name for name, _ in _their_names(arch.num_layers)), tensors, where, "a DiTTransformer2DModel")
     for our_name, theirs in _EMBED.items():
         first = tensors[f"transformer_blocks.0.norm1.emb.{theirs}"]
         for layer in range(1, arch.num_layers):
@@ -115,7 +126,7 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
                     "DiT (one time and one label embedder) cannot hold"
                 )
         state[our_name] = first
-    state["label.weight"] = state["label.weight"][: arch.num_classes + 1]
+    state["label.weight"] = state["label.weight"][: arch.num_classes + 1]  # without the copies of the null label
     for our_name, theirs in _OUTSIDE.items():
         for part in ("weight", "bias"):
             state[f"{our_name}.{part}"] = tensors[f"{theirs}.{part}"]
@@ -132,7 +143,7 @@ def read_diffusers(source: str | Path, hints: HintsConfig = NO_HINTS) -> Importe
     if epsilon != 1e-6:
         notes.append(f"norm_eps {epsilon:g} of its MLPs' LayerNorms becomes DiT's 1e-6")
     licence = hints.licence or configs.marker.licence or licence_of_card(configs.root / "README.md")
-    if not licence and _is_published(str(source)):
+    if not licence and _is_published(where):
         licence = DIT_LICENCE
     if not licence:
         notes.append("its files name no licence; give it with --hints.licence")
@@ -169,7 +180,7 @@ def _read_configs(folder: Path) -> PipelineFolder:
 
 
 def read_marker(path: Path) -> Marker:
-    """The marker of a folder. `ArtifactError` when it is damaged."""
+    """Read a `fine_dist.json`. Raises `ArtifactError` if it is damaged."""
     try:
         return Marker.model_validate(read_json(path))
     except ValidationError as error:
@@ -179,7 +190,7 @@ def read_marker(path: Path) -> Marker:
 
 
 def read_class_names(index: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """Names of classes by label in a `model_index.json`. `ArtifactError` when it is damaged."""
+    """Return the class names of a `model_index.json`, by label. Raises `ArtifactError` if they are damaged."""
     labels = index.get("id2label") or {}
     if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):
         raise ArtifactError(f"{path}: id2label must map numbers of classes to names: the file is damaged")
@@ -194,11 +205,12 @@ def _scaling_factor(vae: Mapping[str, Any], where: str) -> float | None:
 
 
 def _is_published(source: str) -> bool:
+    """Whether a path or hub name is that of the DiT-XL/2 weights that facebook published in this format."""
     return Path(source).name.startswith(("DiT-XL-2-256", "DiT-XL-2-512")) and "facebook" in source
 
 
-def _shift(configs: PipelineFolder, source: str, hints: HintsConfig, notes: list[str]) -> int:
-    """0 for weights that were trained with DiT's frequencies, 1 for those trained in diffusers."""
+def _frequency_shift(configs: PipelineFolder, source: str, hints: HintsConfig, notes: list[str]) -> int:
+    """Return 0 for weights trained with DiT's time frequencies, 1 for weights trained in diffusers."""
     if hints.frequency_shift is not None:
         return hints.frequency_shift
     if configs.marker.frequency_shift is not None:
@@ -212,14 +224,15 @@ def _shift(configs: PipelineFolder, source: str, hints: HintsConfig, notes: list
     return 1
 
 
-def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, configs: PipelineFolder, where: str) -> Arch:
+def _arch_of(configs: PipelineFolder, hints: HintsConfig, frequency_shift: int, where: str) -> Arch:
+    config = configs.config
     for key, wanted in _FIXED.items():
         if config.get(key, wanted) != wanted:
             raise ArtifactError(f"{where}: {key} is {config[key]!r}, and a DiT's is {wanted!r}")
     try:
         heads, head_size, channels = (
-            int(config.get(key, usual))
-            for key, usual in (("num_attention_heads", 16), ("attention_head_dim", 72), ("in_channels", 4))
+            int(config.get(key, default))  # defaults are those of DiTTransformer2DModel
+            for key, default in (("num_attention_heads", 16), ("attention_head_dim", 72), ("in_channels", 4))
         )
         out = int(config.get("out_channels") or channels)
         if out not in (channels, 2 * channels):
@@ -234,17 +247,17 @@ def _arch_of(config: Mapping[str, Any], hints: HintsConfig, shift: int, configs:
             input_size=int(config.get("sample_size", 32)),
             num_classes=int(classes),
             learn_sigma=out == 2 * channels,
-            frequency_shift=shift,
+            frequency_shift=frequency_shift,
         )
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{where}: its config is of no possible DiT: {error}") from None
 
 
 def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A dense DiT's tensors under `DiTTransformer2DModel`'s names; float32, embedders repeated for each block.
+    """Return a dense DiT's tensors, float32 on the CPU, under the names of `DiTTransformer2DModel`.
 
     Raises:
-        ConfigError: The model's latents are not square, or its positions are rescaled, which that layout cannot say.
+        ConfigError: The model's latents are not square or its positions are rescaled, which the format cannot express.
     """
     if not isinstance(arch.input_size, int):
         raise ConfigError(
@@ -261,21 +274,21 @@ def to_diffusers(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     table = state["label.weight"]
     null = table[arch.num_classes].expand(rows - len(table), -1)
     state["label.weight"] = torch.cat([table, null])
-    p, theirs = arch.patch_size, {}
-    for name, (ours, third) in _their_names(arch.num_layers):
+    p, tensors = arch.patch_size, {}
+    for name, (ours, third) in _tensor_names(arch.num_layers):
         tensor = state[ours] if third is None else state[ours].chunk(3)[third]
-        theirs[name] = tensor.clone()  # a safetensors file holds no tensor twice
-    theirs["pos_embed.proj.weight"] = theirs["pos_embed.proj.weight"].reshape(-1, arch.in_channels, p, p)
-    return theirs
+        tensors[name] = tensor.clone()  # safetensors refuses tensors that share memory
+    tensors["pos_embed.proj.weight"] = tensors["pos_embed.proj.weight"].reshape(-1, arch.in_channels, p, p)
+    return tensors
 
 
 def label_rows(arch: Arch) -> int:
-    """Rows of the label table in a diffusers folder: classes, and null labels up to the one that the pipeline takes."""
+    """Number of rows of a folder's label table: one per class, then null labels up to at least `PIPELINE_NULL`."""
     return max(arch.num_classes, PIPELINE_NULL) + 1
 
 
-def _their_names(num_layers: int) -> Iterator[tuple[str, tuple[str, int | None]]]:
-    """Pairs (diffusers' name, (our name, which third of it; none: all of it)) of all tensors."""
+def _tensor_names(num_layers: int) -> Iterator[tuple[str, tuple[str, int | None]]]:
+    """Yield (diffusers' name, (our name, third)) for each tensor; third: 0, 1, 2 for q, k, v in our qkv, else None."""
     parts = ("weight", "bias")
     for ours, theirs in _OUTSIDE.items():
         yield from ((f"{theirs}.{part}", (f"{ours}.{part}", None)) for part in parts)

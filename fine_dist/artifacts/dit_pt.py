@@ -1,7 +1,7 @@
-"""The original DiT's state dict, in and out; fast-DiT's, SiT's and REPA's have the same names.
+"""Reads and writes state dicts in the original DiT's format; fast-DiT, SiT and REPA use the same names.
 
-Its layout is read off the published checkpoints: a patch embedding that is a convolution, one time and one label
-embedder, a fused qkv, the position table as a tensor. `unwrap` takes off what frameworks wrap around it.
+The format is that of the published checkpoints: the patch embedding is a convolution, there are one time and one label
+embedder, q, k and v are one matrix, and the position table is a tensor. `unwrap` removes the wrappers of frameworks.
 
 Letters: D width, L layers, p patch side, C latent channels, T tokens.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.model.arch import Arch, Sides, both, parse_name, sides
 from fine_dist.model.dit import positions_of
 
+# Names of modules: ours, and DiT's. Those of a block are relative to it.
 _OUTSIDE = {
     "patch": "x_embedder.proj",
     "time.hidden": "t_embedder.mlp.0",
@@ -52,7 +53,7 @@ _PUBLISHED = re.compile(r"^DiT-XL-2-(256x256|512x512)\.pt$")
 
 
 def names(num_layers: int) -> Iterator[tuple[str, str]]:
-    """Pairs (our name, the original's name) of all trained tensors."""
+    """Yield (our name, DiT's name) for each trained tensor."""
     parts = ("weight", "bias")
     yield from ((f"{ours}.{part}", f"{theirs}.{part}") for ours, theirs in _OUTSIDE.items() for part in parts)
     yield "label.weight", _LABEL
@@ -61,19 +62,19 @@ def names(num_layers: int) -> Iterator[tuple[str, str]]:
         yield from ((f"{at}{ours}.{part}", f"{at}{theirs}.{part}") for ours, theirs in _BLOCK.items() for part in parts)
 
 
-# --- in --------------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["ema", "raw"] = "ema") -> ImportedModel:
-    """A checkpoint in the original layout, `.pt` or `.safetensors`, wrapped or not.
+    """Read a checkpoint in DiT's format, `.pt` or `.safetensors`, with or without wrappers of a framework.
 
     Args:
-        path: The file. No code in it is run.
-        hints: What the file does not say.
-        weights: The averaged weights, or the trained ones, of a checkpoint that holds both.
+        path: The file. Code in it is not executed.
+        hints: Facts that the file does not state.
+        weights: Which weights to read if the file holds both: the averaged (`ema`) or the trained ones (`raw`).
 
     Raises:
-        ArtifactError: The file is damaged, holds code, or is another model's.
+        ArtifactError: The file is damaged, holds pickled code, or is no DiT.
     """
     path = Path(path)
     unwrapped = unwrap(read_tensor_file(path), weights, path)
@@ -106,15 +107,13 @@ def read_dit(path: str | Path, hints: HintsConfig = NO_HINTS, weights: Literal["
 
 
 def _process_of(hints: HintsConfig, unwrapped: Unwrapped, path: Path, has_null: bool) -> DiffusionConfig:
-    """The process by the hint, else by REPA's projectors and arguments, else by SiT's name, else DDPM."""
+    """Return the process: by the hint, by REPA's projectors and arguments, by the name of the model, else DDPM."""
     drop = {} if has_null else {"label_drop": 0.0}
-    names_model = f"{path.name} {unwrapped.arguments.get('model', '')}".lower()
+    words = re.split(r"[^a-z]+", f"{path.name} {unwrapped.arguments.get('model', '')}".lower())
     kind = hints.process
-    if kind is None and (
-        unwrapped.dropped or "proj_coeff" in unwrapped.arguments or "repa" in re.split(r"[^a-z]+", names_model)
-    ):
+    if kind is None and (unwrapped.dropped or "proj_coeff" in unwrapped.arguments or "repa" in words):
         kind = "repa"
-    if kind is None and "sit" in re.split(r"[^a-z]+", names_model):
+    if kind is None and "sit" in words:
         kind = "sit"
     if kind in (None, "ddpm"):
         return DiffusionConfig(**drop)
@@ -130,7 +129,7 @@ def _process_of(hints: HintsConfig, unwrapped: Unwrapped, path: Path, has_null: 
 
 
 def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
-    """`ArtifactError` for a transformer that shares DiT's names and not its blocks, such as LightningDiT."""
+    """Raise `ArtifactError` for a transformer with DiT's names but other blocks, such as LightningDiT."""
     parts = {
         "SwiGLU MLPs (mlp.w12, mlp.w3)": any(".mlp.w12." in name or ".mlp.w3." in name for name in state),
         "affine norms in its blocks (RMSNorm)": any(re.match(r"blocks\.\d+\.norm\d\.weight", name) for name in state),
@@ -138,6 +137,7 @@ def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
         "normalized queries and keys": any(".attn.q_norm." in name for name in state),
     }
     present = [part for part, is_present in parts.items() if is_present]
+    # A single other part may be in a variant of DiT; `check_keys` then reports its tensors by name.
     if len(present) > 1 or (present and "SwiGLU" in present[0]):
         raise ArtifactError(
             f"{where} looks like a LightningDiT: it has {', '.join(present)}. Methods here share the five matrices of "
@@ -148,9 +148,9 @@ def _refuse_relatives(state: Mapping[str, Tensor], where: str) -> None:
 def _arch_of(
     state: Mapping[str, Tensor], hints: HintsConfig, arguments: Mapping[str, Any], where: str
 ) -> tuple[Arch, bool]:
-    """The architecture that the shapes determine, and whether the label table has a null label."""
+    """Return the architecture that the shapes imply, and whether the label table has a null label."""
     layers = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
-    # A damaged or hostile file could name block 10^9, and the list of expected names would fill the memory.
+    # A damaged or malicious file could name block 10^9, and the list of expected names would fill the memory.
     if layers and max(layers) > 10_000:
         raise ArtifactError(f"{where} names a block {max(layers)}; that is no DiT")
     num_layers = max(layers, default=-1) + 1
@@ -165,7 +165,7 @@ def _arch_of(
     if out_channels not in (channels, 2 * channels):
         raise ArtifactError(f"{where}: {out_channels} channels come out and {channels} go in; a DiT has C or 2C")
     rows = read_int(shapes[_LABEL], 0, _LABEL, where, 2)
-    # A model trained without label dropout has no null row, and only its saved arguments tell it from one class fewer.
+    # C classes without a null label (no label dropout) have the same table as C-1 with one; only the arguments differ.
     if arguments.get("num_classes") == rows and hints.num_classes is None:
         hints = hints.model_copy(update={"num_classes": rows})
     num_classes = hints.num_classes or rows - 1
@@ -191,6 +191,7 @@ def _arch_of(
 
 
 def _named_heads(arguments: Mapping[str, Any]) -> int | None:
+    """Return the number of heads of the model name in the saved arguments, such as SiT-XL/2; None without one."""
     try:
         return int(parse_name(str(arguments.get("model", "")).replace("SiT", "DiT"))["num_heads"])
     except ValueError:
@@ -198,7 +199,7 @@ def _named_heads(arguments: Mapping[str, Any]) -> int | None:
 
 
 def _input_size(table: Tensor | None, patch: int, hints: HintsConfig, where: str) -> Sides:
-    """Sides of the latent: as the hints say, or of the grid that the position table is for."""
+    """Return the latent's side or sides, from the hint or from the grid of the position table [1, T, D]."""
     if table is None:
         if hints.input_size is None:
             raise ArtifactError(
@@ -208,7 +209,7 @@ def _input_size(table: Tensor | None, patch: int, hints: HintsConfig, where: str
     tokens = table.shape[-2] if table.ndim == 3 else 0
     side = math.isqrt(tokens)
     grid = _grid_of(table[0].float()) if tokens else None
-    if side * side == tokens and (grid is None or grid[1] == 1):  # no sine-cosine table: the check that follows says so
+    if side * side == tokens and (grid is None or grid[1] == 1):  # no sine-cosine table: `_with_positions` refuses it
         grid = (side, side)
     if not tokens or grid is None:
         raise ArtifactError(
@@ -224,35 +225,32 @@ def _input_size(table: Tensor | None, patch: int, hints: HintsConfig, where: str
 
 
 def _grid_of(table: Tensor) -> tuple[int, int] | None:
-    """Rows and columns of a sine-cosine table [T, D]; None where it is of no grid.
-
-    The second half of D encodes the row: it is the same along a row's tokens.
-    """
+    """Return (rows, columns) of the grid of a sine-cosine table [T, D], or None if T is no multiple of the columns."""
     tokens, width = table.shape
-    row = table[:, width // 2 :]
+    row = table[:, width // 2 :]  # encodes the row of the grid, so it first changes where the second row begins
     columns = int(((row - row[0]).abs().amax(1) < 1e-5).int().cumprod(0).sum())
     return (tokens // columns, columns) if tokens % columns == 0 else None
 
 
 def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
-    """The shape with the grid that a table of positions was rescaled to (DiffFit), if it was.
+    """Return the architecture, with `position_grid` if the position table [1, T, D] is rescaled as in DiffFit.
 
-    The table itself is not kept, because ours is the same; another one (a learned one, say) would be lost. It may
-    differ by the rounding of the precision it was saved in, which is half a unit in the last place of 1.
+    The table is not kept, because the model computes it; any other table, such as a learned one, is an error. Values
+    may differ by rounding in the dtype of the file: half a unit in the last place of 1.
     """
     if table is None:
         return arch
-    shapes = [arch]
+    candidates = [arch]
     if arch.num_tokens > 1 and table.shape[1:] == positions_of(arch).shape:
-        # The first frequency is 1, so the second patch of a row, and of a column, holds the sine of the step between
-        # two positions: the first half of D encodes the column, the second half the row.
+        # The first frequency is 1, so entry 0 of a half of D is the sine of the position itself. The first half
+        # encodes the column and the second half the row.
         _, columns = arch.grid
         trained = (_trained(table[0, ::columns, table.shape[2] // 2]), _trained(table[0, :columns, 0]))
         if all(trained) and trained != arch.grid:
-            shapes.append(arch.model_copy(update={"position_grid": sides(*trained)}))
-    gaps = [_gap(table[0], positions_of(shape)) for shape in shapes]
+            candidates.append(arch.model_copy(update={"position_grid": sides(*trained)}))
+    gaps = [_gap(table[0], positions_of(candidate)) for candidate in candidates]
     if min(gaps) <= max(1e-5, torch.finfo(table.dtype).eps / 2):
-        return shapes[gaps.index(min(gaps))]
+        return candidates[gaps.index(min(gaps))]
     difference = f"differs from that by up to {gaps[0]:.3g}" if math.isfinite(gaps[0]) else f"is {list(table.shape)}"
     raise ArtifactError(
         f"{where}: {_POSITION} is not DiT's fixed sine-cosine table (it {difference}); it cannot be kept"
@@ -260,34 +258,34 @@ def _with_positions(table: Tensor | None, arch: Arch, where: str) -> Arch:
 
 
 def _trained(sines: Tensor) -> int:
-    """Side of the grid that a side's positions were rescaled from, by the sines of its positions."""
+    """Return the side n of the trained grid, from the sines of N positions 0, n/N, 2n/N, ... along one side."""
     return 1 if len(sines) == 1 else round(len(sines) * math.asin(max(-1.0, min(1.0, float(sines[1])))))
 
 
 def _gap(table: Tensor, ours: Tensor) -> float:
-    """The largest difference of two tables; infinite where their shapes differ or a number is not finite."""
+    """Return the largest difference of two tables; infinity if their shapes differ or a value is not finite."""
     gap = float((table.float() - ours).abs().max()) if table.shape == ours.shape else math.inf
     return gap if math.isfinite(gap) else math.inf
 
 
-# --- out -------------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def to_dit(arch: Arch, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A dense DiT's tensors under the original's names, its position table included; float32."""
+    """Return a dense DiT's tensors, float32 on the CPU, under DiT's names, with the position table [1, T, D]."""
     p = arch.patch_size
-    theirs = {name: state[ours].detach().cpu().float().contiguous() for ours, name in names(arch.num_layers)}
-    theirs["x_embedder.proj.weight"] = theirs["x_embedder.proj.weight"].reshape(-1, arch.in_channels, p, p)
-    theirs[_POSITION] = positions_of(arch)[None]
-    return theirs
+    tensors = {name: state[ours].detach().cpu().float().contiguous() for ours, name in names(arch.num_layers)}
+    tensors["x_embedder.proj.weight"] = tensors["x_embedder.proj.weight"].reshape(-1, arch.in_channels, p, p)
+    tensors[_POSITION] = positions_of(arch)[None]
+    return tensors
 
 
 def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> float:
-    """Write the original layout (`.pt` or `.safetensors`); returns the largest error of a forward pass with it.
+    """Write a dense DiT in DiT's format (`.pt` or `.safetensors`), and return `ExportComparison.error` of the file.
 
-    What was written is read back and run through this file's own forward pass in that layout, beside ours.
-    `ConfigError` for another ending, or for time frequencies that the layout does not know; `ArtifactError` when the
-    two differ by more than 1e-4.
+    Raises:
+        ConfigError: The path has another suffix, or the model has diffusers' time frequencies.
+        ArtifactError: Outputs of `dit_forward` with the written tensors differ from the model's by more than 1e-4.
     """
     path = Path(path)
     if path.suffix not in (".pt", ".safetensors"):
@@ -296,14 +294,14 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
         raise ConfigError(
             "the model has diffusers' time frequencies (frequency_shift 1), and DiT's layout knows its own only"
         )
-    # The draft gets its name after the check alone, so that a file in place is one whose forward pass agreed.
+    # The draft gets its final name only if the comparison passes.
     with atomic_file(path, path.suffix) as draft:
         with library_write(draft):
             if path.suffix == ".pt":
                 torch.save(to_dit(arch, state), draft)
             else:
                 save_file(to_dit(arch, state), draft)
-        # From the file, not from memory: a wrong dtype, order or name is what this check is for.
+        # Read from the file, so that a wrong name, dtype or order on disk is found.
         written = read_tensor_file(draft)
         error = ExportComparison(arch, state).confirm(
             lambda z, t, y: dit_forward(written, arch.num_heads, z, t, y), str(path)
@@ -312,38 +310,38 @@ def write_dit(path: str | Path, arch: Arch, state: Mapping[str, Tensor]) -> floa
 
 
 def dit_forward(state: Mapping[str, Tensor], num_heads: int, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """A forward pass with tensors under the original's names: `z [B, C, H, W], t [B], y [B] -> [B, C or 2C, H, W]`.
+    """DiT's forward pass, with tensors under DiT's names: `z [B, C, H, W], t [B], y [B] -> [B, C or 2C, H, W]`.
 
-    It shares no code with `fine_dist.model`, so that a mistake in the names or in an order shows.
+    It shares no code with `fine_dist.model`, so that it detects a wrong name or order of tensors.
     """
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
-    def normal(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        gap = x - x.mean(-1, keepdim=True)
-        return gap / (gap.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+    def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
 
     kernel = state["x_embedder.proj.weight"]
     p, blocks = kernel.shape[-1], len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     x = F.conv2d(z, kernel, state["x_embedder.proj.bias"], stride=p).flatten(2).transpose(1, 2)  #         [B, T, D]
     x = x + state[_POSITION]
-    # Cosines first and divided by 128, as the published weights expect; diffusers divides by 127 (`frequency_shift` 1).
+    # Cosines come first and i is divided by 128; diffusers divides by 127 (`frequency_shift` 1).
     angle = t.float()[:, None] * 10000.0 ** -(torch.arange(128) / 128)
     wave = torch.cat([angle.cos(), angle.sin()], dim=1)
     c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", wave))) + state[_LABEL][y]
     b, tokens, d = x.shape
     for i in range(blocks):
-        at: Callable[[str], str] = f"blocks.{i}.{{}}".format
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(at(_BLOCK["adaln"]), F.silu(c)).split(d, dim=1)
-        h = linear(at(_BLOCK["qkv"]), normal(x, shift_a, scale_a))
-        # Written out rather than with fused attention, so that it is a second opinion on the head layout as well.
+        at = f"blocks.{i}."
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = linear(at + _BLOCK["adaln"], F.silu(c)).split(d, dim=1)
+        h = linear(at + _BLOCK["qkv"], modulated_norm(x, shift_a, scale_a))  #                             [B, T, 3D]
+        # Written out instead of fused attention, so that the layout of the heads is checked independently, too.
         q, k, v = (part.reshape(b, tokens, num_heads, -1).transpose(1, 2) for part in h.split(d, dim=2))
-        weights = (q @ k.transpose(2, 3) / math.sqrt(d // num_heads)).softmax(dim=-1)
-        x = x + gate_a[:, None] * linear(at(_BLOCK["o"]), (weights @ v).transpose(1, 2).reshape(b, tokens, d))
-        h = F.gelu(linear(at(_BLOCK["in"]), normal(x, shift_m, scale_m)), approximate="tanh")
-        x = x + gate_m[:, None] * linear(at(_BLOCK["out"]), h)
+        attention = (q @ k.transpose(2, 3) / math.sqrt(d // num_heads)).softmax(dim=-1)
+        x = x + gate_a[:, None] * linear(at + _BLOCK["o"], (attention @ v).transpose(1, 2).reshape(b, tokens, d))
+        h = F.gelu(linear(at + _BLOCK["in"], modulated_norm(x, shift_m, scale_m)), approximate="tanh")
+        x = x + gate_m[:, None] * linear(at + _BLOCK["out"], h)
     shift, scale = linear(_OUTSIDE["final.adaln"], F.silu(c)).split(d, dim=1)
-    x = linear(_OUTSIDE["final.linear"], normal(x, shift, scale))  #                                     [B, T, ppC]
+    x = linear(_OUTSIDE["final.linear"], modulated_norm(x, shift, scale))  #                             [B, T, ppC]
     x = x.reshape(b, z.shape[2] // p, z.shape[3] // p, p, p, -1)
     return torch.einsum("bhwpqc->bchpwq", x).reshape(b, -1, *z.shape[2:])

@@ -1,4 +1,4 @@
-"""Every export is run in its new format and compared with the model it came from before it gets its name."""
+"""Comparison of a model's outputs with those of its export, made before the export gets its final name."""
 
 from __future__ import annotations
 
@@ -12,39 +12,47 @@ from fine_dist.model.arch import Arch
 from fine_dist.model.dit import DiT, positions_of
 
 LIMIT = 1e-4
-"""Largest difference of outputs in fp32, for outputs of size about 1; products sum in another order elsewhere."""
+"""Largest allowed `ExportComparison.error`, in fp32. It is not 0, because other code sums in another order."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """`(z [B, C, H, W], t [B] int64, y [B] int64) -> [B, C or 2C, H, W]`."""
 
 
 class ExportComparison:
-    """Outputs of a model for a batch of noise, at timesteps and labels spread over their ranges, to compare with."""
+    """Compares other implementations of a model with its own outputs for a batch of noise.
+
+    Timesteps and labels are spread over their ranges; the last label is the null label.
+
+    Args:
+        arch: Architecture of the model.
+        state: Its tensors, by this project's names.
+        batch: Number of samples.
+    """
 
     @torch.no_grad()
     def __init__(self, arch: Arch, state: Mapping[str, Tensor], batch: int = 2) -> None:
         self.arch = arch
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(batch, *arch.latent_shape, generator=generator)
-        # Not from 0, where all frequencies give the same sine and cosine and a mistake in them would not show.
+        # Not t = 0, where all frequencies give the same sine and cosine, which would hide wrong frequencies.
         t = torch.linspace(17, 983, batch).long()
-        y = torch.linspace(0, arch.num_classes, batch).long()  # the last is the null label
+        y = torch.linspace(0, arch.num_classes, batch).long()
         self.inputs = (z, t, y)
         with torch.device("meta"):
             model = DiT(arch)
-        # Built without memory and given the tensors themselves: a DiT-XL would else be held twice.
+        # Built on the meta device and given the tensors themselves, so that a DiT-XL is not in memory twice.
         model.load_state_dict({name: tensor.float().cpu() for name, tensor in state.items()}, assign=True)
-        # A buffer outside the state dict, which the meta device left without values.
+        # A buffer that is not in the state dict, so it is still on the meta device.
         model.pos = positions_of(arch)
         self.expected = model.eval()(*self.inputs)
 
     @torch.no_grad()
     def error(self, forward: Forward) -> float:
-        """max |ours - other| / max(1, max |ours|)."""
+        """Return max |expected - output| / max(1, max |expected|)."""
         return float((self.expected - forward(*self.inputs)).abs().max() / self.expected.abs().max().clamp(min=1))
 
     def confirm(self, forward: Forward, where: str) -> float:
-        """`error`, and `ArtifactError` when it is above `LIMIT`."""
+        """Return `error`. Raises `ArtifactError` if it is above `LIMIT` or NaN."""
         error = self.error(forward)
         # Written so that a NaN counts as an error; `error > LIMIT` would let it pass.
         if not error <= LIMIT:

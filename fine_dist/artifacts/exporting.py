@@ -1,6 +1,6 @@
-"""Export a model: to this project's format, to a diffusers folder, or to the original DiT's state dict.
+"""Exports a model to this project's format, to a diffusers folder, or to a state dict in the original DiT's format.
 
-What was written is read back, by the other library where there is one, and a forward pass is compared with the model's.
+The written files are read back, a diffusers folder by diffusers, and a forward pass is compared with the model's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fine_dist.artifacts.card import ModelCard, card_text
 from fine_dist.artifacts.diffusers_export import write_diffusers
 from fine_dist.artifacts.dit_pt import write_dit
-from fine_dist.artifacts.export_check import ExportComparison
+from fine_dist.artifacts.export_check import LIMIT, ExportComparison
 from fine_dist.artifacts.imported import UNKNOWN_LICENCE
 from fine_dist.artifacts.load import load_model
 from fine_dist.artifacts.model_facts import diffusion_of, model_facts_of
@@ -28,21 +28,21 @@ Format = Literal["fine_dist", "diffusers", "dit"]
 
 
 def export(model: DiT, metadata: dict[str, Any], to: Format, out: Path, vae: str | None = None) -> list[str]:
-    """Write a dense model with its card.
+    """Write a dense model with its model card.
 
     Args:
         model: The model.
-        metadata: The model's kind, method, hash and manifest, as `load_model` returns them.
+        metadata: The model's metadata, as `load_model` returns them.
         to: The format.
-        out: A folder or file that does not exist yet.
-        vae: A folder or hub name; it completes a diffusers folder to a pipeline.
+        out: A folder that does not exist yet; with `dit`, a file.
+        vae: Folder or hub name of an autoencoder, which makes a diffusers folder a complete pipeline.
 
     Returns:
-        Lines that say what was written and how far its outputs are from the model's.
+        Lines for the user: what was written, and by how much its outputs differ from the model's.
 
     Raises:
-        ConfigError: The format cannot hold the model.
-        ArtifactError: Outputs differ by more than 1e-4.
+        ConfigError: The format cannot hold the model or an autoencoder.
+        ArtifactError: `out` exists, or outputs differ by more than 1e-4.
     """
     if out.exists():
         raise ArtifactError(f"{out} exists already; choose another folder, or remove it")
@@ -55,13 +55,13 @@ def export(model: DiT, metadata: dict[str, Any], to: Format, out: Path, vae: str
 
 
 def check_png(picture: Path) -> None:
-    """`ConfigError` unless a file is a PNG."""
+    """Raise `ConfigError` unless a file begins with the signature of PNG."""
     if read_bytes(picture, 8) != b"\x89PNG\r\n\x1a\n":
         raise ConfigError(f"samples: {picture} is no PNG; give a picture such as the samples.png of `fine-dist sample`")
 
 
 def show_samples(out: Path, picture: Path) -> None:
-    """Copy a picture of samples beside an export's card, and show it there."""
+    """Copy a picture of samples next to the model card of an export, and add it to the card."""
     card = out / "README.md" if out.is_dir() else out.with_suffix(".md")
     copy = out / "samples.png" if out.is_dir() else out.with_suffix(".png")
     write_atomic(copy, read_bytes(picture))
@@ -70,21 +70,22 @@ def show_samples(out: Path, picture: Path) -> None:
 
 
 def card_of(metadata: dict[str, Any]) -> ModelCard:
-    """The model card of a manifest: method, learngene, licence, ancestor, losses, process and sampler."""
-    imported = metadata.get("imported") or (metadata.get("ancestor") or {}).get("imported") or {}
+    """Return the content of a model's card, from its metadata as `load_model` returns them."""
     ancestor = metadata.get("ancestor") or {}
-    gene = (
-        metadata["hash"] if metadata["kind"] == "learngene" else (metadata.get("parent_hash") or metadata.get("origin"))
-    )
+    imported = metadata.get("imported") or ancestor.get("imported") or {}
     parent = metadata.get("parent")
     if isinstance(parent, dict):
-        gene = parent["hash"]
-    losses = {**(metadata.get("losses") or {}), **_numbers(metadata.get("init") or {})}
+        learngene = parent["hash"]
+    elif metadata["kind"] == "learngene":
+        learngene = metadata["hash"]
+    else:
+        learngene = metadata.get("parent_hash") or metadata.get("origin")
+    losses = {**(metadata.get("losses") or {}), **_init_losses(metadata.get("init") or {})}
     metrics = {name.replace("_", " "): value for name, value in losses.items() if isinstance(value, (int, float))}
-    foreign = "imported" in metadata and not gene
+    foreign = "imported" in metadata and not learngene
     return ModelCard(
         method="none" if foreign else str(metadata["method"]["name"]),
-        learngene=gene,
+        learngene=learngene,
         licence=licence_of(metadata) or UNKNOWN_LICENCE,
         source=imported.get("source") or ancestor.get("path") or metadata.get("folder"),
         metrics=metrics,
@@ -94,7 +95,7 @@ def card_of(metadata: dict[str, Any]) -> ModelCard:
 
 
 def _protocol(metadata: dict[str, Any]) -> dict[str, str]:
-    """What a reader needs to sample the model and to understand its losses."""
+    """Return the diffusion process, the loss and the sampler as texts for the model card."""
     diffusion = diffusion_of(metadata) or DiffusionConfig()
     if diffusion.process == "flow":
         process = f"flow matching, velocity prediction, {diffusion.direction}, time scale {diffusion.time_scale:g}"
@@ -103,16 +104,13 @@ def _protocol(metadata: dict[str, Any]) -> dict[str, str]:
         chain = f"{diffusion.num_timesteps} linear steps {diffusion.beta_start:g}..{diffusion.beta_end:g}"
         process = f"DDPM, {diffusion.predicts} prediction, {chain}"
         process += ", zero terminal SNR" if diffusion.zero_terminal_snr else ""
-    facts = model_facts_of(metadata)
-    sampler = ", ".join(f"{key} {value}" for key, value in facts.sampler.items() if value is not None)
-    facts_of_protocol = {
-        "process": process,
-        "loss protocol": "mean squared error of the prediction at fixed times and noise",
-    }
-    return {**facts_of_protocol, "sampler": sampler} if sampler else facts_of_protocol
+    protocol = {"process": process, "loss protocol": "mean squared error of the prediction at fixed times and noise"}
+    settings = model_facts_of(metadata).sampler
+    sampler = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+    return {**protocol, "sampler": sampler} if sampler else protocol
 
 
-def _numbers(init: dict[str, Any]) -> dict[str, Any]:
+def _init_losses(init: dict[str, Any]) -> dict[str, Any]:
     return {name: init[name] for name in ("loss", "held_out_loss") if init.get(name) is not None}
 
 
@@ -123,7 +121,7 @@ def _check_dense(model: Any, to: Format) -> None:
 
 def _export_diffusers(model: DiT, metadata: dict[str, Any], out: Path, vae: str | None) -> list[str]:
     facts = model_facts_of(metadata)
-    written = write_diffusers(
+    report = write_diffusers(
         out,
         model.arch,
         model.state_dict(),
@@ -136,11 +134,11 @@ def _export_diffusers(model: DiT, metadata: dict[str, Any], out: Path, vae: str 
         card=card_of(metadata),
     )
     kind = "a FlowDiTPipeline" if facts.diffusion and facts.diffusion.process == "flow" else "a DiTPipeline"
-    what = kind if written.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
-    lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", written.max_error)]
-    if written.stock_error > 1e-4:
+    what = kind if report.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
+    lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", report.max_error)]
+    if report.stock_error > LIMIT:
         lines.append(
-            f"as diffusers loads the transformer by itself, outputs differ by {written.stock_error:.2g}: its time "
+            f"as diffusers loads the transformer by itself, outputs differ by {report.stock_error:.2g}: its time "
             "frequencies are not DiT's. README.md in the folder has the lines that set them, and "
             "fine_dist.artifacts.diffusers_export.load_pipeline sets them"
         )
@@ -149,9 +147,10 @@ def _export_diffusers(model: DiT, metadata: dict[str, Any], out: Path, vae: str 
 
 def _export_dit(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]:
     error = write_dit(out, model.arch, model.state_dict())
-    load = f"A state dict under the original DiT's names: `torch.load({out.name!r}, weights_only=True)`."
+    call = f"torch.load({out.name!r}, weights_only=True)"
     if out.suffix == ".safetensors":
-        load = f"A state dict under the original DiT's names: `safetensors.torch.load_file({out.name!r})`."
+        call = f"safetensors.torch.load_file({out.name!r})"
+    load = f"A state dict under the original DiT's names: `{call}`."
     numbers = sum(p.numel() for p in model.parameters())
     write_atomic(out.with_suffix(".md"), card_text(card_of(metadata), model.arch, numbers, load))
     return [f"export: {model.arch.name} as DiT's state dict in {out}", _compared("the original layout", error)]
@@ -176,6 +175,7 @@ def _export_native(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]
 
 
 def _read_back(model: DiT, out: Path) -> float:
+    """Load the exported artifact; return its error, or 0 for other modules than `DiT`, which cannot be compared."""
     loaded, _ = load_model(out)
     if type(model) is not DiT:
         return 0.0

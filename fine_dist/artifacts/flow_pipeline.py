@@ -1,8 +1,10 @@
 # mypy: disable-error-code="attr-defined"
 """A diffusers pipeline for DiTs that were trained by flow matching.
 
-This file is copied into exported folders as `pipeline.py` and imports nothing but diffusers and torch. Load it with
+This file is copied into exported folders as `pipeline.py`, so it imports only diffusers and torch. Load a folder with
 `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`.
+
+Shapes: N images, C latent channels, h, w height and width of a latent, H, W height and width of an image.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class FlowDiTPipeline(DiTPipeline):
-    """Class-conditional images from a DiT that predicts velocities, by Euler's method.
+    """Samples class-conditional images from a DiT that predicts velocities, with Euler's method.
 
     Args:
         transformer: The DiT.
-        vae: The autoencoder that decodes its latents.
-        scheduler: Holds the shift of the noise levels.
-        id2label: Names of the classes.
-        direction: `noise_to_data` where the model's time 0 is noise (SiT), `data_to_noise` where it is data.
-        time_scale: What the model's time of 0 to 1 is multiplied by.
-        frequency_shift: 0 for DiT's time frequencies, 1 for diffusers' own.
-        null_label: The label of no class, for guidance.
+        vae: The autoencoder of its latents.
+        scheduler: The scheduler, with the shift of the noise levels.
+        id2label: Class names by label.
+        direction: `noise_to_data` if the model's time 0 is noise (SiT), `data_to_noise` if it is data.
+        time_scale: Factor by which the model's time in [0, 1] is multiplied.
+        frequency_shift: 0 for DiT's time frequencies, 1 for those of diffusers.
+        null_label: The label that stands for no class in guidance.
     """
 
     def __init__(
@@ -55,7 +57,16 @@ class FlowDiTPipeline(DiTPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
-        """Sample one image for each label. `output_type`: pil, np, pt, or latent for latents that are not decoded."""
+        """Sample one image per label.
+
+        Args:
+            class_labels: N labels.
+            guidance_scale: Scale of classifier-free guidance; 1 is no guidance.
+            generator: Random generator of the noise, or one per image.
+            num_inference_steps: Number of Euler steps.
+            output_type: `pil`, `np` [N, H, W, 3], `pt` [N, 3, H, W], both in [0, 1], or `latent` [N, C, h, w].
+            return_dict: Return an `ImagePipelineOutput` instead of a tuple.
+        """
         device, config = self._execution_device, self.transformer.config
         labels = torch.tensor(class_labels, device=device).reshape(-1)
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
@@ -70,13 +81,14 @@ class FlowDiTPipeline(DiTPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _velocity(self, z: torch.Tensor, level: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
-        """The guided derivative of z by the noise level."""
+        """Return dz/d(level) [N, C, h, w] with guidance, for latents z at a noise level in [0, 1]."""
+        # The scheduler integrates over the noise level, which is the model's time or 1 minus it.
         forward = self.config.direction == "data_to_noise"
         time = self.config.time_scale * (level if forward else 1 - level)
         if scale != 1:
             z, labels = torch.cat([z, z]), torch.cat([labels, torch.full_like(labels, self.config.null_label)])
         out = self.transformer(z, timestep=time.to(z.device).expand(len(z)), class_labels=labels).sample
-        out = out[:, : z.shape[1]]
+        out = out[:, : z.shape[1]]  # without the channels of a learned variance
         if scale != 1:
             labelled, free = out.chunk(2)
             out = free + scale * (labelled - free)

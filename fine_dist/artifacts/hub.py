@@ -1,4 +1,4 @@
-"""Uploading an export to the Hugging Face Hub."""
+"""Upload of an export to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def check_repository(name: str) -> None:
-    """`ConfigError` unless a name is OWNER/MODEL as the hub takes it."""
-    # Checked before the export is written, which may take minutes.
+    """Raise `ConfigError` unless a name is a legal OWNER/MODEL of the hub."""
     if not _NAME.fullmatch(name) or ".." in name or "--" in name:
         raise ConfigError(
             f"push: {name[:100]!r} is no name of a repository; legal: OWNER/MODEL, letters, digits, - _ ."
@@ -24,10 +23,10 @@ def check_repository(name: str) -> None:
 
 
 def files_to_push(out: Path) -> dict[str, Path]:
-    """Files of an export by their path in the repository; the card of a single file becomes README.md.
+    """Return an export's files by their path in the repository. The card of a single-file export becomes README.md.
 
     Raises:
-        ArtifactError: There is no card, or it names no licence: weights are not published without one.
+        ArtifactError: There is no model card, or it names no licence.
     """
     if out.is_dir():
         files = {str(path.relative_to(out)): path for path in sorted(out.rglob("*")) if path.is_file()}
@@ -46,15 +45,19 @@ def files_to_push(out: Path) -> dict[str, Path]:
 
 
 def push(out: Path, name: str) -> str:
-    """Upload an export into a repository, which is made as a private one where there is none; returns its address.
+    """Upload an export to a repository, which is created as private if it does not exist, and return its URL.
 
-    The token is the one of `hf auth login` or of HF_TOKEN. `ArtifactError` in one line when the hub refuses.
+    The token is that of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ConfigError: The name is not OWNER/MODEL.
+        ArtifactError: The card names no licence, or the hub refuses the upload or cannot be reached.
     """
     check_repository(name)
     files = files_to_push(out)
     api = HfApi()
     try:
-        # Private, because making something public is a decision that a user should take by hand.
+        # Private, because only the user should decide to make the weights public.
         address = str(api.create_repo(name, private=True, exist_ok=True))
         if out.is_dir():
             api.upload_folder(repo_id=name, folder_path=out)
