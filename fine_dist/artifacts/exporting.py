@@ -79,7 +79,7 @@ def card_of(metadata: dict[str, Any]) -> ModelCard:
     elif metadata["kind"] == "learngene":
         learngene = metadata["hash"]
     else:
-        learngene = metadata.get("parent_hash") or metadata.get("origin")
+        learngene = metadata.get("origin")
     losses = {**(metadata.get("losses") or {}), **_init_losses(metadata.get("init") or {})}
     metrics = {name.replace("_", " "): value for name, value in losses.items() if isinstance(value, (int, float))}
     foreign = "imported" in metadata and not learngene

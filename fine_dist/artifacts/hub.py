@@ -64,7 +64,7 @@ def push(out: Path, name: str) -> str:
         else:
             for target, path in files.items():
                 api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=target)
-    except Exception as error:  # the hub's client raises what its transport raises
+    except Exception as error:  # the hub's client also passes on the exceptions of its HTTP library
         line = (str(error).strip() or type(error).__name__).partition("\n")[0][:200]
         raise ArtifactError(
             f"push: {name}: {line}; check the name and the token (`hf auth login`). The export itself is in {out}"

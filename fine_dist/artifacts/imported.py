@@ -1,7 +1,4 @@
-"""A model of another project: its weights under this project's names, and what is known about it.
-
-Letters: D width, L layers, p patch side, C latent channels.
-"""
+"""A model of another project: its weights under this project's names and its metadata; checks of its tensors."""
 
 from __future__ import annotations
 
@@ -27,16 +24,16 @@ class ImportedModel:
     """A dense DiT of another project.
 
     Args:
-        arch: Its shape.
-        state: Its tensors (float32, on the CPU) under the names of `fine_dist.model.dit.DiT`.
-        source: The path or hub name it was read from.
-        layout: `dit` (also fast-DiT's, SiT's and REPA's) or `diffusers`.
-        sha256: Of the tensor file; of a file in pieces, of the pieces' hashes.
-        licence: An SPDX name as a model card has it, or `unknown`. It goes into every manifest made from the model.
-        diffusion: The process it was trained for, as far as its files say; `label_drop` 0 when it has no null label.
-        scaling_factor: Of its VAE, where its files say.
-        class_names: Names by label; empty where its files do not say.
-        notes: What was assumed, taken off or dropped, for a person to read.
+        arch: Architecture.
+        state: Tensors, float32 on the CPU, under the names of `fine_dist.model.dit.DiT`.
+        source: Path or hub name that it was read from.
+        layout: File format: `dit` (also of fast-DiT, SiT and REPA) or `diffusers`.
+        sha256: Hash of the tensor file; if the tensors are in several files, the hash of the files' hashes.
+        licence: SPDX name of the weights' licence, or `unknown`. Manifests of models made from this one inherit it.
+        diffusion: The process it was trained for. `label_drop` is 0 if the model has no null label.
+        scaling_factor: Scaling factor of its autoencoder; None if the files do not state it.
+        class_names: Class names by label; empty if the files do not state them.
+        notes: Sentences for the user: what was assumed, and which prefixes and tensors were removed.
     """
 
     arch: Arch
@@ -51,7 +48,7 @@ class ImportedModel:
     notes: tuple[str, ...] = ()
 
     def provenance(self) -> dict[str, Any]:
-        """What a manifest should say about where its weights come from; JSON."""
+        """Return the origin of the weights as JSON values, for the manifest of an artifact made from this model."""
         return {
             "source": self.source,
             "layout": self.layout,
@@ -62,7 +59,11 @@ class ImportedModel:
 
 
 def heads_of(width: int, hint: int | None, named: int | None, where: str) -> int:
-    """Attention heads: from the hint, the file, or DiT's size of this width. `ArtifactError` when none says."""
+    """Return the number of attention heads: the hint, the number named in the file, or that of DiT's size of the width.
+
+    Raises:
+        ArtifactError: None of the three is known, or the number does not divide the width.
+    """
     usual = next((heads for size, _, heads in SIZES.values() if size == width), None)
     num_heads = hint or named or usual
     if num_heads is None:
@@ -76,7 +77,7 @@ def heads_of(width: int, hint: int | None, named: int | None, where: str) -> int
 
 
 def check_keys(expected: Iterable[str], names_in_file: Iterable[str], where: str, what: str) -> None:
-    """`ArtifactError` that lists missing and unknown tensors, when the names are not those of a DiT."""
+    """Raise `ArtifactError`, which lists missing and unknown tensors, unless a file has exactly the expected names."""
     expected, names_in_file = set(expected), set(names_in_file)
     missing, foreign = sorted(expected - names_in_file), sorted(names_in_file - expected)
     if missing or foreign:
@@ -90,7 +91,7 @@ def _some(names: list[str], most: int = 8) -> str:
 
 
 def check_tensor(name: str, tensor: Tensor, where: str) -> None:
-    """`ArtifactError` unless a tensor is an ordinary one: dense, in memory, floating-point, with numbers in it."""
+    """Raise `ArtifactError` unless a tensor is dense, floating-point, not quantized, not empty, and not on `meta`."""
     if tensor.is_meta:
         problem = "is on the meta device: the file has its shape and none of its numbers"
     elif tensor.is_quantized:
@@ -110,30 +111,33 @@ def check_tensor(name: str, tensor: Tensor, where: str) -> None:
 
 
 def checked_state(state: Mapping[str, Tensor], arch: Arch, where: str) -> dict[str, Tensor]:
-    """The state in float32, every tensor finite and of the shape the architecture has. `ArtifactError` if not."""
-    # Shapes are all that is needed here, and they cost no memory on the meta device.
-    with torch.device("meta"):
-        wanted = DiT(arch).state_dict()
-    check_keys(wanted, state, where, arch.name)
-    done = {}
-    for name, model in wanted.items():
+    """Return a state dict in float32, after checking names, shapes and values against an architecture.
+
+    Raises:
+        ArtifactError: A tensor is missing, unknown, of another shape, no ordinary tensor, or not finite.
+    """
+    with torch.device("meta"):  # only shapes are needed
+        shapes = {name: tensor.shape for name, tensor in DiT(arch).state_dict().items()}
+    check_keys(shapes, state, where, arch.name)
+    checked = {}
+    for name, shape in shapes.items():
         tensor = state[name]
-        if tensor.shape != model.shape:
+        if tensor.shape != shape:
             raise ArtifactError(
-                f"{where}: {name} is {list(tensor.shape)}, and {arch.name} needs {list(model.shape)}; its tensors "
+                f"{where}: {name} is {list(tensor.shape)}, and {arch.name} needs {list(shape)}; its tensors "
                 "contradict each other"
             )
         check_tensor(name, tensor, where)
         tensor = tensor.detach().to(torch.float32).contiguous()
-        # A diverged model loads and trains without an error, so it is refused where its file is still known.
+        # A diverged model would load and train without an error.
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{where}: {name} has NaN or infinite entries; the checkpoint is damaged or diverged")
-        done[name] = tensor
-    return done
+        checked[name] = tensor
+    return checked
 
 
 def read_int(shape: tuple[int, ...], axis: int, name: str, where: str, dims: int) -> int:
-    """One side of a tensor that must have `dims` dimensions. `ArtifactError` when it has not."""
+    """Return one side of a tensor's shape. Raises `ArtifactError` unless the tensor has `dims` dimensions."""
     if len(shape) != dims:
         raise ArtifactError(f"{where}: {name} is {list(shape)}, and a DiT's has {dims} dimensions")
     return shape[axis]

@@ -1,4 +1,4 @@
-"""Recognizing another project's model by its files, without torch: tensor files, diffusers folders, their JSON."""
+"""Recognizes the file formats of other projects' models, without torch: tensor files, diffusers folders, their JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from fine_dist.core import json_files
 from fine_dist.core.errors import ArtifactError
 
 SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
-"""Tensor files by the ends of their names."""
+"""Suffixes of tensor files."""
 DIFFUSERS_CLASSES = ("DiTTransformer2DModel", "Transformer2DModel")
-"""Models in diffusers that are DiTs. The second is what the published folders are called in their configs."""
-"""Largest JSON file that is read: the index of a model of a million tensors is smaller."""
+"""Classes of diffusers that are DiTs, as configs name them. The published folders have the second."""
 
 
 def is_diffusers_folder(folder: Path) -> bool:
-    """Whether a folder is a `DiTPipeline` or a `DiTTransformer2DModel`."""
+    """Whether a folder looks like a pipeline of diffusers or a `DiTTransformer2DModel`. Reading it checks its class."""
     if (folder / "model_index.json").is_file() or (folder / "transformer" / "config.json").is_file():
         return True
     config = folder / "config.json"
@@ -24,7 +23,7 @@ def is_diffusers_folder(folder: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """`ArtifactError` unless a path is a regular file: opening a pipe or a device could wait for ever."""
+    """Raise `ArtifactError` unless a path is a regular file; opening a pipe or a device could block forever."""
     if not path.exists():
         raise ArtifactError(f"{path}: no such file")
     if not path.is_file():
@@ -33,11 +32,11 @@ def check_regular(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. `ArtifactError` when the file is none."""
+    """Read a JSON object. Raises `ArtifactError` if the file is missing, damaged or holds another value."""
     remedy = "copy the model's folder again"
     try:
-        values = json_files.read_json(path, ArtifactError, remedy)
+        value = json_files.read_json(path, ArtifactError, remedy)
     except FileNotFoundError:
         raise ArtifactError(f"{path}: no such file; {remedy}") from None
-    record: dict[str, Any] = json_files.as_record(dict[str, Any], values, path, ArtifactError, remedy)
-    return record
+    values: dict[str, Any] = json_files.as_record(dict[str, Any], value, path, ArtifactError, remedy)
+    return values

@@ -1,4 +1,4 @@
-"""Models from disk as modules `(z, t, y) -> output`, whatever wrote them."""
+"""Loads models of any file format as modules `(z, t, y) -> output`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def load_model(
     """Load a dense DiT from any source.
 
     Args:
-        path: A model, an initialized target (merged), a learngene (merged), a run directory; DiT's `.pt`, a diffusers
-            folder, or a name on the hub.
-        learngene: Where a target's parent lies now, when it has moved; checked by its hash.
-        weights: The averaged weights or the trained ones. A target has one set, the latter.
-        hints: What another project's file does not say.
+        path: Artifact (a model, a target or a learngene; the last two are merged), run directory, file in DiT's format,
+            diffusers folder, or hub name.
+        learngene: Current location of a target's parent, if it has moved. The parent's hash is checked.
+        weights: The averaged weights (`ema`) or those of the last step (`raw`). A target has one set only.
+        hints: Facts that another project's file does not state.
 
     Returns:
-        The model, and what is known of it: kind, method, hash, folder, and its manifest's extra. Where a method's
-        product is no plain DiT, that product.
+        The model and its metadata: kind, method, hash, folder, and the entries of `extra` in its manifest. If merging
+        does not give a plain DiT (`Traits.dense` is false), the model is a module of its method.
 
     Raises:
         ArtifactError: The source cannot be read.
@@ -51,7 +51,14 @@ def load_model(
 
 
 def load_unmerged(path: str | Path, learngene: str | Path | None = None) -> tuple[Method[MethodConfig], nn.Module]:
-    """A learngene or target as its own method's module, and that method; of a dense model, the model."""
+    """Load a learngene or target as a module of its method, without merging it; a dense model as `DiT`.
+
+    Returns:
+        The method and the module.
+
+    Raises:
+        ArtifactError: The source cannot be read.
+    """
     if not is_foreign(path) and facts_of(path).kind == "target":
         return load_target_module(find_artifact(path), learngene)[:2]
     parent = parent_of(read_artifact(path))

@@ -1,4 +1,4 @@
-"""Where a model lies and whose layout it has, told by its path and without torch; `reading.py` reads the model."""
+"""Finds a model by its path and tells artifacts from other projects' formats, without torch; `reading.py` reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError
 
 ARTIFACT_FOLDERS = ("model", "target", "learngene")
-"""Folders of a run directory that hold an artifact, in order of preference."""
+"""Folders of a run directory that may hold an artifact, in order of preference."""
 _FOLDERS = ("runs", "models", "data", "checkpoints", "output", "outputs")
-"""Folders that people keep models in: a path that begins so is a path that does not exist yet, not a hub name."""
+"""Usual names of folders for models: `runs/dit` is taken for a path that does not exist, not for a hub name."""
 
 
 def find_artifact(path: str | Path) -> Path:
-    """The artifact of ours in a folder: itself, or the one that lies in a run's directory."""
+    """Return the folder of an artifact: the path itself, or the artifact in a run directory.
+
+    Raises:
+        ArtifactError: The path does not exist, or there is no artifact in it.
+    """
     folder = Path(expand_path(str(path)))
     artifact = _artifact_in(folder)
     if artifact is not None:
@@ -28,7 +32,7 @@ def find_artifact(path: str | Path) -> Path:
 
 
 def is_foreign(source: str | Path) -> bool:
-    """Whether a source is another project's: a tensor file, a diffusers folder, or a name on the hub."""
+    """Whether a source has another project's format: a tensor file, a diffusers folder, or a hub name."""
     path = Path(expand_path(str(source)))
     if path.is_dir():
         return _artifact_in(path) is None and is_diffusers_folder(path)
@@ -36,7 +40,7 @@ def is_foreign(source: str | Path) -> bool:
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether it looks like OWNER/MODEL, and neither it nor a folder OWNER is here or usual."""
+    """Whether a source looks like OWNER/MODEL, neither it nor a folder OWNER exists, and OWNER is not in `_FOLDERS`."""
     text = str(source)
     owner, slash, name = text.partition("/")
     plain = bool(owner and slash and name) and "/" not in name and not text.startswith((".", "~", "$"))
@@ -44,7 +48,7 @@ def is_hub_name(source: str | Path) -> bool:
 
 
 def exists_locally(source: str | Path) -> bool:
-    """Whether there is anything of that name on this machine."""
+    """Whether a source is an existing path on this machine."""
     return Path(expand_path(str(source))).exists()
 
 

@@ -1,4 +1,4 @@
-"""What a model's manifest says of how it is sampled and measured, and how a user's settings combine with it."""
+"""The facts in a model's manifest that sampling and evaluation need, and how a user's settings override them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from fine_dist.core.errors import ArtifactError, ConfigError
 from fine_dist.data.manifest import Channels
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
 
-_MODELS_OWN = ("guidance", "guidance_channels", "clip")
-"""Settings of a sampler that belong to the model."""
+_MODEL_SETTINGS = ("guidance", "guidance_channels", "clip")
+"""Settings of a sampler that a manifest records, because they depend on the model."""
 _FORWARD = {
     "ddpm": ("process", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr"),
     "flow": ("process", "direction", "time_scale"),
 }
-"""Settings of a process that decide what a noised latent is and which time the model is given for it."""
-_SETTLED_BY_LEVEL = ("direction", "time_scale")
-"""Settings of a flow that conversions between conventions take care of."""
+"""Settings of a process that determine how latents are noised and which time the model receives."""
+_CONVERTIBLE = ("direction", "time_scale")
+"""Conventions of a flow between which a teacher's inputs and outputs are converted exactly."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model besides its weights.
+    """Facts about a model, from its manifest. None or empty: the manifest does not state them.
 
     Args:
-        diffusion: The process it was trained for; None where nothing says.
-        sampler: Settings of a sampler by name, those that its manifest has.
-        codec: `identity` for images themselves, a name for an autoencoder's latents, None where nothing says.
-        scaling_factor: What the model's latents were multiplied by, for all channels or each; None where nothing says.
-        shift_factor: What was subtracted from them before.
-        class_names: Names by label; empty where nothing says.
+        diffusion: The process it was trained for.
+        sampler: Sampler settings that its manifest records, by name.
+        codec: `identity` if the latents are pixels, else the name of the autoencoder.
+        scaling_factor: Factor by which the training latents were multiplied, for all channels or for each.
+        shift_factor: Value that was subtracted from the latents before, for all channels or for each.
+        class_names: Class names by label.
     """
 
     diffusion: DiffusionConfig | None = None
@@ -44,18 +44,22 @@ class ModelFacts:
     class_names: tuple[str, ...] = ()
 
     def pictures(self, channels: int) -> bool:
-        """Whether the model's latents, of so many channels, are images themselves."""
+        """Whether the model's latents, which have `channels` channels, are pixels."""
         return channels in (1, 3) and self.codec in (None, "identity")
 
 
 def model_facts_of(metadata: dict[str, Any]) -> ModelFacts:
-    """The facts in what `load_model` returns, or in a manifest's extra. `ArtifactError` where they are impossible."""
+    """Return the facts in a model's metadata, which are what `load_model` returns or `extra` of a manifest.
+
+    Raises:
+        ArtifactError: A value is of a wrong type or out of range.
+    """
     codec = metadata.get("codec") or {}
     sampler = metadata.get("sampler") or {}
     names = metadata.get("class_names") or ()
     if not (isinstance(codec, dict) and isinstance(sampler, dict) and isinstance(names, (list, tuple))):
         raise ArtifactError(f"{metadata.get('folder', 'manifest')}: codec, sampler or class_names is of a wrong type")
-    name, sampler_settings = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODELS_OWN}
+    name, sampler_settings = codec.get("name"), {key: value for key, value in sampler.items() if key in _MODEL_SETTINGS}
     try:
         SamplerConfig.model_validate(sampler_settings)
         scaling_factor, shift_factor = (
@@ -76,14 +80,14 @@ def model_facts_of(metadata: dict[str, Any]) -> ModelFacts:
 
 
 def _channels(value: Any) -> Channels | None:
-    """A number, or one for each channel, as JSON has it."""
+    """Convert a JSON value: one number for all channels, a list with one for each, or null."""
     if isinstance(value, (list, tuple)):
         return tuple(map(float, value))
     return None if value is None else float(value)
 
 
 def diffusion_of(metadata: dict[str, Any]) -> DiffusionConfig | None:
-    """The process that a manifest names; None where it names none. `ArtifactError` where it is impossible."""
+    """Return the process in a model's metadata, or None. Raises `ArtifactError` if its settings are not valid."""
     diffusion = metadata.get("diffusion")
     if not diffusion:
         return None
@@ -97,18 +101,21 @@ def diffusion_of(metadata: dict[str, Any]) -> DiffusionConfig | None:
 def check_parent_process(
     parent: DiffusionConfig | None, wanted: DiffusionConfig, where: str, *, teacher: bool = False
 ) -> None:
-    """`ConfigError` unless a parent's weights mean the same under the process that is to be trained.
+    """Check that a parent's weights can be used with the process of a run.
 
     Args:
-        parent: The process the parent was trained for; None (nothing says) passes.
+        parent: The process that the parent was trained for; None (unknown) passes.
         wanted: The process of the run.
         where: The parent's name, for the message.
-        teacher: It is only imitated. Then another prediction (noise or v) and another convention of a flow are
-            converted exactly, and pass.
+        teacher: The parent is only a teacher, whose outputs are converted exactly: another prediction (noise or v) and
+            another convention of a flow are allowed.
+
+    Raises:
+        ConfigError: The processes differ; the message names the settings.
     """
     if parent is None:
         return
-    keys = [key for key in _FORWARD[wanted.process] if not (teacher and key in _SETTLED_BY_LEVEL)]
+    keys = [key for key in _FORWARD[wanted.process] if not (teacher and key in _CONVERTIBLE)]
     parent_values, wanted_values = parent.model_dump(), wanted.model_dump()
     if not teacher:
         keys.append("prediction")
@@ -116,9 +123,9 @@ def check_parent_process(
     differs = [key for key in keys if parent_values[key] != wanted_values[key]]
     if differs:
         differences = ", ".join(
-            f"{key} {_word(parent_values[key])} (the run: {_word(wanted_values[key])})" for key in differs
+            f"{key} {_text(parent_values[key])} (the run: {_text(wanted_values[key])})" for key in differs
         )
-        flags = " ".join(f"--diffusion.{key.replace('_', '-')} {_word(parent_values[key])}" for key in differs)
+        flags = " ".join(f"--diffusion.{key.replace('_', '-')} {_text(parent_values[key])}" for key in differs)
         raise ConfigError(
             f"diffusion: {where} was trained with {differences}, so its weights mean something else here; "
             f"set {flags}, or take a parent of this process"
@@ -128,13 +135,16 @@ def check_parent_process(
 def resolve_sampling(
     overrides: SamplerOverrides, diffusion: DiffusionConfig | None, facts: ModelFacts, where: str
 ) -> tuple[SamplerConfig, DiffusionConfig, list[str]]:
-    """The settings that a model is sampled with, and a line for each that contradicts its manifest.
+    """Combine a user's settings with those of a model's manifest.
 
     Args:
-        overrides: The user's sampler settings; None in a field is the model's.
-        diffusion: The user's process; None is the model's.
-        facts: What the model's manifest says.
-        where: The model's name, for the lines.
+        overrides: The user's sampler settings; a field that is None takes the model's value.
+        diffusion: The user's process; None takes the model's.
+        facts: The facts of the model's manifest.
+        where: The model's name, for the notes.
+
+    Returns:
+        The sampler settings, the process, and a note for each user setting that differs from the manifest.
     """
     defaults = SamplerConfig().model_dump() | facts.sampler
     notes, settings = [], {}
@@ -142,23 +152,23 @@ def resolve_sampling(
         if value is None:
             settings[key] = defaults[key]
             continue
-        settings[key] = None if value in ("off", "all") else value
+        settings[key] = None if value in ("off", "all") else value  # in a SamplerConfig None means off or all
         if key in facts.sampler and settings[key] != facts.sampler[key]:
-            notes.append(f"sampler.{key} {_word(value)} is used; {where} was trained with {_word(facts.sampler[key])}")
+            notes.append(f"sampler.{key} {_text(value)} is used; {where} was trained with {_text(facts.sampler[key])}")
     if diffusion is not None and facts.diffusion is not None:
         for key, value in diffusion.model_dump().items():
             theirs = getattr(facts.diffusion, key)
             if value != theirs:
-                notes.append(f"diffusion.{key} {_word(value)} is used; {where} was trained with {_word(theirs)}")
+                notes.append(f"diffusion.{key} {_text(value)} is used; {where} was trained with {_text(theirs)}")
     return SamplerConfig(**settings), diffusion or facts.diffusion or DiffusionConfig(), notes
 
 
-def _word(value: Any) -> str:
+def _text(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _line(error: Exception) -> str:
-    """The first problem of a validation, in one line."""
+    """Return the first problem of a validation, or an error's first line."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False)[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {str(first['input'])[:80]})"

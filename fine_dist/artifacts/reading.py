@@ -1,6 +1,6 @@
-"""Read a model of any source as an `Artifact`: ours, DiT's `.pt`, a diffusers folder, or a name on the hub.
+"""Reads a model of any format as an `Artifact`: an artifact, a file in DiT's format, a diffusers folder, a hub name.
 
-Of another project's model, `extra["imported"]` says where it came from.
+For another project's model, `extra["imported"]` holds the origin of its weights.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fine_dist.model.arch import Arch
 from fine_dist.model.artifact import TENSORS, Artifact, Weights, load_artifact, read_manifest
 
 INHERITED_FACTS = ("licence", "sampler", "codec", "class_names", "diffusion")
-"""Keys of a manifest that whatever is made from its artifact inherits, unless it has its own."""
+"""Keys of a manifest's `extra` that artifacts made from this one inherit, unless they have their own."""
 
 
 class SourceFacts(NamedTuple):
-    """What a source says of itself without its tensors: kind, shape, sha256 of its tensors, and a manifest's extra."""
+    """A source's metadata: kind, architecture, sha256 of its tensors, and `extra` of its manifest."""
 
     kind: str
     arch: Arch
@@ -35,12 +35,15 @@ class SourceFacts(NamedTuple):
 
 
 def read_artifact(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> Artifact:
-    """Read a source with its tensors; of a target, those that are its own. `ArtifactError` when it cannot be read.
+    """Read a source with its tensors. For a target these are only the tensors that differ from its parent's.
 
     Args:
-        source: A path or a name on the hub.
-        hints: What another project's file does not say.
-        weights: Of a checkpoint that holds both, the averaged weights (`ema`) or the trained ones (`raw`).
+        source: A path or a hub name.
+        hints: Facts that another project's file does not state.
+        weights: Which weights to read if there are both: the averaged (`ema`) or those of the last step (`raw`).
+
+    Raises:
+        ArtifactError: The source cannot be read.
     """
     if not is_foreign(source):
         return load_artifact(find_artifact(source), weights=weights)
@@ -48,48 +51,41 @@ def read_artifact(source: str | Path, hints: HintsConfig = NO_HINTS, weights: We
 
 
 def facts_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> SourceFacts:
-    """What a source is. Another project's file is read whole the first time, and its facts are cached."""
+    """Return a source's metadata. Another project's file is read completely once, and the result is cached.
+
+    Raises:
+        ArtifactError: The source cannot be read.
+    """
     if is_foreign(source):
         path = Path(expand_path(str(source)))
         return _facts(str(source), hints.model_dump_json(), path.stat().st_mtime_ns if path.exists() else 0)
     manifest = read_manifest(find_artifact(source))
-    extra = manifest["extra"]
     arch = Arch.model_validate(manifest["arch"])
-    return SourceFacts(manifest["kind"], arch, str(manifest["sha256"][TENSORS]), extra)
+    return SourceFacts(manifest["kind"], arch, str(manifest["sha256"][TENSORS]), manifest["extra"])
 
 
 def hash_of(source: str | Path, hints: HintsConfig = NO_HINTS) -> str:
-    """The sha256 of a source's tensors, which identifies it wherever it lies."""
+    """Return the sha256 of a source's tensors, which identifies it independently of its path."""
     return facts_of(source, hints).hash
 
 
 def inherited_facts(extra: dict[str, Any]) -> dict[str, Any]:
-    """What is inherited from a parent's manifest. A licence may be written beside an ancestor of its own."""
+    """Return the entries of a parent's `extra` that an artifact made from it inherits."""
     facts = {name: extra[name] for name in INHERITED_FACTS if extra.get(name) not in (None, (), [], {})}
     licence = licence_of(extra)
     return {**facts, "licence": licence} if licence else facts
 
 
 def licence_of(extra: dict[str, Any]) -> str | None:
-    """The licence that a manifest names, of its weights or of those they were made from."""
+    """Return the licence in `extra` of a manifest, that of the weights or else of their ancestor; None without one."""
     return extra.get("licence") or (extra.get("ancestor") or {}).get("licence")
 
 
-@lru_cache(maxsize=8)
-def _facts(source: str, hints: str, stamp: int) -> SourceFacts:
-    """What a foreign model's files say of it, cached by all arguments.
-
-    Args:
-        stamp: When the file was last written, so that another file of the name is another entry of the cache.
-    """
-    artifact = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
-    return SourceFacts(artifact.kind, artifact.arch, artifact.hash, artifact.extra)
-
-
 def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Weights = "ema") -> ImportedModel:
-    """Another project's model: a tensor file in DiT's layout, a diffusers folder, or a name on the hub.
+    """Read another project's model: a tensor file in DiT's format, a diffusers folder, or a hub name.
 
-    `ArtifactError` in one line when it is none of these, damaged, another model's, or cannot be downloaded.
+    Raises:
+        ArtifactError: The source is none of these, is damaged or of another model, or cannot be downloaded.
     """
     path = Path(expand_path(str(source)))
     if path.is_dir():
@@ -104,6 +100,13 @@ def import_model(source: str | Path, hints: HintsConfig = NO_HINTS, weights: Wei
     if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
         raise ArtifactError(f"{source}: no such file or folder, and a name on the hub looks like OWNER/MODEL")
     return read_diffusers(str(source), hints)
+
+
+@lru_cache(maxsize=8)
+def _facts(source: str, hints: str, mtime_ns: int) -> SourceFacts:
+    """Read the metadata of another project's model. `mtime_ns` is only a key of the cache: changed files are reread."""
+    artifact = _read_foreign(source, HintsConfig.model_validate_json(hints), "ema")
+    return SourceFacts(artifact.kind, artifact.arch, artifact.hash, artifact.extra)
 
 
 def _read_foreign(source: str, hints: HintsConfig, weights: Weights) -> Artifact:

@@ -1,8 +1,8 @@
-"""diffusers' `scheduler_config.json` as a `DiffusionConfig`, and back as a scheduler to save.
+"""Conversion between diffusers' schedulers and `DiffusionConfig`.
 
-A scheduler's config says two things: which process the model was trained for, and how it is sampled by default. The
-first is read, and refused where this project has no such process; the second (the solver, Karras noise levels,
-thresholding) is the sampler's choice here and is not read.
+The config of a scheduler contains the process that the model was trained for and defaults of sampling. The process is
+read, and is an error if this project does not implement it. The defaults of sampling (solver, Karras noise levels,
+thresholding) are ignored, because they are settings of the sampler here.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _NAMES = {"noise": "epsilon", "v": "v_prediction"}
 def diffusion_from_scheduler(
     scheduler: Mapping[str, Any], marked: DiffusionConfig | None, where: str, notes: list[str]
 ) -> DiffusionConfig:
-    """The process that a folder was trained for.
+    """Return the process that the model of a diffusers folder was trained for.
 
     Args:
-        scheduler: The scheduler's config; empty where there is none.
-        marked: The process in the folder's `fine_dist.json`, which also states a flow's convention. None: no such file.
+        scheduler: Content of `scheduler_config.json`; empty if there is none.
+        marked: The process in the folder's `fine_dist.json`, which includes the convention of a flow; None without it.
         where: The folder's name, for messages.
-        notes: Gets a sentence for what is assumed.
+        notes: A list to which assumptions are appended, as sentences.
 
     Raises:
-        ArtifactError: The process is none of this project's, or the config is damaged.
+        ArtifactError: This project does not implement the process, the config is damaged, or it contradicts `marked`.
     """
     if not scheduler:
         if marked is None:
@@ -44,7 +44,7 @@ def diffusion_from_scheduler(
         raise ArtifactError(f"{where}: its scheduler_config.json is damaged: {line[:200]}") from None
     if marked is None:
         return read
-    if _trained(read) != _trained(marked):
+    if _common_settings(read) != _common_settings(marked):
         raise ArtifactError(
             f"{where}: its scheduler and its fine_dist.json name different processes; the scheduler was changed after "
             "the export. Put back the scheduler, or remove fine_dist.json if the scheduler is right"
@@ -52,8 +52,8 @@ def diffusion_from_scheduler(
     return marked
 
 
-def _trained(config: DiffusionConfig) -> tuple[Any, ...]:
-    """What both files say of a process."""
+def _common_settings(config: DiffusionConfig) -> tuple[Any, ...]:
+    """Return the settings of a process that both files contain."""
     if config.process == "flow":
         return ("flow", round(config.time_shift, 6))
     chain = (config.num_timesteps, round(config.beta_start, 9), round(config.beta_end, 9))
@@ -69,7 +69,7 @@ def _is_flow(scheduler: Mapping[str, Any]) -> bool:
 
 
 def _flow(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
-    """Rectified flow as diffusers runs it: time is the noise level times num_train_timesteps."""
+    """Return the flow of a scheduler's config. diffusers' models receive the noise level times num_train_timesteps."""
     for key in ("use_dynamic_shifting", "invert_sigmas"):
         if scheduler.get(key):
             raise ArtifactError(f"{where}: its scheduler has {key}; legal: a flow of one constant shift, without it")
@@ -83,6 +83,7 @@ def _flow(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
 
 
 def _ddpm(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
+    """Return the DDPM process of a scheduler's config; defaults of missing keys are those of diffusers or DiT."""
     schedule, prediction = scheduler.get("beta_schedule", "linear"), scheduler.get("prediction_type", "epsilon")
     betas = scheduler.get("trained_betas") is not None
     if schedule != "linear" or prediction not in _PREDICTIONS or betas:
@@ -102,8 +103,13 @@ def _ddpm(scheduler: Mapping[str, Any], where: str) -> DiffusionConfig:
 
 
 def scheduler_of(diffusion: DiffusionConfig, clip: float | None) -> Any:
-    """diffusers' scheduler of a process: DDIM whose timesteps end at T-1 as ours do, or Euler's method for a flow."""
-    import diffusers  # takes seconds, and only an export needs it
+    """Return diffusers' scheduler of a process: DDIM, or Euler's method for a flow.
+
+    Args:
+        diffusion: The process.
+        clip: Limit of DDIM's predicted clean latents; None for no limit.
+    """
+    import diffusers  # takes seconds, and only exports need it
 
     if diffusion.process == "flow":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=diffusion.time_shift)
@@ -116,5 +122,5 @@ def scheduler_of(diffusion: DiffusionConfig, clip: float | None) -> Any:
         rescale_betas_zero_snr=diffusion.zero_terminal_snr,
         clip_sample=clip is not None,
         clip_sample_range=clip or 1.0,
-        timestep_spacing="trailing",
+        timestep_spacing="trailing",  # the first timestep is T-1, as in this project's sampler
     )

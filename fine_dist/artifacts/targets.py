@@ -1,8 +1,8 @@
-"""Targets of stage 2: made from a parent, saved as their difference to it, and loaded as dense models.
+"""Targets of stage 2: initialized from a parent, saved as their difference from it, and loaded as dense models.
 
-A target's artifact holds every tensor that differs from its parent's, trained or not, and refers to the rest by the
-parent's hash. A family of targets takes megabytes instead of a model each, and loading computes nothing anew, so that a
-later version of a method reads it as it was written.
+A target's artifact holds the tensors that differ from its parent's, trained or not; the manifest names the others and
+the parent's hash. A family of targets therefore takes megabytes instead of one model per target. Loading does not
+initialize anything again, so later versions of a method load a target unchanged.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from fine_dist.model.dit import DiT, labels_from_null
 def descend(
     method: Method[MethodConfig], parent: Parent | None, target: Arch, seed: int, *, new_labels: bool = False
 ) -> Descent:
-    """The target before stage 2; a function of its arguments alone.
+    """Initialize a target, as it is before stage 2. The result depends on the arguments alone.
 
     Args:
-        method: The method that makes it.
-        parent: What it is made from; None for a method that needs none.
-        target: Its shape.
-        seed: Seeds whatever is random in it.
-        new_labels: The target has classes of its own. Its label embedder starts at the parent's null label plus a
-            small random vector a class, and trains with whatever else does.
+        method: The method that initializes the target.
+        parent: The parent; None for a method that needs none.
+        target: Architecture of the target.
+        seed: Random seed of the initialization.
+        new_labels: The target's classes are not the parent's. Its label embedder starts from the parent's null label
+            plus a small random vector per class (`labels_from_null`), and is trained in stage 2.
 
     Raises:
-        ArtifactError: The method makes no such target of this parent.
+        ArtifactError: The method cannot initialize such a target from this parent.
     """
     generator = torch.Generator().manual_seed(seed)
-    parent, same = check_target(method, parent, target, new_labels=new_labels)
-    descent = method.descend(parent, same, generator)
+    parent, built_arch = check_target(method, parent, target, new_labels=new_labels)
+    descent = method.descend(parent, built_arch, generator)
     if new_labels and parent is not None:
         model: Any
         descent.model.arch = target  # type: ignore[assignment]
-        for model in [m for m in descent.model.modules() if isinstance(m, DiT)]:  # one, or several of a pool
+        # The label embedders are replaced afterwards. A pool of models has several; listed first, as modules change.
+        for model in [m for m in descent.model.modules() if isinstance(m, DiT)]:
             model.arch = model.arch.model_copy(update={"num_classes": target.num_classes})
             model.label = labels_from_null(model.label.weight.detach()[-1], target.num_classes, generator)
     return descent
@@ -57,13 +58,17 @@ def descend(
 def check_target(
     method: Method[MethodConfig], parent: Parent | None, target: Arch, *, new_labels: bool = False
 ) -> tuple[Parent | None, Arch]:
-    """Check a target without building it: the parent the method uses, and the shape it is asked for.
+    """Check a target without building it; arguments as in `descend`.
 
-    The shape is the target's, with the parent's classes where the target's own labels are added afterwards.
-    `ArtifactError` when the method makes no such target.
+    Returns:
+        The parent that the method uses, and the architecture that it builds: the target's, with the parent's classes
+        if new labels are added afterwards.
+
+    Raises:
+        ArtifactError: The method cannot initialize such a target from this parent.
     """
     if method.traits.parents == ("none",):
-        parent = None  # it may have given the shape, and gives nothing else
+        parent = None  # a parent may be given for its architecture only
     if new_labels and parent is not None and "classes" not in method.traits.varies:
         target = target.model_copy(update={"num_classes": parent.arch.num_classes})
     check(method, parent.artifact if parent else None, target)
@@ -71,12 +76,12 @@ def check_target(
 
 
 def changed_tensors(model: nn.Module, parent: Parent | None) -> dict[str, Tensor]:
-    """Tensors of a target that are not, bit for bit, its parent's of the same name (copies, on the CPU)."""
-    theirs = parent.artifact.tensors if parent else {}
+    """Return copies, on the CPU, of a target's tensors that differ from the parent's tensor of the same name."""
+    parent_tensors = parent.artifact.tensors if parent else {}
     return {
         name: tensor.detach().cpu().clone()
         for name, tensor in model.state_dict().items()
-        if not (name in theirs and torch.equal(theirs[name], tensor.detach().cpu()))
+        if not (name in parent_tensors and torch.equal(parent_tensors[name], tensor.detach().cpu()))
     }
 
 
@@ -93,13 +98,13 @@ def save_target(
     """Write a target as an artifact of kind `target`, and return its manifest.
 
     Args:
-        folder: Where it is written.
+        folder: Folder of the artifact.
         method: Settings of the method.
-        parent: What it was made from.
-        arch: Its shape.
-        tensors: Its tensors that are not the parent's.
+        parent: The parent; None if the method needs none.
+        arch: Architecture of the target.
+        tensors: The target's tensors that differ from the parent's (`changed_tensors`).
         names: Names of all its tensors.
-        facts: How it was made (seed, losses, steps, learning rate, seconds); JSON.
+        facts: Further JSON values of the manifest: seed, losses, steps, learning rate, seconds.
     """
     extra: dict[str, Any] = {"inherited": sorted(set(names) - tensors.keys())}
     if parent is not None:
@@ -117,7 +122,7 @@ def save_target(
 
 
 def _inherited_by(parent: Parent, arch: Arch) -> dict[str, Any]:
-    """Facts a target inherits from its parent; class names only where its classes are the parent's."""
+    """Return the facts that a target inherits from its parent; class names only if the number of classes is equal."""
     facts = inherited_facts(parent.artifact.extra)
     if arch.num_classes != parent.arch.num_classes:
         facts.pop("class_names", None)
@@ -125,14 +130,17 @@ def _inherited_by(parent: Parent, arch: Arch) -> dict[str, Any]:
 
 
 def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[DiT, Artifact]:
-    """A target merged into a dense DiT, and the artifact it came from.
+    """Load a target and merge it into a dense DiT.
 
     Args:
-        path: The artifact, or the folder of the task that wrote it.
-        learngene: Where its parent lies now. Default: where it lay, relative to the target or absolutely.
+        path: The target's artifact or run directory.
+        learngene: Current location of its parent. Default: the recorded path, relative to the target or absolute.
+
+    Returns:
+        The model, and the target's artifact.
 
     Raises:
-        ArtifactError: Either is damaged, or the parent is another one than the target's.
+        ArtifactError: The target or its parent is missing or damaged, or the parent has another hash.
     """
     method, model, artifact = load_target_module(path, learngene)
     return merged(method, model), artifact
@@ -141,7 +149,7 @@ def load_target(path: str | Path, learngene: str | Path | None = None) -> tuple[
 def load_target_module(
     path: str | Path, learngene: str | Path | None = None
 ) -> tuple[Method[MethodConfig], nn.Module, Artifact]:
-    """A target as its own method's module, with that method and the artifact; as `load_target`."""
+    """Load a target without merging it: its method, its module and its artifact. Arguments as in `load_target`."""
     folder = Path(path)
     if not (folder / MANIFEST).is_file():
         folder = next((folder / name for name in ARTIFACT_FOLDERS if (folder / name / MANIFEST).is_file()), folder)
@@ -154,7 +162,7 @@ def load_target_module(
 
 
 def merged(method: Method[MethodConfig], model: nn.Module) -> DiT:
-    """The ordinary dense DiT of the same function; of a method whose product is none, the product itself."""
+    """Merge a method's module into a dense DiT that computes the same; return other products of methods unchanged."""
     if not method.traits.dense:
         return model  # type: ignore[return-value]
     dense = DiT(model.arch)  # type: ignore[arg-type]
@@ -163,18 +171,20 @@ def merged(method: Method[MethodConfig], model: nn.Module) -> DiT:
 
 
 def _assembled(artifact: Artifact, parent: Parent | None) -> nn.Module:
-    theirs = parent.artifact.tensors if parent else {}
+    """Return a module with the target's own tensors and those that it inherits from its parent."""
+    parent_tensors = parent.artifact.tensors if parent else {}
     inherited = artifact.extra.get("inherited")
     if not isinstance(inherited, list) or not all(isinstance(name, str) for name in inherited):
         raise ArtifactError(f"{artifact.folder}: inherited in its manifest.json is no list of names: it is damaged")
-    absent = [name for name in inherited if name not in theirs]
+    absent = [name for name in inherited if name not in parent_tensors]
     if absent:
         raise ArtifactError(f"{artifact.folder} takes {absent[0]} from its parent, which has no such tensor")
-    state = {**{name: theirs[name] for name in inherited}, **artifact.tensors}
+    state = {**{name: parent_tensors[name] for name in inherited}, **artifact.tensors}
     return loaded(from_manifest(artifact.method), artifact.arch, state, artifact.folder)
 
 
 def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
+    """Load a target's parent and check its hash; None if the target has no parent."""
     named = artifact.extra.get("parent")
     if named is None:
         return None
@@ -183,11 +193,8 @@ def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
     candidates = [artifact.folder / named["from_here"], Path(named["path"])]
     if learngene:
         candidates = [Path(learngene), *(Path(learngene) / name for name in ARTIFACT_FOLDERS)]
-    place = next((place for place in candidates if (place / MANIFEST).is_file()), None)
-    if place is not None:
-        parent = load_artifact(place)
-    else:
-        parent = _foreign_parent(artifact, named, candidates)
+    folder = next((folder for folder in candidates if (folder / MANIFEST).is_file()), None)
+    parent = load_artifact(folder) if folder is not None else _foreign_parent(artifact, named, candidates)
     if parent.hash != named["hash"]:
         raise ArtifactError(
             f"{artifact.folder} was made from the parent {named['hash'][:12]}..., and {parent.folder} is another one "
@@ -197,9 +204,9 @@ def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
 
 
 def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], candidates: list[Path]) -> Artifact:
-    """A parent that is another project's model: a file or folder where it lay or lies, or a name on the hub."""
+    """Load a parent that is another project's model: a file or folder among the candidates, or the recorded source."""
     hints = HintsConfig(**named.get("hints", {}))
-    sources = [place for place in candidates if place.exists() and is_foreign(place)]
+    sources = [path for path in candidates if path.exists() and is_foreign(path)]
     if not sources and "source" in named and is_foreign(named["source"]):
         sources = [named["source"]]
     if sources:

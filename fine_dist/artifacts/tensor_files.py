@@ -1,8 +1,8 @@
-"""Reading other projects' tensor files without running code in them; finding a model's folder, here or on the hub.
+"""Reads tensor files of other projects without executing code in them, and downloads models from the hub.
 
-A `.pt` goes through torch's restricted unpickler (`weights_only=True`), which builds tensors, numbers, texts and
-containers of them and runs no code in the file. Of Python's classes it lets `argparse.Namespace` through, which DiT's
-training script saves beside the weights and which does nothing when it is made.
+`.pt` files are read with torch's restricted unpickler (`weights_only=True`), which creates only tensors, numbers,
+strings and containers of them. `argparse.Namespace` is allowed in addition, because DiT's training script saves its
+arguments with the weights; creating one has no side effects.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from fine_dist.core.errors import ArtifactError
 from fine_dist.core.files import sha256_of
 
 _STEM = "diffusion_pytorch_model"
+"""Beginning of the names of diffusers' weight files."""
 
 
 def read_tensor_file(path: Path) -> dict[str, Any]:
-    """What a file holds: tensors by name, or a checkpoint's nested mapping. `ArtifactError` when it cannot be read."""
+    """Read a `.safetensors` or `.pt` file: tensors by name, or the nested mapping of a checkpoint.
+
+    Raises:
+        ArtifactError: The file is missing, damaged, holds code, or is no mapping.
+    """
     check_regular(path)
     if path.suffix == ".safetensors":
         try:
@@ -43,9 +48,11 @@ def read_tensor_file(path: Path) -> dict[str, Any]:
 
 
 def _read_pt(path: Path) -> Any:
-    # Allowed within this block only; a global allowance would apply to whatever the user's own program loads later.
+    # A context, because a global permission would also apply to files that the calling program loads later.
     with torch.serialization.safe_globals([argparse.Namespace]):
-        for mapped in (True, False):  # files of torch before 1.6 cannot be mapped
+        # Memory-mapped if possible: a checkpoint with optimizer states is several times the model's
+        # size, and only the pages of the weights are then read. Files of torch before 1.6 cannot be mapped.
+        for mapped in (True, False):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
             except pickle.UnpicklingError as error:
@@ -56,18 +63,7 @@ def _read_pt(path: Path) -> Any:
                         "dict alone (torch.save(model.state_dict(), ...)), or as safetensors"
                     ) from None
                 raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
-            except (
-                RuntimeError,
-                EOFError,
-                ValueError,
-                LookupError,
-                OSError,
-                AttributeError,
-                TypeError,
-                NotImplementedError,
-            ) as error:
-                # Mapping is tried first because a checkpoint with optimizer states is several
-                # times the model's size, and only the pages of the weights are then read.
+            except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError) as error:
                 if mapped and "mmap" in str(error):
                     continue
                 raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
@@ -75,10 +71,15 @@ def _read_pt(path: Path) -> Any:
 
 
 def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
-    """The tensors of a diffusers model folder, in one file or in pieces; their hash; and the variant they are of.
+    """Read the weights in a model folder of diffusers, which are in one file or in several with an index.
 
-    The variant is the word in `diffusion_pytorch_model.fp16.safetensors`, as `save_pretrained(variant="fp16")` writes
-    it, or "" for none. Files without one are preferred, as the more exact ones, and safetensors before `.bin`.
+    Files without a variant are preferred, because variants usually have a lower precision, then safetensors to `.bin`.
+
+    Returns:
+        The tensors by name, their sha256, and the variant of the file, such as fp16, or "" without one.
+
+    Raises:
+        ArtifactError: There are no weights, or a file is missing or damaged.
     """
     files = sorted((parsed, path) for path in folder.glob(f"{_STEM}*") if (parsed := _parse_name(path)))
     if not files:
@@ -86,11 +87,11 @@ def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
     (_, _, is_index, variant), file = files[0]
     if not is_index:
         return read_tensor_file(file), sha256_of(file), variant
-    pieces = read_json(file).get("weight_map")
-    if not isinstance(pieces, dict) or not all(isinstance(name, str) for name in pieces.values()):
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ArtifactError(f"{file}: weight_map must map names of tensors to names of files: the file is damaged")
-    names = sorted(set(pieces.values()))
-    # An index is data from outside: a name such as ../../x must not make this read other files.
+    names = sorted(set(weight_map.values()))
+    # The index is not trusted: a name such as ../../x must not read files outside the folder.
     if not names or any(Path(name).name != name for name in names):
         raise ArtifactError(f"{file} names no files, or files outside its folder: {names[:5]}")
     tensors: dict[str, Tensor] = {}
@@ -100,9 +101,9 @@ def read_weights_folder(folder: Path) -> tuple[dict[str, Tensor], str, str]:
 
 
 def _parse_name(path: Path) -> tuple[bool, bool, bool, str] | None:
-    """(has a variant, is `.bin`, is an index, variant) of a weight file's name; the smallest is preferred.
+    """Return (has a variant, is `.bin`, is an index, variant) of a weight file; the smallest tuple is preferred.
 
-    Pieces themselves (`-00001-of-00003`) and other names give None. diffusers writes the variant of an index as
+    None for parts of sharded weights (`-00001-of-00003`) and other names. diffusers writes the variant of an index as
     `MODEL.safetensors.index.fp16.json`, and older versions as `MODEL.fp16.safetensors.index.json`.
     """
     match = re.fullmatch(
@@ -115,17 +116,18 @@ def _parse_name(path: Path) -> tuple[bool, bool, bool, str] | None:
 
 
 def fetch(name: str) -> Path:
-    """The local copy of a model on the hub, downloaded if need be: its JSON, card, and tensor files.
+    """Download a model's JSON files, card and tensors from the hub, unless they are cached, and return their folder.
 
-    `ArtifactError` without network: one line that says what to download and how to name the folder.
+    Raises:
+        ArtifactError: The hub cannot be reached or has no such model; the message says what to download by hand.
     """
-    wanted = ["*.json", "README.md", "transformer/*.safetensors", "transformer/*.bin", f"{_STEM}*"]
+    patterns = ["*.json", "README.md", "transformer/*.safetensors", "transformer/*.bin", f"{_STEM}*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise ArtifactError(f"{name!r} is neither a file or folder here nor the name of a model on the hub") from None
-    # The cause matters less to a user than what to do without a network, which is most clusters' compute nodes.
-    except Exception as error:  # the hub's client raises what its transport raises
+    except Exception as error:  # the hub's client also passes on the exceptions of its HTTP library
+        # Compute nodes of most clusters have no network, so the message says what to do without one.
         raise ArtifactError(
             f"{name}: no such file or folder here, and the hub cannot be reached or has no such model "
             f"({type(error).__name__}); download the repository's transformer/, scheduler/, *.json and README.md where "

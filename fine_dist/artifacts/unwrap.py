@@ -1,10 +1,10 @@
-"""A training checkpoint's weights without what a framework wrapped around them.
+"""Finds a DiT's weights in a training checkpoint, and removes nesting and prefixes that frameworks add to their names.
 
-Checkpoints nest their weights (`{"ema": {...}, "model": {...}, "opt": ...}`) and prefix their names: DataParallel and
-DDP with `module.`, torch.compile with `_orig_mod.` (in front or per block), FSDP with `_fsdp_wrapped_module.`,
-activation checkpointing with `_checkpoint_wrapped_module.`, Lightning with the attribute's name, ema_pytorch with
-`ema_model.` and `online_model.`. All of them are recognized by one rule: words of wrappers are deleted wherever they
-stand, and what then stands before the patch embedder's name is a prefix.
+Checkpoints nest their weights (`{"ema": {...}, "model": {...}, "opt": ...}`), and frameworks change names: DataParallel
+and DDP add `module.`, torch.compile `_orig_mod.` (in front or per block), FSDP `_fsdp_wrapped_module.`, activation
+checkpointing `_checkpoint_wrapped_module.`, Lightning the attribute's name, ema_pytorch `ema_model.` and
+`online_model.`. One rule covers all of them: components in `WRAPPERS` are removed wherever they are in a name, and
+whatever then precedes the name of the patch embedder is a prefix.
 """
 
 from __future__ import annotations
@@ -19,30 +19,34 @@ from torch import Tensor
 from fine_dist.core.errors import ArtifactError
 
 ANCHOR = "x_embedder.proj.weight"
-"""The tensor by which a DiT's weights are found."""
+"""Name of the patch embedder's weight, by which a DiT's weights are found."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Words that frameworks put into names, wherever they stand."""
+"""Components that frameworks insert into names, at any depth."""
 NOT_WEIGHTS = ("opt", "optimizer", "optimizer_states", "optimizer_state_dict", "scheduler", "lr_schedulers", "args")
 """Entries of a checkpoint that are never searched for weights."""
 PROJECTORS = ("projectors.",)
-"""Names of modules that are used in training only: REPA's projectors."""
+"""Prefixes of modules that are used in training only: REPA's projectors."""
 _DEPTH = 4
-"""Levels of nesting that are searched; more is no checkpoint of a known framework."""
+"""Levels of nesting that are searched. No known framework has more."""
 
 
 @dataclass
 class Unwrapped:
-    """Weights by plain names, the arguments saved beside them, and sentences on what was taken off or dropped."""
+    """The result of `unwrap`."""
 
     state: dict[str, Tensor]
+    """Weights, by names without wrappers and prefixes."""
     arguments: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the training script, if the checkpoint holds them."""
     dropped: tuple[str, ...] = ()
+    """Names of tensors of `PROJECTORS`, which are not in `state`."""
     notes: list[str] = field(default_factory=list)
+    """Sentences for the user: which weights were chosen, and which prefixes and tensors were removed."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A place in a checkpoint that holds a DiT: the keys that lead there, a prefix of names, and the tensors."""
+    """A DiT in a checkpoint: the keys of the mapping it is in, the prefix of its names, and the mapping's tensors."""
 
     path: tuple[str, ...]
     prefix: str
@@ -50,7 +54,7 @@ class _Candidate:
 
     @property
     def is_average(self) -> bool:
-        # ema_pytorch keeps the trained weights beside their average, as online_model.
+        # In ema_pytorch's checkpoints online_model holds the trained weights, inside a mapping that may be named ema.
         return "ema" in "/".join((*self.path, self.prefix)).lower() and "online" not in self.prefix
 
     @property
@@ -59,10 +63,15 @@ class _Candidate:
 
 
 def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Path) -> Unwrapped:
-    """The weights of a checkpoint, its average (`ema`) or what was trained (`raw`).
+    """Find the weights of a DiT in a checkpoint.
 
-    Where there is one set only, `ema` takes it; `raw` refuses a file of averages alone. `ArtifactError` when there are
-    no tensors by name.
+    Args:
+        content: The checkpoint, as `read_tensor_file` returns it.
+        weights: `ema` for the averaged weights, or the trained ones if there are no others; `raw` for the trained ones.
+        path: Path of the checkpoint, for messages.
+
+    Raises:
+        ArtifactError: There are no tensors, or `raw` weights are asked for and there are only averaged ones.
     """
     candidates = _candidates(content, ())
     if not candidates:
@@ -71,7 +80,7 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     plain = [candidate for candidate in candidates if not candidate.is_average]
     if weights == "raw" and not plain:
         raise ArtifactError(f"{path} holds averaged weights only ({_names(averages)}); leave weights at ema")
-    # The average first: published figures were sampled with it.
+    # The average is preferred, because published results are sampled with it.
     choice = (plain if weights == "raw" else averages or plain)[0]
     named = choice.tensors
     state = {name[len(choice.prefix) :]: tensor for name, tensor in named.items() if name.startswith(choice.prefix)}
@@ -86,7 +95,7 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     if choice.prefix:
         result.notes.append(f"the prefix {choice.prefix!r} was taken off every name")
     left = sorted(name for name in named if not name.startswith(choice.prefix))
-    # Tensors of the other candidates were not dropped but not chosen, which the note above says already.
+    # Without tensors of other candidates in this mapping, which the first note mentions.
     left = [name for name in left if not any(name.startswith(c.prefix) for c in candidates if c.tensors is named)]
     if left:
         result.notes.append(f"dropped, as no part of the model: {_few(left)}")
@@ -96,10 +105,11 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
 
 
 def _candidates(content: Mapping[Any, Any], path: tuple[str, ...]) -> list[_Candidate]:
+    """Return all DiTs in a mapping and, up to `_DEPTH` levels, in the mappings nested in it."""
     tensors = {
         _plain(key): value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
     }
-    # One mapping may hold several models (ema_pytorch stores both), so every patch embedder is a candidate of its own.
+    # One mapping may hold several models, as in ema_pytorch, so each patch embedder makes a candidate.
     prefixes = sorted(name[: -len(ANCHOR)] for name in tensors if name.endswith(ANCHOR))
     candidates = [_Candidate(path, prefix, tensors) for prefix in prefixes]
     if len(path) < _DEPTH:
@@ -110,16 +120,16 @@ def _candidates(content: Mapping[Any, Any], path: tuple[str, ...]) -> list[_Cand
 
 
 def _plain(name: str) -> str:
-    """A name without the words of wrappers; `module` comes off the front only, where it is DataParallel's or DDP's."""
-    parts = [word for word in name.split(".") if word not in WRAPPERS]
-    # Behind the front, `module` may be the name of a model's own part.
+    """Return a name without the components in `WRAPPERS` and without the leading `module` of DataParallel and DDP."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    # Only in front, because a model may have a submodule of that name.
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
 
 
 def _without_anchor(content: Mapping[Any, Any], path: Path) -> Unwrapped:
-    """A file without a patch embedder: its tensors as they are, so that the reader can say what is missing."""
+    """Return the tensors of a file without a patch embedder, so that the caller can list the missing names."""
     mapping: Mapping[Any, Any] = content
     for _ in range(_DEPTH):
         nested = [v for k, v in mapping.items() if k not in NOT_WEIGHTS and isinstance(v, Mapping)]
@@ -134,7 +144,7 @@ def _without_anchor(content: Mapping[Any, Any], path: Path) -> Unwrapped:
 
 
 def _arguments(content: Mapping[Any, Any]) -> dict[str, Any]:
-    """What a training script saved of its arguments; they are believed only where the tensors are silent."""
+    """Return the arguments that a training script saved; empty without any."""
     args = content.get("args")
     values = dict(args) if isinstance(args, Mapping) else dict(vars(args)) if hasattr(args, "__dict__") else {}
     return {str(key): value for key, value in values.items()}
