@@ -1,1 +1,1 @@
-"""Drawing images of a model: settings, a renderer, grids of pictures, and stores that any process may fill."""
+"""Sampling of images from models: settings, the renderer, image grids, and files that several processes write."""

@@ -1,7 +1,9 @@
-"""Drawing images of a model with any number of processes, so that an interrupted command continues where it stopped.
+"""Samples images from models with any number of processes; an interrupted command resumes where it stopped.
 
-Every image depends on (seed, its number) alone. The processes divide the images, write them into one store on disk, and
-the first process makes the files when all images are there.
+The noise of an image depends only on the seed and the image's number. The processes divide the images among themselves
+and write them to one store on disk; when all are there, rank 0 writes the files.
+
+Letters: N images, C channels, H, W height and width of an image.
 """
 
 from __future__ import annotations
@@ -37,7 +39,16 @@ from fine_dist.sampling.settings import ALL_CLASSES, DEFAULT_CLASSES, SampleConf
 
 
 def run(config: SampleConfig) -> Path:
-    """Draw what a config asks for, in this process among the others; returns the folder or the picture of a grid."""
+    """Sample the images of a config. All processes of the job call it.
+
+    Returns:
+        The folder of the files; with `compare` or a family, the path of the grid.
+
+    Raises:
+        ConfigError: No model is given, or a setting does not fit the model or the machine.
+        ArtifactError: A model cannot be loaded.
+        DataError: The folder holds other images.
+    """
     if not config.model and not config.compare:
         raise ConfigError("model: give the folder of a model with --model")
     paths, family = expand_family([*filter(None, [config.model]), *config.compare])
@@ -61,7 +72,7 @@ def run(config: SampleConfig) -> Path:
 
 
 def check(config: SampleConfig) -> None:
-    """Raise what `run` would refuse of models that are on this machine, for a dry run. No weights are read."""
+    """Raise the errors that `run` would raise for models on this machine; for dry runs, which load no model."""
     cpu = config.engine.device == "cpu" or not torch.cuda.is_available()
     for path in expand_family([*filter(None, [config.model]), *config.compare])[0]:
         if exists_locally(path):
@@ -72,13 +83,14 @@ def check(config: SampleConfig) -> None:
 
 
 def check_memory(config: SampleConfig, arch: Arch, count: int) -> None:
-    """Refuse a batch that is far beyond the memory of a CPU, where the process would be killed without a word.
+    """Check the memory of sampling on a CPU, where the system would kill the process without a message.
 
     Raises:
-        ConfigError: The activations of one block alone are far beyond it (`FAR_BEYOND`).
+        ConfigError: The activations of one block exceed the machine's memory by far (`FAR_BEYOND`).
     """
     batch = min(count, config.sampler.batch)
-    need = 4.0 * batch * arch.num_tokens * arch.hidden_size * 8  # the stream, queries, keys, values, the hidden layer
+    # Bytes of fp32 activations [B, T, D]: the residual stream, q, k, v, and the MLP's hidden layer, which is 4 D wide.
+    need = 4.0 * batch * arch.num_tokens * arch.hidden_size * 8
     if need > FAR_BEYOND * memory_bytes() and config.launch.preflight != "off":
         raise ConfigError(
             f"sampler.batch {config.sampler.batch}: {arch.name} needs {need / GIB:.1f} GiB for {batch} images at once, "
@@ -87,9 +99,15 @@ def check_memory(config: SampleConfig, arch: Arch, count: int) -> None:
 
 
 def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:
-    """The models of some paths, a family's folder replaced by its targets, and whether there was a family.
+    """Replace the folders of families by their targets.
 
-    Other things in a family's folder (tables, logs), which `FAMILY/*` names too, are left out.
+    Other files in a family's folder (tables, logs), which the pattern `FAMILY/*` includes, are ignored.
+
+    Returns:
+        The paths of the models, and whether there was a family.
+
+    Raises:
+        ConfigError: None of the paths is a model.
     """
     models: list[str] = []
     family = False
@@ -101,7 +119,7 @@ def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:
             models += map(str, members)
             family = True
         elif (is_foreign(path) and not folder.exists()) or not family_members(folder.parent):
-            models.append(path)  # another project's model, a hub name; or loading it says what is wrong with it
+            models.append(path)  # another project's model or a hub name; else loading it raises the error
     if not models:
         raise ConfigError(
             f"model: {', '.join(paths)}: none of these is a model; give the folder of a family or a model"
@@ -110,7 +128,7 @@ def expand_family(paths: Sequence[str]) -> tuple[list[str], bool]:
 
 
 def family_members(folder: Path) -> list[Path]:
-    """The finished targets in a folder that `init` wrote, in order of their names; empty where it is no such folder."""
+    """Return the run directories of the finished targets in a family's folder, by name; empty for other folders."""
     if not folder.is_dir():
         return []
     return sorted(part for part in folder.iterdir() if (part / "target" / "manifest.json").is_file())
@@ -121,7 +139,16 @@ def _has_artifact(folder: Path) -> bool:
 
 
 def labels_of(config: SampleConfig, num_classes: int, names: Sequence[str]) -> Tensor:
-    """Labels [N] int64 of the images, in order. `ConfigError` for a class that the model does not have."""
+    """Return the labels [N] int64 of the images, in order.
+
+    Args:
+        config: The settings `classes`, `per_class`, `count` and `seed`.
+        num_classes: Number of the model's classes; this number itself is the null label.
+        names: The model's class names by label; empty if unknown.
+
+    Raises:
+        ConfigError: The model does not have a class.
+    """
     chosen: list[int] = []
     for word in config.classes:
         if word in ALL_CLASSES:
@@ -143,23 +170,26 @@ def labels_of(config: SampleConfig, num_classes: int, names: Sequence[str]) -> T
 
 
 def _default_classes(config: SampleConfig, num_classes: int) -> Tensor:
-    """All classes where they are few or `count` bounds the images, else some that the seed chooses, in order."""
+    """Return all classes if they are few or `count` limits the images, else `DEFAULT_CLASSES`, chosen by the seed."""
     if num_classes <= DEFAULT_CLASSES or config.count:
         return torch.arange(num_classes)
-    # Mixed, so that the choice of classes is independent of the images' noise, which comes from the same seed.
+    # Mixed, so that the choice of classes is independent of the images' noise, which has the same seed.
     generator = torch.Generator().manual_seed(mix(config.seed, num_classes))
     return torch.randperm(num_classes, generator=generator)[:DEFAULT_CLASSES].sort().values
 
 
 def _is_number(word: str) -> bool:
-    return word.isascii() and word.lstrip("-").isdigit() and len(word) < 19
+    # Fewer digits than 19, so that the number fits int64.
+    return word.isascii() and word.removeprefix("-").isdigit() and len(word) < 19
 
 
 def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: Path, process: World) -> Path:
-    """Draw all images into the files of a folder, with the other processes; returns the folder.
+    """Sample images of labels [N] and write the files of `config.formats` to a folder, which is returned.
+
+    All processes of the job call it.
 
     Raises:
-        ConfigError: A format needs images, and nothing decodes the model's latents.
+        ConfigError: A format needs images, and there is no autoencoder for the model's latents.
         DataError: The folder holds other images.
     """
     wanted = set(config.formats)
@@ -171,7 +201,7 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
     identity = renderer.protocol(config.seed) | {
         "weights": config.weights,
         "vae": [config.vae, config.vae_precision] if config.vae else None,
-        # 50,000 labels would make samples.json unreadable; their hash tells two orders apart just as well.
+        # The hash of 50,000 labels identifies them as well, and samples.json stays readable.
         "labels": labels.tolist() if len(labels) <= 1000 else sha256_text(" ".join(map(str, labels.tolist()))),
     }
     if samples_exist(folder, identity, wanted):
@@ -182,12 +212,12 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
         progress = f"sample {renderer.model.arch.name}" if process.is_main else False
         for batch, images in renderer.render(labels[own_indices], own_indices, config.seed, progress):
             stores.write(batch, images)
-        # The slowest process that drew anything; a process without work spent its time waiting for files to open.
+        # The time of the slowest process. A process without images does not count: it only opened files.
         spent = torch.tensor([time.perf_counter() - begun if len(own_indices) else 0.0], dtype=torch.float64)
-        seconds = float(all_reduce_max(spent, process)[0])  # also waits for everybody's images
+        seconds = float(all_reduce_max(spent, process)[0])  # also waits until all processes have written their images
         if "png" in wanted and stores.images is not None:
             write_pngs(stores.images, renderer, labels, folder, process)
-        # Rank 0 deletes the stores, so everybody's pictures must have been written from them before.
+        # Rank 0 deletes the stores in `write_files`, so all processes must have read their images from them.
         barrier(process)
         if process.is_main:
             write_files(stores, config, renderer, labels, folder, identity, seconds)
@@ -198,7 +228,13 @@ def draw(config: SampleConfig, renderer: ImageRenderer, labels: Tensor, folder: 
 def compare(
     config: SampleConfig, renderers: Sequence[ImageRenderer], labels: Tensor, folder: Path, process: World
 ) -> Path:
-    """One labeled grid, a row a model, of the same seeds and classes; returns the picture's path."""
+    """Write one labeled grid with one row per model, of the same seed and classes, and return the path of the PNG file.
+
+    All processes of the job call it.
+
+    Raises:
+        ConfigError: There are more than `GRID_IMAGES` images per model, or the models' images differ in size.
+    """
     if len(labels) > GRID_IMAGES:
         raise ConfigError(f"compare: {len(labels)} images of each model are too many; {GRID_IMAGES} at most (--count)")
     rows = []
@@ -230,17 +266,19 @@ def compare(
 
 
 def _gather(own_images: dict[int, Tensor], count: int, renderer: ImageRenderer, process: World) -> Tensor:
-    """All images uint8 [N, C, H, W], from whichever process drew them, on every process."""
+    """Return all images uint8 [N, C, H, W] on every process; `own_images` maps this process's numbers to [C, H, W]."""
+    # A process without images learns their size from a blank latent.
     zero = torch.zeros(1, *renderer.model.arch.latent_shape)
-    one = renderer.finish(zero) if renderer.pictures else latents_as_images(zero)
-    table = torch.zeros(count, *one.shape[1:], dtype=torch.int32)  # gloo has no sum of bytes on every platform
+    blank = renderer.finish(zero) if renderer.pictures else latents_as_images(zero)
+    # Each image is on one process and zero on the others. gloo cannot sum uint8 on every platform.
+    images = torch.zeros(count, *blank.shape[1:], dtype=torch.int32)
     for number, image in own_images.items():
-        table[number] = image.int()
-    return all_reduce_sum(table, process).to(torch.uint8)
+        images[number] = image.int()
+    return all_reduce_sum(images, process).to(torch.uint8)
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """Paths by the parts in which they differ: their last two, or one."""
+    """Return the last component of each path, or the last two if the last ones are not unique."""
     last = [Path(path).name for path in paths]
-    # Models of two runs may both end in /model, and then the part before it tells them apart.
+    # The models of two runs may both end in /model.
     return last if len(set(last)) == len(last) else ["/".join(Path(path).parts[-2:]) for path in paths]

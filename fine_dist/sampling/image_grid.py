@@ -1,6 +1,6 @@
-"""Grids of images with captions, titles and row names, and PNG files of them.
+"""Grids of images with captions, titles and row names, and PNG files.
 
-Shapes: N images, C channels, H, W pixels of one; H', W' pixels of the grid.
+Shapes: N images, C channels, H, W height and width of an image, H', W' height and width of the grid, in pixels.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from fine_dist.core.errors import DataError
 from fine_dist.core.files import write_atomic
 
 _GAP, _TEXT, _SIDE = 4, 14, 64
-"""Pixels between cells, of a line of text, and of the smallest side that an image is shown with."""
+"""In pixels: the gap between cells, the height of a line of text, and the minimum of an image's longer side."""
 
 
 def labelled_grid(
     images: Tensor, captions: Sequence[str], columns: int, *, title: str = "", rows: Sequence[str] = ()
 ) -> Tensor:
-    """A picture [3, H', W'] uint8 of images uint8 [N, 1 or 3, H, W], row by row.
+    """Return a grid, uint8 [3, H', W'], of images uint8 [N, 1 or 3, H, W], row by row.
 
     Args:
-        images: The images; small ones are magnified by a whole factor.
-        captions: A text over each image, cut to its width.
-        columns: Images in a row.
-        title: A line over the grid.
-        rows: Names of the rows, at their left.
+        images: The images. Small ones are magnified by an integer.
+        captions: Text above each image, cut to its width.
+        columns: Number of images in a row.
+        title: Line above the grid.
+        rows: Names of the rows, to their left.
     """
     images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
     zoom = max(1, -(-_SIDE // max(images.shape[2:])))
@@ -62,15 +62,18 @@ def labelled_grid(
 def tile_images(
     images: Tensor, columns: int, *, low: float = -1.0, high: float = 1.0, gap: int = 1, zoom: int = 1
 ) -> Tensor:
-    """A plain grid [1 or 3, H', W'] float32 in 0..1 of images [N, C, H, W], row by row, without captions.
+    """Return a grid, float32 [1 or 3, H', W'] in 0..1, of images [N, C, H, W], row by row, without captions.
 
     Args:
-        images: The images. Of 3 channels or more the first three are shown, of fewer the first.
-        columns: Images in a row.
-        low: The value that becomes black.
-        high: The value that becomes white.
-        gap: White pixels between images, after the zoom.
-        zoom: Each pixel becomes a square of zoom x zoom pixels.
+        images: The images. The first three channels are shown, or the first if there are fewer than three.
+        columns: Number of images in a row.
+        low: Value that becomes black.
+        high: Value that becomes white.
+        gap: Width of the white lines between images, in pixels of the grid.
+        zoom: Side in pixels of the square that each pixel becomes.
+
+    Raises:
+        ValueError: `images` does not have four dimensions, or is empty.
     """
     images = images.detach().float().cpu()
     if images.ndim != 4 or not len(images):
@@ -88,13 +91,17 @@ def tile_images(
 
 
 def latents_as_images(latents: Tensor) -> Tensor:
-    """A view uint8 of undecoded latents [N, C, h, w]: -3..3 as black to white, of the first 3 channels at most."""
+    """Show latents [N, C, h, w] without decoding them: uint8 [N, 1 or 3, h, w], with -3 as black and 3 as white."""
     latents = latents[:, : 3 if latents.shape[1] >= 3 else 1]
     return ((latents + 3) / 6 * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images [N, C, H, W] as uint8: of floats in [-1, 1] the nearest of 256 levels, as if they had been saved."""
+    """Convert images [N, 1 or 3, H, W] to uint8: floats in [-1, 1] are rounded to 256 levels, as in an image file.
+
+    Raises:
+        DataError: The images have another shape or dtype, or a pixel is not finite.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise DataError(f"images must be [N, 1 or 3, H, W], not {list(images.shape)}; latents are decoded first")
     if images.dtype == torch.uint8:
@@ -107,7 +114,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def save_png(picture: Tensor, path: Path) -> None:
-    """Write a picture uint8 [1 or 3, H, W] atomically."""
+    """Write an image uint8 [1 or 3, H, W] to a PNG file, atomically."""
     pixels = picture.permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, format="png")

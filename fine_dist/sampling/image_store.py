@@ -1,7 +1,9 @@
-"""Stores of images and latents on disk, which any number of processes fill in any order and complete after a crash.
+"""Arrays of images and latents on disk, which any number of processes write in any order, and complete after a crash.
 
-A store is a folder with `images.u8` or `latents.f4` (a sparse file of full length from the start), `done.u8` (one byte
-an image, set after its data are on disk) and `store.json` (sizes, and what the images are of).
+A store is a folder with `images.u8` or `latents.f4` (a sparse file that has its full length from the start), `done.u8`
+(one byte per image, set after the image's data are on disk) and `store.json` (sizes and identity).
+
+Shapes: B images of a batch, C channels, H, W height and width of an image, h, w of a latent.
 """
 
 from __future__ import annotations
@@ -23,33 +25,36 @@ from fine_dist.core.json_files import as_record, read_json
 from fine_dist.core.temp_files import temp_path
 from fine_dist.sampling.npz import write_samples
 
-_ABOUT, _DONE = "store.json", "done.u8"
+_DESCRIPTION, _DONE = "store.json", "done.u8"
 
 
 class ArrayStore:
-    """A store of arrays of one shape, opened or created; any number of processes may open the same one.
+    """Opens or creates a store of arrays of one shape. Any number of processes may open the same store.
 
     Args:
-        folder: The store's folder.
+        folder: Folder of the store.
         count: Number of arrays.
-        shape: Shape of one array, as it lies in the file.
-        identity: What the arrays are of (the model's hash, sampler, seed); JSON.
+        shape: Shape of one array in the file.
+        identity: Everything that determines the arrays' values (hash of the model, sampler, seed); JSON.
 
     Raises:
-        DataError: The folder holds a store of something else; the message names what differs.
+        DataError: The folder holds a store of another size or identity; the message names the differences.
     """
 
     file: ClassVar[str]
+    """Name of the data file."""
     dtype: ClassVar[str]
+    """numpy's name of the data type."""
     what: ClassVar[str]
+    """Name of the arrays in messages."""
 
     def __init__(self, folder: str | Path, count: int, shape: tuple[int, ...], identity: dict[str, Any]) -> None:
         self.folder, self.count, self.shape = Path(folder), count, shape
         self.folder.mkdir(parents=True, exist_ok=True)
         description = {"count": count, "shape": list(self.shape), **json.loads(json.dumps(identity))}
         try:
-            # Exactly one process writes the file; all others compare with it.
-            write_new(self.folder / _ABOUT, json.dumps(description, indent=1) + "\n")
+            # Exactly one process creates the file; the others compare their description with it.
+            write_new(self.folder / _DESCRIPTION, json.dumps(description, indent=1) + "\n")
         except FileExistsError:
             self._check_description(description)
         self._bytes = int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
@@ -57,7 +62,7 @@ class ArrayStore:
         self._done = self._open(_DONE, count)
 
     def _check_description(self, description: dict[str, Any]) -> None:
-        path, remedy = self.folder / _ABOUT, "remove the folder to begin again"
+        path, remedy = self.folder / _DESCRIPTION, "remove the folder to begin again"
         recorded = as_record(dict[str, Any], read_json(path, DataError, remedy), path, DataError, remedy)
         differs = sorted(key for key in {*description, *recorded} if description.get(key) != recorded.get(key))
         if differs:
@@ -70,11 +75,11 @@ class ArrayStore:
 
     def _open(self, name: str, size: int) -> int:
         file = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-        os.ftruncate(file, size)  # the same length for everybody; what is there stays
+        os.ftruncate(file, size)  # every process sets the same length; existing data stay
         return file
 
     def close(self) -> None:
-        """Close its files."""
+        """Close the files."""
         os.close(self._rows)
         os.close(self._done)
 
@@ -85,23 +90,23 @@ class ArrayStore:
         self.close()
 
     def missing(self, rank: int = 0, world_size: int = 1) -> Tensor:
-        """Numbers int64 of the arrays that no process has written, of process `rank`'s share: rank, rank + W, ..."""
-        # Read from the file at each call: other processes may have written since.
+        """Return the numbers, int64, of arrays that are not written yet, among the rank's share: rank, rank + W, ..."""
+        # Read from the file at each call, because other processes write it.
         done = np.frombuffer(os.pread(self._done, self.count, 0), np.uint8)
         share = np.arange(rank, self.count, world_size)
         return torch.from_numpy(share[done[share] == 0])
 
     def _write(self, indices: Tensor, rows: np.ndarray) -> None:
-        """Store rows [B, *shape] under their numbers [B]; on disk when this returns."""
+        """Write rows [B, *shape] at their numbers [B]. They are on disk when this returns."""
         if rows.dtype != np.dtype(self.dtype) or rows.shape[1:] != self.shape:
             raise DataError(
                 f"{self.folder}: {self.what} are {rows.dtype} {list(rows.shape)}, not {np.dtype(self.dtype)} "
                 f"{list(self.shape)}"
             )
         numbers = indices.tolist()
-        # The mark is written after the data have reached the disk: a crash in between loses marks, never marked data.
+        # An array is marked as done after its data have reached the disk, so a crash never leaves a mark without data.
         for number, row in zip(numbers, rows):
-            # Positioned writes: processes share the file without sharing a file position.
+            # Positioned writes, because the numbers of a batch need not be consecutive.
             os.pwrite(self._rows, row.tobytes(), number * self._bytes)
         os.fdatasync(self._rows)
         for number in numbers:
@@ -109,26 +114,23 @@ class ArrayStore:
         os.fdatasync(self._done)
 
     def batches(self, batch: int = 256) -> Iterator[np.ndarray]:
-        """All of them in order, [B, *shape]. `DataError` while some are missing."""
-        left = len(self.missing())
-        if left:
+        """Yield all arrays in order, as [B, *shape]. Raises `DataError` if some are missing."""
+        num_missing = len(self.missing())
+        if num_missing:
             raise DataError(
-                f"{self.folder}: {left} of {self.count} {self.what} are missing; the same command makes them"
+                f"{self.folder}: {num_missing} of {self.count} {self.what} are missing; the same command makes them"
             )
         for start in range(0, self.count, batch):
             yield self.read(start, min(batch, self.count - start))
 
     def read(self, start: int, num: int) -> np.ndarray:
-        """[num, *shape] from number `start` on, as they are in the file now."""
+        """Return `num` arrays from number `start` on, [num, *shape]; arrays that are not written yet are zero."""
         blob = os.pread(self._rows, num * self._bytes, start * self._bytes)
         return np.frombuffer(blob, self.dtype).reshape(num, *self.shape)
 
 
 class ImageStore(ArrayStore):
-    """Images, uint8 [H, W, C].
-
-    size: height and width of an image; channels: 1 or 3. identity: as `ArrayStore`.
-    """
+    """A store of images, uint8 [H, W, C]; `size` is (H, W), `channels` 1 or 3, other arguments as in `ArrayStore`."""
 
     file, dtype, what = "images.u8", "u1", "images"
 
@@ -138,26 +140,26 @@ class ImageStore(ArrayStore):
         super().__init__(folder, count, (*size, channels), identity)
 
     def write(self, indices: Tensor, images: Tensor) -> None:
-        """Store images uint8 [B, C, H, W] under their numbers [B]; on disk when this returns."""
+        """Write images uint8 [B, C, H, W] at their numbers [B]. They are on disk when this returns."""
         self._write(indices, images.permute(0, 2, 3, 1).contiguous().numpy())
 
     def to_npz(self, path: str | Path) -> None:
-        """Write all images as ADM's sample file, a batch at a time."""
+        """Write all images to a file in ADM's sample format, one batch at a time."""
         height, width, channels = self.shape
         write_samples(path, self.batches(), count=self.count, size=(height, width), channels=channels)
 
 
 class LatentStore(ArrayStore):
-    """Latents, float32 [C, h, w]."""
+    """A store of latents, float32 [C, h, w]."""
 
     file, dtype, what = "latents.f4", "<f4", "latents"
 
     def write(self, indices: Tensor, latents: Tensor) -> None:
-        """Store latents float32 [B, C, h, w] under their numbers [B]; on disk when this returns."""
+        """Write latents float32 [B, C, h, w] at their numbers [B]. They are on disk when this returns."""
         self._write(indices, latents.contiguous().numpy())
 
     def to_npy(self, path: str | Path) -> None:
-        """Write all latents as one `.npy`, a batch at a time and atomically."""
+        """Write all latents to one `.npy` file [N, C, h, w], one batch at a time and atomically."""
         path = Path(path)
         draft = temp_path(path)
         try:

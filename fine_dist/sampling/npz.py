@@ -1,16 +1,20 @@
 """ADM's `.npz` files (arXiv 2105.05233): reference statistics, and samples as one array of images.
 
-A statistics file holds `mu` [2048], `sigma` [2048, 2048] of Inception's pooled features and `mu_s`, `sigma_s` of its
-spatial ones; a sample file holds `arr_0`, uint8 [N, H, W, 3]. The published reference batches hold both.
+A statistics file holds `mu` [2048] and `sigma` [2048, 2048] of Inception's pooled features, and `mu_s` and `sigma_s` of
+its spatial features; a sample file holds `arr_0`, uint8 [N, H, W, 3]. The published reference batches hold both.
 
-Arrays are read and written in pieces, and without pickle: no code in a file is run.
+Images are read and written in batches. Pickled arrays are refused, so that no code in a file is executed.
+
+Shapes: N images, B images of a batch, H, W height and width of an image, F features.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +27,13 @@ from fine_dist.core.files import atomic_file
 from fine_dist.core.regular_files import check_regular
 
 IMAGES = "arr_0"
+_DAMAGE = (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What numpy and zipfile raise for damaged arrays; RuntimeError for encrypted members and unknown compression."""
 
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """Means [F] and covariances [F, F] in the dtype they are stored in; the spatial pair is None where it is absent."""
+    """Means [F] and covariances [F, F], in the dtype of the file. The spatial pair is None if the file has none."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -39,7 +45,11 @@ class ReferenceStatistics:
 
 
 def read_statistics(path: str | Path) -> ReferenceStatistics:
-    """The statistics in a file. `DataError` when it has none, or they are of impossible shape or type."""
+    """Read the statistics in a file.
+
+    Raises:
+        DataError: The file is damaged, has no statistics, or their shapes or dtypes are impossible.
+    """
     path = Path(path)
     with _open(path) as archive:
         names = _names(archive)
@@ -64,7 +74,7 @@ def has_statistics(path: str | Path) -> bool:
 
 
 def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
-    """Write float64 statistics under ADM's names, atomically."""
+    """Write statistics as float64 under ADM's names, atomically."""
     arrays = {
         name: np.asarray(value, np.float64)
         for name in ("mu", "sigma", "mu_s", "sigma_s")
@@ -80,7 +90,11 @@ def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
 
 
 class NpzImages:
-    """The images of a sample file: `count`, `size` (H, W), and batches of them, read as they are asked for."""
+    """The images of a sample file: `count` of them, of `size` (H, W), which are read in batches.
+
+    Raises:
+        DataError: The file is damaged, or has no `arr_0` of uint8 images.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -91,7 +105,7 @@ class NpzImages:
                     f"{self.path} holds no {IMAGES}; its arrays: {', '.join(sorted(names)) or 'none'}. ADM's sample "
                     f"files have their images there, uint8 [N, H, W, 3]"
                 )
-            with archive.open(f"{IMAGES}.npy") as stream:
+            with _member(archive, IMAGES, self.path) as stream:
                 shape, dtype, fortran = _header(stream, self.path)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
             raise DataError(
@@ -101,21 +115,20 @@ class NpzImages:
         self.count, self.size = shape[0], (shape[1], shape[2])
 
     def batches(self, batch: int) -> Iterator[np.ndarray]:
-        """uint8 [B, H, W, 3 or 1]. `DataError` when the file ends early or is damaged."""
-        one = int(np.prod(self.shape[1:]))
-        with _open(self.path) as archive, archive.open(f"{IMAGES}.npy") as stream:
+        """Yield all images in order, uint8 [B, H, W, 1 or 3]. Raises `DataError` if the file is damaged or short."""
+        image_bytes = math.prod(self.shape[1:])
+        with _open(self.path) as archive, _member(archive, IMAGES, self.path) as stream:
             _header(stream, self.path)
             for start in range(0, self.count, batch):
                 num = min(batch, self.count - start)
                 try:
-                    # Sequentially through the archive's own stream: a member
-                    # may be compressed, and then it cannot be mapped or sought.
-                    blob = stream.read(num * one)
-                except (zipfile.BadZipFile, EOFError, OSError) as error:
+                    # Read as a stream, because a compressed array cannot be memory-mapped.
+                    blob = stream.read(num * image_bytes)
+                except _DAMAGE as error:
                     raise DataError(f"{self.path} is damaged after image {start}: {error}") from None
-                if len(blob) != num * one:
+                if len(blob) != num * image_bytes:
                     raise DataError(
-                        f"{self.path}: {IMAGES} ends after {start + len(blob) // one} of {self.count} images"
+                        f"{self.path}: {IMAGES} ends after {start + len(blob) // image_bytes} of {self.count} images"
                     )
                 yield np.frombuffer(blob, np.uint8).reshape(num, *self.shape[1:])
 
@@ -123,10 +136,12 @@ class NpzImages:
 def write_samples(
     path: str | Path, batches: Iterable[np.ndarray], *, count: int, size: tuple[int, int], channels: int = 3
 ) -> None:
-    """Write `arr_0`, uint8 [count, H, W, channels], from batches uint8 [B, H, W, channels] that come one by one.
+    """Write a sample file, `arr_0` uint8 [count, H, W, channels], from batches uint8 [B, H, W, channels].
 
-    One batch at a time is in memory, and the file is written atomically. `DataError` when a batch has another type or
-    size, or there are more or fewer images than `count`.
+    One batch at a time is in memory. The file is written atomically.
+
+    Raises:
+        DataError: A batch has another dtype or size, or there are more or fewer images than `count`.
     """
     shape = (count, *size, channels)
     with _new_archive(Path(path)) as archive, archive.open(f"{IMAGES}.npy", "w", force_zip64=True) as stream:
@@ -149,7 +164,7 @@ def write_samples(
 
 @contextlib.contextmanager
 def _new_archive(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A new archive, which is there under its name when the block has ended well."""
+    """A context with a new archive, which gets its final name if the block ends without an error."""
     with atomic_file(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         yield archive
 
@@ -165,15 +180,24 @@ def _open(path: Path) -> zipfile.ZipFile:
 
 
 def _names(archive: zipfile.ZipFile) -> set[str]:
-    return {name.removesuffix(".npy") for name in archive.namelist()}
+    """Return the names of the arrays. Members of other types, which numpy does not write, are ignored."""
+    return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+
+
+def _member(archive: zipfile.ZipFile, name: str, path: Path) -> IO[bytes]:
+    try:
+        return archive.open(f"{name}.npy")
+    except _DAMAGE as error:
+        raise DataError(f"{path}: {name} is damaged: {error}") from None
 
 
 def _header(stream: IO[bytes], path: Path) -> tuple[tuple[int, ...], np.dtype, bool]:
+    """Read the header of a `.npy` stream: shape, dtype, and whether the array is in Fortran order."""
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path}: an array in it is damaged: {error}") from None
     return shape, dtype, fortran
 
@@ -182,7 +206,7 @@ def _array(archive: zipfile.ZipFile, name: str, path: Path) -> np.ndarray:
     try:
         with archive.open(f"{name}.npy") as stream:
             array = np.lib.format.read_array(io.BytesIO(stream.read()), allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as error:
+    except _DAMAGE as error:
         raise DataError(f"{path}: {name} is damaged or no plain array: {error}") from None
     if array.dtype not in (np.float16, np.float32, np.float64):
         raise DataError(f"{path}: {name} is {array.dtype}; legal: float32, float64")

@@ -1,4 +1,7 @@
-"""A model with its sampler, diffusion process and decoder, ready to sample images."""
+"""A model with its sampler, diffusion process and decoder, ready to sample images.
+
+Letters: N images, B images of a batch, C channels, H, W height and width of an image.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +29,23 @@ from fine_dist.sampling.image_grid import to_uint8
 from fine_dist.sampling.settings import SamplingSettings
 
 LONG_FLOPS = 2e13
-"""Work from which its time is estimated by one call of the model: a minute or so of a CPU, less than 1 s of a GPU."""
+"""FLOPs from which the duration is measured and reported: about a minute on a CPU, less than 1 s on a GPU."""
 
 
 @dataclass
 class ImageRenderer:
-    """Draws images of one model.
+    """Samples images of one model.
 
     Args:
         model: The model, on its device.
-        where: Its name, for messages and titles.
-        metadata: What is known of it, as `load_model` returns it.
-        facts: What its manifest says of sampling.
-        sampler: The resolved settings of the sampler.
-        diffusion: The process it was trained for.
-        decoder: Makes images of latents; None where latents are images themselves (`pictures` true) or stay latents.
-        pictures: Whether `render` gives images, not latents.
-        notes: What a user should know about the settings.
+        where: Name of the model, for messages and titles.
+        metadata: Metadata of the model, as `load_model` returns them.
+        facts: The facts in the metadata that sampling needs.
+        sampler: Settings of the sampler.
+        diffusion: The process that the model was trained for.
+        decoder: Autoencoder of the latents. None if the latents are pixels, or are not decoded.
+        pictures: Whether `render` yields images; otherwise it yields latents.
+        notes: Sentences for the user: settings that differ from those of the manifest.
     """
 
     model: DiT
@@ -56,19 +59,21 @@ class ImageRenderer:
     notes: list[str] = field(default_factory=list)
 
     def finish(self, latents: Tensor) -> Tensor:
-        """Images uint8 [B, C, H, W] of latents. Only where `pictures`."""
+        """Convert latents to images uint8 [B, C, H, W]. Requires that `pictures` is true."""
         return self.decoder.decode(latents) if self.decoder else to_uint8(latents.clamp(-1, 1))
 
     def render(
         self, labels: Tensor, numbers: Tensor, seed: int, progress: bool | str
     ) -> Iterator[tuple[SampledBatch, Tensor]]:
-        """(sampled batch, images or latents) of images by number; one batch is decoded while the next is sampled.
+        """Sample images, and yield each batch with its images (or its latents, if `pictures` is false).
+
+        With an autoencoder, one batch is decoded while the next is sampled.
 
         Args:
-            labels: Class labels [N].
-            numbers: Each image's own number [N], which decides its noise together with the seed.
-            seed: The seed.
-            progress: Show a progress bar; a text is its title.
+            labels: Class labels [N] int64.
+            numbers: Number of each image, [N] int64. An image's noise depends on it and the seed only.
+            seed: Random seed.
+            progress: Whether to show a progress bar; a string is its title.
         """
         batches = sample_batches(
             self.model,
@@ -87,44 +92,44 @@ class ImageRenderer:
             yield batch, self.finish(batch.latents) if self.pictures else batch.latents
 
     def protocol(self, seed: int) -> dict[str, Any]:
-        """The settings that determine an image, given its number and label (JSON)."""
+        """Return the settings that determine an image, given its number and label, as JSON values."""
         return {
             "model": self.metadata["hash"],
-            # Noise belongs to an image's number, so the batch's size changes no image.
+            # Noise depends on an image's number, so the batch size changes no image.
             "sampler": self.sampler.model_dump(mode="json", exclude={"batch"}),
-            # Label dropout is a matter of training and changes no image.
+            # Label dropout is used in training only.
             "diffusion": self.diffusion.model_dump(mode="json", exclude={"label_drop"}),
             "seed": seed,
         }
 
     def flops(self, count: int) -> float:
-        """FLOPs of sampling so many images: two model evaluations a step with guidance, and two with Heun's method."""
-        halves = 1 if self.sampler.guidance == 1 else 2
-        evaluations = self.sampler.steps * (2 if self.sampler.scheduler == "heun" else 1)
-        return 2.0 * forward_macs(self.model.arch) * halves * evaluations * count
+        """Return the FLOPs of sampling `count` images, without those of the decoder."""
+        # Guidance doubles the evaluations of the model in a step, and so does Heun's method.
+        per_step = (1 if self.sampler.guidance == 1 else 2) * (2 if self.sampler.scheduler == "heun" else 1)
+        return 2.0 * forward_macs(self.model.arch) * per_step * self.sampler.steps * count
 
     @torch.no_grad()
     def estimate(self, count: int) -> str:
-        """What drawing so many images takes, in words: FLOPs, and the time where it is long.
+        """Return a line with the FLOPs of sampling `count` images and, from `LONG_FLOPS` on, an estimate of the time.
 
-        The time is that of a call of the model at the batch's size, of which a second call is measured.
+        The estimate extrapolates the measured time of one call of the model.
         """
         flops = self.flops(count)
         text = f"{count:,} images of {self.model.arch.name}, {self.sampler.steps} steps, {flops:.2g} FLOP"
         if flops < LONG_FLOPS:
             return text
         device = next(self.model.parameters()).device
-        # A CPU's speed hardly depends on the batch, a GPU's does.
+        # The FLOP/s of a GPU depend on the batch size, those of a CPU hardly do.
         batch = min(count, self.sampler.batch) if device.type == "cuda" else 1
         z = torch.zeros(batch, *self.model.arch.latent_shape, device=device)
         t = make_process(self.diffusion).times([0.5] * batch).to(device)
         y = torch.zeros(batch, dtype=torch.int64, device=device)
         seconds = 0.0
-        for _ in range(2):  # the first call may load kernels or compile
+        for _ in range(2):  # the second call counts: the first one may load kernels or compile
             begun = time.perf_counter()
             with arithmetic(self.sampler.precision, device):
                 self.model(z, t, y)
-            # Kernels run asynchronously; without waiting, the time would be that of handing them over.
+            # Kernels run asynchronously, and without this only their launch would be measured.
             if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begun
@@ -133,10 +138,10 @@ class ImageRenderer:
 
 
 def make_renderer(config: SamplingSettings, path: str, device: torch.device | None) -> ImageRenderer:
-    """Load a model from any source, with the settings of a command over those of its manifest.
+    """Load a model by path or hub name, and combine a command's settings with those of the model's manifest.
 
     Raises:
-        ArtifactError: The model or the VAE cannot be loaded.
+        ArtifactError: The model or the autoencoder cannot be loaded.
         ConfigError: The settings do not fit the model.
     """
     model, metadata = load_model(path, config.learngene, config.weights, config.hints)
@@ -163,13 +168,13 @@ def make_renderer(config: SamplingSettings, path: str, device: torch.device | No
     if sampler.compile:
         blocks = getattr(model, "blocks", None)
         compile_or_fall_back(list(blocks) if isinstance(blocks, nn.ModuleList) else [model])
-    # A scheduler of `auto` becomes the process's own before the protocol is written, which must name what was used.
+    # `auto` is resolved here, because `protocol` must name the scheduler that was used.
     sampler = resolve_scheduler(sampler, diffusion)
     return ImageRenderer(model, path, metadata, facts, sampler, diffusion, decoder, pictures, notes)
 
 
 def class_name_of(label: int, facts: ModelFacts, num_classes: int) -> str:
-    """A class's name, or its number where it has none."""
+    """Return the name of a class, or its number if the model's manifest names none; "no class" for the null label."""
     if label == num_classes:
         return "no class"
     return facts.class_names[label] if label < len(facts.class_names) else str(label)

@@ -1,6 +1,6 @@
-"""The files of sampled images: the stores that processes fill, and the grid, PNG, npz and npy files made from them.
+"""The files of sampled images: stores that all processes write, and the grid, PNG, npz and npy files made from them.
 
-Shapes: N images, C channels, H and W sides of an image; latents are [C, h, w].
+Shapes: N images, B images of a batch, C channels, H, W height and width of an image; latents are [C, h, w].
 """
 
 from __future__ import annotations
@@ -26,12 +26,17 @@ from fine_dist.sampling.renderer import ImageRenderer, class_name_of
 from fine_dist.sampling.settings import SampleConfig
 
 DONE = "samples.json"
+"""File that is written when all images of a folder are complete."""
 GRID_IMAGES = 100
 """Maximum number of images in a grid: ten rows of ten."""
 
 
 class OutputStores:
-    """What is drawn, on disk: latents where they are wanted or there is nothing else, images where there are any."""
+    """The stores of a command's results, in `FOLDER/store`; a context that closes them.
+
+    Latents are stored if `npy` is wanted or nothing decodes them, images if a wanted format needs them. Raises
+    `DataError` if the stores hold images of another identity.
+    """
 
     def __init__(
         self, folder: Path, renderer: ImageRenderer, labels: Tensor, identity: dict[str, Any], wanted: set[Any]
@@ -42,22 +47,22 @@ class OutputStores:
         if "npy" in wanted or not renderer.pictures:
             self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
         if renderer.pictures and wanted & {"grid", "png", "npz"}:
-            # The decoder alone knows the size of its images, and the
-            # store must be allocated before the first one is drawn.
-            one = renderer.finish(torch.zeros(1, *shape))
-            size = (int(one.shape[2]), int(one.shape[3]))
-            self.images = ImageStore(folder / "store" / "images", count, size, int(one.shape[1]), identity)
+            # A blank latent is decoded to learn the size of the images, which the store needs before the first one.
+            blank = renderer.finish(torch.zeros(1, *shape))
+            size = (int(blank.shape[2]), int(blank.shape[3]))
+            self.images = ImageStore(folder / "store" / "images", count, size, int(blank.shape[1]), identity)
 
     @property
     def all(self) -> list[LatentStore | ImageStore]:
+        """The stores that exist."""
         return [store for store in (self.latents, self.images) if store is not None]
 
     def missing(self, rank: int, size: int) -> Tensor:
-        """Numbers of images that are not in every store yet, this process's share of them."""
+        """Return the numbers of images that are missing in any store, among the share of rank `rank` of `size`."""
         return torch.cat([store.missing(rank, size) for store in self.all]).unique()
 
     def write(self, batch: SampledBatch, images: Tensor) -> None:
-        """Store a batch; it is on disk when this returns."""
+        """Write a batch to the stores. It is on disk when this returns."""
         if self.latents is not None:
             self.latents.write(batch.indices, batch.latents)
         if self.images is not None:
@@ -72,16 +77,16 @@ class OutputStores:
 
 
 class SamplesDone(Record):
-    """The file that says which images a folder holds."""
+    """Schema of `samples.json`."""
 
     protocol: dict[str, Any]
-    """What decides every image: the model's hash, the sampler, the seed, the classes."""
+    """Everything that determines the images: hash of the model, sampler, seed, labels."""
     formats: list[str]
-    """Formats that are complete."""
+    """Formats whose files are complete."""
 
 
 def samples_exist(folder: Path, identity: dict[str, Any], wanted: set[Any]) -> bool:
-    """Whether these images are in the folder. `DataError` when others are."""
+    """Whether a folder has these images in all wanted formats. Raises `DataError` if it has other images."""
     try:
         record = read_record(SamplesDone, folder / DONE, DataError, f"remove {folder}, or choose another --run-dir")
     except FileNotFoundError:
@@ -107,6 +112,10 @@ def write_files(
     identity: dict[str, Any],
     seconds: float,
 ) -> None:
+    """Write the files of all formats but `png` from complete stores, then delete the stores. Only rank 0 calls it.
+
+    `seconds` is the duration of sampling, for the message; 0 if all images were already there.
+    """
     if "npy" in config.formats and stores.latents is not None:
         stores.latents.to_npy(folder / "samples.npy")
     file = io.BytesIO()
@@ -117,9 +126,9 @@ def write_files(
     if "grid" in config.formats:
         _write_grid(stores, config, renderer, labels, folder)
     record = {"protocol": identity, "formats": config.formats, "count": len(labels), "source": renderer.where}
-    # From here on the same command does nothing, so it stands after every file that it promises.
+    # After all other files, because a command that finds this one does nothing.
     write_atomic(folder / DONE, json.dumps(record, indent=1) + "\n")
-    # Last, after the record: an interruption before it costs disk space and no image.
+    # After the record, so that an interruption here loses no images.
     shutil.rmtree(folder / "store")
     rate = f", {len(labels) / seconds:.3g} images/s" if seconds else ""
     print(f"sample: {len(labels)} images of {renderer.where}{rate}; {', '.join(config.formats)} in {folder}")
@@ -141,14 +150,16 @@ def _write_grid(
 
 
 def write_pngs(store: ImageStore, renderer: ImageRenderer, labels: Tensor, folder: Path, process: World) -> None:
+    """Write this process's share of the images as PNG files, named by number and class."""
     for number in range(process.rank, len(labels), process.world_size):
         name = class_name_of(int(labels[number]), renderer.facts, renderer.model.arch.num_classes)
         safe = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
-        picture = torch.from_numpy(store.read(number, 1)[0].copy()).permute(2, 0, 1)
-        save_png(picture, folder / "images" / f"{number:06d}-{safe}.png")
+        image = torch.from_numpy(store.read(number, 1)[0].copy()).permute(2, 0, 1)
+        save_png(image, folder / "images" / f"{number:06d}-{safe}.png")
 
 
 def grid_title(renderer: ImageRenderer, config: SampleConfig) -> str:
-    what = "" if renderer.pictures else "LATENTS, not decoded (--vae makes images of them); "
+    """Return the title of a grid: sampler, steps, guidance and seed."""
+    prefix = "" if renderer.pictures else "LATENTS, not decoded (--vae makes images of them); "
     sampler = renderer.sampler
-    return f"{what}{sampler.scheduler} {sampler.steps} steps, guidance {sampler.guidance:g}, seed {config.seed}"
+    return f"{prefix}{sampler.scheduler} {sampler.steps} steps, guidance {sampler.guidance:g}, seed {config.seed}"
