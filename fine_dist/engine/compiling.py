@@ -1,7 +1,7 @@
 """Activation checkpointing and compilation of a model's blocks.
 
-Blocks of one class share one compiled function. Their parameters are its inputs, so that further layers and depths
-compile nothing.
+Blocks of one class share one compiled function. Their parameters are inputs of its graph, so that further layers and
+models of other depths need no compilation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def prepare_model(model: nn.Module, engine: EngineConfig, device: torch.device) 
 
 
 def compiles(engine: LoopConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled: by the config, else on a GPU with the plain backend and a C compiler."""
+    """Whether blocks are compiled. The setting's default: on a GPU with the plain backend and a C compiler."""
     if engine.compile is not None:
         return engine.compile
     # With a sharding backend compilation must be requested. Inductor builds the launchers of
@@ -62,28 +62,28 @@ def compile_or_fall_back(blocks: list[nn.Module], backend: str | Callable[..., A
         blocks: The blocks.
         backend: Backend of `torch.compile`.
     """
-    # a process that compiles nothing need not wait two seconds for dynamo
+    # Imported late, because dynamo takes two seconds.
     from torch._dynamo.exc import TorchDynamoException
 
     # `forward` of the class and not of the instance, so that all blocks
     # of a class share one code object and one set of graphs.
     eager: dict[type, Callable[..., Any]] = {type(block): type(block).forward for block in blocks}
-    chosen = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
+    in_use = {kind: torch.compile(forward, backend=backend) for kind, forward in eager.items()}
 
     # `kind` is the class at this time, because FSDP2 later replaces it by a derived class.
     def forward(kind: type, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
-            return chosen[kind](block, *args, **kwargs)
-        # What dynamo and inductor raise when they cannot compile. All other errors are the model's own and pass
-        # through, among them running out of memory, and the exception by which torch ends a recomputation.
+            return in_use[kind](block, *args, **kwargs)
+        # Raised by dynamo and inductor if they cannot compile. All other errors are the model's and pass through, such
+        # as running out of memory, and the exception with which torch ends a recomputation.
         except TorchDynamoException as error:
             # The eager function cannot raise this itself; the error comes from other compiled
             # code inside it, and running it again would repeat the error.
-            if chosen[kind] is eager[kind]:
+            if in_use[kind] is eager[kind]:
                 raise
             # All classes fall back together, because a missing compiler or driver
             # would make the others fail as well, minutes later.
-            chosen.update(eager)
+            in_use.update(eager)
             reason = " ".join(str(error).split()[:40])
             log.warning("torch.compile failed, and blocks run without it: %s", reason)
             return eager[kind](block, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON, made from our config; a file of the user's may add to it and never overrides it."""
+"""DeepSpeed's config, generated from ours. A JSON file of the user may add keys, but overrides none of ours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fine_dist.core.json_files import read_json
 from fine_dist.engine.settings import DeepSpeedConfig, EngineConfig, OptimConfig
 
 BUCKET = 50_000_000
-"""Values in one of DeepSpeed's buffers, unless an extra JSON says otherwise."""
+"""Number of values in each of DeepSpeed's communication buffers, by default."""
 LIVE = 100_000_000
-"""Values that ZeRO-3 keeps gathered at once, likewise."""
+"""Number of values that ZeRO-3 keeps gathered at once, by default."""
 
 DEFAULTS: dict[int, dict[str, int]] = {
     # Buffers of DeepSpeed's own default size (500 million values) are larger than the models here.
@@ -24,16 +24,26 @@ DEFAULTS: dict[int, dict[str, int]] = {
         "stage3_max_reuse_distance": LIVE,
     },
 }
-"""By stage, what we ask for where an extra JSON is silent."""
+"""Keys of `zero_optimization` by stage that are used unless the user's file sets them."""
+_OURS = ("optimizer", "scheduler", "universal_checkpoint", "checkpoint", "tensorboard", "csv_monitor", "wandb")
+"""Sections of DeepSpeed's config that a file must not have, because this project does the work of all of them."""
 
 
 def deepspeed_json(
     optim: OptimConfig, engine: EngineConfig, world_size: int, micro: int, accumulation: int
 ) -> dict[str, Any]:
-    """DeepSpeed's config for ours, with the keys of `engine.deepspeed.extra` added.
+    """Return DeepSpeed's config for our settings, with the keys of the file `engine.deepspeed.extra`.
 
-    Raises `ConfigError` naming every key of the file that says something else than our config, and every section that
-    we do not leave to DeepSpeed. A value "auto" in the file means ours.
+    Args:
+        optim: Settings of the optimizer.
+        engine: Settings of the loop.
+        world_size: Number of ranks.
+        micro: Number of samples in a rank's micro-batch.
+        accumulation: Number of micro-batches per step.
+
+    Raises:
+        ConfigError: Offload needs another stage, or keys of the file contradict our settings or are in `_OURS`. The
+            message names all such keys. A value "auto" in the file never contradicts.
     """
     settings = engine.deepspeed
     if settings.offload_params and settings.stage != 3:
@@ -49,13 +59,14 @@ def deepspeed_json(
         "train_batch_size": micro * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": (optim.clip_norm or 0.0) if settings.stage else 0.0,  # stage 0: `_ClippingAdamW` does
+        "gradient_clipping": (optim.clip_norm or 0.0) if settings.stage else 0.0,  # stage 0: `_ClippingAdamW`
         "zero_optimization": zero,
-        # Ours is AdamW from torch, fused where it can be; DeepSpeed's own would be compiled first.
+        # The optimizer is torch's fused AdamW; DeepSpeed would compile its own.
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "fp16": {"enabled": False},
-        # bf16 is autocast here, so that weights and their sums stay fp32 (an empty list: gradients travel as fp32).
+        # bf16 means autocast here, so that weights and moments stay fp32. The list of modules is empty, because DeepSpeed
+        # would reduce the gradients of those modules in bf16.
         "bf16": {"enabled": False},
         "communication_data_type": "bf16" if engine.reduce_dtype == "bf16" else "fp32",
         "torch_autocast": {
@@ -71,7 +82,7 @@ def deepspeed_json(
 
 
 def _with_extra(generated: dict[str, Any], settings: DeepSpeedConfig) -> dict[str, Any]:
-    """Our JSON with the keys of the extra file."""
+    """Return the generated config with the keys of the user's file."""
     assert settings.extra is not None
     remedy = "engine.deepspeed.extra needs a JSON file of DeepSpeed's keys"
     try:
@@ -82,15 +93,7 @@ def _with_extra(generated: dict[str, Any], settings: DeepSpeedConfig) -> dict[st
         raise ConfigError(f"engine.deepspeed.extra: {settings.extra}: an object of DeepSpeed's keys is needed")
     conflicts = [
         f"{key}: {key} is set by our config (optim, engine), not by DeepSpeed's; remove it"
-        for key in (
-            "optimizer",
-            "scheduler",
-            "universal_checkpoint",
-            "checkpoint",
-            "tensorboard",
-            "csv_monitor",
-            "wandb",
-        )
+        for key in _OURS
         if key in extra
     ]
     zero_extra = extra.get("zero_optimization")
@@ -100,9 +103,7 @@ def _with_extra(generated: dict[str, Any], settings: DeepSpeedConfig) -> dict[st
         for key, ours_key in (("offload_optimizer", "offload_optimizer"), ("offload_param", "offload_params"))
         if key in zero_extra and key not in generated["zero_optimization"]
     ]
-    merged = _merge(
-        generated, {key: value for key, value in extra.items() if key not in ("optimizer", "scheduler")}, conflicts
-    )
+    merged = _merge(generated, extra, conflicts)
     if conflicts:
         raise ConfigError(
             f"engine.deepspeed.extra: {settings.extra} contradicts this config:\n  "
@@ -113,13 +114,16 @@ def _with_extra(generated: dict[str, Any], settings: DeepSpeedConfig) -> dict[st
 
 
 def _merge(generated: dict[str, Any], extra: dict[str, Any], conflicts: list[str], path: str = "") -> dict[str, Any]:
+    """Return the union of both, key by key, and append a line to `conflicts` for each key with two values."""
     merged = dict(generated)
     for key, value in extra.items():
         dotted_key = path + key
+        if value == "auto":
+            continue  # the generated value, or the default in `DEFAULTS`
         if key not in generated:
             merged[key] = value
         elif isinstance(generated[key], dict) and isinstance(value, dict):
             merged[key] = _merge(generated[key], value, conflicts, dotted_key + ".")
-        elif value not in ("auto", generated[key]):
+        elif value != generated[key]:
             conflicts.append(f"{dotted_key}: {value!r} in the file, {generated[key]!r} by our config")
     return merged

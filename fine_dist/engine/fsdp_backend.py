@@ -1,10 +1,10 @@
-"""torch's FSDP2 (`fully_shard`): every parameter, gradient and optimizer state is sharded over all ranks.
+"""The FSDP2 backend (torch's `fully_shard`): shards parameters, gradients and optimizer states over all ranks.
 
-Each block is a group of its own: its weights are gathered before its forward and backward pass and freed after, while
-the next block's are on their way. What belongs to the model itself, such as genes that all blocks share, is one group
-at the root, gathered once for the whole pass.
+The parameters of each block form a group, which is gathered before the block's forward and backward pass and freed
+afterwards; the next group is gathered meanwhile. All other parameters, such as genes that the blocks share, form the
+root's group, which is gathered once per pass.
 
-A parameter is sharded by rows, so what a rank holds is one flat range of it: a piece like every other backend's.
+A parameter is sharded by rows, so a rank's shard is one flat range of it: a piece.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fine_dist.engine.world import World
 class FsdpBackend(ShardedBackend):
     """Shards a model's blocks and its root over all ranks.
 
-    The optimizer updates the local shards as ordinary tensors: torch's fused AdamW does not know sharded ones, and a
-    sharded tensor's operators cost the host ten times an ordinary one's.
+    The optimizer updates the local shards as ordinary tensors, because operators on DTensors take ten times as long on
+    the host.
 
     Raises:
         ConfigError: The model has a parameter without dimensions, which FSDP2 cannot shard.
@@ -52,14 +52,13 @@ class FsdpBackend(ShardedBackend):
                 f"engine.backend: fsdp2 cannot shard parameters without dimensions ({', '.join(scalars[:3])}); legal "
                 "here: plain, deepspeed"
             )
-        # It warns of operators that change a block's output in place; no model here has one.
+        # The warning is about operators that change a block's output in place, which no model here has.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        # One dimension: all ranks form one group of shards. Replicas
-        # of groups (HSDP) would give a value several owners.
+        # One dimension, so that each value has one owner. With HSDP, which replicates shards, it would have several.
         mesh = init_device_mesh(world.device.type, (world.world_size,))
-        # Autocast decides what products compute in. Gathered weights are fp32 as in the other backends, or are rounded
-        # to bf16 before they travel, as autocast would round them behind. Gradients of bf16 weights would be summed in
-        # bf16 unless a type is named. Inputs are left alone: a time of 0 to 1 has too few bits in bf16.
+        # Weights are gathered as fp32, or as bf16, to which autocast would round them afterwards. The dtype of the
+        # reduction is explicit, because gradients of bf16 weights would be summed in bf16. Inputs are not cast, because
+        # bf16 has too few bits for a time in [0, 1].
         reduced = torch.bfloat16 if engine.reduce_dtype == "bf16" else torch.float32
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if engine.gather_dtype == "bf16" else None,
@@ -67,15 +66,13 @@ class FsdpBackend(ShardedBackend):
             cast_forward_inputs=False,
         )
         model.to(world.device)
-        # Blocks first, then the root. A wrapped block is left out of its parent's
-        # group, so that what remains for the root is the shared genes and the shell.
+        # Blocks first: the root's group then consists of the remaining parameters, the shell and shared genes.
         for block in getattr(model, "blocks", ()):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         assert isinstance(model, FSDPModule)
         if hasattr(model, "forward_with_features"):
-            # FSDP2 gathers the root's weights in hooks of `forward`;
-            # another entry point would compute with sharded ones.
+            # FSDP2 gathers weights in hooks of `forward`. Other methods of the model must be registered.
             register_fsdp_forward_method(model, "forward_with_features")
         self.model = model
         self.sharded: dict[str, DTensor] = {}
@@ -85,39 +82,37 @@ class FsdpBackend(ShardedBackend):
             assert isinstance(p, DTensor)
             local = p.to_local().detach()
             self.sharded[name] = p
-            if local.numel():  # a parameter of fewer rows than ranks leaves some ranks without any
+            if local.numel():  # some ranks have none, if there are fewer rows than ranks
                 _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-                # Sharding is by rows, so a shard begins at (first row) x (values in a row) of the flattened parameter.
+                # Start in the flattened parameter: (first row) x (number of values in a row).
                 self._starts[name] = offset[0] * (p.numel() // p.shape[0])
-                self.shards[name] = nn.Parameter(local)  # shares its memory with what FSDP2 gathers from
+                self.shards[name] = nn.Parameter(local)  # shares memory with the DTensor that FSDP2 gathers
         self.optimizer = adamw(list(self.shards.values()), optim) if self.shards else None
         self.share_layout()
 
     def backward(self, losses: Tensor, *, global_batch: int, last: bool) -> None:
-        # FSDP2 averages over ranks; the sum over all samples is divided once, here.
+        # FSDP2 averages gradients over ranks, hence the factor `world_size`.
         (losses.sum() * (self.world.world_size / global_batch)).backward()
 
     def step(self, lr: float, good: Tensor | None = None) -> Tensor:
         device = self.world.device
         for name, shard in self.shards.items():
-            # The optimizer holds plain views of the local shards, so their gradients are attached
-            # by hand, and missing ones are zeros: the moments decay in every backend alike.
+            # The optimizer's parameters are views of the local shards, so gradients are assigned here. Missing ones are
+            # zeros, so that moments decay as in the other backends.
             gradient = self.sharded[name].grad
             shard.grad = gradient.to_local() if isinstance(gradient, DTensor) else torch.zeros_like(shard)
         gradients = [shard.grad for shard in self.shards.values() if shard.grad is not None]
         local_norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
-        # Each value lies on exactly one rank, so squares add up to the global norm.
+        # Each value is on exactly one rank, so the global norm is the root of the sum of squares.
         norm = all_reduce_sum(local_norm.double().square(), self.world).sqrt()
         finite = norm.isfinite()
         if self.optimizer is not None:
             set_lr(self.optimizer, lr)
-            # Even a rank without shards has taken part in the collective above; only the update is skipped for it.
             finite = finite if good is None else finite & good
             with update_only_if(self.optimizer, finite, clip_divisor(norm, self.clip_norm)):
                 self.optimizer.step()
         for name, p in self.sharded.items():
-            # Freed and not zeroed: the next reduced gradient then
-            # becomes `grad` itself instead of being added to zeros.
+            # Freed instead of zeroed: the next gradient then becomes `grad` without an addition.
             p.grad = None
             if name in self.shards:
                 self.shards[name].grad = None
@@ -130,6 +125,7 @@ class FsdpBackend(ShardedBackend):
         ]
 
     def _state(self, name: str) -> dict[str, Any]:
+        """Return the optimizer's state of an owned shard; empty before its first update."""
         return self.optimizer.state.get(self.shards[name], {}) if self.optimizer is not None else {}
 
     def moments(self, piece: Piece) -> dict[str, Tensor]:

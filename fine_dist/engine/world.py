@@ -1,4 +1,4 @@
-"""Which process this is, and among which others, as torchrun, DeepSpeed's launcher, SLURM or Ray say. Without torch."""
+"""Rank and world size of this process, from the variables of torchrun, DeepSpeed, SLURM or Ray. Without torch."""
 
 from __future__ import annotations
 
@@ -17,32 +17,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others of one run."""
+    """This process and the number of processes of its run."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    """Rank among the processes of this node."""
     local_size: int = 1
+    """Number of processes on this node."""
     device: torch.device | None = None
+    """Device of this process; None if it has not been chosen yet."""
     master: str | None = None
-    """host:port where the ranks meet; None in a world of one."""
+    """host:port of the rendezvous; None without a launcher."""
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes logs, metrics and artifacts."""
+        """Whether this is rank 0, which writes logs, metrics and artifacts."""
         return self.rank == 0
 
     @property
     def reads_storage(self) -> bool:
-        """True on the first rank of each node, which reads from shared storage what the whole node needs."""
+        """Whether this is the first rank of its node, which reads files for the whole node from shared storage."""
         return self.local_rank == 0
 
 
 def read_environment(env: Mapping[str, str] = os.environ) -> World:
-    """The world as the launcher describes it, without a device. `LaunchError` when the variables contradict each other.
+    """Return the world that the launcher's variables describe, without a device; one process without a launcher.
 
-    RANK, WORLD_SIZE, LOCAL_RANK (torchrun, the deepspeed launcher, Ray Train) come first. SLURM's are read inside an
-    `srun` step only: a batch script also has SLURM_PROCID=0, but it is one process whatever SLURM_NTASKS says.
+    RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed, Ray Train) take precedence. SLURM's variables are used only
+    in an `srun` step: a batch script also has SLURM_PROCID=0, but is one process for every value of SLURM_NTASKS.
+
+    Raises:
+        LaunchError: A variable is no integer or out of range.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size = int_from_env(env, "RANK"), int_from_env(env, "WORLD_SIZE", least=1)
@@ -52,12 +58,12 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
     elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
         rank, size = int_from_env(env, "SLURM_PROCID"), int_from_env(env, "SLURM_STEP_NUM_TASKS", least=1)
         local = int_from_env(env, "SLURM_LOCALID", 0)
-        # SLURM compresses the list, as in `4(x2),3`: the first count is this node's
-        # only where nodes are filled evenly, which is what the launchers ask for.
+        # The list has the form `4(x2),3`. The first count is this node's if all nodes have as many
+        # tasks, which the launchers request.
         per_node = re.split(r"[(,]", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))[0]
         local_size = int_from_env({"SLURM_STEP_TASKS_PER_NODE": per_node}, "SLURM_STEP_TASKS_PER_NODE", size, least=1)
         host = env.get("MASTER_ADDR") or first_host(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST", ""))
-        # Every rank computes the port from the same numbers, so nothing has to be exchanged before the ranks can meet.
+        # Every rank derives the same port from the job's ids, because ranks cannot communicate before they know it.
         port = env.get("MASTER_PORT") or derived_port(
             int_from_env(env, "SLURM_JOB_ID", 0), int_from_env(env, "SLURM_STEP_ID", 0)
         )
@@ -70,6 +76,6 @@ def read_environment(env: Mapping[str, str] = os.environ) -> World:
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of SLURM's compressed list: `gpu[03-07,12],cpu1` gives `gpu03`."""
+    """Return the first host of a SLURM node list: `gpu[03-07,12],cpu1` gives `gpu03`. Without hosts: 127.0.0.1."""
     match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^,\[]*)", nodelist)
     return match[1] + (match[2] or "") + match[3] if match else "127.0.0.1"
