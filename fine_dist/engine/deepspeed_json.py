@@ -65,8 +65,8 @@ def deepspeed_json(
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "fp16": {"enabled": False},
-        # bf16 means autocast here, so that weights and moments stay fp32. The list of modules is empty, because DeepSpeed
-        # would reduce the gradients of those modules in bf16.
+        # bf16 means autocast here, so that weights and moments stay fp32. The list of modules is empty,
+        # because DeepSpeed would reduce the gradients of those modules in bf16.
         "bf16": {"enabled": False},
         "communication_data_type": "bf16" if engine.reduce_dtype == "bf16" else "fp32",
         "torch_autocast": {
