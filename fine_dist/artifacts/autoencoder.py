@@ -97,8 +97,8 @@ def check_scaling(
     Args:
         name: Name of the autoencoder, for the message.
         scaling: (scale, shift) of the autoencoder.
-        wanted: (scale, shift) of the training latents; None if unknown. Values per channel are not compared, because
-            they may be statistics of the data.
+        wanted: (scale, shift) of the training latents; None if unknown. If the scale is one per channel, nothing is
+            compared, because both may be statistics of the data.
 
     Raises:
         ArtifactError: The scale or the shift differs by more than a relative 1e-6.
@@ -107,13 +107,16 @@ def check_scaling(
         return
     labels = (("scaling_factor", "scaled by"), ("shift_factor", "shifted by"))
     for (key, verb), value, theirs in zip(labels, scaling, wanted):
-        if theirs is None or isinstance(theirs, tuple):
+        if theirs is None:
             continue
-        if isinstance(value, tuple) or abs(value - theirs) > 1e-6 * max(abs(theirs), abs(value)):
-            text = "one for each channel" if isinstance(value, tuple) else f"{value:g}" if value else "none"
+        expected, actual = torch.tensor(theirs), torch.tensor(value)
+        if expected.shape != actual.shape or not torch.allclose(actual, expected, rtol=1e-6, atol=0):
+            text, wanted_text = ("one for each channel" if v.ndim else f"{v:g}" for v in (actual, expected))
+            if text == "0":
+                text = "none"
             raise ArtifactError(
                 f"vae {name}: its {key} is {text}, and the latents that the model was trained on were {verb} "
-                f"{theirs:g}: it is not the VAE that encoded them"
+                f"{wanted_text}: it is not the VAE that encoded them"
             )
 
 

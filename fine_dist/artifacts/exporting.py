@@ -157,7 +157,10 @@ def _export_dit(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]:
 
 
 def _export_native(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]:
-    extra = {**inherited_facts(metadata), "exported_from": metadata["folder"], "origin": metadata["hash"]}
+    card = card_of(metadata)
+    extra = {**inherited_facts(metadata), "exported_from": metadata["folder"]}
+    if card.learngene:
+        extra["origin"] = card.learngene
     if "imported" in metadata:
         extra["imported"] = metadata["imported"]
     manifest = save_artifact(
@@ -169,7 +172,7 @@ def _export_native(model: DiT, metadata: dict[str, Any], out: Path) -> list[str]
         shutil.rmtree(out)
         raise
     load = f"Load it with `fine_dist.artifacts.load.load_model({out.name!r})`."
-    write_atomic(out / "README.md", card_text(card_of(metadata), model.arch, manifest["num_numbers"], load))
+    write_atomic(out / "README.md", card_text(card, model.arch, manifest["num_numbers"], load))
     size = f"{manifest['num_numbers']:,} numbers, {manifest['bytes'] / 2**20:.1f} MiB"
     return [f"export: {model.arch.name}, {size} in {out}", _compared("the folder", error)]
 

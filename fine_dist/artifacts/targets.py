@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
@@ -205,9 +206,12 @@ def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
 
 def _foreign_parent(artifact: Artifact, named: Mapping[str, Any], candidates: list[Path]) -> Artifact:
     """Load a parent that is another project's model: a file or folder among the candidates, or the recorded source."""
-    hints = HintsConfig(**named.get("hints", {}))
+    try:
+        hints = HintsConfig.model_validate(named.get("hints", {}))
+    except ValidationError:
+        raise ArtifactError(f"{artifact.folder}: parent.hints in its manifest.json is damaged; copy it again") from None
     sources = [path for path in candidates if path.exists() and is_foreign(path)]
-    if not sources and "source" in named and is_foreign(named["source"]):
+    if not sources and isinstance(named.get("source"), str) and is_foreign(named["source"]):
         sources = [named["source"]]
     if sources:
         return read_artifact(sources[0], hints)

@@ -9,6 +9,7 @@ whatever then precedes the name of the patch embedder is a prefix.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,9 @@ class _Candidate:
     @property
     def is_average(self) -> bool:
         # In ema_pytorch's checkpoints online_model holds the trained weights, inside a mapping that may be named ema.
-        return "ema" in "/".join((*self.path, self.prefix)).lower() and "online" not in self.prefix
+        # `ema` counts as a word only, for it is a part of others, such as schema.
+        words = re.split(r"[^a-z]+", "/".join((*self.path, self.prefix)).lower())
+        return "ema" in words and "online" not in words
 
     @property
     def name(self) -> str:
@@ -83,7 +86,13 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     # The average is preferred, because published results are sampled with it.
     choice = (plain if weights == "raw" else averages or plain)[0]
     named = choice.tensors
-    state = {name[len(choice.prefix) :]: tensor for name, tensor in named.items() if name.startswith(choice.prefix)}
+    # Models of one mapping, by their longest prefix: a model without a prefix may lie next to one that has `ema.`.
+    others = [c.prefix for c in candidates if c.tensors is named and len(c.prefix) > len(choice.prefix)]
+    state = {
+        name[len(choice.prefix) :]: tensor
+        for name, tensor in named.items()
+        if name.startswith(choice.prefix) and not name.startswith(tuple(others))
+    }
     dropped = tuple(sorted(name for name in state if name.startswith(PROJECTORS)))
     for name in dropped:
         del state[name]

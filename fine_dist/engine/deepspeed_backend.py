@@ -215,7 +215,7 @@ def import_deepspeed(world: World) -> Any:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise ConfigError(f"engine.backend: deepspeed cannot be imported ({error}); legal here: plain") from None
+        raise ConfigError(f"engine.backend: deepspeed cannot be imported ({error}); legal here: plain, fsdp2") from None
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # DeepSpeed calls collectives under names that torch has deprecated; users cannot change that.
     warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)

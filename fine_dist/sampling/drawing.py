@@ -233,10 +233,12 @@ def compare(
     All processes of the job call it.
 
     Raises:
-        ConfigError: There are more than `GRID_IMAGES` images per model, or the models' images differ in size.
+        ConfigError: There are more than `GRID_IMAGES` images per model, or the models differ in their classes or in the
+            size of their images.
     """
     if len(labels) > GRID_IMAGES:
         raise ConfigError(f"compare: {len(labels)} images of each model are too many; {GRID_IMAGES} at most (--count)")
+    _check_comparable(renderers)
     rows = []
     for renderer in renderers:
         own_images: dict[int, Tensor] = {}
@@ -247,10 +249,6 @@ def compare(
         rows.append(_gather(own_images, len(labels), renderer, process))
     path = folder / "compare.png"
     if process.is_main:
-        sizes = {tuple(row.shape[1:]) for row in rows}
-        if len(sizes) > 1:
-            sizes_text = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
-            raise ConfigError(f"compare: the models draw images of different sizes: {sizes_text}")
         first = renderers[0]
         captions = [class_name_of(int(label), first.facts, first.model.arch.num_classes) for label in labels]
         grid = labelled_grid(
@@ -265,13 +263,21 @@ def compare(
     return path
 
 
+def _check_comparable(renderers: Sequence[ImageRenderer]) -> None:
+    """Raise `ConfigError`, before anything is sampled, unless all models have the same classes and image size."""
+    if len(counts := {renderer.model.arch.num_classes for renderer in renderers}) > 1:
+        raise ConfigError(
+            f"compare: the models have different numbers of classes: {', '.join(map(str, sorted(counts)))}"
+        )
+    if len(sizes := {renderer.image_shape for renderer in renderers}) > 1:
+        sizes_text = ", ".join("x".join(map(str, size)) for size in sorted(sizes))
+        raise ConfigError(f"compare: the models draw images of different sizes: {sizes_text}")
+
+
 def _gather(own_images: dict[int, Tensor], count: int, renderer: ImageRenderer, process: World) -> Tensor:
     """Return all images uint8 [N, C, H, W] on every process; `own_images` maps this process's numbers to [C, H, W]."""
-    # A process without images learns their size from a blank latent.
-    zero = torch.zeros(1, *renderer.model.arch.latent_shape)
-    blank = renderer.finish(zero) if renderer.pictures else latents_as_images(zero)
     # Each image is on one process and zero on the others. gloo cannot sum uint8 on every platform.
-    images = torch.zeros(count, *blank.shape[1:], dtype=torch.int32)
+    images = torch.zeros(count, *renderer.image_shape, dtype=torch.int32)
     for number, image in own_images.items():
         images[number] = image.int()
     return all_reduce_sum(images, process).to(torch.uint8)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from fine_dist.diffusion.solvers import resolve_scheduler
 from fine_dist.engine.compiling import compile_or_fall_back
 from fine_dist.model.dit import DiT
 from fine_dist.model.flops import forward_macs
-from fine_dist.sampling.image_grid import to_uint8
+from fine_dist.sampling.image_grid import latents_as_images, to_uint8
 from fine_dist.sampling.settings import SamplingSettings
 
 LONG_FLOPS = 2e13
@@ -57,6 +58,14 @@ class ImageRenderer:
     decoder: Decoder | None
     pictures: bool
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images in a grid: decoded ones, or the channels of latents as gray images."""
+        # A blank latent is decoded, because only the autoencoder knows the size of its images.
+        blank = torch.zeros(1, *self.model.arch.latent_shape)
+        _, channels, height, width = (self.finish(blank) if self.pictures else latents_as_images(blank)).shape
+        return channels, height, width
 
     def finish(self, latents: Tensor) -> Tensor:
         """Convert latents to images uint8 [B, C, H, W]. Requires that `pictures` is true."""
@@ -104,8 +113,11 @@ class ImageRenderer:
 
     def flops(self, count: int) -> float:
         """Return the FLOPs of sampling `count` images, without those of the decoder."""
-        # Guidance doubles the evaluations of the model in a step, and so does Heun's method.
-        per_step = (1 if self.sampler.guidance == 1 else 2) * (2 if self.sampler.scheduler == "heun" else 1)
+        # Heun's method doubles the evaluations of the model in a step, and so does guidance, in its interval.
+        low, high = self.sampler.guidance_interval
+        per_step = (1 if self.sampler.guidance == 1 else 1 + high - low) * (
+            2 if self.sampler.scheduler == "heun" else 1
+        )
         return 2.0 * forward_macs(self.model.arch) * per_step * self.sampler.steps * count
 
     @torch.no_grad()

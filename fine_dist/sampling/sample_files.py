@@ -47,10 +47,12 @@ class OutputStores:
         if "npy" in wanted or not renderer.pictures:
             self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
         if renderer.pictures and wanted & {"grid", "png", "npz"}:
-            # A blank latent is decoded to learn the size of the images, which the store needs before the first one.
-            blank = renderer.finish(torch.zeros(1, *shape))
-            size = (int(blank.shape[2]), int(blank.shape[3]))
-            self.images = ImageStore(folder / "store" / "images", count, size, int(blank.shape[1]), identity)
+            channels, *size = renderer.image_shape
+            try:
+                self.images = ImageStore(folder / "store" / "images", count, (size[0], size[1]), channels, identity)
+            except BaseException:
+                self.__exit__()  # the store of latents is open already
+                raise
 
     @property
     def all(self) -> list[LatentStore | ImageStore]:

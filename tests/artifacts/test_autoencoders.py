@@ -213,6 +213,8 @@ def test_an_autoencoder_without_the_shift_of_the_latents_is_one_line(images, tmp
     saved("by channel", tmp_path / "channels")
     with pytest.raises(ArtifactError, match="scaling_factor is one for each channel"):
         Decoder(tmp_path / "channels", scaling_factor=0.5)
+    with pytest.raises(ArtifactError, match=r"is 0.12, and the latents .* shifted by one for each"):
+        Decoder(tmp_path / "shifted", scaling_factor=0.36, shift_factor=(0.1, 0.2, 0.3, 0.4))
 
 
 def test_a_ddpm_pipeline_that_would_not_undo_a_shift_is_not_written(tmp_path):

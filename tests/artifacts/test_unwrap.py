@@ -50,6 +50,7 @@ WRAPPED = {
             "step": torch.tensor(3),
         }
     },
+    "one mapping": lambda s: {**renamed(s, lambda k: f"ema.{k}"), **renamed_half(s)},
     "repa": lambda s: {
         "ema": {**s, "projectors.0.0.weight": torch.zeros(8, 64), "projectors.0.0.bias": torch.zeros(8)}
     },
@@ -78,11 +79,19 @@ def test_wrapped_weights_come_in_and_it_is_said_what_was_taken_off(tmp_path, mod
         assert name != kind or words in notes, notes
 
 
-@pytest.mark.parametrize("name", ["pixart", "ema_pytorch"])
+@pytest.mark.parametrize("name", ["pixart", "ema_pytorch", "one mapping"])
 def test_raw_weights_are_read_where_they_are_asked_for(tmp_path, model, name):
     state = to_dit(model.arch, model.state_dict())
     found = read_dit(saved(tmp_path, WRAPPED[name](state)), HintsConfig(num_heads=4), "raw")
     assert torch.equal(found.state["label.weight"], state["y_embedder.embedding_table.weight"] * 0.5)
+
+
+def test_ema_counts_as_a_word_of_a_name_only(tmp_path, model):
+    state = to_dit(model.arch, model.state_dict())
+    path = saved(tmp_path, {"schema": state, "net_ema": renamed_half(state)})
+    for weights, scale in (("raw", 1.0), ("ema", 0.5)):
+        found = read_dit(path, HintsConfig(num_heads=4), weights)
+        assert torch.equal(found.state["label.weight"], state["y_embedder.embedding_table.weight"] * scale)
 
 
 def test_averages_are_not_passed_off_as_raw_weights(tmp_path, model):

@@ -77,6 +77,12 @@ def test_a_round_trip_through_any_format_is_exact(to, name, trained, tmp_path):
     assert "held out loss" in card.read_text()
 
 
+def test_an_export_of_an_export_names_no_learngene_where_there_was_none(trained, tmp_path):
+    for source, name in ((trained, "a"), (tmp_path / "a", "b"), (tmp_path / "b", "c")):
+        assert command(["export", "--model", str(source), "--to", "fine_dist", "--out", str(tmp_path / name)]) == 0
+        assert "| learngene (sha256) | none |" in (tmp_path / name / "README.md").read_text()
+
+
 def test_weights_without_their_average_are_exported_on_request(trained, tmp_path):
     for weights in ("ema", "raw"):
         argv = ["export", "--model", str(trained), "--weights", weights, "--out", str(tmp_path / weights)]

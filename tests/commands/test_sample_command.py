@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fine_dist.model.artifact import load_artifact, save_artifact
+from fine_dist.model.dit import DiT
 from fine_dist.sampling import drawing, renderer
 from fine_dist.testing import run_distributed
 from tests.commands.conftest import ARCH, FAST, command, data, refused
@@ -175,6 +177,16 @@ def test_models_beside_each_other_in_one_grid(trained, short_chain, tmp_path):
     one, two = (np.asarray(Image.open(tmp_path / run / "compare.png")).astype(int) for run in ("one", "two"))
     assert one.shape == two.shape and np.abs(one - two).max() <= 1
     assert one.shape[0] > 2 * 64 and one.shape[1] > 4 * 64
+
+
+def test_models_of_other_classes_are_refused_before_anything_is_sampled(trained, tmp_path, capsys):
+    small = load_artifact(trained / "model")
+    arch = small.arch.model_copy(update={"num_classes": 6})
+    state = DiT(arch).state_dict()
+    save_artifact(tmp_path / "six", kind="model", method=small.method, arch=arch, tensors=state, extra={})
+    words = ["sample", "--compare", str(trained), str(tmp_path / "six"), *STEPS, "--run-dir", str(tmp_path / "out")]
+    assert "different numbers of classes: 6, 10" in refused(words, capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_is_one_grid_with_a_row_for_each_target_and_nothing_else_of_its_folder(trained, tmp_path, capsys):
