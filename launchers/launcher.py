@@ -28,7 +28,7 @@ STOPPED_BY_FILE = "stopped by a file STOP; the same command continues it"
 
 @dataclass(eq=False)
 class Job:
-    """Handle of one submitted job, kept up to date by the launcher that submitted it."""
+    """Handle of one submitted job. The launcher that submitted it updates the fields whenever it polls."""
 
     spec: JobSpec
     """What runs."""
@@ -39,7 +39,7 @@ class Job:
     id: str | None = None
     """The scheduler's name of the job."""
     code: int | None = None
-    """Exit code once the job has ended; negative: killed by that signal; None: the job was lost."""
+    """Exit code once the job has ended. Negative: killed by the signal of that number. None: the job was lost."""
     reason: str | None = None
     """Why the job failed, in the scheduler's words where there are any."""
     attempts: int = 0
@@ -96,6 +96,9 @@ class Launcher(LaunchTarget):
             spec: The job.
             retries: Further attempts if it fails.
             show: Whether its output goes to this terminal, if the launcher supports that.
+
+        Raises:
+            LaunchError: The launcher cannot start such a job.
         """
         job = self._job(spec, retries)
         job.show = show
@@ -107,16 +110,16 @@ class Launcher(LaunchTarget):
         return
 
     def submit_many(self, specs: Sequence[JobSpec], max_parallel: int | None = None, retries: int = 0) -> list[Job]:
-        """Submit many jobs.
+        """Submit many jobs. They are started by this and later calls of `poll`, as many at a time as fit.
 
         Args:
-            specs: The jobs.
-            max_parallel: Maximum number that run at once. None: as many as fit.
+            specs: The jobs, of equal resources.
+            max_parallel: Maximum number that run at the same time. None: as many as fit (`fits`).
             retries: Further attempts for each job.
         """
         jobs = [self._job(spec, retries) for spec in specs]
         self._queue.extend(jobs)
-        # The width limits the whole queue including retries, so that a retry never overloads a full machine.
+        # The limit holds for retries as well, so that they do not overload the machine.
         self._width = max_parallel or (self.fits(specs[0]) if specs else 1)
         self.poll()
         return jobs
@@ -128,7 +131,7 @@ class Launcher(LaunchTarget):
         return job.state
 
     def cancel(self, job: Job) -> None:
-        """Stop a job, unless it has ended."""
+        """Stop a job and wait until it has ended. Does nothing if it has ended already."""
         if job in self._queue:
             self._queue.remove(job)
         if not job.ended:
@@ -156,10 +159,10 @@ class Launcher(LaunchTarget):
             ResumeLater: A signal arrived.
         """
         last = 0.0
-        try:
-            # A signal becomes an exception while jobs are waited for;
-            # while they are submitted it would leave half of that done.
-            with stop_on_signals():
+        # Signals raise exceptions only while this waits for jobs. During a submission, they would interrupt it halfway.
+        # The context includes the cancellation, because after a first signal it ignores further ones.
+        with stop_on_signals():
+            try:
                 while True:
                     self.poll()
                     if tick and time.monotonic() - last > 0.5:
@@ -168,14 +171,14 @@ class Launcher(LaunchTarget):
                     if all(job.ended for job in jobs):
                         return list(jobs)
                     time.sleep(every_s)
-        except BaseException:
-            if not self.detached:
-                # Every job is asked to stop before the first is waited for, so that all save at the same time.
-                for job in self._live:
-                    self._request_stop(job)
-                for job in jobs:
-                    self.cancel(job)
-            raise
+            except BaseException:
+                if not self.detached:
+                    # All jobs are asked to stop before `cancel` waits for the first, so that they save together.
+                    for job in self._live:
+                        self._request_stop(job)
+                    for job in jobs:
+                        self.cancel(job)
+                raise
 
     def poll(self) -> None:
         """Update the running jobs, queue again those that may be retried, and start queued ones."""
@@ -268,7 +271,7 @@ class Launcher(LaunchTarget):
             job.attempts -= 1
             self._requeue(job)
         elif (
-            # A user's error fails the same way each time, and a cancelled job must not come back; a crash may pass.
+            # A user's error would fail in the same way, and a cancelled job must not be started; a crash may not recur.
             job.code not in (EXIT_USER_ERROR, EXIT_TASKS_FAILED, EXIT_BUSY, EXIT_INTERRUPTED)
             and job.attempts <= job.retries
         ):
