@@ -1,7 +1,7 @@
 """Probes of a machine or cluster that run inside a short job: each process tests what jobs rely on and writes a report.
 
-Each probe does the very thing that jobs rely on (takes a lock, makes a link, opens a connection), because what a site's
-documentation says of it may not hold for its nodes. `diagnosis.py` turns the reports into findings.
+Each probe performs the operation that jobs rely on (takes a lock, makes a link, opens a connection), because a site's
+documentation may not describe its nodes correctly. `diagnosis.py` turns the reports into findings.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Report(Config):
     host: str
     """Name of its host."""
     token: str | None = None
-    """The submitting process's token as it arrived here; None: the environment was not exported."""
+    """Value of `TOKEN` in this process. None: the environment of the submitting process was not exported."""
     cores: int = 0
     """CPU cores that the process may use."""
     memory_bytes: int = 0
     """Host memory that the process may use, in bytes."""
     devices: int = 0
-    """Accelerators that torch can use."""
+    """Number of accelerators that torch can use."""
     device_note: str = ""
-    """Why there are none."""
+    """Why there are none; empty if there are some."""
     seen: bool = False
     """Whether the process saw the files of all others in run_dir."""
     lock: str = ""
@@ -64,23 +64,23 @@ class Report(Config):
     mode: str = ""
     """Mode of a new file in run_dir, and the umask: `0644 (umask 022)`."""
     group: str = ""
-    """What became of the group of a folder with the setgid bit: `kept`, `lost` or an error."""
+    """Whether a new file in a folder with the setgid bit got the folder's group: `kept`, `lost` or an error."""
     shm_bytes: int = 0
     """Size of /dev/shm in bytes."""
     compiler: bool = False
-    """Whether a C++ compiler is there, which torch.compile and DeepSpeed use."""
+    """Whether there is a C++ compiler, which torch.compile and DeepSpeed use."""
     temporary: str = ""
     """Folder of temporary files, and the type of its file system."""
     scratch: str = ""
-    """A folder on the node's own disk that can be written to: its name, unexpanded. Empty: none was found."""
+    """A writable folder on the node's local disk, with variables not expanded. Empty: none was found."""
     cluster_scratch: str = ""
     """Type of the file system of the cluster's $SCRATCH. Empty: the variable is not set."""
     interfaces: dict[str, str] = Field(default_factory=dict)
-    """IPv4 address of every network interface, loopback left out."""
+    """IPv4 address of every network interface except loopback, by name."""
     reached: str = ""
-    """Whether rank 0 could be connected to by its host name: `ok` or an error."""
+    """Whether the process could connect to rank 0 by its host name: `ok` or an error."""
     requeue: str = ""
-    """What `scontrol requeue` did: `ok`, or the scheduler's words. Empty: not tried."""
+    """Result of `scontrol requeue`: `ok`, or the scheduler's message. Empty: not tried."""
 
 
 # --- inside the job --------------------------------------------------------------------------------------------------
@@ -89,8 +89,10 @@ class Report(Config):
 def probe(run_dir: Path) -> Path:
     """Run all probes in this process of the job and write its report.
 
+    All processes of the job must call this, because some probes wait for each other, for at most `MEET_S` each.
+
     Args:
-        run_dir: Folder that all processes share.
+        run_dir: Folder that all processes share, without a report of an earlier job.
 
     Returns:
         The report's file.
@@ -98,7 +100,7 @@ def probe(run_dir: Path) -> Path:
     me, size = rank(), world_size()
     folder = run_dir / "doctor"
     folder.mkdir(parents=True, exist_ok=True)
-    # First of all, because the job starts from the beginning when it succeeds.
+    # Before the other probes, because the job starts from the beginning if the requeue succeeds.
     requeue = _try_requeue(folder, me)
     (folder / f"seen-{me}").touch()
     seen = _wait_for([folder / f"seen-{other}" for other in range(size)])
@@ -129,9 +131,10 @@ def probe(run_dir: Path) -> Path:
 
 
 def _wait_for(paths: list[Path], seconds: float = MEET_S) -> bool:
-    """Whether all files are there within some seconds. Listing the folder refreshes what an NFS client has cached."""
+    """Wait until all files exist, which are in one folder; False if they do not after some seconds."""
     deadline = time.monotonic() + seconds
     while True:
+        # An NFS client caches that a file does not exist; listing its folder refreshes the cache.
         with contextlib.suppress(OSError):
             os.listdir(paths[0].parent)
         if all(path.exists() for path in paths):
@@ -142,24 +145,24 @@ def _wait_for(paths: list[Path], seconds: float = MEET_S) -> bool:
 
 
 def _try_requeue(folder: Path, me: int) -> str:
-    """On SLURM, put the job back into the queue once: the only proof that users may do that."""
+    """On SLURM, requeue the job once, because nothing else proves that users may do that."""
     job = os.environ.get("SLURM_JOB_ID")
     mark = folder / "requeue"
     if not job or "SLURM_STEP_ID" not in os.environ:
         return ""
-    # This is the second start: the requeue below worked.
+    # This is the second start of the job, so the requeue in the first one worked.
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         return "ok"
     if me == 0:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
         if done.returncode:
             write_atomic(mark, scheduler_message(done.stderr or done.stdout))
-    # Accepted: the job ends now and starts again. Refused: rank 0 leaves a note for all.
+    # After an accepted requeue, SLURM ends the job while it waits here. After a refusal, all ranks read rank 0's file.
     return mark.read_text(encoding="utf-8") if _wait_for([mark]) else "accepted, and the job was not restarted"
 
 
 def _lock(folder: Path, me: int) -> str:
-    """Rank 0 holds a lock, and every process, rank 0 included, tries to take it."""
+    """Rank 0 holds a lock while every process, rank 0 included, tries to take it."""
     path, ready = folder / "lock", folder / "lock-ready"
     try:
         if me == 0:
@@ -176,7 +179,7 @@ def _lock(folder: Path, me: int) -> str:
                 return "error: rank 0 did not lock"
             answer = is_locked(path)
             (folder / f"lock-{me}").touch()
-    except Exception as error:  # whatever a file system answers is the finding
+    except Exception as error:  # any error of the file system is a result of this probe
         return f"error: {error}"
     return {True: "held", False: "taken", None: "error: no locks here"}[answer]
 
@@ -205,7 +208,7 @@ def _group(folder: Path, me: int) -> str:
     """Whether files in a folder with the setgid bit belong to the folder's group, as members of a project expect."""
     shared = folder / f"group-{me}"
     shared.mkdir(exist_ok=True)
-    # A group other than the default one, since only then does the result tell setgid from the default.
+    # With the process's default group, the file would have the right group even if setgid did not work.
     others = [group for group in os.getgroups() if group != os.getegid()] or [os.getegid()]
     try:
         os.chown(shared, -1, others[0])
@@ -213,12 +216,20 @@ def _group(folder: Path, me: int) -> str:
         path = write_atomic(shared / "file", "x")
     except OSError as error:
         return f"not tried: {error.strerror}"
-    return "kept" if path.stat().st_gid == others[0] else f"lost: {grp.getgrgid(path.stat().st_gid).gr_name}"
+    group = path.stat().st_gid
+    if group == others[0]:
+        return "kept"
+    try:
+        return f"lost: {grp.getgrgid(group).gr_name}"
+    except KeyError:  # containers often have no names for the host's groups
+        return f"lost: {group}"
 
 
 def _is_local(name: str) -> bool:
-    """Whether a folder (or its parent, while it does not exist) is on the node's own disk and can be written to."""
-    expanded = os.path.expandvars(name.replace("$USER", getpass.getuser()))
+    """Whether a folder, or its parent if it does not exist yet, is on the node's local disk and writable."""
+    with contextlib.suppress(KeyError, OSError):  # containers often have no names for the host's users
+        name = name.replace("$USER", getpass.getuser())
+    expanded = os.path.expandvars(name)
     if "$" in expanded:
         return False
     path = Path(expanded)
@@ -227,19 +238,20 @@ def _is_local(name: str) -> bool:
 
 
 def _interfaces() -> dict[str, str]:
+    """IPv4 address of every network interface except loopback, from lines like `2: ib0    inet 10.0.0.7/24 ...`."""
     if not shutil.which("ip"):
         return {}
     listing = subprocess.run(["ip", "-4", "-o", "addr", "show", "up"], capture_output=True, text=True, check=False)
     lines = [line.split() for line in listing.stdout.splitlines()]
-    return {words[1]: words[3].partition("/")[0] for words in lines if len(words) > 3 and words[1] != "lo"}
+    return {fields[1]: fields[3].partition("/")[0] for fields in lines if len(fields) > 3 and fields[1] != "lo"}
 
 
 def _reach(folder: Path, me: int, size: int) -> str:
-    """Every process connects to rank 0 by its host name, as torchrun's ranks do."""
+    """Connect to rank 0 by its host name, as the ranks of torchrun do; on rank 0, accept these connections."""
     address = folder / "address"
     if me == 0:
-        # All interfaces and any port, as for torchrun: the question
-        # is whether the host *name* leads to a reachable one.
+        # Rank 0 listens on all interfaces, as torchrun does. What is tested is whether its host name resolves to an
+        # interface that the other nodes can reach.
         with socket.create_server(("", 0), backlog=size) as server:
             server.settimeout(MEET_S)
             write_atomic(address, json.dumps([socket.gethostname(), server.getsockname()[1]]))
