@@ -21,7 +21,11 @@ SOURCES = (".py", ".sh", ".yaml", ".yml", ".json", ".toml", ".cfg", ".txt")
 
 
 def code_root(module: str) -> str:
-    """The folder that `module` is imported from, for jobs that run the installed code."""
+    """The folder from which `module` is imported, for jobs that run the installed code.
+
+    Raises:
+        LaunchError: The module cannot be imported, or has no file.
+    """
     loaded = import_module(module)
     if not loaded.__file__:
         raise LaunchError(f"module {module} has no file; a worker cannot import it")
@@ -29,21 +33,26 @@ def code_root(module: str) -> str:
 
 
 def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
-    """Copy the code into `RUN_DIR/code/HASH`, once for each content; returns that folder."""
+    """Copy the code (`code_files`) into `RUN_DIR/code/HASH`, unless that folder exists; returns the folder.
+
+    Args:
+        run_dir: Run directory of the submission.
+        module: Module of the job.
+    """
     files = code_files(module)
-    # By content, so that a thousand submissions of unchanged code share one copy and each edit gets one of its own.
+    # A hash of the content, so that all submissions of unchanged code share one copy.
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{sha256_of(files[name])}\n".encode())
     target = run_dir / "code" / digest.hexdigest()[:12]
     if target.is_dir():
         return target
-    # Copied under another name first: a job that starts meanwhile must never import half a copy.
+    # Copied under a temporary name first, so that no job can import an incomplete copy.
     draft = temp_path(target)
     stage_code(draft, module)
     try:
         os.rename(draft, target)
-    except OSError:  # another process has just made the same copy
+    except OSError:  # another process has made the same copy at the same time
         shutil.rmtree(draft)
         if not target.is_dir():
             raise
@@ -51,49 +60,53 @@ def snapshot(run_dir: Path, module: str = "fine_dist") -> Path:
 
 
 def stage_code(folder: Path, module: str) -> None:
-    """Copy `fine_dist`, the scripts in `slurm/` and the package of `module` into a folder."""
-    # Sources alone, no folder as a whole: run directories and data may lie inside a checkout.
+    """Copy the code (`code_files`) into a folder, and write its version and git commit into SNAPSHOT.json."""
     for name, file in code_files(module).items():
         copy = folder / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)  # the modes of the copy are those of this user's umask
+        shutil.copyfile(file, copy)  # without the file's mode: that of the copy follows from this user's umask
     about = {"git": _git(Path(fine_dist.__file__).resolve().parents[1]), "version": fine_dist.__version__}
     (folder / "SNAPSHOT.json").write_text(json.dumps(about) + "\n")
 
 
 def code_files(module: str) -> dict[str, Path]:
-    """The files that are copied, by their names in the copy."""
+    """The files of `fine_dist`, of the scripts in `slurm/` and of the package of `module`, by their names in a copy.
+
+    Only files with the suffixes `SOURCES` are included, because run directories and data may be inside a checkout.
+    """
     root = Path(fine_dist.__file__).resolve().parent
-    places = {"fine_dist": root, "slurm": resource("slurm")}
+    folders = {"fine_dist": root, "slurm": resource("slurm")}
     top = module.partition(".")[0]
     if top != "fine_dist":
         package = Path(code_root(module), top)
         package = package if package.is_dir() else package.with_suffix(".py")
-        places[package.name] = package
+        folders[package.name] = package
     return {
-        (Path(name) / file.relative_to(place)).as_posix(): file
-        for name, place in places.items()
-        for file in _sources(place)
+        (Path(name) / file.relative_to(folder)).as_posix(): file
+        for name, folder in folders.items()
+        for file in _sources(folder)
     }
 
 
-def _sources(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    found = []
-    # fine_dist/launchers and fine_dist/resources/* are links in a checkout and folders in a wheel
-    for folder, inner, files in os.walk(place, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith((".", "__pycache__"))]
-        found += [Path(folder, name) for name in files if name.endswith(SOURCES)]
-    return found
+def _sources(path: Path) -> list[Path]:
+    """The source files in a folder, or the file itself if `path` is one."""
+    if path.is_file():
+        return [path]
+    sources = []
+    # Links are followed: fine_dist/launchers and fine_dist/resources/* are links in a checkout and folders in a wheel.
+    for folder, subfolders, files in os.walk(path, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__pycache__"))]
+        sources += [Path(folder, name) for name in files if name.endswith(SOURCES)]
+    return sources
 
 
 def _git(root: Path) -> str | None:
+    """The commit of a checkout, ending in `-dirty` if files differ from it; None outside of a checkout."""
     if not (root / ".git").exists() or not shutil.which("git"):
         return None
-    said = subprocess.run(
-        # Without its locks: `git describe --dirty` refreshes the index, which fails where the checkout is read-only.
+    result = subprocess.run(
+        # `git describe --dirty` refreshes the index, which fails in a read-only checkout without this option.
         ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    return said.stdout.strip() or None
+    return result.stdout.strip() or None

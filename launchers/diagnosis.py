@@ -25,19 +25,23 @@ SMALL_SHM = GIB
 
 
 def read_reports(run_dir: Path) -> list[Report]:
-    """The reports of all processes, by rank."""
+    """The reports of all processes that have written one, sorted by rank.
+
+    Raises:
+        ConfigError: A report is of another version.
+    """
     paths = (run_dir / "doctor").glob("report-*.json")
     reports = [validate(Report, json.loads(path.read_text(encoding="utf-8")), str(path)) for path in paths]
     return sorted(reports, key=lambda report: report.rank)
 
 
 def diagnose(reports: list[Report], needs: LaunchConfig, token: str, slurm: bool) -> tuple[list[Finding], list[str]]:
-    """What the reports mean.
+    """Evaluate the reports of a job.
 
     Args:
-        reports: Of all processes that reported.
-        needs: What the job asked for.
-        token: The value of `TOKEN` in the submitting process.
+        reports: Reports of all processes that wrote one.
+        needs: Resources that the job requested.
+        token: Value of `TOKEN` in the submitting process.
         slurm: Whether the job ran on SLURM.
 
     Returns:
@@ -46,33 +50,34 @@ def diagnose(reports: list[Report], needs: LaunchConfig, token: str, slurm: bool
     wanted = needs.nodes * needs.processes
     hosts = ", ".join(sorted({report.host for report in reports}))
     level: Literal["ok", "stop"] = "ok" if len(reports) == wanted else "stop"
-    found = [Finding("processes", level, f"{len(reports)} of {wanted} processes reported, on {hosts}")]
-    found += [_verdict(check, reports) for check in _checks(reports, needs, token)]
+    findings = [Finding("processes", level, f"{len(reports)} of {wanted} processes reported, on {hosts}")]
+    findings += [_verdict(check, reports) for check in _checks(reports, needs, token)]
     site: list[str] = []
     if slurm:
-        found += _slurm_findings(reports, site)
+        findings += _slurm_findings(reports, site)
     if any(report.cluster_scratch in NETWORK for report in reports):
         text = "the cluster's $SCRATCH is a shared file system; only SCRATCH in site.sh moves temporary files"
-        found.append(Finding("scratch", "note", text))
-    return found, site
+        findings.append(Finding("scratch", "note", text))
+    return findings, site
 
 
 class _Check(NamedTuple):
-    """One question to every report."""
+    """A condition that every report must fulfill."""
 
     what: str
     """Subject of the finding."""
     good: str
-    """Text when no process has the fault."""
+    """Text of the finding if all reports fulfill the condition."""
     works: Callable[[Report], bool]
-    """Whether all is well for a process."""
+    """Whether a report fulfills the condition."""
     fault: Callable[[Report], str]
-    """Text about a process for which it is not."""
+    """Text about a report that does not fulfill it."""
     level: Literal["note", "stop"] = "stop"
     """Level of the fault."""
 
 
 def _checks(reports: list[Report], needs: LaunchConfig, token: str) -> list[_Check]:
+    """All conditions, for a job that requested `needs`."""
     mode = reports[0].mode if reports else "?"
     least = min((report.memory_bytes for report in reports), default=0) / GIB
     return [
@@ -126,7 +131,7 @@ def _checks(reports: list[Report], needs: LaunchConfig, token: str) -> list[_Che
 
 
 def _verdict(check: _Check, reports: list[Report]) -> Finding:
-    """One finding about all processes: all is well, or the fault with the hosts that have it."""
+    """The finding of a check over all processes: `ok`, or the first fault and all hosts with a fault."""
     faults = {report.host: check.fault(report) for report in reports if not check.works(report)}
     if not faults:
         return Finding(check.what, "ok", check.good)
@@ -135,28 +140,30 @@ def _verdict(check: _Check, reports: list[Report]) -> Finding:
 
 def _slurm_findings(reports: list[Report], site: list[str]) -> list[Finding]:
     """Findings about SLURM; appends the lines that site.sh needs."""
-    found = []
+    findings = []
     flag = _gpu_flag()
     if flag is None:
-        found.append(Finding("gpu flag", "note", "sbatch takes no request for accelerators in the default partition"))
+        text = "sbatch takes no request for accelerators in the default partition"
+        findings.append(Finding("gpu flag", "note", text))
     elif flag != "gpus-per-node":
         site.append(f"GPU_FLAG={flag}")
     requeue = next((report.requeue for report in reports if report.rank == 0), "")
     if requeue == "ok":
-        found.append(Finding("requeue", "ok", "users may requeue their jobs"))
+        findings.append(Finding("requeue", "ok", "users may requeue their jobs"))
     elif requeue:
         site.append("REQUEUE=resubmit")
-        found.append(Finding("requeue", "note", f"users may not requeue ({requeue}): jobs submit themselves again"))
+        findings.append(Finding("requeue", "note", f"users may not requeue ({requeue}): jobs submit themselves again"))
     interface = _fast_interface(reports)
     if interface:
         site.append(f"IFNAME={interface}")
     scratch = {report.scratch for report in reports}
     if not os.environ.get(SCRATCH) and len(scratch) == 1 and (name := scratch.pop()):
         site.append(f"SCRATCH={name}/fine_dist-${{SLURM_JOB_ID:-login}}")
-    return found
+    return findings
 
 
 def _devices(reports: list[Report], needs: LaunchConfig) -> str:
+    """Text about the numbers of accelerators that the processes can use."""
     counts = sorted({report.devices for report in reports})
     if not needs.gpus:
         return f"no accelerator was asked for (--launch.gpus 1); processes see {' or '.join(map(str, counts))}"
@@ -164,14 +171,14 @@ def _devices(reports: list[Report], needs: LaunchConfig) -> str:
 
 
 def _fast_interface(reports: list[Report]) -> str | None:
-    """An interface faster than Ethernet that every node has, where there are several interfaces to choose from."""
+    """An interface faster than Ethernet that every node has; None if there is none, or no other interface."""
     common = set.intersection(*(set(report.interfaces) for report in reports)) if reports else set()
     fast = sorted(name for name in common if name.startswith(FAST_INTERFACES))
     return fast[0] if fast and len(common) > 1 else None
 
 
 def _gpu_flag() -> str | None:
-    """The first option for accelerators that sbatch accepts; None: it accepts none."""
+    """The first option for accelerators that `sbatch --test-only` accepts; None: it accepts none."""
     for flag, option in (("gpus-per-node", "--gpus-per-node=1"), ("gres", "--gres=gpu:1"),
                          ("gpus-per-task", "--gpus-per-task=1")):  # fmt: skip
         with outside_allocation():

@@ -49,7 +49,7 @@ def launch(module: str, config: Config, launcher: str = "auto") -> int:
     needs = launch_of(config)
     if inside():
         _refuse_single_rank(make_spec(module, config, write=False))
-    # A command inside a job must not submit jobs: a task of an array would fan out again.
+    # A command inside a job must not submit jobs. Otherwise a task of an array would start a fan-out.
     target = Here if inside() else pick(launcher, needs)
     if not inside() and target.on_this_machine and needs.preflight != "off":
         beyond = beyond_this_machine(config, make_spec(module, config, write=False))
@@ -190,8 +190,7 @@ def _fan_out(runner: Launcher, module: str, config: Config, tasks: list[Task]) -
         print(f"{module}: {_counts(table, specs, queued)}", flush=True)
         if runner.detached:
             jobs = runner.submit_many(remaining, needs.max_parallel, needs.retries) if remaining else []
-            # Written after the submission, because the ids come from the
-            # scheduler; see `Submissions`.
+            # Recorded after the submission, because the scheduler chooses the ids.
             Submissions(run_dir).add({str(job.id): job.spec.rows for job in jobs})
             if jobs:
                 print(f"submitted as {runner.name} jobs {jobs[0].id} to {jobs[-1].id}; "
@@ -245,13 +244,13 @@ def report(table: StateTable, specs: list[JobSpec]) -> int:
 def _preflight(runner: Launcher, module: str, config: Config, many: bool) -> None:
     needs, spec = launch_of(config), make_spec(module, config, write=False)
     if runner.on_this_machine:
-        require_accelerators(spec)  # refused even with launch.preflight off, and only a note in `plan`
+        require_accelerators(spec)  # also with launch.preflight off; `plan` only prints a note
     if needs.preflight != "off":
         refuse(needs, check_job(module, config, spec, runner, many=many, light=many))
 
 
 def _code(runner: Launcher, module: str, config: Config) -> str:
-    # The local pool starts jobs at once, so no edit can come between submission and start.
+    # The local pool runs the installed code, because no time passes between its submissions and starts.
     copies = launch_of(config).snapshot and runner.copies_code
     return str(snapshot(run_dir_of(config), module)) if copies else code_root(module)
 

@@ -1,8 +1,8 @@
-"""This machine: a pool of processes (`local`), and this very process (`here`).
+"""This machine: a pool of processes (`local`), and the current process (`here`).
 
-The pool is a small server (`fine_dist.worker --pool`) that imports torch and the job's module once and forks a clean
-process for every job, so that a task of a fan-out costs milliseconds and not the start of an interpreter. A job of
-several processes gets the environment variables that torchrun would set.
+The pool is a small server (`fine_dist.worker --pool`) that imports torch and the job's module once and forks a new
+process for every job, so that a task of a fan-out starts in milliseconds instead of seconds. A job of several processes
+gets the environment variables that torchrun would set.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GRACE_S = 30.0
 
 @register
 class Here(CommandTarget):
-    """This process, one task after the other. Inside a job every command runs here."""
+    """Runs a command in this process, its tasks one after the other. Inside a job, every command uses this target."""
 
     name = "here"
     on_this_machine = True
@@ -77,8 +77,8 @@ class LocalLauncher(Launcher):
         super().__init__(needs)
         self._threads = threads
         self._servers: dict[str | None, ForkServer] = {}
+        # The share of each accelerator that running jobs use; empty until a job requests one.
         self._load: dict[str, float] = {}
-        """Share of every accelerator that running jobs use; empty until a job asks for one."""
 
     @classmethod
     def affinity(cls, needs: LaunchConfig) -> int:
@@ -98,7 +98,6 @@ class LocalLauncher(Launcher):
         return [missing] if missing else []
 
     def warm(self, spec: JobSpec) -> None:
-        """Let the server of the pool import what such a job needs."""
         self._server(spec).preload(spec)
 
     def _start(self, job: Job) -> None:
@@ -127,7 +126,7 @@ class LocalLauncher(Launcher):
 
     def _stop(self, job: Job) -> None:
         group = _group_of(job)
-        # `end` is called again and again: it sends SIGTERM once, and SIGKILL when the grace period is over.
+        # `end` sends SIGTERM at its first call, and SIGKILL at a call after the grace period.
         while not group.ended():
             group.end()
             time.sleep(0.01)
@@ -141,13 +140,14 @@ class LocalLauncher(Launcher):
 
     def _server(self, spec: JobSpec) -> ForkServer:
         server = self._servers.get(spec.code)
-        # One server for each copy of the code: what a server has imported cannot be imported from another folder again.
+        # One server for each copy of the code, because a module that a server has imported from one folder cannot be
+        # imported from another.
         if server is None or not server.alive:
             server = self._servers[spec.code] = ForkServer(spec, self._threads or spec.cpus_per_process)
         return server
 
     def _take(self, amount: float) -> list[str]:
-        """The least used accelerators for a job that asks for `amount` of them."""
+        """Assign the least used accelerators to a job that requests `amount` of them; returns their names."""
         if not amount:
             return []
         self._load = self._load or dict.fromkeys(visible_devices(), 0.0)
@@ -173,33 +173,34 @@ class ProcessGroup:
 
     Args:
         server: The server that forked them.
-        ids: The server's numbers of the processes.
+        ids: Numbers by which the server identifies them (not process ids).
+
+    Attributes:
+        devices: Names of the accelerators that the job uses.
     """
 
     def __init__(self, server: ForkServer, ids: list[int]) -> None:
         self.ids = ids
         self.devices: list[str] = []
-        """Accelerators that the job uses."""
         self._server = server
-        self._signaled: dict[int, float] = {}
-        """Time at which each process got SIGTERM."""
+        self._signaled: dict[int, float] = {}  # time.monotonic() when a process was sent SIGTERM, by its number
 
     def ended(self) -> bool:
-        """Whether all processes have ended. When one has failed, the others, which wait for it, are ended."""
+        """Whether all processes have ended. If one has failed, the others are asked to end."""
         self._server.read()
         codes = [self._server.codes.get(i) for i in self.ids]
-        # A rank that lost its partner may hang in a collective for half an hour.
+        # Ranks that wait for a failed one in a collective would wait until its timeout, which is 10 to 30 minutes.
         if None in codes and any(code not in (None, 0) for code in codes):
             self.end()
         return None not in codes
 
     @property
     def code(self) -> int:
-        """The joint exit code of the processes, once all have ended."""
+        """The exit code of the job (`joint_code`). Only valid once all processes have ended."""
         return joint_code([self._server.codes[i] for i in self.ids])
 
     def end(self) -> None:
-        """Send each process SIGTERM once, and SIGKILL after the grace period. Call it until all have ended."""
+        """Send each process SIGTERM once, and SIGKILL after `GRACE_S`. Never blocks: call it until all have ended."""
         now = time.monotonic()
         for i in self.ids:
             if i not in self._signaled:
@@ -214,7 +215,11 @@ class ForkServer:
 
     Args:
         spec: The first job; its code, environment and working directory become the server's.
-        threads: CPU threads of each process.
+        threads: CPU threads of each process (OMP_NUM_THREADS), unless the environment states them.
+
+    Attributes:
+        codes: Exit codes of the processes that have ended, by number; -9 for those that were lost with the server.
+        alive: Whether the server ran when its replies were last read.
     """
 
     def __init__(self, spec: JobSpec, threads: int) -> None:
@@ -225,38 +230,37 @@ class ForkServer:
         env.setdefault("OMP_NUM_THREADS", str(threads))
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
-        # Pipes of its own and not stdin and stdout, which belong to the jobs.
+        # Requests and replies use two more pipes, because jobs inherit the server's stdout and stderr.
         self._process = subprocess.Popen(
             command, pass_fds=(commands_in, replies_out), env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL
         )
-        # Kept open here, this process would never see the end of
-        # the replies, nor an error when it writes to a dead server.
+        # The server's ends are closed in this process. Otherwise the pipes would stay open when the server dies, and
+        # this process would see neither the end of the replies nor an error when it writes.
         os.close(commands_in)
         os.close(replies_out)
         self._rest = b""
         self._next = 0
         self._pids: dict[int, int] = {}
         self.codes: dict[int, int] = {}
-        """Exit codes of the processes that have ended."""
         self.alive = True
 
     def preload(self, spec: JobSpec) -> None:
-        """Import what the job will import."""
+        """Make the server import the job's modules now, in the background."""
         self._send({"preload": spec.module, "code": spec.code})
 
     def group(self, spec: JobSpec, file: Path, log: Path | None, env: dict[str, str]) -> ProcessGroup:
-        """Start a job's processes; several get torchrun's environment variables.
+        """Start the processes of a job. If there are several, they get torchrun's environment variables.
 
         Args:
             spec: The job.
             file: Its JSON file.
-            log: File for the output. None: the output of this process.
+            log: File to which their output is appended. None: the output of this process.
             env: Further environment variables of each process.
         """
         size = spec.processes_per_node
         if size == 1:
             return ProcessGroup(self, [self._start(file, env, log)])
-        # Chosen anew for every start: the port of an attempt that was killed may linger in TIME_WAIT.
+        # A new port for every start, because the port of a killed attempt may still be in the state TIME_WAIT.
         port = free_port()
         ranks = [{**rank_environment(rank, size, rank, size, "127.0.0.1", port), **env} for rank in range(size)]
         return ProcessGroup(self, [self._start(file, variables, log) for variables in ranks])
@@ -267,12 +271,13 @@ class ForkServer:
         return self._next
 
     def _send(self, request: dict[str, object]) -> None:
-        with contextlib.suppress(BrokenPipeError):  # read() then finds the server dead and its jobs lost
+        # The server may have died. `read` then sees the end of its replies and sets the exit codes of its jobs.
+        with contextlib.suppress(BrokenPipeError):
             os.write(self._commands, json.dumps(request).encode() + b"\n")
 
     def read(self) -> None:
-        """Read the server's replies. When the server is gone, its jobs count as killed."""
-        # Never blocks: the launcher polls many jobs, and a reply may come at any time or not at all.
+        """Read the server's replies without blocking. If the server has died, its jobs count as killed (code -9)."""
+        # The timeout of 0 makes `select` return at once: the launcher polls many jobs, and there may be no reply.
         while self.alive and select.select([self._replies], [], [], 0)[0]:
             chunk = os.read(self._replies, 1 << 16)
             if not chunk:
@@ -290,21 +295,31 @@ class ForkServer:
                 self.codes.setdefault(i, -signal.SIGKILL)
 
     def signal(self, i: int, number: int) -> bool:
-        """Signal a process and its children; False when it has not started yet or has ended."""
+        """Send a signal to a process and its children.
+
+        Args:
+            i: Number of the process.
+            number: Number of the signal.
+
+        Returns:
+            False if the process has not started yet or has ended, so that nothing was sent.
+        """
         self.read()
         if i in self.codes or i not in self._pids:
             return False
         try:
-            # The process leads a group, to which its data workers belong; a signal to it alone would leave them.
+            # The process is the leader of a group that includes its data workers, which must end with it.
             os.killpg(self._pids[i], number)
         except ProcessLookupError:
             return False
         return True
 
     def close(self) -> None:
-        os.close(self._commands)
+        """End the server, which kills the jobs that still run."""
+        os.close(self._commands)  # the server ends at the end of its input
         self.read()
         if len(self.codes) == self._next:
-            self._process.kill()  # no job is left for it to end, and a normal exit takes most of a second
+            # All jobs have ended, so the server has nothing to clean up, and a normal exit takes most of a second.
+            self._process.kill()
         self._process.wait()
         os.close(self._replies)

@@ -14,7 +14,7 @@ from fine_dist.core.limits import GIB, memory_bytes, num_cores
 from fine_dist.launchers.spec import Capacity, Finding, JobSpec
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-"""Environment variables that choose among the accelerators of a machine."""
+"""Environment variables by which CUDA and ROCm restrict a process to some accelerators of the machine."""
 _PROBE = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -27,64 +27,69 @@ print(json.dumps({"bytes": sizes, "other": other, "torch": torch.__version__, "b
 
 @dataclass(frozen=True)
 class Accelerators:
-    """The accelerators that a process started here could use."""
+    """The accelerators that a new process on this machine could use."""
 
     bytes_each: tuple[int, ...]
-    """Memory of each in bytes."""
+    """Memory of each accelerator in bytes."""
     note: str
-    """Why there are none, or none that this project uses; empty when there are some."""
+    """Why there is none, or none that this project supports; empty if there are some."""
 
 
 def accelerators() -> Accelerators:
     """The accelerators that torch can use in a process with this environment (CUDA and ROCm).
 
-    torch is asked, not nvidia-smi and not the environment: CUDA_VISIBLE_DEVICES may name devices that do not exist
-    (SLURM's NoDevFiles, an image's `0`), and a driver may be too old for this torch.
+    They are counted by torch, because nvidia-smi and the environment may be wrong: CUDA_VISIBLE_DEVICES may name
+    devices that do not exist (SLURM's NoDevFiles, an image's `0`), and a driver may be too old for this torch.
     """
-    # The variables are the key of the cache: in one process they may change between two questions (tests, notebooks).
+    # The variables are the key of the cache, because a test or a notebook may change them between two calls.
     return _probe(tuple(os.environ.get(name) for name in VISIBLE))
 
 
 @cache
 def _probe(visible: tuple[str | None, ...]) -> Accelerators:
-    # In a process of its own: once a process has initialized CUDA, its forks cannot use it.
-    done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+    """Count the accelerators in a new process, because CUDA cannot be used in forks of a process that has used it."""
+    result = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = result.stderr.strip().splitlines()[-1:] or ["no message"]
         return Accelerators((), f"torch could not be asked: {last[0]}")
-    said = json.loads(done.stdout.splitlines()[-1])
-    if said["bytes"]:
-        return Accelerators(tuple(said["bytes"]), "")
-    built = said["built"] or "the CPU only"
-    if said["other"]:
-        return Accelerators((), f"it has {said['other'][0]}, which is not supported: CUDA and ROCm are")
-    return Accelerators((), f"torch {said['torch']} is built for {built}")
+    report = json.loads(result.stdout.splitlines()[-1])  # earlier lines may be of packages that torch imports
+    if report["bytes"]:
+        return Accelerators(tuple(report["bytes"]), "")
+    built = report["built"] or "the CPU only"
+    if report["other"]:
+        return Accelerators((), f"it has {report['other'][0]}, which is not supported: CUDA and ROCm are")
+    return Accelerators((), f"torch {report['torch']} is built for {built}")
 
 
 def visible_devices() -> list[str]:
-    """Names of the usable accelerators for CUDA_VISIBLE_DEVICES."""
+    """The usable accelerators, as values for CUDA_VISIBLE_DEVICES."""
     count = len(accelerators().bytes_each)
-    # Names and not indices are passed on, because a variable may hold UUIDs or a subset such as `2,3`.
-    named = next((os.environ[name].split(",") for name in VISIBLE if os.environ.get(name)), None)
-    return [name.strip() for name in named[:count]] if named else [str(i) for i in range(count)]
+    # A variable that is set holds UUIDs or a subset such as `2,3`; jobs get its entries, not indices from 0.
+    entries = next((os.environ[name].split(",") for name in VISIBLE if os.environ.get(name)), None)
+    return [entry.strip() for entry in entries[:count]] if entries else [str(i) for i in range(count)]
 
 
 def fits_here(spec: JobSpec, devices: int) -> int:
-    """Number of such jobs that run at once on this machine, of which `devices` accelerators may be used; at least 1."""
+    """Number of jobs like this one that this machine runs at the same time, at least 1.
+
+    Args:
+        spec: One of the jobs.
+        devices: Number of accelerators that they may use. 0: accelerators do not limit the number.
+    """
     jobs = num_cores() // (spec.processes_per_node * spec.cpus_per_process)
     if spec.accelerators_per_node and devices:
-        # The tiny term rounds a quotient such as 6.9999999 to the 7 that it is without rounding errors.
+        # The small term makes a quotient such as 6.9999999, which is 7 except for rounding errors, count as 7.
         jobs = min(jobs, int(devices / spec.accelerators_per_node + 1e-9))
     return max(1, jobs)
 
 
 def local_capacity(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None = None) -> Capacity:
-    """What this machine holds of such jobs.
+    """The resources of this machine for jobs like this one.
 
     Args:
         spec: One of the jobs.
-        many: Whether there are several; a single job has the machine to itself.
-        gpu_memory_gb: Memory of an accelerator in GiB, in place of the measured one.
+        many: Whether there are several; a single job may use the entire machine.
+        gpu_memory_gb: Memory of an accelerator in GiB. None: the measured memory.
     """
     sizes = accelerators().bytes_each if spec.accelerators_per_node else ()
     workers = fits_here(spec, len(sizes)) if many else 1
@@ -95,8 +100,9 @@ def local_capacity(spec: JobSpec, many: bool = True, gpu_memory_gb: float | None
 
 
 def missing_accelerators(spec: JobSpec) -> Finding | None:
-    """The accelerators that a job asks for and this machine lacks, or None. Only such a job has torch asked."""
+    """A finding if this machine has fewer accelerators than a job requests, else None."""
     wanted = spec.accelerators_per_node
+    # Tested first, because counting the accelerators takes seconds.
     if not wanted or len(accelerators().bytes_each) >= wanted:
         return None
     here = accelerators()
@@ -110,10 +116,10 @@ def missing_accelerators(spec: JobSpec) -> Finding | None:
 
 
 def require_accelerators(spec: JobSpec) -> None:
-    """Refuse to start a job on this machine without the accelerators that it asks for.
+    """Refuse to start a job on this machine if it requests more accelerators than there are.
 
     Raises:
-        LaunchError: They are not here; the message says what is, and the remedy.
+        LaunchError: The message says what this machine has, and the remedy.
     """
     missing = missing_accelerators(spec)
     if missing:

@@ -92,7 +92,6 @@ def make_spec(
     name = name or module.rpartition(".")[2]
     text = dump_yaml(config, cache)
     path = (table or run_dir) / "jobs" / f"{name}-{short_hash(text)}.yaml"
-    # The name has a hash of the content, so that a waiting job keeps its file when the config is submitted again.
     if write:
         write_atomic(path, text, durable=durable)
     return JobSpec(

@@ -1,4 +1,4 @@
-"""The server of a local pool, which imports everything once and forks a clean process for every job.
+"""The server of a local pool, which imports everything once and forks a new process for every job.
 
 `fine_dist.launchers.local.ForkServer` is its client and starts it as `python -m fine_dist.worker --pool IN OUT`.
 """
@@ -23,29 +23,28 @@ from fine_dist.launchers.worker import run_job
 
 
 class Request(TypedDict, total=False):
-    """One request: start a job, or import a module."""
+    """A request: either start a job (`id`, `job`, `env`, `log`), or import a module (`preload`, `code`)."""
 
     id: int
-    """Number of the process, chosen by the client."""
+    """Number by which the client identifies the process."""
     job: str
-    """Job file."""
+    """Path of the job file."""
     env: dict[str, str]
-    """Further environment variables."""
+    """Further environment variables of the process."""
     log: str | None
-    """File for the output; None: the server's own output."""
+    """File to which the output is appended. None: the server's stdout and stderr."""
     preload: str
     """Module to import."""
     code: str | None
-    """Folder with the copy of the code."""
+    """Folder with the copy of the code that the module is imported from. None: the installed code."""
 
 
 def serve(commands_fd: int, replies_fd: int) -> int:
-    """Fork one process for each job until the input ends; the jobs that still run are then killed.
+    """Fork one process for each job until the input ends, and then kill the jobs that still run.
 
-    Requests are lines of JSON, {"id", "job", "env", "log"} or {"preload", "code"}; replies are {"id", "pid"} and
-    {"id", "rc"}. The server stays single-threaded and runs no job itself, because a fork of a process with threads may
-    inherit a lock that nobody releases. Each fork thus begins with Python, pydantic and torch imported and nothing
-    else.
+    Requests are lines of JSON (`Request`); replies are {"id", "pid"} when a process has started, and {"id", "rc"} with
+    its exit code, or the negative number of the signal, when it has ended. The server starts no thread and runs no job
+    itself: a fork copies only the calling thread, so a lock that another thread holds would never be released.
 
     Args:
         commands_fd: File descriptor of the requests.
@@ -54,11 +53,11 @@ def serve(commands_fd: int, replies_fd: int) -> int:
     Returns:
         The exit code of the server.
     """
-    children: dict[int, int] = {}
+    children: dict[int, int] = {}  # numbers of the running processes, by process id
     server = os.getpid()
     for fd in (commands_fd, replies_fd):
-        # Programs that a job starts must not keep the pipes open: the
-        # client takes the end of the replies for the end of the server.
+        # Programs that a job starts must not keep the pipes open, because the client detects a dead server by the end
+        # of its replies.
         os.set_inheritable(fd, False)
     # Line-buffered, so that nothing unwritten is left in the buffer at a fork: the child would write it a second time.
     with open(replies_fd, "w", buffering=1) as replies:
@@ -66,9 +65,9 @@ def serve(commands_fd: int, replies_fd: int) -> int:
             if "preload" in request:
                 _preload(request["preload"], request["code"])
                 continue
-            with contextlib.suppress(Exception):  # the job itself reports a file that cannot be read
+            with contextlib.suppress(Exception):  # if the file cannot be read, the job itself reports that
                 spec = JobSpec.load(request["job"])
-                # Imported by the server before it forks, so that every later job of this module finds it in memory.
+                # Imported before the fork, so that all later jobs of this module find it in memory.
                 _preload(spec.module, spec.code)
             pid = os.fork()
             if pid == 0:
@@ -77,19 +76,21 @@ def serve(commands_fd: int, replies_fd: int) -> int:
             print(json.dumps({"id": request["id"], "pid": pid}), file=replies)
     for pid in children:
         with contextlib.suppress(ProcessLookupError):
-            # Each child leads a session of its own (`_forked`), so this reaches its data workers as well.
+            # The child leads a process group (`_forked`), so this ends its data workers as well. A child without a
+            # group has just been forked; it ends in `die_with_parent`.
             os.killpg(pid, signal.SIGKILL)
     return 0
 
 
 def _requests(fd: int, idle: Callable[[], None]) -> Iterator[Request]:
+    """The requests until the input ends. `idle` is called between them, at least every 10 ms."""
     pending = b""
     while True:
         idle()
-        # A short wait instead of SIGCHLD: a handler would run Python code between any two lines of the server.
+        # Children are polled after a short wait. A handler of SIGCHLD could run between any two lines of the server.
         if not select.select([fd], [], [], 0.01)[0]:
             continue
-        # From the descriptor itself: `select` does not see what a buffered reader has taken already.
+        # Read without a buffer, because `select` does not report data that a buffered reader has already read.
         chunk = os.read(fd, 1 << 16)
         if not chunk:
             return
@@ -99,6 +100,7 @@ def _requests(fd: int, idle: Callable[[], None]) -> Iterator[Request]:
 
 
 def _reap(children: dict[int, int], replies: TextIO) -> None:
+    """Report the processes that have ended, and remove them from `children`."""
     while children:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
@@ -107,7 +109,7 @@ def _reap(children: dict[int, int], replies: TextIO) -> None:
 
 
 def _preload(module: str, code: str | None) -> None:
-    """Import what a job of this module will import. The job itself reports an import that fails, in its log."""
+    """Import a job's module and its `PRELOAD`. If that fails, the job itself reports it, in its log."""
     if module in sys.modules:
         return
     with contextlib.suppress(Exception):
@@ -118,14 +120,14 @@ def _preload(module: str, code: str | None) -> None:
 
 
 def _forked(request: Request, server: int) -> int:
-    """Run the job in the forked child, in a session, log and environment of its own; returns the exit code."""
-    # Ctrl-C in the terminal is for the driver alone, which asks its jobs to save in an order of its own.
+    """In the forked child: set up session, output and environment, and run the job; returns the exit code."""
+    # In a new session the job does not receive the SIGINT of a Ctrl-C. The driver does, and asks its jobs to save.
     os.setsid()
     die_with_parent(server)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if path := request.get("log"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        # Appended: the log of a task that is attempted again keeps what the attempt before said.
+        # The log is appended to, because it has the output of earlier attempts.
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -27,7 +27,9 @@ class Demand(TypedDict, total=False):
     num_cpus: float
     num_gpus: float
     memory: int
+    """Host memory in bytes."""
     resources: dict[str, float]
+    """Amounts of custom resources by name."""
 
 
 def inside_ray() -> bool:
@@ -159,7 +161,7 @@ def check_storage(run_dir: Path) -> None:
     answers = []
     for node in ray.nodes():
         if node["Alive"]:
-            # Hard affinity and no CPU: the task runs on this very node, even while all its cores are busy.
+            # With hard affinity and no CPU, the task runs on exactly this node, even while all its cores are busy.
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_sees_file).options(num_cpus=0, max_retries=1, scheduling_strategy=on_node)
             answers.append(task.remote(str(run_dir / token)))
@@ -178,7 +180,7 @@ def check_storage(run_dir: Path) -> None:
 
 
 def _sees_file(token: str) -> tuple[str, bool]:
-    """Runs on a node: its host name, and whether it sees a file and can write beside it."""
+    """On a node: its host name, and whether it sees a file and can write into the file's folder."""
     path = Path(token)
     if path.exists():
         # Reading is not enough: some sites mount project folders read-only on compute nodes.

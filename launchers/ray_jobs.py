@@ -29,14 +29,14 @@ PATH_KEYS = (
     "ancestor", "baselines", "classifier", "extra", "held_out", "images", "learngene", "models", "out", "parent",
     "parents", "reference", "shards", "source", "vae",
 )  # fmt: skip
-"""Settings whose values are paths, so that a single word may be one."""
+"""Settings that hold paths. Their values count as paths even without a slash, if they exist."""
 AGENT_WAIT_S = 90.0
-"""Seconds in which the head of a busy cluster may become able to take a job."""
+"""Seconds for which a submission is repeated while the cluster's job agent does not answer."""
 
 
 @register
 class RayJobs(CommandTarget):
-    """The Ray cluster behind an HTTP address (`launch.address` or RAY_ADDRESS), which gets the whole command."""
+    """The Ray cluster at an HTTP address (`launch.address` or RAY_ADDRESS). The whole command becomes one Ray job."""
 
     name = "ray"
     detached = True
@@ -56,8 +56,9 @@ class RayJobs(CommandTarget):
 def submit_command(module: str, config: Config, address: str) -> int:
     """Submit `python -m MODULE --launcher ray` with this config to Ray Jobs.
 
-    The code and the config are uploaded. Relative paths are resolved where the command was typed, because the job runs
-    in a temporary folder; data and run_dir must lie on storage that the cluster mounts under the same path.
+    The code and the config are uploaded as the job's working directory. Relative paths become absolute ones first,
+    because the job runs in a temporary folder. Data and run_dir must be on storage that the cluster mounts under the
+    same path.
 
     Args:
         module: Importable name of the stage's module.
@@ -65,7 +66,7 @@ def submit_command(module: str, config: Config, address: str) -> int:
         address: HTTP address of the cluster's dashboard.
 
     Returns:
-        The exit code, 0 or 1 (0 as soon as the job is submitted, unless `launch.wait`).
+        The exit code: 0 if the job succeeded, else 1. Without `launch.wait`, 0 when the job has been submitted.
 
     Raises:
         LaunchError: run_dir is relative, the code is too large, or the cluster does not take the job.
@@ -81,7 +82,6 @@ def submit_command(module: str, config: Config, address: str) -> int:
         )
     # Inside the job RAY_ADDRESS names the cluster; the HTTP address is of no use there.
     inner = config.model_copy(update={"launch": needs.model_copy(update={"address": None, "snapshot": True})})
-    # Before the upload, while the current directory is still the one that the user's relative paths refer to.
     inner = with_absolute_paths(inner)
     refuse(needs, [check_upload(module)])
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def submit_command(module: str, config: Config, address: str) -> int:
     print(f"submitted {module} as Ray job {job}; follow: ray job logs --follow --address {address} {job}", flush=True)
     if not needs.wait:
         return 0
-    # Ray returns the whole log at each call, so what was printed before is skipped.
+    # Ray returns the complete log at each call, so the part that has been printed is skipped.
     shown = 0
     while True:
         status = client.get_job_status(job)
@@ -112,9 +112,9 @@ def submit_command(module: str, config: Config, address: str) -> int:
 def with_absolute_paths(config: Config) -> Config:
     """The config with every relative path made absolute from the current directory.
 
-    A text counts as a path when it begins with `./` or `../`, when its first folder exists here (`runs/a`, of a run
-    that is still to be made), or when it is the value of a key that holds paths and exists here. Other texts, such as
-    names on a hub, stay as they are. So do `~` and $VARIABLES, which the cluster expands.
+    A string counts as a path if it begins with `./` or `../`, if its first folder exists (the run directory `runs/a`
+    itself need not), or if it is the value of a key in `PATH_KEYS` and exists. Other strings, such as names on a hub,
+    are not changed. Neither are `~` and $VARIABLES, which the cluster expands.
     """
     changes: dict[str, object] = {}
     for key in type(config).model_fields:
@@ -127,6 +127,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(key: str, value: object) -> object:
+    """`value` with absolute paths; the same object if nothing in it changed."""
     if isinstance(value, Config):
         return with_absolute_paths(value)
     if isinstance(value, (tuple, list)):
@@ -148,7 +149,7 @@ def _is_relative_path(key: str, text: str) -> bool:
 
 
 def _submit(client: JobSubmissionClient, entrypoint: str, runtime_env: Mapping[str, object]) -> str:
-    """Submit a job. A head whose agent has not started yet, or is too busy to answer, is asked again for a while."""
+    """Submit a job; returns its id. Repeated for a while if the head's agent has not started or is too busy."""
     deadline = time.monotonic() + AGENT_WAIT_S
     while True:
         try:

@@ -1,7 +1,8 @@
 """Ray: a single job as a `TorchTrainer` (`ray_train.py`), and the tasks of a fan-out as tasks of one Ray job.
 
-Ray schedules processes, detects lost ones and starts them again. The work itself is always `fine_dist.worker` in a
-process of its own, so that signals reach it and its environment is clean; it dies with Ray's worker.
+Ray schedules processes, detects lost ones and restarts them. Each Ray worker runs `fine_dist.worker` in a child
+process, because the engine needs signals and the main thread, which Ray uses in its workers. The child is killed when
+Ray's worker ends.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class RayLauncher(Launcher):
             return
         import ray
 
-        # Ray's retries are off, because the queue in `Launcher` counts attempts for every launcher alike.
+        # Ray's retries are off, because the queue in `Launcher` counts the attempts.
         run = ray.remote(run_task).options(**demand(job.spec), max_retries=0, name=job.spec.name)
         job.handle = run.remote(str(job.file), str(job.log))
 
@@ -129,7 +130,7 @@ class RayLauncher(Launcher):
             return False
         try:
             job.code = int(ray.get(job.handle))
-        # Ray's memory monitor ends the worker with SIGKILL, which on its own would look like any other crash.
+        # Ray's memory monitor kills the worker. 137 is 128 + SIGKILL, the code that shells report for it.
         except ray.exceptions.OutOfMemoryError:
             job.code, job.reason = 137, "ended by Ray because its node ran out of memory; raise launch.memory_gb"
         except ray.exceptions.RayTaskError as error:
@@ -154,9 +155,9 @@ _servers: dict[str | None, ForkServer] = {}
 
 
 def run_task(file: str, log: str) -> int:
-    """Inside a Ray worker: run one job in forked processes; returns the exit code. The result is the run directory.
+    """Inside a Ray worker: run one job in forked processes; returns the exit code.
 
-    The fork server stays for the next task of this worker, so that imports happen once.
+    Results are written to the run directory. The fork server is reused by the next task of this worker.
 
     Args:
         file: The job file.
@@ -181,8 +182,8 @@ def _ray_job() -> str:
 def _devices(spec: JobSpec) -> dict[str, str]:
     """The accelerators that Ray assigned to this task, as environment variables.
 
-    Ray reuses a worker for many tasks and changes its environment for each, while the fork server keeps the environment
-    of the first: every task must be given its own.
+    Ray reuses a worker for many tasks and sets CUDA_VISIBLE_DEVICES for each, but the fork server has the environment
+    of the first task, so that the variable must be passed to each job.
     """
     import ray
 

@@ -32,7 +32,12 @@ POLL_S = 2.0
 
 
 class TrainerThread:
-    """A `TorchTrainer` that runs in a thread, so that the launcher can poll it."""
+    """A `TorchTrainer` that runs in a thread, so that the launcher can poll it.
+
+    Args:
+        job: The job.
+        needs: Its `launch` settings.
+    """
 
     def __init__(self, job: Job, needs: LaunchConfig) -> None:
         self._result: tuple[int | None, str | None] | None = None
@@ -41,6 +46,7 @@ class TrainerThread:
         self._thread.start()
 
     def check(self, job: Job) -> bool:
+        """Whether the job has ended; if so, set its `code` and `reason`."""
         if self._thread.is_alive():
             return False
         job.code, job.reason = self._result or (None, "the trainer ended without a result")
@@ -87,6 +93,7 @@ class TrainerThread:
 
 
 def _last_line(error: Exception) -> str:
+    """The last line of an error's message; of the first failed worker's error, if Ray Train lists those."""
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, first = next(iter(failures.items()))
@@ -118,8 +125,7 @@ def train_worker(config: dict[str, str]) -> None:
     if spec.code:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
     command = [sys.executable, "-u", "-m", "fine_dist.worker", config["file"]]
-    # A process of its own, because Ray uses the main thread and the signal handlers of
-    # its worker, and the engine needs both.
+    # A child process, because the engine needs the main thread and signal handlers, which Ray uses in its worker.
     child = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
     try:
         code = _supervise(child, rank, Path(spec.run_dir))

@@ -18,13 +18,15 @@ from fine_dist.launchers.launcher import Launcher
 BUILT_IN = ("local", "ray_jobs", "ray_launcher", "slurm_steps", "slurm_submitit")
 """Modules of this package that register targets."""
 ENTRY_POINTS = "fine_dist.launchers"
+"""Group of the entry points by which other packages add targets."""
 
 
 @cache
 def targets() -> tuple[type[LaunchTarget], ...]:
     """All launch targets."""
     for name in BUILT_IN:
-        # Importing registers. Ray and submitit are imported by the methods that use them, so this is cheap.
+        # The import registers the target. It is fast, because Ray and submitit are only imported by the methods that
+        # use them.
         importlib.import_module(f"fine_dist.launchers.{name}")
     for point in metadata.entry_points(group=ENTRY_POINTS):
         point.load()
@@ -49,7 +51,7 @@ def pick(name: str, needs: LaunchConfig | None = None) -> type[LaunchTarget]:
     needs = needs or LaunchConfig()
     if name not in names():
         raise LaunchError(f"--launcher {name!r}: no such launcher; {nearest(name, names())}")
-    # Two targets are called `ray`: which one serves depends on the address.
+    # Two targets are called `ray` and two `slurm`; only one of each works with this address and environment.
     serving = [target for target in targets() if name in ("auto", target.name) and target.serves(needs)]
     return max(serving, key=lambda target: target.affinity(needs))
 

@@ -39,10 +39,10 @@ from fine_dist.launchers.worker import config_class, import_module
 
 
 def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
-    """Write everything that the jobs of a command line need.
+    """Check a command line and write the files that its jobs need.
 
-    In the ticket, JOB is the file of one job; or TASKS job files are listed in LIST, one on each line. FLAGS are the
-    options of sbatch.
+    In the ticket, JOB is the file of a single job. For a fan-out, LIST is a file with the paths of TASKS job files, one
+    on each line. FLAGS are the options of sbatch.
 
     Args:
         module: Importable name of the stage's module.
@@ -50,7 +50,12 @@ def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
         one_job: Whether a fan-out becomes one job, whose tasks are determined when it starts and run as its steps.
 
     Returns:
-        The ticket.
+        Path of the ticket.
+
+    Raises:
+        ConfigError: The command line is wrong.
+        LaunchError: The preflight found that the job cannot work.
+        RunDirError: Another process starts tasks of this fan-out.
     """
     config = parse(config_class(import_module(module)), argv, prog=f"python -m {module}").config
     needs = launch_of(config)
@@ -65,12 +70,12 @@ def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
     tasks = None if spread_out else tasks_of(module, config, capacity)
     slots = math.ceil((needs.max_parallel or spec.nodes) / spec.nodes) if spread_out else 1
     flags = sbatch_flags(spec, needs, slots)
-    # Partitions may refuse arrays, so the test submission is one.
+    # The test submission of a fan-out is an array too, because a partition may refuse arrays.
     array = ["--array=0"] if tasks else []
     first = tasks[0].config if tasks else config
     task = make_spec(module, first, write=False)
-    found = check_job(module, first, task, None, many=many, light=many, capacity=capacity)
-    refuse(needs, [*found, *slurm_findings(spec, needs, [*flags, *array, "--wrap=true"])])
+    findings = check_job(module, first, task, None, many=many, light=many, capacity=capacity)
+    refuse(needs, [*findings, *slurm_findings(spec, needs, [*flags, *array, "--wrap=true"])])
     code = str(snapshot(run_dir, module)) if needs.snapshot else code_root(module)
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     name = module.rpartition(".")[2]
@@ -84,32 +89,31 @@ def prepare(module: str, argv: list[str], one_job: bool = False) -> Path:
         files = "".join(f"{job_file(part)}\n" for part in specs)
         listed = write_atomic(run_dir / "jobs" / f"{name}-{short_hash(files)}.list", files)
         variables = {"JOB": "", "TASKS": str(len(specs)), "LIST": str(listed)}
-    # The ticket is complete by itself: a requeued job reads it weeks later, when the command line is gone.
+    # The ticket has all facts about the job, because a requeued job reads it when the command line is not available.
     variables |= {"NAME": name, "RUN_DIR": str(run_dir), "CODE": code, "PARALLEL": str(needs.max_parallel or "")}
     variables |= {"WANT_NODES": str(spec.nodes), "PROCS": str(spec.processes_per_node)}
     variables["SPREAD"] = "1" if spread_out else ""
     lines = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
     lines.append(f"FLAGS=({shlex.join(flags)})")
     text = "\n".join(lines) + "\n"
-    # Named by its content, as all files of a submission: a second submission leaves the tickets of waiting jobs alone.
+    # The name has a hash of the content, so that a second submission does not change the tickets of waiting jobs.
     return write_atomic(run_dir / "jobs" / f"{name}-{short_hash(text)}.sh", text)
 
 
 def sbatch_flags(spec: JobSpec, needs: LaunchConfig, slots: int = 1) -> list[str]:
-    """The options of sbatch for a job.
+    """The options of sbatch for a job. Options in `launch.slurm` come last, because sbatch takes the last value.
 
     Args:
         spec: The job.
         needs: Its `launch` settings.
-        slots: Number of SLURM tasks on each node; each holds one torchrun, or one step of a fan-out.
+        slots: Number of SLURM tasks on each node; each runs one torchrun, or one step of a fan-out at a time.
     """
     flags = [f"--nodes={spec.nodes}", f"--ntasks-per-node={slots}"]
     flags.append(f"--cpus-per-task={spec.processes_per_node * spec.cpus_per_process}")
     stated = {key.replace("_", "-") for key in needs.slurm}
     if spec.accelerators_per_node and not stated & GPU_OPTIONS:
         flags.append(SlurmSite.here().gpu_flag(spec.accelerators_per_node * slots, slots))
-    # In MiB, because sbatch takes whole numbers only.
-    if spec.memory_gb:
+    if spec.memory_gb:  # in MiB, because sbatch takes whole numbers only
         flags.append(f"--mem={math.ceil(spec.memory_gb * 1024 * slots)}M")
     if spec.minutes:
         flags.append(f"--time={spec.minutes}")
@@ -118,15 +122,21 @@ def sbatch_flags(spec: JobSpec, needs: LaunchConfig, slots: int = 1) -> list[str
 
 
 def spread(file: str) -> int:
-    """Inside an allocation: run a fan-out as its steps. After a signal the steps save; the exit code is then 75.
+    """Run a fan-out as steps of the allocation that this process is in.
 
     Args:
-        file: Job file of the whole fan-out.
+        file: Job file of the fan-out.
+
+    Returns:
+        The exit code of `launch`.
+
+    Raises:
+        ResumeLater: A signal arrived. The steps have saved, and the command ends with code 75.
     """
     spec = JobSpec.load(file)
     os.chdir(spec.cwd)
     config = load(config_class(import_module(spec.module)), spec.config)
-    if "launch" in type(config).model_fields:  # the nodes are the allocation's; a task has one
+    if "launch" in type(config).model_fields:  # `nodes` was the size of the allocation; each task runs on one node
         config = config.model_copy(update={"launch": launch_of(config).model_copy(update={"nodes": 1})})
     with stop_on_signals():
         return launch(spec.module, config, "slurm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -14,14 +15,16 @@ from fine_dist.core.errors import LaunchError, nearest
 from fine_dist.launchers.worker import SCRATCH
 
 FILE = "FINE_DIST_SITE"
-"""Environment variable: path of another site file."""
+"""Environment variable: path of the site file, in place of `slurm/site.sh`."""
 GPU_FLAGS = ("gpus-per-node", "gres", "gpus-per-task")
+"""Legal values of GPU_FLAG in the site file; the first is the default."""
 REQUEUES = ("scontrol", "resubmit")
+"""Legal values of REQUEUE in the site file; the first is the default."""
 
 
 @dataclass(frozen=True)
 class SlurmSite:
-    """The properties of one cluster; the defaults are those of a plain SLURM."""
+    """The properties of one cluster. The defaults suit a SLURM cluster without local conventions."""
 
     file: Path | None = None
     """Site file that every job sources before anything else. None: there is none."""
@@ -36,7 +39,7 @@ class SlurmSite:
     interface: str = ""
     """Network interface for NCCL and Gloo, such as `ib0`. Empty: they choose."""
     scratch: str = ""
-    """Folder on the nodes' own disks, as the site file says on this machine. Empty: the system's default."""
+    """Folder on the nodes' local disks, as the site file sets it on this machine. Empty: the system's default."""
 
     @classmethod
     def here(cls) -> SlurmSite:
@@ -46,24 +49,24 @@ class SlurmSite:
             LaunchError: The site file is missing, cannot be sourced, or has an illegal value.
         """
         file = os.environ.get(FILE)
-        # the project's folder (init-project), or else the checkout that this code is in
-        places = [
+        # The current project's file (fine-dist init-project), or else that of the checkout that contains this code.
+        candidates = [
             Path("slurm", "site.sh"),
             Path(fine_dist.__file__).resolve().parent / "resources" / "slurm" / "site.sh",
         ]
-        path = Path(file) if file else next((place for place in places if place.is_file()), places[-1])
+        path = Path(file) if file else next((path for path in candidates if path.is_file()), candidates[-1])
         if file and not path.is_file():
             raise LaunchError(f"{FILE}: no such file {file}; copy slurm/site.example.sh, or unset it")
         return _read(path.absolute(), path.stat().st_mtime_ns) if path.is_file() else cls()
 
     def gpu_flag(self, accelerators: float, processes: int) -> str:
-        """The option of sbatch and srun for a number of accelerators on each node.
+        """The option of sbatch and srun that requests accelerators.
 
         Args:
-            accelerators: Number of accelerators; a fraction is rounded up.
-            processes: Number of tasks on the node that share them.
+            accelerators: Number of accelerators on each node; a fraction is rounded up.
+            processes: Number of SLURM tasks on each node.
         """
-        count = int(-(-accelerators // 1))
+        count = math.ceil(accelerators)
         if self.gpu_style == "gpus-per-task":
             return f"--gpus-per-task={-(-count // processes)}"
         return f"--gres=gpu:{count}" if self.gpu_style == "gres" else f"--gpus-per-node={count}"
@@ -73,8 +76,7 @@ class SlurmSite:
         if self.file is None:
             return []
         return [
-            # SCRATCH keeps the cluster's value for paths in configs,
-            # and the site's folder travels under a name of its own.
+            # SCRATCH keeps the cluster's value for paths in configs; the site file's folder gets another variable.
             "cluster_scratch=${SCRATCH-}; unset SCRATCH",
             f"source {shlex.quote(str(self.file))}",
             f"export {SCRATCH}=${{SCRATCH:-}} SCRATCH=$cluster_scratch",
@@ -82,27 +84,28 @@ class SlurmSite:
         ]
 
     def environment(self) -> dict[str, str]:
-        """The same as environment variables, for the steps of an allocation."""
+        """The environment variables that `setup_lines` exports, for steps of an allocation, which have no script."""
         network = dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.interface) if self.interface else {}
         return {**network, **({SCRATCH: self.scratch} if self.scratch else {})}
 
 
 @cache
 def _read(path: Path, written: int) -> SlurmSite:
-    """What the file sets. The file may print and load modules: only the lines that are added at the end are read.
+    """Source the site file with bash and read the variables that it sets.
 
     Args:
-        written: Time of the last change, so that the cache does not outlive it.
+        path: The site file.
+        written: Time of its last change in nanoseconds. It is part of the cache's key, so that a new version is read.
     """
     names = ("GPU_FLAG", "CONTAINER_EXEC", "CONTAINER_SRUN", "REQUEUE", "IFNAME", "SCRATCH")
     values = " ".join(f'"${{{name}:-}}"' for name in names)
-    # The cluster's own SCRATCH is hidden: only one that the site file sets is a folder on the nodes' disks.
+    # SCRATCH is unset first, because a value that the cluster sets is often a shared file system, not a local disk.
     script = f'set -e; unset SCRATCH; source "$1" >/dev/null; printf "%s\\n" {values}'
-    done = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(f"{path} cannot be sourced: {done.stderr.strip()[-300:]}; see slurm/site.example.sh")
-    # One value a line, in the order of `names`; the output of the file itself was sent to /dev/null.
-    style, wrapper, srun, requeue, interface, scratch = done.stdout.split("\n")[:6]
+    result = subprocess.run(["bash", "-c", script, "bash", str(path)], capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise LaunchError(f"{path} cannot be sourced: {result.stderr.strip()[-300:]}; see slurm/site.example.sh")
+    # One value on each line, in the order of `names`. What the file itself prints goes to /dev/null.
+    style, wrapper, srun, requeue, interface, scratch = result.stdout.split("\n")[:6]
     for name, value, legal in (("GPU_FLAG", style, GPU_FLAGS), ("REQUEUE", requeue, REQUEUES)):
         if value and value not in legal:
             raise LaunchError(f"{path}: {name}={value!r} is not known; {nearest(value, legal)}")

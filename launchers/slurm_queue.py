@@ -18,10 +18,12 @@ from fine_dist.launchers.launcher import JobState
 from fine_dist.launchers.spec import Finding, JobSpec
 
 PENDING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "SPECIAL_EXIT"}
+"""SLURM's states of jobs that wait, by the names of `squeue --helpstate`."""
+RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
+"""SLURM's states of jobs that run."""
 UNKNOWN_TO_CONTROLLER = "alive in the accounting only"
 """Reason of a job that is alive according to the accounting but unknown to the controller: the controller lost it in a
 crash, or it has just ended."""
-RUNNING = {"RUNNING", "COMPLETING", "STAGE_OUT", "RESIZING", "SIGNALING", "STOPPED"}
 
 
 def slurm(*command: str) -> str:
@@ -61,7 +63,15 @@ class PartitionLimits:
 
 
 def limits(partition: str | None = None) -> PartitionLimits:
-    """MaxArraySize, and the limits of a partition (None, or an unknown name: the default partition)."""
+    """The limits of the cluster and of a partition, from `scontrol`.
+
+    Args:
+        partition: Name of the partition, or several joined by commas, of which the first is taken. None, or an unknown
+            name: the default partition.
+
+    Raises:
+        LaunchError: As in `slurm`.
+    """
     settings = slurm("scontrol", "show", "config")
     # The array limit is the cluster's, the others are the partition's.
     size = re.search(r"^MaxArraySize\s*=\s*(\d+)", settings, re.M)
@@ -154,6 +164,7 @@ def slurm_findings(spec: JobSpec, needs: LaunchConfig, request: Sequence[str]) -
 
 
 def _minutes(text: str) -> int | None:
+    """Minutes of a time such as `1-12:00:00`; None for other texts, such as `UNLIMITED`."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     return (int(match[1] or 0) * 24 + int(match[2])) * 60 + int(match[3]) if match else None
 
@@ -189,6 +200,7 @@ def job_states(ids: Sequence[str]) -> dict[str, tuple[JobState, int | None, str]
 
 
 def _job_state(state: str, code: int, number: int) -> tuple[JobState, int | None, str]:
+    """State, exit code and reason of a job from SLURM's state, exit code and signal number."""
     if state in PENDING:
         return "pending", None, ""
     if state in RUNNING:
@@ -218,7 +230,7 @@ def outside_allocation() -> Iterator[None]:
     SBATCH_EXPORT is hidden too: with NONE, which some sites set for everybody, jobs would start without the variables
     that name their code and their config.
     """
-    # They are removed from this process's environment, because submitit starts sbatch itself.
+    # They are removed from the environment of this process, because submitit runs sbatch with that environment.
     hidden = {key: os.environ.pop(key) for key in list(os.environ) if _is_of_a_job(key)}
     try:
         yield

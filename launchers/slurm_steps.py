@@ -20,12 +20,12 @@ from fine_dist.launchers.slurm_queue import Node, fits_on, refuse_pattern
 from fine_dist.launchers.spec import Capacity, JobSpec
 
 GRACE_S = 60.0
-"""Seconds that a step has to save before it is killed."""
+"""Seconds that a step has to save before its srun is killed."""
 
 
 @register
 class StepLauncher(Launcher):
-    """Steps of the allocation that this process runs in; they end with it."""
+    """Jobs as steps of the allocation that this process is in. They end when the allocation ends."""
 
     name = "slurm"
 
@@ -47,11 +47,11 @@ class StepLauncher(Launcher):
 
     def capacity(self, spec: JobSpec, many: bool = True) -> Capacity:
         capacity = super().capacity(spec, many)
-        whole = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
-        if whole and not capacity.host_bytes:
-            # Rounded up: the fullest node decides how much memory a task may plan for.
-            a_node = max(1, -(-capacity.workers // _nodes()))
-            capacity = replace(capacity, host_bytes=whole * 2**20 / a_node)
+        node_mb = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
+        if node_mb and not capacity.host_bytes:
+            # Rounded up, because the node with the most tasks has the least memory for each.
+            tasks_per_node = max(1, -(-capacity.workers // _nodes()))
+            capacity = replace(capacity, host_bytes=node_mb * 2**20 / tasks_per_node)
         return capacity
 
     def _start(self, job: Job) -> None:
@@ -72,18 +72,19 @@ class StepLauncher(Launcher):
         command += [f"--ntasks-per-node={spec.processes_per_node}", f"--cpus-per-task={spec.cpus_per_process}"]
         command += [f"--job-name={spec.name}", f"--output={job.log}", "--open-mode=append"]
         if spec.accelerators_per_node:
-            # Each step states its share of the allocation's accelerators, as it does for cores and memory.
+            # Each step requests its share of the allocation's accelerators, as it does for cores and memory.
             command.append(site.gpu_flag(spec.accelerators_per_node, spec.processes_per_node))
-        whole = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
+        node_mb = int_from_env(os.environ, "SLURM_MEM_PER_NODE", 0)
         if spec.memory_gb:
             command.append(f"--mem={round(spec.memory_gb * 1024)}M")
-        elif whole:  # without --mem a step takes all memory of its nodes, and the next step waits for it
-            command.append(f"--mem={int(whole) // max(1, min(self._width, self.fits(spec)))}M")
+        elif node_mb:  # without --mem a step takes all memory of its nodes, and the next step waits for it
+            command.append(f"--mem={node_mb // max(1, min(self._width, self.fits(spec)))}M")
         env = {**os.environ, **site.environment(), **spec.env}
         if spec.code:
             env["PYTHONPATH"] = os.pathsep.join(filter(None, [spec.code, env.get("PYTHONPATH")]))
         command += [*shlex.split(site.wrapper), sys.executable, "-u", "-m", "fine_dist.worker", str(job.file)]
-        # srun forwards signals, waits for all ranks and returns their worst exit code, so it is the handle of the job.
+        # srun forwards signals to all ranks, waits for them and returns their highest exit code (man srun), so its
+        # process represents the job.
         process = subprocess.Popen(command, env=env, cwd=spec.code or spec.cwd, stdin=subprocess.DEVNULL)
         job.handle = process
         job.id = f"{os.environ['SLURM_JOB_ID']} step of process {process.pid}"
@@ -93,7 +94,7 @@ class StepLauncher(Launcher):
         return job.code is not None
 
     def _request_stop(self, job: Job) -> None:
-        _srun_of(job).send_signal(signal.SIGUSR1)  # srun passes it to its tasks, and does not end before them
+        _srun_of(job).send_signal(signal.SIGUSR1)  # srun forwards it to its tasks and continues to wait for them
 
     def _stop(self, job: Job) -> None:
         process = _srun_of(job)
@@ -116,6 +117,7 @@ def _gpus() -> int:
 
 
 def _nodes() -> int:
+    """Number of nodes of this allocation."""
     return int_from_env(os.environ, "SLURM_JOB_NUM_NODES", 1, least=1)
 
 

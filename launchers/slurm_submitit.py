@@ -74,8 +74,8 @@ class SlurmLauncher(Launcher):
         self._next_poll = 0.0
         self._width = sys.maxsize
         self._states: dict[str, tuple[JobState, int | None, str]] = {}
+        # time.monotonic() when the controller first did not know a job, by job id.
         self._unknown_since: dict[str | None, float] = {}
-        """Time at which the controller first did not know a job, by job id."""
 
     @classmethod
     def serves(cls, needs: LaunchConfig) -> bool:
@@ -119,7 +119,7 @@ class SlurmLauncher(Launcher):
         with tempfile.TemporaryDirectory() as folder:
             executor = self._executor(spec, Path(folder), spec.name, self.needs.max_parallel)
             if many:
-                # With a map count submitit adds `--array`, which has limits of its own.
+                # With a map count, submitit adds `--array`, which a partition may limit.
                 executor.parameters["map_count"] = 1
             script = Path(folder, "request.sh")
             script.write_text(executor._make_submission_file_text("true", "request"), encoding="utf-8")
@@ -224,8 +224,10 @@ class SlurmLauncher(Launcher):
 
 @dataclass(frozen=True)
 class WorkerCall:
-    """The function of each task of the job: runs the job file. On exit code 75 rank 0 puts the job back into the queue,
-    unless a file STOP was left for it."""
+    """The function that submitit calls in each task of the job: it runs the job file.
+
+    If that ends with code 75, rank 0 requeues the job, unless there is a file STOP.
+    """
 
     file: str
     """The job file."""
@@ -244,7 +246,7 @@ class WorkerCall:
 
 
 def _call(call: WorkerCall) -> None:
-    call()
+    call()  # a function with one argument, as `map_array` requires
 
 
 RESTARTS = "FINE_DIST_RESTARTS"
@@ -283,7 +285,7 @@ def requeue(file: str, max_restarts: int) -> None:
 
 
 def resubmit(spec: JobSpec) -> str | None:
-    """Submit a job again; returns its id."""
+    """Submit a job again; returns its new id."""
     config = load(worker.config_class(worker.import_module(spec.module)), spec.config)
     launcher = SlurmLauncher(launch_of(config))
     job = launcher.submit(spec)

@@ -1,6 +1,6 @@
 """What a job is: `JobSpec`, a JSON file that names a module and a resolved config.
 
-No live object travels to a cluster: every launcher ends in `python -m fine_dist.worker JOB.json`.
+Jobs are not pickled: every launcher runs `python -m fine_dist.worker JOB.json`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def check_name(name: str) -> str:
 
 
 class JobSpec(Config):
-    """One complete job: what runs, where it writes and which resources it needs. The same on every launcher."""
+    """One job: what it runs, where it writes and which resources it needs. It is the same for every launcher."""
 
     name: str
     """Name of the job, unique within its run directory."""
@@ -58,7 +58,7 @@ class JobSpec(Config):
     processes_per_node: int = Field(1, ge=1)
     """Number of processes on each node."""
     accelerators_per_node: float = Field(0, ge=0)
-    """Number of accelerators on each node; a fraction shares one (Ray and the local pool)."""
+    """Number of accelerators on each node. With a fraction, several jobs share one (Ray and the local pool)."""
     cpus_per_process: int = Field(1, ge=1)
     """Number of CPU cores for each process."""
     memory_gb: float | None = Field(None, gt=0)
@@ -107,10 +107,10 @@ class JobSpec(Config):
         """Read what `save` wrote.
 
         Raises:
-            LaunchError: The file is missing, or is no JSON.
+            LaunchError: The file is missing, or is not a JSON object.
             ConfigError: A key is unknown or has an illegal value.
         """
-        # Jobs may wait for days: what they read was written by an earlier version, or on another machine.
+        # A job may wait for days, so the file may be of an earlier version or of another machine.
         remedy = "submit again to have it written anew"
         try:
             values = read_json(path, LaunchError, remedy)
@@ -123,30 +123,30 @@ class JobSpec(Config):
 
 @dataclass(frozen=True)
 class Capacity:
-    """What the machines of a launcher hold. A fan-out is planned for it, wherever the command is typed."""
+    """The resources of a launcher's machines, for which a fan-out is planned. They may differ from this machine's."""
 
     workers: int
-    """Number of such tasks that run at once over all machines."""
+    """Number of the fan-out's tasks that run at the same time, over all machines."""
     accelerator_bytes: float | None
-    """Memory of one accelerator in bytes. None: unknown from here, or there is no accelerator."""
+    """Memory of one accelerator in bytes. None: unknown on this machine, or there is no accelerator."""
     cpu: bool
-    """Whether tasks compute on the CPU: none asks for an accelerator, or there is none."""
+    """Whether tasks compute on the CPU: they request no accelerator, or there is none."""
     host_bytes: float | None
-    """Host memory of one task in bytes. None: unknown from here."""
+    """Host memory of one task in bytes. None: unknown on this machine."""
 
 
 class Task(NamedTuple):
     """One task of a fan-out; a module's `tasks(config)` or `tasks(config, capacity)` returns a list of them."""
 
     name: str
-    """Unique name within the fan-out; file names are derived from it."""
+    """Name, unique within the fan-out; file names are derived from it."""
     config: Config
-    """Config that the module's `run` is called with; its `run_dir` is the task's own."""
+    """Config with which the module's `run` is called."""
     rows: tuple[str, ...] = ()
     """Rows of the state table that a pack works on. Empty: one row, `name`."""
     complete: tuple[str, ...] | None = None
-    """Those of the rows whose results on disk are complete for this config, such as trained for `steps`. None: the
-    module cannot tell, and the state table's word `done` decides."""
+    """The rows whose results on disk are complete for this config, such as those trained for `steps`. None: the module
+    does not check this, and rows with the state `done` count as complete."""
 
 
 class Finding(NamedTuple):
@@ -155,6 +155,6 @@ class Finding(NamedTuple):
     what: str
     """Subject: `memory`, `disk`, `slurm`, ..."""
     level: Literal["ok", "note", "stop"]
-    """`stop`: the job cannot work. `note`: could not be decided, or is worth knowing."""
+    """`stop`: the job cannot work. `note`: the check was not conclusive, or its result is worth knowing."""
     text: str
-    """What was measured or estimated and, for a `stop`, the remedy."""
+    """What was measured or estimated; for a `stop`, also the remedy."""

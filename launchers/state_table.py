@@ -5,9 +5,9 @@ added at once. The state of a task that was started is one small file, `RUN_DIR/
 rename; a task without one is pending. Writers of different tasks never touch the same file, so there is no shared log
 to corrupt, compact or lock, and a reader sees either the old row or the new one.
 
-Which process may run a task is decided by `flock` on the task's lock file, held for as long as the task runs. The
-kernel (or the file server) releases it the moment the process dies, however it dies. No lease has to expire, so that a
-restarted driver continues at once.
+A process must hold the `flock` of a task's lock file for as long as it runs the task. The kernel (or the file server)
+releases the lock when the process ends, even if it is killed. No lease has to expire first, so that a restarted driver
+continues at once.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class TaskRow(Config):
     index: int = 0
     """Position of the task in the fan-out."""
     state: State = "pending"
-    """State of the last attempt; a task whose process was killed still reads `running` (see `StateTable.lost`)."""
+    """State of the last attempt. It stays `running` if the process was killed: see `StateTable.lost`."""
     reason: str | None = None
     """Why the last attempt failed or stopped."""
     attempts: int = 0
     """Number of times the task was started."""
     deaths: int = 0
-    """Number of attempts whose process was killed before it could report, most likely for lack of memory."""
+    """Number of attempts whose process was killed before it could record its end, most likely for lack of memory."""
     host: str | None = None
     """Host of the last attempt."""
     pid: int | None = None
@@ -68,13 +68,14 @@ class TaskRow(Config):
 
 
 class TaskClaim:
-    """The exclusive right to run some tasks, held until `release` or the end of this process."""
+    """The exclusive right to run some tasks, held until `release`, the end of a `with` block or of this process."""
 
     def __init__(self, files: list[int]) -> None:
-        self._files = files
+        self._files = files  # descriptors of the locked files
 
     def release(self) -> None:
         """Let other processes run the tasks."""
+        # Closing the only descriptor of an open file releases its `flock`.
         while self._files:
             os.close(self._files.pop())
 
@@ -88,19 +89,30 @@ class TaskClaim:
 class StateTable:
     """The durable state table of a fan-out in `RUN_DIR/tasks`.
 
-    Any process on any host may read. A row is written by the holder of the task's claim, or before there is one.
+    Any process on any host may read it. Only the process with a task's claim writes the task's row; without a claim,
+    the driver does. All methods that read raise `RunDirError` if a file of the table is damaged.
+
+    Args:
+        run_dir: Run directory of the fan-out.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "tasks"
+        # Pending rows by list file. The files are immutable, so each is read once.
         self._lists: dict[str, dict[str, TaskRow]] = {}
-        """Pending rows by list file; lists are immutable, so each is read once."""
+        # The list files that were found last, and the rows of all of them.
         self._merged: tuple[list[str], dict[str, TaskRow]] = ([], {})
-        """The list files at the last look, and their rows together."""
 
     def add(self, names: Sequence[str], run_dirs: Mapping[str, str] | None = None) -> None:
-        """Add a pending row for every name that has none, in one file. Existing rows keep their state."""
-        # Names that are there keep their place, so a command that is typed again adds only what is new.
+        """Add a pending row for every name that has none, all in one file. Existing rows keep their state.
+
+        Args:
+            names: Names of all tasks, in the order of the fan-out.
+            run_dirs: Run directory of each task, by name.
+
+        Raises:
+            ValueError: A name cannot be a file name.
+        """
         known = self._added().keys() | {path.stem for path in self.folder.glob("*.json")}
         new = [
             [check_name(name), index, (run_dirs or {}).get(name)]
@@ -112,7 +124,7 @@ class StateTable:
             write_atomic(self.folder / ADDED / f"{sha256_text(text)[:16]}.json", text)
 
     def rows(self) -> list[TaskRow]:
-        """All rows in the order they were added. A task whose process was killed still reads `running`: see `lost`."""
+        """All rows in the order of the fan-out. The row of a killed process still says `running`: see `lost`."""
         rows = dict(self._added())
         for path in self.folder.glob("*.json"):
             with contextlib.suppress(FileNotFoundError):
@@ -149,11 +161,11 @@ class StateTable:
         return {name: TaskRow(name=name, index=index, run_dir=run_dir) for name, index, run_dir in lines}
 
     def update(self, name: str, **changes: object) -> TaskRow:
-        """Change fields of a row and make it durable. For the holder of the task's claim, and before there is one."""
+        """Change fields of a row and sync it to disk."""
         return self._write([(self.get(name) or TaskRow(name=name), changes)])[0]
 
     def reopen(self, names: Iterable[str]) -> list[str]:
-        """Set rows that read `done` back to `pending`, because their results are not complete for a new config.
+        """Set rows from `done` back to `pending`, because their results are not complete for a new config.
 
         Returns:
             The names that were reopened.
@@ -168,13 +180,12 @@ class StateTable:
 
     def start_all(self, names: Iterable[str], job: str | None = None) -> list[TaskRow]:
         """Record that this process starts one more attempt at each of these tasks, with one sync for all rows."""
-        # A row that still reads `running` at a new start means that
-        # the attempt before was killed: nobody else holds the claim.
-        here = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
-        fresh = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **here}
+        # If a row still says `running`, the previous attempt was killed, because this process holds the claim now.
+        where = {"host": socket.gethostname(), "pid": os.getpid(), "job": job}
+        changes = {"state": "running", "reason": None, "started": time.time(), "seconds": None, **where}
         rows = [self.get(name) or TaskRow(name=name) for name in names]
         return self._write(
-            [(r, {**fresh, "attempts": r.attempts + 1, "deaths": r.deaths + (r.state == "running")}) for r in rows]
+            [(r, {**changes, "attempts": r.attempts + 1, "deaths": r.deaths + (r.state == "running")}) for r in rows]
         )
 
     def finish(self, name: str, state: State, reason: str | None = None) -> TaskRow:
@@ -197,42 +208,41 @@ class StateTable:
     def _write(self, changed: Sequence[tuple[TaskRow, dict[str, object]]]) -> list[TaskRow]:
         """Write rows with their changes, with one sync."""
         rows = [validate(TaskRow, {**row.model_dump(), **changes}, f"row {row.name}") for row, changes in changed]
-        # One file for each task, so that two writers never share one;
-        # one sync for all, because a sync is what takes the time.
+        # One sync for all files, because syncs take most of the time.
         write_all({self._row_path(row.name): row.model_dump_json() + "\n" for row in rows})
         return rows
 
     def claim(self, names: Iterable[str], wait_s: float = 2.0) -> TaskClaim | None:
-        """Take the right to run these tasks, all or none.
+        """Claim these tasks for this process, all or none.
 
         Args:
             names: The tasks.
-            wait_s: Seconds to keep trying, because `lost` tests a lock by taking it for an instant.
+            wait_s: Seconds to wait for each lock, because `lost` tests a lock by taking it for a moment.
 
         Returns:
-            The claim, or None when another live process holds one of the tasks.
+            The claim, or None if another live process holds one of the tasks.
 
         Raises:
-            RunDirError: There are more tasks than this process may have open files.
+            RunDirError: There are more tasks than this process may have open files, or the file system has no locks.
         """
         files: list[int] = []
         deadline = time.monotonic() + wait_s
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in names:
-            # The lock file is never removed: a process that waits for
-            # its lock would then hold one that nobody else can see.
+            # Lock files are never removed. A process that had opened one before would lock the removed file, while
+            # another one creates and locks a new file of the same name.
             file = self._open_lock(name, files)
             files.append(file)
             while not try_lock(file, self.folder):
                 if time.monotonic() > deadline:
-                    # All or none, or two packs that share tasks would each hold a part and wait for the other.
+                    # Two packs that share tasks must not each hold a part of them.
                     TaskClaim(files).release()
                     return None
                 time.sleep(0.02)
         return TaskClaim(files)
 
     def _open_lock(self, name: str, held: list[int]) -> int:
-        """Open a task's lock file. At the soft limit of open files, the limit is raised to the hard one."""
+        """Open a task's lock file. At the soft limit of open files, raise it to the hard limit."""
         path, flags = self._lock_path(name), os.O_RDWR | os.O_CREAT
         try:
             return os.open(path, flags, 0o666)
@@ -240,8 +250,7 @@ class StateTable:
             if error.errno != errno.EMFILE:
                 TaskClaim(held).release()
                 raise
-        # The soft limit is often 1024 for the sake of old programs
-        # that use `select`; the hard one is what the site allows.
+        # The soft limit is often 1024, for programs that use `select`; the hard limit is what the site allows.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         try:
@@ -256,19 +265,22 @@ class StateTable:
             ) from None
 
     def lost(self, row: TaskRow) -> bool:
-        """Whether the row reads `running` although no live process holds the task. Needs no right to write."""
+        """Whether a row says `running` although no live process holds the task. Read permission is enough."""
         return row.state == "running" and is_locked(self._lock_path(row.name)) is False
 
     @contextlib.contextmanager
     def driver(self, what: str) -> Iterator[None]:
-        """Held by the process that starts the tasks of the fan-out.
+        """A context that only one process may be in: the one that starts the tasks of the fan-out.
 
-        A block that ends with an error before any task was added leaves no trace of itself.
+        If the block raises an error before any task was added, the files and folders that it created are removed.
+
+        Args:
+            what: Description of this process, for the error message of another one.
 
         Raises:
-            RunDirError: Another live process holds it; the message names that process.
+            RunDirError: Another live process is in this context; the message names it.
         """
-        # Noted now, to remove exactly the folders that this block has made when nothing came of it.
+        # Listed before they are created, so that no folder of another program is removed after an error.
         created = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = self.folder / ".driver"
@@ -280,7 +292,7 @@ class StateTable:
                     f"{self.folder.parent}: another fan-out is handing out its tasks ({owner}); "
                     "wait for it, stop it, or use another run_dir"
                 )
-            # Only with the lock held: until then the text names the process that a user should look for.
+            # Written only after locking, because until then the text names the process that holds the lock.
             os.ftruncate(file, 0)
             os.write(file, f"{what}, process {os.getpid()} on {socket.gethostname()}".encode())
             try:
@@ -288,7 +300,7 @@ class StateTable:
             except BaseException:
                 if self.folder in created and not self._added():
                     lock.unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):  # a folder that holds something else by now stays
+                    with contextlib.suppress(OSError):  # a folder that another program has used meanwhile is not empty
                         for path in created:
                             path.rmdir()
                 raise
@@ -310,15 +322,15 @@ class StateTable:
 class Submissions:
     """The jobs that were submitted to a scheduler from a run directory: `RUN_DIR/jobs/.submitted`.
 
-    They are stored beside the rows, one file for each submission, because a scheduler may start a task before its job
-    id can be written down.
+    Each submission is one file. Job ids are not part of the rows, because a scheduler may start a task, which then
+    writes its row, before the submitting process knows the id.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir) / "jobs" / ".submitted"
 
     def add(self, jobs: Mapping[str, Sequence[str]]) -> None:
-        """Record the names of the tasks of each of the scheduler's jobs."""
+        """Record the names of the tasks of each job, by the scheduler's job id."""
         if jobs:
             file = re.sub("[^A-Za-z0-9_.-]", "_", next(iter(jobs))) + ".json"
             write_atomic(self.folder / file, json.dumps({job: [*names] for job, names in jobs.items()}) + "\n")

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COLORS = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "queued": "yellow", "pending": "dim"}
+"""All states, in the order of the summary, and their colors in the terminal."""
 ENDED = ("done", "failed", "lost")
+"""States that do not change unless a task is started again."""
 FACTS = ("step", "loss", "held_out_loss", "steps_per_s", "images_per_s", "data_wait_fraction", "peak_memory_gib")
 """Keys of a run's newest metrics that are shown."""
 ORDER = ("failed", "lost", "running", "queued", "pending", "done")
@@ -31,11 +33,11 @@ class TaskStatus(TypedDict, total=False):
     index: int
     """Position in the fan-out."""
     state: str
-    """One of `COLORS`; `lost`: its process was killed; `queued`: a scheduler has it."""
+    """A key of `COLORS`. `lost`: the process was killed; `queued`: the job waits in a scheduler's queue."""
     reason: str | None
     """Why the last attempt failed or stopped."""
     attempts: int
-    """Number of times it was started."""
+    """Number of times the task was started."""
     deaths: int
     """Number of attempts whose process was killed."""
     host: str | None
@@ -43,13 +45,13 @@ class TaskStatus(TypedDict, total=False):
     pid: int | None
     """Process id of the last attempt."""
     job: str | None
-    """The scheduler's name of its job."""
+    """The scheduler's name of the job."""
     run_dir: str | None
     """Run directory of the task."""
     started: float | None
     """Unix time of the last start."""
     seconds: float | None
-    """Duration of the last attempt in seconds, so far if it runs."""
+    """Duration of the last attempt in seconds; until now if it is running."""
     owner: str | None
     """Single run: the live process that owns the run directory."""
     done: dict[str, object] | None
@@ -95,13 +97,13 @@ def read_run(run_dir: Path) -> TaskStatus:
     """
     run, submitted = RunDir(run_dir), Submissions(run_dir).all()
     kind, owner = run.kind, owner_of(run_dir)
-    # The lock is asked, not only files: a run that is loading its data has written nothing yet.
-    if kind is None and not submitted and owner is None:  # a run has an owner before it has a kind
+    # A run that still loads its data has written no file, and so has no kind, but it holds the lock.
+    if kind is None and not submitted and owner is None:
         raise RunDirError(
             f"{run_dir}: nothing has run here (neither tasks/ nor config.yaml nor a submitted job); give a run_dir"
         )
     done = run.done
-    # Two rows, because held-out losses are measured more rarely than training losses are logged.
+    # Two rows, because the held-out loss is measured less often than the training loss is logged.
     newest = last_row(run.metrics, "loss") or {}
     held_out = last_row(run.metrics, "held_out_loss") or {}
     state = "done" if done is not None else "running" if owner else "queued" if submitted and not kind else "pending"
@@ -112,8 +114,8 @@ def read_run(run_dir: Path) -> TaskStatus:
         owner=owner,
         job=next(reversed(submitted), None),
         done=done,
-        # The newest row's keys come last and win: both rows may hold the same key.
-        last={key: value for key, value in ({**held_out, **newest}).items() if key in FACTS},
+        # Of keys that are in both rows, the newest row's values are taken.
+        last={key: value for key, value in {**held_out, **newest}.items() if key in FACTS},
     )
 
 
@@ -124,7 +126,7 @@ def summary(rows: list[TaskStatus]) -> str:
 
 
 def show(rows: list[TaskStatus], limit: int) -> Table:
-    """A table of at most `limit` tasks, failed and running ones first; or the facts of a single run."""
+    """A table of at most `limit` tasks in the order of `ORDER`; for a single run, its facts."""
     from rich.table import Table
     from rich.text import Text
 
@@ -146,6 +148,7 @@ def show(rows: list[TaskStatus], limit: int) -> Table:
 
 
 def _show_run(row: TaskStatus) -> Table:
+    """The facts of a single run as a table with one line for each."""
     from rich.table import Table
     from rich.text import Text
 

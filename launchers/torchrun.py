@@ -2,8 +2,8 @@
 
     python -m fine_dist.launchers.torchrun --nproc-per-node 2 -m fine_dist.condense --config FILE
 
-takes torchrun's arguments. torchrun itself ends with 1 whatever its processes end with: a script could not tell a run
-that was told to stop (a file STOP, a signal, a time limit) from one that crashed.
+takes torchrun's arguments. torchrun itself ends with 1 if any of its processes fails, so that a script could not
+distinguish a run that was stopped early (a file STOP, a signal, a time limit) from one that crashed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from fine_dist.launchers.launcher import joint_code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: 0 done, 75 to be continued, 2 a user's error on a rank, else 1."""
+    """Run the command.
+
+    Args:
+        argv: Arguments of torchrun. None: those of this process.
+
+    Returns:
+        The exit code: 0 done, 75 stopped early, 2 a user's error on a rank, else 1.
+    """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -28,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def exit_code(codes: Sequence[int]) -> int:
-    """What the exit codes of failed ranks mean to a script: 75, 2, else 1."""
-    # torchrun ends the remaining ranks by SIGTERM when one has failed, and those are no failures of their own.
+    """The exit code of the command for the exit codes of the failed ranks: 75, 2, else 1."""
+    # torchrun ends the remaining ranks by SIGTERM when one has failed; `joint_code` does not count these as failures.
     code = joint_code(codes)
     return code if code in (EXIT_RESUME, EXIT_USER_ERROR) else 1
 

@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 EXIT_BUSY = 76
 """Exit code of a process that found its task locked by another live process."""
 EXIT_FILE = "FINE_DIST_EXIT_FILE"
-"""Environment variable: file that receives exit code 75, because torchrun itself ends with 1 for all failures."""
+"""Environment variable: file that stands for exit code 75, because torchrun ends with 1 for all failures."""
 JOB_ENV = "FINE_DIST_JOB"
 """Environment variable: the job file, inside a worker. Commands there run in place instead of submitting jobs."""
 PARENT_ENV = "FINE_DIST_DIE_WITH_PARENT"
 """Environment variable: process id of the parent. A worker is killed when that process ends."""
 SCRATCH = "FINE_DIST_SCRATCH"
-"""Environment variable: folder on the node's own disk, from the site file. It is not called SCRATCH, because on many
+"""Environment variable: folder on the node's local disk, from the site file. It is not called SCRATCH, because on many
 clusters that variable names a shared file system."""
 GPU_REQUIRED = "FINE_DIST_GPU_REQUIRED"
 """Environment variable, set to 1 for a job that asked for accelerators: its processes never compute on the CPU."""
@@ -105,12 +105,12 @@ def _run_job(path: str) -> int:
 
 
 def _use_scratch() -> None:
-    """Put temporary files and compiled kernels on the node's own disk, if the site file names a folder there."""
+    """Put temporary files and compiled kernels on the node's local disk, if the site file names a folder there."""
     folder = os.environ.get(SCRATCH)
     if folder:
         os.makedirs(folder, exist_ok=True)
         os.environ |= {"TMPDIR": folder, "TORCH_EXTENSIONS_DIR": os.path.join(folder, "torch")}
-        tempfile.tempdir = None  # the cached folder, which may have been chosen before
+        tempfile.tempdir = None  # forget the folder that tempfile may have chosen before
 
 
 def _run_with_rows(spec: JobSpec, table: StateTable) -> int:
