@@ -10,16 +10,16 @@
 # The properties of a cluster are read from slurm/site.sh, or from the file FINE_DIST_SITE; see site.example.sh.
 #
 # A submission writes a ticket: a file of shell variables (see launchers/sbatch.py) that names its job files, its copy of
-# the code and its sbatch options. The job's comment holds the ticket's path, because a comment survives a requeue while
-# the script's arguments would be read again against files that may have changed since.
+# the code and its sbatch options. The job's comment holds the ticket's path and survives a requeue. Without it, a
+# requeued job would evaluate the script's arguments again, with files that may have changed since.
 
 SITE=${FINE_DIST_SITE:-${FINE_DIST_CODE:-${SLURM_SUBMIT_DIR:-.}}/slurm/site.sh}
-# Only the SCRATCH that the site file sets is a folder on the nodes' own disks. Many clusters set a SCRATCH for every
-# user that is a shared file system: it keeps its value for paths in configs, and no temporary files go there.
+# Only the SCRATCH that the site file sets is a folder on the nodes' local disks. The SCRATCH that many clusters set for
+# every user is a shared file system: it keeps its value for paths in configs, and no temporary files are put there.
 cluster_scratch=${SCRATCH:-}
 unset SCRATCH
 if [[ -f $SITE ]]; then
-    # Modules and conda read variables that are not set, and would end a script that runs under `set -u`.
+    # The scripts of environment modules and conda read variables that are not set, which is an error under `set -u`.
     [[ $- != *u* ]] && nounset=+u || nounset=-u
     set +u
     # shellcheck source=slurm/site.example.sh
@@ -36,7 +36,7 @@ if [[ -n ${IFNAME:-} ]]; then
 fi
 read -ra SRUN_SITE <<<"${CONTAINER_SRUN:-}"
 export CONTAINER_EXEC=${CONTAINER_EXEC:-}
-# ON_NODE: the first command of every step. The scratch folder is made on each node, because each has a disk of its own.
+# ON_NODE: the first command of every step. The scratch folder is made on every node, because it is on a local disk.
 # shellcheck disable=SC2016 # expanded on the nodes
 ON_NODE='if [[ -n $FINE_DIST_SCRATCH ]]; then mkdir -p "$FINE_DIST_SCRATCH" && \
     export TMPDIR=$FINE_DIST_SCRATCH TORCH_EXTENSIONS_DIR=$FINE_DIST_SCRATCH/torch; fi
@@ -44,7 +44,7 @@ ON_NODE='if [[ -n $FINE_DIST_SCRATCH ]]; then mkdir -p "$FINE_DIST_SCRATCH" && \
 # Where SBATCH_EXPORT=NONE is set for all users, jobs and steps would start without the variables set here.
 EXPORT=--export=ALL
 
-# stage SCRIPT MODULE CONFIG [--key value ...]: outside of a job, submit the stage; inside, run it.
+# stage SCRIPT MODULE CONFIG [--key value ...]: outside of a job, submit the stage; inside a job, run it.
 stage() {
     local script=$1 module=$2 config=$3 ticket
     shift 3
@@ -54,8 +54,8 @@ stage() {
         return
     fi
     SELF=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-    SELF=${SELF:-$SLURM_JOB_ID} # an array's bare number means all of it
-    # A requeued job finds its ticket in its comment, and runs the code and config that it began with.
+    SELF=${SELF:-$SLURM_JOB_ID} # for a task of an array, ID_TASK: the bare id means all tasks
+    # A requeued job finds its ticket in its comment, and runs the same code and config as before.
     ticket=$(squeue -h -j "$SELF" -o %k)
     if [[ $ticket != *.sh ]]; then
         ticket=$(prepare "$module" "$config" "$@")
@@ -78,7 +78,7 @@ stage() {
     run
 }
 
-# prepare MODULE CONFIG [--key value ...]: copy code and config into the run directory; prints the ticket.
+# prepare MODULE CONFIG [--key value ...]: copy code and config into the run directory; prints the ticket's path.
 prepare() {
     local module=$1 config=$2 key value
     shift 2
@@ -97,8 +97,8 @@ prepare() {
     "$PYTHON" -m fine_dist.submit ${SPREAD:+--spread} prepare "$module" --config "$config" "$@"
 }
 
-# submit SCRIPT TICKET [sbatch options]: prints the job ids, joined by colons. A fan-out becomes arrays, in chunks because
-# MaxArraySize bounds the index.
+# submit SCRIPT TICKET [sbatch options]: submit the jobs of a ticket; prints their ids, joined by colons. A fan-out
+# becomes one or several arrays, because indices of an array are less than MaxArraySize.
 submit() (
     local script=$1 ticket=$2 limit offset count ids=()
     shift 2
@@ -143,11 +143,12 @@ run() {
     export JOB PROCS PYTHON MASTER_ADDR MASTER_PORT FINE_DIST_EXIT_FILE="$RUN_DIR/jobs/.exit-$SLURM_JOB_ID"
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-    # As fine_dist.core.processes.derived_port: a port of this job, below those that the system assigns by itself.
+    # As in fine_dist.core.processes.derived_port: a port derived from the job's id, so that jobs on one node differ, and
+    # below Linux's range of ports for outgoing connections.
     MASTER_PORT=$((20000 + SLURM_JOB_ID * 131 % 10000))
     rm -f "$FINE_DIST_EXIT_FILE"
     cd "$CODE" || exit 2
-    # SLURM sends USR1 before the time limit to this shell only (--signal=B:USR1@...); the workers must save on it.
+    # Before the time limit, SLURM sends USR1 to this shell only (--signal=B:USR1@...); the workers save when they get it.
     trap 'signaled=1; kill -USR1 "$pid" 2>/dev/null' USR1
     if [[ -n $SPREAD ]]; then
         "$PYTHON" -m fine_dist.submit spread "$JOB" &
@@ -155,7 +156,8 @@ run() {
         step &
     fi
     pid=$!
-    while kill -0 "$pid" 2>/dev/null; do # a signal interrupts `wait` before the child has ended
+    # A loop, because a trapped signal interrupts `wait` before the child has ended.
+    while kill -0 "$pid" 2>/dev/null; do
         wait "$pid" && code=0 || code=$?
     done
     [[ ! -s $FINE_DIST_EXIT_FILE ]] || code=75
@@ -172,17 +174,18 @@ step() {
     # shellcheck disable=SC2016 # expanded on the nodes
     exec srun "$EXPORT" "${SRUN_SITE[@]}" --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 bash -c "$ON_NODE"'
         if ((SLURM_JOB_NUM_NODES * PROCS == 1)); then exec $CONTAINER_EXEC "$PYTHON" -m fine_dist.worker "$JOB"; fi
-        trap "" USR1 # srun sends it to every process of the step, and torchrun has no handler for it
+        # SLURM signals every process of the step, and torchrun has no handler for USR1, which would end it.
+        trap "" USR1
         exec $CONTAINER_EXEC "$PYTHON" -m torch.distributed.run --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$PROCS" \
             --node-rank="$SLURM_NODEID" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" \
             -m fine_dist.worker "$JOB"'
 }
 
-# requeue: put this job back into the queue, unless it was cancelled or has been restarted too often. Where the site does
-# not allow that (REQUEUE=resubmit in site.sh), submit it again with the same ticket and the same task of an array.
+# requeue: requeue this job, unless it was cancelled or has been restarted too often. If the site does not allow that
+# (REQUEUE=resubmit in site.sh), submit it again with the same ticket and the same task of an array.
 requeue() {
     local state='' restarts=$((${SLURM_RESTART_COUNT:-0} + ${RESUBMITTED:-0})) _
-    for _ in {1..5}; do # a controller that restarts is asked again
+    for _ in {1..5}; do # the controller may be restarting
         state=$(squeue -h -j "$SELF" -o %T) && break
         sleep 2
     done

@@ -3,9 +3,9 @@
     python slurm/local_cluster.py              four nodes until Ctrl-C; prints what to export in another terminal
 
 It needs root and Debian's packages `slurm-wlm slurmdbd munge mariadb-server-core`; it uses neither systemd nor cgroups.
-Every node is a `slurmd` in its own PID and host-name namespace, so killing that one process is a power cut. Everything
-is bound to loopback, lives in one folder and ends with this program, however it ends; the only trace outside that
-folder is a few tagged lines in /etc/hosts while it runs.
+Every node is a `slurmd` in its own PID and host-name namespace, so that killing this one process ends all processes of
+the node, as a power cut would. All ports are bound to loopback, all files are in one folder, and all processes end with
+this program, even if it is killed. Outside of the folder, only a few tagged lines in /etc/hosts are changed meanwhile.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # it is a script: its checkout need not be installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that this script runs without an installation
 
 from fine_dist.core.locks import locked
 from fine_dist.core.processes import die_with_parent, free_ports
@@ -32,12 +33,14 @@ from fine_dist.core.processes import die_with_parent, free_ports
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare")
 HOSTS = Path("/etc/hosts")
 CPUS = 8
+"""Number of CPUs that a node claims to have."""
 MEMORY_MB = 8000
+"""Memory in MiB that a node claims to have."""
 _PATH = os.pathsep.join(dict.fromkeys([*os.environ.get("PATH", "").split(os.pathsep), "/usr/sbin", "/sbin"]))
 
 
 def missing() -> str | None:
-    """Why no cluster can start here, or None."""
+    """Why no cluster can start on this machine, or None."""
     absent = [name for name in PROGRAMS if not shutil.which(name, path=_PATH)]
     if absent:
         packages = "apt-get install slurm-wlm slurmdbd munge mariadb-server-core"
@@ -51,11 +54,12 @@ def missing() -> str | None:
 
 
 class LocalSlurm:
-    """One cluster. Use as a context manager, from the process that will end it.
+    """One cluster, as a context manager. It ends with the thread that started it, so use it from the main thread.
 
-    nodes:  number of virtual nodes, n1, n2, ...
-    folder: where it lives; None: a new one, removed at the end.
-    conf:   lines of slurm.conf in place of ours, as KEY=VALUE.
+    Args:
+        nodes: Number of virtual nodes, which are called n1, n2, ...
+        folder: Folder for all files. None: a new one, which is removed at the end.
+        conf: Lines KEY=VALUE of slurm.conf; each replaces the default lines of its key.
     """
 
     def __init__(self, nodes: int = 4, folder: str | None = None, conf: tuple[str, ...] = ()) -> None:
@@ -70,11 +74,15 @@ class LocalSlurm:
 
     @property
     def env(self) -> dict[str, str]:
-        """What SLURM's commands need to find this cluster."""
+        """Environment variables by which SLURM's commands find this cluster."""
         return {"SLURM_CONF": str(self.conf), "PATH": _PATH}
 
     def start(self) -> LocalSlurm:
-        """Start all; returns when every node is idle. `RuntimeError` with the logs when one does not come up."""
+        """Start all programs and wait until every node is idle.
+
+        Raises:
+            RuntimeError: A program ended or took too long; the message has the ends of the logs.
+        """
         try:
             self._write()
             _edit_hosts(self._tag, [f"127.0.0.1 {name}" for name in self.nodes])
@@ -89,7 +97,7 @@ class LocalSlurm:
         return self
 
     def stop(self) -> None:
-        """End every process, remove every trace. Safe to call twice."""
+        """End every process and remove every change. May be called twice."""
         for name in reversed(list(self._processes)):
             self.kill(name)
         _edit_hosts(self._tag, [])
@@ -105,7 +113,12 @@ class LocalSlurm:
     # --- faults
 
     def kill(self, name: str, number: int = signal.SIGKILL) -> None:
-        """End one of its processes: a node (a power cut), `slurmctld`, `slurmdbd`, `mariadbd`, `munged`."""
+        """End one program with a signal and wait for it. Does nothing if it does not run.
+
+        Args:
+            name: A node, `slurmctld`, `slurmdbd`, `mariadbd` or `munged`.
+            number: Number of the signal. With SIGKILL, all processes of a node end at once.
+        """
         process = self._processes.pop(name, None)
         if process is not None:
             process.send_signal(number)
@@ -114,19 +127,8 @@ class LocalSlurm:
     def start_node(self, name: str) -> None:
         """Start a node that is not running."""
         command = f"hostname {name}; mount -t tmpfs tmpfs /dev/shm; exec slurmd -D -N {name} -f {self.conf}"
-        boxed = [
-            "unshare",
-            "--uts",
-            "--pid",
-            "--mount",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-            "bash",
-            "-c",
-            command,
-        ]
-        self._spawn(name, boxed)
+        isolation = ["unshare", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+        self._spawn(name, [*isolation, "bash", "-c", command])
 
     def start_controller(self) -> None:
         """Start slurmctld and wait until it answers."""
@@ -134,7 +136,7 @@ class LocalSlurm:
         self._await(lambda: self.run("scontrol", "ping").returncode == 0, "slurmctld")
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        """One of SLURM's commands on this cluster."""
+        """Run one of SLURM's commands on this cluster, for at most 60 s."""
         env = {**os.environ, **self.env}
         return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=60)
 
@@ -147,9 +149,10 @@ class LocalSlurm:
                 cwd=self.folder, preexec_fn=die_with_parent, start_new_session=True,
             )  # fmt: skip
 
-    def _await(self, ready: object, what: str, seconds: float = 20.0) -> None:
+    def _await(self, ready: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+        """Wait until `ready()`; RuntimeError when a program has ended or the time is over."""
         deadline = time.monotonic() + seconds
-        while not ready():  # type: ignore[operator]
+        while not ready():
             dead = [name for name, process in self._processes.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
                 logs = "\n".join(f"== {path.name}\n{_tail(path)}" for path in sorted(self.folder.glob("*.out")))
@@ -160,21 +163,24 @@ class LocalSlurm:
         return self.run("sinfo", "-h", "-N", "-p", "batch", "-t", "idle", "-o", "%N").stdout.count("\n")
 
     def _start_database(self) -> None:
+        """Start munged, and slurmdbd with its database."""
         data = self.folder / "mysql"
-        (data / "mysql").mkdir(parents=True)  # no system tables: nobody but root reaches the socket, nobody logs in
-        common = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--innodb-flush-log-at-trx-commit=0"]
-        common += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--innodb-doublewrite=0"]
-        door = self.folder / "mysql.sock"
-        closed = [f"--socket={door}", "--skip-networking", "--skip-grant-tables", f"--pid-file={self.folder}/mysql.pid"]
-        self._spawn("mariadbd", [*common, *closed])
+        # An empty system schema is enough, because --skip-grant-tables reads no accounts. Only the socket is served.
+        (data / "mysql").mkdir(parents=True)
+        command = ["mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--innodb-doublewrite=0"]
+        command += ["--innodb-buffer-pool-size=32M", "--innodb-log-file-size=8M", "--innodb-flush-log-at-trx-commit=0"]
+        database = self.folder / "mysql.sock"
+        command += [f"--socket={database}", "--skip-networking", "--skip-grant-tables"]
+        self._spawn("mariadbd", [*command, f"--pid-file={self.folder}/mysql.pid"])
         files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-        places = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in files.items()]
-        self._spawn("munged", ["munged", "--foreground", *places])
-        self._await(lambda: door.exists() and (self.folder / "munge.sock").exists(), "mariadbd and munged")
-        self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(door))
+        options = [f"--{option}={self.folder}/munge.{suffix}" for option, suffix in files.items()]
+        self._spawn("munged", ["munged", "--foreground", *options])
+        self._await(lambda: database.exists() and (self.folder / "munge.sock").exists(), "mariadbd and munged")
+        self._spawn("slurmdbd", ["slurmdbd", "-D"], MYSQL_UNIX_PORT=str(database))
         self._await(lambda: _listening(self._ports[1]), "slurmdbd")
 
     def _write(self) -> None:
+        """Write the configuration files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o755)
         for name in ("state", *(f"spool/{node}" for node in self.nodes)):
@@ -270,7 +276,8 @@ def _listening(port: int) -> bool:
 
 
 def _edit_hosts(tag: str, lines: list[str]) -> None:
-    """Replace the lines of one cluster; in place, because /etc/hosts is often a mount that cannot be renamed."""
+    """Replace the lines of one cluster in /etc/hosts."""
+    # The file is changed in place, because in a container it is often a mount, onto which no file can be renamed.
     with locked(HOSTS), open(HOSTS, "r+") as file:
         kept = [line for line in file.read().splitlines() if not line.endswith(tag) and not _stale(line)]
         text = "".join(f"{line}\n" for line in [*kept, *(f"{line} {tag}" for line in lines)])
@@ -280,7 +287,7 @@ def _edit_hosts(tag: str, lines: list[str]) -> None:
 
 
 def _stale(line: str) -> bool:
-    """Whether the line belongs to a cluster whose program was killed without a chance to clean up; its folder goes."""
+    """Whether the line is of a cluster whose program was killed before it could clean up; then remove its folder."""
     _, mark, rest = line.partition("# local slurm ")
     folder, _, pid = rest.rpartition(" ")
     if not mark or Path("/proc", pid).exists():
@@ -291,17 +298,21 @@ def _stale(line: str) -> bool:
 
 
 def main() -> int:
-    """The command."""
+    """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4, help="number of virtual nodes (default: 4)")
-    parser.add_argument("--folder", help="where it lives (default: a new folder, removed at the end)")
-    parser.add_argument("--conf", action="append", default=[], metavar="KEY=VALUE", help="a line of slurm.conf")
-    parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)  # JSON lines: see tests/cluster/conftest
+    parser.add_argument("--folder", help="folder for all files (default: a new one, removed at the end)")
+    parser.add_argument(
+        "--conf", action="append", default=[], metavar="KEY=VALUE", help="line of slurm.conf, in place of the default"
+    )
+    # Reads lines such as `kill n2` and answers in JSON; see tests/cluster/conftest.py.
+    parser.add_argument("--pipe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     reason = missing()
     if reason:
         print(f"error: {reason}", file=sys.stderr)
         return 2
+    # SystemExit leaves the context below, which ends the cluster. 143 is 128 + SIGTERM, the code that shells report.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begun = time.monotonic()
     with LocalSlurm(args.nodes, args.folder, tuple(args.conf)) as cluster:
@@ -315,7 +326,7 @@ def main() -> int:
 
 
 def _serve(cluster: LocalSlurm, begun: float) -> int:
-    """Obey lines such as `kill n2` until the input ends, which it does however the parent ends."""
+    """Execute lines such as `kill n2` until the input ends, which also happens when the parent is killed."""
     ready = {"env": cluster.env, "folder": str(cluster.folder), "seconds": time.monotonic() - begun}
     print(json.dumps(ready), flush=True)
     for line in sys.stdin:

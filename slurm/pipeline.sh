@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# encode -> condense -> init -> train -> evaluate, each when the one before has ended well; prints their job ids.
+# encode -> condense -> init -> train -> evaluate; each starts when the one before has succeeded. Prints their job ids.
 #
 #   [ENCODE=FILE CONDENSE=FILE INIT=FILE TRAIN=FILE EVALUATE=FILE] bash slurm/pipeline.sh     (or sbatch)
 #
-# Each is a stage's config; one set to nothing (ENCODE=) leaves its stage out. init runs as steps of one job, because its
-# tasks are known only when there is a learngene; NODES, GPUS and so on (see env.sh) hold for every stage.
+# The variables are the configs of the stages; a stage whose variable is empty (ENCODE=) is omitted. init runs as steps of
+# one job, because its tasks depend on the learngene. NODES, GPUS and so on (see env.sh) apply to every stage.
 #SBATCH --job-name=pipeline
 #SBATCH --nodes=1
 set -euo pipefail
@@ -22,7 +22,7 @@ for stage in encode condense init train evaluate; do # all are checked before th
     config=${stage^^}
     [[ -n ${!config} ]] || continue
     stages+=("$stage")
-    # What earlier stages will make is not there yet: the preflight can only warn.
+    # The results of earlier stages do not exist yet, so the preflight must only warn.
     tickets+=("$(SPREAD=1 prepare "${MODULE:-fine_dist.$stage}" "${!config}" --launch.preflight warn)")
 done
 after=()

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A private Ray cluster in this allocation, and a command on it:
+# Start a private Ray cluster in this allocation and run a command on it:
 #
 #   sbatch --nodes=4 slurm/ray_on_slurm.sh python -m fine_dist.init --config configs/init/dit_b_family.yaml
 #
-# Settings: those of env.sh, and NODE_IP, a command that prints a node's address (default: that of IFNAME, or the first)
+# Settings: those of env.sh, and NODE_IP, a command that prints the address of the node it runs on (default: the address
+# of IFNAME, or the first of `hostname -I`).
 #SBATCH --job-name=ray
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -18,19 +19,20 @@ default="hostname -I | cut -d' ' -f1"
 [[ -z ${IFNAME:-} ]] || default="ip -4 -o addr show $IFNAME | awk '{print \$4}' | cut -d/ -f1"
 export NODE_IP=${NODE_IP:-$default} RAY_USAGE_STATS_ENABLED=0 PYTHON
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-PORT=$((6000 + SLURM_JOB_ID % 1000 * 4)) # and two more, of this job: below 10002, where Ray puts its workers' ports
+# Three ports from here on, derived from the job's id and below 10002, where the ports of Ray's workers begin.
+PORT=$((6000 + SLURM_JOB_ID % 1000 * 4))
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 ADDRESS=$(srun "$EXPORT" --nodes=1 --ntasks=1 --nodelist="$HEAD" bash -c "$NODE_IP"):$PORT
 pids=()
 
-# start NODES [srun options] -- [ray options]: a Ray node each, in a folder of its own, until the step is ended.
+# start NODES [srun options] -- [ray options]: run Ray on that many nodes, with a folder for each, until the step ends.
 start() {
     local nodes=$1 where=()
     shift
     while [[ $1 != -- ]]; do where+=("$1") && shift; done
     # shellcheck disable=SC2016 # expanded on the nodes
     srun "$EXPORT" --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 "${where[@]}" bash -c '
-        folder=/tmp/ray-$SLURM_JOB_ID-$(hostname -s) # short: Unix sockets live in it
+        folder=/tmp/ray-$SLURM_JOB_ID-$(hostname -s) # short, because paths of Unix sockets are limited to 107 bytes
         mkdir -p "$folder"
         exec "$PYTHON" -m ray.scripts.scripts start --block --temp-dir="$folder" --node-ip-address="$(eval "$NODE_IP")" \
             --dashboard-agent-listen-port=0 --num-cpus="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
@@ -60,7 +62,7 @@ export RAY_ADDRESS=$ADDRESS
 signaled=0 code=0
 "$@" &
 command=$!
-# Ray's workers end with the command; the requeued job continues from what they have saved.
+# The workers of Ray end with the command. A requeued job continues from what they have saved.
 trap 'signaled=1; kill -TERM "$command" 2>/dev/null' USR1
 while kill -0 "$command" 2>/dev/null; do
     wait "$command" && code=0 || code=$?

@@ -15,7 +15,7 @@
 # Pyxis (srun has --container-image): further options of srun, for every step.
 # CONTAINER_SRUN="--container-image=/images/fine_dist.sqsh --container-mounts=/scratch:/scratch,$HOME:$HOME"
 # Apptainer, Singularity: a command line before Python's, which must have the same path inside and outside (a virtual
-# environment that is bound). What submits runs outside, because images have no sbatch.
+# environment that is bound). The command that submits runs outside, because images have no sbatch.
 # CONTAINER_EXEC="apptainer exec --nv --bind /scratch /images/fine_dist.sif"
 
 # --- accelerators ---------------------------------------------------------------------------------------------------
@@ -27,7 +27,7 @@
 # IFNAME=ib0
 
 # --- scratch --------------------------------------------------------------------------------------------------------
-# A folder on the nodes' own disks, for temporary files and compiled kernels; made on every node when a job starts.
+# A folder on the nodes' local disks, for temporary files and compiled kernels; made on every node when a job starts.
 # The cluster's own $SCRATCH, which is often a shared file system, is not used for that: it is unset while this file is
 # sourced, and has its value again afterwards. run_dir, data and checkpoints belong on storage that all nodes share.
 # SCRATCH=/scratch/$USER/${SLURM_JOB_ID:-login}
