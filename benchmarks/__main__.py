@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: measure speed and memory on this machine, next to target figures."""
+"""`python -m benchmarks NAME`: measure speed or memory on this machine and compare them with targets."""
 
 from __future__ import annotations
 
@@ -31,11 +31,19 @@ NAMES = {
     "gpu": "what only a GPU can show: its tests, steps of DiT-B/2 and DiT-XL/2, packs (make gpu-check)",
 }
 _PACKAGES = ("torch", "numpy", "webdataset", "diffusers", "deepspeed", "ray")
+"""Packages whose versions are reported, if they are installed."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 0 when everything was measured, whether or not targets were met; 1 when a part of `gpu`
-    failed."""
+    """Run the command.
+
+    Args:
+        argv: Command line. None: that of the process.
+
+    Returns:
+        The exit code: 0 if everything was measured, whether or not targets were met; 1 if a part of `gpu` failed; 2
+        for a user's error, such as `gpu` without a GPU.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -58,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     return guard(lambda: commands.get(options.name, _run)(options))
 
 
-def _positive(word: str) -> int:
-    number = int(word)
+def _positive(text: str) -> int:
+    number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return number
 
 
@@ -73,16 +81,16 @@ def _gpu_check(options: argparse.Namespace) -> int:
 
 
 def report(found: GpuFound, out: Path, quick: bool) -> int:
-    """Print the results of the parts of `gpu` and write them to a file; 1 when a part failed, else 0."""
+    """Print the results of `gpu` and write them to `out`; returns the exit code: 1 if a part failed, else 0."""
     about = {"benchmark": "gpu", "quick": quick, **machine(), **found.as_json()}
     show(found.rows, {**about, "seconds": round(sum(found.seconds.values()), 1)})
     from benchmarks.gpu import markdown
 
     print(markdown(found.rows))
-    del about["machine"]  # a published file names the card, not the host
+    del about["machine"]  # the file is published, and the host's name is of no interest
     _write(out, about)
-    for name, said in found.failed.items():
-        print(f"{name} failed: {said}", file=sys.stderr)
+    for name, reason in found.failed.items():
+        print(f"{name} failed: {reason}", file=sys.stderr)
     return 1 if found.failed else 0
 
 
@@ -111,7 +119,12 @@ def _write(path: Path | None, content: dict[str, Any]) -> None:
 
 
 def show(rows: list[BenchmarkRow], about: dict[str, Any]) -> None:
-    """Print the rows as a table."""
+    """Print the rows as a table.
+
+    Args:
+        rows: The rows.
+        about: What `machine` returns, and `seconds` and `quick` of the benchmark.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -141,7 +154,7 @@ def _figure(value: float) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on: machine, processor, cores, GPU, versions."""
+    """Facts about this machine as JSON: its name, processor, number of usable cores, GPU, and versions of packages."""
     versions = {"python": platform.python_version()}
     for package in ("fine_dist", *_PACKAGES):
         try:

@@ -1,4 +1,7 @@
-"""What bf16 costs a model: held-out losses on scikit-learn's digits in fp32, and in bf16 by three ways of computing."""
+"""`python -m benchmarks bf16`: the effect of bf16 on the held-out loss.
+
+Models train on scikit-learn's digits in fp32, and in bf16 with three ways of rounding weights and the residual stream.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "bf16, copies of the weights": {"precision": "bf16"},
     "bf16, copies, bf16 residual stream": {"precision": "bf16", "residual_dtype": "bf16"},
 }
+"""Settings of the engine, by the name in the rows."""
 
 
 def run(quick: bool) -> list[BenchmarkRow]:
-    """Means and standard deviations over three seeds of the averaged weights' held-out loss, by model, way and step."""
+    """Mean and standard deviation over seeds of the held-out loss of the EMA weights, by model, `WAYS` and step.
+
+    Args:
+        quick: Whether to run a smoke test, of 8 steps and one seed instead of 300 and three.
+    """
     steps, seeds = (8, (0,)) if quick else (300, (0, 1, 2))
     every = steps // 3
     rows = []
@@ -38,7 +46,19 @@ def run(quick: bool) -> list[BenchmarkRow]:
 
 
 def curve(folder: Path, kind: str, seed: int, steps: int, every: int, engine: dict[str, Any]) -> list[float]:
-    """Held-out losses of one run, a number every so many steps. kind: `dense`, or `joint` (FINE's genes and sigma)."""
+    """Held-out losses of one run.
+
+    Args:
+        folder: Folder for shards and run directories.
+        kind: `dense`, or `joint` for FINE's genes and sigma.
+        seed: Seed of the model and of the run.
+        steps: Number of updates.
+        every: Number of updates between two losses.
+        engine: Settings of the engine.
+
+    Returns:
+        The losses after `every`, 2 `every`, ... updates.
+    """
     import torch
 
     from fine_dist import encode
@@ -78,11 +98,10 @@ def curve(folder: Path, kind: str, seed: int, steps: int, every: int, engine: di
             tokens_per_sample=arch.num_tokens,
         )
         settings = EngineConfig.model_validate({"device": "cpu", "compile": False, "checkpoint_every": steps, **engine})
-        place = Path(tempfile.mkdtemp(dir=folder))
-        with RunDir(place).open("bf16", {}, here) as run_dir:
+        with RunDir(tempfile.mkdtemp(dir=folder)).open("bf16", {}, here) as run_dir:
             result = fit(
                 program, steps=steps, global_batch=batch, optim=OptimConfig(lr=1e-3), engine=settings, run_dir=run_dir,
                 seed=seed, title=kind, world=here,
             )  # fmt: skip
-    found = {row["step"]: row["held_out_loss"] for row in result.rows if "held_out_loss" in row}
-    return [found[step] for step in range(every, steps + 1, every)]
+    losses = {row["step"]: row["held_out_loss"] for row in result.rows if "held_out_loss" in row}
+    return [losses[step] for step in range(every, steps + 1, every)]

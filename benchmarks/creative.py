@@ -1,7 +1,10 @@
-"""A token's training against the loops that it stands beside, on one random encoder of CLIP-L's shape.
+"""`python -m benchmarks creative`: training of a CreTok token, compared with other loops.
 
-All variants compute the same updates, which is checked before anything is timed: of 2 pairs in both orders on a CPU
-(16, as the paper has it, on a GPU), AdamW, fp32.
+The text encoder is random and has CLIP-L's shape. All loops compute the same updates (AdamW, fp32), which is checked
+before anything is timed. An update has 2 pairs of concepts, each in both orders, on a CPU, and 16 as in the paper on a
+GPU.
+
+Shapes: N prompts, E features of an embedding, O orders of a pair.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ OPTIM = OptimConfig(lr=1e-2, clip_norm=None)
 
 
 def run(quick: bool) -> list[BenchmarkRow]:
-    """All rows; `quick` takes a smaller encoder and fewer rounds."""
+    """All rows.
+
+    Args:
+        quick: Whether to use a smaller encoder and fewer rounds.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = 16 if device.type == "cuda" else 2
     width, layers, heads = (256, 4, 4) if quick else (768, 12, 12)
@@ -49,34 +56,35 @@ def run(quick: bool) -> list[BenchmarkRow]:
     _check_equal(ours, others)
     repeats = {name: 10 if name in ours else 1 for name in [*ours, *others]}
     bodies: dict[str, Callable[[], float]] = {**ours, **others}
-    found = interleaved(
+    times = interleaved(
         {name: _timed(bodies[name], repeats[name], device) for name in bodies}, rounds=3 if quick else 5
     )
     label = f"{layers} layers, width {width}, {batch} pairs"
-    packed = PACK / median_of_ratios(found["packed"], found["ours"])
+    packed = PACK / median_of_ratios(times["packed"], times["ours"])
     return [
-        BenchmarkRow(f"updates a second, {label}", 1 / median(found["ours"]), "1/s"),
-        BenchmarkRow("the same without the cached positions before the token", 1 / median(found["uncached"]), "1/s"),
-        BenchmarkRow("plain loop: whole prompts, the row alone trains", 1 / median(found["plain"]), "1/s"),
+        BenchmarkRow(f"updates a second, {label}", 1 / median(times["ours"]), "1/s"),
+        BenchmarkRow("the same without the cached positions before the token", 1 / median(times["uncached"]), "1/s"),
+        BenchmarkRow("plain loop: whole prompts, the row alone trains", 1 / median(times["plain"]), "1/s"),
         BenchmarkRow(
-            "textual inversion's loop: whole prompts, the whole table trains", 1 / median(found["inversion"]), "1/s"
+            "textual inversion's loop: whole prompts, the whole table trains", 1 / median(times["inversion"]), "1/s"
         ),
-        # One row of three tokens only reads the weights, whatever else is saved: the figure is for information.
-        BenchmarkRow("cached / not cached, one run", median_of_ratios(found["uncached"], found["ours"]), "x"),
+        # Without a target: the time of an update with a single row is mostly that of reading the weights, with a cache
+        # or without.
+        BenchmarkRow("cached / not cached, one run", median_of_ratios(times["uncached"], times["ours"]), "x"),
         BenchmarkRow(
             f"cached / not cached, {PACK} runs packed",
-            median_of_ratios(found["packed, uncached"], found["packed"]),
+            median_of_ratios(times["packed, uncached"], times["packed"]),
             "x",
             1.0,
         ),
-        BenchmarkRow("ours / plain loop", median_of_ratios(found["plain"], found["ours"]), "x", 1.0),
-        BenchmarkRow("ours / textual inversion's loop", median_of_ratios(found["inversion"], found["ours"]), "x", 1.0),
+        BenchmarkRow("ours / plain loop", median_of_ratios(times["plain"], times["ours"]), "x", 1.0),
+        BenchmarkRow("ours / textual inversion's loop", median_of_ratios(times["inversion"], times["ours"]), "x", 1.0),
         BenchmarkRow(f"{PACK} runs packed / one after the other", packed, "x", 1.0),
     ]
 
 
 def _timed(body: Callable[[], Any], repeats: int, device: torch.device) -> Callable[[], float]:
-    """Seconds of one update."""
+    """A function that measures the seconds of one update, as the mean of `repeats` updates."""
 
     def several() -> None:
         for _ in range(repeats):
@@ -88,17 +96,30 @@ def _timed(body: Callable[[], Any], repeats: int, device: torch.device) -> Calla
 
 
 def _check_equal(ours: dict[str, Ours], others: dict[str, Whole]) -> None:
-    """`RuntimeError` unless a few updates of all variants give the same losses."""
+    """Check that the first two losses of all loops are equal, except for rounding errors.
+
+    Raises:
+        RuntimeError: A loop computes other losses.
+    """
     bodies: dict[str, Callable[[], float]] = {**ours, **others}
     losses = {name: [body() for _ in range(2)] for name, body in bodies.items() if "packed" not in name}
-    for name, found in losses.items():
-        for a, b in zip(found, losses["ours"]):
-            if abs(a - b) > 1e-3 * abs(b):  # the second loss has one update of AdamW between rounding errors
-                raise RuntimeError(f"{name} computes another update: losses {found}, ours {losses['ours']}")
+    for name, pair in losses.items():
+        for a, b in zip(pair, losses["ours"]):
+            # AdamW's first update divides by the gradient's size, so that rounding errors grow in the second loss.
+            if abs(a - b) > 1e-3 * abs(b):
+                raise RuntimeError(f"{name} computes another update: losses {pair}, ours {losses['ours']}")
 
 
 class Ours:
-    """An update as the engine makes it."""
+    """A call is one update as the engine computes it; it returns the mean loss.
+
+    Args:
+        encoder: The text encoder.
+        pairs: Pairs of concepts.
+        batch: Number of pairs in an update.
+        seeds: Seeds of the runs that are packed; one row is trained for each.
+        cache: Whether to cache the encoder's result for the positions before the token, which no update changes.
+    """
 
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch: int, seeds: list[int], *, cache: bool) -> None:
         specs = [RowSpec(Template(), seed) for seed in seeds]
@@ -116,7 +137,13 @@ class Ours:
 
 
 class Whole:
-    """The plain loop: every prompt of every pair through the whole encoder, padded; only the row has a gradient."""
+    """A plain loop: the encoder computes every position of every padded prompt; only the token's row is trained.
+
+    Args:
+        encoder: The text encoder.
+        pairs: Pairs of concepts.
+        batch: Number of pairs in an update, whose gradients are accumulated.
+    """
 
     def __init__(self, encoder: TextEncoder, pairs: Pairs, batch: int) -> None:
         self.encoder, self.pairs, self.template = encoder, pairs, Template()
@@ -129,7 +156,7 @@ class Whole:
         self.batches = PairStream([0], len(pairs.trained), global_batch=batch).batches()
 
     def prepare(self) -> None:
-        """The row as a parameter that is put into the embeddings of each prompt."""
+        """Make the row a parameter, which a hook inserts into the embeddings of each prompt."""
         table = self.model.get_input_embeddings()
         self.row = torch.nn.Parameter(table.weight[self.start].detach().clone())
         self.optimizer = torch.optim.AdamW([self.row], lr=OPTIM.lr, weight_decay=0.0)
@@ -137,34 +164,34 @@ class Whole:
         table.register_forward_hook(lambda module, args, out: torch.where((args[0] == token)[..., None], self.row, out))
 
     def embed(self, prompts: list[str]) -> torch.Tensor:
-        """Unit vectors [N, E]."""
+        """Normalized embeddings of the prompts [N, E]."""
         ids = self.encoder.tokenizer(prompts, padding="max_length", return_tensors="pt").input_ids
         return F.normalize(self.model(ids.to(self.encoder.device)).text_embeds, dim=1)
 
     def __call__(self) -> float:
-        chosen = [self.pairs.trained[i] for i in next(self.batches).pairs[:, 0].tolist()]
+        batch = [self.pairs.trained[i] for i in next(self.batches).pairs[:, 0].tolist()]
         total = 0.0
-        for first, second in chosen:  # batch 1, accumulated
+        for first, second in batch:
             orders = ((first, second), (second, first))
             with torch.no_grad():
                 targets = self.embed([self.template.restrictive.format(t1=t1, t2=t2) for t1, t2 in orders])
             adaptive = self.embed([self.template.adaptive.format(token=TOKEN, t1=t1, t2=t2) for t1, t2 in orders])
             cosines = (adaptive * targets).sum(1)  # [O]
-            loss = per_row(cosines[None, None, :, None], MAX_COSINE).mean() / len(chosen)
+            loss = per_row(cosines[None, None, :, None], MAX_COSINE).mean() / len(batch)
             loss.backward()
             total += loss.item()
         self.update()
         return total
 
     def update(self) -> None:
-        """One step of the optimizer."""
+        """One step of the optimizer, after which gradients are zero."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
 class Inversion(Whole):
-    """The loop of textual inversion as diffusers' example has it: the table grows by a row, all of it trains, and
-    after each step every other row is put back."""
+    """The loop of diffusers' example of textual inversion: the table gets one more row, all rows are trained, and after
+    each step the other rows are restored."""
 
     def prepare(self) -> None:
         token = self.encoder.token_id

@@ -1,4 +1,4 @@
-"""Encoding against its codec alone: the same images in the same batches, decoded beforehand, and nothing written."""
+"""Speed of encoding, compared with the codec alone on the same batches, which are then in memory already."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ BATCH, WORKERS, SIDE = 16, 2, 256
 
 
 def encoding(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
-    """Images of ImageNet's usual size through a tiny autoencoder, with 2 threads that read and crop them."""
+    """Rows for JPEGs of ImageNet's average size and a tiny autoencoder, with `WORKERS` threads that read and crop them.
+
+    Args:
+        root: Folder for images, autoencoder and latents.
+        count: Number of images.
+        rounds: Number of measurements of each variant.
+    """
     say("encoding")
     codec, source = _autoencoder(root / "vae"), _images(root / "images", count)
     decoded = [item.read() for item in source.items(0)]
@@ -29,23 +35,25 @@ def encoding(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     ]
     folders, waited = (root / f"encoded-{number}" for number in numbers()), []
 
-    def whole() -> float:
-        done = encode(source, codec, EncodeJob(folder=next(folders), settings={}, batch=BATCH, workers=WORKERS))
-        waited.append(done.waited_s / done.seconds)
-        return done.seconds
+    def complete() -> float:
+        """Seconds of an encoding from files to shards."""
+        result = encode(source, codec, EncodeJob(folder=next(folders), settings={}, batch=BATCH, workers=WORKERS))
+        waited.append(result.waited_s / result.seconds)
+        return result.seconds
 
-    found = interleaved(
-        {"codec": lambda: seconds(lambda: [codec.encode(batch) for batch in batches]), "whole": whole}, rounds
+    times = interleaved(
+        {"codec": lambda: seconds(lambda: [codec.encode(batch) for batch in batches]), "complete": complete}, rounds
     )
     return [
-        BenchmarkRow("encoding 500x375 JPEGs to 256 px with a tiny VAE", count / median(found["whole"]), "images/s"),
-        BenchmarkRow("the codec alone, images decoded beforehand", count / median(found["codec"]), "images/s"),
-        BenchmarkRow("encoding / the codec alone", median_of_ratios(found["codec"], found["whole"]), "x", 0.9),
+        BenchmarkRow("encoding 500x375 JPEGs to 256 px with a tiny VAE", count / median(times["complete"]), "images/s"),
+        BenchmarkRow("the codec alone, images decoded beforehand", count / median(times["codec"]), "images/s"),
+        BenchmarkRow("encoding / the codec alone", median_of_ratios(times["codec"], times["complete"]), "x", 0.9),
         BenchmarkRow(f"of which the codec waits for images, {WORKERS} threads", 100 * median(waited), "%", 5, "lower"),
     ]
 
 
 def _images(folder: Path, count: int) -> FolderImages:
+    """Smooth random images as JPEGs, which take about as long to decode as photographs."""
     (folder / "class").mkdir(parents=True)
     for i in range(count):
         coarse = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
@@ -55,6 +63,7 @@ def _images(folder: Path, count: int) -> FolderImages:
 
 
 def _autoencoder(folder: Path) -> Autoencoder:
+    """A random autoencoder of the usual architecture, which is so small that the rest of the encoding matters."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
