@@ -1,7 +1,8 @@
-"""The latent stream against plain webdataset, one file a sample and `cat`; memory, start-up, resuming; encoding.
+"""`python -m benchmarks data`: the latent stream, compared with plain webdataset, one file per sample and `cat`.
 
-All with latents of 4x32x32 float16, the page cache warm, in one process without reader threads unless a row says so.
-The stream gives what the shards store; what it is held against gives float32, so its conversion is counted there too.
+Also its memory, start-up and resuming, and the speed of encoding. Latents are 4x32x32 in float16 and in the page cache;
+one process reads them, without reader threads unless a row says so. The stream returns latents as the shards store
+them, while webdataset and single files give float32, so those are compared with the stream plus that conversion.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ SHAPE, BATCH, CLASSES, FACTOR = (4, 32, 32), 256, 1000, 0.18215
 
 
 def run(quick: bool) -> list[BenchmarkRow]:
-    """All rows; `quick` measures less of each."""
+    """All rows.
+
+    Args:
+        quick: Whether to measure fewer samples, shards and rounds.
+    """
     with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:
         root = Path(folder)
         count = 16_384 if quick else 65_536
@@ -46,6 +51,7 @@ def run(quick: bool) -> list[BenchmarkRow]:
 
 
 def _make(folder: Path, count: int) -> None:
+    """Write shards of 1024 random samples each."""
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1024, *SHAPE), np.float32) / FACTOR
     infos = []
@@ -64,7 +70,7 @@ def _make(folder: Path, count: int) -> None:
 
 
 class _Files(torch.utils.data.Dataset):
-    """One .npy a sample."""
+    """A data set with one .npy file for each sample, named NUMBER-LABEL.npy."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(str(path) for path in folder.glob("*.npy"))
@@ -77,7 +83,7 @@ class _Files(torch.utils.data.Dataset):
 
 
 def _plain_webdataset(paths: list[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """As its documentation has it: tar -> decode .npy -> batch; float32 and scaled, as ours come."""
+    """webdataset's pipeline as in its documentation: read tar, decode .npy, batch; then float32 and scaled."""
 
     def decode(sample: dict) -> tuple[np.ndarray, int]:
         return np.load(io.BytesIO(sample["latent.npy"]), allow_pickle=False), int(sample["cls"])
@@ -99,12 +105,13 @@ def _throughput(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     num_plain = min(len(paths), 8)
     num_steps = count // BATCH
 
+    # Each of these functions returns seconds per sample.
     def ours(workers: int) -> float:
-        """Batches as the shards store them."""
+        """The stream's batches as the shards store them."""
         return seconds(lambda: [None for _ in islice(batches[workers], num_steps)]) / (num_steps * BATCH)
 
     def as_float() -> float:
-        """The same, converted to float32 and scaled by whoever uses them."""
+        """The stream's batches, and `Batch.latents`, which converts them to float32 and scales them."""
         return seconds(lambda: [batch.latents is None for batch in islice(batches[0], num_steps)]) / (num_steps * BATCH)
 
     def plain() -> float:
@@ -118,11 +125,10 @@ def _throughput(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
         with open(os.devnull, "wb") as nowhere:
             return seconds(lambda: subprocess.run(["cat", *paths], stdout=nowhere, check=True)) / count
 
-    # one thread each: idle threads of torch's pool would spin on the cores of whoever is measured next
+    # One thread each, because idle threads of torch's pool would use the cores while the next variant is measured.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # By turns, so that a slow minute of the machine falls on all of them.
-    found = interleaved(
+    times = interleaved(
         {
             "ours": lambda: ours(0),
             "float": as_float,
@@ -137,18 +143,18 @@ def _throughput(root: Path, count: int, rounds: int) -> list[BenchmarkRow]:
     torch.set_num_threads(threads)
     for stream in streams.values():
         stream.close()
-    rate = {name: 1 / median(figures) for name, figures in found.items()}
+    rate = {name: 1 / median(figures) for name, figures in times.items()}
     share = {
-        name: median_of_ratios(found["cat"], found[name]) for name in ("ours", "float", "one thread", "two threads")
+        name: median_of_ratios(times["cat"], times[name]) for name in ("ours", "float", "one thread", "two threads")
     }
     return [
         BenchmarkRow("stream, samples a second", rate["ours"], "1/s"),
         BenchmarkRow("stream and conversion to float32", rate["float"], "1/s"),
         BenchmarkRow("plain webdataset, samples a second", rate["plain"], "1/s"),
         BenchmarkRow("one .npy a sample through DataLoader", rate["files"], "1/s"),
-        BenchmarkRow("stream, to float32 / plain webdataset", median_of_ratios(found["plain"], found["float"]), "x", 5),
+        BenchmarkRow("stream, to float32 / plain webdataset", median_of_ratios(times["plain"], times["float"]), "x", 5),
         BenchmarkRow(
-            "stream, to float32 / one .npy a sample", median_of_ratios(found["files"], found["float"]), "x", 10
+            "stream, to float32 / one .npy a sample", median_of_ratios(times["files"], times["float"]), "x", 10
         ),
         BenchmarkRow("stream / cat shards > /dev/null", share["ours"], "x", 0.25),
         BenchmarkRow("stream, to float32 / cat", share["float"], "x"),
@@ -175,31 +181,32 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 libraries = resident()
 stream = LatentStream(DataConfig(shards=sys.argv[1]), seed=0, global_batch=256)
-batches, found = stream.batches(), []
+batches, peaks = stream.batches(), []
 for epoch in range(int(sys.argv[2])):
-    most = 0
+    peak = 0
     for step in range(stream.manifest.count // 256):
         next(batches).latents
         if step % 8 == 0:
-            most = max(most, resident())
-    found.append(most)
-print(json.dumps([libraries, found]))
+            peak = max(peak, resident())
+    peaks.append(peak)
+print(json.dumps([libraries, peaks]))
 """
+"""Prints the memory in MiB after the imports, and its maximum in each epoch."""
 
 
 def _memory(shards: Path, epochs: int) -> list[BenchmarkRow]:
-    """Resident memory of a process of its own that reads epochs at the default settings."""
+    """Resident memory of a new process that reads some epochs with the default settings."""
     say(f"memory over {epochs} epochs")
-    ran = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", _MEASURE_MEMORY, str(shards), str(epochs)], capture_output=True, text=True, check=True
     )
-    libraries, peaks = json.loads(ran.stdout)
-    # the first epoch fills the allocator's pools
-    settled = peaks[1:] or peaks
+    libraries, peaks = json.loads(result.stdout)
+    # Growth is measured from the second epoch on, because the first fills the allocator's pools.
+    later = peaks[1:] or peaks
     return [
         BenchmarkRow("memory of a process, highest", max(peaks), "MiB", 300, "lower"),
         BenchmarkRow("of which imported libraries", libraries, "MiB"),
-        BenchmarkRow(f"memory's growth from epoch 2 to {epochs}", settled[-1] - settled[0], "MiB", 10, "lower"),
+        BenchmarkRow(f"memory's growth from epoch 2 to {epochs}", later[-1] - later[0], "MiB", 10, "lower"),
     ]
 
 
@@ -207,11 +214,11 @@ def _memory(shards: Path, epochs: int) -> list[BenchmarkRow]:
 
 
 def _start_up(root: Path, num_shards: int) -> list[BenchmarkRow]:
-    """Until the first batch is there: from the beginning, and at 90% of an epoch of small shards."""
+    """Time until the first batch of many small shards, from the start and at 90% of an epoch."""
     say(f"starting and resuming with {num_shards:,} shards")
     folder, per_shard = root / "many", 8
     latents = np.zeros((per_shard, *SHAPE), np.float16)
-    # the same shard under many names, but for its keys: their content does not matter here, their number does
+    # Copies of one shard with other keys, because the time depends on the number of shards and not on their content.
     write_shards(folder, latents, np.zeros(per_shard), num_classes=CLASSES, shard_samples=per_shard)
     template = (folder / "latents-000000.tar").read_bytes()
     first = Manifest.parse((folder / "manifest.json").read_bytes(), "").shards[0]
@@ -232,18 +239,19 @@ def _start_up(root: Path, num_shards: int) -> list[BenchmarkRow]:
             return time.perf_counter() - started
 
     last = int(0.9 * manifest.count / BATCH)
-    found = interleaved({"start": lambda: until_first(0), "resume": lambda: until_first(last)}, 5)
-    later = median([b - a for a, b in zip(found["start"], found["resume"])])
+    times = interleaved({"start": lambda: until_first(0), "resume": lambda: until_first(last)}, 5)
+    later = median([b - a for a, b in zip(times["start"], times["resume"])])
     return [
-        BenchmarkRow(f"start with {num_shards:,} shards, to the first batch", median(found["start"]), "s", 2, "lower"),
+        BenchmarkRow(f"start with {num_shards:,} shards, to the first batch", median(times["start"]), "s", 2, "lower"),
         BenchmarkRow("resuming at 90% of an epoch, beyond starting", later, "s", 3, "lower"),
     ]
 
 
 def _rename(content: bytearray, prefix: bytes) -> None:
-    """Give all records of a shard another prefix in their keys (and so their headers another checksum)."""
-    for at in range(0, len(content), 512):
+    """Replace the prefix of all keys in a shard, a tar file, and correct the checksums of the headers."""
+    for at in range(0, len(content), 512):  # headers are blocks of 512 bytes with the magic bytes `ustar` at 257
         if content[at + 257 : at + 262] == b"ustar":
             content[at : at + len(prefix)] = prefix
+            # The checksum is the sum of the header's bytes with spaces in place of the checksum (tar(5)).
             content[at + 148 : at + 156] = b" " * 8
             content[at + 148 : at + 156] = f"{sum(content[at : at + 512]):06o}\0 ".encode()

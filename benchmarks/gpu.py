@@ -1,8 +1,8 @@
-"""`python -m benchmarks gpu` (`make gpu-check`): all that only a GPU can show, in one command.
+"""`python -m benchmarks gpu` (`make gpu-check`): all tests and benchmarks that need a GPU, in one command.
 
-The tests marked `gpu`, then the benchmarks of steps at two sizes and of packs, each the public command in a process of
-its own, so that none inherits another's memory and one that fails costs its own rows alone. What came out is written
-beside the card's name and the versions.
+These are the tests marked `gpu`, and the benchmarks of steps (at two sizes) and of packs. Each runs as its public
+command in a new process, so that it starts with an empty GPU, and a failure loses only its own rows. The results are
+written to a JSON file with the card's name and the versions.
 """
 
 from __future__ import annotations
@@ -24,29 +24,36 @@ from fine_dist.core.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "docs" / "figures" / "gpu.json"
+"""Default file of the results."""
 SIZES = {"DiT-XL/2": 32, "DiT-B/2": 64}
-"""Sizes whose steps are timed, and the batch."""
+"""Batch of the timed steps, by architecture."""
 TOTAL_S = 480.0
-"""Seconds of all parts together, so that ten minutes of a cluster are enough. What is not over then has failed."""
+"""Seconds for all parts together, so that a job of ten minutes is enough. A part that takes longer has failed."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One program: `words` after `python`, in which `{out}` is the file that it writes; `read` makes rows of that."""
+    """One program."""
 
     words: Sequence[str]
+    """Arguments of python, in which `{out}` stands for the file that the program writes."""
     read: Callable[[Path], list[BenchmarkRow]]
+    """Makes rows of that file."""
 
 
 @dataclass
 class Found:
-    """What all parts gave. failed: part -> the end of what it said."""
+    """The results of all parts."""
 
     rows: list[BenchmarkRow] = field(default_factory=list)
+    """Rows of all parts, in their order."""
     failed: dict[str, str] = field(default_factory=dict)
+    """The reason, or the end of the output, of every part that failed."""
     seconds: dict[str, float] = field(default_factory=dict)
+    """Duration of every part in seconds."""
 
     def as_json(self) -> dict[str, Any]:
+        """The results and the facts about the card as JSON."""
         return {
             **card(),
             "seconds": {name: round(spent, 1) for name, spent in self.seconds.items()},
@@ -56,7 +63,14 @@ class Found:
 
 
 def parts(quick: bool) -> dict[str, Part]:
-    """Everything, by name. quick: the smaller size alone, and smoke tests of the benchmarks."""
+    """All parts by name, in the order in which they run.
+
+    Args:
+        quick: Whether to time only the smaller size, and to run the benchmarks as smoke tests.
+
+    Raises:
+        ConfigError: This is not a checkout, so there are no tests.
+    """
     tests = ROOT / "tests" / "gpu"
     if not tests.is_dir():
         raise ConfigError(f"the GPU's tests lie in a checkout, and {tests} is not there; run `make gpu-check` in one")
@@ -66,24 +80,38 @@ def parts(quick: bool) -> dict[str, Part]:
         "tests": tests_part(tests),
         **{f"speed, {arch}": benchmark_part("speed", "--arch", arch, "--batch", str(batch), *brief, about=f"{arch}: ")
            for arch, batch in sizes.items()},
-        # the wall times of its whole programs are the CPU's, so they are a smoke test here; what a GPU packs is not
+        # The wall times are measured on the CPU, so --quick makes them a smoke test; the rows of the GPU are complete.
         "fanout": benchmark_part("fanout", "--quick"),
     }  # fmt: skip
 
 
 def tests_part(*what: str | Path) -> Part:
-    """Tests, by pytest's words."""
+    """The part that runs tests.
+
+    Args:
+        what: Arguments of pytest, such as files.
+    """
     words = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:xdist", "--junitxml", "{out}", *map(str, what)]
     return Part(words, read_tests)
 
 
 def benchmark_part(name: str, *words: str, about: str = "") -> Part:
-    """A benchmark; its rows' names begin with `about`."""
+    """The part that runs a benchmark.
+
+    Args:
+        name: Name of the benchmark.
+        words: Further arguments.
+        about: Prefix of the rows' names.
+    """
     return Part(["-m", "benchmarks", name, *words, "--json", "{out}"], lambda path: read_rows(path, about))
 
 
 def require_gpu() -> None:
-    """`ConfigError` where there is none."""
+    """Check that torch can use a GPU.
+
+    Raises:
+        ConfigError: It cannot.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -95,7 +123,13 @@ def require_gpu() -> None:
 
 
 def run(programs: Mapping[str, Part], python: str = sys.executable, total_s: float = TOTAL_S) -> Found:
-    """Run all parts, one after the other, in `total_s` seconds together."""
+    """Run all parts one after the other.
+
+    Args:
+        programs: The parts by name.
+        python: The interpreter.
+        total_s: Seconds for all parts together. Each part gets what is left, at least one second.
+    """
     end = time.perf_counter() + total_s
     found = Found()
     with tempfile.TemporaryDirectory(prefix="fine_dist-gpu-") as folder:
@@ -103,50 +137,50 @@ def run(programs: Mapping[str, Part], python: str = sys.executable, total_s: flo
             say(name)
             out, begun = Path(folder) / f"{number}.out", time.perf_counter()
             words = [word.replace("{out}", str(out)) for word in part.words]
-            said = _end_of([python, *words], max(1.0, end - begun))
+            failure = _run_program([python, *words], max(1.0, end - begun))
             found.seconds[name] = time.perf_counter() - begun
             if out.exists():
                 found.rows += part.read(out)
-            if said is not None:
-                found.failed[name] = said
+            if failure is not None:
+                found.failed[name] = failure
     return found
 
 
-def _end_of(command: list[str], limit_s: float) -> str | None:
-    """Run a command: none when all is well, else the end of what it said. It is heard meanwhile on stderr."""
+def _run_program(command: list[str], limit_s: float) -> str | None:
+    """Run a command and print its output to stderr when it has ended; returns why it failed, or None."""
     try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              timeout=limit_s)  # fmt: skip
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                timeout=limit_s)  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"it still ran when the time for all parts was over, after {limit_s:.0f} s of its own"
-    print(done.stdout, file=sys.stderr, flush=True)
-    if done.returncode == 0:
+    print(result.stdout, file=sys.stderr, flush=True)
+    if result.returncode == 0:
         return None
-    return f"exit code {done.returncode}: " + "\n".join(done.stdout.strip().splitlines()[-5:])
+    return f"exit code {result.returncode}: " + "\n".join(result.stdout.strip().splitlines()[-5:])
 
 
 def read_rows(path: Path, about: str) -> list[BenchmarkRow]:
-    """The rows that a benchmark wrote."""
+    """The rows in the JSON file of a benchmark; their names get the prefix `about`."""
     rows = [BenchmarkRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     return [BenchmarkRow(**{**row.as_json(), "measure": about + row.measure}) for row in rows]
 
 
 def read_tests(path: Path) -> list[BenchmarkRow]:
-    """How many tests passed and how many did not, from pytest's JUnit file."""
-    counted = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    """The numbers of tests that passed, failed and were skipped, from pytest's JUnit file."""
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     for suite in ElementTree.parse(path).getroot().iter("testsuite"):
-        for key in counted:
-            counted[key] += int(suite.get(key, 0))
-    bad = counted["failures"] + counted["errors"]
+        for key in counts:
+            counts[key] += int(suite.get(key, 0))
+    failed = counts["failures"] + counts["errors"]
     return [
-        BenchmarkRow("tests on the GPU: passed", counted["tests"] - bad - counted["skipped"], "tests", 1),
-        BenchmarkRow("tests on the GPU: failed", bad, "tests", 0, "lower"),
-        BenchmarkRow("tests on the GPU: skipped", counted["skipped"], "tests", 0, "lower"),
+        BenchmarkRow("tests on the GPU: passed", counts["tests"] - failed - counts["skipped"], "tests", 1),
+        BenchmarkRow("tests on the GPU: failed", failed, "tests", 0, "lower"),
+        BenchmarkRow("tests on the GPU: skipped", counts["skipped"], "tests", 0, "lower"),
     ]
 
 
 def card() -> dict[str, Any]:
-    """The accelerator and what drives it; none for what is not there."""
+    """Name and memory (GiB) of the GPU, and the versions of its driver, CUDA and torch; None for what is absent."""
     import torch
 
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
@@ -161,7 +195,7 @@ def card() -> dict[str, Any]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver; none without its `nvidia-smi`."""
+    """The version of NVIDIA's driver, from `nvidia-smi`; None without that program."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
@@ -171,7 +205,7 @@ def driver() -> str | None:
 
 
 def markdown(rows: Sequence[BenchmarkRow]) -> str:
-    """The rows as a table that can be pasted into docs/engine.md."""
+    """The rows as a Markdown table, for docs/engine.md."""
     lines = ["| measurement | value | target | |", "|---|---|---|---|"]
     for row in rows:
         sign = {"higher": "at least ", "lower": "at most ", "near": "within "}[row.better]

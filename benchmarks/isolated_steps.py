@@ -1,9 +1,9 @@
-"""Steps timed in processes of their own, for settings that hold for a whole process (Linux, CPU).
+"""Steps that are timed in separate processes, because a setting of the allocator applies to a process (Linux, CPU).
 
-`engine.keep_freed_memory` is a setting of the whole process. Here our step is timed with it, as the loop has it, and
-without; the original-style DiT without, as a script has it that sets nothing.
+Our step is timed with `engine.keep_freed_memory`, which is the default, and without. The original-style DiT is timed
+without, as in a script that does not set it.
 
-    python -m benchmarks.isolated_steps KIND ARCH BATCH PRECISION THREADS     takes a step a line of input
+    python -m benchmarks.isolated_steps KIND ARCH BATCH PRECISION THREADS     runs one step for each line of input
 """
 
 from __future__ import annotations
@@ -20,28 +20,37 @@ from benchmarks.steps import ratio
 
 @contextlib.contextmanager
 def isolated_step(kind: str, plan: SpeedPlan, precision: str) -> Iterator[Callable[[], float]]:
-    """A process that takes a step whenever this is called, and its seconds; it ends with its input."""
+    """A context with a new process; the function that it yields runs one step there and returns its seconds.
+
+    Args:
+        kind: As in `main`.
+        plan: Architecture and batch.
+        precision: `fp32` or `bf16`.
+
+    Raises:
+        RuntimeError: The process has ended (raised by the function).
+    """
     import torch
 
     words = [kind, plan.arch.model_dump_json(), str(plan.batch), precision, str(torch.get_num_threads())]
     command = [sys.executable, "-m", "benchmarks.isolated_steps", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout  # both are pipes
-        asked, answers = process.stdin, process.stdout
+        requests, replies = process.stdin, process.stdout
 
         def step() -> float:
-            # One line, one step: between steps the process sleeps and takes nothing from the one that is measured.
-            print(file=asked, flush=True)
-            answer = answers.readline()
-            if not answer:
+            # While it waits for the next line, the process uses no CPU that the other processes need.
+            print(file=requests, flush=True)
+            reply = replies.readline()
+            if not reply:
                 raise RuntimeError(f"the process of a step ended with code {process.wait()}")
-            return float(answer)
+            return float(reply)
 
         yield step
 
 
 def isolated_rows(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
-    """Our dense step, freed memory kept over given back; the original-style step over ours as the loop has it."""
+    """Rows: the speedup of keeping freed memory, and of our dense step over the original-style one."""
     with contextlib.ExitStack() as stack:
         steps = {
             kind: stack.enter_context(isolated_step(kind, plan, precision)) for kind in ("kept", "dense", "original")
@@ -60,7 +69,15 @@ def isolated_rows(plan: SpeedPlan, precision: str) -> list[BenchmarkRow]:
 
 
 def main(kind: str, shape: str, batch: str, precision: str, threads: str) -> None:
-    """The process's end: `kept`, `dense` or `original`."""
+    """In the separate process: time steps. The arguments are strings from the command line.
+
+    Args:
+        kind: `kept` or `dense`, our step with or without `keep_freed_memory`; or `original`.
+        shape: The architecture as JSON.
+        batch: Samples in a step.
+        precision: `fp32` or `bf16`.
+        threads: Number of torch's threads.
+    """
     import torch
 
     from benchmarks.reference_dit import original_step

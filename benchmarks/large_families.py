@@ -1,4 +1,4 @@
-"""Bookkeeping for a family of 10,000 targets: planning, listing and status, also on a file system with slow syncs."""
+"""Overhead of a family of 10,000 targets: planning, listing, status, and the state table with slow syncs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fine_dist.methods import CONDENSES
 from fine_dist.model.arch import Arch
 
 SECONDS, MIB = 10.0, 1024.0
-"""Bars of a command that looks at all targets."""
+"""Targets of a command that reads all members of the family: wall seconds, and peak memory in MiB."""
 SYNC_S = 0.005
-"""What a sync takes on the slow file system that is simulated."""
+"""Seconds of a sync on the simulated file system."""
 BOOKS_S = 180.0
-"""Bar of keeping the state table there, from nothing to all targets done."""
+"""Target of all writes to the state table there, in seconds."""
 ARCH = Arch(
     hidden_size=32, num_layers=5, num_heads=2, patch_size=2, in_channels=1, input_size=8, num_classes=10,
     learn_sigma=False,
@@ -38,7 +38,12 @@ DEPTHS = (1, 2, 3, 4, 5)
 
 
 def state_tables(targets: int, bars: bool) -> list[BenchmarkRow]:
-    """Commands over a family of so many targets, and its state table on a slow file system."""
+    """Rows about commands for a family, and about its state table with slow syncs.
+
+    Args:
+        targets: Number of targets of the family.
+        bars: Whether the rows have targets.
+    """
     with tempfile.TemporaryDirectory(prefix="fine_dist-many-") as folder:
         root = Path(folder)
         config = family(root, targets)
@@ -61,12 +66,17 @@ def state_tables(targets: int, bars: bool) -> list[BenchmarkRow]:
         ]
         say(f"{targets:,} targets that are done")
         finish(root, config)
-        look = {"init --list": ["init", "--list", config.run_dir], "status": ["status", config.run_dir]}
-        return rows + _commands(look, targets, bars)
+        commands = {"init --list": ["init", "--list", config.run_dir], "status": ["status", config.run_dir]}
+        return rows + _commands(commands, targets, bars)
 
 
 def family(root: Path, targets: int) -> InitConfig:
-    """A family of so many targets (five depths) of a small learngene, with data to train them on."""
+    """The config of a family of a small learngene; writes the learngene and the data.
+
+    Args:
+        root: Folder for all files.
+        targets: Number of targets, a multiple of the five depths.
+    """
     import torch
 
     from fine_dist.data.encoding import run as encode
@@ -98,16 +108,21 @@ def _commands(commands: Mapping[str, Sequence[str]], targets: int, bars: bool) -
 
 
 def cost_of(command: Sequence[str]) -> tuple[float, float]:
-    """(wall seconds, MiB that were resident at most) of a program. `RuntimeError` with its last words when it fails."""
-    with tempfile.TemporaryFile() as said:
+    """Run a program; returns its wall seconds and the peak of its resident memory in MiB.
+
+    Raises:
+        RuntimeError: The program failed; the message has the end of its output.
+    """
+    with tempfile.TemporaryFile() as output:
         begun = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        # wait4 reports the memory of this one process. As `Popen` then does not see its end, the code is set here.
         _, status, usage = os.wait4(process.pid, 0)
         seconds, process.returncode = time.perf_counter() - begun, os.waitstatus_to_exitcode(status)
         if process.returncode:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)}: {said.read().decode(errors='replace')[-500:]}")
-    return seconds, usage.ru_maxrss / 1024
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)}: {output.read().decode(errors='replace')[-500:]}")
+    return seconds, usage.ru_maxrss / 1024  # KiB on Linux
 
 
 # --- the state table -----------------------------------------------------------------------------------------------
@@ -115,8 +130,14 @@ def cost_of(command: Sequence[str]) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def slow_disk(sync_s: float) -> Iterator[list[int]]:
-    """Every sync of this process, of a file or of a file system, takes so long and does nothing else; what is given
-    counts them. So the figure is that file system's, whatever the disk beneath does."""
+    """A context in which every sync of this process sleeps for some seconds instead of syncing.
+
+    Args:
+        sync_s: Seconds of a sync.
+
+    Yields:
+        A list with one number, which counts the syncs.
+    """
     from fine_dist.core import files
     from fine_dist.launchers import prepare
 
@@ -126,7 +147,8 @@ def slow_disk(sync_s: float) -> Iterator[list[int]]:
         count[0] += 1
         time.sleep(sync_s)
 
-    # A real network file system cannot be had in a benchmark; its time is in the number of syncs, which is counted.
+    # On a network file system, syncs take most of the time of small writes. Replacing them makes the result independent
+    # of this machine's disk.
     with mock.patch("os.fsync", sync), contextlib.ExitStack() as stack:
         for module in (files, prepare):
             stack.enter_context(mock.patch.object(module, "sync_disk", sync))
@@ -134,22 +156,29 @@ def slow_disk(sync_s: float) -> Iterator[list[int]]:
 
 
 def keep_books(config: InitConfig, sync_s: float = SYNC_S) -> tuple[float, int, int]:
-    """(seconds, syncs, packs) of all that a fan-out writes down but for what its targets themselves save.
+    """Write and read everything that a fan-out needs besides the files of its targets, in one process.
 
-    Job files and pending rows; then for every pack its claim and its rows as they start, and each target's end; then
-    what is read to say what became of them. All of it in one process, where workers would share it.
+    These are the job files and pending rows; for every pack its claim, its rows when it starts, and the row of each
+    target when it ends; and finally all rows, for the report.
+
+    Args:
+        config: The family.
+        sync_s: Seconds of a sync.
+
+    Returns:
+        Seconds, number of syncs, and number of packs.
     """
     from fine_dist.launchers.prepare import make_specs
 
     packs = Family(config).packs(Capacity(64, None, True, None))
-    made = [Task(pack.name, config.model_copy(update={"only": pack.jobs}), pack.jobs) for pack in packs]
+    tasks = [Task(pack.name, config.model_copy(update={"only": pack.jobs}), pack.jobs) for pack in packs]
     with slow_disk(sync_s) as syncs:
         begun = time.perf_counter()
-        specs = make_specs("fine_dist.init", config, made)
+        specs = make_specs("fine_dist.init", config, tasks)
         for spec in specs:
-            table = StateTable(config.run_dir)  # a worker's own
+            table = StateTable(config.run_dir)  # a new one, as in each worker
             claim = table.claim(spec.rows)
-            assert claim is not None  # nobody else is here
+            assert claim is not None  # no other process uses the table
             with claim:
                 table.start_all(spec.rows)
                 for name in spec.rows:
@@ -161,14 +190,14 @@ def keep_books(config: InitConfig, sync_s: float = SYNC_S) -> tuple[float, int, 
 
 
 def finish(root: Path, config: InitConfig) -> None:
-    """Every target's folder as a finished one has it: the first is trained, the others copy what is looked at."""
+    """Train the first target, and copy the files that the commands read into the folders of all targets."""
     members = expand(config)
-    alone = root / "alone.yaml"
     first = members[0]
-    alone.write_text(dump_yaml(config.model_copy(update={"run_dir": str(root / "alone"), "only": (first.name,)})))
-    cost_of([sys.executable, "-m", "fine_dist.init", "--config", str(alone), "--launcher", "here"])
-    trained = root / "alone" / first.name
+    file = root / "first.yaml"
+    file.write_text(dump_yaml(config.model_copy(update={"run_dir": str(root / "first"), "only": (first.name,)})))
+    cost_of([sys.executable, "-m", "fine_dist.init", "--config", str(file), "--launcher", "here"])
+    trained = root / "first" / first.name
     for member in members:
         (member.folder / "target").mkdir(parents=True)
-        for file in ("metrics.jsonl", "DONE.json", "target/manifest.json"):
-            shutil.copyfile(trained / file, member.folder / file)
+        for name in ("metrics.jsonl", "DONE.json", "target/manifest.json"):
+            shutil.copyfile(trained / name, member.folder / name)

@@ -1,8 +1,8 @@
 """`python -m benchmarks metrics`: every metric at 50,000 images of Inception's sizes, and its memory.
 
-Features are noise of the right shapes (N images, 2048 pooled features, 2023 spatial ones, 1008 classes), so that no
-weights are needed: what is timed is what comes after the network. The Fréchet distance is timed beside scipy's `sqrtm`,
-which the literature uses, in turns. One thread each.
+Features are noise of the right shapes (N images, 2048 pooled features, 2023 spatial ones, 1008 classes), because only
+the computations after the network are timed. The Fréchet distance is compared with scipy's `sqrtm`, which most
+implementations use; both are timed alternately. All run with one thread.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FRECHET_BAR = 0.2
-"""Our Fréchet distance over scipy's `sqrtm` alone, in seconds."""
+"""Target of the time of our Fréchet distance over that of scipy's `sqrtm` alone."""
 MEMORY_BAR_GIB = 2.0
-"""Of precision and recall, 10,000 against 10,000."""
+"""Target of the memory of precision and recall with 10,000 real and 10,000 generated images, in GiB."""
 BATCH = 500
+"""Number of images of which features are added at once."""
 
 
 def run(quick: bool) -> list[BenchmarkRow]:
-    """All rows. quick: 2,000 images of 256 features; the Fréchet ratio is a smoke test."""
+    """All rows.
+
+    Args:
+        quick: Whether to use 2,000 images of 256 features; there are no targets then.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -38,20 +43,26 @@ def run(quick: bool) -> list[BenchmarkRow]:
 
 
 def frechet_rows(num: int, rounds: int, bar: float | None) -> list[BenchmarkRow]:
-    """The distance against `scipy.linalg.sqrtm`, by turns; with regular and with singular covariances."""
+    """Rows about the Fréchet distance, with regular and with singular covariances.
+
+    Args:
+        num: Number of features.
+        rounds: Number of measurements.
+        bar: Target of our time over scipy's.
+    """
     import scipy.linalg
 
     from fine_dist.evaluation.frechet import frechet_from
 
     say(f"the Fréchet distance of {num} features")
     a, b = covariance(num, 4 * num, 0), covariance(num, 4 * num, 1)
-    few = covariance(num, num // 2, 2)
+    singular = covariance(num, num // 2, 2)
     mean = a.new_zeros(num)
     product = (a @ b).numpy()
     times = interleaved(
         {
             "ours": lambda: seconds(lambda: frechet_from(mean, a, mean, b)),
-            "singular": lambda: seconds(lambda: frechet_from(mean, few, mean, b)),
+            "singular": lambda: seconds(lambda: frechet_from(mean, singular, mean, b)),
             "sqrtm": lambda: seconds(lambda: scipy.linalg.sqrtm(product)),
         },
         rounds,
@@ -70,7 +81,7 @@ def frechet_rows(num: int, rounds: int, bar: float | None) -> list[BenchmarkRow]
 
 
 def covariance(num: int, samples: int, seed: int) -> Tensor:
-    """Of normal samples whose deviations span two decades, float64 [num, num]."""
+    """The covariance of normal samples whose standard deviations range from 1 to 0.01, float64 [num, num]."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +90,16 @@ def covariance(num: int, samples: int, seed: int) -> Tensor:
 
 
 def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int, bars: bool) -> list[BenchmarkRow]:
-    """Seconds and memory of each metric, network apart."""
+    """Seconds and memory of each metric, without the network.
+
+    Args:
+        images: Number of images.
+        pooled: Number of pooled features.
+        spatial: Number of spatial features.
+        classes: Number of classes.
+        kept: Number of real and of generated images for precision and recall and for KID.
+        bars: Whether rows have targets.
+    """
     import torch
 
     from fine_dist.evaluation.moments import Moments
@@ -88,7 +108,7 @@ def metric_rows(images: int, pooled: int, spatial: int, classes: int, kept: int,
     generator = torch.Generator().manual_seed(0)
 
     def batches(width: int) -> list[Tensor]:
-        """A few batches that are used again and again: nobody holds 50,000 rows of all features at once."""
+        """Four batches of features, which are used repeatedly, because 50,000 rows of them would take much memory."""
         return [torch.randn(BATCH, width, generator=generator) for _ in range(4)]
 
     def moments(width: int) -> Callable[[], object]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def peak_memory_of(step: Callable[[], float], device: torch.device) -> float:
-    """Bytes that a step (its second: the optimizer has its state) takes beyond what lay there before it."""
+    """Bytes by which memory grows at most during the second call of `step`; the first creates the optimizer's state."""
     import torch
 
     step()
@@ -26,21 +26,21 @@ def peak_memory_of(step: Callable[[], float], device: torch.device) -> float:
 
 
 def resident_growth(body: Callable[[], object]) -> float:
-    """Bytes by which this process's resident set grew at most during a call (Linux; 0 where it cannot be told)."""
+    """Bytes by which this process's resident set grows at most during a call (Linux; 0 on other systems)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not (status.exists() and reset.exists()):
         body()
         return 0.0
-    # Freed memory that the allocator keeps is resident already, and a step that fills it would seem to take nothing.
+    # Freed memory that the allocator retains is resident, and its reuse during the call would not be measured.
     release_free_memory()
-    reset.write_text("5")  # the peak starts again from what is resident now
+    reset.write_text("5")  # resets VmHWM, the peak, to the current size (proc(5))
     before = kib(status, "VmRSS")
     body()
     return (kib(status, "VmHWM") - before) * 1024.0
 
 
 def release_free_memory() -> None:
-    """Give freed memory back to the system (glibc), so that what a step takes is seen to grow."""
+    """Return freed memory to the system (glibc's `malloc_trim`)."""
     import ctypes
 
     gc.collect()
@@ -50,5 +50,6 @@ def release_free_memory() -> None:
 
 
 def kib(status: Path, key: str) -> int:
+    """The value of a key in KiB, from a file such as /proc/self/status."""
     line = next(line for line in status.read_text().splitlines() if line.startswith(key + ":"))
     return int(line.split()[1])

@@ -1,8 +1,9 @@
-"""What our step is held against: a DiT in plain torch modules, as its paper describes it (Peebles and Xie, arXiv
-2212.09748), and diffusers' `DiTTransformer2DModel`; both in the training step such scripts have.
+"""Reference models for the speed of our step: a DiT in plain torch modules, as its paper describes it (Peebles and Xie,
+arXiv 2212.09748), and diffusers' `DiTTransformer2DModel`.
 
-That step: `torch.optim.AdamW` as it comes, a copy of the model as the average, walked parameter by parameter, the
-batch's mean squared error. Ours draws by position and clips as well (`benchmarks.steps`).
+Both are trained as in common training scripts: `torch.optim.AdamW` with its defaults, an EMA that is a copy of the
+model and is updated parameter by parameter, and the mean squared error of the batch. Our step additionally clips
+gradients and seeds random numbers by position (`benchmarks.steps`).
 
 Shapes: B batch, C latent channels, H latent side, p patch side, T tokens, D width, A heads.
 """
@@ -28,6 +29,7 @@ from fine_dist.model.dit import position_table
 
 EMA_DECAY = 0.9999
 LABEL_DROP = 0.1
+"""Probability that a label is replaced by that of no class."""
 
 # --- the step -------------------------------------------------------------------------------------------------------
 
@@ -40,25 +42,34 @@ def reference_step(
     precision: str,
     device: torch.device,
 ) -> Step:
-    """A training step of `model`, which `answer(z_t, t, y)` asks; the loss is noise prediction, as ours."""
+    """A training step that predicts noise, with the same loss as ours.
+
+    Args:
+        model: The model.
+        answer: Calls it: `(z_t [B, C, H, H], t [B], y [B]) -> [B, C, H, H]`.
+        arch: Its architecture.
+        batch: Samples in a step (B).
+        precision: `fp32`, or `bf16` by autocast.
+        device: The device.
+    """
     model = model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
     process = make_process(DiffusionConfig()).to(device)
-    kept: dict[str, Any] = {"batch": made_up_batch(arch, batch, device)}
+    state: dict[str, Any] = {"batch": made_up_batch(arch, batch, device)}
 
     def forward() -> None:
         with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext():
-            data = kept["batch"]
+            data = state["batch"]
             t = torch.randint(0, 1000, data.labels.shape, device=device)
             noise = torch.randn_like(data.latents)
             z_t = process.add_noise(data.latents, t, noise)
             out = ranged("model", lambda: answer(z_t, t, data.labels))
-            kept["loss"] = (out.float() - noise).square().flatten(1).mean(1).mean()
+            state["loss"] = (out.float() - noise).square().flatten(1).mean(1).mean()
 
     def backward() -> None:
         optimizer.zero_grad()
-        kept.pop("loss").backward()
+        state.pop("loss").backward()
 
     parts = {
         "forward": forward,
@@ -66,18 +77,18 @@ def reference_step(
         "optimiser": optimizer.step,
         "EMA": lambda: follow(average, model),
     }
-    return Step(device, parts, arch.hidden_size, taken=kept, ready=made_up_batch(arch, 1, device))
+    return Step(device, parts, arch.hidden_size, taken=state, ready=made_up_batch(arch, 1, device))
 
 
 @torch.no_grad()
 def follow(average: nn.Module, model: nn.Module) -> None:
-    """One step of the average, a parameter at a time."""
+    """Update the EMA, one parameter at a time."""
     for mean, p in zip(average.parameters(), model.parameters()):
         mean.mul_(EMA_DECAY).add_(p, alpha=1 - EMA_DECAY)
 
 
 def original_step(arch: Arch, batch: int, precision: str, device: torch.device, compiled: bool = False) -> Step:
-    """A step of the DiT of this file; each block compiled, as ours are, if asked for."""
+    """A step of `PlainDiT`; with `compiled`, each block is compiled, as in our model."""
     torch.manual_seed(0)
     model = PlainDiT(arch)
     if compiled:
@@ -86,7 +97,7 @@ def original_step(arch: Arch, batch: int, precision: str, device: torch.device, 
 
 
 def diffusers_step(arch: Arch, batch: int, precision: str, device: torch.device) -> Step:
-    """A step of diffusers' model of the same size, from random weights."""
+    """A step of diffusers' model of the same size, with random weights."""
     torch.manual_seed(0)
     model = diffusers_dit(arch)
     return reference_step(
@@ -95,7 +106,7 @@ def diffusers_step(arch: Arch, batch: int, precision: str, device: torch.device)
 
 
 def diffusers_dit(arch: Arch) -> Any:
-    """`DiTTransformer2DModel` of this shape; it drops labels itself, in training."""
+    """A `DiTTransformer2DModel` of this architecture. In training mode it drops labels itself."""
     from diffusers import DiTTransformer2DModel
 
     from fine_dist.artifacts.diffusers_export import transformer_config
@@ -107,10 +118,10 @@ def diffusers_dit(arch: Arch) -> Any:
 
 
 class PlainDiT(nn.Module):
-    """`(z [B, C, H, H], t [B] int64, y [B] int64) -> [B, C or 2C, H, H]`; one module for each thing the paper names.
+    """DiT with a module for each part in the paper: `z [B, C, H, H], t [B] int64, y [B] int64 -> [B, C or 2C, H, H]`.
 
-    Parameters are named as in `fine_dist.model.dit.DiT`, but for a block's `in`, here `up`; the patch embedding is a
-    convolution. A state dict of the one makes the other compute the same. Labels are dropped in training.
+    Parameters have the names of `fine_dist.model.dit.DiT`, except that a block's `in` is called `up` here. The patch
+    embedding is a convolution. With equal weights, both models compute the same. Labels are dropped in training.
     """
 
     def __init__(self, arch: Arch) -> None:
@@ -142,7 +153,7 @@ def shift_and_scale(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class PlainBlock(nn.Module):
-    """A block with adaLN-zero (section 3.2)."""
+    """A block with adaLN-Zero (DiT, section 3.2)."""
 
     def __init__(self, d: int, num_heads: int) -> None:
         super().__init__()
@@ -167,7 +178,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainTime(nn.Module):
-    """Sinusoids of 256 frequencies, then an MLP."""
+    """The timestep embedding: sines and cosines of 128 frequencies, then an MLP."""
 
     def __init__(self, d: int, frequency_shift: int) -> None:
         super().__init__()
@@ -175,13 +186,13 @@ class PlainTime(nn.Module):
         self.hidden, self.silu, self.out = nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d)
 
     def forward(self, t: Tensor) -> Tensor:
-        places = torch.arange(128, dtype=torch.float32, device=t.device)
-        angle = t[:, None].float() * torch.exp(places * (-math.log(10000) / (128 - self.shift)))
+        k = torch.arange(128, dtype=torch.float32, device=t.device)
+        angle = t[:, None].float() * torch.exp(k * (-math.log(10000) / (128 - self.shift)))
         return self.out(self.silu(self.hidden(torch.cat([angle.cos(), angle.sin()], dim=-1))))
 
 
 class PlainFinal(nn.Module):
-    """The last modulated norm, and the projection to patches."""
+    """The final layer: a modulated norm and the projection to patches."""
 
     def __init__(self, d: int, out_features: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A measured figure with its target, and ways of measuring that other load on the machine disturbs least."""
+"""A measured figure with its target, and methods of measuring that are robust against other load on the machine."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class BenchmarkRow:
         measure: What was measured.
         value: The figure.
         unit: Its unit (`x` for a ratio).
-        bar: The target; None for a figure without one.
-        better: Which side of the target is good; `near`: a ratio no further from 1 than the target, on either side.
-        share: Percent of the whole that the figure is a part of; None where it is not a part.
+        bar: The target. None: there is none.
+        better: Whether the target is a minimum (`higher`) or a maximum (`lower`); `near`: between 2 - bar and bar.
+        share: Percent of a total, if the figure is a part of one.
     """
 
     measure: str
@@ -44,7 +44,7 @@ class BenchmarkRow:
 
 
 def say(what: str) -> None:
-    """Report on stderr what is being measured; the table comes at the end."""
+    """Report on stderr what is being measured; the table is printed at the end."""
     print(f"measuring {what} ...", file=sys.stderr, flush=True)
 
 
@@ -56,17 +56,19 @@ def seconds(body: Callable[[], object]) -> float:
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Measure several variants in turn, `rounds` times each, so that a slow minute of the machine falls on all.
-
-    Returns name -> its figures, in order: the i-th of each belong together.
+    """Measure several variants alternately, so that a slow period of the machine affects all of them.
 
     Args:
-        variants: Name -> a function that runs once and returns its figure (such as `lambda: seconds(step)`).
-        warmup: Rounds that are run first and not kept.
+        variants: Functions that run once and return a figure (such as `lambda: seconds(step)`), by name.
+        rounds: Number of figures for each variant.
+        warmup: Number of rounds before these, whose figures are discarded.
+
+    Returns:
+        The figures of each variant by round, by name.
     """
     figures: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warmup + rounds):
-        # every other round in reverse order, so that no variant always follows the same other one
+        # The order is reversed in every other round, so that no variant always follows the same one.
         for name in list(variants)[:: 1 if turn % 2 == 0 else -1]:
             figure = variants[name]()
             if turn >= warmup:
@@ -75,7 +77,7 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int, warmup
 
 
 def median_of_ratios(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of over[i] / under[i]: figures measured next to each other share the load of the machine."""
+    """The median of over[i] / under[i], which are measured in the same round and so under similar load."""
     return statistics.median(a / b for a, b in zip(over, under))
 
 
