@@ -173,7 +173,7 @@ def load_pipeline(folder: str | Path) -> Any:
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise ArtifactError(f"{folder} is no whole pipeline (no model_index.json); export it with a VAE")
+        raise ArtifactError(f"{folder} is not a complete pipeline (no model_index.json); export it with a VAE")
     marker = read_marker(folder / MARKER) if (folder / MARKER).is_file() else Marker()
     frequency_shift = 1 if marker.frequency_shift is None else marker.frequency_shift
     if marker.diffusion is not None and marker.diffusion.process == "flow":

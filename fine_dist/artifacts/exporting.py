@@ -134,7 +134,7 @@ def _export_diffusers(model: DiT, metadata: dict[str, Any], out: Path, vae: str 
         card=card_of(metadata),
     )
     kind = "a FlowDiTPipeline" if facts.diffusion and facts.diffusion.process == "flow" else "a DiTPipeline"
-    what = kind if report.pipeline else "a transformer and a scheduler (--vae makes it a whole pipeline)"
+    what = kind if report.pipeline else "a transformer and a scheduler (for a complete pipeline, give --vae)"
     lines = [f"export: {model.arch.name} as {what} in {out}", _compared("diffusers", report.max_error)]
     if report.stock_error > LIMIT:
         lines.append(

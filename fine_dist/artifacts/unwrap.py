@@ -99,10 +99,10 @@ def unwrap(content: Mapping[Any, Any], weights: Literal["ema", "raw"], path: Pat
     result = Unwrapped(state, _arguments(content), dropped)
     if len(candidates) > 1 or choice.path:
         unused = [candidate for candidate in candidates if candidate is not choice]
-        beside = f" (beside {_names(unused)})" if unused else ""
-        result.notes.append(f"weights: {choice.name}{beside}")
+        others_text = f" (not used: {_names(unused)})" if unused else ""
+        result.notes.append(f"weights: {choice.name}{others_text}")
     if choice.prefix:
-        result.notes.append(f"the prefix {choice.prefix!r} was taken off every name")
+        result.notes.append(f"the prefix {choice.prefix!r} was removed from every name")
     left = sorted(name for name in named if not name.startswith(choice.prefix))
     # Without tensors of other candidates in this mapping, which the first note mentions.
     left = [name for name in left if not any(name.startswith(c.prefix) for c in candidates if c.tensors is named)]

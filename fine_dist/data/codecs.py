@@ -82,7 +82,7 @@ def load_autoencoder(name: str, *, subfolder: str | None, dtype: torch.dtype) ->
         raise DataError(f"vae: {name}: no autoencoder can be loaded: {first}") from None
     raise DataError(
         f"vae: {name}: it is a {kind}, and an autoencoder is needed, such as AutoencoderKL or AutoencoderDC (in a "
-        "whole pipeline's folder: --vae-subfolder vae)"
+        "complete pipeline's folder: --vae-subfolder vae)"
     )
 
 

@@ -95,7 +95,7 @@ class EncodeConfig(Config):
     """Hub name or local folder of the autoencoder, with safetensors weights. Any class of diffusers that encodes single
     images serves, such as AutoencoderKL and AutoencoderDC; its scale and shift are kept in the manifest."""
     vae_subfolder: str | None = None
-    """Sub-folder of the autoencoder in a whole pipeline's repository, usually vae. Default: the repository's root."""
+    """Sub-folder of the autoencoder in a pipeline's repository, usually vae. Default: the repository's root."""
     background: tuple[Byte, Byte, Byte] = (255, 255, 255)
     """Red, green and blue, 0 to 255, onto which transparent images are composited."""
     kind: Literal["sample", "moments"] = "sample"

@@ -153,10 +153,10 @@ def write_samples(
                 raise DataError(f"{path}: images are {images.dtype} {list(images.shape)}, not uint8 {list(shape)}")
             done += len(images)
             if done > count:
-                raise DataError(f"{path}: more than the {count} images that were announced")
+                raise DataError(f"{path}: more images than the {count} that were expected")
             stream.write(np.ascontiguousarray(images).data)
         if done != count:
-            raise DataError(f"{path}: {done} images came, and {count} were announced")
+            raise DataError(f"{path}: {count} images were expected, and there are {done}")
 
 
 # --- archives --------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def test_a_training_scripts_checkpoint_gives_its_average_and_says_its_size(tmp_p
     )
     found = import_model(path, HintsConfig(**hints), "raw")
     assert torch.equal(found.state["label.weight"], raw["y_embedder.embedding_table.weight"])
-    assert "weights: model (beside ema)" in found.notes
+    assert "weights: model (not used: ema)" in found.notes
 
 
 def test_a_table_without_a_null_label_is_told_and_cannot_be_guided(tmp_path, model):

@@ -55,8 +55,8 @@ def test_neither_way_holds_all_images(tmp_path):
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        ([images(9)], "9 images came, and 10"),
-        ([images(11)], "more than the 10"),
+        ([images(9)], "10 images were expected, and there are 9"),
+        ([images(11)], "more images than the 10"),
         ([images(10, (4, 5))], r"\[10, 4, 5, 3\]"),
         ([images().astype(np.float32)], "float32"),
     ],

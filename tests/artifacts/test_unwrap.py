@@ -70,9 +70,9 @@ def test_wrapped_weights_come_in_and_it_is_said_what_was_taken_off(tmp_path, mod
     assert all(torch.equal(found.state[key], value) for key, value in model.state_dict().items())
     notes = " ".join(found.notes)
     for kind, words in {
-        "lightning": "'model.' was taken off",
+        "lightning": "'model.' was removed from every name",
         "lightning with a vae": "dropped, as no part of the model: vae.conv.weight",
-        "pixart": "weights: state_dict_ema (beside state_dict)",
+        "pixart": "weights: state_dict_ema (not used: state_dict)",
         "ema_pytorch": "dropped, as no part of the model: initted, step",
         "repa": "2 tensors of REPA's projectors.0.0.bias",
     }.items():
