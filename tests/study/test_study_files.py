@@ -123,7 +123,7 @@ def test_every_benchmark_is_planned_and_its_hours_are_told(name, capsys):
     told = capsys.readouterr().out
     unit = "GPU-hours" if name.startswith("imagenet") else "core-hours"
     hours = [float(x) for x in re.findall(rf"([\d.e+]+) {unit}", told)]
-    # Two parts each, and the tuning of what is not given: digits give both, fashion one. ImageNet keeps the paper's rate.
+    # Two parts, and the tuning that the config does not give: none of digits', one of fashion's. ImageNet is not tuned.
     assert len(hours) == {"digits": 2, "fashion": 3}.get(name, 1) and "dry run: nothing was done" in told
     least, most = {"digits": (0.3, 2.5), "fashion": (1, 5)}.get(name, (400, 3000))
     assert least < sum(hours) < most
