@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.pack_memory import memory_rows
 from benchmarks.rows import BenchmarkRow, interleaved, median_of_ratios, say, seconds
 from benchmarks.timing import wall_times
 from fine_dist.data.settings import DataConfig
@@ -44,8 +45,6 @@ def run(quick: bool) -> list[BenchmarkRow]:
         quick: Whether to take few steps; the wall times are then a smoke test and have no targets.
     """
     import torch
-
-    from benchmarks.pack_memory import memory_rows
 
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="fine_dist-bench-") as folder:

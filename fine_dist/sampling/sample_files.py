@@ -47,9 +47,9 @@ class OutputStores:
         if "npy" in wanted or not renderer.pictures:
             self.latents = LatentStore(folder / "store" / "latents", count, shape, identity)
         if renderer.pictures and wanted & {"grid", "png", "npz"}:
-            channels, *size = renderer.image_shape
+            channels, height, width = renderer.image_shape
             try:
-                self.images = ImageStore(folder / "store" / "images", count, (size[0], size[1]), channels, identity)
+                self.images = ImageStore(folder / "store" / "images", count, (height, width), channels, identity)
             except BaseException:
                 self.__exit__()  # the store of latents is open already
                 raise

@@ -67,6 +67,21 @@ def test_a_sample_file_is_whole_or_not_there(tmp_path, parts, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("fault", ["encrypted", "damaged"])
+def test_an_array_that_cannot_be_read_is_one_line(tmp_path, fault):
+    path = tmp_path / "s.npz"
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
+    content = bytearray(path.read_bytes())
+    if fault == "encrypted":  # bit 0 of the flags in both headers of the first array
+        for magic, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            content[content.index(magic) + flags] |= 1
+    else:
+        content[content.index(b"NUMPY")] ^= 255
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="mu is damaged"):
+        read_statistics(path)
+
+
 def test_statistics_keep_their_names_and_come_back(tmp_path):
     rng = np.random.default_rng(0)
     mu, sigma = rng.standard_normal(5), np.cov(rng.standard_normal((5, 20)))

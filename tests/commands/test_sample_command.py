@@ -263,6 +263,7 @@ def test_a_target_whose_learngene_has_moved_is_found_by_its_flag(digit_shards, t
     [
         (["--classes", "11"], "0..10"),
         (["--classes", "-1"], "0..10"),
+        (["--classes=--5"], "no class is called '--5'"),
         (["--classes", "circle"], "balanced"),
         (["--sampler.steps", "3"], "divisor of 1000"),
         (["--vae", "nowhere"], "latents; leave it out"),
