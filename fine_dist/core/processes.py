@@ -12,9 +12,9 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from fine_dist.core.errors import LaunchError, ResumeLater
+from fine_dist.core.errors import EXIT_RESUME, LaunchError, ResumeLater
 
 
 def free_port(host: str = "127.0.0.1") -> int:
@@ -138,10 +138,13 @@ def stop_on_signals() -> Iterator[None]:
     """A context in which SIGTERM, SIGUSR1 and SIGUSR2 raise `ResumeLater` in the main thread.
 
     These are the signals that schedulers send before they end a job. After the first one the others are ignored. The
-    previous handlers are restored at the end.
+    previous handlers are restored at the end, as in `restore_handlers`.
     """
+    stopped = False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
         # A scheduler often sends several signals in a row; a second
         # one must not interrupt the saving that the first has begun.
         for handled in old:
@@ -155,8 +158,35 @@ def stop_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        restore_handlers(old, stopped)
+
+
+def restore_handlers(before: Mapping[signal.Signals, Any], stopped: bool) -> None:
+    """Restore signal handlers. After a stop, a signal that had none ends the process with `EXIT_RESUME`.
+
+    A process that was asked to stop takes up to a second to end after it has saved. Without this, a further signal in
+    that second would end it with the signal's code, and a scheduler would not start it again.
+
+    Args:
+        before: The previous handler of each signal, as `signal.signal` returned it.
+        stopped: Whether a signal has asked this process to stop, and its state is saved.
+    """
+    for number, handler in before.items():
+        unhandled = handler is None or handler is signal.SIG_DFL
+        signal.signal(number, (_exit_stopped if stopped else signal.SIG_DFL) if unhandled else handler)
+    if stopped:
+        # The interpreter's cleanup resets every handler except SIG_IGN, and takes most of that second.
+        atexit.register(_ignore_signals_of_a_stop)
+
+
+def _exit_stopped(number: int, frame: object) -> None:
+    os._exit(EXIT_RESUME)
+
+
+def _ignore_signals_of_a_stop() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is _exit_stopped:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def exit_process(code: int) -> NoReturn:

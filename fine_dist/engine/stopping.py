@@ -8,6 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
+from fine_dist.core.processes import restore_handlers
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 FILES_EVERY_S = 1.0
 """Seconds between two checks of rank 0 for the files STOP and SAVE, which limits the load on a network file system."""
@@ -42,7 +44,7 @@ class Stopper:
         self._signal: int | None = None
         self._next_look: dict[str, float] = {}
         self._stop_file = False
-        self._handlers_before: dict[int, Any] = {}
+        self._handlers_before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Stopper:
         # Python allows signal handlers only in the main thread, which in a Ray worker is Ray's and has its own
@@ -53,8 +55,7 @@ class Stopper:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._handlers_before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        restore_handlers(self._handlers_before, self._signal is not None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal is not None:
