@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch.utils.flop_counter import FlopCounterMode
 
 from fine_dist.core.errors import ArtifactError, ConfigError, DataError
 from fine_dist.evaluation.classifier import (
@@ -31,18 +31,21 @@ def digits():
 @pytest.fixture(scope="module")
 def trained(digits):
     train, held_out = digits
-    start = time.process_time()
-    result = train_classifier(*train, held_out, seed=0)
-    return result, time.process_time() - start
+    return train_classifier(*train, held_out, seed=0)
 
 
 def test_it_knows_held_out_digits(trained):
     """The last 297 scans are by other writers than the first 1,500: the harder of the usual splits."""
-    assert trained[0].accuracy >= 0.95
+    assert trained.accuracy >= 0.95
 
 
-def test_it_trains_in_under_ten_seconds_of_one_core(trained):
-    assert trained[1] < 10
+def test_its_training_costs_less_than_ten_seconds_of_a_core_at_ten_gflops(digits):
+    """FLOPs and not seconds, which depend on the machine and on what else it does."""
+    train, held_out = digits
+    with FlopCounterMode(display=False) as counted:
+        train_classifier(*train, held_out, seed=0, epochs=1)
+    epochs, _ = training_length(len(train[0]))
+    assert 0 < epochs * counted.get_total_flops() < 100e9
 
 
 def test_many_images_are_not_shown_forty_times_each():
@@ -65,7 +68,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_own_randomness_a
 
 def test_real_digits_are_nearer_to_real_digits_than_spoiled_ones_are(digits, trained):
     (train, _), (held_out, _) = digits
-    moments = trained[0].classifier.moments
+    moments = trained.classifier.moments
     noise = torch.randn(held_out.shape, generator=torch.Generator().manual_seed(0))
     real = moments(train)
     distances = [frechet_distance(real, moments(held_out + level * noise)) for level in (0, 0.5, 1.0, 2.0)]
@@ -74,19 +77,19 @@ def test_real_digits_are_nearer_to_real_digits_than_spoiled_ones_are(digits, tra
 
 def test_features_and_logits_have_the_shapes_they_promise(digits, trained):
     images = digits[1][0][:5]
-    assert trained[0].classifier.features(images).shape == (5, NUM_FEATURES)
-    assert trained[0].classifier.logits(images).shape == (5, 10)
+    assert trained.classifier.features(images).shape == (5, NUM_FEATURES)
+    assert trained.classifier.logits(images).shape == (5, 10)
 
 
 def test_it_comes_back_from_disk_as_it_was(tmp_path, digits, trained):
     images = digits[1][0]
-    back = load_classifier(save_classifier(tmp_path / "classifier", trained[0]))
-    assert back.accuracy == trained[0].accuracy
-    assert torch.equal(back.classifier.logits(images), trained[0].classifier.logits(images))
+    back = load_classifier(save_classifier(tmp_path / "classifier", trained))
+    assert back.accuracy == trained.accuracy
+    assert torch.equal(back.classifier.logits(images), trained.classifier.logits(images))
 
 
 def test_a_damaged_file_is_an_error(tmp_path, trained):
-    folder = save_classifier(tmp_path, trained[0])
+    folder = save_classifier(tmp_path, trained)
     file = folder / "classifier.safetensors"
     blob = bytearray(file.read_bytes())
     blob[-1] ^= 1
@@ -102,7 +105,7 @@ def test_a_missing_classifier_says_how_to_get_one(tmp_path):
 
 def test_images_of_another_size_are_refused(digits, trained):
     with pytest.raises(DataError, match="1x8x8, not 3x8x8"):
-        trained[0].classifier.features(torch.zeros(4, 3, 8, 8))
+        trained.classifier.features(torch.zeros(4, 3, 8, 8))
     with pytest.raises(DataError, match="square"):
         train_classifier(torch.zeros(4, 1, 8, 6), torch.zeros(4).long(), digits[1])
     with pytest.raises(DataError, match="do not fit"):
@@ -122,7 +125,7 @@ def test_it_learns_larger_images_too(digits):
 
 
 def test_it_is_a_feature_network_with_pooled_features_and_logits(digits, trained):
-    classifier, images = trained[0].classifier, digits[1][0][:6]
+    classifier, images = trained.classifier, digits[1][0][:6]
     found = classifier(images)
     assert torch.equal(found.pooled, classifier.features(images)) and torch.equal(
         found.logits, classifier.logits(images)
@@ -138,7 +141,7 @@ def test_it_is_a_feature_network_with_pooled_features_and_logits(digits, trained
 
 @pytest.mark.parametrize(("key", "value"), [("shape", [1, 8]), ("num_classes", 11), ("kind", "model"), ("shape", None)])
 def test_a_manifest_that_does_not_fit_is_an_error(tmp_path, trained, key, value):
-    folder = save_classifier(tmp_path, trained[0])
+    folder = save_classifier(tmp_path, trained)
     manifest = json.loads((folder / "classifier.json").read_text())
     (folder / "classifier.json").write_text(json.dumps({**manifest, key: value}))
     with pytest.raises(ArtifactError):
@@ -146,8 +149,8 @@ def test_a_manifest_that_does_not_fit_is_an_error(tmp_path, trained, key, value)
 
 
 def test_a_feature_network_is_loaded_by_its_name_and_another_name_is_refused(tmp_path, trained):
-    folder = save_classifier(tmp_path, trained[0])
-    assert load_features("classifier", folder).identity == trained[0].classifier.identity
+    folder = save_classifier(tmp_path, trained)
+    assert load_features("classifier", folder).identity == trained.classifier.identity
     with pytest.raises(ConfigError, match="did you mean 'inception'"):
         load_features("incepton", "x")
     with pytest.raises(ConfigError, match="pt_inception-2015-12-05"):
