@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fine_dist.core.files import write_atomic
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.planning.devices import CORE_GFLOPS
 from fine_dist.study.budget import estimate, tuning_estimate
 from fine_dist.study.collect_results import collect_results
@@ -38,18 +39,26 @@ def run_study(study: StudyConfig, launcher: str = "auto", echo: bool = True) -> 
         The path of the report's page.
 
     Raises:
+        RunDirError: Another live process runs this study.
         TrainingError: Some runs failed. It is raised after all other runs have ended, with the ends of the logs.
     """
     return write_report(study.root / "report", results_of(study, launcher), echo=echo)
 
 
 def results_of(study: StudyConfig, launcher: str = "auto") -> Results:
-    """Run all runs that are not done, tuning first, and measure the models. Raises as `run_study` does."""
+    """Run all runs that are not done, tuning first, and measure the models.
+
+    Raises:
+        RunDirError: Another live process runs this study.
+        TrainingError: As `run_study` raises it.
+    """
     check_features(study)
-    tuned, tried = tune_study(study, launcher)
-    graph = plan(tuned)
-    follow(graph, launcher)
-    results = collect_results(graph)
+    # Two processes would submit the same runs, and each would report the other's as failed.
+    with StateTable(study.root.absolute()).driver("study"):
+        tuned, tried = tune_study(study, launcher)
+        graph = plan(tuned)
+        follow(graph, launcher)
+        results = collect_results(graph)
     results.tuning = tried
     return results
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from fine_dist.core.errors import TrainingError
+from fine_dist.core.errors import RunDirError, TrainingError
+from fine_dist.launchers.state_table import StateTable
 from fine_dist.study.config import load_study
 from fine_dist.study.graph import Graph, StudyRun, plan
+from fine_dist.study.running import run_study
 from fine_dist.study.scheduler import _prepare, follow, inherit
-from tests.study.studies import DIGITS
+from tests.study.studies import DIGITS, study
 from tests.study.toy import ToyConfig
 
 
@@ -42,6 +46,15 @@ def test_runs_come_after_what_they_need_and_are_never_repeated(tmp_path, launche
     assert [times(tmp_path, name) for name in ("first", "middle", "other", "last")] == [1, 1, 1, 1]
 
 
+def test_a_study_that_another_process_runs_is_refused_and_starts_nothing(tmp_path):
+    small = study(run_dir=str(tmp_path / "study"))
+    with StateTable(tmp_path / "study").driver("study"):
+        # a lock on a file is the opened file's, so that this process stands for another one here
+        with pytest.raises(RunDirError, match=f"study, process {os.getpid()} on .*wait for it, stop it"):
+            run_study(small, "here")
+        assert [path.name for path in (tmp_path / "study").iterdir()] == ["tasks"]
+
+
 def test_a_failure_holds_up_only_what_needs_it_and_the_next_call_goes_on_from_there(tmp_path):
     rows = [("bad", (), True), ("after", ("bad",), False), ("free", (), False), ("later", ("free",), False)]
     with pytest.raises(TrainingError) as told:
@@ -65,12 +78,12 @@ def test_a_run_of_another_config_is_not_taken_for_done(tmp_path):
 
 def test_a_finished_run_of_other_settings_is_left_to_its_stage_to_refuse(tmp_path):
     """Its mark is not replaced by ours, or the next call would take it for this run."""
-    study = load_study(DIGITS, run_dir=str(tmp_path))
-    run = plan(study)["condense-s0"]
+    digits = load_study(DIGITS, run_dir=str(tmp_path))
+    run = plan(digits)["condense-s0"]
     other = StudyRun(run.name, run.module, run.config.model_copy(update={"steps": 7}), 7)
     other.stamp(done=True)
     (run.run_dir / "DONE.json").write_text("{}")
-    _prepare(Graph(study), run)
+    _prepare(Graph(digits), run)
     assert other.done and not run.done
 
 
