@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fine_dist.artifacts.locate import ARTIFACT_FOLDERS, is_foreign
 from fine_dist.artifacts.reading import inherited_facts, read_artifact
 from fine_dist.artifacts.settings import HintsConfig
+from fine_dist.core.config import expand_path
 from fine_dist.core.errors import ArtifactError
 from fine_dist.methods import check, from_manifest, loaded, parent_of
 from fine_dist.methods.base import Descent, Method, MethodConfig, Parent
@@ -193,7 +194,8 @@ def _parent(artifact: Artifact, learngene: str | Path | None) -> Parent | None:
         raise ArtifactError(f"{artifact.folder}: parent in its manifest.json is damaged; copy the folder again")
     candidates = [artifact.folder / named["from_here"], Path(named["path"])]
     if learngene:
-        candidates = [Path(learngene), *(Path(learngene) / name for name in ARTIFACT_FOLDERS)]
+        given = Path(expand_path(str(learngene)))
+        candidates = [given, *(given / name for name in ARTIFACT_FOLDERS)]
     folder = next((folder for folder in candidates if (folder / MANIFEST).is_file()), None)
     parent = load_artifact(folder) if folder is not None else _foreign_parent(artifact, named, candidates)
     if parent.hash != named["hash"]:

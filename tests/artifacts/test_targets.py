@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -59,3 +60,22 @@ def test_a_moved_parent_is_found_by_its_hash_or_asked_for(made, tmp_path):
     save_artifact(tmp_path / "another", kind="learngene", method=method, arch=other.arch, tensors=other.state_dict())
     with pytest.raises(ArtifactError, match="is another one"):
         load_target(tmp_path / "target", learngene=tmp_path / "another")
+
+
+def test_the_place_of_a_moved_parent_is_read_as_a_shell_reads_it(made, tmp_path, monkeypatch):
+    shutil.move(tmp_path / "learngene", tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_target(tmp_path / "target", learngene="~/elsewhere")[0].arch.num_layers == 3
+    monkeypatch.setenv("WHERE", "elsewhere")
+    assert load_target(tmp_path / "target", learngene="$HOME/$WHERE")[0].arch.num_layers == 3
+
+
+def test_damaged_hints_for_a_foreign_parent_are_one_line(made, tmp_path):
+    shutil.rmtree(tmp_path / "learngene")
+    manifest = tmp_path / "target" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for damaged in ({"num_heads": "many"}, ["num_heads"], 3):
+        content["extra"]["parent"]["hints"] = damaged
+        manifest.write_text(json.dumps(content))
+        with pytest.raises(ArtifactError, match=r"parent\.hints in its manifest\.json is damaged; copy it again$"):
+            load_target(tmp_path / "target")

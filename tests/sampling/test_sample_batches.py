@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fine_dist.artifacts.model_facts import ModelFacts
 from fine_dist.core.errors import ConfigError
 from fine_dist.diffusion.samplers import sample, sample_batches
 from fine_dist.diffusion.settings import DiffusionConfig, SamplerConfig
+from fine_dist.model.flops import forward_macs
 from fine_dist.sampling.image_grid import tile_images
+from fine_dist.sampling.renderer import ImageRenderer
 from tests.sampling.test_samplers import DIFFUSION, draw, lively, tiny, toy
 
 
@@ -86,3 +89,21 @@ def test_a_grid_lays_images_out_row_by_row_between_white_lines():
 
 def test_a_grid_of_four_channel_latents_shows_the_first_three():
     assert tile_images(torch.zeros(2, 4, 3, 3), columns=8, zoom=2, gap=0).shape == (3, 6, 12)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "heun"])
+@pytest.mark.parametrize(("guidance", "interval"), [(1.0, (0.0, 1.0)), (3.0, (0.0, 1.0)), (3.0, (0.25, 0.75))])
+def test_the_flops_of_sampling_are_those_of_the_models_calls(scheduler, guidance, interval):
+    """Up to a step at each end of the interval; Heun's last step is Euler's."""
+    arch = tiny()
+    model, seen = lively(arch), []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    process = "flow" if scheduler == "heun" else "ddpm"
+    config = SamplerConfig(steps=20, batch=4, scheduler=scheduler, guidance=guidance, guidance_interval=interval)
+    diffusion = DiffusionConfig(process=process)
+    renderer = ImageRenderer(model, "model", {}, ModelFacts(), config, diffusion, None, pictures=True)
+    list(renderer.render(torch.arange(4), torch.arange(4), 0, False))
+    per_image = 2 * forward_macs(arch) * 4
+    calls = 2 if scheduler == "heun" else 1
+    assert renderer.flops(4) == pytest.approx(sum(seen) / 4 * per_image, abs=2 * calls * per_image)
+    assert renderer.flops(4) == renderer.flops(1) * 4
