@@ -9,7 +9,7 @@ import pytest
 from fine_dist.core.settings import LaunchConfig
 from fine_dist.doctor import main
 from fine_dist.launchers.diagnosis import diagnose
-from fine_dist.launchers.probes import Report, _lock
+from fine_dist.launchers.probes import Report, _is_local, _lock
 
 GOOD = {
     "token": "t", "cores": 4, "memory_bytes": 8 * 2**30, "devices": 1, "seen": True, "lock": "held", "link": "ok",
@@ -64,3 +64,21 @@ def test_a_process_that_did_not_report_is_a_fault():
 def test_one_process_sees_its_own_lock_without_waiting_for_others(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert _lock(tmp_path, 0) == "held"
+
+
+def test_a_user_without_a_name_has_no_scratch_of_that_name_and_no_error(tmp_path, monkeypatch):
+    """In containers, the host's user ids often have no entry in /etc/passwd."""
+    own = tmp_path / "nobody"
+    own.mkdir()
+    monkeypatch.setattr("fine_dist.launchers.probes.file_system", lambda path: "ext4")
+    monkeypatch.setenv("USER", "nobody")
+    monkeypatch.setenv("LOGNAME", "nobody")
+    assert _is_local(f"{tmp_path}/$USER") and not _is_local(f"{tmp_path}/$UNKNOWN_VARIABLE")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid: int):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert not _is_local(f"{tmp_path}/$USER") and _is_local(str(own))
