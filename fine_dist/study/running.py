@@ -21,7 +21,7 @@ from fine_dist.study.config import StudyConfig
 from fine_dist.study.graph import Graph, plan
 from fine_dist.study.measuring import check_features
 from fine_dist.study.report.claims import verdicts
-from fine_dist.study.report.render import markdown, page, write_report
+from fine_dist.study.report.render import markdown, page, page_report, write_report
 from fine_dist.study.report.results import Results
 from fine_dist.study.scheduler import follow
 from fine_dist.study.tune import tune_study
@@ -69,14 +69,18 @@ def run_studies(studies: dict[str, StudyConfig], launcher: str = "auto", echo: b
         plan(study)  # errors of the plan are raised before anything runs
     results = {name: results_of(study, launcher) for name, study in studies.items()}
     root = next(iter(studies.values())).root.parent
-    pages = [write_report(studies[name].root / "report", part, echo=echo) for name, part in results.items()]
+    shown = {name: page_report(part) for name, part in results.items()}
+    pages = [
+        write_report(studies[name].root / "report", part, shown=shown[name], echo=echo)
+        for name, part in results.items()
+    ]
     content = {
         "rows": [row for name, part in results.items() for row in rows_of(name, part)],
         "verdicts": {name: [verdict.as_json() for verdict in verdicts(part)] for name, part in results.items()},
     }
     write_atomic(root / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
     write_atomic(root / "results.md", "\n".join(markdown(part) for part in results.values()))
-    write_atomic(root / "report.html", page(*results.values()))
+    write_atomic(root / "report.html", page(*shown.values()))
     print(f"report: {pages[0] if len(pages) == 1 else root / 'report.html'}", flush=True)
     print("next: the same command with more methods, depths or seeds runs only what is new", flush=True)
     return results

@@ -36,13 +36,20 @@ _SECTION_TABLES = {"rows": "rows", "saved": "saved", "break_even": "break_even",
 
 
 def write_report(
-    folder: str | Path, results: Results, *, echo: bool = True, console: Console | None = None, claims: bool = True
+    folder: str | Path,
+    results: Results,
+    *,
+    shown: PageReport | None = None,
+    echo: bool = True,
+    console: Console | None = None,
+    claims: bool = True,
 ) -> Path:
     """Write `results.json`, `report.html` and `pictures/*.png` into a folder.
 
     Args:
         folder: Folder of the report.
         results: The results.
+        shown: The results as the page shows them, if `page_report` has drawn them already.
         echo: Whether to print the table as well.
         console: Console to print to. None: stdout.
         claims: Whether the verdicts are printed.
@@ -63,7 +70,7 @@ def write_report(
     data = results.model_dump(mode="json")
     data["verdicts"] = [verdict.as_json() for verdict in verdicts(results)]
     write_atomic(folder / "results.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
-    write_atomic(folder / "report.html", page(results))
+    write_atomic(folder / "report.html", page(shown or page_report(results)))
     if echo:
         print_report(results, console, claims)
     return folder / "report.html"
@@ -92,7 +99,30 @@ class PageSection(NamedTuple):
     cards: list[tuple[str, list[Card]]]
 
 
-def page(*parts: Results) -> str:
+class PageReport(NamedTuple):
+    """One report of a page, with its figures drawn; the template reads the fields."""
+
+    results: Results
+    lead: str
+    tiles: list[tuple[str, str, str]]
+    keys: list[tuple[int, str, str]]
+    sections: list[PageSection]
+    recommendation: list[str]
+
+
+def page_report(results: Results) -> PageReport:
+    """Draw the figures of a report and set its tables. Drawing takes seconds, so that pages share the outcome."""
+    return PageReport(
+        results=results,
+        lead=text.lead(results),
+        tiles=text.tiles(results),
+        keys=[(i, results.name_of(s), color_of(s, results)) for i, s in enumerate(results.series)],
+        sections=[s for key, title in results.sections.items() if (s := _section(results, key, title))],
+        recommendation=recommendation(results),
+    )
+
+
+def page(*reports: PageReport) -> str:
     """One self-contained HTML file of one report or of several."""
     environment = Environment(
         loader=PackageLoader("fine_dist.study.report", "templates"), autoescape=True, undefined=StrictUndefined,
@@ -101,20 +131,9 @@ def page(*parts: Results) -> str:
     source = environment.loader
     assert source is not None
     script, sheet = (source.get_source(environment, f"report.{kind}")[0] for kind in ("js", "css"))
-    reports = [
-        {
-            "results": results,
-            "lead": text.lead(results),
-            "tiles": text.tiles(results),
-            "keys": [(i, results.name_of(s), color_of(s, results)) for i, s in enumerate(results.series)],
-            "sections": [s for key, title in results.sections.items() if (s := _section(results, key, title))],
-            "recommendation": recommendation(results),
-        }
-        for results in parts
-    ]
     return environment.get_template("report.html").render(
-        title=parts[0].title, reports=reports, script=Markup(script), sheet=Markup(sheet), text=text, plain=plain,
-        classes=_CLASSES, measures=MEASURES, color_of=color_of,
+        title=reports[0].results.title, reports=reports, script=Markup(script), sheet=Markup(sheet), text=text,
+        plain=plain, classes=_CLASSES, measures=MEASURES, color_of=color_of,
     )  # fmt: skip
 
 
