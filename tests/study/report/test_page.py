@@ -29,21 +29,24 @@ def full_page(tmp_path, made: Results | None = None) -> str:
     return write_report(tmp_path, made, echo=False).read_text(encoding="utf-8")
 
 
-def test_the_page_needs_nothing_from_elsewhere(tmp_path):
-    html = full_page(tmp_path)
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> str:
+    """The page of the tests' usual results, drawn once."""
+    return full_page(tmp_path_factory.mktemp("page"))
+
+
+def test_the_page_needs_nothing_from_elsewhere(html):
     assert not re.findall(r'<(?:link|iframe)|<script src|(?:src|href)="(?!data:|#)|@import|url\((?!#)', html)
     assert html.count("<svg") == 6 and "data:image/png;base64," in html
 
 
-def test_pictures_on_one_page_do_not_share_ids(tmp_path):
-    ids = re.findall(r'\bid="([^"]+)"', full_page(tmp_path))
+def test_pictures_on_one_page_do_not_share_ids(html):
+    ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
 
-def test_the_numbers_of_the_table_are_on_the_page(tmp_path):
-    made = results()
-    html = full_page(tmp_path, made)
-    assert all(cell.text in html for row in rows(made).rows for cell in row.cells)
+def test_the_numbers_of_the_table_are_on_the_page(html):
+    assert all(cell.text in html for row in rows(results()).rows for cell in row.cells)
 
 
 def test_text_from_outside_cannot_become_markup(tmp_path):
@@ -101,8 +104,7 @@ def test_names_colors_and_the_order_of_series_are_data(tmp_path):
     assert "initialized by Scratch! have no lower" in html and "#123456" in html
 
 
-def test_a_series_is_hidden_and_shown_by_its_number_in_figures_tables_and_key(tmp_path):
-    html = full_page(tmp_path)
+def test_a_series_is_hidden_and_shown_by_its_number_in_figures_tables_and_key(html):
     for index in (0, 1):
         assert f'<button type="button" data-series="{index}"' in html  # the key
         assert f'class="series" data-series="{index}"' in html.replace(" strong", "")  # table rows and curves

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
+from fine_dist.study.report.figures import FIGURES
 from fine_dist.study.report.posters import save_poster
-from fine_dist.study.report.render import page, page_report
 from fine_dist.study.report.results import Results
 from fine_dist.study.report.tables import TABLES
 from fine_dist.study.report.worth import break_even, cheapest, recommendation, saved_steps
@@ -69,8 +67,8 @@ def test_break_even_falls_back_to_the_best_quality_that_another_series_reaches()
 
 def test_what_each_start_saves_is_a_figure_with_a_bar_for_each_series_and_length(tmp_path):
     made = results()
-    section = re.search(r'<svg [^>]*aria-label="Steps of training from scratch that each start saves".*?</svg>',
-                        page(page_report(made)), re.S)[0]  # fmt: skip
+    section = FIGURES["saved"](made)
+    assert 'aria-label="Steps of training from scratch that each start saves"' in section
     lines = {line.target: line for line in saved_steps(made)}
     for target, line in lines.items():
         for length in line.saved:
