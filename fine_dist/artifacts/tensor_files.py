@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fine_dist.artifacts.layouts import check_regular, read_json
-from fine_dist.core.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError, is_out_of_memory
 from fine_dist.core.files import sha256_of
 
 _STEM = "diffusion_pytorch_model"
@@ -66,7 +66,11 @@ def _read_pt(path: Path) -> Any:
             except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError) as error:
                 if mapped and "mmap" in str(error):
                     continue
-                raise ArtifactError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from None
+                # A damaged file may state any size, so that lack of memory alone does not tell the two apart.
+                what = "is damaged or no checkpoint of torch"
+                if is_out_of_memory(error):
+                    what = "needs more memory than there is, or is damaged"
+                raise ArtifactError(f"{path} {what}: {_first_line(error)}") from None
     raise AssertionError("the second attempt returns or raises")
 
 

@@ -67,6 +67,13 @@ class ResumeLater(Exception):
     """The run was asked to stop and has saved its state; the same command continues it (exit code 75)."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that host or accelerator memory is used up."""
+    # torch's allocators raise RuntimeErrors, which only their text identifies.
+    messages = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in messages)
+
+
 def nearest(value: str, legal: Iterable[str]) -> str:
     """The end of an error message: a suggestion if a legal value is similar, then all legal values."""
     legal = sorted(legal)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fine_dist.core.errors import ArtifactError
+from fine_dist.core.errors import ArtifactError, is_out_of_memory
 from fine_dist.core.regular_files import check_regular
 from fine_dist.sampling.image_grid import to_uint8
 
@@ -87,7 +87,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is damaged, or holds more than tensors (nothing in it was run); give the published file of weights"
         ) from None
     except (SafetensorError, RuntimeError, ValueError, EOFError, KeyError, OSError) as error:
-        raise ArtifactError(f"{path} is damaged: {str(error).partition(chr(10))[0][:200]}") from None
+        # A damaged file may state any size, so that lack of memory alone does not tell the two apart.
+        what = "needs more memory than there is, or is damaged" if is_out_of_memory(error) else "is damaged"
+        raise ArtifactError(f"{path} {what}: {str(error).partition(chr(10))[0][:200]}") from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}, and tensors by name are needed")
     return content

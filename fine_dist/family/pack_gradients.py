@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fine_dist.core.errors import is_out_of_memory
 from fine_dist.diffusion.objective import Objective
 from fine_dist.diffusion.settings import DiffusionConfig
 from fine_dist.engine.optimizer import precision
@@ -106,10 +107,3 @@ class PackGradients:
             means.sum().backward()
             total += means.detach()
         return total
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or accelerator memory is used up."""
-    # torch's CPU allocator raises plain RuntimeErrors, which only their text identifies.
-    messages = ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or any(w in str(error) for w in messages)

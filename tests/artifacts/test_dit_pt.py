@@ -6,6 +6,8 @@ import argparse
 import math
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -319,6 +321,31 @@ def test_damaged_files_and_other_things_are_one_line(tmp_path, model):
         import_model(saved(tmp_path, {"epoch": 3}))
     with pytest.raises(ArtifactError, match="no such file"):
         import_model(tmp_path / "nowhere.pt")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from fine_dist.artifacts.tensor_files import read_tensor_file
+from fine_dist.core.errors import ArtifactError
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 30 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    read_tensor_file(Path(sys.argv[1]))
+except ArtifactError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_damaged(tmp_path):
+    """A real limit of address space, in a process of its own; a file of torch before 1.6 cannot be memory-mapped."""
+    torch.save({"weight": torch.zeros(25_000_000)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "m.pt")], capture_output=True, text=True, timeout=120
+    )
+    assert "m.pt needs more memory than there is, or is damaged: " in done.stdout, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_model_with_diffusers_frequencies_cannot_be_written_in_a_layout_that_does_not_know_them(tmp_path):
