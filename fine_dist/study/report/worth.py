@@ -195,7 +195,7 @@ def cheapest(costs: BreakEven, free: bool) -> list[tuple[int, int, TotalCost]]:
     """Ranges (first n, last n, series) in which a series costs least in all, for n = 1..MODELS.
 
     Args:
-        found: The costs.
+        costs: The total costs.
         free: Whether ancestors are free. Series without an ancestor cost the same either way.
     """
     with_free = {line.series for line in costs.lines if line.free}
