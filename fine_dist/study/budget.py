@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import time
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ from fine_dist.study.config import StudyConfig
 from fine_dist.study.graph import Graph, StudyRun, plan
 from fine_dist.study.tune import trials
 
-OVERHEAD_S = 2.0
-"""Seconds of a run on a CPU in addition to its steps, for starting, measuring and saving."""
+OVERHEAD_S = 3.5
+"""Seconds of a run on a CPU in addition to its steps, for starting, measuring and saving; measured on a slow core."""
 
 
 @dataclass(frozen=True)
@@ -64,25 +65,31 @@ def estimate(study: StudyConfig, graph: Graph | None = None, gflops: float = COR
         flops[run.name] = run_flops(study, graph, run, counted)
         rate = workers * ASSUMED_TFLOPS * 1e12 if accelerators else gflops * 1e9
         hours[run.name] = flops[run.name] / rate / 3600 + (0.0 if accelerators else OVERHEAD_S / 3600)
-    total = sum(hours.values())
-    chain: dict[str, float] = {}
-
-    def longest(name: str) -> float:
-        if name not in chain:
-            chain[name] = hours[name] + max((longest(before) for before in graph[name].after), default=0.0)
-        return chain[name]
-
-    # More machines do not shorten a chain of dependent runs.
-    least = max((longest(run.name) for run in graph.runs), default=0.0)
-    wide = launch.max_parallel
     return Estimate(
         runs=len(graph.runs),
         flops=sum(flops.values()),
-        machine_hours=total * workers,
-        hours=max(least, total / wide) if wide else least,
+        machine_hours=sum(hours.values()) * workers,
+        hours=_elapsed(graph, hours, launch.max_parallel or len(hours)),
         accelerators=accelerators,
         gflops=gflops,
     )
+
+
+def _elapsed(graph: Graph, hours: dict[str, float], wide: int) -> float:
+    """Hours until all runs are done, `wide` at once, each started in order as soon as those before it are done.
+
+    This is what the scheduler does. The sum of all hours divided by `wide` would be too little: a long chain, such as
+    ancestor, stage 1 and stage 2, leaves other workers idle.
+    """
+    waiting, running, now = list(graph.runs), [], 0.0
+    done: set[str] = set()
+    while waiting or running:
+        for run in [run for run in waiting if done.issuperset(run.after)][: max(1, wide) - len(running)]:
+            waiting.remove(run)
+            heapq.heappush(running, (now + hours[run.name], run.name))
+        now, name = heapq.heappop(running)
+        done.add(name)
+    return now
 
 
 def tuning_estimate(study: StudyConfig, gflops: float = CORE_GFLOPS) -> Estimate | None:

@@ -34,6 +34,8 @@ MIN_STEPS = 20
 """Smallest N that a budget may allow."""
 SAFETY = 0.85
 """Fraction of a budget that is planned; the rest is for encoding, start-up and the report."""
+EXTENSIONS = 1.5
+"""Duration of tuning relative to its first grid's: grids are extended while a best value lies at an end."""
 PLAN = "planned.json"
 """File in a study's folder with the steps planned for its budget, which later starts reuse."""
 
@@ -242,5 +244,5 @@ def hours_of(study: StudyConfig, gflops: float | None = None) -> float:
     """Estimated hours of a study with tuning and measuring, divided by `SAFETY`."""
     rate = gflops or CORE_GFLOPS
     tuning = tuning_estimate(study, rate)
-    hours = estimate(study, gflops=rate).hours + (tuning.hours if tuning else 0.0)
+    hours = estimate(study, gflops=rate).hours + (EXTENSIONS * tuning.hours if tuning else 0.0)
     return (hours + measuring_hours(study, rate)) / SAFETY
