@@ -6,11 +6,13 @@ import pytest
 
 from fine_dist.core.errors import ConfigError
 from fine_dist.model.artifact import load_artifact, save_artifact
-from fine_dist.study import ancestor_copy
+from fine_dist.study import ancestor_copy, budget
+from fine_dist.study.budget import estimate
 from fine_dist.study.config import load_study, merged
-from fine_dist.study.graph import plan
+from fine_dist.study.graph import Graph, StudyRun, plan
 from tests.methods.making import artifact_for
 from tests.study.studies import DIGITS, FINE, SCRATCH, study
+from tests.study.toy import ToyConfig
 
 
 def test_a_study_has_a_run_for_every_stage_depth_and_seed():
@@ -142,3 +144,32 @@ def test_a_model_that_exists_is_copied_once_and_costs_nothing():
     assert graph.lineage(graph.study.entry("pruned"), 0) == []
     with pytest.raises(ConfigError, match="give either method or source"):
         study({**given, "method": {"name": "scratch"}}, SCRATCH)
+
+
+@pytest.mark.parametrize(
+    ("wide", "hours"),
+    # ancestor 4 h, then stage 1 of 3 h, then a target of 1 h, each after the one before; two runs of 2 h are free
+    [(1, 12.0), (2, 8.0), (3, 8.0), (None, 8.0)],
+)
+def test_the_estimated_time_is_that_of_runs_started_as_the_scheduler_starts_them(monkeypatch, wide, hours):
+    graph = Graph(study(launch={"max_parallel": wide}))
+    of = {"free": 2.0, "ancestor": 4.0, "stage 1": 3.0, "also free": 2.0, "target": 1.0}
+    after = {"stage 1": ("ancestor",), "target": ("stage 1",)}
+    for name in of:
+        graph.runs.append(StudyRun(name, "tests.study.toy", ToyConfig(run_dir=name), 1, after.get(name, ())))
+    monkeypatch.setattr(budget, "OVERHEAD_S", 0.0)
+    monkeypatch.setattr(budget, "run_flops", lambda study, graph, run, counted: of[run.name] * 3600 * 1e9)
+    found = estimate(graph.study, graph, gflops=1.0)
+    assert found.hours == pytest.approx(hours) and found.machine_hours == pytest.approx(12.0)
+
+
+def test_a_chain_that_starts_late_leaves_a_worker_idle(monkeypatch):
+    """Half of all hours would be 5; the chain cannot start before a free run has ended."""
+    graph = Graph(study(launch={"max_parallel": 2}))
+    of = {"one": 2.0, "two": 2.0, "first": 3.0, "second": 3.0}
+    for name in of:
+        before = ("first",) if name == "second" else ()
+        graph.runs.append(StudyRun(name, "tests.study.toy", ToyConfig(run_dir=name), 1, before))
+    monkeypatch.setattr(budget, "OVERHEAD_S", 0.0)
+    monkeypatch.setattr(budget, "run_flops", lambda study, graph, run, counted: of[run.name] * 3600 * 1e9)
+    assert estimate(graph.study, graph, gflops=1.0).hours == pytest.approx(8.0)
