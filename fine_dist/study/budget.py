@@ -81,7 +81,8 @@ def _elapsed(graph: Graph, hours: dict[str, float], wide: int) -> float:
     This is what the scheduler does. The sum of all hours divided by `wide` would be too little: a long chain, such as
     ancestor, stage 1 and stage 2, leaves other workers idle.
     """
-    waiting, running, now = list(graph.runs), [], 0.0
+    waiting, now = list(graph.runs), 0.0
+    running: list[tuple[float, str]] = []
     done: set[str] = set()
     while waiting or running:
         for run in [run for run in waiting if done.issuperset(run.after)][: max(1, wide) - len(running)]:
