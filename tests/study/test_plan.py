@@ -146,30 +146,24 @@ def test_a_model_that_exists_is_copied_once_and_costs_nothing():
         study({**given, "method": {"name": "scratch"}}, SCRATCH)
 
 
+# hours of each run and the run it waits for
+CHAIN = {"free": (2, None), "ancestor": (4, None), "stage 1": (3, "ancestor"), "also free": (2, None),
+         "target": (1, "stage 1")}  # fmt: skip
+LATE_CHAIN = {"one": (2, None), "two": (2, None), "first": (3, None), "second": (3, "first")}
+
+
 @pytest.mark.parametrize(
-    ("wide", "hours"),
-    # ancestor 4 h, then stage 1 of 3 h, then a target of 1 h, each after the one before; two runs of 2 h are free
-    [(1, 12.0), (2, 8.0), (3, 8.0), (None, 8.0)],
+    ("runs", "wide", "hours"),
+    # with two at once, half of all hours of the late chain would be 5, and its longest chain 6
+    [(CHAIN, 1, 12), (CHAIN, 2, 8), (CHAIN, 3, 8), (CHAIN, None, 8), (LATE_CHAIN, 2, 8)],
 )
-def test_the_estimated_time_is_that_of_runs_started_as_the_scheduler_starts_them(monkeypatch, wide, hours):
+def test_the_estimated_time_is_that_of_runs_started_as_the_scheduler_starts_them(monkeypatch, runs, wide, hours):
     graph = Graph(study(launch={"max_parallel": wide}))
-    of = {"free": 2.0, "ancestor": 4.0, "stage 1": 3.0, "also free": 2.0, "target": 1.0}
-    after = {"stage 1": ("ancestor",), "target": ("stage 1",)}
-    for name in of:
-        graph.runs.append(StudyRun(name, "tests.study.toy", ToyConfig(run_dir=name), 1, after.get(name, ())))
+    for name, (_, before) in runs.items():
+        after = (before,) if before else ()
+        graph.runs.append(StudyRun(name, "tests.study.toy", ToyConfig(run_dir=name), 1, after))
     monkeypatch.setattr(budget, "OVERHEAD_S", 0.0)
-    monkeypatch.setattr(budget, "run_flops", lambda study, graph, run, counted: of[run.name] * 3600 * 1e9)
+    monkeypatch.setattr(budget, "run_flops", lambda study, graph, run, counted: runs[run.name][0] * 3600 * 1e9)
     found = estimate(graph.study, graph, gflops=1.0)
-    assert found.hours == pytest.approx(hours) and found.machine_hours == pytest.approx(12.0)
-
-
-def test_a_chain_that_starts_late_leaves_a_worker_idle(monkeypatch):
-    """Half of all hours would be 5; the chain cannot start before a free run has ended."""
-    graph = Graph(study(launch={"max_parallel": 2}))
-    of = {"one": 2.0, "two": 2.0, "first": 3.0, "second": 3.0}
-    for name in of:
-        before = ("first",) if name == "second" else ()
-        graph.runs.append(StudyRun(name, "tests.study.toy", ToyConfig(run_dir=name), 1, before))
-    monkeypatch.setattr(budget, "OVERHEAD_S", 0.0)
-    monkeypatch.setattr(budget, "run_flops", lambda study, graph, run, counted: of[run.name] * 3600 * 1e9)
-    assert estimate(graph.study, graph, gflops=1.0).hours == pytest.approx(8.0)
+    assert found.hours == pytest.approx(hours)
+    assert found.machine_hours == pytest.approx(sum(own for own, _ in runs.values()))
